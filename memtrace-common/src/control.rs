@@ -1,0 +1,86 @@
+//! What userspace tells the kernel side before and while it runs, and what the kernel side counts.
+
+/// Settings frozen into .rodata at load. All sizes are bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Control {
+    /// Emit when resident memory moved by this much, unless the cgroup has its own quantum.
+    pub quantum_bytes: u64,
+    /// Emit a [`crate::event::Mapping`] when calls add up to this much.
+    pub mapping_bytes: u64,
+    /// XORed into address-space identities, so that no kernel address leaves the kernel.
+    pub mm_salt: u64,
+    /// Hierarchy of the memory controller: 0 on cgroup v2.
+    pub memory_hierarchy_id: u32,
+    /// CPUs that can come online (length of the per-CPU counters), at most [`MAX_CPUS`].
+    pub cpus: u32,
+    /// log2 of the page size.
+    pub page_shift: u32,
+    /// tgid of the agent: never recorded as a grower.
+    pub agent_tgid: u32,
+    /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
+    pub reclaim_interval_ns: u64,
+    /// 1 when the running kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
+    pub percpu_lookup: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Name of the `Control` global in the object.
+pub const CONTROL: &str = "CONTROL";
+/// Name of the [`crate::layout::KernelLayout`] global in the object.
+pub const LAYOUT: &str = "LAYOUT";
+
+/// Most CPUs whose counter slots are summed.
+pub const MAX_CPUS: u32 = 512;
+
+/// The rings, by what may be lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Ring {
+    /// Kills, exits, execs, cgroup life: never lost, wakes the reader at once.
+    Ledger = 0,
+    /// Memory readings: thinned under pressure.
+    Samples = 1,
+    /// Stacks: thinned first.
+    Stacks = 2,
+}
+
+/// Every ring with the name of its map and its label in metrics and reports.
+pub const RINGS: [(Ring, &str, &str); 3] =
+    [(Ring::Ledger, "LEDGER", "ledger"), (Ring::Samples, "SAMPLES", "samples"), (Ring::Stacks, "STACKS", "stacks")];
+
+/// Why a record, or part of what it should say, was lost on the kernel side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Loss {
+    /// The ring had no room.
+    RingFull = 0,
+    /// The table of address spaces was full: the process is not followed.
+    TableFull = 1,
+    /// A change of an address space nobody could be found to own.
+    NoOwner = 2,
+    /// A kernel read failed.
+    Unreadable = 3,
+    /// Left out on purpose to bound the rate.
+    RateLimited = 4,
+    /// A 32-bit caller's mapping call, whose arguments are not read.
+    Compat = 5,
+}
+
+/// Number of [`Loss`] reasons.
+pub const LOSS_REASONS: u32 = 6;
+
+/// Labels of [`Loss`], by its number.
+pub const LOSS_LABELS: [&str; LOSS_REASONS as usize] =
+    ["ring_full", "table_full", "no_owner", "unreadable", "rate_limited", "compat"];
+
+/// Index into the LOSSES per-CPU array.
+pub const fn loss_index(ring: Ring, reason: Loss) -> u32 {
+    ring as u32 * LOSS_REASONS + reason as u32
+}
+
+/// Length of the LOSSES per-CPU array.
+pub const LOSS_SLOTS: u32 = 3 * LOSS_REASONS;
+/// Index into the SENT per-CPU array: records put into a ring.
+pub const SENT_SLOTS: u32 = 3;
