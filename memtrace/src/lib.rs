@@ -1,3 +1,11 @@
 //! memtrace: the memory flight recorder for Linux. See ARCHITECTURE.md for the map.
 
+pub mod agent;
+pub mod cgroup;
+pub mod cli;
 pub mod engine;
+pub mod kernel;
+pub mod process;
+pub mod report;
+pub mod serve;
+pub mod store;

@@ -1,0 +1,1 @@
+//! The loop: sources to Input to Engine to Effect to sinks.

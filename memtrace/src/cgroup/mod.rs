@@ -1,0 +1,1 @@
+//! Memory cgroups: version, files, id and path, identity read off a path.

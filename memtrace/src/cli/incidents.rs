@@ -1,0 +1,12 @@
+//! `memtrace incidents`.
+
+use super::Outcome;
+
+/// Arguments of `memtrace incidents`.
+#[derive(clap::Args, Debug)]
+pub struct Args {}
+
+/// Runs the verb.
+pub fn run(_args: &Args) -> Outcome {
+    Ok(0)
+}

@@ -1,0 +1,81 @@
+//! The command line: one file per verb, arguments in, text out; and the one place that decides exit codes.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub mod doctor;
+pub mod incidents;
+pub mod replay;
+pub mod report;
+pub mod schema;
+
+/// The memory flight recorder for Linux: what happened at an OOM kill, how it got there, who did it.
+#[derive(Parser, Debug)]
+#[command(name = "memtrace", version, max_term_width = 100, propagate_version = true)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 this kernel or these privileges cannot do it.")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The verbs.
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Show what this kernel and these privileges allow, and what is lost without the rest
+    Doctor(doctor::Args),
+    /// List what the agent recorded
+    Incidents(incidents::Args),
+    /// The post-mortem of one incident or recording; works anywhere, without root
+    Report(report::Args),
+    /// Run a journal through the engine again
+    Replay(replay::Args),
+    /// Print the JSON Schema of the incident file
+    Schema(schema::Args),
+}
+
+/// A refusal with its own exit code; everything else is exit code 1.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The command line or the configuration is wrong: exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// This kernel or these privileges cannot do it: exit code 3.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// What a verb ends with; `record` passes its child's code on.
+pub type Outcome = anyhow::Result<u8>;
+
+/// Runs the verb and turns its outcome into the process's exit code.
+pub fn run(cli: Cli) -> ExitCode {
+    let outcome = match cli.verb {
+        Verb::Doctor(args) => doctor::run(&args),
+        Verb::Incidents(args) => incidents::run(&args),
+        Verb::Report(args) => report::run(&args),
+        Verb::Replay(args) => replay::run(&args),
+        Verb::Schema(args) => schema::run(&args),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "memtrace: {error:#}");
+            ExitCode::from(match error.downcast_ref::<Refusal>() {
+                Some(Refusal::Usage(_)) => 2,
+                Some(Refusal::Unsupported(_)) => 3,
+                None => 1,
+            })
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,12 @@
+//! `memtrace schema`.
+
+use super::Outcome;
+
+/// Arguments of `memtrace schema`.
+#[derive(clap::Args, Debug)]
+pub struct Args {}
+
+/// Runs the verb.
+pub fn run(_args: &Args) -> Outcome {
+    Ok(0)
+}

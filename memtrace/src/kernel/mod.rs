@@ -1,0 +1,1 @@
+//! The kernel: its layout (btf), what it can do (support), its log (log), its programs (probe).

@@ -1,0 +1,1 @@
+//! Processes: taking stock of what already runs.

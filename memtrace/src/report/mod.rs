@@ -1,0 +1,1 @@
+//! Incident to text and JSON; pure.
