@@ -7,10 +7,10 @@ use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{RECLAIM_BEGIN, RECLAIM_END, Reclaim};
 
+use crate::control;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current};
 use crate::maps::{RECLAIM_GATE, RECLAIMING};
-use crate::control;
 
 /// A reclaim shorter than this ends without a record.
 const WORTH_TELLING_NS: u64 = 1_000_000;

@@ -6,9 +6,7 @@ use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::{Loss, Ring};
-use memtrace_common::event::{
-    MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, UNKNOWN,
-};
+use memtrace_common::event::{MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, UNKNOWN};
 
 use super::fault::take_fault;
 use crate::emit::{boot_ns, emit, lose};
