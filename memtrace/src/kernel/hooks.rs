@@ -42,13 +42,28 @@ pub enum Hook {
 }
 
 /// Whether memtrace runs at all without a hook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Need {
     /// Without it memtrace has nothing true to say.
     Required,
     /// Without it something is lost, and said.
     Optional,
 }
+
+/// A kernel function, with what the program believes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Function {
+    /// Its name.
+    pub name: &'static str,
+    /// How many parameters it has; with another number the program would read the wrong ones.
+    pub args: u32,
+}
+
+/// `oom_kill_process(oc, message)`.
+const OOM_KILL_PROCESS: Function = Function { name: "oom_kill_process", args: 2 };
+/// `page_counter_try_charge(counter, pages, fail)`.
+const TRY_CHARGE: Function = Function { name: "page_counter_try_charge", args: 3 };
 
 /// How a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -57,17 +72,27 @@ pub enum Attach {
     /// A raw tracepoint, by the tracepoint's name.
     RawTracepoint(&'static str),
     /// The entry of a function, by BTF.
-    Fentry(&'static str),
+    Fentry(Function),
     /// The entry of a function, by a breakpoint.
-    Kprobe(&'static str),
+    Kprobe(Function),
 }
 
 impl std::fmt::Display for Attach {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::RawTracepoint(target) => write!(f, "raw tracepoint {target}"),
-            Self::Fentry(target) => write!(f, "fentry {target}"),
-            Self::Kprobe(target) => write!(f, "kprobe {target}"),
+            Self::Fentry(target) => write!(f, "fentry {}", target.name),
+            Self::Kprobe(target) => write!(f, "kprobe {}", target.name),
+        }
+    }
+}
+
+impl Attach {
+    /// The function, unless it is a tracepoint.
+    pub const fn function(self) -> Option<Function> {
+        match self {
+            Self::RawTracepoint(_) => None,
+            Self::Fentry(function) | Self::Kprobe(function) => Some(function),
         }
     }
 }
@@ -85,11 +110,11 @@ const fn raw(name: &'static str, tracepoint: &'static str) -> Program {
     Program { name, attach: Attach::RawTracepoint(tracepoint) }
 }
 
-const fn fentry(name: &'static str, function: &'static str) -> Program {
+const fn fentry(name: &'static str, function: Function) -> Program {
     Program { name, attach: Attach::Fentry(function) }
 }
 
-const fn kprobe(name: &'static str, function: &'static str) -> Program {
+const fn kprobe(name: &'static str, function: Function) -> Program {
     Program { name, attach: Attach::Kprobe(function) }
 }
 
@@ -116,71 +141,173 @@ impl Hook {
 
     /// The stable name.
     pub const fn name(self) -> &'static str {
-        match self {
-            Self::Rss => "rss",
-            Self::Oom => "oom",
-            Self::Kill => "kill",
-            Self::Fork => "fork",
-            Self::Exec => "exec",
-            Self::Exit => "exit",
-            Self::ExitMmap => "exit_mmap",
-            Self::CgroupMkdir => "cgroup_mkdir",
-            Self::CgroupRmdir => "cgroup_rmdir",
-            Self::CgroupAttach => "cgroup_attach",
-            Self::ReclaimBegin => "reclaim_begin",
-            Self::ReclaimEnd => "reclaim_end",
-            Self::Fault => "fault",
-            Self::Map => "map",
-            Self::OomDecision => "oom_decision",
-            Self::Charge => "charge",
-        }
+        self.about().name
     }
 
     /// Whether memtrace runs without it.
     pub const fn need(self) -> Need {
-        match self {
-            Self::Rss | Self::Oom | Self::Kill | Self::Fork | Self::Exec | Self::Exit => Need::Required,
-            _ => Need::Optional,
-        }
+        self.about().need
     }
 
     /// Its programs in order of preference; the first that attaches is used.
     pub const fn programs(self) -> &'static [Program] {
-        const PROGRAMS: [&[Program]; 16] = [
-            &[raw("rss_stat", "rss_stat")],
-            &[raw("mark_victim", "mark_victim")],
-            &[raw("signal_generate", "signal_generate")],
-            &[raw("process_fork", "sched_process_fork")],
-            &[raw("process_exec", "sched_process_exec")],
-            &[raw("process_exit", "sched_process_exit")],
-            &[raw("exit_mmap", "exit_mmap")],
-            &[raw("cgroup_mkdir", "cgroup_mkdir")],
-            &[raw("cgroup_rmdir", "cgroup_rmdir")],
-            &[raw("cgroup_attach", "cgroup_attach_task")],
-            &[raw("reclaim_begin", "mm_vmscan_memcg_reclaim_begin")],
-            &[raw("reclaim_end", "mm_vmscan_memcg_reclaim_end")],
-            &[raw("page_fault_user", "page_fault_user")],
-            &[raw("sys_exit", "sys_exit")],
-            &[fentry("oom_decision_fentry", "oom_kill_process"), kprobe("oom_decision_kprobe", "oom_kill_process")],
-            &[fentry("charge_fentry", "page_counter_try_charge"), kprobe("charge_kprobe", "page_counter_try_charge")],
-        ];
+        self.about().programs
+    }
+
+    /// Sets of [`memtrace_common::layout::KernelLayout`] fields: it works when one set is there in full.
+    pub const fn fields(self) -> &'static [&'static [&'static str]] {
+        self.about().fields
+    }
+
+    /// What is lost without it, one sentence.
+    pub const fn lost(self) -> &'static str {
+        self.about().lost
+    }
+
+    /// The hook of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|hook| hook.name() == name)
+    }
+
+    const fn about(self) -> About {
+        use Need::{Optional, Required};
+        const ANY: &[&[&str]] = &[];
         match self {
-            Self::Rss => PROGRAMS[0],
-            Self::Oom => PROGRAMS[1],
-            Self::Kill => PROGRAMS[2],
-            Self::Fork => PROGRAMS[3],
-            Self::Exec => PROGRAMS[4],
-            Self::Exit => PROGRAMS[5],
-            Self::ExitMmap => PROGRAMS[6],
-            Self::CgroupMkdir => PROGRAMS[7],
-            Self::CgroupRmdir => PROGRAMS[8],
-            Self::CgroupAttach => PROGRAMS[9],
-            Self::ReclaimBegin => PROGRAMS[10],
-            Self::ReclaimEnd => PROGRAMS[11],
-            Self::Fault => PROGRAMS[12],
-            Self::Map => PROGRAMS[13],
-            Self::OomDecision => PROGRAMS[14],
-            Self::Charge => PROGRAMS[15],
+            Self::Rss => About {
+                name: "rss",
+                need: Required,
+                programs: const { &[raw("rss_stat", "rss_stat")] },
+                fields: ANY,
+                lost: "There is no timeline of memory and nothing to attribute growth with.",
+            },
+            Self::Oom => About {
+                name: "oom",
+                need: Required,
+                programs: const { &[raw("mark_victim", "mark_victim")] },
+                fields: &[&["mark_victim_is_task"]],
+                lost: "OOM kills are not seen.",
+            },
+            Self::Kill => About {
+                name: "kill",
+                need: Required,
+                programs: const { &[raw("signal_generate", "signal_generate")] },
+                fields: ANY,
+                lost: "A process the OOM killer killed cannot be told from one it only marked, \
+                       and group kills are not seen in full.",
+            },
+            Self::Fork => About {
+                name: "fork",
+                need: Required,
+                programs: const { &[raw("process_fork", "sched_process_fork")] },
+                fields: ANY,
+                lost: "New processes have no parent and no start, so memory cannot be tied to a process.",
+            },
+            Self::Exec => About {
+                name: "exec",
+                need: Required,
+                programs: const { &[raw("process_exec", "sched_process_exec")] },
+                fields: ANY,
+                lost: "Processes keep the name and the address space of the program they were forked from.",
+            },
+            Self::Exit => About {
+                name: "exit",
+                need: Required,
+                programs: const { &[raw("process_exit", "sched_process_exit")] },
+                fields: ANY,
+                lost: "Processes never end, so memory is counted that is long freed.",
+            },
+            Self::ExitMmap => About {
+                name: "exit_mmap",
+                need: Optional,
+                programs: const { &[raw("exit_mmap", "exit_mmap")] },
+                fields: ANY,
+                lost: "The end of an address space is told by the exit of its process, a little early.",
+            },
+            Self::CgroupMkdir => About {
+                name: "cgroup_mkdir",
+                need: Optional,
+                programs: const { &[raw("cgroup_mkdir", "cgroup_mkdir")] },
+                fields: ANY,
+                lost: "Cgroups that live for less than a moment stay without a path.",
+            },
+            Self::CgroupRmdir => About {
+                name: "cgroup_rmdir",
+                need: Optional,
+                programs: const { &[raw("cgroup_rmdir", "cgroup_rmdir")] },
+                fields: ANY,
+                lost: "Removed cgroups are forgotten by age only.",
+            },
+            Self::CgroupAttach => About {
+                name: "cgroup_attach",
+                need: Optional,
+                programs: const { &[raw("cgroup_attach", "cgroup_attach_task")] },
+                fields: ANY,
+                lost: "A process that moves to another cgroup is noticed at its next reading.",
+            },
+            Self::ReclaimBegin => About {
+                name: "reclaim_begin",
+                need: Optional,
+                programs: const { &[raw("reclaim_begin", "mm_vmscan_memcg_reclaim_begin")] },
+                fields: ANY,
+                lost: "There is no warning before a kill, and near misses are not seen.",
+            },
+            Self::ReclaimEnd => About {
+                name: "reclaim_end",
+                need: Optional,
+                programs: const { &[raw("reclaim_end", "mm_vmscan_memcg_reclaim_end")] },
+                fields: ANY,
+                lost: "How long tasks were held up by reclaim is unknown.",
+            },
+            Self::Fault => About {
+                name: "fault",
+                need: Optional,
+                programs: const { &[raw("page_fault_user", "page_fault_user")] },
+                fields: ANY,
+                lost: "Stacks of first touches come from memory readings only, which are coarser before Linux 6.2.",
+            },
+            Self::Map => About {
+                name: "map",
+                need: Optional,
+                programs: const { &[raw("sys_exit", "sys_exit")] },
+                fields: &[
+                    &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
+                    &["regs_syscallno", "regs_orig_x0", "regs_regs"],
+                ],
+                lost: "Which code mapped memory (mmap, brk) is unknown; which code touched it first is not.",
+            },
+            Self::OomDecision => About {
+                name: "oom_decision",
+                need: Optional,
+                programs: const {
+                    &[fentry("oom_decision_fentry", OOM_KILL_PROCESS), kprobe("oom_decision_kprobe", OOM_KILL_PROCESS)]
+                },
+                fields: &[&["oom_memcg", "oom_chosen"]],
+                lost: "The cgroup that ran out is inferred from the page counters and the kernel log \
+                       instead of read from the OOM killer.",
+            },
+            Self::Charge => About {
+                name: "charge",
+                need: Optional,
+                programs: const { &[fentry("charge_fentry", TRY_CHARGE), kprobe("charge_kprobe", TRY_CHARGE)] },
+                fields: ANY,
+                lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is seen \
+                       by sampling the cgroup only.",
+            },
         }
+    }
+}
+
+/// All there is to say about a hook.
+struct About {
+    name: &'static str,
+    need: Need,
+    programs: &'static [Program],
+    fields: &'static [&'static [&'static str]],
+    lost: &'static str,
+}
+
+impl std::fmt::Display for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
