@@ -1,1 +1,3 @@
 //! The kernel: its layout (btf), what it can do (support), its log (log), its programs (probe).
+
+pub mod object;
