@@ -16,14 +16,10 @@ pub struct Control {
     pub cpus: u32,
     /// log2 of the page size.
     pub page_shift: u32,
-    /// tgid of the agent: never recorded as a grower.
-    pub agent_tgid: u32,
-    /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
-    pub reclaim_interval_ns: u64,
     /// 1 when the running kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
     pub percpu_lookup: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
+    pub reclaim_interval_ns: u64,
 }
 
 /// Name of the `Control` global in the object.

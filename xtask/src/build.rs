@@ -86,10 +86,10 @@ fn check_object(object: &Path) -> Result<()> {
     if !bytes.starts_with(b"\x7fELF") {
         bail!("{} is not an ELF object: is the linker a bpf-linker?", object.display());
     }
-    for section in [&b"\0.BTF\0"[..], b"\0license\0"] {
-        if !bytes.windows(section.len()).any(|window| window == section) {
-            let name = String::from_utf8_lossy(section);
-            bail!("{} has no section {}: the kernel would refuse it", object.display(), name.trim_matches('\0'));
+    for section in [".BTF\0", "license\0", "maps\0"] {
+        if !bytes.windows(section.len()).any(|window| window == section.as_bytes()) {
+            let name = section.trim_end_matches('\0');
+            bail!("{} has no section {name}: the loader would refuse it", object.display());
         }
     }
     say(format_args!("eBPF object: {} ({} KiB)", object.display(), bytes.len() / 1024));

@@ -1,3 +1,4 @@
 //! The kernel: its layout (btf), what it can do (support), its log (log), its programs (probe).
 
+pub mod btf;
 pub mod object;
