@@ -15,7 +15,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::hooks::{Attach, Hook, Need, Program};
+use super::hooks::{Attach, Hook, Program};
+use super::support::{AttachResult, Plan};
 
 /// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
 const MAX_BATCH_BYTES: usize = 4 << 20;
@@ -51,26 +52,9 @@ pub enum ProbeError {
         /// Why.
         reason: String,
     },
-    /// A required hook did not attach.
-    #[error("the required hook `{hook}` cannot be attached: {reason}")]
-    Required {
-        /// Hook name.
-        hook: &'static str,
-        /// The kernel's answer.
-        reason: String,
-    },
     /// A map is missing from the object or of the wrong kind.
     #[error("the eBPF object has no usable map {0}")]
     Map(&'static str),
-}
-
-/// What came of one hook.
-#[derive(Clone, Debug)]
-pub struct Attached {
-    /// The hook.
-    pub hook: Hook,
-    /// The program that is attached, or why none is.
-    pub result: Result<Program, String>,
 }
 
 /// One record of a batch: where it lies in the arena.
@@ -91,17 +75,17 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Loads `object`, attaches `hooks`, each by the first of its programs the kernel takes.
+    /// Loads `object` and tries every step of the plan, each by the first of its programs the kernel takes.
     ///
-    /// An optional hook that fails is in the answer with its reason; a required one is an error.
-    /// Must run inside a tokio runtime.
+    /// What came of each is in the answer; `support::Status` tells whether it is enough. Must run inside a tokio
+    /// runtime.
     pub fn load(
         object: &[u8],
         layout: &KernelLayout,
         settings: &Settings,
-        hooks: &[Hook],
+        plan: &Plan,
         btf: Option<&Path>,
-    ) -> Result<(Self, Vec<Attached>), ProbeError> {
+    ) -> Result<(Self, Vec<(Hook, AttachResult)>), ProbeError> {
         let btf = match btf {
             None => Btf::from_sys_fs()
                 .map_err(|error| ProbeError::Btf { path: "/sys/kernel/btf/vmlinux".into(), reason: error.to_string() }),
@@ -132,15 +116,15 @@ impl Probe {
                 .map_err(|error| ProbeError::Load(format!("failed to poll a ring: {error}")))?;
             rings.push((ring, buffer));
         }
-        let mut attached = Vec::new();
-        for &hook in hooks {
-            let result = attach_first(&mut ebpf, hook.programs(), &btf);
-            if let (Need::Required, Err(reason)) = (hook.need(), &result) {
-                return Err(ProbeError::Required { hook: hook.name(), reason: reason.clone() });
-            }
-            attached.push(Attached { hook, result });
-        }
-        Ok((Self { ebpf, rings, arena: Vec::new(), slots: Vec::new() }, attached))
+        let results = plan
+            .steps
+            .iter()
+            .map(|step| match attach_first(&mut ebpf, &step.programs, &btf) {
+                Ok(program) => (step.hook, AttachResult::Attached(program)),
+                Err(reason) => (step.hook, AttachResult::Failed(reason)),
+            })
+            .collect();
+        Ok((Self { ebpf, rings, arena: Vec::new(), slots: Vec::new() }, results))
     }
 
     /// Waits until a ring wants to be drained.
