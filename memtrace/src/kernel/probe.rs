@@ -305,10 +305,10 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
             raw.load().and_then(|()| raw.attach(name)).map(|_| ())
         }
         (AyaProgram::FEntry(fentry), Attach::Fentry(function)) => {
-            fentry.load(function, btf).and_then(|()| FEntry::attach(fentry)).map(|_| ())
+            fentry.load(function.name, btf).and_then(|()| FEntry::attach(fentry)).map(|_| ())
         }
         (AyaProgram::KProbe(kprobe), Attach::Kprobe(function)) => {
-            kprobe.load().and_then(|()| KProbe::attach(kprobe, function, 0)).map(|_| ())
+            kprobe.load().and_then(|()| KProbe::attach(kprobe, function.name, 0)).map(|_| ())
         }
         _ => return Err("is of another kind in the eBPF object".to_owned()),
     };
