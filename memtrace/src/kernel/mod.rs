@@ -3,4 +3,5 @@
 pub mod btf;
 pub mod facts;
 pub mod hooks;
+pub mod log;
 pub mod support;
