@@ -3,6 +3,7 @@
 /// Settings frozen into .rodata at load. All sizes are bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Control {
     /// Emit when resident memory moved by this much, unless the cgroup has its own quantum.
     pub quantum_bytes: u64,

@@ -34,6 +34,12 @@ pub fn pointer(base: u64, offset: u32) -> u64 {
     read(base, offset).unwrap_or(0)
 }
 
+/// Reads a `u32`; 0 when it cannot be read. (Comparing two `Option`s reads a register the verifier sees unset.)
+#[inline(always)]
+pub fn read_u32(base: u64, offset: u32) -> u32 {
+    read(base, offset).unwrap_or(0)
+}
+
 /// Pages to bytes; [`UNKNOWN`] stays.
 #[inline(always)]
 pub fn bytes(pages: u64) -> u64 {
@@ -87,7 +93,7 @@ pub fn memcg_id(memcg: u64) -> u64 {
 #[inline(always)]
 pub fn in_memory_hierarchy(cgroup: u64) -> bool {
     let root = pointer(cgroup, layout!(cgroup_root));
-    read::<u32>(root, layout!(cgroup_root_hierarchy_id)) == Some(control!(memory_hierarchy_id))
+    root != 0 && read_u32(root, layout!(cgroup_root_hierarchy_id)) == control!(memory_hierarchy_id)
 }
 
 /// A page limit in bytes: LONG_MAX / PAGE_SIZE pages is "no limit" (PAGE_COUNTER_MAX).

@@ -13,7 +13,7 @@ use memtrace_common::event::{
 };
 
 use crate::emit::{boot_ns, emit, lose};
-use crate::kernel::{self, bytes, current, pointer, read};
+use crate::kernel::{self, bytes, current, pointer, read, read_u32};
 use crate::layout;
 use crate::maps::LAST_KILL;
 use crate::stack::emit_trigger_stack;
@@ -67,9 +67,9 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
     } else {
         // The pid variant: the SIGKILL just sent on this CPU names the task, else it is the trigger itself.
         let pid: u32 = ctx.arg::<i32>(0) as u32;
-        if read(last.target, layout!(task_pid)) == Some(pid) {
+        if read_u32(last.target, layout!(task_pid)) == pid {
             last.target
-        } else if read(current(), layout!(task_pid)) == Some(pid) {
+        } else if read_u32(current(), layout!(task_pid)) == pid {
             current()
         } else {
             lose(Ring::Ledger, Loss::NoOwner);

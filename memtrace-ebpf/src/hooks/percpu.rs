@@ -19,7 +19,8 @@ fn percpu_init(_ctx: RawTracePointContext) -> i32 {
     if control!(percpu_lookup) == 0 || layout!(bpf_array_pptrs) == ABSENT {
         return 0;
     }
-    let map = (&raw const PERCPU_PROBE) as u64;
+    let Some(first) = PERCPU_OFFSETS.get_ptr_mut(0) else { return 0 };
+    let map = forget_pointer(first, (&raw const PERCPU_PROBE) as u64);
     let Ok(base) = (unsafe { bpf_probe_read_kernel((map + layout!(bpf_array_pptrs) as u64) as *const u64) }) else {
         return 0;
     };
@@ -35,12 +36,17 @@ fn percpu_init(_ctx: RawTracePointContext) -> i32 {
             return 0;
         }
         let Some(slot) = PERCPU_OFFSETS.get_ptr_mut(cpu) else { return 0 };
-        unsafe {
-            // Through memory, so that the verifier forgets that it is a pointer and allows the subtraction.
-            core::ptr::write_volatile(slot, element as u64);
-            let address = core::ptr::read_volatile(slot);
-            core::ptr::write_volatile(slot, address.wrapping_sub(base));
-        }
+        let address = forget_pointer(slot, element as u64);
+        unsafe { *slot = address.wrapping_sub(base) };
     }
     0
+}
+
+/// Passes an address through memory, so that the verifier takes it for a number and allows arithmetic on it.
+#[inline(always)]
+fn forget_pointer(through: *mut u64, address: u64) -> u64 {
+    unsafe {
+        core::ptr::write_volatile(through, address);
+        core::ptr::read_volatile(through)
+    }
 }

@@ -7,15 +7,14 @@ use memtrace_common::event::{Exec, Exit, FORK_SHARES_MM, Fork, UNKNOWN};
 
 use super::rss::follow;
 use crate::emit::{boot_ns, emit};
-use crate::kernel::{self, bytes, is_kthread, pointer, read};
+use crate::kernel::{self, bytes, is_kthread, pointer, read, read_u32};
 use crate::{control, layout};
 
 /// `sched_process_fork(parent, child)`, threads included; runs when the child is complete.
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 fn process_fork(ctx: RawTracePointContext) -> i32 {
     let (parent, child): (u64, u64) = (ctx.arg(0), ctx.arg(1));
-    let tgid: Option<u32> = read(child, layout!(task_tgid));
-    if tgid == read(parent, layout!(task_tgid)) {
+    if read_u32(child, layout!(task_tgid)) == read_u32(parent, layout!(task_tgid)) {
         return 0;
     }
     let mm = pointer(child, layout!(task_mm));
