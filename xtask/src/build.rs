@@ -64,7 +64,7 @@ fn ebpf_command(place: &Place, toolchain: &Toolchain) -> Result<Command> {
         "-Cdebuginfo=2".to_owned(),
         "-Clink-arg=--btf".to_owned(),
         format!("-Clinker={linker}"),
-        // the object is the same wherever it is built
+        // no path of this checkout goes into the object
         format!("--remap-path-prefix={root}=."),
     ];
     let mut build = toolchain.cargo(place);

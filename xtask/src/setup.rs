@@ -72,7 +72,7 @@ pub(crate) fn cargo_tool(place: &Place, name: &str, version: &str) -> Result<()>
     }
     say(format_args!("installing {name} {version} into target/tools; this takes some minutes, once"));
     let mut install = cargo(place);
-    install.args(["install", name, "--version", version, "--locked", "--quiet", "--root"]).arg(place.tools());
+    install.args(["install", name, "--version", version, "--locked", "--root"]).arg(place.tools());
     run_command(&mut install).with_context(|| format!("failed to install {name}"))
 }
 
@@ -104,7 +104,7 @@ fn linker(place: &Place, llvm: u32) -> Result<()> {
         path.push(rest);
     }
     let mut install = cargo(place);
-    install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--quiet", "--force"]);
+    install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--force"]);
     install.args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"]).arg(place.tools());
     install.env("LLVM_PREFIX", prefix).env("PATH", path);
     run_command(&mut install).context("failed to build bpf-linker")
