@@ -1,1 +1,3 @@
 //! Processes: taking stock of what already runs.
+
+pub mod stock;
