@@ -162,6 +162,9 @@ fn sum_up(layers: &[Layer], ci: bool) -> Summary {
             }
         }
     }
+    if summary.total.passed + summary.total.failed == 0 {
+        summary.troubles.push("no test ran".to_owned());
+    }
     summary
 }
 
@@ -247,7 +250,9 @@ mod tests {
 
     #[test]
     fn a_layer_that_could_not_run_fails_only_ci() {
-        let layers = [Layer { name: "in the kernel", ended: Ended::Skipped { why: "not root" } }];
+        let units = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 0 }, success: true };
+        let kernel = Ended::Skipped { why: "not root" };
+        let layers = [Layer { name: "units", ended: units }, Layer { name: "in the kernel", ended: kernel }];
         assert!(sum_up(&layers, false).troubles.is_empty());
         assert!(sum_up(&layers, false).lines.iter().any(|line| line.contains("NOT RUN")));
         assert_eq!(sum_up(&layers, true).troubles.len(), 1);
@@ -255,7 +260,13 @@ mod tests {
 
     #[test]
     fn a_layer_that_did_not_build_fails() {
-        let ended = Ended::Ran { tally: Tally::default(), success: false };
+        let ended = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 0 }, success: false };
         assert_eq!(sum_up(&[Layer { name: "units", ended }], false).troubles.len(), 1);
+    }
+
+    #[test]
+    fn a_run_of_no_test_fails() {
+        let ended = Ended::Ran { tally: Tally::default(), success: true };
+        assert_eq!(sum_up(&[Layer { name: "units", ended }], false).troubles, ["no test ran"]);
     }
 }
