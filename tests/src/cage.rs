@@ -191,6 +191,21 @@ pub fn own_place() -> anyhow::Result<Place> {
     place_of(&membership, &mounts)
 }
 
+/// The kernel's watermark of the memory cgroup this process runs in; `None` where v2 does not show it (before 5.19).
+pub fn own_peak() -> anyhow::Result<(Place, Option<u64>)> {
+    let place = own_place()?;
+    let file = place.dir.join(match place.version {
+        Version::V1 => "memory.max_usage_in_bytes",
+        Version::V2 => "memory.peak",
+    });
+    if !file.exists() {
+        return Ok((place, None));
+    }
+    let text = fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
+    let peak = text.trim().parse().with_context(|| format!("{} is not a number", file.display()))?;
+    Ok((place, Some(peak)))
+}
+
 fn place_of(membership: &str, mounts: &str) -> anyhow::Result<Place> {
     let mut unified = None;
     let mut memory = None;

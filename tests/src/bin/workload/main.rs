@@ -90,6 +90,8 @@ enum What {
     },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
+    /// Print the kernel's watermark of the memory cgroup this runs in
+    OwnPeak,
     /// What the families spawn: take memory under another name, then wait for the end of stdin or exit
     #[command(hide = true)]
     Member {
@@ -146,6 +148,10 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(code));
         }
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
+        What::OwnPeak => {
+            let (place, peak) = memtrace_tests::cage::own_peak()?;
+            say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;
+        }
         What::Member { mib, wait, .. } => {
             let held = memory::touched(mib);
             say("ready", &json!({ "anon_mib": mib }))?;
