@@ -6,3 +6,4 @@ pub mod json;
 pub mod printk;
 pub mod process;
 pub mod programs;
+pub mod sample;

@@ -1,5 +1,7 @@
 //! kill -9 in a storm of kills: what was listed stays, what was under way is recovered, a torn journal is said so.
 
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -165,9 +167,9 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
         let mut agent = options.start().with_context(|| format!("{damage}: start on a torn journal"))?;
         let said = agent.stderr().to_lowercase();
         let words = ["torn", "truncated", "damaged", "corrupt", "cut"];
-        let told = said.lines().any(|line| {
-            words.iter().any(|word| line.contains(word)) && line.contains(|c: char| c.is_ascii_digit())
-        });
+        let told = said
+            .lines()
+            .any(|line| words.iter().any(|word| line.contains(word)) && line.contains(|c: char| c.is_ascii_digit()));
         ensure!(told, "{damage}: no word and count about the torn journal; it said:\n{said}");
         let listed = options.incidents()?;
         ensure!(both(&listed), "{damage}: incidents lost or doubled: {:?}", count(&listed, &kills));

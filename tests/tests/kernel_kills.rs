@@ -1,5 +1,7 @@
 //! A hundred OOM kills of five kinds, one after another: each becomes exactly one incident that says the truth.
 
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, Cursor};
 use std::path::Path;

@@ -1,5 +1,7 @@
 //! `memtrace record`: peaks against `/usr/bin/time -v` and the cgroup's own, the child's exit code, output and user.
 
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -1,5 +1,7 @@
 //! At quiet moments the agent's view of a process equals /proc/PID/status: one thread, eight threads, a fork.
 
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! The tools of these tests on their own: workloads reach what they promise, cages kill, the kernel log is read.
 
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::time::Duration;
