@@ -1,1 +1,3 @@
-//! Processes: taking stock of what already runs.
+//! Processes: taking stock of what already runs, names for addresses.
+
+pub mod kallsyms;
