@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod cage;
+pub mod figures;
 pub mod json;
 pub mod printk;
 pub mod process;

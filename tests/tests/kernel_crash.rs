@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::{Options, successful};
 use memtrace_tests::cage::Cage;
+use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::process::boot_ns;
 use memtrace_tests::programs::{self, require_root};
@@ -69,7 +70,7 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     let options = Options::below(dir.path());
     // Not a secret and not repeatable on purpose: another moment every run, printed so that a failure can be told.
     let mut seed = u64::from(SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos()) | 1;
-    println!("seed {seed}");
+    say(format_args!("seed {seed}"));
     let mut kills = Vec::new();
     let mut due = Vec::new();
     for round in 0..ROUNDS {
@@ -98,7 +99,11 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
         let safe = |kill: &&Kill| kill.begun_boot_ns >= ready && kill.reaped_boot_ns + JOURNAL_NS <= crashed;
         due.extend(storm.iter().filter(safe).copied());
         kills.extend(storm);
-        println!("round {round}: killed after {pause:?}, {} kills due so far, {} listed", due.len(), listed.len());
+        say(format_args!(
+            "round {round}: killed after {pause:?}, {} kills due so far, {} listed",
+            due.len(),
+            listed.len()
+        ));
 
         // What was finished is still there and readable, with nobody running.
         let after = ids(&options.incidents()?)?;
@@ -113,7 +118,11 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     let listed = options.incidents_when(Duration::from_secs(30), complete)?;
     let missing = count(&listed, &due).values().filter(|n| **n == 0).count();
     let doubled = count(&listed, &kills).values().filter(|n| **n > 1).count();
-    println!("{} kills, {} while an agent watched, {missing} missing, {doubled} doubled", kills.len(), due.len());
+    say(format_args!(
+        "{} kills, {} while an agent watched, {missing} missing, {doubled} doubled",
+        kills.len(),
+        due.len()
+    ));
     ensure!(missing == 0 && doubled == 0, "{missing} missing, {doubled} doubled; it said:\n{}", agent.stderr());
     for id in ids(&listed)? {
         options.report(&id)?;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::Options;
 use memtrace_tests::cage::Cage;
+use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::printk::{self, Anchor, KernelLog, KillLines};
 use memtrace_tests::process;
@@ -339,14 +340,17 @@ fn check_incident(
 fn print_table(measured: &mut [Measured], anchors: &[Anchor], burst_us: u64) -> anyhow::Result<()> {
     let (drift, unsure) = printk::drift(anchors)?;
     let offset = anchors.first().context("no anchor")?.offset_ns;
-    println!("200 MB without a limit: {burst_us} us at best");
-    println!("printk to boot clock: {offset} ns, moved {drift} ns over {} anchors, each ±{unsure} ns", anchors.len());
-    println!("kind        runs  kills  incidents  kill-to-line median/max us  curve off limit  peak off");
+    say(format_args!("200 MB without a limit: {burst_us} us at best"));
+    say(format_args!(
+        "printk to boot clock: {offset} ns, moved {drift} ns over {} anchors, each ±{unsure} ns",
+        anchors.len()
+    ));
+    say(format_args!("kind        runs  kills  incidents  kill-to-line median/max us  curve off limit  peak off"));
     for (kind, m) in KINDS.iter().zip(measured) {
         m.lag_ns.sort_unstable();
         let median = m.lag_ns.get(m.lag_ns.len() / 2).copied().unwrap_or_default();
         let max = m.lag_ns.last().copied().unwrap_or_default();
-        println!(
+        say(format_args!(
             "{:<10} {:>5} {:>6} {:>10} {:>15.1} / {:>9.1} {:>16} {:>9}",
             kind.name,
             m.runs,
@@ -356,7 +360,7 @@ fn print_table(measured: &mut [Measured], anchors: &[Anchor], burst_us: u64) -> 
             max as f64 / 1000.0,
             m.off_limit,
             m.off_peak
-        );
+        ));
     }
     Ok(())
 }

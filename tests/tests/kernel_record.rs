@@ -8,6 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::json_of;
+use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
@@ -73,7 +74,7 @@ fn compare_peaks(name: &str, command: &[&str]) -> anyhow::Result<()> {
     let cpus = u64::try_from(std::thread::available_parallelism().map_or(1, usize::from))?;
     let page = u64::try_from(rustix::param::page_size())?;
     let approximate = cpus * ((2 * cpus).max(32) - 1) * 3 * page;
-    println!("{name:<8} time -v {timed}, max_rss_bytes {max_rss}, peak_bytes {peak_rss}");
+    say(format_args!("{name:<8} time -v {timed}, max_rss_bytes {max_rss}, peak_bytes {peak_rss}"));
     ensure!(max_rss.abs_diff(timed) <= page, "{name}: max_rss_bytes {max_rss}, time -v {timed}: {processes:?}");
     ensure!(peak_rss.abs_diff(timed) <= QUANTUM + approximate, "{name}: peak_bytes {peak_rss}, time -v {timed}");
 
@@ -82,7 +83,7 @@ fn compare_peaks(name: &str, command: &[&str]) -> anyhow::Result<()> {
     ensure!(own["path"] == path, "{name}: recorded cgroup {path}, the command ran in {}", own["path"]);
     if let Some(own) = own["peak_bytes"].as_u64() {
         let said = json::number(&recorded.incident, "/cgroup/peak_bytes")?;
-        println!("{name:<8} cgroup peak {own}, recorded {said}");
+        say(format_args!("{name:<8} cgroup peak {own}, recorded {said}"));
         ensure!(said.abs_diff(own) <= 64 * page * cpus, "{name}: cgroup peak {said}, the kernel says {own}");
     }
     Ok(())

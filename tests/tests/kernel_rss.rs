@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::process::{self, Rss};
 use memtrace_tests::programs::{self, require_root};
@@ -81,7 +82,7 @@ fn compare(agent: &Agent, name: &str, quiet: &Quiet) -> anyhow::Result<()> {
             let said = recorded(agent, pid, start)?;
             let truth = Rss::read(pid)?;
             let off = said.total().abs_diff(truth.total());
-            println!("{name:<10} pid {pid}: off by {off} B; recorded {said:?}, /proc {truth:?}");
+            say(format_args!("{name:<10} pid {pid}: off by {off} B; recorded {said:?}, /proc {truth:?}"));
             ensure!(off <= QUANTUM, "{name}: off by {off} B; recorded {said:?}, /proc {truth:?}");
         }
         std::thread::sleep(Duration::from_millis(200));

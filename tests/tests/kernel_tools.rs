@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::cage::Cage;
+use memtrace_tests::figures::say;
 use memtrace_tests::printk::{self, KernelLog};
 use memtrace_tests::process::{self, Rss};
 use memtrace_tests::programs::{self, require_root};
@@ -53,7 +54,7 @@ fn the_kernel_log_names_the_kill_and_its_clock_has_a_steady_offset() -> anyhow::
     let at = anchor.boot_ns(kill.killed_line_ns)?;
     assert!((before..=after).contains(&at), "{at} is not in {before}..{after}");
     let (drift, unsure) = printk::drift(&anchors)?;
-    println!("offset {} ns, uncertainty {} ns, drift {drift} ns", anchor.offset_ns, anchor.uncertainty_ns);
+    say(format_args!("offset {} ns, uncertainty {} ns, drift {drift} ns", anchor.offset_ns, anchor.uncertainty_ns));
     assert!(unsure < 500_000, "the offset is only known within {unsure} ns");
     cage.remove()
 }
