@@ -231,10 +231,12 @@ fn names_in_a_file_cannot_script_the_page_or_the_terminal() -> anyhow::Result<()
     std::fs::write(&file, packed(named.to_string().as_bytes())?)?;
     let page = run(report(&file, "html")?)?;
     let text = String::from_utf8_lossy(&page.stdout);
+    ensure!(page.status.success() && !text.is_empty(), "html: {}", page.status);
     for digit in 1..=3 {
         ensure!(!text.contains(&format!("<script>{digit}</script>")), "script {digit} is in the page");
     }
     let terminal = run(report(&file, "text")?)?;
+    ensure!(terminal.status.success() && !terminal.stdout.is_empty(), "text: {}", terminal.status);
     ensure!(!terminal.stdout.contains(&0x1b), "an escape character of the file reached the terminal");
     Ok(())
 }
