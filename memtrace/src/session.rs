@@ -165,6 +165,8 @@ impl Session {
                 cpus: possible_cpus(),
                 page_shift: rustix::param::page_size().trailing_zeros(),
                 percpu_lookup: u32::from(facts.percpu_lookup),
+                exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
+                reserved: 0,
                 reclaim_interval_ns: 5_000_000,
             },
             ledger_bytes: 1 << 20,
