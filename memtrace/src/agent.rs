@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Finding, Input};
-use crate::serve::{self, Ask, Counters};
+use crate::serve::{self, Counters};
 use crate::session::{self, Session};
 use crate::store::incidents::Incidents;
 use crate::store::journal;

@@ -237,9 +237,16 @@ impl Session {
             self.feed(Fact::Cgroup(cgroup));
         }
         let hierarchy = &self.hierarchy;
-        let stock = stock::take(clock::boot_ns(), |pid| hierarchy.id_of_process(pid));
-        for process in stock {
-            self.feed(Fact::Process(process));
+        match stock::take(|pid| hierarchy.id_of_process(pid), clock::boot_ns) {
+            Ok(stock) => {
+                if stock.left_out > 0 {
+                    warn!(left_out = stock.left_out, "more processes than are followed");
+                }
+                for process in stock.found {
+                    self.feed(Fact::Process(process));
+                }
+            }
+            Err(error) => warn!("{error:#}; processes are followed from their next change on"),
         }
         self.flush_journal();
     }

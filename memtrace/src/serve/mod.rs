@@ -166,7 +166,7 @@ async fn incident(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) ->
         .read(move |store| {
             let entry = store.find(&id).map_err(|error| error.to_string())?;
             let found = crate::store::incidents::read(&entry.path).map_err(|error| error.to_string())?;
-            report::json::full(&found).map_err(|error| error.to_string())
+            report::json::incident(&found).map_err(|error| error.to_string())
         })
         .await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
