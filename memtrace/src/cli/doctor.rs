@@ -162,7 +162,7 @@ impl Report {
             }
         }
         if self.status.hooks.iter().any(|hook| matches!(hook.state, State::Planned { .. })) {
-            line("\ntry: nothing stands in its way; the kernel is asked when memtrace starts.".to_owned());
+            line("\ntry: the types allow it; whether the kernel takes it is seen when memtrace starts.".to_owned());
         }
         let section = |out: &mut String, title: &str, problems: &[Problem]| {
             if problems.is_empty() {
