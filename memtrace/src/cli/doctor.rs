@@ -14,6 +14,7 @@ use crate::kernel::facts;
 use crate::kernel::support::{
     self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, State, Status,
 };
+use crate::session;
 
 /// Version of the `--json` output.
 const SCHEMA: u32 = 1;
@@ -76,7 +77,7 @@ pub struct Report {
 pub fn run(args: &Args) -> Outcome {
     let facts = facts::gather(args.btf.as_deref(), memory_controller());
     let plan = support::plan(&facts, &args.without);
-    let report = Report::new(&facts, Status::new(&plan, &[]));
+    let report = Report::new(&facts, tried(args).unwrap_or_else(|| Status::new(&plan, &[])));
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
@@ -86,6 +87,15 @@ pub fn run(args: &Args) -> Outcome {
     }
     out.flush()?;
     Ok(if report.verdict == Verdict::Impossible { UNSUPPORTED } else { 0 })
+}
+
+/// Loads and attaches for a moment, as the agent would: only the kernel knows. `None` where it refuses altogether, or
+/// without the privileges to ask; then the plan is all there is to say.
+fn tried(args: &Args) -> Option<Status> {
+    let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+    let _inside = runtime.enter();
+    session::attach(&options).ok().map(|(_, _, status)| status)
 }
 
 /// The memory controller's hierarchy in the kernel room's words.
