@@ -1,0 +1,684 @@
+//! Who holds what: processes, their address spaces and the cgroups those are charged to, kept consistent.
+//!
+//! Memory belongs to an address space; an address space belongs to its owner's cgroup. So processes that share one
+//! are counted once, and everything a cgroup holds is a sum over address spaces.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use memtrace_common::event as wire;
+
+use super::cgroups::Cgroups;
+use super::decode::{Reading, cgroup_id, field_text, known, printable};
+use super::incident::{Growth, MappingNote, TaskRow};
+use super::input::{CgroupFound, ProcessFound, Settings};
+use super::processes::{Key, ProcessRow, Processes, comm};
+use super::timeline::{MAX_BEFORE_NS, Point, Sums};
+
+/// Address spaces whose last user has exited and that are not yet torn down.
+const DYING_CAP: usize = 4096;
+/// The memory of such an address space is believed gone after this, if nobody says so.
+const DYING_NS: u64 = 2_000_000_000;
+/// Rows of an incident's growth table.
+pub(super) const GROWTH_CAP: usize = 64;
+/// Rows of an incident's task table.
+pub(super) const TASKS_CAP: usize = 1024;
+
+/// An address space. There are at most as many as processes, plus [`DYING_CAP`].
+#[derive(Clone, Debug)]
+struct Space {
+    /// The wire's identity; none for a process found running.
+    mm_id: Option<u64>,
+    owner: Key,
+    cgroup: Option<u64>,
+    sums: Sums,
+    users: u32,
+}
+
+/// Processes, address spaces and cgroups.
+#[derive(Clone, Debug)]
+pub(super) struct Book {
+    pub(super) processes: Processes,
+    pub(super) cgroups: Cgroups,
+    spaces: BTreeMap<u64, Space>,
+    by_mm_id: BTreeMap<u64, u64>,
+    dying: VecDeque<(u64, u64)>,
+    next_space: u64,
+    before_ns: u64,
+    /// Points put on curves by the input at hand, taken by the engine after it.
+    pub(super) fresh: Vec<(u64, Point)>,
+}
+
+impl Default for Book {
+    fn default() -> Self {
+        let settings = Settings::default();
+        let mut processes = Processes::default();
+        processes.ticks_per_second = settings.ticks_per_second;
+        Self {
+            processes,
+            cgroups: Cgroups::default(),
+            spaces: BTreeMap::new(),
+            by_mm_id: BTreeMap::new(),
+            dying: VecDeque::new(),
+            next_space: 0,
+            before_ns: settings.before_ns,
+            fresh: Vec::new(),
+        }
+    }
+}
+
+impl Book {
+    pub(super) fn configure(&mut self, settings: &Settings) {
+        self.before_ns = settings.before_ns.min(MAX_BEFORE_NS);
+        self.processes.ticks_per_second = settings.ticks_per_second;
+    }
+
+    // --- records -----------------------------------------------------------------------------------------------
+
+    /// Resident memory moved.
+    pub(super) fn rss(&mut self, r: &wire::RssChange) -> Option<Key> {
+        let ns = r.header.boot_ns;
+        let reading = Reading::from(&r.memcg);
+        let dying = r.flags & wire::RSS_DYING != 0;
+        let key = if dying {
+            self.processes.find(r.task.tgid, r.task.start_boot_ns)
+        } else {
+            Some(self.touch(&r.task, r.memcg.cgroup_id, ns))
+        };
+        self.ensure(reading.cgroup_id, ns);
+        let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
+        let live_mm = alive.map(|row| row.mm);
+        let space = match (known(r.mm_id), live_mm) {
+            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id)),
+            (Some(id), _) => self.by_mm_id.get(&id).copied(),
+            (None, mm) => mm.flatten(),
+        };
+        if let (Some(key), Some(serial), true, Some(_)) = (key, space, !dying, live_mm) {
+            self.attach_space(key, serial);
+        }
+        let mut resident = None;
+        if let Some(serial) = space
+            && let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&r.rss, s.sums))
+        {
+            self.set_space(serial, reading.cgroup_id, sums);
+            resident = Some(sums.resident());
+            if let (Some(key), Some(s)) = (key, self.spaces.get_mut(&serial)) {
+                s.owner = key;
+            }
+        }
+        if let Some(row) = key.and_then(|k| self.processes.get_mut(k)) {
+            let now = resident.unwrap_or_else(|| Sums::from_wire(&r.rss, Sums::default()).resident());
+            row.raise_peak(now.max(known(r.peak_bytes).unwrap_or(0)));
+            row.history.push(ns, now);
+        }
+        self.read(ns, &reading);
+        key
+    }
+
+    /// A process was created.
+    pub(super) fn fork(&mut self, r: &wire::Fork) -> Key {
+        let ns = r.header.boot_ns;
+        self.ensure(cgroup_id(r.cgroup_id), ns);
+        let parent = self.processes.find(r.parent.tgid, r.parent.start_boot_ns);
+        let (serial, shared) = parent
+            .and_then(|k| self.processes.get(k))
+            .map_or((None, None), |row| (Some(row.serial), row.mm.filter(|_| r.flags & wire::FORK_SHARES_MM != 0)));
+        let key = self.touch(&r.child, r.cgroup_id, ns);
+        if let Some(row) = self.processes.get_mut(key) {
+            row.parent_pid = r.parent.tgid;
+            row.parent_serial = serial.filter(|s| *s != row.serial);
+            let fresh = row.mm.is_none() && row.exited.is_none();
+            if let Some(space) = shared.filter(|_| fresh) {
+                self.attach_space(key, space);
+            }
+        }
+        key
+    }
+
+    /// A process replaced its program: the old address space is no longer its own.
+    pub(super) fn exec(&mut self, r: &wire::Exec) -> Key {
+        let ns = r.header.boot_ns;
+        self.ensure(cgroup_id(r.cgroup_id), ns);
+        let key = self.touch(&r.task, r.cgroup_id, ns);
+        let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
+        if let Some(id) = known(r.mm_id).filter(|_| alive) {
+            let space = self.space_of(id, key, cgroup_id(r.cgroup_id));
+            self.attach_space(key, space);
+        } else if let Some(old) = self.processes.get_mut(key).and_then(|row| row.mm.take()) {
+            self.release(old);
+        }
+        key
+    }
+
+    /// A process exited. Its memory stays counted until the address space is gone.
+    pub(super) fn exit(&mut self, r: &wire::Exit) -> Option<Key> {
+        let key = self.processes.find(r.task.tgid, r.task.start_boot_ns)?;
+        let row = self.processes.get_mut(key)?;
+        row.comm = comm(&r.task);
+        row.max_rss = row.max_rss.max(known(r.max_rss_bytes));
+        self.gone(key, r.header.boot_ns, Some(r.exit_code));
+        Some(key)
+    }
+
+    /// An address space is gone.
+    pub(super) fn mm_gone(&mut self, r: &wire::MmGone) -> Option<Key> {
+        if let Some(serial) = self.by_mm_id.get(&r.mm_id).copied() {
+            self.drop_space(serial);
+        }
+        let key = self.processes.find(r.task.tgid, r.task.start_boot_ns)?;
+        let row = self.processes.get_mut(key)?;
+        if let Some(peak) = known(r.peak_bytes) {
+            row.raise_peak(peak);
+        }
+        Some(key)
+    }
+
+    /// A process moved into a cgroup; the memory it owns goes along.
+    pub(super) fn attach(&mut self, r: &wire::CgroupAttach) -> Option<Key> {
+        let ns = r.header.boot_ns;
+        let id = cgroup_id(r.cgroup_id)?;
+        if r.whole_process == 0 && r.task.tid != r.task.tgid {
+            return None;
+        }
+        self.ensure(Some(id), ns);
+        let key = self.touch(&r.task, r.cgroup_id, ns);
+        let mm = self.processes.get(key).and_then(|row| row.mm);
+        if let Some((serial, sums)) =
+            mm.and_then(|s| self.spaces.get(&s).filter(|space| space.owner == key).map(|space| (s, space.sums)))
+        {
+            self.set_space(serial, Some(id), sums);
+        }
+        Some(key)
+    }
+
+    /// A cgroup was made or removed.
+    pub(super) fn cgroup_change(&mut self, r: &wire::CgroupChange) {
+        let ns = r.header.boot_ns;
+        let reading = Reading::from(&r.memcg);
+        let Some(id) = reading.cgroup_id else { return };
+        let bytes = usize::try_from(r.path_len).ok().and_then(|len| r.path.get(..len)).unwrap_or(&r.path);
+        let mut path = field_text(bytes);
+        if r.flags & wire::PATH_CUT != 0 {
+            path.push('…');
+        }
+        if self.cgroups.learn(id, cgroup_id(r.parent_id), (!path.is_empty()).then_some(path), ns) {
+            self.rebuild();
+        }
+        if let Some(row) = self.cgroups.get_mut(id).filter(|_| r.change == wire::CGROUP_MADE) {
+            row.removed = false;
+        }
+        self.read(ns, &reading);
+        if r.change == wire::CGROUP_REMOVED {
+            self.cgroups.remove(id);
+        }
+    }
+
+    /// A mapping call.
+    pub(super) fn mapping(&mut self, r: &wire::Mapping) -> Option<(u64, MappingNote)> {
+        let id = cgroup_id(r.cgroup_id)?;
+        self.ensure(Some(id), r.header.boot_ns);
+        let size = i64::try_from(r.size_bytes).unwrap_or(i64::MAX);
+        let (call, grew) = match r.call {
+            wire::CALL_MMAP => ("mmap", true),
+            wire::CALL_MUNMAP => ("munmap", false),
+            wire::CALL_MREMAP => ("mremap", r.grew != 0),
+            wire::CALL_BRK => ("brk", r.grew != 0),
+            wire::CALL_MADVISE => ("madvise", false),
+            _ => ("unknown", r.grew != 0),
+        };
+        let note = MappingNote {
+            boot_ns: r.header.boot_ns,
+            pid: r.task.tgid,
+            comm: comm(&r.task),
+            call: call.to_owned(),
+            address: r.address,
+            change_bytes: if grew { size } else { -size },
+            small_mapped_bytes: known(r.mapped_bytes).unwrap_or(0),
+            small_unmapped_bytes: known(r.unmapped_bytes).unwrap_or(0),
+        };
+        self.cgroups.note(id, note.clone());
+        Some((id, note))
+    }
+
+    /// What a mark says its victim holds is exact: the sums follow it.
+    pub(super) fn victim_rss(&mut self, m: &wire::OomVictim) {
+        let Some(key) = self.find(&m.victim) else { return };
+        let Some(serial) = self.processes.get(key).and_then(|row| row.mm) else { return };
+        let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&m.rss, s.sums)) else { return };
+        self.set_space(serial, None, sums);
+        if let Some(row) = self.processes.get_mut(key) {
+            row.history.push(m.header.boot_ns, sums.resident());
+            row.raise_peak(sums.resident());
+        }
+    }
+
+    /// A reading of a cgroup's counters, from whatever record.
+    pub(super) fn read(&mut self, boot_ns: u64, reading: &Reading) {
+        if let Some(id) = reading.cgroup_id {
+            self.ensure(Some(id), boot_ns);
+            self.cgroups.read(boot_ns, reading, self.before_ns, &mut self.fresh);
+        }
+    }
+
+    // --- facts -------------------------------------------------------------------------------------------------
+
+    /// A cgroup found. Without usage the fact tells who it is; with usage it is a reading too.
+    pub(super) fn cgroup_found(&mut self, found: &CgroupFound) {
+        let Some(id) = cgroup_id(found.id) else { return };
+        let path = printable(found.path.as_bytes());
+        let parent = found.parent_id.and_then(cgroup_id);
+        if self.cgroups.learn(id, parent, (!path.is_empty()).then_some(path), found.boot_ns) {
+            self.rebuild();
+        }
+        match found.usage_bytes {
+            None => self.cgroups.fill(id, found.limit_bytes, found.peak_bytes),
+            Some(usage) => {
+                let limit = found.limit_bytes.map_or(super::decode::Limit::Unlimited, super::decode::Limit::Bytes);
+                let reading = Reading {
+                    cgroup_id: Some(id),
+                    usage: Some(usage),
+                    limit,
+                    watermark: found.peak_bytes,
+                    ..Reading::default()
+                };
+                self.read(found.boot_ns, &reading);
+            }
+        }
+    }
+
+    /// A process found running. What records have told already stays.
+    pub(super) fn process_found(&mut self, found: &ProcessFound) -> Option<Key> {
+        let sums = Sums::of(found.anon_bytes, found.file_bytes, found.shmem_bytes, found.swap_bytes);
+        let cgroup = cgroup_id(found.cgroup_id);
+        let key = match self.processes.find_by_ticks(found.pid, found.start_ticks) {
+            Some(key) => key,
+            None => {
+                self.make_room();
+                let start = self.processes.start_of_ticks(found.start_ticks);
+                self.processes.insert((found.pid, start), false, found.start_ticks, found.boot_ns);
+                if let Some(row) = self.processes.get_mut((found.pid, start)) {
+                    row.parent_pid = found.parent_pid;
+                    row.comm = printable(found.comm.as_bytes());
+                }
+                (found.pid, start)
+            }
+        };
+        if self.processes.get(key)?.cgroup.is_none() {
+            self.ensure(cgroup, found.boot_ns);
+        }
+        let row = self.processes.get_mut(key)?;
+        row.cgroup = row.cgroup.or(cgroup);
+        let wants_space = row.mm.is_none() && row.exited.is_none() && !sums.is_zero();
+        if wants_space {
+            row.history.push(found.boot_ns, sums.resident());
+            row.raise_peak(sums.resident().max(found.peak_bytes));
+            let cgroup = row.cgroup;
+            let serial = self.new_space(None, key, cgroup);
+            self.attach_space(key, serial);
+            self.set_space(serial, cgroup, sums);
+        }
+        Some(key)
+    }
+
+    /// Time passes.
+    pub(super) fn tick(&mut self, now: u64) {
+        while self.dying.front().is_some_and(|(ns, _)| ns.saturating_add(DYING_NS) < now) {
+            let Some((_, serial)) = self.dying.pop_front() else { break };
+            self.drop_space(serial);
+        }
+        for serial in self.processes.tick(now) {
+            self.release(serial);
+        }
+    }
+
+    // --- questions ---------------------------------------------------------------------------------------------
+
+    /// Resident memory of a process now.
+    pub(super) fn sums_of(&self, row: &ProcessRow) -> Option<Sums> {
+        self.spaces.get(&row.mm?).map(|s| s.sums)
+    }
+
+    pub(super) fn in_scope(&self, row: &ProcessRow, root: Option<u64>) -> bool {
+        match (root, row.cgroup) {
+            (None, _) => true,
+            (Some(root), Some(id)) => self.cgroups.in_tree(id, root),
+            (Some(_), None) => false,
+        }
+    }
+
+    /// Live processes of a cgroup's tree (all of them without one), largest first, and how many were left out.
+    pub(super) fn tasks(&self, root: Option<u64>) -> (Vec<TaskRow>, u64) {
+        let mut rows: Vec<TaskRow> = self
+            .processes
+            .iter()
+            .filter(|row| row.exited.is_none() && self.in_scope(row, root))
+            .filter_map(|row| self.sums_of(row).map(|sums| task_row(row, &sums)))
+            .collect();
+        rows.sort_by_key(|t| (std::cmp::Reverse(resident(t)), t.pid, t.start_boot_ns));
+        let left_out = rows.len().saturating_sub(TASKS_CAP);
+        rows.truncate(TASKS_CAP);
+        (rows, left_out as u64)
+    }
+
+    /// How processes of a tree grew up to a moment, most grown first.
+    pub(super) fn growth(&self, at_ns: u64, keep: impl Fn(&ProcessRow) -> bool) -> Vec<Growth> {
+        let mut rows: Vec<Growth> =
+            self.processes.iter().filter(|row| keep(row)).filter_map(|row| growth_of(row, at_ns)).collect();
+        let grown = |g: &Growth| (g.last_1s_bytes, g.last_10s_bytes, g.last_100ms_bytes, g.rss_bytes);
+        rows.sort_by(|a, b| {
+            grown(b).cmp(&grown(a)).then_with(|| (a.pid, a.start_boot_ns).cmp(&(b.pid, b.start_boot_ns)))
+        });
+        rows.truncate(GROWTH_CAP);
+        rows
+    }
+
+    /// Sum over the address spaces of these processes, each counted once.
+    pub(super) fn sum_over(&self, keys: impl Iterator<Item = Key>) -> Sums {
+        let mut serials: Vec<u64> = keys.filter_map(|key| self.processes.get(key)?.mm).collect();
+        serials.sort_unstable();
+        serials.dedup();
+        let mut total = Sums::default();
+        serials.iter().filter_map(|s| self.spaces.get(s)).for_each(|s| total.add(&s.sums));
+        total
+    }
+
+    /// Notes of a tree up to a moment, oldest first.
+    pub(super) fn notes(&self, root: Option<u64>, from_ns: u64, to_ns: u64, cap: usize) -> Vec<MappingNote> {
+        let mut notes: Vec<MappingNote> = self
+            .cgroups
+            .iter()
+            .filter(|(id, row)| !row.notes.is_empty() && root.is_none_or(|root| self.cgroups.in_tree(*id, root)))
+            .flat_map(|(_, row)| row.notes.iter())
+            .filter(|n| (from_ns..=to_ns).contains(&n.boot_ns))
+            .cloned()
+            .collect();
+        notes.sort_by_key(|n| (n.boot_ns, n.pid, n.address));
+        notes.drain(..notes.len().saturating_sub(cap));
+        notes
+    }
+
+    /// The row of a wire task, as [`Processes::find`].
+    pub(super) fn find(&mut self, task: &wire::Task) -> Option<Key> {
+        self.processes.find(task.tgid, task.start_boot_ns)
+    }
+
+    #[cfg(test)]
+    fn spaces(&self) -> usize {
+        self.spaces.len()
+    }
+
+    pub(super) fn memory_estimate(&self) -> usize {
+        self.processes.memory_estimate() + self.cgroups.memory_estimate() + self.spaces.len() * 180
+    }
+
+    // --- the inside --------------------------------------------------------------------------------------------
+
+    /// The row of a live process, made when there is none. An older process of the same id must be gone.
+    fn touch(&mut self, task: &wire::Task, cgroup: u64, ns: u64) -> Key {
+        let key = match self.processes.find(task.tgid, task.start_boot_ns) {
+            Some(key) => key,
+            None => {
+                let key = (task.tgid, task.start_boot_ns);
+                let stale: Vec<Key> = self
+                    .processes
+                    .of_pid(task.tgid)
+                    .filter(|r| r.exited.is_none() && r.start_boot_ns < key.1)
+                    .map(ProcessRow::key)
+                    .collect();
+                for old in stale {
+                    self.gone(old, ns, None);
+                }
+                self.make_room();
+                let ticks = self.processes.ticks(task.start_boot_ns);
+                self.processes.insert(key, true, ticks, ns);
+                key
+            }
+        };
+        if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
+            let name = comm(task);
+            if !name.is_empty() && row.comm != name {
+                row.comm = name;
+            }
+            row.cgroup = cgroup_id(cgroup).or(row.cgroup);
+            row.last_ns = row.last_ns.max(ns);
+        }
+        key
+    }
+
+    fn make_room(&mut self) {
+        for serial in self.processes.make_room() {
+            self.release(serial);
+        }
+    }
+
+    fn ensure(&mut self, id: Option<u64>, ns: u64) {
+        if id.is_some_and(|id| self.cgroups.ensure(id, ns)) {
+            self.rebuild();
+        }
+    }
+
+    fn rebuild(&mut self) {
+        self.cgroups.rebuild(self.spaces.values().filter_map(|s| s.cgroup.map(|id| (id, s.sums))));
+    }
+
+    fn gone(&mut self, key: Key, ns: u64, code: Option<u32>) {
+        let Some(serial) = self.processes.exit(key, ns, code) else { return };
+        let Some(space) = self.spaces.get_mut(&serial) else { return };
+        space.users = space.users.saturating_sub(1);
+        if space.users > 0 {
+            return;
+        }
+        if self.dying.len() >= DYING_CAP
+            && let Some((_, oldest)) = self.dying.pop_front()
+        {
+            self.drop_space(oldest);
+        }
+        self.dying.push_back((ns, serial));
+    }
+
+    fn space_of(&mut self, mm_id: u64, owner: Key, cgroup: Option<u64>) -> u64 {
+        match self.by_mm_id.get(&mm_id) {
+            Some(serial) => *serial,
+            None => self.new_space(Some(mm_id), owner, cgroup),
+        }
+    }
+
+    fn new_space(&mut self, mm_id: Option<u64>, owner: Key, cgroup: Option<u64>) -> u64 {
+        self.next_space += 1;
+        let serial = self.next_space;
+        self.spaces.insert(serial, Space { mm_id, owner, cgroup, sums: Sums::default(), users: 0 });
+        if let Some(id) = mm_id {
+            self.by_mm_id.insert(id, serial);
+        }
+        serial
+    }
+
+    fn attach_space(&mut self, key: Key, serial: u64) {
+        let Some(row) = self.processes.get_mut(key) else { return };
+        if row.mm == Some(serial) {
+            return;
+        }
+        let old = row.mm.replace(serial);
+        if let Some(space) = self.spaces.get_mut(&serial) {
+            space.users = space.users.saturating_add(1);
+        }
+        if let Some(old) = old {
+            self.release(old);
+        }
+    }
+
+    fn release(&mut self, serial: u64) {
+        let Some(space) = self.spaces.get_mut(&serial) else { return };
+        space.users = space.users.saturating_sub(1);
+        if space.users == 0 {
+            self.drop_space(serial);
+        }
+    }
+
+    fn drop_space(&mut self, serial: u64) {
+        let Some(space) = self.spaces.remove(&serial) else { return };
+        if let Some(id) = space.mm_id {
+            self.by_mm_id.remove(&id);
+        }
+        if let Some(cgroup) = space.cgroup {
+            self.cgroups.account(cgroup, &space.sums, &Sums::default());
+        }
+        if let Some(row) = self.processes.get_mut(space.owner).filter(|row| row.mm == Some(serial)) {
+            row.mm = None;
+        }
+    }
+
+    fn set_space(&mut self, serial: u64, cgroup: Option<u64>, sums: Sums) {
+        let Some(space) = self.spaces.get_mut(&serial) else { return };
+        let (old_cgroup, old) = (space.cgroup, space.sums);
+        space.cgroup = cgroup.or(old_cgroup);
+        space.sums = sums;
+        let new_cgroup = space.cgroup;
+        if old_cgroup == new_cgroup {
+            if let Some(id) = new_cgroup {
+                self.cgroups.account(id, &old, &sums);
+            }
+            return;
+        }
+        if let Some(id) = old_cgroup {
+            self.cgroups.account(id, &old, &Sums::default());
+        }
+        if let Some(id) = new_cgroup {
+            self.cgroups.account(id, &Sums::default(), &sums);
+        }
+    }
+}
+
+/// anon, file and shmem of a task row.
+pub(super) fn resident(t: &TaskRow) -> u64 {
+    t.anon_bytes.saturating_add(t.file_bytes).saturating_add(t.shmem_bytes)
+}
+
+fn task_row(row: &ProcessRow, sums: &Sums) -> TaskRow {
+    TaskRow {
+        pid: row.pid,
+        start_boot_ns: row.exact.then_some(row.start_boot_ns),
+        comm: row.comm.clone(),
+        anon_bytes: sums.anon,
+        file_bytes: sums.file,
+        shmem_bytes: sums.shmem,
+        swap_bytes: sums.swap,
+        peak_bytes: row.peak.unwrap_or(0).max(sums.resident()),
+        victim: false,
+    }
+}
+
+fn growth_of(row: &ProcessRow, at_ns: u64) -> Option<Growth> {
+    const MILLI: u64 = 1_000_000;
+    let rss = row.history.at(at_ns)?;
+    if row.exited.is_some_and(|(exit, _)| exit < at_ns) {
+        return None;
+    }
+    let over = |window: u64| {
+        let then = at_ns.saturating_sub(window);
+        let before = row.history.at(then).or((row.exact && row.start_boot_ns >= then).then_some(0))?;
+        Some(i64::try_from(i128::from(rss) - i128::from(before)).unwrap_or(i64::MAX))
+    };
+    Some(Growth {
+        pid: row.pid,
+        start_boot_ns: row.start_boot_ns,
+        comm: row.comm.clone(),
+        rss_bytes: rss,
+        last_100ms_bytes: over(100 * MILLI),
+        last_1s_bytes: over(1000 * MILLI),
+        last_10s_bytes: over(10_000 * MILLI),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::sample::{self, MIB, Tweak};
+
+    fn tree(book: &Book, id: u64) -> u64 {
+        book.cgroups.get(id).map_or(0, |row| row.tree.anon)
+    }
+
+    #[test]
+    fn processes_that_share_an_address_space_count_once() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB).owned_by(100));
+        b.fork(&sample::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        assert_eq!(tree(&b, 5), 50 * MIB);
+        b.exit(&sample::exit(3_000, 10, 5, 9));
+        b.tick(10_000_000_000);
+        assert_eq!(tree(&b, 5), 50 * MIB, "the sharer still holds it");
+        b.exit(&sample::exit(4_000, 11, 5, 9));
+        assert_eq!(tree(&b, 5), 50 * MIB, "not yet torn down");
+        b.mm_gone(&sample::mm_gone(5_000, 10, 77, 60 * MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+        assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
+    }
+
+    #[test]
+    fn exec_replaces_and_attach_moves_memory() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.attach(&sample::attach(1_500, 10, 6));
+        assert_eq!((tree(&b, 5), tree(&b, 6)), (0, 50 * MIB));
+        b.exec(&sample::exec(2_000, 10, 6, "new", 10, 78));
+        assert_eq!((tree(&b, 6), b.spaces()), (0, 1));
+        b.rss(&sample::rss(3_000, 10, 6, 78, 3 * MIB));
+        let row = b.processes.get((10, sample::start(10))).unwrap();
+        assert_eq!((tree(&b, 6), row.peak), (3 * MIB, Some(50 * MIB)));
+    }
+
+    #[test]
+    fn memory_nobody_saw_torn_down_is_dropped_after_a_while_and_late_records_do_not_bring_it_back() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.exit(&sample::exit(2_000, 10, 5, 0));
+        b.tick(2_000 + DYING_NS + 1);
+        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+        b.rss(&sample::rss(1_500, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+    }
+
+    #[test]
+    fn a_found_process_is_replaced_by_its_records_and_not_the_other_way_round() {
+        let mut b = Book::default();
+        let ticks = b.processes.ticks(sample::start(10));
+        let found = ProcessFound {
+            pid: 10,
+            start_ticks: ticks,
+            cgroup_id: 5,
+            anon_bytes: 40 * MIB,
+            comm: "old\x1b".into(),
+            ..ProcessFound::default()
+        };
+        b.process_found(&found);
+        assert_eq!(tree(&b, 5), 40 * MIB);
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+        b.process_found(&found);
+        assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+    }
+
+    #[test]
+    fn a_reused_pid_ends_the_older_process() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        let mut second = sample::rss(2_000, 10, 5, 78, MIB);
+        second.task.start_boot_ns += 1_000_000_000;
+        b.rss(&second);
+        let first = b.processes.get((10, sample::start(10))).unwrap();
+        assert_eq!(first.exited, Some((2_000, None)));
+        assert_eq!(b.tasks(Some(5)).0.len(), 1);
+    }
+
+    #[test]
+    fn growth_knows_what_it_does_not_know() {
+        let mut b = Book::default();
+        let s = sample::start(10);
+        b.rss(&sample::rss(s + 20_000_000_000, 10, 5, 77, 50 * MIB));
+        b.rss(&sample::rss(s + 20_050_000_000, 10, 5, 77, 70 * MIB));
+        let g = &b.growth(s + 20_200_000_000, |_| true)[0];
+        assert_eq!((g.rss_bytes, g.last_100ms_bytes, g.last_1s_bytes), (70 * MIB, Some(0), None));
+        let g = &b.growth(s + 20_140_000_000, |_| true)[0];
+        assert_eq!(g.last_100ms_bytes, Some(20 * MIB as i64));
+    }
+}

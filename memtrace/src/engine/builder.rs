@@ -1,0 +1,270 @@
+//! From what was gathered to the incident as the file holds it.
+
+use super::book::{Book, resident};
+use super::cases::{Open, scope};
+use super::clock::{Clock, Identity};
+use super::decode::{Limit, Reading};
+use super::detect::Spike;
+use super::incident::{
+    Cgroup, Composition, Host, Incident, Kind, LossNote, Oom, SCHEMA, Scope, TaskRow, Timeline, Victim,
+};
+use super::input::Settings;
+use super::kernlog::KernelLog;
+use super::kills::OpenVictim;
+use super::losses::Losses;
+use super::timeline::{Point, Sums, columns};
+use super::verdict::{About, Case, judge};
+
+/// What every incident is built from.
+pub(super) struct Scene<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) host: &'a Host,
+    pub(super) clock: &'a Clock,
+    pub(super) book: &'a Book,
+    pub(super) losses: &'a Losses,
+    pub(super) log: &'a KernelLog,
+}
+
+/// The incident of an OOM kill.
+pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
+    let oom = oom(open, scene);
+    let victim_id = open.victim_memcg.cgroup_id;
+    let about_victim = match oom.scope {
+        Scope::Cgroup => open.oom.or(&open.victim_memcg),
+        _ => open.victim_memcg,
+    };
+    let cgroup = cgroup(victim_id, &about_victim, scene);
+    let out = match oom.scope {
+        Scope::Cgroup | Scope::Ancestor => open.oom,
+        _ => open.victim_memcg,
+    };
+    let out = if out.usage.is_none() && oom.scope != Scope::Ancestor { open.victim_memcg } else { out };
+    // The row of the kill belongs to the cgroup the curve is of, so that it continues it.
+    let ran_out = open.curve_of.is_some() && open.curve_of == open.oom.cgroup_id;
+    let row = if ran_out { open.oom } else { open.victim_memcg };
+    let kill_row = Point::new(open.at_ns, &row, open.curve_sums);
+    let (before, after): (Vec<&Point>, Vec<&Point>) = open.curve.rows().partition(|p| p.boot_ns <= open.at_ns);
+    let (columns, thinned) = columns(before.into_iter().chain([&kill_row]).chain(after));
+    let timeline = Timeline { columns, thinned };
+    let composition = composition(out.usage, &open.sums);
+    let name = match (&oom.oom_cgroup, oom.scope) {
+        (Some(c), Scope::Ancestor) => c.path.as_deref(),
+        _ => cgroup.path.as_deref(),
+    };
+    let verdict = judge(&Case {
+        about: About::Oom { scope: oom.scope, killed: oom.victims.iter().any(|v| v.killed) },
+        path: name,
+        at_ns: open.at_ns,
+        usage: out.usage,
+        limit: out.limit.bytes(),
+        curve: &timeline.columns,
+        tasks: &oom.tasks,
+        growth: &open.growth,
+        composition: &composition,
+    });
+    let mut losses = losses(&open.loss_base, timeline.thinned, scene);
+    note(&mut losses, "victims not listed", open.victims_left_out);
+    note(&mut losses, "task table rows not listed", open.tasks_left_out);
+    if scene.settings.kernel_log {
+        let lost = scene.log.lost_near(open.at_ns);
+        note(&mut losses, "kernel log lines lost", lost);
+        if lost == 0 {
+            note(&mut losses, "kernel log has no line for this kill", missing_in_log(open, scene.log).len() as u64);
+        }
+    }
+    if open.early {
+        losses.push(LossNote { what: "window cut short".to_owned(), count: None });
+    }
+    losses.sort();
+    Incident {
+        schema: SCHEMA,
+        id: open.id.clone().unwrap_or_default(),
+        kind: Kind::OomKill,
+        at: scene.clock.at(open.at_ns),
+        host: scene.host.clone(),
+        cgroup,
+        oom: Some(oom),
+        recording: None,
+        timeline,
+        growth: open.growth.clone(),
+        mappings: open.notes.clone(),
+        allocation_paths: Vec::new(),
+        composition,
+        verdict,
+        losses,
+    }
+}
+
+/// The kill itself.
+pub(super) fn oom(open: &Open, scene: &Scene<'_>) -> Oom {
+    let log = open.logged(scene.log);
+    let cgroups = &scene.book.cgroups;
+    let victim_id = open.victim_memcg.cgroup_id;
+    let (scope, out) = scope(open.mark_scope, victim_id, open.oom.cgroup_id, open.decision.as_ref(), log, cgroups);
+    let oom_cgroup = match (scope, out) {
+        (Scope::Cgroup | Scope::Ancestor, Some(id)) => Some(cgroup(Some(id), &reading_of(open, id), scene)),
+        (Scope::Ancestor, None) => {
+            let path = log.and_then(|l| l.oom_memcg.clone());
+            Some(Cgroup { path, ..cgroup(None, &Reading::default(), scene) })
+        }
+        _ => None,
+    };
+    let victims: Vec<Victim> = open.victims.iter().map(|v| victim(v, scene)).collect();
+    let mut tasks = open.tasks.clone();
+    for v in &open.victims {
+        mark_victim(&mut tasks, v);
+    }
+    tasks.sort_by_key(|t| (std::cmp::Reverse(resident(t)), t.pid, t.start_boot_ns));
+    Oom {
+        scope,
+        oom_cgroup,
+        group_kill: open.group,
+        trigger: open.trigger_process.clone(),
+        trigger_cgroup: open.trigger_memcg.cgroup_id.map(|id| cgroup(Some(id), &open.trigger_memcg, scene)),
+        trigger_kernel_stack: open.stack.clone(),
+        victims,
+        tasks,
+        kernel_log: log.cloned(),
+    }
+}
+
+fn reading_of(open: &Open, id: u64) -> Reading {
+    [open.oom, open.victim_memcg].into_iter().find(|r| r.cgroup_id == Some(id)).unwrap_or_default()
+}
+
+fn victim(v: &OpenVictim, scene: &Scene<'_>) -> Victim {
+    let mut victim = v.victim.clone();
+    victim.cgroup_path = scene.book.cgroups.path(victim.cgroup_id);
+    let row = scene.book.processes.get(v.key());
+    victim.exit_boot_ns = victim.exit_boot_ns.or(row.and_then(|row| row.exited).map(|(ns, _)| ns));
+    victim
+}
+
+/// Killed victims the kernel log should have told of and did not.
+pub(super) fn missing_in_log<'a>(open: &'a Open, log: &KernelLog) -> Vec<&'a OpenVictim> {
+    let told = |v: &OpenVictim| {
+        log.about(v.victim.pid, v.tid, v.victim.at_boot_ns).is_some_and(|l| l.killed_line_ns.is_some())
+    };
+    open.victims.iter().filter(|v| v.victim.killed && !v.victim.shares_mm && !told(v)).collect()
+}
+
+/// Marks a victim in the task table; one that is missing there gets a row from what the mark says.
+pub(super) fn mark_victim(tasks: &mut Vec<TaskRow>, v: &OpenVictim) {
+    let start = v.victim.start_boot_ns;
+    let same = |t: &&mut TaskRow| t.pid == v.victim.pid && t.start_boot_ns.is_none_or(|s| s == start);
+    if let Some(row) = tasks.iter_mut().find(same) {
+        row.victim = true;
+        row.start_boot_ns = Some(start);
+        return;
+    }
+    let (Some(anon_bytes), true) = (v.victim.anon_bytes, v.marked_ns.is_some()) else { return };
+    let mut row = TaskRow {
+        pid: v.victim.pid,
+        start_boot_ns: Some(start),
+        comm: v.victim.comm.clone(),
+        anon_bytes,
+        file_bytes: v.victim.file_bytes.unwrap_or(0),
+        shmem_bytes: v.victim.shmem_bytes.unwrap_or(0),
+        swap_bytes: v.victim.swap_bytes.unwrap_or(0),
+        peak_bytes: 0,
+        victim: true,
+    };
+    row.peak_bytes = resident(&row);
+    tasks.push(row);
+}
+
+/// The incident of a spike: about the peak, built after the fall.
+pub(super) fn spike_incident(spike: &Spike, scene: &Scene<'_>) -> Incident {
+    let book = scene.book;
+    let from_ns = spike.peak_ns.saturating_sub(scene.settings.before_ns);
+    let row = book.cgroups.get(spike.cgroup);
+    let points: Vec<&Point> = row.map(|r| r.timeline.rows(from_ns..=u64::MAX).collect()).unwrap_or_default();
+    let sums = points.iter().rev().find(|p| p.boot_ns <= spike.peak_ns).map(|p| p.sums).unwrap_or_default();
+    let (columns, thinned) = columns(points.into_iter());
+    let timeline = Timeline { columns, thinned };
+    let growth = book.growth(spike.peak_ns, |p| book.in_scope(p, Some(spike.cgroup)));
+    let last = row.map(|r| r.last).unwrap_or_default();
+    let reading = Reading { usage: Some(spike.peak), limit: Limit::Bytes(spike.limit), ..last };
+    let cgroup = cgroup(Some(spike.cgroup), &reading, scene);
+    let composition = composition(Some(spike.peak), &sums);
+    let verdict = judge(&Case {
+        about: About::Spike,
+        path: cgroup.path.as_deref(),
+        at_ns: spike.peak_ns,
+        usage: Some(spike.peak),
+        limit: Some(spike.limit),
+        curve: &timeline.columns,
+        tasks: &[],
+        growth: &growth,
+        composition: &composition,
+    });
+    Incident {
+        schema: SCHEMA,
+        id: scene.clock.incident_id(&Identity {
+            kind: "spike",
+            boot_id: &scene.host.boot_id,
+            boot_ns: spike.peak_ns,
+            pid: 0,
+            start_boot_ns: spike.cgroup,
+        }),
+        kind: Kind::Spike,
+        at: scene.clock.at(spike.peak_ns),
+        host: scene.host.clone(),
+        mappings: book.notes(Some(spike.cgroup), from_ns, spike.peak_ns, 512),
+        losses: losses(&scene.losses.at(from_ns), timeline.thinned, scene),
+        cgroup,
+        oom: None,
+        recording: None,
+        timeline,
+        growth,
+        allocation_paths: Vec::new(),
+        composition,
+        verdict,
+    }
+}
+
+/// A cgroup as the file shows it. What the reading lacks is taken from the last one known.
+pub(super) fn cgroup(id: Option<u64>, reading: &Reading, scene: &Scene<'_>) -> Cgroup {
+    let last = id.and_then(|id| scene.book.cgroups.get(id)).map(|row| row.last).unwrap_or_default();
+    let r = reading.or(&Reading { usage: None, swap_usage: None, ..last });
+    Cgroup {
+        id: id.unwrap_or(0),
+        path: scene.book.cgroups.path(id),
+        version: scene.settings.cgroup_version,
+        limit_bytes: r.limit.bytes(),
+        usage_bytes: r.usage,
+        peak_bytes: r.watermark,
+        high_bytes: r.high.bytes(),
+        swap_usage_bytes: r.swap_usage,
+        swap_limit_bytes: r.swap_limit.bytes(),
+        failcnt: r.failcnt,
+        container: None,
+        kubernetes: None,
+    }
+}
+
+pub(super) fn composition(usage: Option<u64>, sums: &Sums) -> Composition {
+    let held = sums.anon.saturating_add(sums.shmem);
+    Composition {
+        anon_bytes: Some(sums.anon),
+        file_bytes: Some(sums.file),
+        shmem_bytes: Some(sums.shmem),
+        swap_bytes: Some(sums.swap),
+        unattributed_bytes: usage.map(|u| i64::try_from(u.saturating_sub(held)).unwrap_or(i64::MAX)),
+    }
+}
+
+/// What was lost since `base`, what is not attached, and what the curve left out.
+pub(super) fn losses(base: &std::collections::BTreeMap<String, u64>, thinned: u64, scene: &Scene<'_>) -> Vec<LossNote> {
+    let mut losses = scene.losses.since(base);
+    losses.extend(scene.settings.degraded.iter().map(|what| LossNote { what: what.clone(), count: None }));
+    note(&mut losses, "timeline/thinned", thinned);
+    losses.sort();
+    losses
+}
+
+pub(super) fn note(losses: &mut Vec<LossNote>, what: &str, count: u64) {
+    if count > 0 {
+        losses.push(LossNote { what: what.to_owned(), count: Some(count) });
+    }
+}

@@ -1,0 +1,711 @@
+//! The engine from outside: inputs in, effects out.
+
+use memtrace_common::event::*;
+use proptest::prelude::*;
+use zerocopy::IntoBytes;
+
+use super::incident::{Incident, Kind, Scope};
+use super::input::*;
+use super::sample::{self, Bench, MIB, MS, SEC, Tweak};
+use super::*;
+
+const T: u64 = 1_000 * SEC;
+const LIMIT: u64 = 256 * MIB;
+const OWN: u64 = 50;
+
+fn at_limit() -> Memcg {
+    sample::limited(OWN, LIMIT, LIMIT)
+}
+
+/// A victim that rose to the limit within 48 ms before `T`.
+fn risen(b: &mut Bench, pid: u32) {
+    b.feed(&sample::cgroup(T - 20 * SEC, sample::limited(OWN, 0, LIMIT), 2, "/app", CGROUP_MADE));
+    b.fact(Fact::Cgroup(CgroupFound { id: 2, path: "/".into(), ..CgroupFound::default() }));
+    for i in 0..=48u64 {
+        let held = 36 * MIB + i * 220 * MIB / 48;
+        let ns = T - (48 - i) * MS - 10_000;
+        b.feed(&sample::rss(ns, pid, OWN, 7, held).reading(sample::limited(OWN, held, LIMIT)));
+    }
+}
+
+fn close(b: &mut Bench) -> Vec<Incident> {
+    b.tick(T + 2 * SEC);
+    b.saved()
+}
+
+#[test]
+fn a_burst_to_the_limit_makes_one_incident_that_ends_at_the_kill() {
+    let mut b = Bench::new();
+    risen(&mut b, 100);
+    b.feed(&sample::mapping(T - 50 * MS, 100, OWN, CALL_MMAP, 220 * MIB));
+    b.feed(&sample::kill(T, 100, 100, OWN));
+    b.feed(&sample::victim(T + 20_000, 100, 100, at_limit(), at_limit(), 255 * MIB));
+    let entry = b.kills();
+    assert_eq!((entry.len(), entry[0].pid, entry[0].killed, entry[0].boot_ns), (1, 100, true, T));
+    assert_eq!((entry[0].usage_bytes, entry[0].limit_bytes), (Some(LIMIT), Some(LIMIT)));
+    assert_eq!(entry[0].cgroup_path.as_deref(), Some("/app"));
+    b.feed(&sample::exit(T + 5 * MS, 100, OWN, 9));
+    b.feed(&sample::rss(T + 6 * MS, 101, OWN, 8, MIB).reading(sample::limited(OWN, 2 * MIB, LIMIT)));
+    b.tick(T + SEC - 1);
+    assert!(b.saved().is_empty());
+    b.tick(T + SEC);
+    let i = &b.saved()[0];
+    assert_eq!((i.kind, i.at.boot_ns, i.at.wall.as_str()), (Kind::OomKill, T, "2023-11-14T22:30:00.000000000Z"));
+    assert_eq!(i.id, entry[0].incident);
+    let oom = i.oom.as_ref().unwrap();
+    assert_eq!((oom.scope, oom.victims.len(), oom.group_kill), (Scope::Cgroup, 1, false));
+    assert_eq!(oom.victims[0].exit_boot_ns, Some(T + 5 * MS));
+    assert_eq!((oom.tasks[0].pid, oom.tasks[0].victim, oom.tasks[0].anon_bytes), (100, true, 255 * MIB));
+    assert_eq!((i.cgroup.limit_bytes, i.cgroup.usage_bytes), (Some(LIMIT), Some(LIMIT)));
+    let c = &i.timeline.columns;
+    let kill_row = c.boot_ns.iter().rposition(|ns| *ns == T).unwrap();
+    assert_eq!((c.usage_bytes[kill_row], c.anon_bytes[kill_row]), (Some(LIMIT), 255 * MIB));
+    assert_eq!((kill_row, c.boot_ns.len()), (50, 53), "made, 49 readings, the kill, the mark, the fall");
+    assert_eq!(c.usage_bytes.last(), Some(&Some(2 * MIB)));
+    assert!(
+        i.verdict.summary.contains("rose 220 MiB in 48 ms to the limit, most of it in p100"),
+        "{}",
+        i.verdict.summary
+    );
+    assert_eq!(i.composition.unattributed_bytes, Some(MIB as i64));
+    assert_eq!((i.mappings.len(), i.mappings[0].change_bytes), (1, 220 * MIB as i64));
+    assert_eq!((i.growth[0].pid, i.growth[0].last_1s_bytes), (100, None));
+    assert_eq!(b.alerts().len(), 1);
+    assert_eq!(b.engine.counts().open_incidents, 0);
+}
+
+#[test]
+fn the_decision_table_of_orderings() {
+    enum In {
+        Kill(u64),
+        Mark(u64),
+        Tick(u64),
+    }
+    use In::*;
+    // Offsets from T in milliseconds; expected: kill time and whether killed.
+    let cases: &[(&str, &[In], u64, bool)] = &[
+        ("SIGKILL, mark", &[Kill(0), Mark(1)], 0, true),
+        ("mark, SIGKILL", &[Mark(1), Kill(0)], 0, true),
+        ("mark, tick, SIGKILL", &[Mark(1), Tick(50), Kill(0)], 0, true),
+        ("SIGKILL twice (group)", &[Kill(0), Mark(1), Kill(2)], 0, true),
+        ("SIGKILL twice, then mark", &[Kill(0), Kill(2), Mark(1)], 0, true),
+        ("mark alone", &[Mark(1)], 1, false),
+        ("mark, much later SIGKILL", &[Mark(1), Tick(900), Kill(1500)], 1, false),
+    ];
+    for (name, inputs, at_ms, killed) in cases {
+        let mut b = Bench::new();
+        for input in *inputs {
+            match input {
+                Kill(ms) => b.feed(&sample::kill(T + ms * MS, 90, 100, OWN)),
+                Mark(ms) => b.feed(&sample::victim(T + ms * MS, 90, 100, at_limit(), at_limit(), MIB)),
+                Tick(ms) => b.tick(T + ms * MS),
+            };
+        }
+        let saved = close(&mut b);
+        assert_eq!(saved.len(), 1, "{name}");
+        let oom = saved[0].oom.as_ref().unwrap();
+        assert_eq!(oom.victims.len(), 1, "{name}");
+        assert_eq!((saved[0].at.boot_ns, oom.victims[0].killed), (T + at_ms * MS, *killed), "{name}");
+        let kills = b.kills();
+        assert_eq!((kills.len(), kills[0].killed, &kills[0].incident), (1, *killed, &saved[0].id), "{name}");
+        assert_eq!(saved[0].verdict.summary.contains("killed nobody"), !killed, "{name}");
+    }
+}
+
+#[test]
+fn kills_that_are_not_the_oom_killers_are_no_incidents() {
+    for code in [SENDER_NOINFO, SENDER_PROCESS, SENDER_KERNEL] {
+        let mut b = Bench::new();
+        b.feed(&sample::rss(T - SEC, 100, OWN, 7, MIB));
+        let mut kill = sample::kill(T, 90, 100, OWN);
+        kill.sender_code = code;
+        b.feed(&kill).feed(&sample::exit(T + MS, 100, OWN, 9));
+        assert!(close(&mut b).is_empty());
+        assert!(b.kills().is_empty() && b.alerts().is_empty());
+    }
+}
+
+#[test]
+fn a_group_kill_of_32_is_one_incident() {
+    for reversed in [false, true] {
+        let mut b = Bench::new();
+        for pid in 100..132u32 {
+            b.feed(&sample::rss(T - SEC, pid, OWN, u64::from(pid), 8 * MIB));
+        }
+        for (i, pid) in (100..132u32).enumerate() {
+            let ns = T + i as u64 * MS;
+            let kill = sample::kill(ns, 100, pid, OWN);
+            let mut mark = sample::victim(ns + 10_000, 100, pid, at_limit(), at_limit(), 8 * MIB);
+            mark.flags = VICTIM_GROUP;
+            if reversed {
+                b.feed(&mark).feed(&kill);
+            } else {
+                b.feed(&kill).feed(&mark);
+            }
+            if i == 3 {
+                b.feed(&sample::kill(ns + 20_000, 100, 100, OWN));
+            }
+        }
+        let saved = close(&mut b);
+        assert_eq!(saved.len(), 1);
+        let oom = saved[0].oom.as_ref().unwrap();
+        assert!(oom.group_kill && oom.victims.len() == 32 && oom.victims.iter().all(|v| v.killed && !v.shares_mm));
+        assert!(oom.tasks.len() == 32 && oom.tasks.iter().all(|t| t.victim));
+        assert_eq!((b.kills().len(), b.alerts().len()), (32, 1));
+        assert!(saved[0].verdict.summary.contains("spread over 32 processes"), "{}", saved[0].verdict.summary);
+    }
+}
+
+#[test]
+fn a_process_that_shares_the_memory_is_a_victim_without_a_mark() {
+    let mut b = Bench::new();
+    b.feed(&sample::rss(T - SEC, 100, OWN, 7, 200 * MIB));
+    b.feed(&sample::fork(T - SEC / 2, 100, 101, OWN, FORK_SHARES_MM));
+    b.feed(&sample::kill(T, 100, 100, OWN));
+    b.feed(&sample::victim(T + MS, 100, 100, at_limit(), at_limit(), 200 * MIB));
+    b.feed(&sample::kill(T + 2 * MS, 100, 101, OWN));
+    b.feed(&sample::kill(T + 2 * MS, 666, 102, OWN));
+    b.feed(&sample::kill(T + 200 * MS, 100, 103, OWN));
+    let saved = close(&mut b);
+    let oom = saved[0].oom.as_ref().unwrap();
+    let victims: Vec<_> = oom.victims.iter().map(|v| (v.pid, v.shares_mm, v.killed, v.anon_bytes)).collect();
+    assert_eq!(victims, [(100, false, true, Some(200 * MIB)), (101, true, true, Some(200 * MIB))]);
+    assert!(oom.tasks.iter().all(|t| t.victim));
+    assert_eq!(saved[0].composition.anon_bytes, Some(200 * MIB), "shared memory counts once");
+    assert_eq!(b.kills().len(), 2);
+}
+
+#[test]
+fn two_decisions_are_two_incidents() {
+    // Same cgroup, other triggers; then the same trigger without a group; then told apart by decisions.
+    for (second_trigger, flags, decisions) in [(91, VICTIM_GROUP, false), (90, 0, false), (90, VICTIM_GROUP, true)] {
+        let mut b = Bench::new();
+        for (i, (trigger, pid)) in [(90, 100), (second_trigger, 101)].into_iter().enumerate() {
+            let ns = T + i as u64 * 50 * MS;
+            if decisions {
+                b.feed(&sample::decision(ns - MS, trigger, pid, at_limit(), 3));
+            }
+            let mut mark = sample::victim(ns + MS, trigger, pid, at_limit(), at_limit(), MIB);
+            mark.flags = flags;
+            b.feed(&sample::kill(ns, trigger, pid, OWN)).feed(&mark);
+        }
+        let saved = close(&mut b);
+        assert_eq!(saved.len(), 2, "{second_trigger} {flags} {decisions}");
+        assert_ne!(saved[0].id, saved[1].id);
+        assert!(saved.iter().all(|i| i.oom.as_ref().unwrap().victims.len() == 1));
+    }
+}
+
+#[test]
+fn a_decision_joins_its_marks_also_without_the_group_flag() {
+    let mut b = Bench::new();
+    b.feed(&sample::decision(T - MS, 90, 100, at_limit(), 3));
+    for pid in [100, 101] {
+        b.feed(&sample::kill(T, 90, pid, OWN));
+        b.feed(&sample::victim(T + MS, 90, pid, at_limit(), at_limit(), MIB));
+    }
+    let saved = close(&mut b);
+    assert_eq!((saved.len(), saved[0].oom.as_ref().unwrap().victims.len()), (1, 2));
+}
+
+#[test]
+fn the_decision_table_of_scopes() {
+    let log = |constraint: &str, oom: Option<&str>| {
+        Some(incident::KernelLogKill {
+            constraint: Some(constraint.into()),
+            oom_memcg: oom.map(Into::into),
+            task_memcg: Some("/app".into()),
+            ..incident::KernelLogKill::default()
+        })
+    };
+    let decided = |constraint: u32, id: u64| {
+        let mut ledger = kills::Ledger::default();
+        Some(ledger.decide(&sample::decision(T, 1, 2, sample::memcg(id, 1), constraint)))
+    };
+    let mut cgroups = cgroups::Cgroups::default();
+    cgroups.learn(OWN, Some(2), Some("/app".into()), 0);
+    cgroups.learn(2, None, Some("/".into()), 0);
+    let cases = [
+        ("own", SCOPE_MEMCG, Some(OWN), None, None, Scope::Cgroup, Some(OWN)),
+        ("ancestor", SCOPE_MEMCG, Some(2), None, None, Scope::Ancestor, Some(2)),
+        ("global", SCOPE_GLOBAL, None, None, None, Scope::Global, None),
+        ("unknown", SCOPE_UNKNOWN, None, None, None, Scope::Unknown, None),
+        ("memcg without an id", SCOPE_MEMCG, None, None, None, Scope::Unknown, None),
+        ("log: cpuset", SCOPE_GLOBAL, None, None, log("CONSTRAINT_CPUSET", None), Scope::Cpuset, None),
+        ("log: none", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_NONE", None), Scope::Global, None),
+        ("log: own", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_MEMCG", Some("/app")), Scope::Cgroup, Some(OWN)),
+        ("log: ancestor", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_MEMCG", Some("/")), Scope::Ancestor, Some(2)),
+        (
+            "log: ancestor nobody knows",
+            SCOPE_UNKNOWN,
+            None,
+            None,
+            log("CONSTRAINT_MEMCG", Some("/x")),
+            Scope::Ancestor,
+            None,
+        ),
+        (
+            "log does not overrule a reading",
+            SCOPE_MEMCG,
+            Some(OWN),
+            None,
+            log("CONSTRAINT_NONE", None),
+            Scope::Cgroup,
+            Some(OWN),
+        ),
+        ("decision: cpuset", SCOPE_GLOBAL, None, decided(1, UNKNOWN), None, Scope::Cpuset, None),
+        ("decision: memcg", SCOPE_UNKNOWN, None, decided(3, 2), None, Scope::Ancestor, Some(2)),
+        ("decision: none", SCOPE_UNKNOWN, None, decided(0, UNKNOWN), None, Scope::Global, None),
+        ("decision: unknown", SCOPE_MEMCG, Some(2), decided(u32::MAX, UNKNOWN), None, Scope::Ancestor, Some(2)),
+    ];
+    for (name, mark, oom, decision, log, scope, id) in cases {
+        let found = cases::scope(mark, Some(OWN), oom, decision.as_ref(), log.as_ref(), &cgroups);
+        assert_eq!(found, (scope, id), "{name}");
+    }
+}
+
+#[test]
+fn an_ancestor_kill_shows_the_ancestor() {
+    let mut b = Bench::new();
+    b.feed(&sample::cgroup(T - 10 * SEC, sample::limited(40, 0, LIMIT), 2, "/pod", CGROUP_MADE));
+    for (id, pid) in [(50u64, 100u32), (51, 101)] {
+        b.feed(&sample::cgroup(T - 10 * SEC, sample::memcg(id, 0), 40, &format!("/pod/{id}"), CGROUP_MADE));
+        b.feed(&sample::rss(T - 5 * SEC, pid, id, u64::from(pid), 120 * MIB));
+    }
+    b.feed(&sample::kill(T, 101, 100, 50));
+    let own = sample::memcg(50, 121 * MIB);
+    b.feed(&sample::victim(T + MS, 101, 100, own, sample::limited(40, LIMIT, LIMIT), 120 * MIB));
+    let i = &close(&mut b)[0];
+    let oom = i.oom.as_ref().unwrap();
+    assert_eq!(
+        (oom.scope, i.cgroup.path.as_deref(), i.cgroup.usage_bytes),
+        (Scope::Ancestor, Some("/pod/50"), Some(121 * MIB))
+    );
+    let out = oom.oom_cgroup.as_ref().unwrap();
+    assert_eq!((out.path.as_deref(), out.usage_bytes, out.limit_bytes), (Some("/pod"), Some(LIMIT), Some(LIMIT)));
+    assert_eq!(oom.tasks.len(), 2);
+    let c = &i.timeline.columns;
+    let row = c.boot_ns.iter().rposition(|ns| *ns == T).unwrap();
+    assert_eq!((c.usage_bytes[row], c.anon_bytes[row]), (Some(LIMIT), 240 * MIB));
+    assert_eq!((c.usage_bytes[row - 1], c.anon_bytes[row - 1]), (None, 240 * MIB));
+    assert!(i.verdict.summary.starts_with("Cgroup /pod ran out of memory at its limit of 256 MiB"));
+}
+
+#[test]
+fn an_ancestor_without_readings_leaves_the_victims_curve() {
+    let mut b = Bench::new();
+    b.feed(&sample::rss(T - 5 * SEC, 100, 50, 7, 120 * MIB));
+    b.feed(&sample::kill(T, 100, 100, 50));
+    let own = sample::memcg(50, 121 * MIB);
+    b.feed(&sample::victim(T + MS, 100, 100, own, sample::limited(40, LIMIT, LIMIT), 120 * MIB));
+    let i = &close(&mut b)[0];
+    let c = &i.timeline.columns;
+    assert_eq!(c.usage_bytes[..2], [Some(120 * MIB), Some(121 * MIB)]);
+}
+
+#[test]
+fn the_kernel_log_is_matched_whenever_it_comes() {
+    for first in [true, false] {
+        let mut b = Bench::with(Settings { kernel_log: true, ..Settings::default() });
+        let line = |line| Fact::KernelLog(KernelLogLine { printk_ns: 5, read_boot_ns: T + 2 * MS, line });
+        let killed = line(KernelLogEvent::Killed { pid: 100, comm: "x".into() });
+        let stray = line(KernelLogEvent::Killed { pid: 555, comm: "x".into() });
+        if first {
+            b.fact(killed.clone()).fact(stray.clone());
+        }
+        b.feed(&sample::kill(T, 90, 100, OWN));
+        b.feed(&sample::victim(T + MS, 90, 100, at_limit(), at_limit(), MIB));
+        let stack = vec!["try_charge_memcg".to_owned()];
+        b.fact(Fact::KernelStack { victim_pid: 100, victim_start_boot_ns: sample::start(100), functions: stack });
+        if !first {
+            b.fact(killed).fact(stray);
+        }
+        let saved = close(&mut b);
+        b.tick(T + 3 * SEC);
+        let oom = saved[0].oom.as_ref().unwrap();
+        assert_eq!(oom.kernel_log.as_ref().unwrap().killed_line_ns, Some(5));
+        assert_eq!(oom.trigger_kernel_stack, ["try_charge_memcg"]);
+        assert!(saved[0].losses.is_empty(), "{:?}", saved[0].losses);
+        let only: Vec<_> = b.alerts().into_iter().filter(|a| matches!(a, Finding::Disagreement { .. })).collect();
+        assert_eq!(only, [Finding::Disagreement { pid: 555, only_in: "kernel_log".into() }]);
+    }
+}
+
+#[test]
+fn a_kill_the_kernel_log_does_not_tell_of_is_stated() {
+    for (gap, expected) in [(0u64, "kernel log has no line for this kill"), (7, "kernel log lines lost")] {
+        let settings = Settings { kernel_log: true, degraded: vec!["fault hook".into()], ..Settings::default() };
+        let mut b = Bench::with(settings);
+        b.fact(Fact::Losses { totals: vec![("samples/full".into(), 10)] });
+        b.tick(T - 40 * SEC);
+        b.fact(Fact::Losses { totals: vec![("samples/full".into(), 13)] });
+        if gap > 0 {
+            let line = KernelLogEvent::Gap { lines: gap };
+            b.fact(Fact::KernelLog(KernelLogLine { printk_ns: 1, read_boot_ns: T, line }));
+        }
+        b.engine.apply(&Input::Record(&[1, 2, 3]), &mut b.effects);
+        b.feed(&sample::kill(T, 90, 100, OWN));
+        b.feed(&sample::victim(T + MS, 90, 100, at_limit(), at_limit(), MIB));
+        let saved = close(&mut b);
+        let lost: Vec<_> = saved[0].losses.iter().map(|l| (l.what.as_str(), l.count)).collect();
+        let count = Some(gap.max(1));
+        assert_eq!(
+            lost,
+            [("engine/bad records", Some(1)), ("fault hook", None), (expected, count), ("samples/full", Some(3))]
+        );
+        let disagrees = b.alerts().contains(&Finding::Disagreement { pid: 100, only_in: "hook".into() });
+        assert_eq!(disagrees, gap == 0);
+        assert_eq!(b.engine.counts().bad_records, 1);
+    }
+}
+
+#[test]
+fn a_spike_is_saved_and_a_kill_explains_it() {
+    for (killed, spikes) in [(false, true), (true, true), (false, false)] {
+        let mut b = Bench::with(Settings { spikes, ..Settings::default() });
+        let reading = |b: &mut Bench, ns: u64, mib: u64| {
+            b.feed(&sample::rss(ns, 100, OWN, 7, mib * MIB).reading(sample::limited(OWN, mib * MIB, LIMIT)));
+        };
+        for (ms, mib) in [(0, 60), (300, 160), (600, 230), (700, 231), (900, 90)] {
+            reading(&mut b, T - SEC + ms * MS, mib);
+        }
+        if killed {
+            b.feed(&sample::kill(T, 90, 100, OWN));
+            b.feed(&sample::victim(T + MS, 90, 100, at_limit(), at_limit(), MIB));
+        }
+        let saved = close(&mut b);
+        let kinds: Vec<_> = saved.iter().map(|i| i.kind).collect();
+        match (killed, spikes) {
+            (true, _) => assert_eq!(kinds, [Kind::OomKill]),
+            (false, false) => assert!(kinds.is_empty()),
+            (false, true) => {
+                assert_eq!(kinds, [Kind::Spike]);
+                let i = &saved[0];
+                assert_eq!((i.at.boot_ns, i.cgroup.usage_bytes), (T - 300 * MS, Some(231 * MIB)));
+                assert_eq!(i.growth[0].last_1s_bytes, None);
+                assert_eq!(i.composition.anon_bytes, Some(231 * MIB));
+                assert_eq!(i.timeline.columns.boot_ns.len(), 5);
+                let alert = Finding::Spike {
+                    incident: i.id.clone(),
+                    cgroup_path: None,
+                    peak_bytes: 231 * MIB,
+                    limit_bytes: LIMIT,
+                };
+                assert!(b.alerts().contains(&alert));
+            }
+        }
+    }
+}
+
+#[test]
+fn reclaim_without_a_kill_is_a_near_miss() {
+    let mut b = Bench::new();
+    b.feed(&sample::reclaim(T, 100, at_limit(), RECLAIM_BEGIN, 0));
+    b.feed(&sample::reclaim(T + MS, 100, at_limit(), RECLAIM_END, MS));
+    b.feed(&sample::reclaim(T, 100, sample::memcg(60, 5), RECLAIM_BEGIN, 0));
+    b.tick(T + 5 * SEC);
+    assert_eq!(b.alerts(), [Finding::NearMiss { cgroup_path: None, cgroup_id: OWN, hits: 1, stalled_ns: MS }]);
+}
+
+#[test]
+fn unknown_cgroups_are_looked_up_and_small_limits_get_a_small_quantum() {
+    let mut b = Bench::new();
+    let small = 20 * MIB;
+    for _ in 0..3 {
+        b.feed(&sample::rss(T, 100, OWN, 7, MIB).reading(sample::limited(OWN, MIB, small)));
+    }
+    b.feed(&sample::rss(T, 100, OWN, 7, MIB).reading(sample::limited(OWN, MIB, 1 << 40)));
+    let asked: Vec<_> = b.effects.iter().filter(|e| matches!(e, Effect::LookUpCgroup { .. })).collect();
+    assert_eq!(asked, [&Effect::LookUpCgroup { id: OWN }]);
+    let quanta: Vec<_> = b.effects.iter().filter(|e| matches!(e, Effect::SetQuantum { .. })).cloned().collect();
+    let quantum = |quantum_bytes| Effect::SetQuantum { cgroup_id: OWN, quantum_bytes };
+    assert_eq!(quanta, [quantum(40_960), quantum(256 * 1024)]);
+    assert_eq!(small / QUANTA_PER_LIMIT, 40_960);
+}
+
+#[test]
+fn a_recording_lists_everyone_and_keeps_its_peak() {
+    let mut b = Bench::new();
+    b.fact(Fact::RecordingBegin { cgroup_id: Some(OWN), pid: None, command: vec!["make".into()], boot_ns: T - SEC });
+    b.feed(&sample::cgroup(T - SEC, sample::memcg(OWN, 0), 2, "/rec", CGROUP_MADE));
+    b.feed(&sample::fork(T - SEC + 1, 1, 100, OWN, 0));
+    b.feed(&sample::rss(T - 900 * MS, 100, OWN, 7, 2 * MIB));
+    b.feed(&sample::fork(T - 800 * MS, 100, 101, OWN, 0));
+    b.feed(&sample::exec(T - 790 * MS, 101, OWN, "cc", 0, 8));
+    for i in 0..10_000u64 {
+        let bytes = if i == 5_001 { 300 * MIB } else { i * 1024 };
+        b.feed(&sample::rss(T - 700 * MS + i * MS, 101, OWN, 8, bytes).reading(sample::memcg(OWN, bytes)));
+    }
+    b.feed(&sample::fork(T, 1, 200, 60, 0));
+    b.feed(&sample::kill(T + 9500 * MS, 101, 101, OWN));
+    b.feed(&sample::victim(T + 9501 * MS, 101, 101, at_limit(), at_limit(), 10 * MIB));
+    b.feed(&sample::mm_gone(T + 9502 * MS, 101, 8, 301 * MIB));
+    b.feed(&sample::exit(T + 9503 * MS, 101, OWN, 9));
+    b.feed(&sample::exit(T + 9504 * MS, 100, OWN, 0));
+    b.fact(Fact::RecordingEnd {
+        boot_ns: T + 9600 * MS,
+        exit_code: Some(2),
+        signal: None,
+        cgroup_peak_bytes: Some(302 * MIB),
+    });
+    let i = &b.saved()[0];
+    let r = i.recording.as_ref().unwrap();
+    assert_eq!(
+        (i.kind, r.duration_ns, r.exit_code, r.command[0].as_str()),
+        (Kind::Recording, 10_600 * MS, Some(2), "make")
+    );
+    let rows: Vec<_> = r.processes.iter().map(|p| (p.pid, p.peak_bytes, p.max_rss_bytes, p.exit_code)).collect();
+    assert_eq!(
+        rows,
+        [(101, Some(301 * MIB), Some(123 * MIB), Some(9)), (100, Some(2 * MIB), Some(123 * MIB), Some(0))]
+    );
+    assert_eq!((i.cgroup.peak_bytes, r.processes_left_out), (Some(302 * MIB), 0));
+    assert_eq!(i.timeline.columns.usage_bytes.iter().flatten().max(), Some(&(300 * MIB)));
+    assert!(i.timeline.thinned > 0 && i.timeline.columns.boot_ns.len() <= timeline::CURVE_CAP + 10);
+    assert_eq!(i.composition.anon_bytes, Some(302 * MIB), "the shell's 2 MiB too");
+    assert_eq!(i.growth[0].pid, 101);
+    assert_eq!(r.oom_incidents, [b.kills()[0].incident.clone()]);
+    assert!(i.oom.is_some());
+}
+
+#[test]
+fn a_process_recording_follows_descendants() {
+    let mut b = Bench::new();
+    b.feed(&sample::rss(T - SEC, 100, OWN, 7, 10 * MIB));
+    b.feed(&sample::rss(T - SEC, 300, OWN, 9, 10 * MIB));
+    b.fact(Fact::RecordingBegin { cgroup_id: None, pid: Some(100), command: Vec::new(), boot_ns: T });
+    b.feed(&sample::fork(T + 1, 100, 101, OWN, 0));
+    b.feed(&sample::fork(T + 2, 101, 102, OWN, 0));
+    b.feed(&sample::rss(T + MS, 102, OWN, 8, 90 * MIB));
+    b.fact(Fact::RecordingEnd { boot_ns: T + SEC, exit_code: None, signal: None, cgroup_peak_bytes: Some(1 << 40) });
+    let i = &b.saved()[0];
+    let pids: Vec<_> = i.recording.as_ref().unwrap().processes.iter().map(|p| p.pid).collect();
+    assert_eq!(pids, [102, 100, 101]);
+    assert_eq!(i.timeline.columns.anon_bytes, [100 * MIB]);
+    assert_eq!(i.verdict.summary.split(',').next().unwrap(), "Memory peaked at 100 MiB");
+}
+
+#[test]
+fn stop_closes_everything_and_another_boot_starts_afresh() {
+    let mut b = Bench::new();
+    b.feed(&sample::kill(T, 90, 100, OWN));
+    b.feed(&sample::victim(T + MS, 90, 100, at_limit(), at_limit(), MIB));
+    b.fact(Fact::Stop { boot_ns: T + 2 * MS });
+    let saved = b.saved();
+    assert_eq!(saved.len(), 1);
+    assert!(saved[0].losses.iter().any(|l| l.what == "window cut short"));
+    let host = Host { boot_id: "boot-2".into(), ..Host::default() };
+    b.fact(Fact::Start { host, settings: Settings::default() });
+    assert_eq!((b.engine.counts().processes, b.engine.counts().cgroups), (0, 0));
+}
+
+#[test]
+fn the_snapshot_shows_who_holds_what() {
+    let mut b = Bench::new();
+    risen(&mut b, 100);
+    let s = b.engine.snapshot();
+    let app = s.cgroups.iter().find(|c| c.id == OWN).unwrap();
+    assert_eq!((app.path.as_deref(), app.limit_bytes, app.anon_bytes), (Some("/app"), Some(LIMIT), LIMIT));
+    assert_eq!((s.processes.len(), s.processes[0].peak_bytes), (1, LIMIT));
+}
+
+#[test]
+fn a_fresh_engine_learns_from_a_preamble() {
+    let mut b = Bench::new();
+    risen(&mut b, 100);
+    let mut fresh = Bench { engine: Engine::new(), effects: Vec::new() };
+    for fact in b.engine.preamble(T) {
+        fresh.fact(fact);
+    }
+    let (old, new) = (b.engine.snapshot(), fresh.engine.snapshot());
+    let of = |s: &Snapshot| s.cgroups.iter().map(|c| (c.id, c.path.clone(), c.anon_bytes)).collect::<Vec<_>>();
+    assert_eq!(of(&old), of(&new));
+    fresh.feed(&sample::kill(T, 100, 100, OWN));
+    fresh.feed(&sample::victim(T + MS, 100, 100, at_limit(), at_limit(), 255 * MIB));
+    let i = &close(&mut fresh)[0];
+    assert_eq!((i.cgroup.path.as_deref(), i.oom.as_ref().unwrap().tasks.len()), (Some("/app"), 1));
+}
+
+// --- arbitrary inputs ----------------------------------------------------------------------------------------------
+
+/// An input that owns its bytes.
+#[derive(Clone, Debug)]
+enum Given {
+    Record(Vec<u8>),
+    Fact(Fact),
+}
+
+fn run(engine: &mut Engine, inputs: &[Given]) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    for input in inputs {
+        match input {
+            Given::Record(bytes) => engine.apply(&Input::Record(bytes), &mut effects),
+            Given::Fact(fact) => engine.apply(&Input::Fact(fact.clone()), &mut effects),
+        }
+    }
+    effects
+}
+
+fn json(effects: &[Effect]) -> Vec<String> {
+    let text = |e: &Effect| match e {
+        Effect::Save(i) => serde_json::to_string(i).unwrap(),
+        other => format!("{other:?}"),
+    };
+    effects.iter().map(text).collect()
+}
+
+/// Bytes of some kind and its right size, any content: with small ids, so that records meet each other.
+fn wild() -> impl Strategy<Value = Given> {
+    let word =
+        prop_oneof![4 => 0u64..6, 1 => Just(UNKNOWN), 1 => Just(NO_LIMIT), 1 => any::<u64>(), 1 => T..T + 3 * SEC];
+    (0..KINDS.len(), prop::collection::vec(word, 77), T..T + 3 * SEC, any::<bool>()).prop_map(|(k, words, ns, sane)| {
+        let (kind, size, _) = KINDS[k];
+        let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        bytes.truncate(size);
+        bytes[..2].copy_from_slice(&kind.to_ne_bytes());
+        bytes[2..4].copy_from_slice(&(size as u16).to_ne_bytes());
+        if sane {
+            bytes[8..16].copy_from_slice(&ns.to_ne_bytes());
+        }
+        Given::Record(bytes)
+    })
+}
+
+/// Records that make sense, over few processes and cgroups.
+fn sensible() -> impl Strategy<Value = Given> {
+    let ms = || (0u64..8000).prop_map(|ms| T + ms * MS);
+    let pid = || 100u32..105;
+    let cgroup = || 50u64..53;
+    prop_oneof![
+        6 => (ms(), pid(), cgroup(), 0u64..260).prop_map(|(ns, pid, c, mib)| {
+            Given::Record(sample::rss(ns, pid, c, u64::from(pid % 4), mib * MIB)
+                .reading(sample::limited(c, mib * MIB, LIMIT)).as_bytes().to_vec())
+        }),
+        2 => (ms(), pid(), pid(), cgroup()).prop_map(|(ns, s, t, c)| {
+            Given::Record(sample::kill(ns, s, t, c).as_bytes().to_vec())
+        }),
+        2 => (ms(), pid(), pid(), cgroup(), 0u32..4).prop_map(|(ns, s, t, c, flags)| {
+            let mut v = sample::victim(ns, s, t, sample::memcg(c, 5 * MIB), sample::limited(51, LIMIT, LIMIT), 5 * MIB);
+            v.flags = flags;
+            Given::Record(v.as_bytes().to_vec())
+        }),
+        1 => (ms(), pid(), cgroup()).prop_map(|(ns, p, c)| Given::Record(sample::exit(ns, p, c, 9).as_bytes().to_vec())),
+        1 => (ms(), pid(), pid(), cgroup(), 0u32..2).prop_map(|(ns, p, q, c, f)| {
+            Given::Record(sample::fork(ns, p, q, c, f).as_bytes().to_vec())
+        }),
+        1 => (ms(), pid(), cgroup()).prop_map(|(ns, p, c)| Given::Record(sample::attach(ns, p, c).as_bytes().to_vec())),
+        1 => (ms(), cgroup(), cgroup(), 1u32..3).prop_map(|(ns, c, parent, change)| {
+            Given::Record(sample::cgroup(ns, sample::limited(c, MIB, LIMIT), parent, "/x", change).as_bytes().to_vec())
+        }),
+        1 => (ms(), pid(), 0u64..4).prop_map(|(ns, p, mm)| Given::Record(sample::mm_gone(ns, p, mm, MIB).as_bytes().to_vec())),
+        1 => (ms(), pid(), pid()).prop_map(|(ns, p, q)| {
+            Given::Record(sample::decision(ns, p, q, sample::limited(51, LIMIT, LIMIT), 3).as_bytes().to_vec())
+        }),
+        1 => (ms(), cgroup()).prop_map(|(ns, c)| {
+            Given::Record(sample::reclaim(ns, 100, sample::limited(c, LIMIT, LIMIT), RECLAIM_BEGIN, 0).as_bytes().to_vec())
+        }),
+    ]
+}
+
+fn facts() -> impl Strategy<Value = Given> {
+    let ns = || T..T + 8 * SEC;
+    prop_oneof![
+        4 => ns().prop_map(|boot_ns| Fact::Tick { boot_ns }),
+        1 => (ns(), any::<u64>()).prop_map(|(boot_ns, n)| Fact::Anchor { boot_ns, wall_ns: n as i64, uncertainty_ns: n }),
+        1 => (0u64..6, 0u64..6, any::<u64>()).prop_map(|(id, parent, n)| {
+            let usage_bytes = n.is_multiple_of(2).then_some(n);
+            Fact::Cgroup(CgroupFound { id: 50 + id, parent_id: Some(49 + parent), path: format!("/{id}"), usage_bytes, ..CgroupFound::default() })
+        }),
+        1 => (100u32..105, any::<u64>()).prop_map(|(pid, n)| {
+            Fact::Process(ProcessFound { pid, parent_pid: 100, start_ticks: u64::from(pid) * 10, cgroup_id: 50, anon_bytes: n, ..ProcessFound::default() })
+        }),
+        1 => (ns(), 100u32..105).prop_map(|(read_boot_ns, pid)| {
+            Fact::KernelLog(KernelLogLine { printk_ns: 1, read_boot_ns, line: KernelLogEvent::Killed { pid, comm: "\x1b".into() } })
+        }),
+        1 => any::<u64>().prop_map(|n| Fact::Losses { totals: vec![("samples/full".into(), n)] }),
+        1 => (ns(), prop::option::of(50u64..53), prop::option::of(100u32..105)).prop_map(|(boot_ns, cgroup_id, pid)| {
+            Fact::RecordingBegin { cgroup_id, pid, command: Vec::new(), boot_ns }
+        }),
+        1 => ns().prop_map(|boot_ns| Fact::RecordingEnd { boot_ns, exit_code: None, signal: None, cgroup_peak_bytes: None }),
+        1 => ns().prop_map(|boot_ns| Fact::Stop { boot_ns }),
+    ]
+    .prop_map(Given::Fact)
+}
+
+fn story() -> impl Strategy<Value = Vec<Given>> {
+    prop::collection::vec(prop_oneof![4 => sensible(), 1 => facts()], 1..300)
+}
+
+fn begun() -> Engine {
+    let settings = Settings { kernel_log: true, ..Settings::default() };
+    let mut engine = Engine::new();
+    engine.apply(&Input::Fact(sample::start_fact(settings)), &mut Vec::new());
+    engine
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_input_panics_and_everything_stays_bounded(
+        inputs in prop::collection::vec(prop_oneof![4 => wild(), 2 => sensible(), 1 => facts()], 1..400),
+        noise in prop::collection::vec(any::<u8>(), 0..40),
+    ) {
+        let mut engine = begun();
+        let mut effects = run(&mut engine, &inputs);
+        engine.apply(&Input::Record(&noise), &mut effects);
+        let counts = engine.counts();
+        prop_assert!(counts.open_incidents <= cases::OPEN_CAP as u64);
+        prop_assert!(counts.processes <= processes::PROCESSES_CAP as u64);
+        prop_assert!(counts.cgroups <= cgroups::CGROUPS_CAP as u64);
+        engine.apply(&Input::Fact(Fact::Stop { boot_ns: T + 100 * SEC }), &mut effects);
+        prop_assert_eq!(engine.counts().open_incidents, 0);
+        for incident in effects.iter().filter_map(|e| if let Effect::Save(i) = e { Some(i) } else { None }) {
+            let c = &incident.timeline.columns;
+            let n = c.boot_ns.len();
+            prop_assert!(c.boot_ns.windows(2).all(|w| w[0] <= w[1]));
+            prop_assert!([c.usage_bytes.len(), c.limit_bytes.len(), c.watermark_bytes.len()] == [n; 3]);
+            prop_assert!([c.anon_bytes.len(), c.file_bytes.len(), c.shmem_bytes.len(), c.swap_bytes.len()] == [n; 4]);
+            prop_assert!(incident.kind != Kind::OomKill || c.boot_ns.contains(&incident.at.boot_ns));
+            let text = serde_json::to_string(incident).unwrap();
+            let back: Incident = serde_json::from_str(&text).unwrap();
+            prop_assert_eq!(serde_json::to_string(&back).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn the_same_inputs_give_the_same_bytes(inputs in story()) {
+        let (a, b) = (run(&mut begun(), &inputs), run(&mut begun(), &inputs));
+        prop_assert_eq!(json(&a), json(&b));
+    }
+
+    #[test]
+    fn a_preamble_changes_nothing_for_its_own_engine(before in story(), after in story(), ns in T..T + 8 * SEC) {
+        let mut plain = begun();
+        run(&mut plain, &before);
+        let mut told = plain.clone();
+        let preamble: Vec<Given> = told.preamble(ns).into_iter().map(Given::Fact).collect();
+        prop_assert_eq!(json(&run(&mut told, &preamble)), Vec::<String>::new());
+        let end = [Given::Fact(Fact::Stop { boot_ns: T + 100 * SEC })];
+        let rest: Vec<Given> = after.into_iter().chain(end).collect();
+        prop_assert_eq!(json(&run(&mut plain, &rest)), json(&run(&mut told, &rest)));
+    }
+
+    #[test]
+    fn nobody_is_in_two_incidents_of_one_kill_and_every_kill_is_reported_once(inputs in story()) {
+        let mut engine = begun();
+        let end = [Given::Fact(Fact::Stop { boot_ns: T + 100 * SEC })];
+        let all: Vec<Given> = inputs.into_iter().chain(end).collect();
+        let effects = run(&mut engine, &all);
+        let mut reported = 0;
+        let mut listed = 0;
+        for e in &effects {
+            match e {
+                Effect::Kill(_) => reported += 1,
+                Effect::Save(i) if i.kind == Kind::OomKill => listed += i.oom.as_ref().unwrap().victims.len(),
+                _ => {}
+            }
+        }
+        prop_assert_eq!(reported, listed);
+    }
+}
