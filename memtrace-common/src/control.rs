@@ -19,6 +19,10 @@ pub struct Control {
     pub page_shift: u32,
     /// 1 when the running kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
     pub percpu_lookup: u32,
+    /// 1 when the exit_mmap hook is planned: it tells the end of an address space, else its last page does.
+    pub exit_mmap: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
     pub reclaim_interval_ns: u64,
 }

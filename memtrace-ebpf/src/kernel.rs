@@ -147,28 +147,30 @@ pub fn read_memcg(memcg: u64, into: *mut Memcg) {
     }
 }
 
-/// The mem_cgroup on the path from `memcg` to the root that is at its limit, 0 when none is.
-///
-/// The stock lets usage run up to a batch per CPU behind the charge that failed.
+/// The mem_cgroup on the path from `memcg` to the root that is at its limit, 0 when none is: of those within a charge
+/// batch per CPU of their limit (the stock can hold as much back) the one with the least room.
 #[inline(always)]
 pub fn memcg_at_limit(memcg: u64) -> u64 {
     if memcg == 0 {
         return 0;
     }
-    let slack = CHARGE_BATCH_PAGES * control!(cpus) as u64;
     let mut counter = memcg + layout!(memcg_memory) as u64;
+    let mut found = 0;
+    let mut least = CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1;
     for _ in 0..MAX_DEPTH {
         let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
         let max: u64 = read(counter, layout!(counter_max)).unwrap_or(u64::MAX);
-        if usage.saturating_add(slack) >= max {
-            return counter - layout!(memcg_memory) as u64;
+        let room = max.saturating_sub(usage);
+        if room < least {
+            least = room;
+            found = counter - layout!(memcg_memory) as u64;
         }
         counter = pointer(counter, layout!(counter_parent));
         if counter == 0 {
             break;
         }
     }
-    0
+    found
 }
 
 /// Whether memory.oom.group is set on the path from `memcg` up to `top` (0: up to the root).

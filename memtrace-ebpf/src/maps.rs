@@ -21,6 +21,8 @@ pub static CONTROL: Control = Control {
     cpus: 0,
     page_shift: 0,
     percpu_lookup: 0,
+    exit_mmap: 0,
+    reserved: 0,
     reclaim_interval_ns: 0,
 };
 
@@ -135,9 +137,6 @@ pub static PERCPU_OFFSETS: Array<u64> = Array::with_max_entries(MAX_CPUS, 0);
 #[map]
 pub static PERCPU_PROBE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// A zeroed [`MmState`] to copy from: the BPF stack is too small to build one on.
-#[map]
-pub static BLANK: PerCpuArray<MmState> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static LAST_FAULT: PerCpuArray<LastFault> = PerCpuArray::with_max_entries(1, 0);
 #[map]

@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Finding, Input};
-use crate::serve::{self, Ask, Counters};
+use crate::serve::{self, Counters};
 use crate::session::{self, Session};
 use crate::store::incidents::Incidents;
 use crate::store::journal;
@@ -256,23 +256,7 @@ fn recover(dir: &Path, store: &mut Store) -> anyhow::Result<()> {
         }
         info!(frames = stats.frames, recovered, "the last run did not stop properly; replayed its journal");
     }
-    set_aside(dir).with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
-}
-
-/// Moves the segments of a journal into `previous`, replacing what was there.
-fn set_aside(dir: &Path) -> std::io::Result<()> {
-    let previous = dir.join(PREVIOUS);
-    match fs::remove_dir_all(&previous) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => fs::create_dir(&previous)?,
-    }
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_file() && journal::is_segment(&entry.file_name()) {
-            fs::rename(entry.path(), previous.join(entry.file_name()))?;
-        }
-    }
-    Ok(())
+    journal::set_aside(dir, PREVIOUS).with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
 }
 
 /// The OOM killer must not take the recorder first. Lowering the score needs CAP_SYS_RESOURCE.

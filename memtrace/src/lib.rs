@@ -9,4 +9,5 @@ pub mod kernel;
 pub mod process;
 pub mod report;
 pub mod serve;
+pub mod session;
 pub mod store;

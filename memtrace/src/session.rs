@@ -19,7 +19,7 @@ use crate::engine::incident::Host;
 use crate::engine::input::{Effect, Fact, Input, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
-use crate::kernel::support::{MemoryController, Plan, Status, plan};
+use crate::kernel::support::{MemoryController, Status, plan};
 use crate::kernel::{facts, log, object};
 use crate::process::{kallsyms, stock};
 use crate::store::journal;
@@ -136,46 +136,7 @@ impl Session {
     /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
     /// [`Refusal::Unsupported`].
     pub fn start(options: &Options) -> anyhow::Result<Self> {
-        let hierarchy = Hierarchy::find();
-        let controller = hierarchy.as_ref().map_err(ToString::to_string).map(|hierarchy| MemoryController {
-            version: hierarchy.version,
-            hierarchy_id: hierarchy.hierarchy_id,
-            mount: hierarchy.mount.display().to_string(),
-        });
-        let facts = facts::gather(options.btf.as_deref(), controller);
-        let plan = plan(&facts, &options.without);
-        refuse(&Status::new(&plan, &[]))?;
-        let (hierarchy, layout) = match (hierarchy, &facts.layout) {
-            (Ok(hierarchy), Some(layout)) => (hierarchy, layout),
-            // The plan of a kernel without either is fatal.
-            _ => return Err(Refusal::Unsupported("no memory controller or no kernel types".to_owned()).into()),
-        };
-        raise_memlock();
-        let object = object::ebpf_object().ok_or_else(|| {
-            Refusal::Unsupported(
-                "this binary was built without its eBPF programs; build it with `cargo xtask build`".to_owned(),
-            )
-        })?;
-        let settings = probe::Settings {
-            control: Control {
-                quantum_bytes: options.quantum_bytes,
-                mapping_bytes: options.quantum_bytes.saturating_mul(4),
-                mm_salt: salt(),
-                memory_hierarchy_id: hierarchy.hierarchy_id,
-                cpus: possible_cpus(),
-                page_shift: rustix::param::page_size().trailing_zeros(),
-                percpu_lookup: u32::from(facts.percpu_lookup),
-                reclaim_interval_ns: 5_000_000,
-            },
-            ledger_bytes: 1 << 20,
-            samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
-            stacks_bytes: 1 << 18,
-            max_processes: options.max_processes,
-        };
-        let (probe, results) = load(object, layout, &settings, &plan, options)?;
-        let status = Status::new(&plan, &results);
-        refuse(&status)?;
-
+        let (hierarchy, probe, status) = attach(options)?;
         let kernel_log = match options.kernel_log.then(log::Reader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
@@ -235,9 +196,16 @@ impl Session {
             self.feed(Fact::Cgroup(cgroup));
         }
         let hierarchy = &self.hierarchy;
-        let stock = stock::take(clock::boot_ns(), |pid| hierarchy.id_of_process(pid));
-        for process in stock {
-            self.feed(Fact::Process(process));
+        match stock::take(|pid| hierarchy.id_of_process(pid), clock::boot_ns) {
+            Ok(stock) => {
+                if stock.left_out > 0 {
+                    warn!(left_out = stock.left_out, "more processes than are followed");
+                }
+                for process in stock.found {
+                    self.feed(Fact::Process(process));
+                }
+            }
+            Err(error) => warn!("{error:#}; processes are followed from their next change on"),
         }
         self.flush_journal();
     }
@@ -466,15 +434,50 @@ fn refuse(status: &Status) -> Result<(), Refusal> {
     Err(Refusal::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
 }
 
-fn load(
-    object: &[u8],
-    layout: &memtrace_common::layout::KernelLayout,
-    settings: &probe::Settings,
-    plan: &Plan,
-    options: &Options,
-) -> anyhow::Result<(Probe, Vec<(Hook, crate::kernel::support::AttachResult)>)> {
-    Probe::load(object, layout, settings, plan, options.btf.as_deref())
-        .map_err(|error| Refusal::Unsupported(error.to_string()).into())
+/// Finds out what the kernel allows, loads and attaches. The tracer runs as long as the probe lives.
+///
+/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`Refusal::Unsupported`].
+pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+    let hierarchy = Hierarchy::find();
+    let controller = hierarchy.as_ref().map_err(ToString::to_string).map(|hierarchy| MemoryController {
+        version: hierarchy.version,
+        hierarchy_id: hierarchy.hierarchy_id,
+        mount: hierarchy.mount.display().to_string(),
+    });
+    let facts = facts::gather(options.btf.as_deref(), controller);
+    let plan = plan(&facts, &options.without);
+    refuse(&Status::new(&plan, &[]))?;
+    let unsupported = |what: &str| Refusal::Unsupported(what.to_owned());
+    // The plan of a kernel without either is fatal.
+    let hierarchy = hierarchy.map_err(|error| unsupported(&error.to_string()))?;
+    let layout = facts.layout.ok_or_else(|| unsupported("the kernel's types are not known"))?;
+    let object = object::ebpf_object().ok_or_else(|| {
+        unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
+    })?;
+    raise_memlock();
+    let settings = probe::Settings {
+        control: Control {
+            quantum_bytes: options.quantum_bytes,
+            mapping_bytes: options.quantum_bytes.saturating_mul(4),
+            mm_salt: salt(),
+            memory_hierarchy_id: hierarchy.hierarchy_id,
+            cpus: possible_cpus(),
+            page_shift: rustix::param::page_size().trailing_zeros(),
+            percpu_lookup: u32::from(facts.percpu_lookup),
+            exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
+            reserved: 0,
+            reclaim_interval_ns: 5_000_000,
+        },
+        ledger_bytes: 1 << 20,
+        samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
+        stacks_bytes: 1 << 18,
+        max_processes: options.max_processes,
+    };
+    let (probe, results) = Probe::load(object, &layout, &settings, &plan, options.btf.as_deref())
+        .map_err(|error| Refusal::Unsupported(error.to_string()))?;
+    let status = Status::new(&plan, &results);
+    refuse(&status)?;
+    Ok((hierarchy, probe, status))
 }
 
 /// 5.10 accounts BPF memory to RLIMIT_MEMLOCK; later kernels do not, so a refusal only matters there.

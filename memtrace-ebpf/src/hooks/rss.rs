@@ -6,12 +6,12 @@ use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::{Loss, Ring};
-use memtrace_common::event::{MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, UNKNOWN};
+use memtrace_common::event::{MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, Task, UNKNOWN};
 
 use super::fault::take_fault;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, is_kthread, pointer, read};
-use crate::maps::{BLANK, MMS, MmState, QUANTA};
+use crate::maps::{MMS, MmState, QUANTA};
 use crate::{control, layout};
 
 /// `rss_stat(mm, member)`, with a third argument `count` before 6.2.
@@ -60,7 +60,7 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     }
     read_all(mm, state);
     emit_change(mm, state, RSS_QUANTUM, fault.unwrap_or(UNKNOWN), boot_ns());
-    if state.flags & RSS_DYING != 0 && resident(state) == 0 {
+    if control!(exit_mmap) == 0 && state.flags & RSS_DYING != 0 && resident(state) == 0 {
         forget(mm);
     }
     0
@@ -87,23 +87,25 @@ fn first_sight(mm: u64) -> i32 {
 /// Starts to follow an address space owned by `task` and reports what it holds.
 #[inline(always)]
 pub fn follow(mm: u64, task: u64) {
-    let Some(blank) = BLANK.get_ptr_mut(0) else { return };
-    let fresh = unsafe { &mut *blank };
+    // On the stack: a per-CPU scratch could be taken over by another task between two reads.
+    let mut fresh = MmState {
+        task: Task { tgid: 0, tid: 0, start_boot_ns: UNKNOWN, comm: [0; 16] },
+        cgroup_id: UNKNOWN,
+        exact: [0; 4],
+        approximate: [0; 4],
+        sent_pages: 0,
+        sent_swap_pages: 0,
+        peak_pages: 0,
+        quantum_pages: (control!(quantum_bytes) >> control!(page_shift)) as i64,
+        faults: 0,
+        mapped_bytes: 0,
+        unmapped_bytes: 0,
+        brk: read(mm, layout!(mm_brk)).unwrap_or(0),
+        updates: 0,
+        flags: 0,
+    };
     kernel::read_task(task, &raw mut fresh.task);
-    fresh.cgroup_id = UNKNOWN;
-    fresh.exact = [0; 4];
-    fresh.approximate = [0; 4];
-    fresh.sent_pages = 0;
-    fresh.sent_swap_pages = 0;
-    fresh.peak_pages = 0;
-    fresh.quantum_pages = (control!(quantum_bytes) >> control!(page_shift)) as i64;
-    fresh.faults = 0;
-    fresh.mapped_bytes = 0;
-    fresh.unmapped_bytes = 0;
-    fresh.brk = read(mm, layout!(mm_brk)).unwrap_or(0);
-    fresh.updates = 0;
-    fresh.flags = 0;
-    if MMS.insert(mm, &*fresh, BPF_ANY as u64).is_err() {
+    if MMS.insert(mm, &fresh, BPF_ANY as u64).is_err() {
         lose(Ring::Samples, Loss::TableFull);
         return;
     }

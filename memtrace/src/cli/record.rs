@@ -268,7 +268,7 @@ fn finish(args: &Args, files: &[Incident]) -> anyhow::Result<()> {
     let mut err = std::io::stderr().lock();
     let style = report::Style::of_stderr();
     for incident in kills.iter().copied().chain([recording]) {
-        writeln!(err, "{}", text::render(incident, &style))?;
+        writeln!(err, "{}", text::report(incident, &style))?;
     }
     for file in &written {
         writeln!(err, "wrote {} (show again: memtrace report {})", file.display(), file.display())?;

@@ -114,10 +114,13 @@ pub struct Missing {
     pub source: String,
 }
 
+/// Start and end of a section in the file.
+type Section = (usize, usize);
+
 /// The type information of one kernel.
 pub struct Btf {
     bytes: Vec<u8>,
-    strings: (usize, usize),
+    strings: Section,
     /// Where each type starts in `bytes`; type 1 is the first.
     types: Vec<u32>,
     /// (hash of the name, type) of structs, unions, typedefs and functions, sorted.
@@ -163,7 +166,7 @@ impl Btf {
         Ok(btf)
     }
 
-    fn index(&mut self, (mut at, end): (usize, usize)) -> Result<(), BtfError> {
+    fn index(&mut self, (mut at, end): Section) -> Result<(), BtfError> {
         while at < end {
             let id = self.types.len() as u32 + 1;
             if self.types.len() >= MAX_TYPES {
@@ -433,7 +436,7 @@ impl Btf {
 }
 
 /// Bounds of the type and the string section.
-fn sections(bytes: &[u8]) -> Result<((usize, usize), (usize, usize)), BtfError> {
+fn sections(bytes: &[u8]) -> Result<(Section, Section), BtfError> {
     let short = BtfError::TooShort(bytes.len());
     match bytes {
         [0x9f, 0xeb, ..] => {}

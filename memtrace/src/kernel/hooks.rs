@@ -52,12 +52,19 @@ pub enum Need {
 }
 
 /// A kernel function, with what the program believes about it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Function {
     /// Its name.
     pub name: &'static str,
     /// How many parameters it has; with another number the program would read the wrong ones.
     pub args: u32,
+}
+
+/// As its name.
+impl Serialize for Function {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name)
+    }
 }
 
 /// `oom_kill_process(oc, message)`.

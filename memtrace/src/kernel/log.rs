@@ -333,6 +333,23 @@ mod tests {
         assert!(lines.len() < 1000);
     }
 
+    #[test]
+    fn every_kill_this_machine_has_logged_is_understood() {
+        let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+        let Ok(mut file) = File::options().read(true).custom_flags(flags).open(KMSG) else { return };
+        let mut buffer = vec![0u8; RECORD];
+        while let Ok(len) = file.read(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..len]);
+            let record = parse_kmsg(&text).unwrap();
+            let (priority, rest) = text.split_once(',').unwrap();
+            let message = rest.split_once(';').unwrap().1;
+            let ours = message.starts_with("oom-kill:") || message.contains("out of memory: Killed process ");
+            if ours && priority.parse::<u32>().unwrap() < 8 {
+                assert!(record.event.is_some(), "{text}");
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn parsing_is_total(text in ".{0,200}") {

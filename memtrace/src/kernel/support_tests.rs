@@ -203,5 +203,6 @@ fn the_status_joins_plan_and_results() {
     let json = serde_json::to_value(&status).unwrap();
     assert_eq!(json["hooks"][14]["state"], "attached");
     assert_eq!(json["hooks"][14]["program"]["attach"]["kind"], "kprobe");
+    assert_eq!(json["hooks"][14]["program"]["attach"]["target"], "oom_kill_process");
     assert_eq!(json["hooks"][15]["error"], "EPERM");
 }

@@ -1,0 +1,105 @@
+//! Incident to JSON: the whole file, and the short form of a list.
+
+use serde::Serialize;
+
+use super::plain;
+use crate::engine::incident::{
+    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Recording, Verdict,
+};
+
+/// The whole incident, pretty.
+pub fn incident(incident: &Incident) -> serde_json::Result<String> {
+    pretty(incident)
+}
+
+/// Whole incidents as one array.
+pub fn incidents(incidents: &[Incident]) -> serde_json::Result<String> {
+    pretty(incidents)
+}
+
+/// Incidents as one array, without `timeline` and `allocation_paths`.
+pub fn list<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> serde_json::Result<String> {
+    pretty(&incidents.into_iter().map(Listed::from).collect::<Vec<_>>())
+}
+
+/// An incident file without what is large in it.
+#[derive(Serialize)]
+struct Listed<'a> {
+    schema: u32,
+    id: &'a str,
+    kind: Kind,
+    at: &'a At,
+    host: &'a Host,
+    cgroup: &'a Cgroup,
+    oom: &'a Option<Oom>,
+    recording: &'a Option<Recording>,
+    growth: &'a [Growth],
+    mappings: &'a [MappingNote],
+    composition: &'a Composition,
+    verdict: &'a Verdict,
+    losses: &'a [LossNote],
+}
+
+impl<'a> From<&'a Incident> for Listed<'a> {
+    fn from(incident: &'a Incident) -> Self {
+        Self {
+            schema: incident.schema,
+            id: &incident.id,
+            kind: incident.kind,
+            at: &incident.at,
+            host: &incident.host,
+            cgroup: &incident.cgroup,
+            oom: &incident.oom,
+            recording: &incident.recording,
+            growth: &incident.growth,
+            mappings: &incident.mappings,
+            composition: &incident.composition,
+            verdict: &incident.verdict,
+            losses: &incident.losses,
+        }
+    }
+}
+
+fn pretty<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    // JSON itself only escapes the first 32: the rest of what a terminal obeys can only be inside a string.
+    if text.contains(|character| character != '\n' && plain::is_dangerous(character)) {
+        text = text.chars().fold(String::with_capacity(text.len()), |mut out, character| {
+            if character != '\n' && plain::is_dangerous(character) {
+                let mut units = [0; 2];
+                for unit in character.encode_utf16(&mut units) {
+                    out.push_str(&format!("\\u{unit:04x}"));
+                }
+            } else {
+                out.push(character);
+            }
+            out
+        });
+    }
+    text.push('\n');
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::fixtures;
+
+    #[test]
+    fn the_list_form_leaves_out_two_keys_and_no_other() {
+        let incident = fixtures::burst();
+        let mut whole = serde_json::to_value(&incident).unwrap();
+        whole.as_object_mut().unwrap().remove("timeline").unwrap();
+        whole.as_object_mut().unwrap().remove("allocation_paths").unwrap();
+        let listed: serde_json::Value = serde_json::from_str(&list([&incident]).unwrap()).unwrap();
+        assert_eq!(listed, serde_json::Value::Array(vec![whole]));
+    }
+
+    #[test]
+    fn a_terminal_has_nothing_to_obey_and_the_content_is_the_same() {
+        let hostile = fixtures::hostile();
+        let text = incident(&hostile).unwrap();
+        assert!(text.chars().all(|character| character == '\n' || !plain::is_dangerous(character)));
+        assert_eq!(serde_json::from_str::<Incident>(&text).unwrap(), hostile);
+    }
+}

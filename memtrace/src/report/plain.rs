@@ -1,0 +1,98 @@
+//! Strings from a file as text that a terminal cannot obey: the last edge before anybody's screen.
+
+use std::fmt::Write;
+
+/// `text` with everything that is not a visible character or a space escaped: control characters, and the
+/// invisible ones that reorder or hide text.
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\n' => out.push_str("\\n"),
+            '\t' => out.push_str("\\t"),
+            _ if is_dangerous(character) => {
+                let _ = match u32::from(character) {
+                    code @ ..0x100 => write!(out, "\\x{code:02x}"),
+                    code => write!(out, "\\u{{{code:x}}}"),
+                };
+            }
+            _ => out.push(character),
+        }
+    }
+    out
+}
+
+/// Whether a terminal would obey the character, or hide text with it, instead of showing it.
+pub fn is_dangerous(character: char) -> bool {
+    character.is_control()
+        || matches!(u32::from(character),
+            0xad | 0x61c | 0x180e | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfe00..=0xfe0f | 0xfeff
+            | 0xfff9..=0xfffb | 0xe0000..=0xe0fff)
+}
+
+/// `text` escaped and, where it is longer than `width`, cut in the middle.
+pub fn elide(text: &str, width: usize, unicode: bool) -> String {
+    let text = escape(text);
+    let length = text.chars().count();
+    if length <= width {
+        return text;
+    }
+    let mark = if unicode { "…" } else { "..." };
+    let kept = width.saturating_sub(mark.chars().count());
+    // The end of a path says more than its beginning.
+    let head = kept * 2 / 5;
+    let tail = kept - head;
+    let begin: String = text.chars().take(head).collect();
+    let end: String = text.chars().skip(length - tail).collect();
+    format!("{begin}{mark}{end}")
+}
+
+/// `text` escaped and broken between words into lines of at most `width`, as far as words allow.
+pub fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut line = String::new();
+    for word in escape(text).split(' ').filter(|word| !word.is_empty()) {
+        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > width {
+            lines.push(std::mem::take(&mut line));
+        }
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    if !line.is_empty() {
+        lines.push(line);
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_dangerous_passes() {
+        assert_eq!(escape("a\x1b[31mb\x07\u{9b}c\u{202e}d\ne\u{7f}"), "a\\x1b[31mb\\x07\\x9bc\\u{202e}d\\ne\\x7f");
+        assert_eq!(escape("grüße 漢"), "grüße 漢");
+        for code in 0..0x11_0000 {
+            if let Some(character) = char::from_u32(code) {
+                assert!(escape(&character.to_string()).chars().all(|c| !c.is_control()));
+            }
+        }
+    }
+
+    #[test]
+    fn long_text_loses_its_middle() {
+        assert_eq!(elide("/kubepods/pod/container", 12, true), "/kub…ntainer");
+        assert_eq!(elide("/kubepods/pod/container", 12, false), "/ku...tainer");
+        assert_eq!(elide("short", 12, true), "short");
+        assert_eq!(elide("abc", 0, true).chars().count(), 1);
+    }
+
+    #[test]
+    fn words_stay_whole() {
+        assert_eq!(wrap("one two  three", 7), ["one two", "three"]);
+        assert_eq!(wrap("", 7), Vec::<String>::new());
+        assert_eq!(wrap("averylongword x", 3), ["averylongword", "x"]);
+    }
+}

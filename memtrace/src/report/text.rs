@@ -1,0 +1,319 @@
+//! The post-mortem on one screen: what an on-call engineer needs to know, most important first.
+
+use super::sections::{self, Page};
+use super::{Paint, Style, plain, units};
+use crate::engine::incident::{Cgroup, Incident, Kind, Oom, Process, Recording, Scope, Victim};
+
+/// Victims shown one by one.
+const VICTIMS: usize = 4;
+/// Evidence shown.
+const EVIDENCE: usize = 4;
+/// Columns a path may take in the headline.
+const PATH_WIDTH: usize = 48;
+
+/// The report as text that ends with a line end. Whatever the incident says, it holds no control character but line
+/// ends and, with `style.colour`, its own colours.
+pub fn report(incident: &Incident, style: &Style) -> String {
+    let mut page = Page::new(style);
+    let headline = match (incident.kind, &incident.oom, &incident.recording) {
+        (Kind::Recording, _, Some(recording)) => recording_headline(incident, recording, style),
+        (Kind::Spike, _, _) => spike_headline(incident, style),
+        (_, Some(oom), _) => kill_headline(incident, oom, style),
+        (Kind::OomKill, None, _) => "OOM kill: nothing more is known.".to_owned(),
+        (Kind::Recording, _, None) => "Recording: nothing is known of the command.".to_owned(),
+    };
+    let alarm = matches!(incident.kind, Kind::OomKill);
+    page.wrapped(if alarm { Paint::Alarm } else { Paint::Strong }, &headline, 0);
+    verdict(&mut page, incident);
+    page.blank();
+    when(&mut page, incident);
+    place(&mut page, incident);
+    if let Some(oom) = &incident.oom {
+        kill(&mut page, incident, oom);
+    }
+    sections::composition(&mut page, incident);
+    page.blank();
+    sections::curve(&mut page, incident);
+    page.blank();
+    match &incident.recording {
+        Some(recording) => sections::recorded(&mut page, incident, recording),
+        None => sections::processes(&mut page, incident),
+    }
+    sections::mappings(&mut page, incident);
+    sections::losses(&mut page, incident);
+    page.finish()
+}
+
+fn kill_headline(incident: &Incident, oom: &Oom, style: &Style) -> String {
+    let who = match oom.victims.iter().find(|victim| victim.killed).or_else(|| oom.victims.first()) {
+        None => "the victim is unknown".to_owned(),
+        Some(victim) => match oom.victims.len() - 1 {
+            0 => name(&victim.comm, victim.pid),
+            others => {
+                let group = if oom.group_kill { ", killed as a group," } else { "" };
+                format!("{} and {} more{group}", name(&victim.comm, victim.pid), units::count(others as u64, "process", "processes"))
+            }
+        },
+    };
+    let killed = oom.victims.is_empty() || oom.victims.iter().any(|victim| victim.killed);
+    let what = if killed { "OOM kill" } else { "OOM, nobody killed" };
+    let place = path(incident.cgroup.path.as_deref(), PATH_WIDTH, style);
+    let limit = |cgroup: Option<&Cgroup>| match cgroup.and_then(|cgroup| cgroup.limit_bytes) {
+        Some(limit) => format!("its limit of {}", units::bytes(limit)),
+        None => "its limit (unknown)".to_owned(),
+    };
+    let why = match oom.scope {
+        Scope::Cgroup => {
+            format!("the cgroup reached {}", limit(oom.oom_cgroup.as_ref().or(Some(&incident.cgroup))))
+        }
+        Scope::Ancestor => {
+            let ancestor = oom.oom_cgroup.as_ref();
+            let ancestor_path = path(ancestor.and_then(|cgroup| cgroup.path.as_deref()), PATH_WIDTH, style);
+            format!("its ancestor {ancestor_path} reached {}", limit(ancestor))
+        }
+        Scope::Global => "the machine ran out of memory".to_owned(),
+        Scope::Cpuset => "the memory nodes of its cpuset ran out".to_owned(),
+        Scope::Unknown => "what ran out is unknown".to_owned(),
+    };
+    let chosen = if killed { "" } else { " was chosen while already exiting" };
+    format!("{what}: {who}{chosen} in {place} - {why}.")
+}
+
+fn spike_headline(incident: &Incident, style: &Style) -> String {
+    let cgroup = &incident.cgroup;
+    let of_limit = match (cgroup.usage_bytes, cgroup.limit_bytes) {
+        (Some(usage), Some(limit)) => match units::percent(usage, limit) {
+            Some(percent) => format!(" of its limit of {} ({percent})", units::bytes(limit)),
+            None => String::new(),
+        },
+        _ => String::new(),
+    };
+    let place = path(cgroup.path.as_deref(), PATH_WIDTH, style);
+    format!("Spike: {place} rose to {}{of_limit} and fell again; nobody was killed.", units::known(cgroup.usage_bytes))
+}
+
+fn recording_headline(incident: &Incident, recording: &Recording, style: &Style) -> String {
+    let what = if recording.command.is_empty() {
+        path(incident.cgroup.path.as_deref(), PATH_WIDTH, style)
+    } else {
+        format!("`{}`", plain::elide(&recording.command.join(" "), 80, style.unicode))
+    };
+    let end = match (recording.exit_code, recording.signal) {
+        (_, Some(signal)) => format!("and was ended by {}", signal_name(signal)),
+        (Some(code), None) => format!("and exited with code {code}"),
+        (None, None) => "and was still running".to_owned(),
+    };
+    let peak = incident.cgroup.peak_bytes.map(|peak| format!("; its cgroup peaked at {}", units::bytes(peak)));
+    format!("Recording: {what} ran {} {end}{}.", units::duration(recording.duration_ns), peak.unwrap_or_default())
+}
+
+fn verdict(page: &mut Page<'_>, incident: &Incident) {
+    let verdict = &incident.verdict;
+    let most = page.style.columns() * 2;
+    if !verdict.summary.is_empty() {
+        page.wrapped(Paint::Strong, &plain::elide(&verdict.summary, most, page.style.unicode), 2);
+    }
+    for evidence in verdict.evidence.iter().take(EVIDENCE) {
+        page.item(&plain::elide(evidence, most, page.style.unicode));
+    }
+    if let Some(more) = verdict.evidence.len().checked_sub(EVIDENCE).filter(|more| *more > 0) {
+        page.item(&format!("and {more} more"));
+    }
+}
+
+fn when(page: &mut Page<'_>, incident: &Incident) {
+    let at = &incident.at;
+    let plus_minus = if page.style.unicode { "±" } else { "+-" };
+    page.fact(
+        if incident.kind == Kind::Recording { "ended" } else { "when" },
+        &format!(
+            "{} ({plus_minus} {}), boot clock {} s",
+            plain::elide(&at.wall, 40, page.style.unicode),
+            units::duration(at.wall_uncertainty_ns),
+            units::seconds(at.boot_ns)
+        ),
+    );
+}
+
+fn place(page: &mut Page<'_>, incident: &Incident) {
+    let host = &incident.host;
+    let unicode = page.style.unicode;
+    let or_unknown = |text: &str| match text {
+        "" => "unknown".to_owned(),
+        text => plain::elide(text, 64, unicode),
+    };
+    page.fact(
+        "host",
+        &format!(
+            "{}, Linux {}, {}, {}",
+            or_unknown(&host.hostname),
+            or_unknown(&host.kernel),
+            match host.cpus {
+                0 => "CPUs unknown".to_owned(),
+                cpus => units::count(cpus.into(), "CPU", "CPUs"),
+            },
+            match host.memory_bytes {
+                0 => "memory unknown".to_owned(),
+                memory => units::bytes(memory),
+            }
+        ),
+    );
+    let cgroup = &incident.cgroup;
+    // In one piece, however long: it is there to be copied.
+    page.fact_unbroken("cgroup", &cgroup.path.as_deref().map_or_else(|| unknown_path(cgroup.id), plain::escape));
+    let pod = cgroup.kubernetes.as_ref().map(|pod| {
+        let qos = pod.qos.as_deref().map(|qos| format!(" ({})", plain::elide(qos, 20, unicode))).unwrap_or_default();
+        format!("pod {}{qos}", plain::elide(&pod.pod_uid, 40, unicode))
+    });
+    let container = cgroup.container.as_ref().map(|container| {
+        let id: String = container.id.chars().take(12).collect();
+        let runtime = container.runtime.as_deref().map(|runtime| format!(" ({})", plain::elide(runtime, 20, unicode)));
+        format!("container {}{}", plain::escape(&id), runtime.unwrap_or_default())
+    });
+    if pod.is_some() || container.is_some() {
+        page.fact("in", &pod.into_iter().chain(container).collect::<Vec<_>>().join(", "));
+    }
+    page.fact("memory", &memory(cgroup));
+}
+
+fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
+    let style = *page.style;
+    if let (Scope::Ancestor, Some(ancestor)) = (oom.scope, &oom.oom_cgroup) {
+        page.fact_unbroken("ancestor", &ancestor.path.as_deref().map_or_else(|| unknown_path(ancestor.id), plain::escape));
+        page.fact("", &memory(ancestor));
+    }
+    for (number, victim) in oom.victims.iter().take(VICTIMS).enumerate() {
+        page.fact(if number == 0 { "killed" } else { "" }, &victim_line(victim, &incident.cgroup, &style));
+    }
+    if let Some(more) = oom.victims.len().checked_sub(VICTIMS).filter(|more| *more > 0) {
+        page.fact("", &format!("and {}", units::count(more as u64, "more process", "more processes")));
+    }
+    if oom.victims.is_empty() {
+        page.fact("killed", "unknown");
+    }
+    if oom.group_kill {
+        page.fact("", "memory.oom.group: the kernel killed the whole cgroup");
+    }
+    page.fact("trigger", &trigger(oom, &style));
+    if !oom.trigger_kernel_stack.is_empty() {
+        page.fact_unbroken("stack", &sections::stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)));
+    }
+    page.fact("kernel log", &sections::kernel_log(oom));
+}
+
+fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
+    let mut text = format!("{}: anon {}", name(&victim.comm, victim.pid), units::known(victim.anon_bytes));
+    for (what, size) in [
+        ("file", victim.file_bytes),
+        ("shmem", victim.shmem_bytes),
+        ("swap", victim.swap_bytes),
+        ("page tables", victim.pagetable_bytes),
+    ] {
+        text.push_str(&format!(", {what} {}", units::known(size)));
+    }
+    match victim.oom_score_adj {
+        Some(adj) => text.push_str(&format!(", oom_score_adj {adj}")),
+        None => text.push_str(", oom_score_adj unknown"),
+    }
+    if victim.cgroup_id.is_some_and(|id| id != cgroup.id) {
+        text.push_str(&format!("; in {}", path(victim.cgroup_path.as_deref(), PATH_WIDTH, style)));
+    }
+    if victim.shares_mm {
+        text.push_str("; killed because it shares its memory with a victim");
+    }
+    if !victim.killed {
+        text.push_str("; chosen while already exiting, not killed");
+    }
+    match victim.exit_boot_ns {
+        Some(exit) => {
+            let after = exit.saturating_sub(victim.at_boot_ns);
+            text.push_str(&format!("; gone {} later", units::duration(after)));
+        }
+        None => text.push_str("; its exit was not seen"),
+    }
+    text
+}
+
+fn trigger(oom: &Oom, style: &Style) -> String {
+    let trigger = &oom.trigger;
+    let thread = if trigger.tid == trigger.pid { String::new() } else { format!(", thread {}", trigger.tid) };
+    let who = name(&trigger.comm, trigger.pid);
+    let among = oom.victims.iter().position(|victim| is(victim, trigger));
+    match among {
+        Some(0) if oom.victims.len() == 1 => format!("the victim itself asked for the memory{thread}"),
+        Some(_) => format!("{who}{thread} asked for the memory; it is among the victims"),
+        None => {
+            let place = oom.trigger_cgroup.as_ref().map(|cgroup| match &cgroup.path {
+                Some(known) => format!(" in {}", path(Some(known), PATH_WIDTH, style)),
+                None => format!(" in {}", unknown_path(cgroup.id)),
+            });
+            format!("{who}{thread}{} asked for the memory; it is not a victim", place.unwrap_or_default())
+        }
+    }
+}
+
+fn is(victim: &Victim, process: &Process) -> bool {
+    victim.pid == process.pid && victim.start_boot_ns == process.start_boot_ns
+}
+
+fn memory(cgroup: &Cgroup) -> String {
+    let mut text = match (cgroup.usage_bytes, cgroup.limit_bytes) {
+        (usage, None) => format!("usage {}, no limit", units::known(usage)),
+        (usage, Some(limit)) => {
+            let percent = usage.and_then(|usage| units::percent(usage, limit));
+            let percent = percent.map(|percent| format!(" ({percent})")).unwrap_or_default();
+            format!("usage {} of limit {}{percent}", units::known(usage), units::bytes(limit))
+        }
+    };
+    text.push_str(&format!(", peak {}", units::known(cgroup.peak_bytes)));
+    if let Some(hits) = cgroup.failcnt {
+        text.push_str(&format!(", limit hit {}", units::count(hits, "time", "times")));
+    }
+    if let Some(high) = cgroup.high_bytes {
+        text.push_str(&format!(", memory.high {}", units::bytes(high)));
+    }
+    if let Some(swap) = cgroup.swap_usage_bytes {
+        let what = if cgroup.version == 1 { "memory and swap" } else { "swap" };
+        text.push_str(&format!(", {what} {}", units::bytes(swap)));
+        if let Some(limit) = cgroup.swap_limit_bytes {
+            text.push_str(&format!(" of {}", units::bytes(limit)));
+        }
+    }
+    text
+}
+
+/// `` `worker` (pid 4242) ``.
+pub(super) fn name(comm: &str, pid: u32) -> String {
+    format!("`{}` (pid {pid})", plain::elide(comm, 64, true))
+}
+
+fn path(path: Option<&str>, width: usize, style: &Style) -> String {
+    path.map_or_else(|| "an unknown cgroup".to_owned(), |path| plain::elide(path, width, style.unicode))
+}
+
+fn unknown_path(id: u64) -> String {
+    format!("unknown path (id {id})")
+}
+
+/// `SIGKILL`, or the number.
+pub(super) fn signal_name(signal: i32) -> String {
+    let name = match signal {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        11 => "SIGSEGV",
+        13 => "SIGPIPE",
+        14 => "SIGALRM",
+        15 => "SIGTERM",
+        _ => return format!("signal {signal}"),
+    };
+    name.to_owned()
+}
+
+#[cfg(test)]
+mod tests;

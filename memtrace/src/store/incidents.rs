@@ -1,0 +1,347 @@
+//! Incident files: one `<id>.memtrace` each, zstd over JSON; written whole, read with suspicion, dropped by age and size.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
+
+use super::atomic;
+use crate::engine::incident::{Incident, SCHEMA};
+
+/// Largest file read.
+pub const MAX_FILE_BYTES: u64 = 64 << 20;
+/// Largest JSON read out of it.
+pub const MAX_JSON_BYTES: u64 = 512 << 20;
+/// Ending of an incident file's name.
+pub const EXTENSION: &str = "memtrace";
+
+const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+const ZSTD_LEVEL: i32 = 3;
+const FILE_MODE: u32 = 0o640;
+const DIR_MODE: u32 = 0o750;
+
+/// Why a file is not an incident this build reads.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    /// The file cannot be read.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// It is not zstd.
+    #[error("not a memtrace incident (no zstd header)")]
+    NotZstd,
+    /// It ends too early.
+    #[error("the file is truncated")]
+    Truncated,
+    /// Its zstd frame is damaged.
+    #[error("the file is damaged: {0}")]
+    Damaged(io::Error),
+    /// It is larger than a cap.
+    #[error("{what} is larger than {limit} bytes")]
+    TooLarge {
+        /// What is.
+        what: &'static str,
+        /// The cap.
+        limit: u64,
+    },
+    /// The JSON in it is not an incident.
+    #[error("not a memtrace incident: {0}")]
+    NotAnIncident(serde_json::Error),
+    /// Its schema is not one of those this build reads.
+    #[error("schema {found} is {} than this memtrace reads ({SCHEMA}){}", if *found > SCHEMA { "newer" } else { "older" }, if *found > SCHEMA { "; update memtrace" } else { "" })]
+    Schema {
+        /// Its schema.
+        found: u32,
+    },
+    /// Its id is not a ULID.
+    #[error("its id is not a ULID")]
+    BadId,
+    /// A timeline column has another length than `boot_ns`.
+    #[error("timeline column {column} has {found} rows, boot_ns has {expected}")]
+    Column {
+        /// Which.
+        column: &'static str,
+        /// Its length.
+        found: usize,
+        /// Length of `boot_ns`.
+        expected: usize,
+    },
+}
+
+/// [`Unreadable`], and which file.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to read incident {}: {why}", path.display())]
+pub struct ReadError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub why: Unreadable,
+}
+
+/// Why an id does not lead to one incident.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// The directory cannot be listed.
+    #[error("failed to list incidents in {}: {source}", dir.display())]
+    Io {
+        /// Which.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is not an id or the beginning of one.
+    #[error("not an incident id: {0:?}")]
+    NotAnId(String),
+    /// No incident has it.
+    #[error("no incident {id} in {}", dir.display())]
+    NotFound {
+        /// What was asked for.
+        id: String,
+        /// Where.
+        dir: PathBuf,
+    },
+    /// Several begin with it.
+    #[error("incident id {id} is ambiguous: {}", candidates.join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        id: String,
+        /// Some that begin with it.
+        candidates: Vec<String>,
+    },
+}
+
+/// One file of the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Id of the incident.
+    pub id: String,
+    /// Its file.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// What retention dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Files.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// A directory of incidents.
+#[derive(Clone, Debug)]
+pub struct Incidents {
+    dir: PathBuf,
+}
+
+impl Incidents {
+    /// The store in `dir` for reading; nothing is touched.
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// The store in `dir` for writing: creates it and removes what a crash left half written.
+    pub fn create(dir: impl Into<PathBuf>) -> io::Result<Self> {
+        let dir = dir.into();
+        DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir)?;
+        atomic::remove_leftovers(&dir)?;
+        Ok(Self { dir })
+    }
+
+    /// Writes an incident under its id, durably; a second one with the same id replaces the first.
+    pub fn save(&self, incident: &Incident) -> io::Result<PathBuf> {
+        let path = self.path(&incident.id)?;
+        write(&path, incident)?;
+        Ok(path)
+    }
+
+    /// What is in the store, newest first; files with other names are not its own.
+    pub fn list(&self) -> io::Result<Vec<Entry>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let path = entry.path();
+            let id = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            if path.extension().is_none_or(|extension| extension != EXTENSION) || !is_id(id) {
+                continue;
+            }
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_file() => {
+                    found.push(Entry { id: id.to_owned(), path: path.clone(), bytes: metadata.len() });
+                }
+                _ => {}
+            }
+        }
+        // ULIDs sort by time.
+        found.sort_unstable_by(|a, b| b.id.cmp(&a.id));
+        Ok(found)
+    }
+
+    /// The incident whose id is `id` or, alone, begins with it; `latest` is the newest.
+    pub fn find(&self, id: &str) -> Result<Entry, FindError> {
+        let list = || self.list().map_err(|source| FindError::Io { dir: self.dir.clone(), source });
+        let not_found = || FindError::NotFound { id: id.to_owned(), dir: self.dir.clone() };
+        if id == "latest" {
+            return list()?.into_iter().next().ok_or_else(not_found);
+        }
+        let wanted = id.to_ascii_uppercase();
+        if wanted.is_empty() || wanted.len() > 26 || !wanted.bytes().all(is_id_byte) {
+            return Err(FindError::NotAnId(id.chars().take(80).collect()));
+        }
+        let mut matching: Vec<Entry> = list()?.into_iter().filter(|entry| entry.id.starts_with(&wanted)).collect();
+        match matching.len() {
+            0 => Err(not_found()),
+            1 => matching.pop().ok_or_else(not_found),
+            _ => Err(FindError::Ambiguous {
+                id: id.to_owned(),
+                candidates: matching.into_iter().take(5).map(|entry| entry.id).collect(),
+            }),
+        }
+    }
+
+    /// Drops the oldest incidents until the rest is within `max_bytes` and no older than `max_age`.
+    pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<Dropped> {
+        let oldest = max_age.and_then(|age| now.checked_sub(age));
+        let (mut kept, mut dropped) = (0u64, Dropped::default());
+        for entry in self.list()? {
+            let with = kept.saturating_add(entry.bytes);
+            let expired = matches!((oldest, happened(&entry.id)), (Some(oldest), Some(at)) if at < oldest);
+            // Once one is dropped, so is everything older.
+            if dropped.files == 0 && with <= max_bytes && !expired {
+                kept = with;
+                continue;
+            }
+            fs::remove_file(&entry.path)?;
+            dropped.files += 1;
+            dropped.bytes = dropped.bytes.saturating_add(entry.bytes);
+        }
+        if dropped.files > 0 {
+            atomic::sync_dir(&self.dir)?;
+        }
+        Ok(dropped)
+    }
+
+    fn path(&self, id: &str) -> io::Result<PathBuf> {
+        if !is_id(id) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an incident's id has to be a ULID"));
+        }
+        Ok(self.dir.join(format!("{id}.{EXTENSION}")))
+    }
+}
+
+/// Writes an incident to any path, whole or not at all.
+pub fn write(path: &Path, incident: &Incident) -> io::Result<()> {
+    atomic::write(path, &encode(incident)?, Some(FILE_MODE))
+}
+
+/// Reads an incident file.
+pub fn read(path: &Path) -> Result<Incident, ReadError> {
+    let wrong = |why| ReadError { path: path.to_owned(), why };
+    let file = File::open(path).map_err(|error| wrong(error.into()))?;
+    read_from(file).map_err(wrong)
+}
+
+/// Reads an incident from a stream.
+pub fn read_from(stream: impl Read) -> Result<Incident, Unreadable> {
+    let mut bytes = Vec::new();
+    stream.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    decode(&bytes)
+}
+
+/// An incident as the bytes of its file.
+pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
+    encoder.include_checksum(true)?;
+    serde_json::to_writer(&mut encoder, incident)?;
+    encoder.finish()
+}
+
+/// The bytes of an incident file as an incident; total.
+pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(Unreadable::TooLarge { what: "the file", limit: MAX_FILE_BYTES });
+    }
+    if !bytes.starts_with(&ZSTD_MAGIC) {
+        return Err(if !bytes.is_empty() && ZSTD_MAGIC.starts_with(bytes) {
+            Unreadable::Truncated
+        } else {
+            Unreadable::NotZstd
+        });
+    }
+    let json = decompress(bytes, MAX_JSON_BYTES)?;
+    let incident: Incident = match serde_json::from_slice(&json) {
+        Ok(incident) => incident,
+        // A newer schema may well fail to parse: its number is the better message.
+        Err(error) => {
+            return Err(match serde_json::from_slice::<Versioned>(&json) {
+                Ok(Versioned { schema }) if schema != SCHEMA => Unreadable::Schema { found: schema },
+                _ => Unreadable::NotAnIncident(error),
+            });
+        }
+    };
+    check(&incident)?;
+    Ok(incident)
+}
+
+/// Whether `id` is a ULID as memtrace writes it: a safe file name.
+pub fn is_id(id: &str) -> bool {
+    id.len() == 26 && id.bytes().all(is_id_byte) && id.starts_with(|first| ('0'..='7').contains(&first))
+}
+
+/// When the incident with this id happened, to the millisecond.
+pub fn happened(id: &str) -> Option<SystemTime> {
+    let ulid = ulid::Ulid::from_string(id).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ulid.timestamp_ms()))
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    schema: u32,
+}
+
+fn decompress(bytes: &[u8], limit: u64) -> Result<Vec<u8>, Unreadable> {
+    let mut json = Vec::new();
+    let unpacked = zstd::Decoder::with_buffer(bytes).and_then(|decoder| decoder.take(limit + 1).read_to_end(&mut json));
+    match unpacked {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(Unreadable::Truncated),
+        Err(error) => Err(Unreadable::Damaged(error)),
+        Ok(_) if json.len() as u64 > limit => Err(Unreadable::TooLarge { what: "the JSON in the file", limit }),
+        Ok(_) => Ok(json),
+    }
+}
+
+fn check(incident: &Incident) -> Result<(), Unreadable> {
+    if incident.schema != SCHEMA {
+        return Err(Unreadable::Schema { found: incident.schema });
+    }
+    if !is_id(&incident.id) {
+        return Err(Unreadable::BadId);
+    }
+    let columns = &incident.timeline.columns;
+    let expected = columns.boot_ns.len();
+    let lengths = [
+        ("usage_bytes", columns.usage_bytes.len()),
+        ("limit_bytes", columns.limit_bytes.len()),
+        ("watermark_bytes", columns.watermark_bytes.len()),
+        ("anon_bytes", columns.anon_bytes.len()),
+        ("file_bytes", columns.file_bytes.len()),
+        ("shmem_bytes", columns.shmem_bytes.len()),
+        ("swap_bytes", columns.swap_bytes.len()),
+    ];
+    match lengths.into_iter().find(|(_, found)| *found != expected) {
+        Some((column, found)) => Err(Unreadable::Column { column, found, expected }),
+        None => Ok(()),
+    }
+}
+
+/// Crockford's base 32.
+fn is_id_byte(byte: u8) -> bool {
+    byte.is_ascii_digit() || (byte.is_ascii_uppercase() && !b"ILOU".contains(&byte))
+}
+
+#[cfg(test)]
+mod tests;

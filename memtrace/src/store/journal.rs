@@ -1,0 +1,243 @@
+//! The journal: a bounded ring of segment files that holds every input of the engine, in order, for a replay.
+//!
+//! A segment is `MTJR`, a little-endian `u32` version, then frames
+//! `{u32 len, u32 crc32 of kind and payload, u8 kind, payload of len bytes}`. Whatever does not check out ends its
+//! segment there and is counted: a crash in the middle of a write costs the tail, never the journal.
+
+use std::ops::Range;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use crate::engine::input::{Fact, Input};
+
+mod reader;
+mod writer;
+
+pub use reader::{OpenError, Reader, Stats};
+pub use writer::Writer;
+
+/// First bytes of every segment.
+pub const MAGIC: [u8; 4] = *b"MTJR";
+/// Version of the format this build writes and reads.
+pub const VERSION: u32 = 1;
+/// Bytes before the first frame.
+pub const HEADER_BYTES: usize = 8;
+/// Bytes of a frame before its payload.
+pub const FRAME_BYTES: usize = 9;
+/// Longest payload; a longer one is torn by definition.
+pub const MAX_PAYLOAD: usize = 1 << 20;
+
+/// A wire record, raw.
+const KIND_RECORD: u8 = 1;
+/// A fact, JSON.
+const KIND_FACT: u8 = 2;
+/// The engine's identity repeated at a segment's head, JSON: for a replay that begins there.
+const KIND_PREAMBLE: u8 = 3;
+
+/// What one frame holds.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frame<'a> {
+    /// An input of the engine.
+    Input(Input<'a>),
+    /// What the engine knew when this segment began; an input only where a replay begins with this segment.
+    Preamble(Fact),
+}
+
+/// Why a segment ended before its bytes did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Its first bytes are not [`MAGIC`].
+    NotAJournal,
+    /// Written by a newer memtrace: its version.
+    Newer(u32),
+    /// A frame is cut off, too long or fails its checksum.
+    Torn,
+}
+
+/// Bytes of one segment to frames, in whatever pieces they come; total.
+///
+/// Holds at most one frame and the chunk pushed last, given that the caller takes every frame before it pushes more.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    pending: Vec<u8>,
+    /// First byte of `pending` that is not decoded.
+    at: usize,
+    header_seen: bool,
+    stopped: Option<Stop>,
+    frames: u64,
+    unknown: u64,
+    torn_bytes: u64,
+}
+
+/// A decoded frame whose bytes stay in the decoder.
+pub(super) enum Step {
+    Record(Range<usize>),
+    Fact(Fact),
+    Preamble(Fact),
+}
+
+impl Decoder {
+    /// A decoder at the start of a segment.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the next bytes of the segment.
+    pub fn push(&mut self, chunk: &[u8]) {
+        if self.stopped.is_some() {
+            self.torn_bytes = self.torn_bytes.saturating_add(chunk.len() as u64);
+            return;
+        }
+        self.pending.drain(..self.at.min(self.pending.len()));
+        self.at = 0;
+        self.pending.extend_from_slice(chunk);
+    }
+
+    /// The next whole frame; `None` until more bytes are pushed, and for good once the segment is torn.
+    pub fn next_frame(&mut self) -> Option<Frame<'_>> {
+        let step = self.advance()?;
+        Some(match step {
+            Step::Record(bytes) => Frame::Input(Input::Record(self.bytes(bytes))),
+            Step::Fact(fact) => Frame::Input(Input::Fact(fact)),
+            Step::Preamble(fact) => Frame::Preamble(fact),
+        })
+    }
+
+    /// The segment has no more bytes: what is left is a torn frame.
+    pub fn finish(&mut self) {
+        if self.at < self.pending.len() {
+            self.stop(Stop::Torn);
+        }
+    }
+
+    /// Why the segment ended early.
+    pub fn stopped(&self) -> Option<Stop> {
+        self.stopped
+    }
+
+    /// Frames that checked out.
+    pub fn frames(&self) -> u64 {
+        self.frames
+    }
+
+    /// Frames that checked out but whose kind or content this build does not know; they are skipped.
+    pub fn unknown(&self) -> u64 {
+        self.unknown
+    }
+
+    /// Bytes given up.
+    pub fn torn_bytes(&self) -> u64 {
+        self.torn_bytes
+    }
+
+    pub(super) fn bytes(&self, range: Range<usize>) -> &[u8] {
+        self.pending.get(range).unwrap_or_default()
+    }
+
+    pub(super) fn advance(&mut self) -> Option<Step> {
+        if self.stopped.is_some() || (!self.header_seen && !self.take_header()) {
+            return None;
+        }
+        loop {
+            let rest = self.pending.get(self.at..)?;
+            let (head, rest) = rest.split_first_chunk::<FRAME_BYTES>()?;
+            let [l0, l1, l2, l3, c0, c1, c2, c3, kind] = *head;
+            let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+            if len > MAX_PAYLOAD {
+                self.stop(Stop::Torn);
+                return None;
+            }
+            let payload = rest.get(..len)?;
+            if checksum(kind, payload) != u32::from_le_bytes([c0, c1, c2, c3]) {
+                self.stop(Stop::Torn);
+                return None;
+            }
+            let begin = self.at.saturating_add(FRAME_BYTES);
+            let range = begin..begin.saturating_add(len);
+            let step = match kind {
+                KIND_RECORD => Some(Step::Record(range.clone())),
+                KIND_FACT => serde_json::from_slice(payload).ok().map(Step::Fact),
+                KIND_PREAMBLE => serde_json::from_slice(payload).ok().map(Step::Preamble),
+                _ => None,
+            };
+            self.at = range.end;
+            self.frames = self.frames.saturating_add(1);
+            match step {
+                Some(step) => return Some(step),
+                None => self.unknown = self.unknown.saturating_add(1),
+            }
+        }
+    }
+
+    fn take_header(&mut self) -> bool {
+        let Some((header, _)) = self.pending.split_first_chunk::<HEADER_BYTES>() else {
+            return false;
+        };
+        let [m0, m1, m2, m3, v0, v1, v2, v3] = *header;
+        let version = u32::from_le_bytes([v0, v1, v2, v3]);
+        if [m0, m1, m2, m3] != MAGIC {
+            self.stop(Stop::NotAJournal);
+        } else if version > VERSION {
+            self.stop(Stop::Newer(version));
+        } else {
+            self.header_seen = true;
+            self.at = HEADER_BYTES;
+        }
+        self.header_seen
+    }
+
+    fn stop(&mut self, why: Stop) {
+        self.torn_bytes = self.torn_bytes.saturating_add(self.pending.len().saturating_sub(self.at) as u64);
+        self.pending = Vec::new();
+        self.at = 0;
+        self.stopped = Some(why);
+    }
+}
+
+/// Appends one frame to `out`; false, and nothing appended, when its payload is too long.
+fn encode(kind: u8, payload: &[u8], out: &mut Vec<u8>) -> bool {
+    let Some(len) = u32::try_from(payload.len()).ok().filter(|_| payload.len() <= MAX_PAYLOAD) else {
+        return false;
+    };
+    out.extend_from_slice(&len.to_le_bytes());
+    out.extend_from_slice(&checksum(kind, payload).to_le_bytes());
+    out.push(kind);
+    out.extend_from_slice(payload);
+    true
+}
+
+fn checksum(kind: u8, payload: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&[kind]);
+    hasher.update(payload);
+    hasher.finalize()
+}
+
+/// Sequence number of a segment's file name.
+fn sequence(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("journal-")?.strip_suffix(".mtj")?;
+    (digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit())).then(|| digits.parse().ok())?
+}
+
+/// Moves the segments in `dir` into its subdirectory `name`, replacing what was there.
+pub fn set_aside(dir: &Path, name: &str) -> std::io::Result<()> {
+    let aside = dir.join(name);
+    match std::fs::remove_dir_all(&aside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => std::fs::DirBuilder::new().mode(0o700).create(&aside)?,
+    }
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(|name| sequence(name).is_some()) {
+            std::fs::rename(entry.path(), aside.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
+}
+
+fn file_name(sequence: u64) -> String {
+    format!("journal-{sequence:020}.mtj")
+}
+
+#[cfg(test)]
+mod tests;

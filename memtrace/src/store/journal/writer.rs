@@ -1,0 +1,219 @@
+//! Writes the journal: whole frames, a segment at a time, within its bytes.
+
+use std::collections::VecDeque;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::{KIND_FACT, KIND_PREAMBLE, KIND_RECORD, MAGIC, VERSION, encode, file_name, sequence};
+use crate::engine::input::{Fact, Input};
+
+/// Frames are handed to the kernel in pieces of about this size.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Appends inputs to the journal in a directory.
+///
+/// Before each input: `if writer.rotate_needed() { writer.begin_segment(&engine.preamble(now))? }`. An error costs
+/// the frames it names (see [`Writer::lost`]) and closes the segment; nothing more is written until the next
+/// [`Writer::flush`], so that a full disk costs one attempt a tick, and then a new segment begins.
+#[derive(Debug)]
+pub struct Writer {
+    dir: PathBuf,
+    segment_bytes: u64,
+    total_bytes: u64,
+    next: u64,
+    /// Closed segments, oldest first: sequence and bytes. Cap: `total_bytes`.
+    closed: VecDeque<(u64, u64)>,
+    open: Option<Segment>,
+    /// Failed; waits for a flush.
+    resting: bool,
+    lost: u64,
+    scratch: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    sequence: u64,
+    file: File,
+    /// Bytes in the file, all of them whole frames.
+    written: u64,
+    /// Header and preamble.
+    head: u64,
+    /// Whole frames not yet in the file. Cap: `BUFFER_BYTES` and one frame.
+    buffer: Vec<u8>,
+    buffered_frames: u64,
+}
+
+impl Writer {
+    /// A writer that continues after the segments found in `dir`, which it creates. The directory never holds more
+    /// than `total_bytes` and one frame, in segments of about `segment_bytes`.
+    pub fn open(dir: &Path, segment_bytes: u64, total_bytes: u64) -> io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let mut closed = Vec::new();
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            if let Some(sequence) = entry.file_name().to_str().and_then(sequence) {
+                closed.push((sequence, entry.metadata()?.len()));
+            }
+        }
+        closed.sort_unstable();
+        Ok(Self {
+            dir: dir.to_owned(),
+            segment_bytes,
+            total_bytes: total_bytes.max(segment_bytes),
+            next: closed.last().map_or(1, |(sequence, _)| sequence.saturating_add(1)),
+            closed: closed.into(),
+            open: None,
+            resting: false,
+            lost: 0,
+            scratch: Vec::new(),
+        })
+    }
+
+    /// Whether the next input belongs into a new segment.
+    pub fn rotate_needed(&self) -> bool {
+        match &self.open {
+            None => !self.resting,
+            // A preamble larger than a segment must not make every input a segment of its own.
+            Some(open) => open.size() >= self.segment_bytes.max(open.head.saturating_mul(2)),
+        }
+    }
+
+    /// Closes the segment, deletes the oldest ones beyond the total and begins a new one with `preamble`.
+    pub fn begin_segment(&mut self, preamble: &[Fact]) -> io::Result<()> {
+        let closed = self.close();
+        let begun = self.begin(preamble);
+        self.resting = begun.is_err();
+        closed.and(begun)
+    }
+
+    /// Adds one input; it reaches the file with a later [`Writer::flush`] at the latest.
+    pub fn append(&mut self, input: &Input<'_>) -> io::Result<()> {
+        let Some(open) = &mut self.open else {
+            self.lost = self.lost.saturating_add(1);
+            return Err(io::Error::other("no journal segment is open"));
+        };
+        let fits = match input {
+            Input::Record(bytes) => encode(KIND_RECORD, bytes, &mut open.buffer),
+            Input::Fact(fact) => encode_fact(KIND_FACT, fact, &mut self.scratch, &mut open.buffer)?,
+        };
+        if !fits {
+            self.lost = self.lost.saturating_add(1);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "longer than a journal frame may be"));
+        }
+        open.buffered_frames = open.buffered_frames.saturating_add(1);
+        if open.buffer.len() >= BUFFER_BYTES {
+            return self.write_out();
+        }
+        Ok(())
+    }
+
+    /// Hands everything appended so far to the kernel, and lets a failed writer try again.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.resting = false;
+        self.write_out()
+    }
+
+    /// Frames that were appended, or should have been, and are in no file.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Bytes of the journal in its directory and in the buffer.
+    pub fn bytes(&self) -> u64 {
+        let closed: u64 = self.closed.iter().map(|(_, bytes)| bytes).sum();
+        closed.saturating_add(self.open.as_ref().map_or(0, Segment::size))
+    }
+
+    fn begin(&mut self, preamble: &[Fact]) -> io::Result<()> {
+        self.make_room()?;
+        let sequence = self.next;
+        let path = self.dir.join(file_name(sequence));
+        let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
+        self.next = self.next.saturating_add(1);
+        let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+        buffer.extend_from_slice(&MAGIC);
+        buffer.extend_from_slice(&VERSION.to_le_bytes());
+        for fact in preamble {
+            if !encode_fact(KIND_PREAMBLE, fact, &mut self.scratch, &mut buffer)? {
+                self.lost = self.lost.saturating_add(1);
+            }
+        }
+        let head = buffer.len() as u64;
+        self.open = Some(Segment { sequence, file, written: 0, head, buffer, buffered_frames: 0 });
+        // At once, so that a full disk is found here and leaves no segment without a header.
+        let written = self.write_out();
+        if written.is_err() {
+            let _ = fs::remove_file(&path);
+            self.closed.retain(|(closed, _)| *closed != sequence);
+        }
+        written
+    }
+
+    fn make_room(&mut self) -> io::Result<()> {
+        while self.bytes().saturating_add(self.segment_bytes) > self.total_bytes {
+            let Some((sequence, _)) = self.closed.front() else {
+                break;
+            };
+            match fs::remove_file(self.dir.join(file_name(*sequence))) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => self.closed.pop_front(),
+            };
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> io::Result<()> {
+        let written = self.write_out();
+        if let Some(open) = self.open.take() {
+            self.closed.push_back((open.sequence, open.written));
+        }
+        written
+    }
+
+    fn write_out(&mut self) -> io::Result<()> {
+        let Some(open) = &mut self.open else {
+            return Ok(());
+        };
+        if let Err(error) = open.file.write_all(&open.buffer) {
+            // Whole frames only: cut off what a short write left.
+            let _ = open.file.set_len(open.written);
+            self.lost = self.lost.saturating_add(open.buffered_frames);
+            self.closed.push_back((open.sequence, open.written));
+            self.open = None;
+            self.resting = true;
+            return Err(error);
+        }
+        open.written = open.size();
+        open.buffer.clear();
+        open.buffered_frames = 0;
+        Ok(())
+    }
+}
+
+impl Segment {
+    fn size(&self) -> u64 {
+        self.written.saturating_add(self.buffer.len() as u64)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let _ = self.write_out();
+    }
+}
+
+fn encode_fact(kind: u8, fact: &Fact, scratch: &mut Vec<u8>, out: &mut Vec<u8>) -> io::Result<bool> {
+    scratch.clear();
+    serde_json::to_writer(&mut *scratch, fact)?;
+    Ok(encode(kind, scratch, out))
+}
+
+#[cfg(test)]
+impl Writer {
+    /// Lets the open segment write to `file` from now on.
+    pub(super) fn break_with(&mut self, file: File) {
+        self.open.as_mut().unwrap().file = file;
+    }
+}
