@@ -45,9 +45,13 @@ fn lints(place: &Place) -> Result<()> {
     run_command(&mut clippy)
 }
 
+/// With private items: this is a program, and its docs are for who works on it.
 fn docs(place: &Place) -> Result<()> {
     let mut doc = cargo(place);
-    doc.arg("doc").args(USERSPACE).args(["--no-deps", "--locked"]).env("RUSTDOCFLAGS", "-D warnings");
+    doc.arg("doc")
+        .args(USERSPACE)
+        .args(["--no-deps", "--document-private-items", "--locked"])
+        .env("RUSTDOCFLAGS", "-D warnings");
     run_command(&mut doc)
 }
 
