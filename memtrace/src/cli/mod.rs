@@ -5,11 +5,15 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+pub mod completions;
 pub mod doctor;
 pub mod incidents;
+mod listing;
+pub mod man;
 pub mod replay;
 pub mod report;
 pub mod schema;
+pub mod terminal;
 
 /// The memory flight recorder for Linux: what happened at an OOM kill, how it got there, who did it.
 #[derive(Parser, Debug)]
@@ -34,6 +38,11 @@ pub enum Verb {
     Replay(replay::Args),
     /// Print the JSON Schema of the incident file
     Schema(schema::Args),
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+    /// Print the manual page, or write all of them
+    #[command(hide = true)]
+    Man(man::Args),
 }
 
 /// A refusal with its own exit code; everything else is exit code 1.
@@ -58,6 +67,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Verb::Report(args) => report::run(&args),
         Verb::Replay(args) => replay::run(&args),
         Verb::Schema(args) => schema::run(&args),
+        Verb::Completions(args) => completions::run(&args),
+        Verb::Man(args) => man::run(&args),
     };
     match outcome {
         Ok(code) => ExitCode::from(code),
