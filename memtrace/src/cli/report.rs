@@ -81,3 +81,46 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
         Err(other) => Err(other.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Style, fixtures};
+
+    fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
+        Args {
+            incident: incident.into(),
+            format,
+            output: Some(dir.join("out")),
+            state_dir: dir.to_owned(),
+            color: Colour::Auto,
+        }
+    }
+
+    #[test]
+    fn a_file_an_id_and_the_latest_give_the_same_report() {
+        let dir = tempfile::tempdir().unwrap();
+        let burst = fixtures::burst();
+        let path = Incidents::create(dir.path()).unwrap().save(&burst).unwrap();
+        for named in
+            [path.as_os_str().to_owned(), burst.id[..8].into(), burst.id.to_lowercase().into(), "latest".into()]
+        {
+            assert_eq!(run(&args(&named, dir.path(), Format::Text)).unwrap(), 0);
+            let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
+            assert_eq!(written, text::report(&burst, &Style::PLAIN));
+        }
+        run(&args("latest", dir.path(), Format::Json)).unwrap();
+        let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
+        assert_eq!(serde_json::from_str::<Incident>(&written).unwrap(), burst);
+    }
+
+    #[test]
+    fn what_cannot_be_found_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |named: &str| run(&args(named, dir.path(), Format::Text)).unwrap_err();
+        assert!(matches!(error("not-an-id").downcast_ref(), Some(Refusal::Usage(_))));
+        assert!(error("./no.memtrace").to_string().starts_with("failed to read incident ./no.memtrace: No such file"));
+        assert!(error("01KJ").to_string().starts_with("no incident 01KJ in "));
+        assert!(error("latest").to_string().starts_with("no incident latest in "));
+    }
+}
