@@ -3,6 +3,7 @@
 /// Settings frozen into .rodata at load. All sizes are bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Control {
     /// Emit when resident memory moved by this much, unless the cgroup has its own quantum.
     pub quantum_bytes: u64,
@@ -16,14 +17,14 @@ pub struct Control {
     pub cpus: u32,
     /// log2 of the page size.
     pub page_shift: u32,
-    /// tgid of the agent: never recorded as a grower.
-    pub agent_tgid: u32,
-    /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
-    pub reclaim_interval_ns: u64,
     /// 1 when the running kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
     pub percpu_lookup: u32,
+    /// 1 when the exit_mmap hook is planned: it tells the end of an address space, else its last page does.
+    pub exit_mmap: u32,
     /// Zero.
     pub reserved: u32,
+    /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
+    pub reclaim_interval_ns: u64,
 }
 
 /// Name of the `Control` global in the object.

@@ -3,9 +3,11 @@
 pub mod agent;
 pub mod cgroup;
 pub mod cli;
+pub mod clock;
 pub mod engine;
 pub mod kernel;
 pub mod process;
 pub mod report;
 pub mod serve;
+pub mod session;
 pub mod store;

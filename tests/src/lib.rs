@@ -1,1 +1,10 @@
-//! Shared pieces of the black-box tests.
+//! Shared pieces of the black-box tests: they run the binary named by `MEMTRACE_BIN` and never link memtrace.
+
+pub mod agent;
+pub mod cage;
+pub mod figures;
+pub mod json;
+pub mod printk;
+pub mod process;
+pub mod programs;
+pub mod sample;

@@ -1,1 +1,64 @@
-fn main() {}
+//! `cargo xtask VERB`: set-up, build, demo, tests and checks of memtrace; one file per verb.
+
+mod build;
+mod ci;
+mod demo;
+mod fuzz;
+mod place;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::place::Place;
+
+/// Set-up, build, demo and tests of memtrace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Xtask {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Find or install what building the eBPF programs needs
+    Setup(setup::Args),
+    /// Build the eBPF programs, then the agent with them inside
+    Build(build::Args),
+    /// A real OOM kill, recorded and explained, in about a minute (root)
+    Demo(demo::Args),
+    /// Every layer of tests that this machine can run, and a plain word about the others
+    Test(test::Args),
+    /// What a reviewer should not have to check: format, lints, house rules, licences, docs
+    Ci(ci::Args),
+    /// The house rules alone (file size, names, purity, imports)
+    Tidy(tidy::Args),
+    /// Fuzz one target, or each in turn
+    Fuzz(fuzz::Args),
+}
+
+fn main() -> ExitCode {
+    let xtask = Xtask::parse();
+    let outcome = Place::find().and_then(|place| match xtask.verb {
+        Verb::Setup(args) => setup::run(&place, &args),
+        Verb::Build(args) => build::run(&place, &args),
+        Verb::Demo(args) => demo::run(&place, &args),
+        Verb::Test(args) => test::run(&place, &args),
+        Verb::Ci(args) => ci::run(&place, &args),
+        Verb::Tidy(args) => tidy::run(&place, &args),
+        Verb::Fuzz(args) => fuzz::run(&place, &args),
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            run::say(format_args!("failed: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}

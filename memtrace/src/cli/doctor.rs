@@ -1,12 +1,272 @@
-//! `memtrace doctor`.
+//! `memtrace doctor`: what this kernel and these privileges allow, and what is lost without the rest.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::path::PathBuf;
+
+use memtrace_common::layout::ABSENT;
+use serde::Serialize;
 
 use super::Outcome;
+use crate::cgroup::hierarchy::Hierarchy;
+use crate::kernel::facts;
+use crate::kernel::support::{
+    self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, State, Status,
+};
+use crate::session;
+
+/// Version of the `--json` output.
+const SCHEMA: u32 = 1;
+/// Exit code when memtrace cannot run here.
+const UNSUPPORTED: u8 = 3;
 
 /// Arguments of `memtrace doctor`.
 #[derive(clap::Args, Debug)]
-pub struct Args {}
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Read the kernel's types from this file instead of /sys/kernel/btf/vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub btf: Option<PathBuf>,
+    /// Leave a hook out (may be given more than once)
+    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
+    pub without: Vec<Hook>,
+}
+
+/// Whether memtrace can run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// With everything.
+    Full,
+    /// With something lost.
+    Degraded,
+    /// Not at all.
+    Impossible,
+}
+
+/// The whole report; `--json` prints it as it is.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Version of this form.
+    pub schema: u32,
+    /// Whether memtrace can run.
+    pub verdict: Verdict,
+    /// Kernel release.
+    pub kernel: String,
+    /// Machine.
+    pub arch: String,
+    /// File the kernel's types were read from; null when they are not known.
+    pub btf: Option<String>,
+    /// The memory controller; null when there is none.
+    pub cgroup: Option<MemoryController>,
+    /// What this process may do.
+    pub privileges: Privileges,
+    /// Lockdown mode; null when it cannot be read.
+    pub lockdown: Option<String>,
+    /// What is on, what is off, why, what is lost, what to do.
+    #[serde(flatten)]
+    pub status: Status,
+    /// Offsets and facts of the kernel's layout; null where the kernel has none.
+    pub layout: BTreeMap<&'static str, Option<u32>>,
+}
 
 /// Runs the verb.
-pub fn run(_args: &Args) -> Outcome {
-    Ok(0)
+pub fn run(args: &Args) -> Outcome {
+    let facts = facts::gather(args.btf.as_deref(), memory_controller());
+    let plan = support::plan(&facts, &args.without);
+    let report = Report::new(&facts, tried(args).unwrap_or_else(|| Status::new(&plan, &[])));
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        out.write_all(report.text(colour).as_bytes())?;
+    }
+    out.flush()?;
+    Ok(if report.verdict == Verdict::Impossible { UNSUPPORTED } else { 0 })
+}
+
+/// Loads and attaches for a moment, as the agent would: only the kernel knows. `None` where it refuses altogether, or
+/// without the privileges to ask; then the plan is all there is to say.
+fn tried(args: &Args) -> Option<Status> {
+    let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+    let _inside = runtime.enter();
+    session::attach(&options).ok().map(|(_, _, status)| status)
+}
+
+/// The memory controller's hierarchy in the kernel room's words.
+pub fn memory_controller() -> Result<MemoryController, String> {
+    Hierarchy::find()
+        .map(|hierarchy| MemoryController {
+            version: hierarchy.version,
+            hierarchy_id: hierarchy.hierarchy_id,
+            mount: hierarchy.mount.display().to_string(),
+        })
+        .map_err(|error| error.to_string())
+}
+
+impl Report {
+    /// Joins the facts with where the hooks stand.
+    pub fn new(facts: &Facts, status: Status) -> Self {
+        let verdict = match (status.can_run(), status.degraded().is_empty()) {
+            (false, _) => Verdict::Impossible,
+            (true, false) => Verdict::Degraded,
+            (true, true) => Verdict::Full,
+        };
+        let mut layout = BTreeMap::new();
+        if let Some(found) = &facts.layout {
+            found.each(|name, value| {
+                layout.insert(name, (value != ABSENT).then_some(value));
+            });
+        }
+        Self {
+            schema: SCHEMA,
+            verdict,
+            kernel: facts.kernel.clone(),
+            arch: facts.arch.clone(),
+            btf: facts.btf.clone().and_then(Result::ok),
+            cgroup: facts.cgroup.clone().and_then(Result::ok),
+            privileges: facts.privileges.clone(),
+            lockdown: facts.lockdown.clone(),
+            status,
+            layout,
+        }
+    }
+
+    /// The report for a reader.
+    pub fn text(&self, colour: bool) -> String {
+        let paint = |code: &str, text: &str| {
+            if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+        };
+        let mut out = String::new();
+        let mut line = |text: String| {
+            out.push_str(&text);
+            out.push('\n');
+        };
+        line(format!("kernel      {} {}", self.kernel, self.arch));
+        line(format!("types       {}", self.btf.as_deref().unwrap_or("not known")));
+        line(match &self.cgroup {
+            Some(memory) if memory.version == 1 => {
+                format!("cgroup      v1, memory at {} (hierarchy {})", memory.mount, memory.hierarchy_id)
+            }
+            Some(memory) => format!("cgroup      v{}, memory at {}", memory.version, memory.mount),
+            None => "cgroup      no memory controller".to_owned(),
+        });
+        line(format!("privileges  {}", privileges(&self.privileges)));
+        line(format!("lockdown    {}", self.lockdown.as_deref().unwrap_or("not known")));
+        line(String::new());
+        for hook in &self.status.hooks {
+            let word = match (&hook.state, hook.need) {
+                (State::Planned { .. }, _) => paint("32", "try"),
+                (State::Attached { .. }, _) => paint("32", "on "),
+                (_, Need::Optional) => paint("33", "off"),
+                (_, Need::Required) => paint("31", "off"),
+            };
+            line(format!("{word}  {:<14} {}", hook.hook.name(), how(hook)));
+            if let Some(lost) = hook.lost {
+                line(format!("     {:<14} lost: {lost}", ""));
+            }
+        }
+        if self.status.hooks.iter().any(|hook| matches!(hook.state, State::Planned { .. })) {
+            line("\ntry: the types allow it; whether the kernel takes it is seen when memtrace starts.".to_owned());
+        }
+        let section = |out: &mut String, title: &str, problems: &[Problem]| {
+            if problems.is_empty() {
+                return;
+            }
+            let _ = writeln!(out, "\n{title}");
+            for problem in problems {
+                let _ = writeln!(out, "  {}", problem.what);
+                if let Some(remedy) = &problem.remedy {
+                    let _ = writeln!(out, "    -> {remedy}");
+                }
+            }
+        };
+        section(&mut out, "also lost:", &self.status.notes);
+        section(&mut out, "in the way:", &self.status.fatal);
+        let _ = writeln!(
+            out,
+            "\n{}",
+            match self.verdict {
+                Verdict::Full => paint("32", "memtrace can run here with everything."),
+                Verdict::Degraded => paint("33", "memtrace can run here, without what is named above."),
+                Verdict::Impossible => paint("31", "memtrace cannot run here."),
+            }
+        );
+        out
+    }
+}
+
+/// Where a hook stands, in words.
+fn how(hook: &HookStatus) -> String {
+    match &hook.state {
+        State::Planned { programs } => {
+            programs.iter().map(|program| program.attach.to_string()).collect::<Vec<_>>().join(", else ")
+        }
+        State::Attached { program } => format!("{} (attached)", program.attach),
+        State::Failed { error } => error.clone(),
+        State::Refused { reason } => reason.clone(),
+        State::LeftOut => "left out on request".to_owned(),
+    }
+}
+
+fn privileges(privileges: &Privileges) -> String {
+    let names: Vec<&str> = [
+        (privileges.cap_bpf, "BPF"),
+        (privileges.cap_perfmon, "PERFMON"),
+        (privileges.cap_sys_admin, "SYS_ADMIN"),
+        (privileges.cap_sys_ptrace, "SYS_PTRACE"),
+        (privileges.cap_syslog, "SYSLOG"),
+        (privileges.cap_sys_resource, "SYS_RESOURCE"),
+        (privileges.cap_dac_read_search, "DAC_READ_SEARCH"),
+        (privileges.cap_checkpoint_restore, "CHECKPOINT_RESTORE"),
+    ]
+    .into_iter()
+    .filter_map(|(have, name)| have.then_some(name))
+    .collect();
+    let names = if names.is_empty() { "no capability that matters".to_owned() } else { names.join(" ") };
+    format!("uid {}: {names}", privileges.euid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(facts: &Facts, without: &[Hook]) -> Report {
+        Report::new(facts, Status::new(&support::plan(facts, without), &[]))
+    }
+
+    #[test]
+    fn nothing_known_is_impossible_and_says_what_to_do() {
+        let facts = Facts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..Facts::default() };
+        let report = report(&facts, &[]);
+        assert_eq!(report.verdict, Verdict::Impossible);
+        let text = report.text(false);
+        for part in [
+            "run as root or give CAP_BPF and CAP_PERFMON",
+            "pass --btf FILE",
+            "off  rss",
+            "no capability that matters",
+            "memtrace cannot run here.",
+        ] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+        assert!(!text.contains('\x1b') && report.text(true).contains("\x1b[31moff\x1b[0m"));
+    }
+
+    #[test]
+    fn this_machine_gets_a_verdict() {
+        let facts = facts::gather(None, memory_controller());
+        let report = report(&facts, &[Hook::Charge]);
+        assert_ne!(report.verdict, Verdict::Full);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["hooks"][15]["hook"], "charge");
+        assert_eq!(json["hooks"][15]["state"], "left_out");
+        assert!(json["layout"].is_object() && json["fatal"].is_array());
+        assert!(report.text(false).contains("off  charge         left out on request"));
+    }
 }

@@ -6,13 +6,10 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
-use super::{Outcome, listing, terminal};
+use super::{Outcome, STATE_DIR, listing, terminal};
 use crate::engine::incident::{Incident, Kind};
 use crate::report::json;
 use crate::store::incidents::{self, Incidents};
-
-/// Where the agent keeps its state.
-pub(super) const STATE_DIR: &str = "/var/lib/memtrace";
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]

@@ -5,15 +5,22 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+pub mod agent;
 pub mod completions;
 pub mod doctor;
+pub mod exec_in;
 pub mod incidents;
 mod listing;
 pub mod man;
+pub mod record;
 pub mod replay;
 pub mod report;
 pub mod schema;
 pub mod terminal;
+pub mod values;
+
+/// Where the agent keeps incidents unless told otherwise.
+pub const STATE_DIR: &str = "/var/lib/memtrace";
 
 /// The memory flight recorder for Linux: what happened at an OOM kill, how it got there, who did it.
 #[derive(Parser, Debug)]
@@ -28,6 +35,10 @@ pub struct Cli {
 /// The verbs.
 #[derive(Subcommand, Debug)]
 pub enum Verb {
+    /// The daemon: records an incident for every OOM kill and spike on this machine
+    Agent(agent::Args),
+    /// Run one program under the tracer and see where memory went
+    Record(record::Args),
     /// Show what this kernel and these privileges allow, and what is lost without the rest
     Doctor(doctor::Args),
     /// List what the agent recorded
@@ -38,6 +49,9 @@ pub enum Verb {
     Replay(replay::Args),
     /// Print the JSON Schema of the incident file
     Schema(schema::Args),
+    /// Enter a cgroup and become a command (what `record` starts)
+    #[command(hide = true)]
+    ExecIn(exec_in::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
     /// Print the manual page, or write all of them
@@ -62,11 +76,14 @@ pub type Outcome = anyhow::Result<u8>;
 /// Runs the verb and turns its outcome into the process's exit code.
 pub fn run(cli: Cli) -> ExitCode {
     let outcome = match cli.verb {
+        Verb::Agent(args) => agent::run(args),
+        Verb::Record(args) => record::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Incidents(args) => incidents::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Replay(args) => replay::run(&args),
         Verb::Schema(args) => schema::run(&args),
+        Verb::ExecIn(args) => exec_in::run(&args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),
     };
@@ -89,4 +106,19 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .chain()
         .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
         .any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Logs to stderr; `RUST_LOG` chooses what, colours only on a terminal.
+pub(crate) fn log_to_stderr() {
+    use std::io::IsTerminal;
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    // A second logger in the same process is no reason to fail.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colour)
+        .with_target(false)
+        .try_init();
 }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use super::incidents::{STATE_DIR, unreadable};
+use super::incidents::unreadable;
 use super::terminal::{self, Colour};
-use super::{Outcome, Refusal};
+use super::{Outcome, Refusal, STATE_DIR};
 use crate::engine::incident::Incident;
 use crate::report::{json, text};
 use crate::store::incidents::{self, FindError, Incidents};

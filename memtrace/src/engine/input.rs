@@ -13,6 +13,27 @@ pub enum Input<'a> {
     Fact(Fact),
 }
 
+impl Input<'_> {
+    /// When this input was made, where it says so.
+    pub fn boot_ns(&self) -> Option<u64> {
+        match self {
+            // Bytes 8 to 16 of every record (`event::Header`).
+            Input::Record(bytes) => bytes.get(8..16).and_then(|at| at.try_into().ok()).map(u64::from_le_bytes),
+            Input::Fact(
+                Fact::Anchor { boot_ns, .. }
+                | Fact::Tick { boot_ns }
+                | Fact::RecordingBegin { boot_ns, .. }
+                | Fact::RecordingEnd { boot_ns, .. }
+                | Fact::Stop { boot_ns },
+            ) => Some(*boot_ns),
+            Input::Fact(Fact::Cgroup(found)) => Some(found.boot_ns),
+            Input::Fact(Fact::Process(found)) => Some(found.boot_ns),
+            Input::Fact(Fact::KernelLog(line)) => Some(line.read_boot_ns),
+            Input::Fact(Fact::Start { .. } | Fact::KernelStack { .. } | Fact::Losses { .. }) => None,
+        }
+    }
+}
+
 /// An input that does not come from a ring. Stored as JSON in the journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "fact", rename_all = "snake_case")]

@@ -1,1 +1,4 @@
-//! Processes: taking stock of what already runs.
+//! Processes: taking stock of what already runs, names for addresses.
+
+pub mod kallsyms;
+pub mod stock;

@@ -5,6 +5,8 @@
 //! segment there and is counted: a crash in the middle of a write costs the tail, never the journal.
 
 use std::ops::Range;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 
 use crate::engine::input::{Fact, Input};
 
@@ -215,6 +217,22 @@ fn checksum(kind: u8, payload: &[u8]) -> u32 {
 fn sequence(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("journal-")?.strip_suffix(".mtj")?;
     (digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit())).then(|| digits.parse().ok())?
+}
+
+/// Moves the segments in `dir` into its subdirectory `name`, replacing what was there.
+pub fn set_aside(dir: &Path, name: &str) -> std::io::Result<()> {
+    let aside = dir.join(name);
+    match std::fs::remove_dir_all(&aside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => std::fs::DirBuilder::new().mode(0o700).create(&aside)?,
+    }
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(|name| sequence(name).is_some()) {
+            std::fs::rename(entry.path(), aside.join(entry.file_name()))?;
+        }
+    }
+    Ok(())
 }
 
 fn file_name(sequence: u64) -> String {

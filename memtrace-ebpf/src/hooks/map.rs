@@ -1,0 +1,161 @@
+//! Mapping calls (mmap, munmap, mremap, brk, madvise), decided at successful exit.
+//!
+//! One program on sys_exit instead of five on enter and exit: the registers still hold the call's
+//! arguments there. It runs for every system call, so the guard is one read and one compare.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use memtrace_common::control::{Loss, Ring};
+use memtrace_common::event::{CALL_BRK, CALL_MADVISE, CALL_MMAP, CALL_MREMAP, CALL_MUNMAP, Mapping};
+use memtrace_common::layout::ABSENT;
+
+use crate::emit::{boot_ns, emit, lose};
+use crate::kernel::{self, current, pointer, read};
+use crate::maps::{MMS, MmState};
+use crate::{control, layout};
+
+/// Madvise advices that give memory back (include/uapi/asm-generic/mman-common.h).
+const MADV_DONTNEED: u64 = 4;
+const MADV_FREE: u64 = 8;
+const MADV_REMOVE: u64 = 9;
+/// `__USER32_CS` on x86.
+const USER32_CS: u64 = 0x23;
+/// `PSR_MODE32_BIT` on arm64.
+const PSR_MODE32_BIT: u64 = 0x10;
+
+/// Which of our calls a system call number is on x86_64.
+#[inline(always)]
+fn call_x86(number: i64) -> u32 {
+    match number {
+        9 => CALL_MMAP,
+        11 => CALL_MUNMAP,
+        12 => CALL_BRK,
+        25 => CALL_MREMAP,
+        28 => CALL_MADVISE,
+        _ => 0,
+    }
+}
+
+/// Which of our calls a system call number is on arm64.
+#[inline(always)]
+fn call_arm64(number: i64) -> u32 {
+    match number {
+        222 => CALL_MMAP,
+        215 => CALL_MUNMAP,
+        214 => CALL_BRK,
+        216 => CALL_MREMAP,
+        233 => CALL_MADVISE,
+        _ => 0,
+    }
+}
+
+/// `sys_exit(regs, ret)`.
+#[raw_tracepoint(tracepoint = "sys_exit")]
+fn sys_exit(ctx: RawTracePointContext) -> i32 {
+    let regs: u64 = ctx.arg(0);
+    let x86 = layout!(regs_orig_ax) != ABSENT;
+    let call = if x86 {
+        call_x86(read(regs, layout!(regs_orig_ax)).unwrap_or(-1))
+    } else {
+        call_arm64(read::<i32>(regs, layout!(regs_syscallno)).unwrap_or(-1) as i64)
+    };
+    if call == 0 {
+        return 0;
+    }
+    // A 32-bit caller has other numbers for these calls.
+    let compat = if x86 {
+        read::<u64>(regs, layout!(regs_cs)).unwrap_or(0) & 0xffff == USER32_CS
+    } else {
+        read::<u64>(regs, layout!(regs_pstate)).unwrap_or(0) & PSR_MODE32_BIT != 0
+    };
+    if compat {
+        lose(Ring::Samples, Loss::Compat);
+        return 0;
+    }
+    let ret: i64 = ctx.arg(1);
+    if (-4095..0).contains(&ret) {
+        return 0;
+    }
+    let mm = pointer(current(), layout!(task_mm));
+    let Some(state) = MMS.get_ptr_mut(mm) else { return 0 };
+    let state = unsafe { &mut *state };
+    note(regs, x86, call, ret as u64, state);
+    0
+}
+
+/// One argument of the call, 0-based.
+#[inline(always)]
+fn argument(regs: u64, x86: bool, index: u32) -> u64 {
+    if x86 {
+        let offset = match index {
+            0 => layout!(regs_di),
+            1 => layout!(regs_si),
+            2 => layout!(regs_dx),
+            _ => layout!(regs_r10),
+        };
+        read(regs, offset).unwrap_or(0)
+    } else if index == 0 {
+        read(regs, layout!(regs_orig_x0)).unwrap_or(0)
+    } else {
+        read(regs, layout!(regs_regs) + 8 * index).unwrap_or(0)
+    }
+}
+
+/// Adds a successful call to the state and sends a record when it is large or many small ones add up.
+#[inline(always)]
+fn note(regs: u64, x86: bool, call: u32, ret: u64, state: &mut MmState) {
+    let first = argument(regs, x86, 0);
+    let length = argument(regs, x86, 1);
+    let mut extra = 0;
+    let (address, size, grew) = match call {
+        CALL_MMAP => {
+            extra = argument(regs, x86, 3);
+            (ret, length, true)
+        }
+        CALL_MUNMAP => (first, length, false),
+        CALL_MREMAP => {
+            let new_length = argument(regs, x86, 2);
+            (ret, new_length.abs_diff(length), new_length >= length)
+        }
+        CALL_BRK => {
+            let old = state.brk;
+            state.brk = ret;
+            // A failed brk returns the old break; the first one seen has nothing to compare with.
+            if old == 0 || old == ret {
+                return;
+            }
+            (ret, ret.abs_diff(old), ret > old)
+        }
+        _ => {
+            extra = argument(regs, x86, 2);
+            if extra != MADV_DONTNEED && extra != MADV_FREE && extra != MADV_REMOVE {
+                return;
+            }
+            (first, length, false)
+        }
+    };
+    if grew {
+        state.mapped_bytes = state.mapped_bytes.wrapping_add(size);
+    } else {
+        state.unmapped_bytes = state.unmapped_bytes.wrapping_add(size);
+    }
+    if size < control!(mapping_bytes)
+        && state.mapped_bytes < control!(mapping_bytes) << 2
+        && state.unmapped_bytes < control!(mapping_bytes) << 2
+    {
+        return;
+    }
+    emit::<Mapping>(Ring::Samples, boot_ns(), |record| unsafe {
+        kernel::read_task(current(), &raw mut (*record).task);
+        (*record).cgroup_id = state.cgroup_id;
+        (*record).address = address;
+        (*record).size_bytes = size;
+        (*record).mapped_bytes = state.mapped_bytes;
+        (*record).unmapped_bytes = state.unmapped_bytes;
+        (*record).call = call;
+        (*record).grew = grew as u32;
+        (*record).argument = extra;
+    });
+    state.mapped_bytes = 0;
+    state.unmapped_bytes = 0;
+}

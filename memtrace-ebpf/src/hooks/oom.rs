@@ -1,0 +1,156 @@
+//! OOM kills: who was killed, who triggered it, which cgroup ran out.
+//!
+//! `current` is the thread whose allocation failed: the trigger, not the victim. A kill is a
+//! SIGKILL sent by the kernel followed by mark_victim for the same task; mark_victim alone means
+//! "chosen while already exiting" (mm/oom_kill.c: __oom_kill_process, task_will_free_mem).
+
+use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint};
+use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
+use memtrace_common::control::{Loss, Ring};
+use memtrace_common::event::{
+    Kill, OomDecision, OomVictim, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPE_UNKNOWN, SENDER_KERNEL, SENDER_NOINFO,
+    SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
+};
+
+use crate::emit::{boot_ns, emit, lose};
+use crate::kernel::{self, bytes, current, pointer, read, read_u32};
+use crate::layout;
+use crate::maps::LAST_KILL;
+use crate::stack::emit_trigger_stack;
+
+const SIGKILL: i32 = 9;
+/// How long after a SIGKILL a mark_victim on the same CPU belongs to it: they share one task_lock section.
+const KILL_TO_MARK_NS: u64 = 1_000_000_000;
+
+/// `signal_generate(sig, info, task, group, result)`.
+#[raw_tracepoint(tracepoint = "signal_generate")]
+fn signal_generate(ctx: RawTracePointContext) -> i32 {
+    if ctx.arg::<i32>(0) != SIGKILL {
+        return 0;
+    }
+    let info: u64 = ctx.arg(1);
+    let target: u64 = ctx.arg(2);
+    // SEND_SIG_NOINFO is (void *)0, SEND_SIG_PRIV is (void *)1 (include/linux/sched/signal.h).
+    let sender_code = match info {
+        0 => SENDER_NOINFO,
+        1 => SENDER_KERNEL,
+        _ => SENDER_PROCESS,
+    };
+    let now = boot_ns();
+    if sender_code == SENDER_KERNEL
+        && let Some(last) = LAST_KILL.get_ptr_mut(0)
+    {
+        unsafe {
+            (*last).target = target;
+            (*last).tgid = read(target, layout!(task_tgid)).unwrap_or(0);
+            (*last).boot_ns = now;
+        }
+    }
+    emit::<Kill>(Ring::Ledger, now, |record| unsafe {
+        kernel::read_task(current(), &raw mut (*record).sender);
+        kernel::read_task(target, &raw mut (*record).target);
+        (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(target));
+        (*record).sender_code = sender_code;
+        (*record).result = ctx.arg::<i32>(4) as u32;
+    });
+    0
+}
+
+/// `mark_victim(task, uid)`, or `mark_victim(pid)` on older builds. Runs under the victim's task_lock.
+#[raw_tracepoint(tracepoint = "mark_victim")]
+fn mark_victim(ctx: RawTracePointContext) -> i32 {
+    let now = boot_ns();
+    let Some(last) = LAST_KILL.get_ptr_mut(0) else { return 0 };
+    let last = unsafe { &mut *last };
+    let victim: u64 = if layout!(mark_victim_is_task) == 1 {
+        ctx.arg(0)
+    } else {
+        // The pid variant: the SIGKILL just sent on this CPU names the task, else it is the trigger itself.
+        let pid: u32 = ctx.arg::<i32>(0) as u32;
+        if read_u32(last.target, layout!(task_pid)) == pid {
+            last.target
+        } else if read_u32(current(), layout!(task_pid)) == pid {
+            current()
+        } else {
+            lose(Ring::Ledger, Loss::NoOwner);
+            return 0;
+        }
+    };
+    let tgid: u32 = read(victim, layout!(task_tgid)).unwrap_or(0);
+    let since_kill = now.saturating_sub(last.boot_ns);
+    let killed = last.tgid == tgid && since_kill < KILL_TO_MARK_NS;
+    last.tgid = 0;
+    last.target = 0;
+
+    let trigger_memcg = kernel::memcg_of(current());
+    let victim_memcg = kernel::memcg_of(victim);
+    let at_limit = kernel::memcg_at_limit(trigger_memcg);
+    let mm = pointer(victim, layout!(task_mm));
+    let mut flags = if killed { VICTIM_KILLED } else { 0 };
+    if kernel::oom_group(victim_memcg, at_limit) {
+        flags |= VICTIM_GROUP;
+    }
+    if !kernel::rss_is_exact() {
+        flags |= VICTIM_RSS_APPROXIMATE;
+    }
+    emit::<OomVictim>(Ring::Ledger, now, |record| unsafe {
+        kernel::read_task(current(), &raw mut (*record).trigger);
+        kernel::read_task(victim, &raw mut (*record).victim);
+        kernel::read_memcg(trigger_memcg, &raw mut (*record).trigger_memcg);
+        kernel::read_memcg(victim_memcg, &raw mut (*record).victim_memcg);
+        kernel::read_memcg(at_limit, &raw mut (*record).oom);
+        (*record).rss.anon_bytes = victim_bytes(mm, layout!(mm_anonpages));
+        (*record).rss.file_bytes = victim_bytes(mm, layout!(mm_filepages));
+        (*record).rss.shmem_bytes = victim_bytes(mm, layout!(mm_shmempages));
+        (*record).rss.swap_bytes = victim_bytes(mm, layout!(mm_swapents));
+        (*record).pagetable_bytes = read(mm, layout!(mm_pgtables_bytes)).unwrap_or(UNKNOWN);
+        (*record).oom_score_adj = kernel::oom_score_adj(victim);
+        (*record).scope = if at_limit != 0 {
+            SCOPE_MEMCG
+        } else if trigger_memcg != 0 {
+            SCOPE_GLOBAL
+        } else {
+            SCOPE_UNKNOWN
+        };
+        (*record).flags = flags;
+        (*record).after_kill_ns = if killed { since_kill as u32 } else { 0 };
+    });
+    let leader = pointer(victim, layout!(task_group_leader));
+    let start = read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN);
+    emit_trigger_stack(&ctx, now, tgid, start);
+    0
+}
+
+/// One RSS member of the victim in bytes.
+#[inline(always)]
+fn victim_bytes(mm: u64, member: u32) -> u64 {
+    if mm == 0 { UNKNOWN } else { bytes(kernel::rss_pages(mm, member).max(0) as u64) }
+}
+
+/// `oom_kill_process(oc, message)` by fentry.
+#[fentry(function = "oom_kill_process")]
+fn oom_decision_fentry(ctx: FEntryContext) -> i32 {
+    decision(ctx.arg(0));
+    0
+}
+
+/// `oom_kill_process(oc, message)` by kprobe, where fentry cannot attach.
+#[kprobe]
+fn oom_decision_kprobe(ctx: ProbeContext) -> u32 {
+    decision(ctx.arg(0).unwrap_or(0));
+    0
+}
+
+/// Reports what the kernel decided, from its oom_control.
+#[inline(always)]
+fn decision(oom_control: u64) {
+    let memcg = pointer(oom_control, layout!(oom_memcg));
+    let chosen = pointer(oom_control, layout!(oom_chosen));
+    emit::<OomDecision>(Ring::Ledger, boot_ns(), |record| unsafe {
+        kernel::read_task(current(), &raw mut (*record).trigger);
+        kernel::read_task(chosen, &raw mut (*record).chosen);
+        kernel::read_memcg(memcg, &raw mut (*record).oom);
+        (*record).constraint = read(oom_control, layout!(oom_constraint)).unwrap_or(u32::MAX);
+        (*record).order = read(oom_control, layout!(oom_order)).unwrap_or(i32::MIN);
+    });
+}

@@ -1,0 +1,61 @@
+//! Reclaim on behalf of a memory cgroup: its limit was hit, a kill may follow.
+
+use aya_ebpf::bindings::BPF_ANY;
+use aya_ebpf::helpers::bpf_get_current_pid_tgid;
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use memtrace_common::control::{Loss, Ring};
+use memtrace_common::event::{RECLAIM_BEGIN, RECLAIM_END, Reclaim};
+
+use crate::control;
+use crate::emit::{boot_ns, emit, lose};
+use crate::kernel::{self, bytes, current};
+use crate::maps::{RECLAIM_GATE, RECLAIMING};
+
+/// A reclaim shorter than this ends without a record.
+const WORTH_TELLING_NS: u64 = 1_000_000;
+
+/// `mm_vmscan_memcg_reclaim_begin`; its arguments changed order in 7.3 and are not read.
+#[raw_tracepoint(tracepoint = "mm_vmscan_memcg_reclaim_begin")]
+fn reclaim_begin(_ctx: RawTracePointContext) -> i32 {
+    let now = boot_ns();
+    let tid = bpf_get_current_pid_tgid() as u32;
+    let _ = RECLAIMING.insert(tid, now, BPF_ANY as u64);
+    let Some(gate) = RECLAIM_GATE.get_ptr_mut(0) else { return 0 };
+    let gate = unsafe { &mut *gate };
+    if now.saturating_sub(gate.sent_ns) < control!(reclaim_interval_ns) {
+        gate.suppressed += 1;
+        lose(Ring::Samples, Loss::RateLimited);
+        return 0;
+    }
+    gate.sent_ns = now;
+    send(now, RECLAIM_BEGIN, 0, 0, gate.suppressed as u32);
+    gate.suppressed = 0;
+    0
+}
+
+/// `mm_vmscan_memcg_reclaim_end(nr_reclaimed, ...)`.
+#[raw_tracepoint(tracepoint = "mm_vmscan_memcg_reclaim_end")]
+fn reclaim_end(ctx: RawTracePointContext) -> i32 {
+    let now = boot_ns();
+    let tid = bpf_get_current_pid_tgid() as u32;
+    let Some(begin) = (unsafe { RECLAIMING.get(tid) }).copied() else { return 0 };
+    let _ = RECLAIMING.remove(tid);
+    let took = now.saturating_sub(begin);
+    if took >= WORTH_TELLING_NS {
+        send(now, RECLAIM_END, took, bytes(ctx.arg(0)), 0);
+    }
+    0
+}
+
+#[inline(always)]
+fn send(at_ns: u64, phase: u32, duration_ns: u64, reclaimed_bytes: u64, suppressed: u32) {
+    emit::<Reclaim>(Ring::Samples, at_ns, |record| unsafe {
+        kernel::read_task(current(), &raw mut (*record).task);
+        kernel::read_memcg(kernel::memcg_of(current()), &raw mut (*record).memcg);
+        (*record).duration_ns = duration_ns;
+        (*record).reclaimed_bytes = reclaimed_bytes;
+        (*record).phase = phase;
+        (*record).suppressed = suppressed;
+    });
+}

@@ -1,0 +1,265 @@
+//! The only reader of kernel memory: every field through the layout, every read checked.
+//!
+//! Addresses of kernel objects are plain `u64`; 0 is "none". A value that cannot be read is
+//! [`UNKNOWN`]. Struct paths and fallbacks: docs/kernel-layout in ARCHITECTURE.md.
+
+use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::helpers::generated::bpf_get_current_task;
+use memtrace_common::control::MAX_CPUS;
+use memtrace_common::event::{Memcg, NO_LIMIT, Task, UNKNOWN, UNKNOWN_I32};
+use memtrace_common::layout::ABSENT;
+
+use crate::maps::PERCPU_OFFSETS;
+use crate::{control, layout};
+
+/// `PF_KTHREAD` in task_struct.flags (include/linux/sched.h).
+const PF_KTHREAD: u32 = 0x0020_0000;
+/// Deepest cgroup nesting that is walked.
+const MAX_DEPTH: u32 = 16;
+/// Largest charge batch of any kernel, pages (MEMCG_CHARGE_BATCH: 32 to 5.10, 64 since).
+const CHARGE_BATCH_PAGES: u64 = 64;
+
+/// Reads a `T` at `base + offset`; `None` when the base is null, the field absent or the read fails.
+#[inline(always)]
+pub fn read<T>(base: u64, offset: u32) -> Option<T> {
+    if base == 0 || offset == ABSENT {
+        return None;
+    }
+    unsafe { bpf_probe_read_kernel((base + offset as u64) as *const T) }.ok()
+}
+
+/// Reads a pointer; 0 when it cannot be read.
+#[inline(always)]
+pub fn pointer(base: u64, offset: u32) -> u64 {
+    read(base, offset).unwrap_or(0)
+}
+
+/// Reads a `u32`; 0 when it cannot be read. (Comparing two `Option`s reads a register the verifier sees unset.)
+#[inline(always)]
+pub fn read_u32(base: u64, offset: u32) -> u32 {
+    read(base, offset).unwrap_or(0)
+}
+
+/// Pages to bytes; [`UNKNOWN`] stays.
+#[inline(always)]
+pub fn bytes(pages: u64) -> u64 {
+    if pages == UNKNOWN { UNKNOWN } else { pages << control!(page_shift) }
+}
+
+/// The running thread's task_struct.
+#[inline(always)]
+pub fn current() -> u64 {
+    unsafe { bpf_get_current_task() }
+}
+
+/// Whether a task is a kernel thread (it may borrow a user address space).
+#[inline(always)]
+pub fn is_kthread(task: u64) -> bool {
+    read::<u32>(task, layout!(task_flags)).unwrap_or(0) & PF_KTHREAD != 0
+}
+
+/// Fills `into` with the identity of a task.
+#[inline(always)]
+pub fn read_task(task: u64, into: *mut Task) {
+    let leader = pointer(task, layout!(task_group_leader));
+    unsafe {
+        (*into).tgid = read(task, layout!(task_tgid)).unwrap_or(0);
+        (*into).tid = read(task, layout!(task_pid)).unwrap_or(0);
+        (*into).start_boot_ns = read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN);
+        (*into).comm = read(task, layout!(task_comm)).unwrap_or([0; 16]);
+    }
+}
+
+/// The memory cgroup of a task (its effective css on v2): mem_cgroup address, whose first member is the css.
+#[inline(always)]
+pub fn memcg_of(task: u64) -> u64 {
+    let css_set = pointer(task, layout!(task_cgroups));
+    pointer(css_set, layout!(css_set_subsys) + 8 * layout!(memory_cgrp_id))
+}
+
+/// kernfs id of a cgroup: the inode number of its directory, on v1 and v2.
+#[inline(always)]
+pub fn cgroup_id(cgroup: u64) -> u64 {
+    read(pointer(cgroup, layout!(cgroup_kn)), layout!(kernfs_id)).unwrap_or(UNKNOWN)
+}
+
+/// kernfs id of a mem_cgroup's cgroup.
+#[inline(always)]
+pub fn memcg_id(memcg: u64) -> u64 {
+    cgroup_id(pointer(memcg, layout!(css_cgroup)))
+}
+
+/// Whether a cgroup belongs to the hierarchy that carries the memory controller.
+#[inline(always)]
+pub fn in_memory_hierarchy(cgroup: u64) -> bool {
+    let root = pointer(cgroup, layout!(cgroup_root));
+    root != 0 && read_u32(root, layout!(cgroup_root_hierarchy_id)) == control!(memory_hierarchy_id)
+}
+
+/// A page limit in bytes: LONG_MAX / PAGE_SIZE pages is "no limit" (PAGE_COUNTER_MAX).
+#[inline(always)]
+fn limit_bytes(pages: Option<u64>) -> u64 {
+    match pages {
+        None => UNKNOWN,
+        Some(pages) if pages >= (i64::MAX as u64) >> control!(page_shift) => NO_LIMIT,
+        Some(pages) => bytes(pages),
+    }
+}
+
+/// Fills `into` with all unknown.
+#[inline(always)]
+pub fn unknown_memcg(into: *mut Memcg) {
+    unsafe {
+        (*into).cgroup_id = UNKNOWN;
+        (*into).usage_bytes = UNKNOWN;
+        (*into).limit_bytes = UNKNOWN;
+        (*into).watermark_bytes = UNKNOWN;
+        (*into).failcnt = UNKNOWN;
+        (*into).swap_usage_bytes = UNKNOWN;
+        (*into).swap_limit_bytes = UNKNOWN;
+        (*into).high_bytes = UNKNOWN;
+    }
+}
+
+/// Fills `into` with the counters of a mem_cgroup.
+#[inline(always)]
+pub fn read_memcg(memcg: u64, into: *mut Memcg) {
+    unknown_memcg(into);
+    if memcg == 0 {
+        return;
+    }
+    let counter = memcg + layout!(memcg_memory) as u64;
+    let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(UNKNOWN);
+    let root = pointer(counter, layout!(counter_parent)) == 0;
+    unsafe {
+        (*into).cgroup_id = memcg_id(memcg);
+        // The root's counter is not charged: 0 there is not a reading.
+        (*into).usage_bytes = if root && usage == 0 { UNKNOWN } else { bytes(usage) };
+        (*into).limit_bytes = limit_bytes(read(counter, layout!(counter_max)));
+        (*into).watermark_bytes = bytes(read(counter, layout!(counter_watermark)).unwrap_or(UNKNOWN));
+        (*into).failcnt = read(counter, layout!(counter_failcnt)).unwrap_or(UNKNOWN);
+        (*into).high_bytes = limit_bytes(read(counter, layout!(counter_high)));
+        if layout!(memcg_swap) != ABSENT {
+            let swap = memcg + layout!(memcg_swap) as u64;
+            (*into).swap_usage_bytes = bytes(read(swap, layout!(counter_usage)).unwrap_or(UNKNOWN));
+            (*into).swap_limit_bytes = limit_bytes(read(swap, layout!(counter_max)));
+        }
+    }
+}
+
+/// The mem_cgroup on the path from `memcg` to the root that is at its limit, 0 when none is: of those within a charge
+/// batch per CPU of their limit (the stock can hold as much back) the one with the least room.
+#[inline(always)]
+pub fn memcg_at_limit(memcg: u64) -> u64 {
+    if memcg == 0 {
+        return 0;
+    }
+    let mut counter = memcg + layout!(memcg_memory) as u64;
+    let mut found = 0;
+    let mut least = CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1;
+    for _ in 0..MAX_DEPTH {
+        let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
+        let max: u64 = read(counter, layout!(counter_max)).unwrap_or(u64::MAX);
+        let room = max.saturating_sub(usage);
+        if room < least {
+            least = room;
+            found = counter - layout!(memcg_memory) as u64;
+        }
+        counter = pointer(counter, layout!(counter_parent));
+        if counter == 0 {
+            break;
+        }
+    }
+    found
+}
+
+/// Whether memory.oom.group is set on the path from `memcg` up to `top` (0: up to the root).
+#[inline(always)]
+pub fn oom_group(memcg: u64, top: u64) -> bool {
+    if memcg == 0 || layout!(memcg_oom_group) == ABSENT {
+        return false;
+    }
+    let mut memcg = memcg;
+    for _ in 0..MAX_DEPTH {
+        if read::<u8>(memcg, layout!(memcg_oom_group)).unwrap_or(0) != 0 {
+            return true;
+        }
+        if memcg == top {
+            return false;
+        }
+        let parent = pointer(memcg + layout!(memcg_memory) as u64, layout!(counter_parent));
+        if parent == 0 {
+            return false;
+        }
+        memcg = parent - layout!(memcg_memory) as u64;
+    }
+    false
+}
+
+/// Address of the counter of one rss_stat member.
+#[inline(always)]
+fn rss_counter(mm: u64, member: u32) -> u64 {
+    let stride = if layout!(rss_is_percpu) == 1 { layout!(percpu_counter_size) } else { 8 };
+    mm + layout!(mm_rss_stat) as u64 + (member * stride) as u64
+}
+
+/// The global part of an RSS counter: exact before 6.2 (but for task caches), off by a batch per CPU since.
+#[inline(always)]
+pub fn rss_approximate(mm: u64, member: u32) -> i64 {
+    let offset = if layout!(rss_is_percpu) == 1 { layout!(percpu_counter_count) } else { 0 };
+    read(rss_counter(mm, member), offset).unwrap_or(0)
+}
+
+/// Adds up the per-CPU slots of a counter. A function of its own: the verifier walks its loop once a call site.
+#[inline(never)]
+fn sum_slots(counters: u64) -> i64 {
+    let mut sum = 0i64;
+    let cpus = control!(cpus);
+    for cpu in 0..MAX_CPUS {
+        if cpu >= cpus {
+            break;
+        }
+        if let Some(offset) = PERCPU_OFFSETS.get(cpu) {
+            let address = counters.wrapping_add(*offset);
+            sum += unsafe { bpf_probe_read_kernel(address as *const i32) }.unwrap_or(0) as i64;
+        }
+    }
+    sum
+}
+
+/// Pages of one rss_stat member: exact where the kernel lets us sum its slots ([`rss_is_exact`]).
+#[inline(always)]
+pub fn rss_pages(mm: u64, member: u32) -> i64 {
+    let counter = rss_counter(mm, member);
+    if layout!(rss_is_percpu) == 1 {
+        let count: i64 = read(counter, layout!(percpu_counter_count)).unwrap_or(0);
+        if !rss_is_exact() {
+            return count;
+        }
+        let counters = pointer(counter, layout!(percpu_counter_counters));
+        if counters == 0 { count } else { count + sum_slots(counters) }
+    } else {
+        let count: i64 = read(counter, 0).unwrap_or(0);
+        // 6.1 and older: the running thread's own cache is not yet in the counter.
+        let task = current();
+        let cache = layout!(task_rss_cache);
+        if cache != ABSENT && pointer(task, layout!(task_mm)) == mm {
+            count + read::<i32>(task, cache + 4 * member).unwrap_or(0) as i64
+        } else {
+            count
+        }
+    }
+}
+
+/// Whether [`rss_pages`] is exact on this kernel.
+#[inline(always)]
+pub fn rss_is_exact() -> bool {
+    layout!(rss_is_percpu) == 0 || control!(percpu_lookup) == 1
+}
+
+/// A task's oom_score_adj.
+#[inline(always)]
+pub fn oom_score_adj(task: u64) -> i32 {
+    let signal = pointer(task, layout!(task_signal));
+    read::<i16>(signal, layout!(signal_oom_score_adj)).map_or(UNKNOWN_I32, i32::from)
+}

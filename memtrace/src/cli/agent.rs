@@ -1,0 +1,183 @@
+//! `memtrace agent`: the daemon.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Deserialize;
+
+use super::values::{Size, Span};
+use super::{Outcome, Refusal};
+use crate::agent;
+use crate::kernel::hooks::Hook;
+use crate::session;
+
+/// Arguments of `memtrace agent`. Every flag has the same key in the configuration file (`quantum = "256K"`).
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sudo memtrace agent
+  sudo memtrace agent --state-dir /srv/memtrace --listen 0.0.0.0:9469
+  sudo memtrace agent --config /etc/memtrace.toml
+
+It is ready when it logs `ready` and /readyz answers 200. Stop it with SIGTERM: it closes what is open and says what it lost.
+A flag on the command line wins over the configuration file.")]
+pub struct Args {
+    /// TOML file with any of these flags as keys (`state_dir = \"/srv/memtrace\"`)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// What the command line and the configuration file have in common; unset means the default.
+#[derive(clap::Args, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Flags {
+    /// Where incidents and the kill ledger are kept [default: /var/lib/memtrace]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Where the journal is kept: memory-backed, lost at reboot [default: /run/memtrace]
+    #[arg(long, value_name = "DIR")]
+    journal_dir: Option<PathBuf>,
+    /// Size of the journal [default: 16M]
+    #[arg(long, value_name = "SIZE")]
+    journal_size: Option<Size>,
+    /// Address for metrics, health and incidents; `off` for none [default: 127.0.0.1:9469]
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// Kernel type information to use instead of the running kernel's own
+    #[arg(long, value_name = "FILE")]
+    btf: Option<PathBuf>,
+    /// Leave a hook out (repeatable; `memtrace doctor` lists them)
+    #[arg(long, value_name = "HOOK")]
+    without: Option<Vec<Hook>>,
+    /// Record a process when its resident memory moved by this much [default: 256K]
+    #[arg(long, value_name = "SIZE")]
+    quantum: Option<Size>,
+    /// History kept before an incident [default: 30s]
+    #[arg(long, value_name = "SPAN")]
+    before: Option<Span>,
+    /// How long an incident gathers after its kill [default: 1s]
+    #[arg(long, value_name = "SPAN")]
+    after: Option<Span>,
+    /// Processes followed at most [default: 32768]
+    #[arg(long, value_name = "N")]
+    max_processes: Option<u32>,
+    /// Size of the ring for memory readings, a power of two [default: 4M]
+    #[arg(long, value_name = "SIZE")]
+    samples_ring: Option<Size>,
+    /// Keep at most this much in incidents, oldest dropped first [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    retain_size: Option<Size>,
+    /// Keep incidents at most this long [default: 30d]
+    #[arg(long, value_name = "SPAN")]
+    retain_age: Option<Span>,
+    /// Do not save spikes that ended without a kill
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    no_spikes: Option<bool>,
+    /// Do not read the kernel log as a cross-check
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    no_kernel_log: Option<bool>,
+}
+
+impl Flags {
+    /// Fills what is unset from `other`.
+    fn or(self, other: Self) -> Self {
+        Self {
+            state_dir: self.state_dir.or(other.state_dir),
+            journal_dir: self.journal_dir.or(other.journal_dir),
+            journal_size: self.journal_size.or(other.journal_size),
+            listen: self.listen.or(other.listen),
+            btf: self.btf.or(other.btf),
+            without: self.without.or(other.without),
+            quantum: self.quantum.or(other.quantum),
+            before: self.before.or(other.before),
+            after: self.after.or(other.after),
+            max_processes: self.max_processes.or(other.max_processes),
+            samples_ring: self.samples_ring.or(other.samples_ring),
+            retain_size: self.retain_size.or(other.retain_size),
+            retain_age: self.retain_age.or(other.retain_age),
+            no_spikes: self.no_spikes.or(other.no_spikes),
+            no_kernel_log: self.no_kernel_log.or(other.no_kernel_log),
+        }
+    }
+
+    /// Fills the defaults and checks what clap cannot.
+    fn options(self) -> anyhow::Result<agent::Options> {
+        let defaults = session::Options::default();
+        let listen = match self.listen.as_deref() {
+            None => Some(SocketAddr::from(([127, 0, 0, 1], 9469))),
+            Some("off") => None,
+            Some(text) => {
+                let wrong = |_| Refusal::Usage(format!("listen: `{text}` is not an address such as 127.0.0.1:9469"));
+                Some(text.parse().map_err(wrong)?)
+            }
+        };
+        let session = session::Options {
+            btf: self.btf,
+            without: self.without.unwrap_or_default(),
+            quantum_bytes: self.quantum.map_or(defaults.quantum_bytes, |size| size.0),
+            before_ns: self.before.map_or(defaults.before_ns, Span::nanoseconds),
+            after_ns: self.after.map_or(defaults.after_ns, Span::nanoseconds),
+            max_processes: self.max_processes.unwrap_or(defaults.max_processes),
+            samples_ring_bytes: self.samples_ring.map_or(defaults.samples_ring_bytes, |size| size.0),
+            spikes: !self.no_spikes.unwrap_or(false),
+            kernel_log: !self.no_kernel_log.unwrap_or(false),
+            journal: Some((
+                self.journal_dir.unwrap_or_else(|| PathBuf::from("/run/memtrace")),
+                self.journal_size.map_or(16 << 20, |size| size.0),
+            )),
+        };
+        session.check().map_err(Refusal::Usage)?;
+        Ok(agent::Options {
+            session,
+            state_dir: self.state_dir.unwrap_or_else(|| PathBuf::from(super::STATE_DIR)),
+            listen,
+            retain_bytes: self.retain_size.map_or(512 << 20, |size| size.0),
+            retain_age: self.retain_age.unwrap_or(Span(std::time::Duration::from_secs(30 * 86_400))).0,
+        })
+    }
+}
+
+/// Runs the verb until SIGTERM or SIGINT.
+pub fn run(args: Args) -> Outcome {
+    let Args { config, flags } = args;
+    let file = config.as_deref().map(read_config).transpose()?.unwrap_or_default();
+    agent::run(flags.or(file).options()?)?;
+    Ok(0)
+}
+
+fn read_config(path: &Path) -> anyhow::Result<Flags> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
+    toml::from_str(&text).map_err(|error| {
+        Refusal::Usage(format!("{} is not a valid configuration: {}", path.display(), error.to_string().trim())).into()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let file: Flags = toml::from_str("quantum = \"1M\"\nbefore = \"5s\"\nwithout = [\"map\"]").unwrap();
+        let flags = Flags { quantum: Some(Size(4096 * 16)), ..Flags::default() };
+        let options = flags.or(file).options().unwrap();
+        assert_eq!(options.session.quantum_bytes, 65536);
+        assert_eq!(options.session.before_ns, 5_000_000_000);
+        assert_eq!(options.session.without, [Hook::Map]);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error = toml::from_str::<Flags>("quantums = 1").unwrap_err().to_string();
+        assert!(error.contains("quantums"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_address_is_named() {
+        let error = Flags { listen: Some("nowhere".into()), ..Flags::default() }.options().unwrap_err();
+        assert!(error.to_string().contains("nowhere"));
+    }
+}

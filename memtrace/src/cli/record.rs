@@ -1,0 +1,289 @@
+//! `memtrace record`: one program under the tracer.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::fs::chown;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
+
+use super::values::{Size, Span};
+use super::{Outcome, Refusal, exec_in};
+use crate::cgroup::hierarchy::Hierarchy;
+use crate::cgroup::transient::Transient;
+use crate::clock;
+use crate::engine::incident::{Incident, Kind};
+use crate::engine::input::{Effect, Fact};
+use crate::process::stock;
+use crate::report::{self, text};
+use crate::session::{self, Session};
+use crate::store::incidents;
+
+/// What is still on its way when a process has ended: its last records, and the window of a kill.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// Arguments of `memtrace record`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sudo memtrace record -- ./target/release/server --port 8080
+  sudo memtrace record --limit 256M -o run.memtrace -- python3 job.py
+  sudo memtrace record --pid 4242 --for 30s
+  sudo memtrace record --cgroup /system.slice/nginx.service
+
+The command runs as the user who called sudo, in a memory cgroup of its own, with its input and output untouched.
+What memory was used for is printed to standard error at the end; the exit code is the command's (128 + signal when
+it was killed). The recording is an incident file: `memtrace report FILE` shows it again, on any machine.")]
+pub struct Args {
+    /// Give the command this much memory and no more: it is OOM-killed beyond
+    #[arg(long, value_name = "SIZE", requires = "command")]
+    limit: Option<Size>,
+    /// Write the recording here [default: COMMAND-ID.memtrace in the current directory]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Record a running process and its children instead of a command
+    #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "command"])]
+    pid: Option<u32>,
+    /// Record a memory cgroup and everything below it instead of a command
+    #[arg(long, value_name = "PATH", conflicts_with = "command")]
+    cgroup: Option<String>,
+    /// End a --pid or --cgroup recording after this long (else Ctrl-C ends it)
+    #[arg(long = "for", value_name = "SPAN", conflicts_with = "command")]
+    duration: Option<Span>,
+    /// Record when a process' resident memory moved by this much
+    #[arg(long, value_name = "SIZE", default_value = "64K")]
+    quantum: Size,
+    /// Kernel type information to use instead of the running kernel's own
+    #[arg(long, value_name = "FILE")]
+    btf: Option<PathBuf>,
+    /// Leave a hook out (repeatable; `memtrace doctor` lists them)
+    #[arg(long, value_name = "HOOK")]
+    without: Vec<crate::kernel::hooks::Hook>,
+    /// Print nothing at the end
+    #[arg(short, long)]
+    quiet: bool,
+    /// The command and its arguments
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+/// Runs the verb.
+pub fn run(args: &Args) -> Outcome {
+    if args.command.is_empty() && args.pid.is_none() && args.cgroup.is_none() {
+        let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
+        return Err(Refusal::Usage(what).into());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    runtime.block_on(record(args))
+}
+
+/// What ended, and how.
+#[derive(Default)]
+struct Ending {
+    status: Option<ExitStatus>,
+    cgroup_peak_bytes: Option<u64>,
+}
+
+async fn record(args: &Args) -> Outcome {
+    let options = session::Options {
+        btf: args.btf.clone(),
+        without: args.without.clone(),
+        quantum_bytes: args.quantum.0,
+        after_ns: u64::try_from(SETTLE.as_nanos()).unwrap_or(u64::MAX),
+        spikes: false,
+        ..session::Options::default()
+    };
+    options.check().map_err(Refusal::Usage)?;
+    // Found before the tracer starts, so that a wrong name costs nothing.
+    let mut session = Session::start(&options)?;
+    let mut files = Vec::new();
+    let ending = if args.command.is_empty() {
+        follow(args, &mut session, &mut files).await?
+    } else {
+        launch(args, &mut session, &mut files).await?
+    };
+    session.feed(Fact::RecordingEnd {
+        boot_ns: clock::boot_ns(),
+        exit_code: ending.status.and_then(|status| status.code()),
+        signal: ending.status.and_then(|status| status.signal()),
+        cgroup_peak_bytes: ending.cgroup_peak_bytes,
+    });
+    keep(session.stop(), &mut files);
+    finish(args, &files)?;
+    Ok(ending.status.map_or(0, exit_code))
+}
+
+/// Runs the command in a cgroup of its own until it ends.
+async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -> anyhow::Result<Ending> {
+    let name = format!("memtrace-record-{}", std::process::id());
+    let cage = session
+        .hierarchy()
+        .create_transient(&name, args.limit.map(|size| size.0))
+        .context("failed to make a memory cgroup for the command")?;
+    let found = cage.read(clock::boot_ns()).context("failed to read the command's memory cgroup")?;
+    let id = found.id;
+    session.feed(Fact::Cgroup(found));
+    session.feed(Fact::RecordingBegin {
+        cgroup_id: Some(id),
+        pid: None,
+        command: args.command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
+        boot_ns: clock::boot_ns(),
+    });
+    // The terminal sends Ctrl-C to the command too: it decides, we stay to tell.
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
+    let mut child = Command::from(exec_in::command(cage.dir(), &args.command)?)
+        .spawn()
+        .context("failed to start the command")?;
+    let status = loop {
+        tokio::select! {
+            effects = session.step() => keep(effects, files),
+            status = child.wait() => break status.context("failed to wait for the command")?,
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => forward_terminate(&child),
+        }
+    };
+    settle(session, files, SETTLE).await;
+    let peak = cage.read(clock::boot_ns()).and_then(|found| found.peak_bytes);
+    free(cage)?;
+    Ok(Ending { status: Some(status), cgroup_peak_bytes: peak })
+}
+
+/// Watches a running process or cgroup until it ends, the time is up or the user interrupts.
+async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -> anyhow::Result<Ending> {
+    let (cgroup_id, pid) = match (&args.cgroup, args.pid) {
+        (Some(path), _) => {
+            let id = session.hierarchy().id_of(path);
+            let id = id.with_context(|| format!("there is no memory cgroup {path}; see /proc/PID/cgroup for paths"))?;
+            (Some(id), None)
+        }
+        (None, Some(pid)) => {
+            if start_ticks(session.hierarchy(), pid).is_none() {
+                bail!("there is no process {pid}");
+            }
+            (None, Some(pid))
+        }
+        (None, None) => bail!("nothing to record"),
+    };
+    let start = pid.and_then(|pid| start_ticks(session.hierarchy(), pid));
+    session.feed(Fact::RecordingBegin { cgroup_id, pid, command: Vec::new(), boot_ns: clock::boot_ns() });
+    let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
+    let end = args.duration.map(|span| Instant::now() + span.0);
+    loop {
+        tokio::select! {
+            effects = session.step() => keep(effects, files),
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
+        }
+        let gone = pid.is_some_and(|pid| start_ticks(session.hierarchy(), pid) != start);
+        if gone || end.is_some_and(|end| Instant::now() >= end) {
+            break;
+        }
+    }
+    settle(session, files, SETTLE / 3).await;
+    let peak = args.cgroup.as_ref().and_then(|path| session.hierarchy().read(path, clock::boot_ns())?.peak_bytes);
+    Ok(Ending { status: None, cgroup_peak_bytes: peak })
+}
+
+fn start_ticks(hierarchy: &Hierarchy, pid: u32) -> Option<u64> {
+    let cgroup = hierarchy.id_of_process(pid).unwrap_or(0);
+    stock::one(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
+}
+
+/// Lets what is on its way arrive; when somebody was killed, until that incident is closed.
+async fn settle(session: &mut Session, files: &mut Vec<Incident>, time: Duration) {
+    let end = Instant::now() + time / 3;
+    let patience = Instant::now() + time + time;
+    while Instant::now() < end || (session.engine().counts().open_incidents > 0 && Instant::now() < patience) {
+        keep(session.step().await, files);
+    }
+}
+
+fn keep(effects: Vec<Effect>, files: &mut Vec<Incident>) {
+    files.extend(effects.into_iter().filter_map(|effect| match effect {
+        Effect::Save(incident) => Some(*incident),
+        _ => None,
+    }));
+}
+
+fn forward_terminate(child: &Child) {
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw);
+    if let Some(pid) = pid {
+        // It may have ended meanwhile.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+}
+
+/// Removes the command's cgroup; what still runs in it goes back to ours.
+fn free(cage: Transient) -> anyhow::Result<()> {
+    let left = cage.processes();
+    if !left.is_empty() {
+        eprintln!("memtrace: {} process(es) of the command still run; they are no longer recorded", left.len());
+        let parent = cage.dir().parent().map(|dir| dir.join("cgroup.procs"));
+        for pid in left {
+            if let Some(parent) = &parent {
+                // It may have ended meanwhile; a failure shows in the removal below.
+                let _ = std::fs::write(parent, pid.to_string());
+            }
+        }
+    }
+    cage.remove().context("failed to remove the command's memory cgroup")
+}
+
+/// Writes the recording, and the kills it saw beside it, and prints what memory was used for.
+fn finish(args: &Args, files: &[Incident]) -> anyhow::Result<()> {
+    let Some(recording) = files.iter().find(|incident| incident.kind == Kind::Recording) else {
+        bail!("the engine gave no recording; please report this with the command you ran");
+    };
+    let path = args.output.clone().unwrap_or_else(|| default_name(args, &recording.id));
+    let mut written = vec![path.clone()];
+    incidents::write(&path, recording).with_context(|| format!("failed to write the recording {}", path.display()))?;
+    let ours = recording.recording.as_ref().map(|recording| recording.oom_incidents.as_slice()).unwrap_or_default();
+    let kills: Vec<&Incident> =
+        files.iter().filter(|incident| incident.kind == Kind::OomKill && ours.contains(&incident.id)).collect();
+    for kill in &kills {
+        let beside = path.with_file_name(format!("{}.memtrace", kill.id));
+        incidents::write(&beside, kill).with_context(|| format!("failed to write {}", beside.display()))?;
+        written.push(beside);
+    }
+    if let Some((uid, gid)) = exec_in::sudo_ids() {
+        for file in &written {
+            // Whoever called sudo owns what they asked for; the file is readable either way.
+            let _ = chown(file, Some(uid), Some(gid));
+        }
+    }
+    if args.quiet {
+        return Ok(());
+    }
+    let mut err = std::io::stderr().lock();
+    let style = report::Style::of_stderr();
+    for incident in kills.iter().copied().chain([recording]) {
+        writeln!(err, "{}", text::report(incident, &style))?;
+    }
+    for file in &written {
+        writeln!(err, "wrote {} (show again: memtrace report {})", file.display(), file.display())?;
+    }
+    Ok(())
+}
+
+fn default_name(args: &Args, id: &str) -> PathBuf {
+    let program = args.command.first().map(Path::new).and_then(Path::file_name);
+    let name = program.map_or_else(|| "recording".to_owned(), |name| name.to_string_lossy().into_owned());
+    PathBuf::from(format!("{name}-{id}.memtrace"))
+}
+
+/// The command's code as a shell shows it.
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| signal.saturating_add(128)));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}

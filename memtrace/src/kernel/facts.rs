@@ -1,0 +1,147 @@
+//! Gathers the facts of this machine: the only reader of the files that tell what is possible here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::btf::Btf;
+use super::support::{Attach, Facts, Hook, MemoryController, Privileges};
+
+/// The running kernel's own BTF.
+pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
+/// Largest BTF file that is read.
+const MAX_BTF_FILE: u64 = 256 << 20;
+
+/// Gathers everything. `btf` is a file to read instead of the kernel's own; `cgroup` is what the
+/// cgroup room found out. Never fails: what cannot be known is said in the facts.
+pub fn gather(btf: Option<&Path>, cgroup: Result<MemoryController, String>) -> Facts {
+    let uname = rustix::system::uname();
+    let mut facts = Facts {
+        kernel: uname.release().to_string_lossy().into_owned(),
+        arch: uname.machine().to_string_lossy().into_owned(),
+        cgroup: Some(cgroup),
+        privileges: privileges(),
+        lockdown: std::fs::read_to_string("/sys/kernel/security/lockdown").ok().and_then(|text| lockdown(&text)),
+        ..Facts::default()
+    };
+    let path = btf.unwrap_or_else(|| Path::new(KERNEL_BTF));
+    match read_btf(path) {
+        Ok(btf) => {
+            facts.btf = Some(Ok(path.display().to_string()));
+            describe(&mut facts, &btf);
+        }
+        Err(error) => facts.btf = Some(Err(format!("{}: {error}", path.display()))),
+    }
+    facts
+}
+
+fn read_btf(path: &Path) -> Result<Btf, String> {
+    let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
+    if size > MAX_BTF_FILE {
+        return Err(format!("{size} bytes are more than any kernel's BTF"));
+    }
+    let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+    Btf::from_vec(bytes).map_err(|error| error.to_string())
+}
+
+/// Fills in what the kernel's types tell.
+pub fn describe(facts: &mut Facts, btf: &Btf) {
+    let (layout, missing) = btf.layout();
+    facts.layout = Some(layout);
+    facts.missing = missing.iter().map(|missing| format!("{} ({})", missing.field, missing.source)).collect();
+    facts.tracepoints_known = btf.names_tracepoints();
+    let (mut tracepoints, mut functions) = (BTreeSet::new(), BTreeMap::new());
+    for program in Hook::ALL.into_iter().flat_map(Hook::programs) {
+        match program.attach {
+            Attach::RawTracepoint(name) if btf.has_tracepoint(name) => {
+                tracepoints.insert(name);
+            }
+            Attach::RawTracepoint(_) => {}
+            Attach::Fentry(function) | Attach::Kprobe(function) => {
+                functions.extend(btf.func_args(function.name).map(|args| (function.name, args)));
+            }
+        }
+    }
+    facts.tracepoints = tracepoints;
+    facts.functions = functions;
+    facts.percpu_lookup = btf.enumerator("BPF_FUNC_map_lookup_percpu_elem").is_some();
+}
+
+/// What this process may do.
+pub fn privileges() -> Privileges {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    decode_privileges(rustix::process::geteuid().as_raw(), &status)
+}
+
+fn decode_privileges(euid: u32, status: &str) -> Privileges {
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |bit: u32| effective >> bit & 1 == 1;
+    Privileges {
+        euid,
+        cap_dac_read_search: has(2),
+        cap_sys_ptrace: has(19),
+        cap_sys_admin: has(21),
+        cap_sys_resource: has(24),
+        cap_syslog: has(34),
+        cap_perfmon: has(38),
+        cap_bpf: has(39),
+        cap_checkpoint_restore: has(40),
+    }
+}
+
+/// The mode in brackets of `none [integrity] confidentiality`.
+fn lockdown(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::support::plan;
+
+    #[test]
+    fn lockdown_is_what_stands_in_brackets() {
+        assert_eq!(lockdown("none [integrity] confidentiality\n").as_deref(), Some("integrity"));
+        assert_eq!(lockdown("[none] integrity").as_deref(), Some("none"));
+        assert_eq!(lockdown("none"), None);
+    }
+
+    #[test]
+    fn capabilities_are_decoded_bit_by_bit() {
+        let all = decode_privileges(0, "Name:\tx\nCapEff:\t000001ffffffffff\n");
+        assert!(all.cap_bpf && all.cap_perfmon && all.cap_checkpoint_restore && all.cap_dac_read_search);
+        let two = decode_privileges(7, "CapEff:\t000000c000000000\n");
+        assert!(two.cap_bpf && two.cap_perfmon && two.may_load());
+        assert!(!two.cap_sys_admin && !two.cap_syslog && two.euid == 7);
+        assert_eq!(decode_privileges(1, "garbage"), Privileges { euid: 1, ..Privileges::default() });
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_named() {
+        let facts = gather(Some(Path::new("/no/such/btf")), Err("none".into()));
+        assert!(facts.layout.is_none());
+        assert!(facts.btf.unwrap().unwrap_err().starts_with("/no/such/btf: "));
+        let text = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(text.path(), "hello, world").unwrap();
+        let facts = gather(Some(text.path()), Err("none".into()));
+        assert!(facts.btf.unwrap().unwrap_err().contains("not BTF"));
+    }
+
+    #[test]
+    fn the_running_kernel_has_what_is_required() {
+        if !Path::new(KERNEL_BTF).exists() {
+            return;
+        }
+        let cgroup = Ok(MemoryController { version: 2, hierarchy_id: 0, mount: String::new() });
+        let facts = gather(None, cgroup);
+        assert!(facts.missing.is_empty() && facts.tracepoints_known);
+        let plan = plan(&facts, &[]);
+        for hook in Hook::ALL.into_iter().filter(|hook| hook.need() == crate::kernel::support::Need::Required) {
+            assert!(plan.steps.iter().any(|step| step.hook == hook), "{hook}");
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! The hooks: their stable names, the programs behind them, what each needs and what is lost without it.
+
+use serde::{Deserialize, Serialize};
+
+/// A place in the kernel memtrace listens at. The names are what `--without` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Hook {
+    /// Resident memory of every process.
+    Rss,
+    /// The OOM killer marks its victim.
+    Oom,
+    /// SIGKILL sent by the kernel.
+    Kill,
+    /// A process starts.
+    Fork,
+    /// A process becomes another program.
+    Exec,
+    /// A process ends.
+    Exit,
+    /// An address space ends.
+    ExitMmap,
+    /// A cgroup is made.
+    CgroupMkdir,
+    /// A cgroup is removed.
+    CgroupRmdir,
+    /// A process moves to another cgroup.
+    CgroupAttach,
+    /// A cgroup at its limit begins to reclaim.
+    ReclaimBegin,
+    /// It has reclaimed.
+    ReclaimEnd,
+    /// A page fault of user code.
+    Fault,
+    /// mmap, brk and their kin return.
+    Map,
+    /// The OOM killer decides.
+    OomDecision,
+    /// A charge against a memory cgroup.
+    Charge,
+}
+
+/// Whether memtrace runs at all without a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Need {
+    /// Without it memtrace has nothing true to say.
+    Required,
+    /// Without it something is lost, and said.
+    Optional,
+}
+
+/// A kernel function, with what the program believes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its name.
+    pub name: &'static str,
+    /// How many parameters it has; with another number the program would read the wrong ones.
+    pub args: u32,
+}
+
+/// As its name.
+impl Serialize for Function {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name)
+    }
+}
+
+/// `oom_kill_process(oc, message)`.
+const OOM_KILL_PROCESS: Function = Function { name: "oom_kill_process", args: 2 };
+/// `page_counter_try_charge(counter, pages, fail)`.
+const TRY_CHARGE: Function = Function { name: "page_counter_try_charge", args: 3 };
+
+/// How a program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", content = "target", rename_all = "snake_case")]
+pub enum Attach {
+    /// A raw tracepoint, by the tracepoint's name.
+    RawTracepoint(&'static str),
+    /// The entry of a function, by BTF.
+    Fentry(Function),
+    /// The entry of a function, by a breakpoint.
+    Kprobe(Function),
+}
+
+impl std::fmt::Display for Attach {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::RawTracepoint(target) => write!(f, "raw tracepoint {target}"),
+            Self::Fentry(target) => write!(f, "fentry {}", target.name),
+            Self::Kprobe(target) => write!(f, "kprobe {}", target.name),
+        }
+    }
+}
+
+impl Attach {
+    /// The function, unless it is a tracepoint.
+    pub const fn function(self) -> Option<Function> {
+        match self {
+            Self::RawTracepoint(_) => None,
+            Self::Fentry(function) | Self::Kprobe(function) => Some(function),
+        }
+    }
+}
+
+/// One eBPF program: its function in the object and where it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Program {
+    /// Function name in the object.
+    pub name: &'static str,
+    /// Where it is attached.
+    pub attach: Attach,
+}
+
+const fn raw(name: &'static str, tracepoint: &'static str) -> Program {
+    Program { name, attach: Attach::RawTracepoint(tracepoint) }
+}
+
+const fn fentry(name: &'static str, function: Function) -> Program {
+    Program { name, attach: Attach::Fentry(function) }
+}
+
+const fn kprobe(name: &'static str, function: Function) -> Program {
+    Program { name, attach: Attach::Kprobe(function) }
+}
+
+impl Hook {
+    /// Every hook, in the order of attaching and reporting.
+    pub const ALL: [Self; 16] = [
+        Self::Rss,
+        Self::Oom,
+        Self::Kill,
+        Self::Fork,
+        Self::Exec,
+        Self::Exit,
+        Self::ExitMmap,
+        Self::CgroupMkdir,
+        Self::CgroupRmdir,
+        Self::CgroupAttach,
+        Self::ReclaimBegin,
+        Self::ReclaimEnd,
+        Self::Fault,
+        Self::Map,
+        Self::OomDecision,
+        Self::Charge,
+    ];
+
+    /// The stable name.
+    pub const fn name(self) -> &'static str {
+        self.about().name
+    }
+
+    /// Whether memtrace runs without it.
+    pub const fn need(self) -> Need {
+        self.about().need
+    }
+
+    /// Its programs in order of preference; the first that attaches is used.
+    pub const fn programs(self) -> &'static [Program] {
+        self.about().programs
+    }
+
+    /// Sets of [`memtrace_common::layout::KernelLayout`] fields: it works when one set is there in full.
+    pub const fn fields(self) -> &'static [&'static [&'static str]] {
+        self.about().fields
+    }
+
+    /// What is lost without it, one sentence.
+    pub const fn lost(self) -> &'static str {
+        self.about().lost
+    }
+
+    /// The hook of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|hook| hook.name() == name)
+    }
+
+    const fn about(self) -> About {
+        use Need::{Optional, Required};
+        const ANY: &[&[&str]] = &[];
+        match self {
+            Self::Rss => About {
+                name: "rss",
+                need: Required,
+                programs: const { &[raw("rss_stat", "rss_stat")] },
+                fields: ANY,
+                lost: "There is no timeline of memory and nothing to attribute growth with.",
+            },
+            Self::Oom => About {
+                name: "oom",
+                need: Required,
+                programs: const { &[raw("mark_victim", "mark_victim")] },
+                fields: &[&["mark_victim_is_task"]],
+                lost: "OOM kills are not seen.",
+            },
+            Self::Kill => About {
+                name: "kill",
+                need: Required,
+                programs: const { &[raw("signal_generate", "signal_generate")] },
+                fields: ANY,
+                lost: "A process the OOM killer killed cannot be told from one it only marked, \
+                       and group kills are not seen in full.",
+            },
+            Self::Fork => About {
+                name: "fork",
+                need: Required,
+                programs: const { &[raw("process_fork", "sched_process_fork")] },
+                fields: ANY,
+                lost: "New processes have no parent and no start, so memory cannot be tied to a process.",
+            },
+            Self::Exec => About {
+                name: "exec",
+                need: Required,
+                programs: const { &[raw("process_exec", "sched_process_exec")] },
+                fields: ANY,
+                lost: "Processes keep the name and the address space of the program they were forked from.",
+            },
+            Self::Exit => About {
+                name: "exit",
+                need: Required,
+                programs: const { &[raw("process_exit", "sched_process_exit")] },
+                fields: ANY,
+                lost: "Processes never end, so memory is counted that is long freed.",
+            },
+            Self::ExitMmap => About {
+                name: "exit_mmap",
+                need: Optional,
+                programs: const { &[raw("exit_mmap", "exit_mmap")] },
+                fields: ANY,
+                lost: "The end of an address space is told by the exit of its process, a little early.",
+            },
+            Self::CgroupMkdir => About {
+                name: "cgroup_mkdir",
+                need: Optional,
+                programs: const { &[raw("cgroup_mkdir", "cgroup_mkdir")] },
+                fields: ANY,
+                lost: "Cgroups that live for less than a moment stay without a path.",
+            },
+            Self::CgroupRmdir => About {
+                name: "cgroup_rmdir",
+                need: Optional,
+                programs: const { &[raw("cgroup_rmdir", "cgroup_rmdir")] },
+                fields: ANY,
+                lost: "Removed cgroups are forgotten by age only.",
+            },
+            Self::CgroupAttach => About {
+                name: "cgroup_attach",
+                need: Optional,
+                programs: const { &[raw("cgroup_attach", "cgroup_attach_task")] },
+                fields: ANY,
+                lost: "A process that moves to another cgroup is noticed at its next reading.",
+            },
+            Self::ReclaimBegin => About {
+                name: "reclaim_begin",
+                need: Optional,
+                programs: const { &[raw("reclaim_begin", "mm_vmscan_memcg_reclaim_begin")] },
+                fields: ANY,
+                lost: "There is no warning before a kill, and near misses are not seen.",
+            },
+            Self::ReclaimEnd => About {
+                name: "reclaim_end",
+                need: Optional,
+                programs: const { &[raw("reclaim_end", "mm_vmscan_memcg_reclaim_end")] },
+                fields: ANY,
+                lost: "How long tasks were held up by reclaim is unknown.",
+            },
+            Self::Fault => About {
+                name: "fault",
+                need: Optional,
+                programs: const { &[raw("page_fault_user", "page_fault_user")] },
+                fields: ANY,
+                lost: "Stacks of first touches come from memory readings only, which are coarser before Linux 6.2.",
+            },
+            Self::Map => About {
+                name: "map",
+                need: Optional,
+                programs: const { &[raw("sys_exit", "sys_exit")] },
+                fields: &[
+                    &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
+                    &["regs_syscallno", "regs_orig_x0", "regs_regs"],
+                ],
+                lost: "Which code mapped memory (mmap, brk) is unknown; which code touched it first is not.",
+            },
+            Self::OomDecision => About {
+                name: "oom_decision",
+                need: Optional,
+                programs: const {
+                    &[fentry("oom_decision_fentry", OOM_KILL_PROCESS), kprobe("oom_decision_kprobe", OOM_KILL_PROCESS)]
+                },
+                fields: &[&["oom_memcg", "oom_chosen"]],
+                lost: "The cgroup that ran out is inferred from the page counters and the kernel log \
+                       instead of read from the OOM killer.",
+            },
+            Self::Charge => About {
+                name: "charge",
+                need: Optional,
+                programs: const { &[fentry("charge_fentry", TRY_CHARGE), kprobe("charge_kprobe", TRY_CHARGE)] },
+                fields: ANY,
+                lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is seen \
+                       by sampling the cgroup only.",
+            },
+        }
+    }
+}
+
+/// All there is to say about a hook.
+struct About {
+    name: &'static str,
+    need: Need,
+    programs: &'static [Program],
+    fields: &'static [&'static [&'static str]],
+    lost: &'static str,
+}
+
+impl std::fmt::Display for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,338 @@
+//! The only file that names aya: loads the programs, attaches them one by one, drains the rings, reads the counters.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::time::Duration;
+
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
+use aya::programs::{FEntry, KProbe, Program as AyaProgram, ProgramError, RawTracePoint};
+use aya::{Btf, Ebpf, EbpfLoader};
+use memtrace_common::control::{CONTROL, Control, LAYOUT, LOSS_LABELS, LOSS_REASONS, MAX_CPUS, RINGS, Ring};
+use memtrace_common::event::{Header, MAX_RECORD_BYTES};
+use memtrace_common::layout::KernelLayout;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::hooks::{Attach, Hook, Program};
+use super::support::{AttachResult, Plan};
+
+/// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
+const MAX_BATCH_BYTES: usize = 4 << 20;
+/// How long to wait for the per-CPU offsets to be learnt.
+const PERCPU_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What the kernel side is told, beyond the layout.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Frozen settings.
+    pub control: Control,
+    /// Size of the ledger ring, bytes (a power of two of pages).
+    pub ledger_bytes: u32,
+    /// Size of the samples ring, bytes.
+    pub samples_bytes: u32,
+    /// Size of the stacks ring, bytes.
+    pub stacks_bytes: u32,
+    /// Address spaces followed at most.
+    pub max_processes: u32,
+}
+
+/// Why nothing could be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The object or its maps were refused.
+    #[error("failed to load the eBPF object: {0}")]
+    Load(String),
+    /// The BTF file could not be used.
+    #[error("failed to read kernel type information from {path}: {reason}")]
+    Btf {
+        /// File.
+        path: String,
+        /// Why.
+        reason: String,
+    },
+    /// A map is missing from the object or of the wrong kind.
+    #[error("the eBPF object has no usable map {0}")]
+    Map(&'static str),
+}
+
+/// One record of a batch: where it lies in the arena.
+#[derive(Clone, Copy)]
+struct Slot {
+    boot_ns: u64,
+    ring: Ring,
+    start: usize,
+    len: usize,
+}
+
+/// The loaded programs and their rings. Dropping it detaches everything.
+pub struct Probe {
+    ebpf: Ebpf,
+    rings: Vec<(Ring, AsyncFd<RingBuf<MapData>>)>,
+    arena: Vec<u8>,
+    slots: Vec<Slot>,
+}
+
+impl Probe {
+    /// Loads `object` and tries every step of the plan, each by the first of its programs the kernel takes.
+    ///
+    /// What came of each is in the answer; `support::Status` tells whether it is enough. Must run inside a tokio
+    /// runtime.
+    pub fn load(
+        object: &[u8],
+        layout: &KernelLayout,
+        settings: &Settings,
+        plan: &Plan,
+        btf: Option<&Path>,
+    ) -> Result<(Self, Vec<(Hook, AttachResult)>), ProbeError> {
+        let btf = match btf {
+            None => Btf::from_sys_fs()
+                .map_err(|error| ProbeError::Btf { path: "/sys/kernel/btf/vmlinux".into(), reason: error.to_string() }),
+            Some(path) => Btf::parse_file(path, aya::Endianness::default())
+                .map_err(|error| ProbeError::Btf { path: path.display().to_string(), reason: error.to_string() }),
+        }?;
+        let layout = layout_bytes(layout);
+        let mut loader = EbpfLoader::new();
+        loader
+            .btf(Some(&btf))
+            .override_global(LAYOUT, layout.as_slice(), true)
+            .override_global(CONTROL, settings.control.as_bytes(), true)
+            .map_max_entries("LEDGER", settings.ledger_bytes)
+            .map_max_entries("SAMPLES", settings.samples_bytes)
+            .map_max_entries("STACKS", settings.stacks_bytes)
+            .map_max_entries("MMS", settings.max_processes);
+        let mut ebpf = loader.load(object).map_err(|error| ProbeError::Load(chain(&error)))?;
+        learn_percpu_offsets(&mut ebpf, &settings.control)?;
+
+        // Rings first: a hook may fire as soon as it is attached.
+        let mut rings = Vec::new();
+        for (ring, map, _) in RINGS {
+            let map = ebpf.take_map(map).ok_or(ProbeError::Map(map))?;
+            let buffer = RingBuf::try_from(map).map_err(|error| ProbeError::Load(error.to_string()))?;
+            // SAFETY: the ring owns its map's descriptor, which stays open and the same until the ring is dropped.
+            #[expect(unsafe_code, reason = "the one call that makes a ring pollable")]
+            let buffer = unsafe { AsyncFd::register_with_interest(buffer, Interest::READABLE) }
+                .map_err(|error| ProbeError::Load(format!("failed to poll a ring: {error}")))?;
+            rings.push((ring, buffer));
+        }
+        let results = plan
+            .steps
+            .iter()
+            .map(|step| match attach_first(&mut ebpf, &step.programs, &btf) {
+                Ok(program) => (step.hook, AttachResult::Attached(program)),
+                Err(reason) => (step.hook, AttachResult::Failed(reason)),
+            })
+            .collect();
+        Ok((Self { ebpf, rings, arena: Vec::new(), slots: Vec::new() }, results))
+    }
+
+    /// Waits until a ring wants to be drained.
+    pub async fn ready(&mut self) {
+        let [(_, ledger), (_, samples), (_, stacks)] = self.rings.as_mut_slice() else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            Ok(mut guard) = ledger.readable_mut() => guard.clear_ready(),
+            Ok(mut guard) = samples.readable_mut() => guard.clear_ready(),
+            Ok(mut guard) = stacks.readable_mut() => guard.clear_ready(),
+        }
+    }
+
+    /// Takes what the rings hold, at most [`MAX_BATCH_BYTES`], merged by time.
+    ///
+    /// Returns the records and whether more is waiting.
+    pub fn drain(&mut self) -> (impl Iterator<Item = (Ring, &[u8])>, bool) {
+        self.arena.clear();
+        self.slots.clear();
+        let mut more = false;
+        for (ring, buffer) in &mut self.rings {
+            let buffer = buffer.get_mut();
+            loop {
+                if self.arena.len() >= MAX_BATCH_BYTES {
+                    more = true;
+                    break;
+                }
+                let Some(item) = buffer.next() else { break };
+                let bytes = item.get(..item.len().min(MAX_RECORD_BYTES)).unwrap_or_default();
+                let boot_ns = Header::read_from_prefix(bytes).map_or(0, |(header, _)| header.boot_ns);
+                let slot = Slot { boot_ns, ring: *ring, start: self.arena.len(), len: bytes.len() };
+                self.arena.extend_from_slice(bytes);
+                self.slots.push(slot);
+            }
+        }
+        // Stable: records of one ring with equal times keep the kernel's order.
+        self.slots.sort_by_key(|slot| (slot.boot_ns, slot.ring));
+        let arena = &self.arena;
+        let records = self
+            .slots
+            .iter()
+            .filter_map(|slot| Some((slot.ring, arena.get(slot.start..slot.start.checked_add(slot.len)?)?)));
+        (records, more)
+    }
+
+    /// Totals of what the kernel side lost, by `ring/reason`; only those that are not 0.
+    pub fn losses(&self) -> Vec<(String, u64)> {
+        let Some(Ok(losses)) = self.ebpf.map("LOSSES").map(PerCpuArray::<_, u64>::try_from) else {
+            return vec![("counters unreadable".to_owned(), 1)];
+        };
+        let mut totals = Vec::new();
+        for (ring, _, label) in RINGS {
+            for (reason, reason_label) in LOSS_LABELS.iter().enumerate() {
+                let index = ring as u32 * LOSS_REASONS + reason as u32;
+                let total = sum(&losses, index);
+                if total > 0 {
+                    totals.push((format!("{label}/{reason_label}"), total));
+                }
+            }
+        }
+        totals
+    }
+
+    /// Records put into each ring since the start, by ring label.
+    pub fn sent(&self) -> Vec<(&'static str, u64)> {
+        let Some(Ok(sent)) = self.ebpf.map("SENT").map(PerCpuArray::<_, u64>::try_from) else {
+            return Vec::new();
+        };
+        RINGS.iter().map(|(ring, _, label)| (*label, sum(&sent, *ring as u32))).collect()
+    }
+
+    /// Gives a cgroup a quantum of its own.
+    pub fn set_quantum(&mut self, cgroup_id: u64, quantum_bytes: u64) -> Result<(), String> {
+        let map = self.ebpf.map_mut("QUANTA").ok_or("no map QUANTA")?;
+        let mut quanta: HashMap<_, u64, u64> = HashMap::try_from(map).map_err(|error| error.to_string())?;
+        quanta.insert(cgroup_id, quantum_bytes, 0).map_err(|error| error.to_string())
+    }
+
+    /// Forgets the quantum of a removed cgroup.
+    pub fn clear_quantum(&mut self, cgroup_id: u64) {
+        if let Some(Ok(mut quanta)) = self.ebpf.map_mut("QUANTA").map(HashMap::<_, u64, u64>::try_from) {
+            // Absent is what we want.
+            let _ = quanta.remove(&cgroup_id);
+        }
+    }
+
+    /// Memory of every map, rings included, as the kernel accounts it; `None` when it does not say.
+    pub fn map_bytes(&self) -> Option<u64> {
+        let mut total = 0u64;
+        let maps = self.ebpf.maps().filter_map(|(_, map)| map_fd(map));
+        let rings = self.rings.iter().map(|(_, ring)| ring.get_ref().as_fd().as_raw_fd());
+        for fd in maps.chain(rings) {
+            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+            let memlock = info.lines().find_map(|line| line.strip_prefix("memlock:"))?;
+            total = total.saturating_add(memlock.trim().parse().ok()?);
+        }
+        Some(total)
+    }
+
+    /// Verified instructions and JITed bytes of every loaded program, by name.
+    pub fn program_sizes(&self) -> BTreeMap<String, (Option<u32>, u32)> {
+        self.ebpf
+            .programs()
+            .filter_map(|(name, program)| {
+                let info = program.info().ok()?;
+                Some((name.to_owned(), (info.verified_instruction_count(), info.size_jitted())))
+            })
+            .collect()
+    }
+}
+
+/// The layout as the bytes of its frozen global: every field is a `u32`, in order.
+fn layout_bytes(layout: &KernelLayout) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(size_of::<KernelLayout>());
+    layout.each(|_, value| bytes.extend_from_slice(&value.to_ne_bytes()));
+    bytes
+}
+
+fn sum<T: std::borrow::Borrow<MapData>>(array: &PerCpuArray<T, u64>, index: u32) -> u64 {
+    array.get(&index, 0).map_or(0, |values| values.iter().sum())
+}
+
+fn map_fd(map: &Map) -> Option<i32> {
+    let data = match map {
+        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
+            data
+        }
+        _ => return None,
+    };
+    Some(data.fd().as_fd().as_raw_fd())
+}
+
+/// Runs `percpu_init` once, so that RSS counters can be summed; nothing to do where counters are not per CPU.
+fn learn_percpu_offsets(ebpf: &mut Ebpf, control: &Control) -> Result<(), ProbeError> {
+    if control.percpu_lookup == 0 {
+        return Ok(());
+    }
+    let program: &mut RawTracePoint = ebpf
+        .program_mut("percpu_init")
+        .ok_or(ProbeError::Map("percpu_init"))?
+        .try_into()
+        .map_err(|error: ProgramError| ProbeError::Load(chain(&error)))?;
+    program.load().map_err(|error| ProbeError::Load(chain(&error)))?;
+    let link = program.attach("sched_switch").map_err(|error| ProbeError::Load(chain(&error)))?;
+    let begin = std::time::Instant::now();
+    let mut learnt = false;
+    while !learnt && begin.elapsed() < PERCPU_PATIENCE {
+        // Sleeping is a context switch: the program runs.
+        std::thread::sleep(Duration::from_millis(1));
+        let map = ebpf.map("PERCPU_OFFSETS").ok_or(ProbeError::Map("PERCPU_OFFSETS"))?;
+        let offsets: Array<_, u64> = Array::try_from(map).map_err(|error| ProbeError::Load(error.to_string()))?;
+        learnt = (0..control.cpus.min(MAX_CPUS)).all(|cpu| offsets.get(&cpu, 0).is_ok_and(|offset| offset != 0));
+    }
+    if let Some(Ok(program)) = ebpf.program_mut("percpu_init").map(<&mut RawTracePoint>::try_from) {
+        program.detach(link).map_err(|error| ProbeError::Load(chain(&error)))?;
+        program.unload().map_err(|error| ProbeError::Load(chain(&error)))?;
+    }
+    if learnt { Ok(()) } else { Err(ProbeError::Load("the per-CPU offsets were not learnt in time".into())) }
+}
+
+/// Loads and attaches the first program of the list the kernel takes; else every refusal.
+fn attach_first(ebpf: &mut Ebpf, programs: &[Program], btf: &Btf) -> Result<Program, String> {
+    let mut refusals = Vec::new();
+    for program in programs {
+        match attach(ebpf, program, btf) {
+            Ok(()) => return Ok(*program),
+            Err(reason) => refusals.push(format!("{}: {reason}", program.attach)),
+        }
+    }
+    Err(refusals.join("; "))
+}
+
+fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
+    let loaded = ebpf.program_mut(program.name).ok_or("not in the eBPF object")?;
+    let result = match (loaded, program.attach) {
+        (AyaProgram::RawTracePoint(raw), Attach::RawTracepoint(name)) => {
+            raw.load().and_then(|()| raw.attach(name)).map(|_| ())
+        }
+        (AyaProgram::FEntry(fentry), Attach::Fentry(function)) => {
+            fentry.load(function.name, btf).and_then(|()| FEntry::attach(fentry)).map(|_| ())
+        }
+        (AyaProgram::KProbe(kprobe), Attach::Kprobe(function)) => {
+            kprobe.load().and_then(|()| KProbe::attach(kprobe, function.name, 0)).map(|_| ())
+        }
+        _ => return Err("is of another kind in the eBPF object".to_owned()),
+    };
+    result.map_err(|error| chain(&error))
+}
+
+/// An error with its causes on one line; of a verifier log only the end.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let message = error.to_string();
+        let lines: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let message = match lines.as_slice() {
+            [first, .., third, second, last] => format!("{first} ... {third} | {second} | {last}"),
+            lines => lines.join(" | "),
+        };
+        if !text.contains(&message) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&message);
+        }
+        next = error.source();
+    }
+    text
+}

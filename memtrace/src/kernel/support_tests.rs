@@ -1,0 +1,208 @@
+//! The decision table: facts in, plan out.
+
+use super::*;
+
+/// A kernel that has everything.
+fn full() -> Facts {
+    let mut layout = KernelLayout::NOTHING;
+    layout.rss_is_percpu = 1;
+    layout.percpu_counter_size = 40;
+    layout.percpu_counter_count = 8;
+    layout.percpu_counter_counters = 32;
+    layout.bpf_array_pptrs = 264;
+    layout.mark_victim_is_task = 1;
+    (layout.oom_memcg, layout.oom_chosen) = (16, 40);
+    (layout.regs_orig_ax, layout.regs_di, layout.regs_si) = (120, 112, 104);
+    (layout.regs_dx, layout.regs_r10) = (96, 56);
+    let programs = || Hook::ALL.into_iter().flat_map(|hook| hook.programs());
+    Facts {
+        kernel: "6.18.0".into(),
+        arch: "x86_64".into(),
+        btf: Some(Ok("/sys/kernel/btf/vmlinux".into())),
+        layout: Some(layout),
+        tracepoints: programs()
+            .filter_map(|program| match program.attach {
+                Attach::RawTracepoint(name) => Some(name),
+                _ => None,
+            })
+            .collect(),
+        tracepoints_known: true,
+        functions: programs().filter_map(|p| p.attach.function()).map(|f| (f.name, f.args)).collect(),
+        percpu_lookup: true,
+        cgroup: Some(Ok(MemoryController { version: 2, hierarchy_id: 0, mount: "/sys/fs/cgroup".into() })),
+        privileges: Privileges {
+            euid: 0,
+            cap_bpf: true,
+            cap_perfmon: true,
+            cap_sys_admin: true,
+            cap_sys_ptrace: true,
+            cap_syslog: true,
+            cap_sys_resource: true,
+            cap_dac_read_search: true,
+            cap_checkpoint_restore: true,
+        },
+        ..Facts::default()
+    }
+}
+
+fn names(plan: &Plan, hook: Hook) -> Vec<&'static str> {
+    plan.steps.iter().filter(|s| s.hook == hook).flat_map(|s| &s.programs).map(|p| p.name).collect()
+}
+
+fn refusal(plan: &Plan, hook: Hook) -> Option<&str> {
+    plan.refused.iter().find(|(refused, _)| *refused == hook).map(|(_, reason)| reason.as_str())
+}
+
+#[test]
+fn a_full_kernel_gets_every_hook_in_order() {
+    let plan = plan(&full(), &[]);
+    assert_eq!(plan.steps.iter().map(|s| s.hook).collect::<Vec<_>>(), Hook::ALL);
+    assert_eq!((plan.refused.len(), plan.fatal.len(), plan.notes.len()), (0, 0, 0));
+    assert_eq!(names(&plan, Hook::OomDecision), ["oom_decision_fentry", "oom_decision_kprobe"]);
+    let required: Vec<_> = plan.steps.iter().filter(|s| s.required).map(|s| s.hook.name()).collect();
+    assert_eq!(required, ["rss", "oom", "kill", "fork", "exec", "exit"]);
+}
+
+#[test]
+fn hook_names_are_unique_and_agree_everywhere() {
+    for hook in Hook::ALL {
+        assert_eq!(Hook::named(hook.name()), Some(hook));
+        assert_eq!(serde_json::to_string(&hook).unwrap(), format!("\"{hook}\""));
+        let value = <Hook as clap::ValueEnum>::to_possible_value(&hook).unwrap();
+        assert_eq!(value.get_name(), hook.name());
+        assert!(hook.lost().ends_with('.') && !hook.lost().contains("  "), "{hook}");
+        let known = &mut BTreeSet::new();
+        KernelLayout::NOTHING.each(|name, _| {
+            known.insert(name);
+        });
+        assert!(hook.fields().iter().flat_map(|set| set.iter()).all(|field| known.contains(field)), "{hook}");
+    }
+    let programs: BTreeSet<_> = Hook::ALL.into_iter().flat_map(|h| h.programs()).map(|p| p.name).collect();
+    assert_eq!(programs.len(), 18);
+}
+
+#[test]
+fn an_optional_tracepoint_that_is_missing_is_refused_a_required_one_is_fatal() {
+    let mut facts = full();
+    facts.tracepoints.remove("page_fault_user");
+    let first = plan(&facts, &[]);
+    assert_eq!(refusal(&first, Hook::Fault), Some("this kernel has no tracepoint page_fault_user"));
+    assert!(first.fatal.is_empty());
+    facts.tracepoints.remove("mark_victim");
+    let second = plan(&facts, &[]);
+    assert_eq!(second.fatal.len(), 1);
+    assert!(second.fatal[0].what.contains("oom hook"));
+}
+
+#[test]
+fn a_cut_down_btf_file_makes_every_tracepoint_worth_trying() {
+    let facts = Facts { tracepoints: BTreeSet::new(), tracepoints_known: false, ..full() };
+    assert!(plan(&facts, &[]).refused.is_empty());
+}
+
+#[test]
+fn a_static_function_missing_from_btf_leaves_the_kprobe() {
+    let mut facts = full();
+    facts.functions.remove("oom_kill_process");
+    assert_eq!(names(&plan(&facts, &[]), Hook::OomDecision), ["oom_decision_kprobe"]);
+    facts.functions.insert("page_counter_try_charge", 4);
+    let reason = "page_counter_try_charge takes 4 arguments here, not 3";
+    assert_eq!(refusal(&plan(&facts, &[]), Hook::Charge), Some(reason));
+}
+
+#[test]
+fn registers_are_needed_in_full_for_one_architecture() {
+    let mut facts = full();
+    let mut layout = facts.layout.unwrap();
+    layout.regs_r10 = ABSENT;
+    facts.layout = Some(layout);
+    assert_eq!(refusal(&plan(&facts, &[]), Hook::Map), Some("the kernel's types have no regs_r10"));
+    (layout.regs_syscallno, layout.regs_orig_x0, layout.regs_regs) = (280, 272, 0);
+    facts.layout = Some(layout);
+    assert_eq!(refusal(&plan(&facts, &[]), Hook::Map), None);
+    layout.oom_chosen = ABSENT;
+    layout.mark_victim_is_task = ABSENT;
+    facts.layout = Some(layout);
+    let plan = plan(&facts, &[]);
+    assert!(refusal(&plan, Hook::OomDecision).is_some());
+    assert_eq!(plan.fatal.len(), 1, "a mark_victim whose argument is not known would be misread");
+}
+
+#[test]
+fn without_btf_there_is_one_reason_and_a_remedy() {
+    let facts = Facts { btf: Some(Err("no such file".into())), layout: None, ..full() };
+    let plan = plan(&facts, &[]);
+    assert_eq!(plan.refused.len(), Hook::ALL.len());
+    assert_eq!(plan.fatal.len(), 1);
+    assert!(plan.fatal[0].what.contains("no such file"));
+    assert!(plan.fatal[0].remedy.as_ref().unwrap().contains("--btf FILE"));
+}
+
+#[test]
+fn privileges() {
+    let with = |privileges: Privileges| plan(&Facts { privileges, ..full() }, &[]);
+    let none = with(Privileges { euid: 1000, ..Privileges::default() });
+    assert_eq!(none.fatal.len(), 1);
+    assert_eq!(none.fatal[0].remedy.as_deref(), Some("run as root or give CAP_BPF and CAP_PERFMON"));
+    assert_eq!(none.notes.len(), 3);
+    let root_without_capabilities = with(Privileges { euid: 0, ..Privileges::default() });
+    assert_eq!(root_without_capabilities.fatal.len(), 1, "the user id gives nothing");
+    let half = with(Privileges { cap_bpf: true, ..Privileges::default() });
+    assert_eq!(half.fatal.len(), 1);
+    let enough = with(Privileges { cap_bpf: true, cap_perfmon: true, ..Privileges::default() });
+    assert_eq!((enough.fatal.len(), enough.notes.len()), (0, 3));
+    let admin = with(Privileges { cap_sys_admin: true, ..Privileges::default() });
+    assert_eq!((admin.fatal.len(), admin.notes.len()), (0, 2));
+}
+
+#[test]
+fn lockdown_cgroup_and_missing_fields() {
+    let locked = |mode: &str| plan(&Facts { lockdown: Some(mode.into()), ..full() }, &[]).fatal.len();
+    assert_eq!((locked("none"), locked("integrity"), locked("confidentiality")), (0, 0, 1));
+    let no_cgroup = Facts { cgroup: Some(Err("it is not mounted".into())), ..full() };
+    assert!(plan(&no_cgroup, &[]).fatal[0].what.contains("it is not mounted"));
+    let missing = Facts { missing: vec!["task_mm".into(), "task_tgid".into()], ..full() };
+    assert_eq!(plan(&missing, &[]).fatal[0].what, "this kernel has no task_mm, no task_tgid");
+}
+
+#[test]
+fn inexact_counters_are_said() {
+    let facts = Facts { percpu_lookup: false, ..full() };
+    assert!(plan(&facts, &[]).notes[0].what.contains("per-CPU part"));
+    let mut old = full();
+    old.percpu_lookup = false;
+    old.layout.as_mut().unwrap().rss_is_percpu = 0;
+    let notes = plan(&old, &[]).notes;
+    assert_eq!(notes.len(), 1);
+    assert!(notes[0].what.contains("64 page faults"));
+}
+
+#[test]
+fn leaving_out() {
+    let plan = plan(&full(), &[Hook::Charge, Hook::Rss]);
+    assert_eq!(plan.left_out, [Hook::Rss, Hook::Charge]);
+    assert_eq!(plan.fatal.len(), 1, "a required hook cannot be left out");
+    assert_eq!(plan.steps.len(), Hook::ALL.len() - 2);
+}
+
+#[test]
+fn the_status_joins_plan_and_results() {
+    let plan = plan(&full(), &[Hook::Map]);
+    let planned = Status::new(&plan, &[]);
+    assert!(planned.can_run() && planned.on(Hook::Charge) && !planned.on(Hook::Map));
+    let program = Hook::OomDecision.programs()[1];
+    let results =
+        [(Hook::OomDecision, AttachResult::Attached(program)), (Hook::Charge, AttachResult::Failed("EPERM".into()))];
+    let status = Status::new(&plan, &results);
+    assert!(status.can_run() && status.on(Hook::OomDecision) && !status.on(Hook::Charge));
+    let degraded = status.degraded();
+    assert_eq!(degraded.len(), 2);
+    assert!(degraded[0].starts_with("map: ") && degraded[1].starts_with("charge: "));
+    let broken = Status::new(&plan, &[(Hook::Kill, AttachResult::Failed("EINVAL".into()))]);
+    assert!(!broken.can_run());
+    let json = serde_json::to_value(&status).unwrap();
+    assert_eq!(json["hooks"][14]["state"], "attached");
+    assert_eq!(json["hooks"][14]["program"]["attach"]["kind"], "kprobe");
+    assert_eq!(json["hooks"][14]["program"]["attach"]["target"], "oom_kill_process");
+    assert_eq!(json["hooks"][15]["error"], "EPERM");
+}

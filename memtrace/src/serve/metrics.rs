@@ -1,0 +1,160 @@
+//! OpenMetrics text, made when it is asked for.
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::Counters;
+use crate::session::Session;
+
+/// Cgroups with series of their own, those with a limit and the most memory first.
+const MAX_CGROUPS: usize = 1000;
+
+/// The metrics of one moment.
+pub(super) fn text(session: &Session, counters: &Counters) -> String {
+    let mut registry = Registry::with_prefix("memtrace");
+    registry.register_collector(Box::new(Moment { families: families(session, counters) }));
+    let mut text = String::new();
+    // Writing to a String does not fail.
+    let _ = encode(&mut text, &registry);
+    text
+}
+
+/// One metric name with its series.
+#[derive(Debug)]
+struct Family {
+    name: &'static str,
+    help: &'static str,
+    unit: Option<Unit>,
+    counter: bool,
+    series: Vec<(Vec<(&'static str, String)>, u64)>,
+}
+
+#[derive(Debug)]
+struct Moment {
+    families: Vec<Family>,
+}
+
+impl Collector for Moment {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        for family in &self.families {
+            let kind = if family.counter { MetricType::Counter } else { MetricType::Gauge };
+            let mut metric = encoder.encode_descriptor(family.name, family.help, family.unit.as_ref(), kind)?;
+            for (labels, value) in &family.series {
+                let encoder = metric.encode_family(labels)?;
+                if family.counter {
+                    ConstCounter::new(*value).encode(encoder)?;
+                } else {
+                    // A gauge is signed; no size here comes near.
+                    ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX)).encode(encoder)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn counter(name: &'static str, help: &'static str, value: u64) -> Family {
+    Family { name, help, unit: None, counter: true, series: vec![(Vec::new(), value)] }
+}
+
+fn gauge(name: &'static str, help: &'static str, value: u64) -> Family {
+    Family { name, help, unit: None, counter: false, series: vec![(Vec::new(), value)] }
+}
+
+fn families(session: &Session, counters: &Counters) -> Vec<Family> {
+    let counts = session.engine().counts();
+    let snapshot = session.engine().snapshot();
+    let label = |name: &'static str, value: &str| vec![(name, value.to_owned())];
+    let mut families = vec![
+        Family {
+            name: "build",
+            help: "Version of memtrace",
+            unit: None,
+            counter: false,
+            series: vec![(label("version", env!("CARGO_PKG_VERSION")), 1)],
+        },
+        counter("oom_kills", "Processes the OOM killer killed or chose", counters.kills),
+        counter("spikes", "Spikes that ended without a kill", counters.spikes),
+        counter("near_misses", "Times a limit was hit and nobody was killed, at most once a minute and cgroup", counters.near_misses),
+        counter("disagreements", "Kills that only one of kernel log and hooks knows", counters.disagreements),
+        Family {
+            name: "incidents_saved",
+            help: "Incident files written",
+            unit: None,
+            counter: true,
+            series: vec![
+                (label("kind", "oom_kill"), counters.saved_oom_kills),
+                (label("kind", "spike"), counters.saved_spikes),
+            ],
+        },
+        counter("incident_write_failures", "Incidents or ledger lines that could not be written", counters.write_failures),
+        counter("incidents_dropped", "Incidents dropped for size or age", counters.dropped),
+        counter("journal_write_failures", "Journal frames that could not be written", session.journal_failures()),
+        Family {
+            name: "records",
+            help: "Records the kernel side sent",
+            unit: None,
+            counter: true,
+            series: session.probe().sent().into_iter().map(|(ring, sent)| (label("ring", ring), sent)).collect(),
+        },
+        Family {
+            name: "lost",
+            help: "What was lost, by ring and reason",
+            unit: None,
+            counter: true,
+            series: session.losses().iter().map(|(what, lost)| (label("what", what), *lost)).collect(),
+        },
+        counter("bad_records", "Records that could not be decoded", counts.bad_records),
+        gauge("open_incidents", "Incidents still gathering", counts.open_incidents),
+        gauge("cgroups", "Memory cgroups followed", counts.cgroups),
+        gauge("processes", "Processes followed", counts.processes),
+        Family {
+            name: "self_memory",
+            help: "Memory of the agent itself",
+            unit: Some(Unit::Bytes),
+            counter: false,
+            series: [("resident", resident_bytes()), ("maps", session.probe().map_bytes())]
+                .into_iter()
+                .filter_map(|(part, bytes)| Some((label("part", part), bytes?)))
+                .collect(),
+        },
+        Family {
+            name: "hook_attached",
+            help: "1 for a hook that is attached",
+            unit: None,
+            counter: false,
+            series: session
+                .status()
+                .hooks
+                .iter()
+                .map(|status| (label("hook", status.hook.name()), u64::from(status.on())))
+                .collect(),
+        },
+    ];
+    let mut rows: Vec<_> = snapshot.cgroups.iter().filter(|row| row.usage_bytes.is_some()).collect();
+    rows.sort_by_key(|row| (row.limit_bytes.is_none(), std::cmp::Reverse(row.usage_bytes)));
+    rows.truncate(MAX_CGROUPS);
+    let mut each = |name, help, value: &dyn Fn(&crate::engine::snapshot::CgroupRow) -> Option<u64>| {
+        let series = rows
+            .iter()
+            .filter_map(|row| Some((label("path", row.path.as_deref()?), value(row)?)))
+            .collect();
+        families.push(Family { name, help, unit: Some(Unit::Bytes), counter: false, series });
+    };
+    each("cgroup_usage", "Usage as the kernel compares it with the limit, as last seen", &|row| row.usage_bytes);
+    each("cgroup_peak", "Highest usage of the cgroup ever", &|row| row.peak_bytes);
+    each("cgroup_limit", "Limit of the cgroup", &|row| row.limit_bytes);
+    families
+}
+
+/// Resident memory of this process.
+fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    pages.checked_mul(rustix::param::page_size() as u64)
+}

@@ -1,0 +1,533 @@
+//! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use memtrace_common::control::{Control, Ring};
+use memtrace_common::event::KernelStack;
+use tokio::time::{Interval, MissedTickBehavior, interval};
+use tracing::{debug, info, warn};
+use zerocopy::FromBytes;
+
+use crate::cgroup::hierarchy::Hierarchy;
+use crate::cli::Refusal;
+use crate::clock;
+use crate::engine::Engine;
+use crate::engine::incident::Host;
+use crate::engine::input::{Effect, Fact, Input, Settings};
+use crate::kernel::hooks::Hook;
+use crate::kernel::probe::{self, Probe};
+use crate::kernel::support::{MemoryController, Status, plan};
+use crate::kernel::{facts, log, object};
+use crate::process::{kallsyms, stock};
+use crate::store::journal;
+
+/// How often time passes for the engine and the rings that do not wake are drained.
+const TICK: Duration = Duration::from_millis(100);
+/// Ticks between two readings of the loss counters.
+const TICKS_PER_LOSSES: u32 = 10;
+/// Ticks between two anchors of the wall clock.
+const TICKS_PER_ANCHOR: u32 = 100;
+/// Kernel addresses whose names are remembered.
+const MAX_NAMES: usize = 4096;
+/// Kernel stacks waiting for their names.
+const MAX_STACKS: usize = 1024;
+/// Segments the journal's size is cut into.
+const JOURNAL_SEGMENTS: u64 = 8;
+
+/// What a run is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Kernel type information to use instead of the running kernel's own.
+    pub btf: Option<PathBuf>,
+    /// Hooks to leave out.
+    pub without: Vec<Hook>,
+    /// The rss hook's quantum, bytes.
+    pub quantum_bytes: u64,
+    /// History kept before an incident, nanoseconds.
+    pub before_ns: u64,
+    /// How long an incident gathers, nanoseconds.
+    pub after_ns: u64,
+    /// Address spaces followed at most.
+    pub max_processes: u32,
+    /// Size of the samples ring, bytes.
+    pub samples_ring_bytes: u64,
+    /// Save spikes that ended without a kill.
+    pub spikes: bool,
+    /// Read the kernel log as a cross-check.
+    pub kernel_log: bool,
+    /// Directory and size in bytes of the journal; none for a run that needs no recovery.
+    pub journal: Option<(PathBuf, u64)>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let settings = Settings::default();
+        Self {
+            btf: None,
+            without: Vec::new(),
+            quantum_bytes: settings.quantum_bytes,
+            before_ns: settings.before_ns,
+            after_ns: settings.after_ns,
+            max_processes: 32_768,
+            samples_ring_bytes: 4 << 20,
+            spikes: settings.spikes,
+            kernel_log: true,
+            journal: None,
+        }
+    }
+}
+
+impl Options {
+    /// What a user can get wrong, as a sentence that names the flag.
+    pub fn check(&self) -> Result<(), String> {
+        let page = rustix::param::page_size() as u64;
+        if self.quantum_bytes < 4 * page || self.quantum_bytes > 1 << 30 {
+            return Err(format!("quantum: {} bytes is outside {} to 1G", self.quantum_bytes, 4 * page));
+        }
+        if !self.samples_ring_bytes.is_power_of_two() || !(page..=1 << 30).contains(&self.samples_ring_bytes) {
+            return Err(format!(
+                "samples_ring: {} is not a power of two between {page} and 1G",
+                self.samples_ring_bytes
+            ));
+        }
+        if !(1..=4 << 20).contains(&self.max_processes) {
+            return Err(format!("max_processes: {} is outside 1 to 4194304", self.max_processes));
+        }
+        if self.before_ns > 3_600_000_000_000 || self.after_ns > 600_000_000_000 {
+            return Err("before and after: at most 1h and 10m".to_owned());
+        }
+        if let Some((_, bytes)) = &self.journal
+            && *bytes < 1 << 20
+        {
+            return Err("journal_size: at least 1M".to_owned());
+        }
+        match self.without.iter().find(|hook| matches!(hook.need(), crate::kernel::hooks::Need::Required)) {
+            Some(hook) => Err(format!("without: {hook} is needed, memtrace cannot run without it")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A running tracer.
+pub struct Session {
+    probe: Probe,
+    engine: Engine,
+    hierarchy: Hierarchy,
+    status: Status,
+    journal: Option<journal::Writer>,
+    kernel_log: Option<log::Reader>,
+    ticker: Interval,
+    ticks: u32,
+    losses: Vec<(String, u64)>,
+    /// Kernel stacks of triggers, still addresses. Cap: [`MAX_STACKS`].
+    stacks: VecDeque<KernelStack>,
+    /// Names of kernel addresses. Cap: [`MAX_NAMES`].
+    names: BTreeMap<u64, Option<String>>,
+    journal_failures: u64,
+    effects: Vec<Effect>,
+}
+
+impl Session {
+    /// Finds out what the kernel allows, loads and attaches, takes stock of what already runs.
+    ///
+    /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
+    /// [`Refusal::Unsupported`].
+    pub fn start(options: &Options) -> anyhow::Result<Self> {
+        let (hierarchy, probe, status) = attach(options)?;
+        let kernel_log = match options.kernel_log.then(log::Reader::open) {
+            None => None,
+            Some(Ok(reader)) => Some(reader),
+            Some(Err(error)) => {
+                warn!("kernel log: {error:#}; kills are not cross-checked");
+                None
+            }
+        };
+        let journal = match &options.journal {
+            None => None,
+            Some((dir, bytes)) => Some(
+                journal::Writer::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
+                    .with_context(|| format!("failed to open the journal in {}", dir.display()))?,
+            ),
+        };
+        let mut ticker = interval(TICK);
+        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut session = Self {
+            probe,
+            engine: Engine::new(),
+            hierarchy,
+            status,
+            journal,
+            kernel_log,
+            ticker,
+            ticks: 0,
+            losses: Vec::new(),
+            stacks: VecDeque::new(),
+            names: BTreeMap::new(),
+            journal_failures: 0,
+            effects: Vec::new(),
+        };
+        session.take_stock(options);
+        Ok(session)
+    }
+
+    /// Tells the engine where it is and what already runs. The hooks are on: nothing falls between.
+    fn take_stock(&mut self, options: &Options) {
+        let settings = Settings {
+            before_ns: options.before_ns,
+            after_ns: options.after_ns,
+            quantum_bytes: options.quantum_bytes,
+            cgroup_version: self.hierarchy.version,
+            ticks_per_second: rustix::param::clock_ticks_per_second(),
+            kernel_log: self.kernel_log.is_some(),
+            kills_seen: self.status.on(Hook::Kill),
+            degraded: self.status.degraded(),
+            spikes: options.spikes,
+        };
+        self.feed(Fact::Start { host: host(), settings });
+        self.feed(clock::anchor());
+        let walk = self.hierarchy.walk(clock::boot_ns());
+        if walk.truncated {
+            warn!("more memory cgroups than are listed at start; the rest is looked up when it moves");
+        }
+        for cgroup in walk.found {
+            self.feed(Fact::Cgroup(cgroup));
+        }
+        let hierarchy = &self.hierarchy;
+        match stock::take(|pid| hierarchy.id_of_process(pid), clock::boot_ns) {
+            Ok(stock) => {
+                if stock.left_out > 0 {
+                    warn!(left_out = stock.left_out, "more processes than are followed");
+                }
+                for process in stock.found {
+                    self.feed(Fact::Process(process));
+                }
+            }
+            Err(error) => warn!("{error:#}; processes are followed from their next change on"),
+        }
+        self.flush_journal();
+    }
+
+    /// Gives the engine one fact, journalled before.
+    pub fn feed(&mut self, fact: Fact) {
+        let input = Input::Fact(fact);
+        record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
+        self.engine.apply(&input, &mut self.effects);
+    }
+
+    /// Waits for something to happen and gives back what is to be done about it.
+    pub async fn step(&mut self) -> Vec<Effect> {
+        let mut tick = false;
+        tokio::select! {
+            () = self.probe.ready() => {}
+            _ = self.ticker.tick() => tick = true,
+        }
+        self.pump(tick)
+    }
+
+    /// Drains everything there is, lets time pass, gives back what is to be done about it.
+    pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
+        while self.drain() {}
+        if tick {
+            self.tick();
+        }
+        self.answer_engine();
+        self.flush_journal();
+        std::mem::take(&mut self.effects)
+    }
+
+    /// One batch out of the rings; whether more is waiting.
+    fn drain(&mut self) -> bool {
+        let (records, more) = self.probe.drain();
+        for (ring, bytes) in records {
+            if ring == Ring::Stacks {
+                // Addresses stay in memory; only their names become an input.
+                if let Ok((stack, _)) = KernelStack::read_from_prefix(bytes)
+                    && self.stacks.len() < MAX_STACKS
+                {
+                    self.stacks.push_back(stack);
+                }
+                continue;
+            }
+            let input = Input::Record(bytes);
+            record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
+            self.engine.apply(&input, &mut self.effects);
+        }
+        more
+    }
+
+    fn tick(&mut self) {
+        self.ticks = self.ticks.wrapping_add(1);
+        let now = clock::boot_ns();
+        let lines = match self.kernel_log.as_mut().map(|reader| reader.read_available(now)) {
+            Some(Ok(lines)) => lines,
+            Some(Err(error)) => {
+                warn!("kernel log: {error:#}; kills are not cross-checked from here on");
+                self.kernel_log = None;
+                Vec::new()
+            }
+            None => Vec::new(),
+        };
+        for line in lines {
+            self.feed(Fact::KernelLog(line));
+        }
+        if self.ticks.is_multiple_of(TICKS_PER_ANCHOR) {
+            self.feed(clock::anchor());
+        }
+        if self.ticks.is_multiple_of(TICKS_PER_LOSSES) {
+            self.read_losses();
+        }
+        self.name_stacks();
+        self.feed(Fact::Tick { boot_ns: now });
+    }
+
+    fn read_losses(&mut self) {
+        let mut totals = self.probe.losses();
+        let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
+        if journal_lost > 0 {
+            totals.push(("journal/not_written".to_owned(), journal_lost));
+        }
+        if totals != self.losses {
+            self.losses.clone_from(&totals);
+            self.feed(Fact::Losses { totals });
+        }
+    }
+
+    /// Names the waiting kernel stacks: one pass over the kernel's symbols for all new addresses.
+    fn name_stacks(&mut self) {
+        if self.stacks.is_empty() {
+            return;
+        }
+        let stacks = std::mem::take(&mut self.stacks);
+        let frames = |stack: &KernelStack| -> Vec<u64> {
+            stack.addresses.iter().take(stack.frames as usize).copied().filter(|address| *address != 0).collect()
+        };
+        let mut unknown: Vec<u64> =
+            stacks.iter().flat_map(frames).filter(|address| !self.names.contains_key(address)).collect();
+        unknown.sort_unstable();
+        unknown.dedup();
+        for part in unknown.chunks(kallsyms::MAX_ADDRESSES) {
+            if self.names.len().saturating_add(part.len()) > MAX_NAMES {
+                self.names.clear();
+            }
+            match kallsyms::names(part) {
+                Ok(names) => self.names.extend(part.iter().copied().zip(names)),
+                Err(error) => debug!("no names for kernel addresses: {error}"),
+            }
+        }
+        for stack in stacks {
+            let functions =
+                frames(&stack).iter().filter_map(|address| self.names.get(address).cloned().flatten()).collect();
+            self.feed(Fact::KernelStack {
+                victim_pid: stack.victim_tgid,
+                victim_start_boot_ns: stack.victim_start_boot_ns,
+                functions: failed_charge(functions),
+            });
+        }
+    }
+
+    /// Does what the engine asks of its shell itself: look-ups and quanta.
+    fn answer_engine(&mut self) {
+        let mut left = Vec::new();
+        for effect in std::mem::take(&mut self.effects) {
+            match effect {
+                Effect::LookUpCgroup { id } => {
+                    let found = self
+                        .hierarchy
+                        .path_of(id, None)
+                        .and_then(|path| self.hierarchy.read(&path, clock::boot_ns()))
+                        .filter(|found| found.id == id);
+                    if let Some(found) = found {
+                        self.feed(Fact::Cgroup(found));
+                    }
+                }
+                Effect::SetQuantum { cgroup_id, quantum_bytes } => {
+                    if let Err(error) = self.probe.set_quantum(cgroup_id, quantum_bytes) {
+                        debug!("quantum of cgroup {cgroup_id}: {error}");
+                    }
+                }
+                effect => left.push(effect),
+            }
+        }
+        // A look-up may have made the engine say more; what it says is for the caller, or for the next turn.
+        left.append(&mut self.effects);
+        self.effects = left;
+    }
+
+    fn flush_journal(&mut self) {
+        if let Some(journal) = &mut self.journal
+            && let Err(error) = journal.flush()
+        {
+            self.journal_failures = self.journal_failures.saturating_add(1);
+            debug!("journal: {error}");
+        }
+    }
+
+    /// Ends the run: drains what is left, closes every incident; what it lost is in the log.
+    pub fn stop(mut self) -> Vec<Effect> {
+        let mut effects = self.pump(true);
+        self.read_losses();
+        self.name_stacks();
+        self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
+        effects.append(&mut self.pump(false));
+        if self.losses.is_empty() {
+            info!("stopped; nothing was lost");
+        }
+        for (what, count) in &self.losses {
+            warn!("stopped; lost {what}: {count}");
+        }
+        effects
+    }
+
+    /// The engine, for its counts and its snapshot.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// What is attached and what is not.
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// The memory hierarchy.
+    pub fn hierarchy(&self) -> &Hierarchy {
+        &self.hierarchy
+    }
+
+    /// The loaded programs, for their counters.
+    pub fn probe(&self) -> &Probe {
+        &self.probe
+    }
+
+    /// Loss counters as last read.
+    pub fn losses(&self) -> &[(String, u64)] {
+        &self.losses
+    }
+
+    /// Journal frames that could not be written.
+    pub fn journal_failures(&self) -> u64 {
+        self.journal_failures
+    }
+}
+
+/// Journals an input before the engine sees it; a failure is counted, never fatal.
+fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
+    let Some(journal) = journal else { return };
+    let begun = if journal.rotate_needed() {
+        journal.begin_segment(&engine.preamble(clock::boot_ns()))
+    } else {
+        Ok(())
+    };
+    if begun.and_then(|()| journal.append(input)).is_err() {
+        *failures = failures.saturating_add(1);
+    }
+}
+
+/// Fails with everything that keeps memtrace from running, and what to do about it.
+fn refuse(status: &Status) -> Result<(), Refusal> {
+    if status.can_run() {
+        return Ok(());
+    }
+    let problems: Vec<String> = status.fatal.iter().map(ToString::to_string).collect();
+    Err(Refusal::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
+}
+
+/// Finds out what the kernel allows, loads and attaches. The tracer runs as long as the probe lives.
+///
+/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`Refusal::Unsupported`].
+pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+    let hierarchy = Hierarchy::find();
+    let controller = hierarchy.as_ref().map_err(ToString::to_string).map(|hierarchy| MemoryController {
+        version: hierarchy.version,
+        hierarchy_id: hierarchy.hierarchy_id,
+        mount: hierarchy.mount.display().to_string(),
+    });
+    let facts = facts::gather(options.btf.as_deref(), controller);
+    let plan = plan(&facts, &options.without);
+    refuse(&Status::new(&plan, &[]))?;
+    let unsupported = |what: &str| Refusal::Unsupported(what.to_owned());
+    // The plan of a kernel without either is fatal.
+    let hierarchy = hierarchy.map_err(|error| unsupported(&error.to_string()))?;
+    let layout = facts.layout.ok_or_else(|| unsupported("the kernel's types are not known"))?;
+    let object = object::ebpf_object().ok_or_else(|| {
+        unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
+    })?;
+    raise_memlock();
+    let settings = probe::Settings {
+        control: Control {
+            quantum_bytes: options.quantum_bytes,
+            mapping_bytes: options.quantum_bytes.saturating_mul(4),
+            mm_salt: salt(),
+            memory_hierarchy_id: hierarchy.hierarchy_id,
+            cpus: possible_cpus(),
+            page_shift: rustix::param::page_size().trailing_zeros(),
+            percpu_lookup: u32::from(facts.percpu_lookup),
+            exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
+            reserved: 0,
+            reclaim_interval_ns: 5_000_000,
+        },
+        ledger_bytes: 1 << 20,
+        samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
+        stacks_bytes: 1 << 18,
+        max_processes: options.max_processes,
+    };
+    let (probe, results) = Probe::load(object, &layout, &settings, &plan, options.btf.as_deref())
+        .map_err(|error| Refusal::Unsupported(error.to_string()))?;
+    let status = Status::new(&plan, &results);
+    refuse(&status)?;
+    Ok((hierarchy, probe, status))
+}
+
+/// 5.10 accounts BPF memory to RLIMIT_MEMLOCK; later kernels do not, so a refusal only matters there.
+fn raise_memlock() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
+        debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+    }
+}
+
+/// Hides kernel addresses in address-space identities; only has to differ between runs.
+fn salt() -> u64 {
+    let mut bytes = [0u8; 8];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(8) => u64::from_ne_bytes(bytes),
+        _ => clock::boot_ns().wrapping_mul(0x9e37_79b9_7f4a_7c15),
+    }
+}
+
+/// CPUs that can ever come online, which is how many slots a per-CPU counter has.
+fn possible_cpus() -> u32 {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u32>().ok());
+    last.map_or(1, |last| last.saturating_add(1)).min(memtrace_common::control::MAX_CPUS)
+}
+
+fn host() -> Host {
+    let uname = rustix::system::uname();
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let page_bytes = rustix::param::page_size() as u64;
+    let total_kib = read("/proc/meminfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    Host {
+        hostname: uname.nodename().to_string_lossy().into_owned(),
+        kernel: uname.release().to_string_lossy().into_owned(),
+        boot_id: read("/proc/sys/kernel/random/boot_id").trim().to_owned(),
+        cpus: std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+        memory_bytes: total_kib.unwrap_or(0).saturating_mul(1024),
+        page_bytes,
+        // MEMCG_CHARGE_BATCH: 64 pages since 5.15, 32 before; the larger bound holds for both.
+        charge_batch_bytes: page_bytes.saturating_mul(64),
+    }
+}
+
+/// Leaves out the tracer and the OOM killer itself: what is left begins with the charge that failed.
+fn failed_charge(functions: Vec<String>) -> Vec<String> {
+    let killer = |name: &String| name.contains("oom") || name.contains("out_of_memory");
+    match functions.iter().rposition(killer) {
+        Some(last) => functions.into_iter().skip(last.saturating_add(1)).collect(),
+        None => functions,
+    }
+}

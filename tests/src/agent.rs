@@ -1,0 +1,280 @@
+//! Drives `memtrace agent` from outside: start, readiness, stop, kill, what it lists and what it serves.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::{process, programs};
+
+const START_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// How to start the agent.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// `--state-dir`.
+    pub state_dir: PathBuf,
+    /// `--journal-dir`.
+    pub journal_dir: PathBuf,
+    /// More arguments.
+    pub extra: Vec<String>,
+}
+
+impl Options {
+    /// State and journal below one directory.
+    pub fn below(dir: &Path) -> Self {
+        Self { state_dir: dir.join("state"), journal_dir: dir.join("journal"), extra: Vec::new() }
+    }
+
+    /// Adds arguments.
+    pub fn with(mut self, arguments: &[&str]) -> Self {
+        self.extra.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        self
+    }
+
+    /// The command that starts the agent listening at `port`.
+    pub fn command(&self, port: u16) -> anyhow::Result<Command> {
+        let mut command = programs::memtrace_command()?;
+        command.arg("agent").arg("--state-dir").arg(&self.state_dir).arg("--journal-dir").arg(&self.journal_dir);
+        command.arg("--listen").arg(format!("127.0.0.1:{port}")).args(&self.extra);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    /// Starts the agent and waits until it says it is ready.
+    pub fn start(&self) -> anyhow::Result<Agent> {
+        let port = free_port()?;
+        let mut child = self.command(port)?.spawn().context("failed to start the agent")?;
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let stderr = child.stderr.take().context("the agent has no stderr")?;
+        let listener = Arc::clone(&said);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line).into_owned();
+                listener.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        });
+        let mut agent = Agent { child, said, port, options: self.clone() };
+        let begin = Instant::now();
+        while !agent.says("ready") {
+            if let Some(status) = agent.child.try_wait().context("failed to look at the agent")? {
+                std::thread::sleep(Duration::from_millis(100));
+                bail!("the agent ended with {status} before it was ready; it said:\n{}", agent.stderr());
+            }
+            ensure!(
+                begin.elapsed() < START_LIMIT,
+                "the agent was not ready after {START_LIMIT:?}; it said:\n{}",
+                agent.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(agent)
+    }
+
+    /// `memtrace incidents --json`: the incidents without timeline and allocation paths.
+    pub fn incidents(&self) -> anyhow::Result<Vec<Value>> {
+        let mut command = programs::memtrace_command()?;
+        command.args(["incidents", "--json", "--state-dir"]).arg(&self.state_dir);
+        let listed = json_of(command)?;
+        listed.as_array().cloned().context("memtrace incidents --json is not an array")
+    }
+
+    /// `memtrace report ID --format json`, byte for byte.
+    pub fn report_bytes(&self, id: &str) -> anyhow::Result<Vec<u8>> {
+        let mut command = programs::memtrace_command()?;
+        command.args(["report", id, "--format", "json", "--state-dir"]).arg(&self.state_dir);
+        Ok(successful(command)?.stdout)
+    }
+
+    /// The full incident.
+    pub fn report(&self, id: &str) -> anyhow::Result<Value> {
+        serde_json::from_slice(&self.report_bytes(id)?).with_context(|| format!("the report of {id} is not JSON"))
+    }
+
+    /// Lists incidents until `enough` says so or the time is up; returns the last list either way.
+    pub fn incidents_when(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<Vec<Value>> {
+        let begin = Instant::now();
+        loop {
+            let listed = self.incidents()?;
+            if enough(&listed) || begin.elapsed() > limit {
+                return Ok(listed);
+            }
+            std::thread::sleep(Duration::from_millis(250));
+        }
+    }
+}
+
+/// A running agent; killed when dropped.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    said: Arc<Mutex<Vec<String>>>,
+    port: u16,
+    options: Options,
+}
+
+impl Agent {
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Port it listens at.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// How it was started.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// What it said on stderr so far.
+    pub fn stderr(&self) -> String {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+    }
+
+    /// A line of its stderr contains `text`.
+    pub fn says(&self, text: &str) -> bool {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|line| line.contains(text))
+    }
+
+    /// It still runs.
+    pub fn is_running(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait().context("failed to look at the agent")?.is_none())
+    }
+
+    /// SIGTERM, then waits for its end.
+    pub fn stop(&mut self) -> anyhow::Result<ExitStatus> {
+        process::signal(self.child.id(), Signal::TERM)?;
+        let ended = process::wait_at_most(&mut self.child, STOP_LIMIT);
+        ended.with_context(|| format!("the agent ignored SIGTERM; it said:\n{}", self.stderr()))
+    }
+
+    /// SIGKILL.
+    pub fn kill_9(&mut self) -> anyhow::Result<()> {
+        self.child.kill().context("failed to kill the agent")?;
+        self.child.wait().context("failed to wait for the agent")?;
+        Ok(())
+    }
+
+    /// HTTP GET: status and body.
+    pub fn get(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        get(self.port, path)
+    }
+
+    /// HTTP GET of a JSON document; anything but 200 fails.
+    pub fn get_json(&self, path: &str) -> anyhow::Result<Value> {
+        let (status, body) = self.get(path)?;
+        ensure!(status == 200, "GET {path} gave {status}: {body}");
+        serde_json::from_str(&body).with_context(|| format!("GET {path} is not JSON: {body}"))
+    }
+
+    /// The sum of a metric over its label sets; `None` when it is not there.
+    pub fn metric(&self, name: &str) -> anyhow::Result<Option<f64>> {
+        let (status, body) = self.get("/metrics")?;
+        ensure!(status == 200, "GET /metrics gave {status}");
+        Ok(sum_metric(&body, name))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Already ended is fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port of the loopback address that was free a moment ago.
+pub fn free_port() -> anyhow::Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("failed to find a free port")?;
+    Ok(listener.local_addr().context("failed to find a free port")?.port())
+}
+
+/// HTTP/1.1 GET on the loopback address: status and body.
+pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("failed to connect to {port}"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).context("failed to set a read timeout")?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n")
+        .with_context(|| format!("failed to ask for {path}"))?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).with_context(|| format!("failed to read the answer to {path}"))?;
+    parse_answer(&String::from_utf8_lossy(&answer)).with_context(|| format!("bad answer to GET {path}"))
+}
+
+/// Runs a command that has to succeed.
+pub fn successful(mut command: Command) -> anyhow::Result<Output> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("failed to run {command:?}"))?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?} ended with {}; it said:\n{stderr}", output.status);
+    Ok(output)
+}
+
+/// Runs a command that has to succeed and print JSON.
+pub fn json_of(command: Command) -> anyhow::Result<Value> {
+    let shown = format!("{command:?}");
+    let output = successful(command)?;
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{shown} did not print JSON but {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+fn parse_answer(answer: &str) -> anyhow::Result<(u16, String)> {
+    let (head, body) = answer.split_once("\r\n\r\n").context("no end of headers")?;
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status")?;
+    let chunked = head.lines().any(|line| line.to_ascii_lowercase().starts_with("transfer-encoding: chunked"));
+    if !chunked {
+        return Ok((status, body.to_owned()));
+    }
+    let (mut whole, mut rest) = (String::new(), body);
+    while let Some((length, after)) = rest.split_once("\r\n") {
+        let length = usize::from_str_radix(length.trim(), 16).context("bad chunk length")?;
+        whole.push_str(after.get(..length).context("chunk cut short")?);
+        if length == 0 {
+            break;
+        }
+        rest = after.get(length + 2..).context("chunk cut short")?;
+    }
+    Ok((status, whole))
+}
+
+fn sum_metric(text: &str, name: &str) -> Option<f64> {
+    let values = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let value = match rest.strip_prefix('{') {
+            Some(labelled) => labelled.split_once('}')?.1,
+            None => rest.strip_prefix(' ')?,
+        };
+        value.split_ascii_whitespace().next()?.parse::<f64>().ok()
+    });
+    values.fold(None, |sum, value| Some(sum.unwrap_or(0.0) + value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_plain_and_chunked_answers() {
+        let plain = parse_answer("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+        assert_eq!(plain, (200, "ok".to_owned()));
+        let chunked = "HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nno\r\n1\r\n!\r\n0\r\n\r\n";
+        assert_eq!(parse_answer(chunked).unwrap(), (404, "no!".to_owned()));
+        assert!(parse_answer("HTTP/1.1").is_err());
+    }
+
+    #[test]
+    fn sums_a_metric_over_its_labels() {
+        let text = "# TYPE a counter\na_total{x=\"1\"} 2\na_total{x=\"2\"} 3 # {id=\"q\"} 1\na_total_more 9\nb 1\n";
+        assert_eq!(sum_metric(text, "a_total"), Some(5.0));
+        assert_eq!(sum_metric(text, "b"), Some(1.0));
+        assert_eq!(sum_metric(text, "c"), None);
+    }
+}

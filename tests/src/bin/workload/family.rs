@@ -1,0 +1,71 @@
+//! Workloads of more than one process. Children speak on the same stdout; each says its own `start`.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::Context;
+use serde_json::json;
+
+use crate::{memory, say, wait_for_end_of_stdin};
+
+/// Starts a member of the family; one that waits does so until its stdin closes, and is listened to meanwhile.
+fn member(comm: &str, mib: usize, wait: bool) -> anyhow::Result<Child> {
+    let own = std::env::current_exe().context("failed to find this program")?;
+    let mut command = Command::new(own);
+    command.args(["member", "--mib", &mib.to_string(), "--comm", comm]);
+    if wait {
+        command.arg("--wait").stdin(Stdio::piped()).stdout(Stdio::piped());
+    } else {
+        command.stdin(Stdio::null());
+    }
+    command.spawn().context("failed to start a child")
+}
+
+/// Passes on what a waiting child says until it is ready or gone.
+fn until_ready(child: &mut Child) -> anyhow::Result<()> {
+    let Some(stdout) = child.stdout.take() else { return Ok(()) };
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("failed to listen to a child")?;
+        println!("{line}");
+        if line.contains("\"ready\"") {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Says how a child ended.
+fn reap(mut child: Child) -> anyhow::Result<()> {
+    let pid = child.id();
+    drop(child.stdin.take());
+    let status = child.wait().context("failed to wait for a child")?;
+    say("child_exit", &json!({ "child": pid, "code": status.code(), "signal": status.signal() }))
+}
+
+/// K children at once, each keeping its memory until all have got theirs or been killed.
+pub(crate) fn many(processes: usize, mib_each: usize) -> anyhow::Result<()> {
+    let mut children: Vec<Child> =
+        (0..processes).map(|_| member("many-child", mib_each, true)).collect::<anyhow::Result<_>>()?;
+    children.iter_mut().try_for_each(until_ready)?;
+    children.into_iter().try_for_each(reap)
+}
+
+/// A parent that stays alive while its child grows until done or killed.
+pub(crate) fn fork_child(mib: usize) -> anyhow::Result<()> {
+    let child = member("grow-child", mib, false)?;
+    say("child", &json!({ "child": child.id() }))?;
+    reap(child)
+}
+
+/// Parent and child each hold `mib`, both quiet.
+pub(crate) fn forked(mib: usize) -> anyhow::Result<()> {
+    let held = memory::touched(mib);
+    let mut child = member("forked-child", mib, true)?;
+    until_ready(&mut child)?;
+    say("ready", &json!({ "anon_mib": mib, "child": child.id() }))?;
+    wait_for_end_of_stdin()?;
+    reap(child)?;
+    drop(held);
+    Ok(())
+}

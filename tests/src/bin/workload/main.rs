@@ -1,0 +1,190 @@
+//! The programs the tests measure and kill: each reaches a known memory state in a known way.
+//!
+//! Every subcommand prints JSON lines on stdout: first `start` (pid, start in clock ticks, comm), then what it does.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use memtrace_tests::process;
+use serde_json::{Value, json};
+
+mod family;
+mod memory;
+
+#[derive(Parser)]
+#[command(about = "Programs the memtrace tests measure and kill")]
+struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Grow steadily, then wait for the end of stdin
+    Slow {
+        #[arg(long)]
+        mib: usize,
+        #[arg(long)]
+        mib_per_s: usize,
+    },
+    /// Take memory as fast as the kernel gives it
+    Burst {
+        #[arg(long)]
+        mib: usize,
+        /// Threads that take it; default one a CPU
+        #[arg(long)]
+        threads: Option<usize>,
+        /// Touch page by page instead of asking the kernel to populate
+        #[arg(long)]
+        touch: bool,
+    },
+    /// Many small processes: K copies that each touch some and wait
+    Many {
+        #[arg(long)]
+        processes: usize,
+        #[arg(long)]
+        mib_each: usize,
+    },
+    /// Fill a file on tmpfs
+    Tmpfs {
+        #[arg(long)]
+        mib: usize,
+        #[arg(long, default_value = "/dev/shm")]
+        dir: PathBuf,
+    },
+    /// A small parent whose child grows until it is done or killed
+    ForkChild {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Reach a known quiet state, print `ready`, wait for the end of stdin
+    Hold {
+        #[arg(long, default_value_t = 0)]
+        anon_mib: usize,
+        #[arg(long, default_value_t = 0)]
+        file_mib: usize,
+        #[arg(long, default_value_t = 0)]
+        shmem_mib: usize,
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        /// Where the mapped file is made
+        #[arg(long, default_value = "/var/tmp")]
+        dir: PathBuf,
+    },
+    /// Parent and child each hold memory; wait for the end of stdin
+    Forked {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Take some memory, wait, exit with a code
+    ExitAfter {
+        #[arg(long)]
+        ms: u64,
+        #[arg(long, default_value_t = 0)]
+        mib: usize,
+        #[arg(long, default_value_t = 0)]
+        code: u8,
+    },
+    /// End by SIGKILL from itself, which is no OOM kill
+    KillSelf,
+    /// Print the kernel's watermark of the memory cgroup this runs in
+    OwnPeak,
+    /// What the families spawn: take memory under another name, then wait for the end of stdin or exit
+    #[command(hide = true)]
+    Member {
+        #[arg(long)]
+        mib: usize,
+        #[arg(long)]
+        comm: String,
+        #[arg(long)]
+        wait: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse().what) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("workload: {error:#}");
+            ExitCode::from(125)
+        }
+    }
+}
+
+fn run(what: What) -> anyhow::Result<ExitCode> {
+    if let What::Member { comm, .. } = &what {
+        std::fs::write("/proc/self/comm", comm).context("failed to set the process name")?;
+    }
+    say("start", &json!({}))?;
+    match what {
+        What::Slow { mib, mib_per_s } => {
+            let held = memory::grow_slowly(mib, mib_per_s);
+            say("ready", &json!({ "anon_mib": mib }))?;
+            wait_for_end_of_stdin()?;
+            drop(held);
+        }
+        What::Burst { mib, threads, touch } => {
+            let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+            let begin = std::time::Instant::now();
+            let held = memory::burst(mib, threads, touch)?;
+            let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+            say("done", &json!({ "anon_mib": mib, "threads": threads, "elapsed_us": micros }))?;
+            drop(held);
+        }
+        What::Many { processes, mib_each } => family::many(processes, mib_each)?,
+        What::Tmpfs { mib, dir } => memory::fill_tmpfs(mib, &dir)?,
+        What::ForkChild { mib } => family::fork_child(mib)?,
+        What::Hold { anon_mib, file_mib, shmem_mib, threads, dir } => {
+            memory::hold(anon_mib, file_mib, shmem_mib, threads, &dir)?;
+        }
+        What::Forked { mib } => family::forked(mib)?,
+        What::ExitAfter { ms, mib, code } => {
+            let held = memory::touched(mib);
+            std::thread::sleep(std::time::Duration::from_millis(ms));
+            drop(held);
+            return Ok(ExitCode::from(code));
+        }
+        What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
+        What::OwnPeak => {
+            let (place, peak) = memtrace_tests::cage::own_peak()?;
+            say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;
+        }
+        What::Member { mib, wait, .. } => {
+            let held = memory::touched(mib);
+            say("ready", &json!({ "anon_mib": mib }))?;
+            if wait {
+                wait_for_end_of_stdin()?;
+            }
+            drop(held);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints one event as a JSON line with who says it.
+fn say(event: &str, more: &Value) -> anyhow::Result<()> {
+    let comm = std::fs::read_to_string("/proc/self/comm").context("failed to read the process name")?;
+    let mut line = json!({
+        "event": event, "pid": std::process::id(), "start_ticks": process::start_ticks("self")?,
+        "comm": comm.trim_end_matches('\n'),
+    });
+    if let (Some(line), Some(more)) = (line.as_object_mut(), more.as_object()) {
+        line.extend(more.clone());
+    }
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).context("failed to write to stdout")
+}
+
+fn wait_for_end_of_stdin() -> anyhow::Result<()> {
+    let mut byte = [0u8; 1];
+    // One byte at a time: no buffer grows while the harness looks at a quiet process.
+    while std::io::stdin().read(&mut byte).context("failed to read stdin")? > 0 {
+        if byte == *b"\n" {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! Taking memory: page by page, populated by the kernel, file-backed, shared, on tmpfs.
+
+use std::fs::File;
+use std::hint::black_box;
+use std::io::Write;
+use std::path::Path;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+
+/// Writes one byte in every page.
+fn touch(memory: &mut [u8]) {
+    for page in memory.chunks_mut(rustix::param::page_size()) {
+        if let Some(byte) = page.first_mut() {
+            *byte = 1;
+        }
+    }
+    black_box(memory);
+}
+
+/// Anonymous memory, every page touched.
+pub(crate) fn touched(mib: usize) -> Vec<u8> {
+    let mut memory = vec![0u8; mib * MIB];
+    touch(&mut memory);
+    memory
+}
+
+/// Touches `mib` at a steady rate, in steps of about 5 ms.
+pub(crate) fn grow_slowly(mib: usize, mib_per_s: usize) -> Vec<u8> {
+    const STEP: Duration = Duration::from_millis(5);
+    let mut memory = vec![0u8; mib * MIB];
+    let step_bytes = (mib_per_s * MIB / 200).max(rustix::param::page_size());
+    let begin = Instant::now();
+    for (step, part) in (1u32..).zip(memory.chunks_mut(step_bytes)) {
+        touch(part);
+        std::thread::sleep((STEP * step).saturating_sub(begin.elapsed()));
+    }
+    memory
+}
+
+/// Takes `mib` at once in `threads` threads.
+pub(crate) fn burst(mib: usize, threads: usize, touching: bool) -> anyhow::Result<Vec<MmapMut>> {
+    let share = (mib * MIB).div_ceil(threads.max(1));
+    let take = || -> anyhow::Result<MmapMut> {
+        let mut options = MmapOptions::new();
+        options.len(share);
+        if !touching {
+            options.populate();
+        }
+        let mut memory = options.map_anon().context("failed to map anonymous memory")?;
+        if touching {
+            touch(&mut memory);
+        }
+        Ok(memory)
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(take)).collect();
+        threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?).collect()
+    })
+}
+
+/// Writes a file of `mib` in `dir` and removes it.
+pub(crate) fn fill_tmpfs(mib: usize, dir: &Path) -> anyhow::Result<()> {
+    let path = dir.join(format!("memtrace-tests-{}.fill", std::process::id()));
+    crate::say("tmpfs", &json!({ "file": path }))?;
+    let mut file = File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
+    let chunk = vec![1u8; 64 << 10];
+    let written = (0..mib * 16).try_for_each(|_| file.write_all(&chunk));
+    let removed = std::fs::remove_file(&path);
+    written.with_context(|| format!("failed to write {}", path.display()))?;
+    removed.with_context(|| format!("failed to remove {}", path.display()))?;
+    crate::say("done", &json!({ "tmpfs_mib": mib }))
+}
+
+/// What one thread of `hold` keeps.
+struct Share {
+    anon: Vec<u8>,
+    maps: Vec<MmapRaw>,
+}
+
+/// Reaches the asked state with `threads` threads that stay alive, then waits for the end of stdin.
+pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: usize, dir: &Path) -> anyhow::Result<()> {
+    let threads = threads.max(1);
+    let page = rustix::param::page_size();
+    // Shares in whole pages, the last thread takes the rest: the sums are what was asked for.
+    let share = |mib: usize, index: usize| {
+        let each = mib * MIB / threads / page * page;
+        if index + 1 == threads { mib * MIB - each * (threads - 1) } else { each }
+    };
+    let reached = Barrier::new(threads + 1);
+    let leave = Barrier::new(threads + 1);
+    let take = |index: usize| -> anyhow::Result<Share> {
+        let mut anon = vec![0u8; share(anon, index)];
+        touch(&mut anon);
+        let mut maps = Vec::new();
+        if share(file, index) > 0 {
+            maps.push(map_new_file(share(file, index), index, dir)?);
+        }
+        if share(shmem, index) > 0 {
+            maps.push(map_new_shmem(share(shmem, index))?);
+        }
+        Ok(Share { anon, maps })
+    };
+    std::thread::scope(|scope| -> anyhow::Result<()> {
+        let handles: Vec<_> = (0..threads)
+            .map(|index| {
+                let (take, reached, leave) = (&take, &reached, &leave);
+                scope.spawn(move || {
+                    let share = take(index);
+                    reached.wait();
+                    leave.wait();
+                    share.map(|share| black_box((share.anon.len(), share.maps.len())))
+                })
+            })
+            .collect();
+        reached.wait();
+        let failed =
+            crate::say("ready", &json!({ "anon_mib": anon, "file_mib": file, "shmem_mib": shmem, "threads": threads }))
+                .and_then(|()| crate::wait_for_end_of_stdin());
+        leave.wait();
+        for handle in handles {
+            handle.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        }
+        failed
+    })
+}
+
+/// A new file in `dir`, already unlinked, mapped shared and read-only, every page present.
+fn map_new_file(bytes: usize, index: usize, dir: &Path) -> anyhow::Result<MmapRaw> {
+    let path = dir.join(format!("memtrace-tests-{}-{index}.map", std::process::id()));
+    let mut file = File::options()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("failed to create {}", path.display()))?;
+    std::fs::remove_file(&path).with_context(|| format!("failed to remove {}", path.display()))?;
+    let chunk = vec![1u8; 64 << 10];
+    let mut left = bytes;
+    while left > 0 {
+        let part = chunk.get(..left.min(chunk.len())).unwrap_or(&chunk);
+        file.write_all(part).context("failed to fill the file to map")?;
+        left -= part.len();
+    }
+    MmapOptions::new().populate().map_raw_read_only(&file).context("failed to map a file")
+}
+
+/// Shared memory without a name, mapped writable, every page present.
+fn map_new_shmem(bytes: usize) -> anyhow::Result<MmapRaw> {
+    let memory = rustix::fs::memfd_create("memtrace-tests", rustix::fs::MemfdFlags::CLOEXEC)
+        .context("failed to create shared memory")?;
+    let file = File::from(memory);
+    file.set_len(u64::try_from(bytes)?).context("failed to size shared memory")?;
+    MmapOptions::new().populate().map_raw(&file).context("failed to map shared memory")
+}

@@ -1,0 +1,86 @@
+//! What /proc says about a process, and signals without a C library.
+
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal};
+
+/// Boot clock, nanoseconds.
+pub fn boot_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
+    seconds * 1_000_000_000 + nanos
+}
+
+/// Field 22 of /proc/PID/stat: start of a process in clock ticks since boot. `pid` may be `self`.
+pub fn start_ticks(pid: impl std::fmt::Display) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    // The name is in parentheses and may hold anything; what follows the last one is plain.
+    let after = text.rsplit_once(')').map(|(_, rest)| rest).with_context(|| format!("{path} has no name"))?;
+    let field = after.split_ascii_whitespace().nth(19).with_context(|| format!("{path} has no field 22"))?;
+    field.parse().with_context(|| format!("{path}: field 22 is not a number"))
+}
+
+/// Boot-clock nanoseconds as the clock ticks /proc shows.
+pub fn ticks_of_ns(boot_ns: u64) -> u64 {
+    boot_ns / (1_000_000_000 / rustix::param::clock_ticks_per_second())
+}
+
+/// Resident memory of a process, bytes by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rss {
+    /// RssAnon.
+    pub anon: u64,
+    /// RssFile.
+    pub file: u64,
+    /// RssShmem.
+    pub shmem: u64,
+}
+
+impl Rss {
+    /// Reads /proc/PID/status.
+    pub fn read(pid: u32) -> anyhow::Result<Self> {
+        let path = format!("/proc/{pid}/status");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+        let kib = |name: &str| -> anyhow::Result<u64> {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|rest| rest.split_ascii_whitespace().next());
+            let number = number.with_context(|| format!("{path} has no {name}"))?;
+            Ok(number.parse::<u64>().with_context(|| format!("{path}: {name} is not a number"))? * 1024)
+        };
+        Ok(Self { anon: kib("RssAnon:")?, file: kib("RssFile:")?, shmem: kib("RssShmem:")? })
+    }
+
+    /// The sum of the three.
+    pub fn total(&self) -> u64 {
+        self.anon + self.file + self.shmem
+    }
+}
+
+/// Sends a signal.
+pub fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
+    let target = i32::try_from(pid).ok().and_then(Pid::from_raw).context("not a process id")?;
+    rustix::process::kill_process(target, signal).with_context(|| format!("failed to signal process {pid}"))
+}
+
+/// Waits for a child with an end.
+pub fn wait_at_most(child: &mut std::process::Child, limit: Duration) -> anyhow::Result<ExitStatus> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().context("failed to wait for a child")? {
+            return Ok(status);
+        }
+        if start.elapsed() > limit {
+            bail!("process {} did not end within {limit:?}", child.id());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A shell's view of an exit: the code, or 128 plus the signal.
+pub fn shell_code(status: ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1)
+}

@@ -1,0 +1,190 @@
+//! An agent with privileges and bad surroundings: BTF, hooks, state directory, disk, port.
+
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use memtrace_tests::agent::{Options, free_port};
+use memtrace_tests::cage::Cage;
+use memtrace_tests::json;
+use memtrace_tests::process;
+use memtrace_tests::programs::{self, require_root};
+use serde_json::Value;
+
+/// Runs an agent that is expected to end by itself, soon and without a panic.
+fn ends(options: &Options, port: u16) -> anyhow::Result<(i32, String)> {
+    let mut child = options.command(port)?.spawn().context("failed to start the agent")?;
+    let ended = process::wait_at_most(&mut child, Duration::from_secs(20));
+    if ended.is_err() {
+        child.kill()?;
+    }
+    let output: Output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let status = ended.with_context(|| format!("the agent went on; it said:\n{said}"))?;
+    ensure!(!said.contains("panicked"), "the agent panicked:\n{said}");
+    Ok((status.code().with_context(|| format!("the agent ended with {status}:\n{said}"))?, said))
+}
+
+fn oom_kill(label: &str) -> anyhow::Result<u64> {
+    let cage = Cage::new(label, 24 << 20)?;
+    cage.command(programs::path("workload")?)?.args(["burst", "--mib", "48"]).stdout(Stdio::null()).status()?;
+    ensure!(cage.oom_kills()? == 1, "nobody was killed");
+    let id = cage.id();
+    cage.remove()?;
+    Ok(id)
+}
+
+fn has(listed: &[Value], cage_id: u64) -> bool {
+    listed.iter().any(|incident| incident.pointer("/cgroup/id").and_then(Value::as_u64) == Some(cage_id))
+}
+
+#[test]
+fn btf_that_is_missing_or_garbage_is_named() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let garbage = dir.path().join("garbage.btf");
+    std::fs::write(&garbage, [0x9f, 0xeb, 1, 0, 0xff, 0xff, 0xff, 0xff].repeat(64))?;
+    for (file, name) in [("/nonexistent/vmlinux.btf", "/nonexistent/vmlinux.btf"), (path(&garbage)?, "garbage.btf")] {
+        let (code, said) = ends(&Options::below(dir.path()).with(&["--btf", file]), free_port()?)?;
+        ensure!(code == 3 && said.contains(name), "--btf {file} ended with {code}:\n{said}");
+    }
+    Ok(())
+}
+
+fn path(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("a path that is not text")
+}
+
+#[test]
+fn a_required_hook_cannot_be_left_out_and_an_optional_one_can() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let (code, said) = ends(&Options::below(dir.path()).with(&["--without", "rss"]), free_port()?)?;
+    ensure!(matches!(code, 2 | 3) && said.contains("rss"), "--without rss ended with {code}:\n{said}");
+    let (code, said) = ends(&Options::below(dir.path()).with(&["--without", "no_such_hook"]), free_port()?)?;
+    ensure!(code == 2 && said.contains("no_such_hook"), "--without no_such_hook ended with {code}:\n{said}");
+
+    let mut agent = Options::below(dir.path()).with(&["--without", "exit_mmap"]).start()?;
+    let killed = oom_kill("degraded")?;
+    let listed = agent.options().incidents_when(Duration::from_secs(30), |listed| has(listed, killed))?;
+    ensure!(has(&listed, killed), "a degraded agent saw no kill; it said:\n{}", agent.stderr());
+    agent.stop()?;
+
+    let output = programs::memtrace_command()?.args(["doctor", "--without", "exit_mmap"]).output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let off = said.lines().any(|line| line.contains("exit_mmap") && line.to_lowercase().contains("off"));
+    ensure!(off, "doctor does not show exit_mmap off ({}):\n{said}", output.status);
+    Ok(())
+}
+
+#[test]
+fn a_state_directory_that_is_a_file_is_named() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let mut options = Options::below(dir.path());
+    options.state_dir = dir.path().join("in-the-way");
+    std::fs::write(&options.state_dir, "a file")?;
+    let (code, said) = ends(&options, free_port()?)?;
+    ensure!(code == 1 && said.contains("in-the-way"), "ended with {code}:\n{said}");
+    Ok(())
+}
+
+#[test]
+fn a_port_in_use_is_named() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let taken = TcpListener::bind("127.0.0.1:0")?;
+    let port = taken.local_addr()?.port();
+    let (code, said) = ends(&Options::below(dir.path()), port)?;
+    ensure!(code == 1 && said.contains(&format!("127.0.0.1:{port}")), "ended with {code}:\n{said}");
+    Ok(())
+}
+
+#[test]
+fn health_readiness_metrics_and_incidents_are_served() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let mut agent = Options::below(dir.path()).start()?;
+    for path in ["/healthz", "/readyz", "/metrics"] {
+        let (status, body) = agent.get(path)?;
+        ensure!(status == 200, "GET {path}: {status} {body}");
+    }
+    let (_, metrics) = agent.get("/metrics")?;
+    ensure!(metrics.trim_end().ends_with("# EOF"), "/metrics is not OpenMetrics:\n{metrics}");
+    ensure!(agent.get_json("/api/incidents")?.is_array(), "/api/incidents is not an array");
+    ensure!(agent.get("/no/such/page")?.0 == 404, "an unknown page is found");
+    // The journal and the incidents hold other people's data.
+    for name in ["state", "journal"] {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = std::fs::metadata(dir.path().join(name))?.permissions().mode() & 0o777;
+        ensure!(mode & 0o007 == 0, "{name} is open to everyone: {mode:o}");
+    }
+    let ended = agent.stop()?;
+    ensure!(ended.code() == Some(0), "the agent ended with {ended} on SIGTERM; it said:\n{}", agent.stderr());
+    Ok(())
+}
+
+/// A tmpfs of 64 KiB; unmounted when dropped.
+struct TinyDisk(tempfile::TempDir);
+
+impl TinyDisk {
+    fn mount() -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount(c"tmpfs", dir.path(), c"tmpfs", flags, Some(c"size=64k,mode=0700"))
+            .context("failed to mount a tiny tmpfs")?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for TinyDisk {
+    fn drop(&mut self) {
+        // A busy mount goes when its last user does.
+        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let disk = TinyDisk::mount()?;
+    let mut options = Options::below(dir.path());
+    options.state_dir = disk.0.path().to_owned();
+    let mut agent = options.start()?;
+    // What is left after the agent's own files is filled to the last byte.
+    let filler = disk.0.path().join("filler");
+    let _full = std::fs::write(&filler, vec![0u8; 64 << 10]);
+    oom_kill("full")?;
+    let begin = Instant::now();
+    let failures = loop {
+        let failures = agent.metric("memtrace_incident_write_failures_total")?.unwrap_or_default();
+        if failures > 0.0 || begin.elapsed() > Duration::from_secs(30) {
+            break failures;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    ensure!(failures > 0.0, "no failed write was counted; it said:\n{}", agent.stderr());
+    ensure!(agent.is_running()?, "the agent ended; it said:\n{}", agent.stderr());
+    ensure!(agent.get("/healthz")?.0 == 200, "the agent is not healthy");
+    for incident in options.incidents()? {
+        options.report(json::text(&incident, "/id")?)?;
+    }
+    // With room again the next kill is kept.
+    std::fs::remove_file(&filler)?;
+    let killed = oom_kill("room")?;
+    let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, killed))?;
+    ensure!(has(&listed, killed), "no incident after room was made; it said:\n{}", agent.stderr());
+    agent.stop()?;
+    let half: Vec<_> = std::fs::read_dir(disk.0.path())?
+        .filter_map(Result::ok)
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.contains("tmp") || name.contains("partial"))
+        .collect();
+    ensure!(half.is_empty(), "half-written files were left: {half:?}");
+    Ok(())
+}

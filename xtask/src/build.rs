@@ -1,0 +1,97 @@
+//! `cargo xtask build`: the eBPF programs first, then the agent with their object inside.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::place::{Place, Profile};
+use crate::run::{cargo, run as run_command, say};
+use crate::setup;
+use crate::toolchain::{self, BPF_TARGET, Compiler, Toolchain};
+
+/// Tells `memtrace/build.rs` which object to take in; without it the agent is built with none.
+pub(crate) const OBJECT_VARIABLE: &str = "MEMTRACE_EBPF_OBJECT";
+
+/// Arguments of `cargo xtask build`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Optimize userspace too (the eBPF side always is)
+    #[arg(long)]
+    release: bool,
+}
+
+/// Runs the verb.
+pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
+    setup::bpf(place)?;
+    let profile = Profile::of(args.release);
+    let object = ebpf(place)?;
+    agent(place, profile, &object)?;
+    say(format_args!("built {}", place.bin(profile, "memtrace").display()));
+    Ok(())
+}
+
+/// Builds the eBPF object.
+pub(crate) fn ebpf(place: &Place) -> Result<PathBuf> {
+    let toolchain = toolchain::find(place)?;
+    say(format_args!("building the eBPF programs with {}", toolchain.shown()));
+    run_command(&mut ebpf_command(place, &toolchain)?).context("failed to build the eBPF programs")?;
+    let object = place.ebpf_object();
+    check_object(&object)?;
+    Ok(object)
+}
+
+/// Builds the agent around the object.
+pub(crate) fn agent(place: &Place, profile: Profile, object: &Path) -> Result<()> {
+    let mut build = cargo(place);
+    build.args(["build", "--package", "memtrace"]).args(profile.args()).env(OBJECT_VARIABLE, object);
+    run_command(&mut build).context("failed to build the agent")
+}
+
+/// Builds the programs of the tests: workloads and the cage they die in.
+pub(crate) fn workloads(place: &Place, profile: Profile) -> Result<()> {
+    let mut build = cargo(place);
+    build.args(["build", "--package", "memtrace-tests", "--bins"]).args(profile.args());
+    run_command(&mut build).context("failed to build the workloads")
+}
+
+/// The flags are those of aya-build: BTF out of debug info, and the CPU whose registers hooks read.
+fn ebpf_command(place: &Place, toolchain: &Toolchain) -> Result<Command> {
+    let root = place.root.to_str().context("the repository's path is not UTF-8")?;
+    let linker = toolchain.linker.to_str().context("the linker's path is not UTF-8")?;
+    let flags = [
+        format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
+        "-Cdebuginfo=2".to_owned(),
+        "-Clink-arg=--btf".to_owned(),
+        format!("-Clinker={linker}"),
+        // no path of this checkout goes into the object
+        format!("--remap-path-prefix={root}=."),
+    ];
+    let mut build = toolchain.cargo(place);
+    build.args(["build", "--package", "memtrace-ebpf", "--bins", "--release", "--target", BPF_TARGET]);
+    build.arg("--target-dir").arg(place.bpf_target());
+    if toolchain.builds_core() {
+        build.args(["-Z", "build-std=core"]);
+    }
+    if matches!(toolchain.compiler, Compiler::Debian { .. }) {
+        // aya-ebpf turns on `asm_experimental_arch`, which a stable compiler refuses otherwise
+        build.env("RUSTC_BOOTSTRAP", "1");
+    }
+    build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
+    Ok(build)
+}
+
+fn check_object(object: &Path) -> Result<()> {
+    let bytes = std::fs::read(object).with_context(|| format!("failed to read {}", object.display()))?;
+    if !bytes.starts_with(b"\x7fELF") {
+        bail!("{} is not an ELF object: is the linker a bpf-linker?", object.display());
+    }
+    for section in [".BTF\0", "license\0", "maps\0"] {
+        if !bytes.windows(section.len()).any(|window| window == section.as_bytes()) {
+            let name = section.trim_end_matches('\0');
+            bail!("{} has no section {name}: the loader would refuse it", object.display());
+        }
+    }
+    say(format_args!("eBPF object: {} ({} KiB)", object.display(), bytes.len() / 1024));
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! `cargo xtask demo`: a real OOM kill in a memory cgroup of its own, recorded and explained.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::place::{Place, Profile, has_btf, is_root};
+use crate::run::{output, say, shown};
+use crate::{build, setup};
+
+/// The limit of the demo's cgroup, and what the workload wants of it.
+const LIMIT: &str = "120M";
+const WANT_MIB: &str = "200";
+
+const READY_WITHIN: Duration = Duration::from_secs(30);
+const INCIDENT_WITHIN: Duration = Duration::from_secs(60);
+const STOP_WITHIN: Duration = Duration::from_secs(15);
+
+/// Arguments of `cargo xtask demo`.
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+/// Runs the verb.
+pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
+    if !is_root() {
+        bail!(
+            "the demo loads eBPF programs and makes a cgroup, so it needs root: sudo -E env PATH=$PATH cargo xtask demo"
+        );
+    }
+    if !has_btf() {
+        bail!("this kernel publishes no BTF at /sys/kernel/btf/vmlinux, so memtrace cannot run here");
+    }
+    setup::bpf(place)?;
+    let profile = Profile::Release;
+    let object = build::ebpf(place)?;
+    build::agent(place, profile, &object)?;
+    build::workloads(place, profile)?;
+    let memtrace = place.bin(profile, "memtrace");
+
+    let state = Scratch::new()?;
+    let mut agent = Agent::start(&memtrace, &state)?;
+    agent.wait_ready()?;
+    kill_something(place, profile)?;
+    let id = wait_for_incident(&memtrace, &state, &mut agent)?;
+
+    say(format_args!("memtrace report {id}"));
+    let mut report = Command::new(&memtrace);
+    report.args(["report", &id, "--state-dir"]).arg(&state.0);
+    let text = output(&mut report)?;
+    let _ = write!(std::io::stdout(), "\n{text}\n");
+    agent.stop()
+}
+
+/// The workload in its cage. It is meant to die, so its exit code proves nothing: the incident does.
+fn kill_something(place: &Place, profile: Profile) -> Result<()> {
+    let mut cage = Command::new(place.bin(profile, "oomcage"));
+    cage.args(["--limit", LIMIT, "--"]).arg(place.bin(profile, "workload")).args(["burst", "--mib", WANT_MIB]);
+    say(format_args!("{}: a program that wants {WANT_MIB} MiB under a limit of {LIMIT}", shown(&cage)));
+    let status = cage.status().context("failed to start oomcage")?;
+    say(format_args!("the program ended with {status}"));
+    if status.success() {
+        bail!("the program was not killed: is the limit of its cgroup enforced here (swap, nested limits)?");
+    }
+    if status.code() == Some(125) {
+        bail!("oomcage could not make or enter its cgroup");
+    }
+    Ok(())
+}
+
+fn wait_for_incident(memtrace: &PathBuf, state: &Scratch, agent: &mut Agent) -> Result<String> {
+    say(format_args!("waiting for the incident to close"));
+    let deadline = Instant::now() + INCIDENT_WITHIN;
+    loop {
+        let mut list = Command::new(memtrace);
+        list.args(["incidents", "--json", "--state-dir"]).arg(&state.0);
+        if let Some(id) = first_kill(&output(&mut list)?)? {
+            return Ok(id);
+        }
+        if let Some(status) = agent.child.try_wait().context("failed to look after the agent")? {
+            bail!("the agent ended with {status} before it saved an incident");
+        }
+        if Instant::now() > deadline {
+            bail!("no incident within {} s of the kill", INCIDENT_WITHIN.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(250));
+    }
+}
+
+/// The id of the first incident that has a victim.
+fn first_kill(incidents: &str) -> Result<Option<String>> {
+    let incidents: serde_json::Value =
+        serde_json::from_str(incidents).context("`memtrace incidents --json` printed something else")?;
+    let list = incidents.as_array().context("`memtrace incidents --json` is not an array")?;
+    let killed = |incident: &&serde_json::Value| {
+        incident.pointer("/oom/victims").and_then(|victims| victims.as_array()).is_some_and(|v| !v.is_empty())
+    };
+    Ok(list.iter().find(killed).and_then(|incident| incident.get("id")?.as_str()).map(str::to_owned))
+}
+
+/// A private state directory, gone when the demo is.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let dir = std::env::temp_dir().join(format!("memtrace-demo-{}", std::process::id()));
+        std::fs::create_dir(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            say(format_args!("failed to remove {}: {error}", self.0.display()));
+        }
+    }
+}
+
+/// The agent under demonstration; killed if the demo fails half way.
+struct Agent {
+    child: Child,
+    log: Receiver<String>,
+}
+
+impl Agent {
+    fn start(memtrace: &PathBuf, state: &Scratch) -> Result<Self> {
+        let port =
+            TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).context("failed to find a free port")?;
+        let mut command = Command::new(memtrace);
+        command.args(["agent", "--listen", &port.to_string(), "--state-dir"]).arg(&state.0);
+        command.arg("--journal-dir").arg(state.0.join("journal"));
+        command.stdin(Stdio::null()).env("NO_COLOR", "1");
+        say(format_args!("starting {}", shown(&command)));
+        let mut child = command.stderr(Stdio::piped()).spawn().context("failed to start the agent")?;
+        let stderr = child.stderr.take().context("failed to take the agent's log")?;
+        let (lines, log) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
+                let _ = writeln!(std::io::stderr(), "agent: {line}");
+                // nobody listens after `ready`; the log is still passed on
+                let _ = lines.send(line);
+            }
+        });
+        Ok(Self { child, log })
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + READY_WITHIN;
+        loop {
+            match self.log.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if says_ready(&line) => return Ok(()),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => bail!("the agent was not ready within {} s", READY_WITHIN.as_secs()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = self.child.wait().context("failed to wait for the agent")?;
+                    bail!("the agent ended with {status} before it was ready; `memtrace doctor` says what is missing");
+                }
+            }
+        }
+    }
+
+    /// Stops it as an init system would.
+    fn stop(mut self) -> Result<()> {
+        say(format_args!("stopping the agent"));
+        output(Command::new("kill").args(["-TERM", &self.child.id().to_string()]))?;
+        let deadline = Instant::now() + STOP_WITHIN;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().context("failed to wait for the agent")? {
+                if !status.success() {
+                    bail!("the agent ended with {status} when asked to stop");
+                }
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bail!("the agent did not stop within {} s of SIGTERM", STOP_WITHIN.as_secs())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// The agent's log line says the word `ready`, alone or after the logger's own prefix.
+fn says_ready(line: &str) -> bool {
+    line.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "ready")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_is_a_word_of_its_own() {
+        assert!(says_ready("ready"));
+        assert!(says_ready("2025-01-01T00:00:00Z  INFO memtrace::agent: ready listen=127.0.0.1:9469"));
+        assert!(!says_ready("INFO already running"));
+    }
+
+    #[test]
+    fn an_incident_without_victims_is_waited_past() {
+        assert_eq!(first_kill("[]").unwrap(), None);
+        let list = r#"[{"id": "A", "oom": null}, {"id": "B", "oom": {"victims": [{"pid": 7}]}}]"#;
+        assert_eq!(first_kill(list).unwrap().as_deref(), Some("B"));
+        assert!(first_kill("no incidents").is_err());
+    }
+}

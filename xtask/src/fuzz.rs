@@ -1,0 +1,68 @@
+//! `cargo xtask fuzz`: one fuzz target, or each in turn, for a bounded time.
+
+use std::ffi::OsString;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::place::Place;
+use crate::run::{run as run_command, say, succeeds};
+use crate::setup;
+
+/// The version of cargo-fuzz that `fuzz` installs.
+const CARGO_FUZZ_VERSION: &str = "0.13.2";
+
+/// Arguments of `cargo xtask fuzz`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The target; all of them, in turn, when not given
+    target: Option<String>,
+    /// How long each target runs
+    #[arg(long, default_value_t = 60)]
+    seconds: u32,
+}
+
+/// Runs the verb.
+pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
+    let known = targets(place)?;
+    let chosen = match &args.target {
+        Some(target) if known.contains(target) => vec![target.clone()],
+        Some(target) => bail!("no fuzz target `{target}`; there are: {}", known.join(", ")),
+        None => known,
+    };
+    if !succeeds(Command::new("rustup").args(["run", "nightly", "rustc", "--version"])) {
+        bail!("fuzzing needs the sanitizers of a nightly compiler: rustup toolchain install nightly");
+    }
+    setup::cargo_tool(place, "cargo-fuzz", CARGO_FUZZ_VERSION)?;
+    let mut path = OsString::from(place.tools().join("bin"));
+    if let Some(rest) = std::env::var_os("PATH") {
+        path.push(":");
+        path.push(rest);
+    }
+    for target in chosen {
+        say(format_args!("fuzzing {target} for {} s", args.seconds));
+        let mut fuzz = Command::new("rustup");
+        fuzz.current_dir(&place.root).env("PATH", &path).env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO");
+        fuzz.args(["run", "nightly", "cargo", "fuzz", "run", &target, "--"]);
+        fuzz.arg(format!("-max_total_time={}", args.seconds));
+        run_command(&mut fuzz).with_context(|| format!("{target} found something: see fuzz/artifacts/{target}"))?;
+    }
+    Ok(())
+}
+
+fn targets(place: &Place) -> Result<Vec<String>> {
+    let dir = place.root.join("fuzz/fuzz_targets");
+    let entries =
+        std::fs::read_dir(&dir).with_context(|| format!("no fuzz targets: failed to read {}", dir.display()))?;
+    let mut targets = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(|| format!("failed to read {}", dir.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "rs")
+            && let Some(stem) = path.file_stem()
+        {
+            targets.push(stem.to_string_lossy().into_owned());
+        }
+    }
+    targets.sort();
+    Ok(targets)
+}

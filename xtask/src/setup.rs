@@ -1,0 +1,111 @@
+//! `cargo xtask setup`: finds or installs what building (and, asked to, testing) needs. Safe to repeat.
+
+use std::ffi::OsString;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::place::{Place, in_path, is_root};
+use crate::run::{cargo, run as run_command, say};
+use crate::toolchain::{self, LINKER_VERSION, Plan, RECIPES};
+
+/// Arguments of `cargo xtask setup`.
+#[derive(clap::Args, Default)]
+pub(crate) struct Args {
+    /// Also what the tests run: a container runtime, GNU time, a C compiler
+    #[arg(long)]
+    tests: bool,
+}
+
+/// What the tests run: (program, the Debian package that has it, why).
+const TEST_PROGRAMS: [(&str, &str, &str); 3] = [
+    ("cc", "gcc", "C workloads and linking"),
+    ("runc", "runc", "kills inside real containers"),
+    ("time", "time", "peak memory of our own agent"),
+];
+
+/// Runs the verb.
+pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
+    bpf(place)?;
+    if args.tests {
+        tests()?;
+    }
+    Ok(())
+}
+
+/// The eBPF toolchain. Each round does one thing and looks again; there are at most two things to do.
+pub(crate) fn bpf(place: &Place) -> Result<()> {
+    for _ in 0..3 {
+        match toolchain::plan(&toolchain::facts(place)) {
+            Plan::Ready(toolchain) => {
+                say(format_args!("eBPF toolchain: {}", toolchain.shown()));
+                return Ok(());
+            }
+            Plan::Packages(packages) => apt(&packages, "rustc with `core` for BPF, and its LLVM for bpf-linker")?,
+            Plan::Linker(llvm) => linker(place, llvm)?,
+            Plan::Impossible => bail!("no eBPF toolchain here: {RECIPES}"),
+        }
+    }
+    bail!("the eBPF toolchain is still incomplete after installing its parts: {RECIPES}")
+}
+
+/// What the tests run.
+pub(crate) fn tests() -> Result<()> {
+    let absent: Vec<_> = TEST_PROGRAMS.into_iter().filter(|(program, ..)| in_path(program).is_none()).collect();
+    if absent.is_empty() {
+        return Ok(());
+    }
+    for (program, _, why) in &absent {
+        say(format_args!("the tests need {program}: {why}"));
+    }
+    let packages: Vec<&'static str> = absent.iter().map(|(_, package, _)| *package).collect();
+    if in_path("apt-get").is_none() {
+        bail!("install with your package manager, then run this again: {}", packages.join(" "));
+    }
+    apt(&packages, "programs the tests run")
+}
+
+/// A cargo program that checks need, in `target/tools`.
+pub(crate) fn cargo_tool(place: &Place, name: &str, version: &str) -> Result<()> {
+    if place.tool(name).is_file() {
+        return Ok(());
+    }
+    say(format_args!("installing {name} {version} into target/tools; this takes some minutes, once"));
+    let mut install = cargo(place);
+    install.args(["install", name, "--version", version, "--locked", "--root"]).arg(place.tools());
+    run_command(&mut install).with_context(|| format!("failed to install {name}"))
+}
+
+fn apt(packages: &[&str], why: &str) -> Result<()> {
+    say(format_args!("installing {}: {why}", packages.join(" ")));
+    if !is_root() {
+        bail!(
+            "not root; run this, then `cargo xtask setup` again:\n  \
+             sudo apt-get update && sudo apt-get install -y --no-install-recommends {}",
+            packages.join(" ")
+        );
+    }
+    run_command(Command::new("apt-get").args(["update", "-qq"]))?;
+    let mut install = Command::new("apt-get");
+    install.env("DEBIAN_FRONTEND", "noninteractive");
+    install.args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages);
+    run_command(&mut install).with_context(|| format!("failed to install packages; {RECIPES}"))
+}
+
+/// Builds bpf-linker against one LLVM. Without LLVM_PREFIX it would pick whichever LLVM it meets first.
+fn linker(place: &Place, llvm: u32) -> Result<()> {
+    say(format_args!(
+        "building bpf-linker {LINKER_VERSION} against LLVM {llvm} into target/tools; about a minute, once"
+    ));
+    let prefix = toolchain::llvm_prefix(llvm);
+    let mut path = OsString::from(prefix.join("bin"));
+    if let Some(rest) = std::env::var_os("PATH") {
+        path.push(":");
+        path.push(rest);
+    }
+    let mut install = cargo(place);
+    install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--force"]);
+    install.args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"]).arg(place.tools());
+    install.env("LLVM_PREFIX", prefix).env("PATH", path);
+    run_command(&mut install).context("failed to build bpf-linker")
+}
