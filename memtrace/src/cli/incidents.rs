@@ -1,12 +1,144 @@
 //! `memtrace incidents`.
 
-use super::Outcome;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::anyhow;
+use jiff::{SpanRelativeTo, Timestamp};
+
+use super::{Outcome, STATE_DIR, listing, terminal};
+use crate::engine::incident::{Incident, Kind};
+use crate::report::json;
+use crate::store::incidents::{self, Incidents};
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]
-pub struct Args {}
+#[command(after_help = "\
+Examples:
+  memtrace incidents                       everything recorded, newest first
+  memtrace incidents --since 2h            of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
+  memtrace incidents --kind oom-kill --json | jq '.[].oom.victims[].comm'
+  memtrace report latest                   the post-mortem of the newest one")]
+pub struct Args {
+    /// The agent's state directory
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+    pub state_dir: PathBuf,
+    /// Print a JSON array of incident files without `timeline` and `allocation_paths`
+    #[arg(long)]
+    pub json: bool,
+    /// Only incidents since then: a time span back from now (1h, 2d) or a time (RFC 3339)
+    #[arg(long, value_name = "WHEN", value_parser = since)]
+    pub since: Option<Timestamp>,
+    /// Only this kind
+    #[arg(long, value_name = "KIND")]
+    pub kind: Option<KindFilter>,
+}
+
+/// A kind of incident on the command line.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KindFilter {
+    /// OOM kills
+    #[value(alias = "oom_kill", alias = "oom")]
+    OomKill,
+    /// Memory that rose close to the limit and fell again
+    Spike,
+    /// `memtrace record`
+    Recording,
+}
 
 /// Runs the verb.
-pub fn run(_args: &Args) -> Outcome {
+pub fn run(args: &Args) -> Outcome {
+    let store = Incidents::at(&args.state_dir);
+    let entries = match store.list() {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            note(&format!("{} does not exist: has the agent run here? (see --state-dir)", args.state_dir.display()));
+            Vec::new()
+        }
+        Err(error) => return Err(unreadable(error, &args.state_dir)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        // The id has the time to the millisecond: old files need not be opened.
+        if let (Some(since), Some(at)) = (args.since, incidents::happened(&entry.id))
+            && Timestamp::try_from(at).is_ok_and(|at| at.as_millisecond() < since.as_millisecond())
+        {
+            break;
+        }
+        match incidents::read(&entry.path) {
+            Ok(incident) => found.extend(Some(incident).filter(|incident| wanted(args, incident))),
+            Err(error) => note(&error.to_string()),
+        }
+    }
+    if args.json {
+        terminal::write(&json::list(&found)?, None)?;
+    } else if found.is_empty() {
+        terminal::write(&format!("no incidents in {}\n", args.state_dir.display()), None)?;
+    } else {
+        terminal::write(&listing::table(&found), None)?;
+    }
     Ok(0)
+}
+
+/// An error of the state directory, with what to do about it.
+pub(super) fn unreadable(error: io::Error, dir: &std::path::Path) -> anyhow::Error {
+    let hint = if error.kind() == io::ErrorKind::PermissionDenied { " (try sudo)" } else { "" };
+    anyhow!("failed to list incidents in {}: {error}{hint}", dir.display())
+}
+
+/// A line for people beside the output for programs.
+pub(super) fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "memtrace: {text}");
+}
+
+fn wanted(args: &Args, incident: &Incident) -> bool {
+    let kind = match args.kind {
+        None => None,
+        Some(KindFilter::OomKill) => Some(Kind::OomKill),
+        Some(KindFilter::Spike) => Some(Kind::Spike),
+        Some(KindFilter::Recording) => Some(Kind::Recording),
+    };
+    let recent = match (args.since, listing::wall(incident)) {
+        (Some(since), Some(at)) => at >= since,
+        _ => true,
+    };
+    recent && kind.is_none_or(|kind| kind == incident.kind)
+}
+
+fn since(text: &str) -> Result<Timestamp, String> {
+    since_before(text, Timestamp::now())
+}
+
+fn since_before(text: &str, now: Timestamp) -> Result<Timestamp, String> {
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let help = || format!("{text:?} is neither a time span (1h, 2d) nor a time (2026-03-01T03:00:00Z)");
+    let span: jiff::Span = text.parse().map_err(|_| help())?;
+    let back = span.abs().to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_| help())?;
+    now.checked_sub(back).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn since_is_a_span_or_a_time() {
+        let now: Timestamp = "2026-03-03T12:00:00Z".parse().unwrap();
+        for (text, time) in [
+            ("1h", "2026-03-03T11:00:00Z"),
+            ("2d", "2026-03-01T12:00:00Z"),
+            ("1h30m", "2026-03-03T10:30:00Z"),
+            ("90s", "2026-03-03T11:58:30Z"),
+            ("1w", "2026-02-24T12:00:00Z"),
+            ("2026-03-01T03:12:45.5Z", "2026-03-01T03:12:45.5Z"),
+            ("2026-03-01T03:00:00+01:00", "2026-03-01T02:00:00Z"),
+        ] {
+            assert_eq!(since_before(text, now).unwrap(), time.parse().unwrap(), "{text}");
+        }
+        for text in ["", "yesterday", "5", "99999999999d"] {
+            assert!(since_before(text, now).is_err(), "{text}");
+        }
+    }
 }

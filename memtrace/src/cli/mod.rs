@@ -6,13 +6,17 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 pub mod agent;
+pub mod completions;
 pub mod doctor;
 pub mod exec_in;
 pub mod incidents;
+mod listing;
+pub mod man;
 pub mod record;
 pub mod replay;
 pub mod report;
 pub mod schema;
+pub mod terminal;
 pub mod values;
 
 /// Where the agent keeps incidents unless told otherwise.
@@ -48,6 +52,11 @@ pub enum Verb {
     /// Enter a cgroup and become a command (what `record` starts)
     #[command(hide = true)]
     ExecIn(exec_in::Args),
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+    /// Print the manual page, or write all of them
+    #[command(hide = true)]
+    Man(man::Args),
 }
 
 /// A refusal with its own exit code; everything else is exit code 1.
@@ -75,6 +84,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Verb::Replay(args) => replay::run(&args),
         Verb::Schema(args) => schema::run(&args),
         Verb::ExecIn(args) => exec_in::run(&args),
+        Verb::Completions(args) => completions::run(&args),
+        Verb::Man(args) => man::run(&args),
     };
     match outcome {
         Ok(code) => ExitCode::from(code),

@@ -1,12 +1,194 @@
 //! `memtrace replay`.
 
-use super::Outcome;
+use std::path::PathBuf;
+
+use anyhow::Context;
+
+use super::incidents::note;
+use super::{Outcome, listing, terminal};
+use crate::engine::incident::Incident;
+use crate::engine::input::{Effect, Fact, Input};
+use crate::report::{json, units};
+use crate::store::incidents::Incidents;
+use crate::store::journal::{OpenError, Reader, Stats};
 
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]
-pub struct Args {}
+#[command(after_help = "\
+Examples:
+  memtrace replay /run/memtrace/journal              what the agent's journal says, as a table
+  memtrace replay ./journal -o ./incidents           write the incident files again
+  memtrace report ./incidents/ID.memtrace            and read one
+  memtrace replay journal-00000000000000000042.mtj --json | jq '.[].verdict'
+
+A journal replays to the same incidents on any machine, without root.")]
+pub struct Args {
+    /// A journal: the directory of its segments, or one segment file
+    #[arg(value_name = "CAPTURE")]
+    pub capture: PathBuf,
+    /// Print a JSON array of whole incident files
+    #[arg(long)]
+    pub json: bool,
+    /// Write an incident file for each into DIR
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
 
 /// Runs the verb.
-pub fn run(_args: &Args) -> Outcome {
+pub fn run(args: &Args) -> Outcome {
+    let mut reader = Reader::open(&args.capture)?;
+    let mut engine = Engine::new();
+    let incidents = replay(&mut reader, |input, effects| engine.apply(input, effects))?;
+    let gaps = gaps(reader.stats());
+    if !gaps.is_empty() {
+        note(&format!("the journal is not whole: {gaps}"));
+    }
+    if let Some(dir) = &args.output {
+        let failed = || format!("failed to write incidents into {}", dir.display());
+        let store = Incidents::create(dir).with_context(failed)?;
+        for incident in &incidents {
+            store.save(incident).with_context(failed)?;
+        }
+    }
+    let text = if args.json {
+        json::incidents(&incidents)?
+    } else if incidents.is_empty() {
+        format!("no incidents in {}\n", units::count(reader.stats().frames, "frame", "frames"))
+    } else {
+        listing::table(&incidents)
+    };
+    terminal::write(&text, None)?;
     Ok(0)
+}
+
+/// Feeds a journal to an engine; the incidents it saves, each in its last version, in the order they were opened.
+fn replay(
+    reader: &mut Reader,
+    mut apply: impl FnMut(&Input<'_>, &mut Vec<Effect>),
+) -> Result<Vec<Incident>, OpenError> {
+    let mut effects = Vec::new();
+    let mut incidents: Vec<Incident> = Vec::new();
+    let mut keep = |effects: &mut Vec<Effect>| {
+        for effect in effects.drain(..) {
+            if let Effect::Save(incident) = effect {
+                match incidents.iter_mut().find(|known| known.id == incident.id) {
+                    Some(known) => *known = *incident,
+                    None => incidents.push(*incident),
+                }
+            }
+        }
+    };
+    // Whether the run that is being replayed was stopped, and its last moment if not.
+    let (mut stopped, mut last_ns) = (false, 0);
+    while let Some(input) = reader.next_input()? {
+        match &input {
+            Input::Fact(Fact::Stop { .. }) => stopped = true,
+            _ => stopped = false,
+        }
+        last_ns = moment(&input).map_or(last_ns, |boot_ns| last_ns.max(boot_ns));
+        apply(&input, &mut effects);
+        keep(&mut effects);
+    }
+    if !stopped {
+        apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut effects);
+        keep(&mut effects);
+    }
+    Ok(incidents)
+}
+
+/// Boot time that an input carries.
+fn moment(input: &Input<'_>) -> Option<u64> {
+    match input {
+        // Offset of `boot_ns` in the header of every record.
+        Input::Record(bytes) => Some(u64::from_le_bytes(*bytes.get(8..)?.first_chunk()?)),
+        Input::Fact(fact) => match fact {
+            Fact::Anchor { boot_ns, .. }
+            | Fact::Tick { boot_ns }
+            | Fact::RecordingBegin { boot_ns, .. }
+            | Fact::RecordingEnd { boot_ns, .. }
+            | Fact::Stop { boot_ns } => Some(*boot_ns),
+            Fact::Cgroup(found) => Some(found.boot_ns),
+            Fact::Process(found) => Some(found.boot_ns),
+            Fact::KernelLog(line) => Some(line.read_boot_ns),
+            Fact::Start { .. } | Fact::KernelStack { .. } | Fact::Losses { .. } => None,
+        },
+    }
+}
+
+/// What a replay could not see; empty when it saw everything.
+fn gaps(stats: Stats) -> String {
+    let mut gaps = Vec::new();
+    if stats.torn_segments > 0 {
+        let segments = units::count(stats.torn_segments, "segment is", "segments are");
+        gaps.push(format!("{segments} torn ({} given up)", units::bytes(stats.torn_bytes)));
+    }
+    if stats.missing_segments > 0 {
+        gaps.push(format!("{} missing", units::count(stats.missing_segments, "segment is", "segments are")));
+    }
+    if stats.unknown_frames > 0 {
+        let frames = units::count(stats.unknown_frames, "frame is", "frames are");
+        gaps.push(format!("{frames} of a kind this memtrace does not know"));
+    }
+    gaps.join(", ")
+}
+
+/// Stands in until the engine lands on this branch: `use crate::engine::Engine` and delete this.
+struct Engine;
+
+impl Engine {
+    fn new() -> Self {
+        Self
+    }
+
+    fn apply(&mut self, _input: &Input<'_>, _effects: &mut Vec<Effect>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::fixtures;
+    use crate::store::journal::Writer;
+
+    fn replayed(inputs: &[Input<'_>], save_at: usize) -> (Vec<Incident>, Vec<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), 1 << 20, 1 << 22).unwrap();
+        writer.begin_segment(&[]).unwrap();
+        for input in inputs {
+            writer.append(input).unwrap();
+        }
+        drop(writer);
+        let mut seen = Vec::new();
+        let incidents = replay(&mut Reader::open(dir.path()).unwrap(), |input, effects| {
+            seen.push(format!("{input:?}"));
+            if seen.len() >= save_at {
+                effects.push(Effect::Save(Box::new(fixtures::burst())));
+            }
+        });
+        (incidents.unwrap(), seen)
+    }
+
+    #[test]
+    fn a_capture_without_an_end_is_ended_at_its_last_moment() {
+        let mut record = [0; 24];
+        record[8..16].copy_from_slice(&77u64.to_le_bytes());
+        let tick = Input::Fact(Fact::Tick { boot_ns: 50 });
+        let (incidents, seen) = replayed(&[Input::Record(&record), tick.clone()], 3);
+        assert_eq!(incidents, [fixtures::burst()]);
+        assert_eq!(seen.last().unwrap(), "Fact(Stop { boot_ns: 77 })");
+        let stop = Input::Fact(Fact::Stop { boot_ns: 60 });
+        let (incidents, seen) = replayed(&[tick.clone(), stop.clone()], 1);
+        assert_eq!((incidents.len(), seen.len()), (1, 2), "one incident, saved twice; no second stop");
+        assert_eq!(replayed(&[stop, tick, Input::Record(b"short")], 9).1.len(), 4, "a later run was not stopped");
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        assert_eq!(gaps(Stats { frames: 3, segments: 1, ..Stats::default() }), "");
+        let stats =
+            Stats { torn_segments: 1, torn_bytes: 14, missing_segments: 2, unknown_frames: 1, ..Stats::default() };
+        assert_eq!(
+            gaps(stats),
+            "1 segment is torn (14 B given up), 2 segments are missing, 1 frame is of a kind this memtrace does not know"
+        );
+    }
 }

@@ -65,6 +65,17 @@ pub(super) fn windows(columns: &Columns, at_ns: u64, after_ns: u64) -> (Window, 
     (overview, closer.map(|span| window(span, after_ns.min(span))))
 }
 
+/// Distance of ticks on a time axis: at most `most` of them in `span`.
+pub(super) fn tick_ns(span: u64, most: u64) -> u64 {
+    let wanted = (span / most.max(1)).max(1);
+    let decimal = (0..11).flat_map(|power| [1, 2, 5].map(|digit| digit * 10u64.pow(power)));
+    let minutes = [1, 2, 5, 10, 20, 30, 60, 120, 360, 720].map(|minutes| minutes * 60 * SECOND);
+    // A day and its doubles.
+    let days = (0..10).map(|power| (86_400 * SECOND) << power);
+    let nice = decimal.take_while(|step| *step < 60 * SECOND).chain(minutes).chain(days).find(|step| *step >= wanted);
+    nice.unwrap_or(wanted)
+}
+
 /// From the last moment at which the rise to the event had not begun (a tenth of it was done) to the event.
 pub(super) fn rise_ns(columns: &Columns, at_ns: u64) -> Option<u64> {
     let before = || rows(columns).filter(|(boot_ns, _)| *boot_ns <= at_ns);
@@ -112,11 +123,7 @@ pub(super) fn sample(columns: &Columns, window: &Window, count: usize) -> Vec<Le
 impl Level {
     /// What `self` knows, the rest from `before`.
     fn over(self, before: Self) -> Self {
-        Self {
-            usage: self.usage.or(before.usage),
-            anon: self.anon.or(before.anon),
-            limit: self.limit.or(before.limit),
-        }
+        Self { usage: self.usage.or(before.usage), anon: self.anon.or(before.anon), limit: self.limit.or(before.limit) }
     }
 
     /// The reading with the higher usage; its anon belongs to it.
@@ -163,8 +170,8 @@ mod tests {
 
     #[test]
     fn a_slow_rise_gets_a_longer_window() {
-        let slow: Vec<(u64, u64)> = (0..30).map(|second| (second * 1000, second * 10)).collect();
-        let (overview, closer) = windows(&columns(&slow), 29_000 * MS, 0);
+        let slow: Vec<(u64, u64)> = (0..30).map(|second| (60_000 + second * 1000, second * 10)).collect();
+        let (overview, closer) = windows(&columns(&slow), 89_000 * MS, 0);
         assert_eq!((overview.span(), closer), (30 * SECOND, None));
     }
 
@@ -172,7 +179,18 @@ mod tests {
     fn a_short_history_is_not_stretched() {
         let short = columns(&[(19_300, 10), (20_000, 400)]);
         assert_eq!(windows(&short, 20_000 * MS, 0).0.span(), SECOND);
-        assert_eq!(windows(&Columns::default(), u64::MAX, u64::MAX).0.span(), 12 * MS);
+        assert_eq!(windows(&Columns::default(), SECOND, SECOND).0.span(), 12 * MS);
+    }
+
+    #[test]
+    fn ticks_are_round() {
+        assert_eq!(tick_ns(10 * SECOND, 8), 2 * SECOND);
+        assert_eq!(tick_ns(500 * MS, 3), 200 * MS);
+        assert_eq!(tick_ns(42_300 * MS, 8), 10 * SECOND);
+        assert_eq!(tick_ns(3_600 * SECOND, 5), 1_200 * SECOND);
+        for most in [0, 1, 7, u64::MAX] {
+            assert!(tick_ns(u64::MAX, most) > 0 && tick_ns(0, most) > 0);
+        }
     }
 
     #[test]

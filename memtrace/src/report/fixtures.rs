@@ -5,7 +5,8 @@ use crate::engine::incident::*;
 const MIB: u64 = 1 << 20;
 const MS: u64 = 1_000_000;
 const KILL: u64 = 5_025_123_456_789;
-const POD: &str = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f5c1a52_8f0e_4a3e_9d0b_6f1f8f0e2c11.slice";
+const POD: &str =
+    "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f5c1a52_8f0e_4a3e_9d0b_6f1f8f0e2c11.slice";
 
 fn host() -> Host {
     Host {
@@ -167,7 +168,11 @@ pub fn burst() -> Incident {
             .map(String::from)
             .into(),
             victims: vec![victim(4242, "worker", 48_123, anon)],
-            tasks: vec![task(4242, "worker", anon, true), task(4201, "supervisor", 6 * MIB, false), task(4260, "sh", MIB, false)],
+            tasks: vec![
+                task(4242, "worker", anon, true),
+                task(4201, "supervisor", 6 * MIB, false),
+                task(4260, "sh", MIB, false),
+            ],
             kernel_log: Some(KernelLogKill {
                 killed_line_ns: Some(KILL + 1_234_000),
                 oom_line_ns: Some(KILL + 1_200_000),
@@ -202,7 +207,8 @@ pub fn burst() -> Incident {
             unattributed_bytes: Some((limit - anon - 7 * MIB) as i64),
         },
         verdict: Verdict {
-            summary: "`worker` grew by 326 MiB in the last 200 ms and reached the limit of its container in one go.".into(),
+            summary: "`worker` grew by 326 MiB in the last 200 ms and reached the limit of its container in one go."
+                .into(),
             evidence: vec![
                 "usage was steady at 120 MiB (27 % of the limit) for at least 29.8 s before".into(),
                 "one mmap of 512 MiB, 203 ms before the kill, larger than what the limit left".into(),
@@ -252,13 +258,19 @@ pub fn group() -> Incident {
     victims[2].swap_bytes = None;
     let mut tasks: Vec<TaskRow> = sizes.iter().map(|(comm, pid, size)| task(*pid, comm, size * MIB, true)).collect();
     tasks[0].swap_bytes = 20 * MIB;
-    tasks.extend((0..9).map(|number| task(7_100 + number, &format!("helper-{number}"), (9 - u64::from(number)) * MIB, false)));
+    tasks.extend(
+        (0..9).map(|number| task(7_100 + number, &format!("helper-{number}"), (9 - u64::from(number)) * MIB, false)),
+    );
     incident.oom = Some(Oom {
         scope: Scope::Ancestor,
         oom_cgroup: Some(pod),
         group_kill: true,
         trigger: process(9_001, "nginx"),
-        trigger_cgroup: Some(Cgroup { id: 5_300, path: Some("/kubepods/burstable/pod42/web".into()), ..Cgroup::default() }),
+        trigger_cgroup: Some(Cgroup {
+            id: 5_300,
+            path: Some("/kubepods/burstable/pod42/web".into()),
+            ..Cgroup::default()
+        }),
         trigger_kernel_stack: Vec::new(),
         victims,
         tasks,
@@ -285,7 +297,9 @@ pub fn group() -> Incident {
         unattributed_bytes: Some(65 * (1 << 20)),
     };
     incident.verdict = Verdict {
-        summary: "The pod as a whole ran out: `java` grew steadily by 5 MiB a second; the charge that failed was nginx's.".into(),
+        summary:
+            "The pod as a whole ran out: `java` grew steadily by 5 MiB a second; the charge that failed was nginx's."
+                .into(),
         evidence: vec!["usage of the pod rose by 200 MiB in 30 s, all of it in this container".into()],
     };
     incident.losses = vec![
@@ -353,7 +367,8 @@ pub fn hostile() -> Incident {
     const EVIL: &str = "\u{1b}]0;owned\u{7}\u{1b}[2J\r\n\u{9b}31m\u{202e}\u{7f}";
     let mut incident = group();
     incident.at = At { boot_ns: u64::MAX, wall: EVIL.repeat(50), wall_uncertainty_ns: u64::MAX };
-    incident.host = Host { hostname: EVIL.into(), kernel: EVIL.into(), memory_bytes: u64::MAX, cpus: u32::MAX, ..host() };
+    incident.host =
+        Host { hostname: EVIL.into(), kernel: EVIL.into(), memory_bytes: u64::MAX, cpus: u32::MAX, ..host() };
     let cgroup = Cgroup {
         id: u64::MAX,
         path: Some(EVIL.repeat(3)),

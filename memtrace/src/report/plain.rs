@@ -51,19 +51,36 @@ pub fn elide(text: &str, width: usize, unicode: bool) -> String {
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     let mut line = String::new();
-    for word in escape(text).split(' ').filter(|word| !word.is_empty()) {
+    for word in glue(&escape(text)) {
         if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > width {
             lines.push(std::mem::take(&mut line));
         }
         if !line.is_empty() {
             line.push(' ');
         }
-        line.push_str(word);
+        line.push_str(&word);
     }
     if !line.is_empty() {
         lines.push(line);
     }
     lines
+}
+
+/// Words; a number and its unit as one, a dash with the word before it.
+fn glue(text: &str) -> Vec<String> {
+    const UNITS: [&str; 14] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "%", "ns", "us", "ms", "s", "min", "kB"];
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split(' ').filter(|word| !word.is_empty()) {
+        let unit = UNITS.contains(&word.trim_end_matches([',', ';', '.', ')', ':']));
+        match words.last_mut() {
+            Some(before) if word == "-" || (unit && before.ends_with(|last: char| last.is_ascii_digit())) => {
+                before.push(' ');
+                before.push_str(word);
+            }
+            _ => words.push(word.to_owned()),
+        }
+    }
+    words
 }
 
 #[cfg(test)]
@@ -92,6 +109,7 @@ mod tests {
     #[test]
     fn words_stay_whole() {
         assert_eq!(wrap("one two  three", 7), ["one two", "three"]);
+        assert_eq!(wrap("of 450 MiB, so", 7), ["of", "450 MiB,", "so"]);
         assert_eq!(wrap("", 7), Vec::<String>::new());
         assert_eq!(wrap("averylongword x", 3), ["averylongword", "x"]);
     }

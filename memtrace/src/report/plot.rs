@@ -1,10 +1,14 @@
 //! The memory curve in block characters: usage, the part of it that is anonymous, and the limit.
 
-use super::curve::{Level, Window};
+use std::cmp::Ordering;
+
+use super::curve::{self, Level, Window};
 use super::{Line, Paint, Style, units};
 
 /// Lower blocks of one to seven eighths.
 const EIGHTHS: [char; 7] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇'];
+/// Columns a tick of the time axis and its label need.
+const TICK_COLUMNS: usize = 10;
 /// Levels of one cell.
 const STEPS: u64 = 8;
 
@@ -31,8 +35,9 @@ pub(super) fn top(levels: &[&[Level]]) -> u64 {
 /// The plot, top line first; every line is as wide as gutter, axis and columns.
 pub(super) fn lines(levels: &[Level], window: &Window, frame: &Frame, style: &Style) -> Vec<Line> {
     let mut lines: Vec<Line> = (0..=frame.rows).rev().map(|row| plot_row(levels, frame, row, style)).collect();
-    lines.push(axis(levels.len(), frame, style));
-    lines.push(time_labels(levels.len(), window, frame, style));
+    let ticks = ticks(levels.len(), window);
+    lines.push(axis(levels.len(), &ticks, frame, style));
+    lines.push(time_labels(levels.len(), &ticks, frame, style));
     lines
 }
 
@@ -124,34 +129,28 @@ fn limit_row(limit: u64, frame: &Frame) -> Option<u64> {
     (limit <= frame.top_bytes).then(|| steps(limit, frame) / STEPS)
 }
 
-fn axis(columns: usize, frame: &Frame, style: &Style) -> Line {
+fn axis(columns: usize, ticks: &[(usize, String)], frame: &Frame, style: &Style) -> Line {
     let (corner, tick, dash) = if style.unicode { ('└', '┴', '─') } else { ('+', '+', '-') };
     let mut text = " ".repeat(indent(frame));
     text.push(corner);
-    let ticks = tick_columns(columns);
-    text.extend((0..columns).map(|column| if ticks.contains(&column) { tick } else { dash }));
+    text.extend((0..columns).map(|column| if ticks.iter().any(|(at, _)| *at == column) { tick } else { dash }));
     let mut line = Line::default();
     line.add(style, Paint::Faint, &text);
     line
 }
 
-fn time_labels(columns: usize, window: &Window, frame: &Frame, style: &Style) -> Line {
+fn time_labels(columns: usize, ticks: &[(usize, String)], frame: &Frame, style: &Style) -> Line {
     let begin = indent(frame) + 1;
     let mut text = String::new();
     let mut used = 0;
-    let ticks = tick_columns(columns);
-    let last = ticks.len().saturating_sub(1) as u64;
-    for (number, column) in ticks.iter().enumerate() {
-        let moment = window.start_ns.saturating_add((window.span() / last.max(1)).saturating_mul(number as u64));
-        let moment = if number as u64 == last { window.end_ns } else { moment };
-        let label = relative(moment, window);
+    for (column, label) in ticks {
         let width = label.chars().count();
         // Centred below its tick, within the plot.
         let wanted = (begin + column).saturating_sub(width / 2);
         let at = wanted.min((begin + columns).saturating_sub(width)).max(begin.saturating_sub(1));
         if at > used || used == 0 {
             text.extend(std::iter::repeat_n(' ', at.saturating_sub(used)));
-            text.push_str(&label);
+            text.push_str(label);
             used = at + width;
         }
     }
@@ -161,22 +160,34 @@ fn time_labels(columns: usize, window: &Window, frame: &Frame, style: &Style) ->
     line
 }
 
-/// `-2.5 s`, `-250 ms`, `0`.
-fn relative(moment_ns: u64, window: &Window) -> String {
-    let (sign, distance) = if moment_ns < window.zero_ns {
-        ("-", window.zero_ns - moment_ns)
-    } else {
-        ("+", moment_ns - window.zero_ns)
-    };
-    match distance {
-        0 => "0".to_owned(),
-        _ => format!("{sign}{}", units::duration(distance)),
-    }
+/// Ticks at round distances from the axis's 0, as columns and labels.
+fn ticks(columns: usize, window: &Window) -> Vec<(usize, String)> {
+    let (span, before) = (window.span(), window.zero_ns.saturating_sub(window.start_ns));
+    let step = curve::tick_ns(span, (columns / TICK_COLUMNS) as u64).max(1);
+    let first = before / step;
+    // Distances from the start of the window.
+    let offsets = (0..=columns as u64)
+        .map(|number| u128::from(before % step) + u128::from(number) * u128::from(step))
+        .take_while(|offset| *offset <= u128::from(span));
+    let last = columns.saturating_sub(1);
+    (offsets.enumerate())
+        .map(|(number, offset)| {
+            let column = usize::try_from(offset * columns as u128 / u128::from(span)).unwrap_or(last).min(last);
+            (column, label(number as u64, first, step, window))
+        })
+        .collect()
 }
 
-fn tick_columns(columns: usize) -> Vec<usize> {
-    let parts = if columns >= 56 { 5 } else if columns >= 24 { 4 } else { 2 };
-    (0..=parts).map(|part| (columns.saturating_sub(1)) * part / parts).collect()
+/// `-2.5 s`, `-250 ms`, `0`.
+fn label(number: u64, first: u64, step: u64, window: &Window) -> String {
+    let distance = units::duration(number.abs_diff(first).saturating_mul(step));
+    match number.cmp(&first) {
+        Ordering::Less => format!("-{distance}"),
+        Ordering::Equal => "0".to_owned(),
+        // Nothing is before 0: no sign needed.
+        Ordering::Greater if window.start_ns == window.zero_ns => distance,
+        Ordering::Greater => format!("+{distance}"),
+    }
 }
 
 fn indent(frame: &Frame) -> usize {

@@ -3,7 +3,7 @@
 use super::table::{Align, Table};
 use super::text::{name, signal_name};
 use super::{Line, Paint, Style, curve, plain, plot, units};
-use crate::engine::incident::{Growth, Incident, Kind, KernelLogKill, MappingNote, Oom, Recording, TaskRow};
+use crate::engine::incident::{Growth, Incident, KernelLogKill, Kind, MappingNote, Oom, Recording, Scope, TaskRow};
 
 /// Rows of the process tables.
 const PROCESSES: usize = 8;
@@ -15,6 +15,8 @@ const CONSIDERED: usize = 1024;
 const MAPPINGS: usize = 4;
 /// Losses shown.
 const LOSSES: usize = 4;
+/// Columns for the labels of a plot's axis: `limit 1023.9 MiB`.
+const GUTTER: usize = 16;
 /// Rows of a plot.
 const PLOT_ROWS: u64 = 8;
 
@@ -33,7 +35,7 @@ impl<'a> Page<'a> {
     }
 
     pub(super) fn finish(self) -> String {
-        self.lines.into_iter().map(|line| line.text + "\n").collect()
+        self.lines.iter().flat_map(|line| [line.text.trim_end(), "\n"]).collect()
     }
 
     pub(super) fn blank(&mut self) {
@@ -77,6 +79,11 @@ impl<'a> Page<'a> {
         self.lines.push(line);
     }
 
+    /// A table.
+    pub(super) fn table(&mut self, table: &Table, indent: usize) {
+        self.lines.extend(table.lines(self.style, indent));
+    }
+
     /// The title of a section.
     fn title(&mut self, text: &str) {
         let mut line = Line::default();
@@ -102,7 +109,7 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
         (Kind::Spike, _) => curve::windows(columns, incident.at.boot_ns, 1_000_000_000),
         _ => curve::windows(columns, incident.at.boot_ns, 0),
     };
-    let gutter = 16;
+    let gutter = GUTTER;
     let beside = closer.is_some() && style.columns() >= 90;
     // Two axes and the space between the plots.
     let room = style.columns().saturating_sub(gutter + 2);
@@ -123,7 +130,11 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     };
     let drawn = left.iter().any(|level| level.limit.is_some_and(|limit| limit <= top_bytes));
     let mut title = Line::default();
-    title.add(style, Paint::Strong, &format!("Memory of the cgroup {until}"));
+    let whose = match &incident.oom {
+        Some(oom) if oom.scope != Scope::Cgroup => "the victim's cgroup",
+        _ => "the cgroup",
+    };
+    title.add(style, Paint::Strong, &format!("Memory of {whose} {until}"));
     if left.iter().all(|level| level.usage.is_none()) {
         title.add(style, Paint::Alarm, " (usage unknown, anonymous only)");
     }
@@ -157,12 +168,13 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
 /// Who had the memory and who grew: the largest, the victims and the fastest growers.
 pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
     let tasks = incident.oom.as_ref().map_or(&[][..], |oom| &oom.tasks);
-    let considered = (tasks.get(..CONSIDERED).unwrap_or(tasks), incident.growth.get(..CONSIDERED).unwrap_or(&incident.growth));
+    let considered =
+        (tasks.get(..CONSIDERED).unwrap_or(tasks), incident.growth.get(..CONSIDERED).unwrap_or(&incident.growth));
     let rows = join(considered.0, considered.1);
     let shown = select(&rows);
     let cut = tasks.len().saturating_sub(CONSIDERED);
     let left_out = rows.len().saturating_sub(shown.len()).saturating_add(cut);
-    let more = if left_out > 0 { format!(", {left_out} more not shown") } else { String::new() };
+    let more = if left_out > 0 { format!(" ({} of {})", shown.len(), shown.len() + left_out) } else { String::new() };
     if rows.is_empty() {
         page.title("Processes: none known");
         return;
@@ -181,7 +193,7 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
         ("last 1 s", Align::Right),
         ("last 10 s", Align::Right),
     ])
-    .spare(&[8, 5, 6, 3, 7, 9]);
+    .spare(&[8, 5, 6, 4, 7, 9]);
     let any = |size: fn(&TaskRow) -> u64| tasks.iter().any(|task| size(task) > 0);
     let (shmem, swap) = (any(|task| task.shmem_bytes), any(|task| task.swap_bytes));
     for row in shown {
@@ -210,14 +222,14 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
             ],
         );
     }
-    page.lines.extend(table.lines(page.style, 0));
+    page.table(&table, 0);
 }
 
 /// Processes of a recording by peak.
 pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Recording) {
-    let left_out = recording.processes.len().saturating_sub(PROCESSES) as u64;
-    let left_out = left_out.saturating_add(recording.processes_left_out);
-    let more = if left_out > 0 { format!(", {left_out} more not shown") } else { String::new() };
+    let shown = recording.processes.len().min(PROCESSES) as u64;
+    let all = (recording.processes.len() as u64).saturating_add(recording.processes_left_out);
+    let more = if all > shown { format!(" ({shown} of {all})") } else { String::new() };
     let mut table = Table::new([
         (&*format!("Processes{more}"), Align::Left),
         ("pid", Align::Right),
@@ -251,10 +263,14 @@ pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Rec
     if table.is_empty() {
         page.title("Processes: none known");
     } else {
-        page.lines.extend(table.lines(page.style, 0));
+        page.table(&table, 0);
     }
     for id in recording.oom_incidents.iter().take(GROWERS) {
-        page.wrapped(Paint::Alarm, &format!("OOM kill during the recording: incident {}", plain::elide(id, 40, true)), 0);
+        page.wrapped(
+            Paint::Alarm,
+            &format!("OOM kill during the recording: incident {}", plain::elide(id, 40, true)),
+            0,
+        );
     }
     if !incident.growth.is_empty() {
         page.blank();
@@ -283,7 +299,11 @@ pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
     largest.truncate(MAPPINGS);
     largest.sort_by_key(|note| note.boot_ns);
     page.blank();
-    let which = if notes.len() > MAPPINGS { format!("; the largest {MAPPINGS} of {} calls", notes.len()) } else { String::new() };
+    let which = if notes.len() > MAPPINGS {
+        format!("; the largest {MAPPINGS} of {} calls", notes.len())
+    } else {
+        String::new()
+    };
     page.title(&format!("Mapped {}, given back {}{which}", units::bytes(mapped), units::bytes(given_back)));
     for note in largest {
         let mut line = Line::default();
@@ -311,16 +331,17 @@ pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
             Err(_) => units::growth(bytes),
         },
     };
-    page.fact(
-        "made of",
-        &format!(
-            "anon {}, shmem {}, file mapped {}, swapped out {}, unattributed {unattributed}",
-            share(parts.anon_bytes),
-            share(parts.shmem_bytes),
-            units::known(parts.file_bytes),
-            units::known(parts.swap_bytes),
-        ),
-    );
+    let mut text = format!("anon {}", share(parts.anon_bytes));
+    for (what, size) in [
+        ("shmem", share(parts.shmem_bytes)),
+        ("file mapped", units::known(parts.file_bytes)),
+        ("swapped out", units::known(parts.swap_bytes)),
+    ] {
+        if !size.starts_with("0 B") {
+            text.push_str(&format!(", {what} {size}"));
+        }
+    }
+    page.fact("made of", &format!("{text}, unattributed {unattributed}"));
 }
 
 /// What is missing from the file; "nothing" is said, too.
@@ -349,7 +370,7 @@ pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
 pub(super) fn stack(functions: &[String], width: usize) -> String {
     let mut text = String::new();
     for (number, function) in functions.iter().enumerate() {
-        let function = plain::elide(function, 48, true);
+        let function = plain::elide(function, 48, false);
         let arrow = if number == 0 { "" } else { " < " };
         // Room for what says how many are left out.
         if text.chars().count() + arrow.len() + function.chars().count() + 12 > width {
@@ -363,7 +384,7 @@ pub(super) fn stack(functions: &[String], width: usize) -> String {
 }
 
 /// Whether the kernel log agrees.
-pub(super) fn kernel_log(oom: &Oom) -> String {
+pub(super) fn kernel_log(oom: &Oom, style: &Style) -> String {
     let Some(log) = &oom.kernel_log else {
         return "not read, or silent about this kill".to_owned();
     };
@@ -372,10 +393,13 @@ pub(super) fn kernel_log(oom: &Oom) -> String {
     let mut text = format!("{verdict}: killed pid {}", log.pid);
     let KernelLogKill { constraint, oom_memcg, .. } = log;
     if let Some(constraint) = constraint {
-        text.push_str(&format!(", {}", plain::elide(constraint, 40, true)));
+        text.push_str(&format!(", {}", plain::elide(constraint, 40, style.unicode)));
     }
-    if let Some(memcg) = oom_memcg {
-        text.push_str(&format!(", oom_memcg {}", plain::elide(memcg, 40, true)));
+    let ours = oom.oom_cgroup.as_ref().and_then(|cgroup| cgroup.path.as_ref());
+    if let (Some(theirs), Some(ours)) = (oom_memcg, ours)
+        && theirs != ours
+    {
+        text.push_str(&format!(", but it DISAGREES on what ran out: {}", plain::elide(theirs, 60, style.unicode)));
     }
     if let Some(line) = log.killed_line_ns.or(log.oom_line_ns) {
         let seconds = units::seconds(line);
@@ -435,7 +459,11 @@ fn select<'a>(rows: &[Row<'a>]) -> Vec<Row<'a>> {
     growers.sort_by_key(|(grown, _)| std::cmp::Reverse(*grown));
     let victims = (0..rows.len()).filter(|at| rows.get(*at).is_some_and(Row::victim));
     let mut chosen: Vec<usize> = Vec::new();
-    for at in victims.take(PROCESSES - GROWERS).chain(growers.into_iter().take(GROWERS).map(|(_, at)| at)).chain(0..rows.len()) {
+    for at in victims
+        .take(PROCESSES - GROWERS)
+        .chain(growers.into_iter().take(GROWERS).map(|(_, at)| at))
+        .chain(0..rows.len())
+    {
         if chosen.len() < PROCESSES && !chosen.contains(&at) {
             chosen.push(at);
         }
@@ -448,11 +476,11 @@ fn mark(oom: Option<&Oom>, row: &Row<'_>) -> &'static str {
     let Some(oom) = oom else { return "" };
     let (_, pid) = row.who();
     let trigger = oom.trigger.pid == pid;
-    match (row.victim(), row.task.is_some()) {
-        (true, _) if trigger && oom.victims.len() > 1 => "victim, trigger",
+    match (row.victim(), trigger) {
+        (true, true) if oom.victims.len() > 1 => "victim, trigger",
         (true, _) => "victim",
-        (false, true) if trigger => "trigger",
-        _ => "",
+        (false, true) => "trigger",
+        (false, false) => "",
     }
 }
 

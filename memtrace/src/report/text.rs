@@ -1,6 +1,7 @@
 //! The post-mortem on one screen: what an on-call engineer needs to know, most important first.
 
 use super::sections::{self, Page};
+use super::table::{Align, Table};
 use super::{Paint, Style, plain, units};
 use crate::engine::incident::{Cgroup, Incident, Kind, Oom, Process, Recording, Scope, Victim};
 
@@ -50,14 +51,15 @@ fn kill_headline(incident: &Incident, oom: &Oom, style: &Style) -> String {
         Some(victim) => match oom.victims.len() - 1 {
             0 => name(&victim.comm, victim.pid),
             others => {
-                let group = if oom.group_kill { ", killed as a group," } else { "" };
-                format!("{} and {} more{group}", name(&victim.comm, victim.pid), units::count(others as u64, "process", "processes"))
+                let group = if oom.group_kill { ", killed as a group (memory.oom.group)," } else { "" };
+                let others = units::count(others as u64, "more process", "more processes");
+                format!("{} and {others}{group}", name(&victim.comm, victim.pid))
             }
         },
     };
     let killed = oom.victims.is_empty() || oom.victims.iter().any(|victim| victim.killed);
     let what = if killed { "OOM kill" } else { "OOM, nobody killed" };
-    let place = path(incident.cgroup.path.as_deref(), PATH_WIDTH, style);
+    let place = short_place(&incident.cgroup, style);
     let limit = |cgroup: Option<&Cgroup>| match cgroup.and_then(|cgroup| cgroup.limit_bytes) {
         Some(limit) => format!("its limit of {}", units::bytes(limit)),
         None => "its limit (unknown)".to_owned(),
@@ -88,7 +90,7 @@ fn spike_headline(incident: &Incident, style: &Style) -> String {
         },
         _ => String::new(),
     };
-    let place = path(cgroup.path.as_deref(), PATH_WIDTH, style);
+    let place = short_place(cgroup, style);
     format!("Spike: {place} rose to {}{of_limit} and fell again; nobody was killed.", units::known(cgroup.usage_bytes))
 }
 
@@ -166,9 +168,8 @@ fn place(page: &mut Page<'_>, incident: &Incident) {
         format!("pod {}{qos}", plain::elide(&pod.pod_uid, 40, unicode))
     });
     let container = cgroup.container.as_ref().map(|container| {
-        let id: String = container.id.chars().take(12).collect();
         let runtime = container.runtime.as_deref().map(|runtime| format!(" ({})", plain::elide(runtime, 20, unicode)));
-        format!("container {}{}", plain::escape(&id), runtime.unwrap_or_default())
+        format!("container {}{}", short_id(&container.id), runtime.unwrap_or_default())
     });
     if pod.is_some() || container.is_some() {
         page.fact("in", &pod.into_iter().chain(container).collect::<Vec<_>>().join(", "));
@@ -179,26 +180,25 @@ fn place(page: &mut Page<'_>, incident: &Incident) {
 fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
     let style = *page.style;
     if let (Scope::Ancestor, Some(ancestor)) = (oom.scope, &oom.oom_cgroup) {
-        page.fact_unbroken("ancestor", &ancestor.path.as_deref().map_or_else(|| unknown_path(ancestor.id), plain::escape));
+        page.fact_unbroken(
+            "ancestor",
+            &ancestor.path.as_deref().map_or_else(|| unknown_path(ancestor.id), plain::escape),
+        );
         page.fact("", &memory(ancestor));
     }
-    for (number, victim) in oom.victims.iter().take(VICTIMS).enumerate() {
-        page.fact(if number == 0 { "killed" } else { "" }, &victim_line(victim, &incident.cgroup, &style));
-    }
-    if let Some(more) = oom.victims.len().checked_sub(VICTIMS).filter(|more| *more > 0) {
-        page.fact("", &format!("and {}", units::count(more as u64, "more process", "more processes")));
-    }
-    if oom.victims.is_empty() {
-        page.fact("killed", "unknown");
-    }
-    if oom.group_kill {
-        page.fact("", "memory.oom.group: the kernel killed the whole cgroup");
+    match oom.victims.as_slice() {
+        [] => page.fact("killed", "unknown"),
+        [victim] => page.fact("killed", &victim_line(victim, &incident.cgroup, &style)),
+        victims => page.table(&victim_table(victims, &style), 2),
     }
     page.fact("trigger", &trigger(oom, &style));
     if !oom.trigger_kernel_stack.is_empty() {
-        page.fact_unbroken("stack", &sections::stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)));
+        page.fact_unbroken(
+            "stack",
+            &sections::stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)),
+        );
     }
-    page.fact("kernel log", &sections::kernel_log(oom));
+    page.fact("kernel log", &sections::kernel_log(oom, &style));
 }
 
 fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
@@ -209,6 +209,10 @@ fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
         ("swap", victim.swap_bytes),
         ("page tables", victim.pagetable_bytes),
     ] {
+        // Known to be nothing: not worth its place on the screen.
+        if size == Some(0) {
+            continue;
+        }
         text.push_str(&format!(", {what} {}", units::known(size)));
     }
     match victim.oom_score_adj {
@@ -218,20 +222,61 @@ fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
     if victim.cgroup_id.is_some_and(|id| id != cgroup.id) {
         text.push_str(&format!("; in {}", path(victim.cgroup_path.as_deref(), PATH_WIDTH, style)));
     }
-    if victim.shares_mm {
-        text.push_str("; killed because it shares its memory with a victim");
-    }
-    if !victim.killed {
-        text.push_str("; chosen while already exiting, not killed");
-    }
-    match victim.exit_boot_ns {
-        Some(exit) => {
-            let after = exit.saturating_sub(victim.at_boot_ns);
-            text.push_str(&format!("; gone {} later", units::duration(after)));
-        }
-        None => text.push_str("; its exit was not seen"),
-    }
+    text.push_str(&format!("; {}", fate(victim)));
     text
+}
+
+fn victim_table(victims: &[Victim], style: &Style) -> Table {
+    let shown = victims.len().min(VICTIMS);
+    let title =
+        if shown < victims.len() { format!("killed ({shown} of {})", victims.len()) } else { "killed".to_owned() };
+    let mut table = Table::new([
+        (&*title, Align::Left),
+        ("pid", Align::Right),
+        ("anon", Align::Right),
+        ("file", Align::Right),
+        ("shmem", Align::Right),
+        ("swap", Align::Right),
+        ("page tables", Align::Right),
+        ("adj", Align::Right),
+        ("then", Align::Left),
+    ])
+    .spare(&[4, 3, 6, 5]);
+    for victim in victims.iter().take(VICTIMS) {
+        // A column of zeros says nothing.
+        let size = |of: fn(&Victim) -> Option<u64>| {
+            let all_zero = victims.iter().all(|victim| of(victim) == Some(0));
+            if all_zero { "-".to_owned() } else { units::known(of(victim)) }
+        };
+        table.row(
+            Paint::Plain,
+            [
+                plain::elide(&victim.comm, 24, style.unicode),
+                victim.pid.to_string(),
+                size(|victim| victim.anon_bytes),
+                size(|victim| victim.file_bytes),
+                size(|victim| victim.shmem_bytes),
+                size(|victim| victim.swap_bytes),
+                size(|victim| victim.pagetable_bytes),
+                victim.oom_score_adj.map_or_else(|| "unknown".to_owned(), |adj| adj.to_string()),
+                fate(victim),
+            ],
+        );
+    }
+    table
+}
+
+/// What became of a victim.
+fn fate(victim: &Victim) -> String {
+    let how = match (victim.killed, victim.shares_mm) {
+        (false, _) => "only chosen, was exiting; ",
+        (true, true) => "shares a victim's memory; ",
+        (true, false) => "",
+    };
+    match victim.exit_boot_ns {
+        Some(exit) => format!("{how}gone {} later", units::duration(exit.saturating_sub(victim.at_boot_ns))),
+        None => format!("{how}exit not seen"),
+    }
 }
 
 fn trigger(oom: &Oom, style: &Style) -> String {
@@ -247,7 +292,7 @@ fn trigger(oom: &Oom, style: &Style) -> String {
                 Some(known) => format!(" in {}", path(Some(known), PATH_WIDTH, style)),
                 None => format!(" in {}", unknown_path(cgroup.id)),
             });
-            format!("{who}{thread}{} asked for the memory; it is not a victim", place.unwrap_or_default())
+            format!("{who}{thread}{} asked for the memory; not a victim", place.unwrap_or_default())
         }
     }
 }
@@ -274,9 +319,10 @@ fn memory(cgroup: &Cgroup) -> String {
     }
     if let Some(swap) = cgroup.swap_usage_bytes {
         let what = if cgroup.version == 1 { "memory and swap" } else { "swap" };
-        text.push_str(&format!(", {what} {}", units::bytes(swap)));
-        if let Some(limit) = cgroup.swap_limit_bytes {
-            text.push_str(&format!(" of {}", units::bytes(limit)));
+        match cgroup.swap_limit_bytes {
+            Some(0) => text.push_str(", no swap allowed"),
+            Some(limit) => text.push_str(&format!(", {what} {} of {}", units::bytes(swap), units::bytes(limit))),
+            None => text.push_str(&format!(", {what} {}", units::bytes(swap))),
         }
     }
     text
@@ -284,7 +330,24 @@ fn memory(cgroup: &Cgroup) -> String {
 
 /// `` `worker` (pid 4242) ``.
 pub(super) fn name(comm: &str, pid: u32) -> String {
-    format!("`{}` (pid {pid})", plain::elide(comm, 64, true))
+    format!("`{}` (pid {pid})", plain::elide(comm, 32, false))
+}
+
+/// The path where it is short; the container and its pod where they say more than the middle of a long path.
+fn short_place(cgroup: &Cgroup, style: &Style) -> String {
+    let short = cgroup.path.as_deref().is_some_and(|path| path.chars().count() <= PATH_WIDTH);
+    match (&cgroup.container, &cgroup.kubernetes) {
+        (Some(container), pod) if !short => {
+            let pod = pod.as_ref().map(|pod| format!(" of pod {}", plain::elide(&pod.pod_uid, 36, style.unicode)));
+            format!("container {}{}", short_id(&container.id), pod.unwrap_or_default())
+        }
+        _ => path(cgroup.path.as_deref(), PATH_WIDTH, style),
+    }
+}
+
+/// As `docker ps` and `crictl ps` print container ids.
+fn short_id(id: &str) -> String {
+    plain::escape(&id.chars().take(12).collect::<String>())
 }
 
 fn path(path: Option<&str>, width: usize, style: &Style) -> String {

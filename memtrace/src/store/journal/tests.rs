@@ -162,8 +162,7 @@ fn the_ring_keeps_the_newest_within_its_bytes() {
     fill(&mut writer, 0..1000);
     writer.flush().unwrap();
     assert!(writer.bytes() <= 4100, "{}", writer.bytes());
-    let on_disk: u64 =
-        names(dir.path()).iter().map(|name| fs::metadata(dir.path().join(name)).unwrap().len()).sum();
+    let on_disk: u64 = names(dir.path()).iter().map(|name| fs::metadata(dir.path().join(name)).unwrap().len()).sum();
     assert_eq!(on_disk, writer.bytes());
     let (records, facts, stats) = read(dir.path());
     assert_eq!(*records.last().unwrap(), 999);

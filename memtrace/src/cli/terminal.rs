@@ -1,0 +1,81 @@
+//! Where text goes: its width, its colours, its characters; and the writing of it.
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+
+use anyhow::Context;
+
+use crate::report::Style;
+use crate::store::atomic;
+
+/// When to use colours.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Colour {
+    /// On a terminal, unless NO_COLOR is set.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// How text may look on standard output, or in a file.
+pub(super) fn style(colour: Colour, to_file: bool) -> Style {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let terminal = !to_file && std::io::stdout().is_terminal();
+    let colour = match colour {
+        Colour::Always => true,
+        Colour::Never => false,
+        Colour::Auto => {
+            terminal && variable("NO_COLOR").is_none() && variable("TERM").is_none_or(|term| term != "dumb")
+        }
+    };
+    if !terminal {
+        return Style { colour, ..Style::PLAIN };
+    }
+    let width = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_col));
+    let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(variable);
+    Style { colour, width: if width == 0 { Style::PLAIN.width } else { width }, unicode: utf8(locale) }
+}
+
+/// Writes to `file`, whole or not at all, or to standard output.
+pub(super) fn write(text: &str, file: Option<&Path>) -> anyhow::Result<()> {
+    match file {
+        Some(path) => {
+            atomic::write(path, text.as_bytes(), None).with_context(|| format!("failed to write {}", path.display()))
+        }
+        None => {
+            let mut out = std::io::stdout().lock();
+            out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("failed to write to standard output")
+        }
+    }
+}
+
+/// Without a locale (a container's shell) the terminal on the other side is taken to be a modern one.
+fn utf8(locale: Option<OsString>) -> bool {
+    locale.is_none_or(|locale| {
+        let locale = locale.to_string_lossy().to_ascii_lowercase();
+        locale.contains("utf-8") || locale.contains("utf8")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_locale_decides_the_characters() {
+        assert!(utf8(None));
+        assert!(utf8(Some("de_DE.UTF-8".into())));
+        assert!(utf8(Some("C.utf8".into())));
+        assert!(!utf8(Some("C".into())));
+    }
+
+    #[test]
+    fn a_file_has_no_colours_unless_asked_for() {
+        assert_eq!(style(Colour::Auto, true), Style::PLAIN);
+        assert!(style(Colour::Always, true).colour);
+    }
+}
