@@ -139,7 +139,7 @@ fn families(session: &Session, counters: &Counters) -> Vec<Family> {
     let mut rows: Vec<_> = snapshot.cgroups.iter().filter(|row| row.usage_bytes.is_some()).collect();
     rows.sort_by_key(|row| (row.limit_bytes.is_none(), std::cmp::Reverse(row.usage_bytes)));
     rows.truncate(MAX_CGROUPS);
-    let mut each = |name, help, value: &dyn Fn(&crate::engine::snapshot::CgroupRow) -> Option<u64>| {
+    let mut each = |name, help, value: &dyn Fn(&crate::engine::snapshot::CgroupView) -> Option<u64>| {
         let series = rows
             .iter()
             .filter_map(|row| Some((label("path", row.path.as_deref()?), value(row)?)))
