@@ -14,14 +14,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::values::{Size, Span};
-use super::{Outcome, Refusal, exec_in};
+use super::{Outcome, Refusal, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
 use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
 use crate::process::stock;
-use crate::report::{self, text};
+use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
 
@@ -266,7 +266,7 @@ fn finish(args: &Args, files: &[Incident]) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut err = std::io::stderr().lock();
-    let style = report::Style::of_stderr();
+    let style = terminal::stderr_style();
     for incident in kills.iter().copied().chain([recording]) {
         writeln!(err, "{}", text::report(incident, &style))?;
     }

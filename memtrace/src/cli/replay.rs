@@ -6,6 +6,7 @@ use anyhow::Context;
 
 use super::incidents::note;
 use super::{Outcome, listing, terminal};
+use crate::engine::Engine;
 use crate::engine::incident::Incident;
 use crate::engine::input::{Effect, Fact, Input};
 use crate::report::{json, units};
@@ -85,7 +86,7 @@ fn replay(
             Input::Fact(Fact::Stop { .. }) => stopped = true,
             _ => stopped = false,
         }
-        last_ns = moment(&input).map_or(last_ns, |boot_ns| last_ns.max(boot_ns));
+        last_ns = input.boot_ns().map_or(last_ns, |boot_ns| last_ns.max(boot_ns));
         apply(&input, &mut effects);
         keep(&mut effects);
     }
@@ -94,25 +95,6 @@ fn replay(
         keep(&mut effects);
     }
     Ok(incidents)
-}
-
-/// Boot time that an input carries.
-fn moment(input: &Input<'_>) -> Option<u64> {
-    match input {
-        // Offset of `boot_ns` in the header of every record.
-        Input::Record(bytes) => Some(u64::from_le_bytes(*bytes.get(8..)?.first_chunk()?)),
-        Input::Fact(fact) => match fact {
-            Fact::Anchor { boot_ns, .. }
-            | Fact::Tick { boot_ns }
-            | Fact::RecordingBegin { boot_ns, .. }
-            | Fact::RecordingEnd { boot_ns, .. }
-            | Fact::Stop { boot_ns } => Some(*boot_ns),
-            Fact::Cgroup(found) => Some(found.boot_ns),
-            Fact::Process(found) => Some(found.boot_ns),
-            Fact::KernelLog(line) => Some(line.read_boot_ns),
-            Fact::Start { .. } | Fact::KernelStack { .. } | Fact::Losses { .. } => None,
-        },
-    }
 }
 
 /// What a replay could not see; empty when it saw everything.
@@ -130,17 +112,6 @@ fn gaps(stats: Stats) -> String {
         gaps.push(format!("{frames} of a kind this memtrace does not know"));
     }
     gaps.join(", ")
-}
-
-/// Stands in until the engine lands on this branch: `use crate::engine::Engine` and delete this.
-struct Engine;
-
-impl Engine {
-    fn new() -> Self {
-        Self
-    }
-
-    fn apply(&mut self, _input: &Input<'_>, _effects: &mut Vec<Effect>) {}
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use anyhow::Context;
@@ -23,19 +24,28 @@ pub enum Colour {
 
 /// How text may look on standard output, or in a file.
 pub(super) fn style(colour: Colour, to_file: bool) -> Style {
+    if to_file { chosen(colour, None::<std::io::Stdout>) } else { chosen(colour, Some(std::io::stdout())) }
+}
+
+/// How text may look on standard error.
+pub(super) fn stderr_style() -> Style {
+    chosen(Colour::Auto, Some(std::io::stderr()))
+}
+
+fn chosen(colour: Colour, stream: Option<impl IsTerminal + AsFd>) -> Style {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    let terminal = !to_file && std::io::stdout().is_terminal();
+    let terminal = stream.filter(IsTerminal::is_terminal);
     let colour = match colour {
         Colour::Always => true,
         Colour::Never => false,
         Colour::Auto => {
-            terminal && variable("NO_COLOR").is_none() && variable("TERM").is_none_or(|term| term != "dumb")
+            terminal.is_some() && variable("NO_COLOR").is_none() && variable("TERM").is_none_or(|term| term != "dumb")
         }
     };
-    if !terminal {
+    let Some(terminal) = terminal else {
         return Style { colour, ..Style::PLAIN };
-    }
-    let width = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_col));
+    };
+    let width = rustix::termios::tcgetwinsize(terminal).map_or(0, |size| usize::from(size.ws_col));
     let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(variable);
     Style { colour, width: if width == 0 { Style::PLAIN.width } else { width }, unicode: utf8(locale) }
 }
