@@ -76,14 +76,16 @@ pub(super) fn tick_ns(span: u64, most: u64) -> u64 {
     nice.unwrap_or(wanted)
 }
 
-/// From the last moment at which the rise to the event had not begun (a tenth of it was done) to the event.
+/// From the first reading of the rise to the event (more than a tenth of it was done, for good) to the event: a value
+/// holds until the next reading, because readings are taken when memory moves.
 pub(super) fn rise_ns(columns: &Columns, at_ns: u64) -> Option<u64> {
     let before = || rows(columns).filter(|(boot_ns, _)| *boot_ns <= at_ns);
     let read = || before().filter_map(|(boot_ns, level)| Some((boot_ns, level.usage.or(level.anon)?)));
     let (low, high) = (read().map(|(_, usage)| usage).min()?, read().map(|(_, usage)| usage).max()?);
     let begun = low.saturating_add((high - low) / 10);
     let last = read().filter(|(_, usage)| *usage <= begun).map(|(boot_ns, _)| boot_ns).max()?;
-    (high > low).then(|| at_ns.saturating_sub(last))
+    let first = read().map(|(boot_ns, _)| boot_ns).filter(|boot_ns| *boot_ns > last).min().unwrap_or(last);
+    (high > low).then(|| at_ns.saturating_sub(first))
 }
 
 /// The window as `count` columns: each the highest usage in its time, a value holding until the next reading.
@@ -161,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_burst_gets_a_closer_look() {
-        let burst = columns(&[(0, 10), (19_800, 10), (19_900, 200), (20_000, 400)]);
+        let burst = columns(&[(0, 10), (9_000, 10), (19_800, 60), (19_900, 200), (20_000, 400)]);
         assert_eq!(rise_ns(&burst, 20_000 * MS), Some(200 * MS));
         let (overview, closer) = windows(&burst, 20_000 * MS, 0);
         assert_eq!(overview.span(), 10 * SECOND);
