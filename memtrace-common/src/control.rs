@@ -59,7 +59,7 @@ pub enum Loss {
     RingFull = 0,
     /// The table of address spaces was full: the process is not followed.
     TableFull = 1,
-    /// A change of an address space nobody could be found to own.
+    /// A victim that was marked by a bare pid and could not be found.
     NoOwner = 2,
     /// A kernel read failed.
     Unreadable = 3,
