@@ -285,11 +285,12 @@ impl Book {
         }
     }
 
-    /// A process found running. What records have told already stays.
+    /// A process found running. What records have told already stays; the key of a process this told something new of.
     pub(super) fn process_found(&mut self, found: &ProcessFound) -> Option<Key> {
         let sums = Sums::of(found.anon_bytes, found.file_bytes, found.shmem_bytes, found.swap_bytes);
         let cgroup = cgroup_id(found.cgroup_id);
-        let key = match self.processes.find_by_ticks(found.pid, found.start_ticks) {
+        let known = self.processes.find_by_ticks(found.pid, found.start_ticks);
+        let key = match known {
             Some(key) => key,
             None => {
                 self.make_room();
@@ -302,7 +303,8 @@ impl Book {
                 (found.pid, start)
             }
         };
-        if self.processes.get(key)?.cgroup.is_none() {
+        let wants_cgroup = cgroup.is_some() && self.processes.get(key)?.cgroup.is_none();
+        if wants_cgroup {
             self.ensure(cgroup, found.boot_ns);
         }
         let row = self.processes.get_mut(key)?;
@@ -316,7 +318,7 @@ impl Book {
             self.attach_space(key, serial);
             self.set_space(serial, cgroup, sums);
         }
-        Some(key)
+        (known.is_none() || wants_cgroup || wants_space).then_some(key)
     }
 
     /// Time passes.

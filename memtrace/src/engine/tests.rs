@@ -529,10 +529,19 @@ fn a_fresh_engine_learns_from_a_preamble() {
 // --- arbitrary inputs ----------------------------------------------------------------------------------------------
 
 /// An input that owns its bytes.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 enum Given {
     Record(Vec<u8>),
     Fact(Fact),
+}
+
+impl std::fmt::Debug for Given {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Record(bytes) => write!(f, "{:?}", decode::decode(bytes)),
+            Self::Fact(fact) => write!(f, "{fact:?}"),
+        }
+    }
 }
 
 fn run(engine: &mut Engine, inputs: &[Given]) -> Vec<Effect> {

@@ -169,7 +169,7 @@ pub(super) fn shape(curve: &Columns, at_ns: u64, limit: Option<u64>) -> Shape {
     let low = recent().map(|(_, v)| *v).min().unwrap_or(end);
     let rise = end.saturating_sub(low);
     if rise >= reference / 4 && rise > 0 {
-        let began = recent().filter(|(_, v)| *v <= low.saturating_add(rise / 20)).map(|(ns, _)| *ns).max();
+        let began = recent().filter(|(_, v)| *v <= low.saturating_add(rise / 50)).map(|(ns, _)| *ns).max();
         return Shape::Burst { rise, over_ns: at_ns.saturating_sub(began.unwrap_or(at_ns)) };
     }
     let Some(&(low_ns, low)) = series.iter().rev().min_by_key(|(_, v)| *v) else { return Shape::Unknown };
