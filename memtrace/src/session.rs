@@ -273,6 +273,7 @@ impl Session {
     }
 
     fn read_losses(&mut self) {
+        self.probe.pass_messages();
         let mut totals = self.probe.losses();
         let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
         if journal_lost > 0 {

@@ -6,6 +6,7 @@
 
 use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
+use aya_log_ebpf::warn;
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{
     Kill, OomDecision, OomVictim, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPE_UNKNOWN, SENDER_KERNEL, SENDER_NOINFO,
@@ -73,6 +74,7 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
             current()
         } else {
             lose(Ring::Ledger, Loss::NoOwner);
+            warn!(&ctx, "mark_victim({}): no such task on this CPU", pid);
             return 0;
         }
     };

@@ -4,6 +4,7 @@ use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::bpf_map_lookup_percpu_elem;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
+use aya_log_ebpf::warn;
 use memtrace_common::control::MAX_CPUS;
 use memtrace_common::layout::ABSENT;
 
@@ -15,7 +16,7 @@ use crate::{control, layout};
 /// A per-CPU array holds the allocation's address (`bpf_array.pptrs`); the helper gives each CPU's
 /// own address of the same element. Their difference is `__per_cpu_offset[cpu]`.
 #[raw_tracepoint(tracepoint = "sched_switch")]
-fn percpu_init(_ctx: RawTracePointContext) -> i32 {
+fn percpu_init(ctx: RawTracePointContext) -> i32 {
     if control!(percpu_lookup) == 0 || layout!(bpf_array_pptrs) == ABSENT {
         return 0;
     }
@@ -33,6 +34,7 @@ fn percpu_init(_ctx: RawTracePointContext) -> i32 {
             bpf_map_lookup_percpu_elem((&raw const PERCPU_PROBE).cast_mut().cast(), (&raw const key).cast(), cpu)
         };
         if element.is_null() {
+            warn!(&ctx, "no per-CPU memory for CPU {}: RSS sums stay unknown", cpu);
             return 0;
         }
         let Some(slot) = PERCPU_OFFSETS.get_ptr_mut(cpu) else { return 0 };

@@ -8,11 +8,13 @@ use std::time::Duration;
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{FEntry, KProbe, Program as AyaProgram, ProgramError, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader};
+use aya_log::EbpfLogger;
 use memtrace_common::control::{CONTROL, Control, LAYOUT, LOSS_LABELS, LOSS_REASONS, MAX_CPUS, RINGS, Ring};
 use memtrace_common::event::{Header, MAX_RECORD_BYTES};
 use memtrace_common::layout::KernelLayout;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::hooks::{Attach, Hook, Program};
@@ -69,6 +71,7 @@ struct Slot {
 /// The loaded programs and their rings. Dropping it detaches everything.
 pub struct Probe {
     ebpf: Ebpf,
+    messages: Option<EbpfLogger<&'static dyn log::Log>>,
     rings: Vec<(Ring, AsyncFd<RingBuf<MapData>>)>,
     arena: Vec<u8>,
     slots: Vec<Slot>,
@@ -101,9 +104,15 @@ impl Probe {
             .map_max_entries("LEDGER", settings.ledger_bytes)
             .map_max_entries("SAMPLES", settings.samples_bytes)
             .map_max_entries("STACKS", settings.stacks_bytes)
+            .map_max_entries("AYA_LOGS", 1 << 14)
             .map_max_entries("MMS", settings.max_processes);
         let mut ebpf = loader.load(object).map_err(|error| ProbeError::Load(chain(&error)))?;
+        // Messages of the programs are rare and for people: without them everything still works.
+        let mut messages = EbpfLogger::init(&mut ebpf).inspect_err(|error| debug!("no messages: {error}")).ok();
         learn_percpu_offsets(&mut ebpf, &settings.control)?;
+        if let Some(messages) = &mut messages {
+            messages.flush();
+        }
 
         // Rings first: a hook may fire as soon as it is attached.
         let mut rings = Vec::new();
@@ -124,7 +133,7 @@ impl Probe {
                 Err(reason) => (step.hook, AttachResult::Failed(reason)),
             })
             .collect();
-        Ok((Self { ebpf, rings, arena: Vec::new(), slots: Vec::new() }, results))
+        Ok((Self { ebpf, messages, rings, arena: Vec::new(), slots: Vec::new() }, results))
     }
 
     /// Waits until a ring wants to be drained.
@@ -169,6 +178,13 @@ impl Probe {
             .iter()
             .filter_map(|slot| Some((slot.ring, arena.get(slot.start..slot.start.checked_add(slot.len)?)?)));
         (records, more)
+    }
+
+    /// Passes on what the programs have to say (aya-log).
+    pub fn pass_messages(&mut self) {
+        if let Some(messages) = &mut self.messages {
+            messages.flush();
+        }
     }
 
     /// Totals of what the kernel side lost, by `ring/reason`; only those that are not 0.

@@ -4,9 +4,10 @@
 //! `{u32 len, u32 crc32 of kind and payload, u8 kind, payload of len bytes}`. Whatever does not check out ends its
 //! segment there and is counted: a crash in the middle of a write costs the tail, never the journal.
 
-use std::ops::Range;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+
+use bytes::{Buf, Bytes, BytesMut};
 
 use crate::engine::input::{Fact, Input};
 
@@ -59,9 +60,10 @@ pub enum Stop {
 /// Holds at most one frame and the chunk pushed last, given that the caller takes every frame before it pushes more.
 #[derive(Debug, Default)]
 pub struct Decoder {
-    pending: Vec<u8>,
-    /// First byte of `pending` that is not decoded.
-    at: usize,
+    /// What is not decoded yet.
+    pending: BytesMut,
+    /// Payload of the record decoded last.
+    record: Bytes,
     header_seen: bool,
     stopped: Option<Stop>,
     frames: u64,
@@ -69,9 +71,9 @@ pub struct Decoder {
     torn_bytes: u64,
 }
 
-/// A decoded frame whose bytes stay in the decoder.
+/// A decoded frame; the bytes of a record stay in the decoder.
 pub(super) enum Step {
-    Record(Range<usize>),
+    Record,
     Fact(Fact),
     Preamble(Fact),
 }
@@ -88,8 +90,6 @@ impl Decoder {
             self.torn_bytes = self.torn_bytes.saturating_add(chunk.len() as u64);
             return;
         }
-        self.pending.drain(..self.at.min(self.pending.len()));
-        self.at = 0;
         self.pending.extend_from_slice(chunk);
     }
 
@@ -97,7 +97,7 @@ impl Decoder {
     pub fn next_frame(&mut self) -> Option<Frame<'_>> {
         let step = self.advance()?;
         Some(match step {
-            Step::Record(bytes) => Frame::Input(Input::Record(self.bytes(bytes))),
+            Step::Record => Frame::Input(Input::Record(self.record())),
             Step::Fact(fact) => Frame::Input(Input::Fact(fact)),
             Step::Preamble(fact) => Frame::Preamble(fact),
         })
@@ -105,7 +105,7 @@ impl Decoder {
 
     /// The segment has no more bytes: what is left is a torn frame.
     pub fn finish(&mut self) {
-        if self.at < self.pending.len() {
+        if !self.pending.is_empty() {
             self.stop(Stop::Torn);
         }
     }
@@ -130,8 +130,8 @@ impl Decoder {
         self.torn_bytes
     }
 
-    pub(super) fn bytes(&self, range: Range<usize>) -> &[u8] {
-        self.pending.get(range).unwrap_or_default()
+    pub(super) fn record(&self) -> &[u8] {
+        &self.record
     }
 
     pub(super) fn advance(&mut self) -> Option<Step> {
@@ -139,28 +139,28 @@ impl Decoder {
             return None;
         }
         loop {
-            let rest = self.pending.get(self.at..)?;
-            let (head, rest) = rest.split_first_chunk::<FRAME_BYTES>()?;
+            let (head, rest) = self.pending.split_first_chunk::<FRAME_BYTES>()?;
             let [l0, l1, l2, l3, c0, c1, c2, c3, kind] = *head;
             let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
             if len > MAX_PAYLOAD {
                 self.stop(Stop::Torn);
                 return None;
             }
-            let payload = rest.get(..len)?;
-            if checksum(kind, payload) != u32::from_le_bytes([c0, c1, c2, c3]) {
+            if checksum(kind, rest.get(..len)?) != u32::from_le_bytes([c0, c1, c2, c3]) {
                 self.stop(Stop::Torn);
                 return None;
             }
-            let begin = self.at.saturating_add(FRAME_BYTES);
-            let range = begin..begin.saturating_add(len);
+            self.pending.advance(FRAME_BYTES);
+            let payload = self.pending.split_to(len).freeze();
             let step = match kind {
-                KIND_RECORD => Some(Step::Record(range.clone())),
-                KIND_FACT => serde_json::from_slice(payload).ok().map(Step::Fact),
-                KIND_PREAMBLE => serde_json::from_slice(payload).ok().map(Step::Preamble),
+                KIND_RECORD => {
+                    self.record = payload;
+                    Some(Step::Record)
+                }
+                KIND_FACT => serde_json::from_slice(&payload).ok().map(Step::Fact),
+                KIND_PREAMBLE => serde_json::from_slice(&payload).ok().map(Step::Preamble),
                 _ => None,
             };
-            self.at = range.end;
             self.frames = self.frames.saturating_add(1);
             match step {
                 Some(step) => return Some(step),
@@ -181,15 +181,14 @@ impl Decoder {
             self.stop(Stop::Newer(version));
         } else {
             self.header_seen = true;
-            self.at = HEADER_BYTES;
+            self.pending.advance(HEADER_BYTES);
         }
         self.header_seen
     }
 
     fn stop(&mut self, why: Stop) {
-        self.torn_bytes = self.torn_bytes.saturating_add(self.pending.len().saturating_sub(self.at) as u64);
-        self.pending = Vec::new();
-        self.at = 0;
+        self.torn_bytes = self.torn_bytes.saturating_add(self.pending.len() as u64);
+        self.pending = BytesMut::new();
         self.stopped = Some(why);
     }
 }

@@ -132,7 +132,7 @@ impl Reader {
         };
         Ok(match step {
             Step::Fact(fact) | Step::Preamble(fact) => Some(Input::Fact(fact)),
-            Step::Record(range) => self.current.as_ref().map(|current| Input::Record(current.decoder.bytes(range))),
+            Step::Record => self.current.as_ref().map(|current| Input::Record(current.decoder.record())),
         })
     }
 
