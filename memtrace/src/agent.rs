@@ -14,10 +14,12 @@ use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use crate::engine::Engine;
+use crate::engine::incident::Incident;
 use crate::engine::input::{Effect, Fact, Finding, Input};
-use crate::serve::{self, Counters};
+use crate::report::json;
+use crate::serve::{self, Ask, Counters, Library, Readings};
 use crate::session::{self, Session};
-use crate::store::incidents::Incidents;
+use crate::store::incidents::{self, Incidents};
 use crate::store::journal;
 use crate::store::kills::Kills;
 
@@ -25,6 +27,8 @@ use crate::store::kills::Kills;
 const MAX_ASKS: usize = 64;
 /// How often old incidents are dropped.
 const RETENTION_EVERY: Duration = Duration::from_secs(600);
+/// Incidents in one answer of /api/incidents, newest first.
+const MAX_LISTED: usize = 1000;
 /// Where the journal of the run before is kept, below the journal's directory.
 const PREVIOUS: &str = "previous";
 
@@ -79,7 +83,7 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     // Readiness is what the listener answers, so it only starts to answer when there is something to say.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
-        tokio::spawn(serve::run(listener, asks.clone(), Arc::from(options.state_dir.as_path())));
+        tokio::spawn(serve::run(listener, asks.clone(), Arc::new(Shelf(Incidents::at(&options.state_dir)))));
     }
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -96,7 +100,7 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
             biased;
             effects = session.step() => effects,
             Some(ask) = asked.recv() => {
-                serve::answer(ask, &session, &store.counters);
+                answer(ask, &session, &store.counters);
                 continue;
             }
             _ = retention.tick() => {
@@ -114,6 +118,61 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Answers a question between two turns; the asker may have gone.
+fn answer(ask: Ask, session: &Session, counters: &Counters) {
+    match ask {
+        Ask::Snapshot(reply) => {
+            let _ = reply.send(session.engine().snapshot());
+        }
+        Ask::Readings(reply) => {
+            let readings = Readings {
+                counters: counters.clone(),
+                counts: session.engine().counts(),
+                snapshot: session.engine().snapshot(),
+                sent: session.probe().sent(),
+                losses: session.losses().to_vec(),
+                journal_failures: session.journal_failures(),
+                hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
+                resident_bytes: resident_bytes(),
+                map_bytes: session.probe().map_bytes(),
+            };
+            let _ = reply.send(Box::new(readings));
+        }
+    }
+}
+
+/// Resident memory of this process.
+fn resident_bytes() -> Option<u64> {
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    pages.checked_mul(rustix::param::page_size() as u64)
+}
+
+/// The incidents on disk, for whoever asks over HTTP.
+struct Shelf(Incidents);
+
+impl Library for Shelf {
+    fn list(&self) -> Result<String, String> {
+        json::list(&self.newest(MAX_LISTED)?).map_err(|error| error.to_string())
+    }
+
+    fn incident(&self, id: &str) -> Result<Option<String>, String> {
+        match self.0.find(id) {
+            Ok(entry) => {
+                let incident = incidents::read(&entry.path).map_err(|error| error.to_string())?;
+                json::incident(&incident).map(Some).map_err(|error| error.to_string())
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn newest(&self, most: usize) -> Result<Vec<Incident>, String> {
+        let entries = self.0.list().map_err(|error| error.to_string())?;
+        // One that cannot be read does not hide the others; `memtrace report` tells what is wrong with it.
+        Ok(entries.iter().take(most).filter_map(|entry| incidents::read(&entry.path).ok()).collect())
+    }
+}
+
 /// Where effects end up.
 struct Store {
     incidents: Incidents,
@@ -126,11 +185,10 @@ struct Store {
 impl Store {
     fn open(options: &Options) -> anyhow::Result<Self> {
         let dir = &options.state_dir;
-        let incidents = Incidents::create(dir)
-            .with_context(|| format!("failed to use the state directory {}", dir.display()))?;
+        let incidents =
+            Incidents::create(dir).with_context(|| format!("failed to use the state directory {}", dir.display()))?;
         let lock_path = dir.join("lock");
-        let lock =
-            File::create(&lock_path).with_context(|| format!("failed to write to {}", lock_path.display()))?;
+        let lock = File::create(&lock_path).with_context(|| format!("failed to write to {}", lock_path.display()))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             bail!("another memtrace agent runs on {}; stop it or choose another --state-dir", dir.display());
         }
@@ -154,18 +212,16 @@ impl Store {
         }
         for effect in effects {
             match effect {
-                Effect::Save(incident) => {
-                    match self.incidents.save(&incident) {
-                        Ok(path) => {
-                            self.counters.saved(incident.kind);
-                            info!(id = %incident.id, file = %path.display(), "saved an incident");
-                        }
-                        Err(error) => {
-                            self.counters.write_failures = self.counters.write_failures.saturating_add(1);
-                            error!(id = %incident.id, "failed to save an incident: {error}");
-                        }
+                Effect::Save(incident) => match self.incidents.save(&incident) {
+                    Ok(path) => {
+                        self.counters.saved(incident.kind);
+                        info!(id = %incident.id, file = %path.display(), "saved an incident");
                     }
-                }
+                    Err(error) => {
+                        self.counters.write_failures = self.counters.write_failures.saturating_add(1);
+                        error!(id = %incident.id, "failed to save an incident: {error}");
+                    }
+                },
                 Effect::Alert(finding) => self.tell(&finding),
                 Effect::Kill(_) | Effect::LookUpCgroup { .. } | Effect::SetQuantum { .. } => {}
             }
@@ -256,7 +312,8 @@ fn recover(dir: &Path, store: &mut Store) -> anyhow::Result<()> {
         }
         info!(frames = stats.frames, recovered, "the last run did not stop properly; replayed its journal");
     }
-    journal::set_aside(dir, PREVIOUS).with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
+    journal::set_aside(dir, PREVIOUS)
+        .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
 }
 
 /// The OOM killer must not take the recorder first. Lowering the score needs CAP_SYS_RESOURCE.

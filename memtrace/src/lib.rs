@@ -6,6 +6,7 @@ pub mod cli;
 pub mod clock;
 pub mod engine;
 pub mod kernel;
+pub mod machine;
 pub mod process;
 pub mod report;
 pub mod serve;

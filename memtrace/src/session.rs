@@ -1,27 +1,25 @@
 //! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
 use memtrace_common::control::{Control, Ring};
-use memtrace_common::event::KernelStack;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
-use zerocopy::FromBytes;
 
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cli::Refusal;
 use crate::clock;
 use crate::engine::Engine;
-use crate::engine::incident::Host;
 use crate::engine::input::{Effect, Fact, Input, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
 use crate::kernel::support::{MemoryController, Status, plan};
 use crate::kernel::{facts, log, object};
-use crate::process::{kallsyms, stock};
+use crate::machine;
+use crate::process::stock;
+use crate::process::trigger::TriggerStacks;
 use crate::store::journal;
 
 /// How often time passes for the engine and the rings that do not wake are drained.
@@ -30,10 +28,6 @@ const TICK: Duration = Duration::from_millis(100);
 const TICKS_PER_LOSSES: u32 = 10;
 /// Ticks between two anchors of the wall clock.
 const TICKS_PER_ANCHOR: u32 = 100;
-/// Kernel addresses whose names are remembered.
-const MAX_NAMES: usize = 4096;
-/// Kernel stacks waiting for their names.
-const MAX_STACKS: usize = 1024;
 /// Segments the journal's size is cut into.
 const JOURNAL_SEGMENTS: u64 = 8;
 
@@ -122,10 +116,7 @@ pub struct Session {
     ticker: Interval,
     ticks: u32,
     losses: Vec<(String, u64)>,
-    /// Kernel stacks of triggers, still addresses. Cap: [`MAX_STACKS`].
-    stacks: VecDeque<KernelStack>,
-    /// Names of kernel addresses. Cap: [`MAX_NAMES`].
-    names: BTreeMap<u64, Option<String>>,
+    triggers: TriggerStacks,
     journal_failures: u64,
     effects: Vec<Effect>,
 }
@@ -164,8 +155,7 @@ impl Session {
             ticker,
             ticks: 0,
             losses: Vec::new(),
-            stacks: VecDeque::new(),
-            names: BTreeMap::new(),
+            triggers: TriggerStacks::default(),
             journal_failures: 0,
             effects: Vec::new(),
         };
@@ -186,7 +176,7 @@ impl Session {
             degraded: self.status.degraded(),
             spikes: options.spikes,
         };
-        self.feed(Fact::Start { host: host(), settings });
+        self.feed(Fact::Start { host: machine::host(), settings });
         self.feed(clock::anchor());
         let walk = self.hierarchy.walk(clock::boot_ns());
         if walk.truncated {
@@ -244,11 +234,7 @@ impl Session {
         for (ring, bytes) in records {
             if ring == Ring::Stacks {
                 // Addresses stay in memory; only their names become an input.
-                if let Ok((stack, _)) = KernelStack::read_from_prefix(bytes)
-                    && self.stacks.len() < MAX_STACKS
-                {
-                    self.stacks.push_back(stack);
-                }
+                self.triggers.push(bytes);
                 continue;
             }
             let input = Input::Record(bytes);
@@ -279,7 +265,9 @@ impl Session {
         if self.ticks.is_multiple_of(TICKS_PER_LOSSES) {
             self.read_losses();
         }
-        self.name_stacks();
+        for fact in self.triggers.take() {
+            self.feed(fact);
+        }
         self.feed(Fact::Tick { boot_ns: now });
     }
 
@@ -292,39 +280,6 @@ impl Session {
         if totals != self.losses {
             self.losses.clone_from(&totals);
             self.feed(Fact::Losses { totals });
-        }
-    }
-
-    /// Names the waiting kernel stacks: one pass over the kernel's symbols for all new addresses.
-    fn name_stacks(&mut self) {
-        if self.stacks.is_empty() {
-            return;
-        }
-        let stacks = std::mem::take(&mut self.stacks);
-        let frames = |stack: &KernelStack| -> Vec<u64> {
-            stack.addresses.iter().take(stack.frames as usize).copied().filter(|address| *address != 0).collect()
-        };
-        let mut unknown: Vec<u64> =
-            stacks.iter().flat_map(frames).filter(|address| !self.names.contains_key(address)).collect();
-        unknown.sort_unstable();
-        unknown.dedup();
-        for part in unknown.chunks(kallsyms::MAX_ADDRESSES) {
-            if self.names.len().saturating_add(part.len()) > MAX_NAMES {
-                self.names.clear();
-            }
-            match kallsyms::names(part) {
-                Ok(names) => self.names.extend(part.iter().copied().zip(names)),
-                Err(error) => debug!("no names for kernel addresses: {error}"),
-            }
-        }
-        for stack in stacks {
-            let functions =
-                frames(&stack).iter().filter_map(|address| self.names.get(address).cloned().flatten()).collect();
-            self.feed(Fact::KernelStack {
-                victim_pid: stack.victim_tgid,
-                victim_start_boot_ns: stack.victim_start_boot_ns,
-                functions: failed_charge(functions),
-            });
         }
     }
 
@@ -369,7 +324,9 @@ impl Session {
     pub fn stop(mut self) -> Vec<Effect> {
         let mut effects = self.pump(true);
         self.read_losses();
-        self.name_stacks();
+        for fact in self.triggers.take() {
+            self.feed(fact);
+        }
         self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
         effects.append(&mut self.pump(false));
         if self.losses.is_empty() {
@@ -415,11 +372,8 @@ impl Session {
 /// Journals an input before the engine sees it; a failure is counted, never fatal.
 fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
     let Some(journal) = journal else { return };
-    let begun = if journal.rotate_needed() {
-        journal.begin_segment(&engine.preamble(clock::boot_ns()))
-    } else {
-        Ok(())
-    };
+    let begun =
+        if journal.rotate_needed() { journal.begin_segment(&engine.preamble(clock::boot_ns())) } else { Ok(()) };
     if begun.and_then(|()| journal.append(input)).is_err() {
         *failures = failures.saturating_add(1);
     }
@@ -454,14 +408,14 @@ pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let object = object::ebpf_object().ok_or_else(|| {
         unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
     })?;
-    raise_memlock();
+    machine::raise_memlock();
     let settings = probe::Settings {
         control: Control {
             quantum_bytes: options.quantum_bytes,
             mapping_bytes: options.quantum_bytes.saturating_mul(4),
-            mm_salt: salt(),
+            mm_salt: machine::salt(),
             memory_hierarchy_id: hierarchy.hierarchy_id,
-            cpus: possible_cpus(),
+            cpus: machine::possible_cpus(),
             page_shift: rustix::param::page_size().trailing_zeros(),
             percpu_lookup: u32::from(facts.percpu_lookup),
             exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
@@ -478,56 +432,4 @@ pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let status = Status::new(&plan, &results);
     refuse(&status)?;
     Ok((hierarchy, probe, status))
-}
-
-/// 5.10 accounts BPF memory to RLIMIT_MEMLOCK; later kernels do not, so a refusal only matters there.
-fn raise_memlock() {
-    use rustix::process::{Resource, Rlimit, setrlimit};
-    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
-        debug!("RLIMIT_MEMLOCK stays as it is: {error}");
-    }
-}
-
-/// Hides kernel addresses in address-space identities; only has to differ between runs.
-fn salt() -> u64 {
-    let mut bytes = [0u8; 8];
-    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
-        Ok(8) => u64::from_ne_bytes(bytes),
-        _ => clock::boot_ns().wrapping_mul(0x9e37_79b9_7f4a_7c15),
-    }
-}
-
-/// CPUs that can ever come online, which is how many slots a per-CPU counter has.
-fn possible_cpus() -> u32 {
-    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
-    let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u32>().ok());
-    last.map_or(1, |last| last.saturating_add(1)).min(memtrace_common::control::MAX_CPUS)
-}
-
-fn host() -> Host {
-    let uname = rustix::system::uname();
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let page_bytes = rustix::param::page_size() as u64;
-    let total_kib = read("/proc/meminfo")
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    Host {
-        hostname: uname.nodename().to_string_lossy().into_owned(),
-        kernel: uname.release().to_string_lossy().into_owned(),
-        boot_id: read("/proc/sys/kernel/random/boot_id").trim().to_owned(),
-        cpus: std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
-        memory_bytes: total_kib.unwrap_or(0).saturating_mul(1024),
-        page_bytes,
-        // MEMCG_CHARGE_BATCH: 64 pages since 5.15, 32 before; the larger bound holds for both.
-        charge_batch_bytes: page_bytes.saturating_mul(64),
-    }
-}
-
-/// Leaves out the tracer and the OOM killer itself: what is left begins with the charge that failed.
-fn failed_charge(functions: Vec<String>) -> Vec<String> {
-    let killer = |name: &String| name.contains("oom") || name.contains("out_of_memory");
-    match functions.iter().rposition(killer) {
-        Some(last) => functions.into_iter().skip(last.saturating_add(1)).collect(),
-        None => functions,
-    }
 }

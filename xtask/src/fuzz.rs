@@ -39,13 +39,23 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         path.push(":");
         path.push(rest);
     }
-    for target in chosen {
-        say(format_args!("fuzzing {target} for {} s", args.seconds));
+    let fuzz = |verb: &str, target: &str| {
         let mut fuzz = Command::new("rustup");
         fuzz.current_dir(&place.root).env("PATH", &path).env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO");
-        fuzz.args(["run", "nightly", "cargo", "fuzz", "run", &target, "--"]);
-        fuzz.arg(format!("-max_total_time={}", args.seconds));
-        run_command(&mut fuzz).with_context(|| format!("{target} found something: see fuzz/artifacts/{target}"))?;
+        fuzz.args(["run", "nightly", "cargo", "fuzz", verb, target]);
+        fuzz
+    };
+    for target in chosen {
+        say(format_args!("fuzzing {target} for {} s", args.seconds));
+        run_command(&mut fuzz("build", &target)).with_context(|| format!("failed to build {target}"))?;
+        let corpus = place.root.join("fuzz/corpus").join(&target);
+        std::fs::create_dir_all(&corpus).with_context(|| format!("failed to create {}", corpus.display()))?;
+        let seeds = place.root.join("fuzz/seeds").join(&target);
+        let mut run = fuzz("run", &target);
+        // what it finds of interest goes into the first directory; the seeds are only read
+        run.arg(corpus).args(seeds.is_dir().then_some(seeds));
+        run.arg("--").arg(format!("-max_total_time={}", args.seconds));
+        run_command(&mut run).with_context(|| format!("{target} found something: see fuzz/artifacts/{target}"))?;
     }
     Ok(())
 }

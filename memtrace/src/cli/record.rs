@@ -79,10 +79,8 @@ pub fn run(args: &Args) -> Outcome {
         let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
         return Err(Refusal::Usage(what).into());
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     runtime.block_on(record(args))
 }
 
@@ -141,9 +139,8 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
     // The terminal sends Ctrl-C to the command too: it decides, we stay to tell.
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
-    let mut child = Command::from(exec_in::command(cage.dir(), &args.command)?)
-        .spawn()
-        .context("failed to start the command")?;
+    let mut child =
+        Command::from(exec_in::command(cage.dir(), &args.command)?).spawn().context("failed to start the command")?;
     let status = loop {
         tokio::select! {
             effects = session.step() => keep(effects, files),

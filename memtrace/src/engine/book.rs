@@ -9,7 +9,7 @@ use memtrace_common::event as wire;
 
 use super::cgroups::Cgroups;
 use super::decode::{Reading, cgroup_id, field_text, known, printable};
-use super::incident::{Growth, MappingNote, TaskRow};
+use super::incident::MappingNote;
 use super::input::{CgroupFound, ProcessFound, Settings};
 use super::processes::{Key, ProcessRow, Processes, comm};
 use super::timeline::{MAX_BEFORE_NS, Point, Sums};
@@ -18,11 +18,6 @@ use super::timeline::{MAX_BEFORE_NS, Point, Sums};
 const DYING_CAP: usize = 4096;
 /// The memory of such an address space is believed gone after this, if nobody says so.
 const DYING_NS: u64 = 2_000_000_000;
-/// Rows of an incident's growth table.
-pub(super) const GROWTH_CAP: usize = 64;
-/// Rows of an incident's task table.
-pub(super) const TASKS_CAP: usize = 1024;
-
 /// An address space. There are at most as many as processes, plus [`DYING_CAP`].
 #[derive(Clone, Debug)]
 struct Space {
@@ -285,11 +280,12 @@ impl Book {
         }
     }
 
-    /// A process found running. What records have told already stays.
+    /// A process found running. What records have told already stays; the key of a process this told something new of.
     pub(super) fn process_found(&mut self, found: &ProcessFound) -> Option<Key> {
         let sums = Sums::of(found.anon_bytes, found.file_bytes, found.shmem_bytes, found.swap_bytes);
         let cgroup = cgroup_id(found.cgroup_id);
-        let key = match self.processes.find_by_ticks(found.pid, found.start_ticks) {
+        let known = self.processes.find_by_ticks(found.pid, found.start_ticks);
+        let key = match known {
             Some(key) => key,
             None => {
                 self.make_room();
@@ -302,7 +298,8 @@ impl Book {
                 (found.pid, start)
             }
         };
-        if self.processes.get(key)?.cgroup.is_none() {
+        let wants_cgroup = cgroup.is_some() && self.processes.get(key)?.cgroup.is_none();
+        if wants_cgroup {
             self.ensure(cgroup, found.boot_ns);
         }
         let row = self.processes.get_mut(key)?;
@@ -316,7 +313,7 @@ impl Book {
             self.attach_space(key, serial);
             self.set_space(serial, cgroup, sums);
         }
-        Some(key)
+        (known.is_none() || wants_cgroup || wants_space).then_some(key)
     }
 
     /// Time passes.
@@ -330,70 +327,15 @@ impl Book {
         }
     }
 
-    // --- questions ---------------------------------------------------------------------------------------------
+    // --- answers -----------------------------------------------------------------------------------------------
 
     /// Resident memory of a process now.
     pub(super) fn sums_of(&self, row: &ProcessRow) -> Option<Sums> {
-        self.spaces.get(&row.mm?).map(|s| s.sums)
+        self.space_sums(row.mm?)
     }
 
-    pub(super) fn in_scope(&self, row: &ProcessRow, root: Option<u64>) -> bool {
-        match (root, row.cgroup) {
-            (None, _) => true,
-            (Some(root), Some(id)) => self.cgroups.in_tree(id, root),
-            (Some(_), None) => false,
-        }
-    }
-
-    /// Live processes of a cgroup's tree (all of them without one), largest first, and how many were left out.
-    pub(super) fn tasks(&self, root: Option<u64>) -> (Vec<TaskRow>, u64) {
-        let mut rows: Vec<TaskRow> = self
-            .processes
-            .iter()
-            .filter(|row| row.exited.is_none() && self.in_scope(row, root))
-            .filter_map(|row| self.sums_of(row).map(|sums| task_row(row, &sums)))
-            .collect();
-        rows.sort_by_key(|t| (std::cmp::Reverse(resident(t)), t.pid, t.start_boot_ns));
-        let left_out = rows.len().saturating_sub(TASKS_CAP);
-        rows.truncate(TASKS_CAP);
-        (rows, left_out as u64)
-    }
-
-    /// How processes of a tree grew up to a moment, most grown first.
-    pub(super) fn growth(&self, at_ns: u64, keep: impl Fn(&ProcessRow) -> bool) -> Vec<Growth> {
-        let mut rows: Vec<Growth> =
-            self.processes.iter().filter(|row| keep(row)).filter_map(|row| growth_of(row, at_ns)).collect();
-        let grown = |g: &Growth| (g.last_1s_bytes, g.last_10s_bytes, g.last_100ms_bytes, g.rss_bytes);
-        rows.sort_by(|a, b| {
-            grown(b).cmp(&grown(a)).then_with(|| (a.pid, a.start_boot_ns).cmp(&(b.pid, b.start_boot_ns)))
-        });
-        rows.truncate(GROWTH_CAP);
-        rows
-    }
-
-    /// Sum over the address spaces of these processes, each counted once.
-    pub(super) fn sum_over(&self, keys: impl Iterator<Item = Key>) -> Sums {
-        let mut serials: Vec<u64> = keys.filter_map(|key| self.processes.get(key)?.mm).collect();
-        serials.sort_unstable();
-        serials.dedup();
-        let mut total = Sums::default();
-        serials.iter().filter_map(|s| self.spaces.get(s)).for_each(|s| total.add(&s.sums));
-        total
-    }
-
-    /// Notes of a tree up to a moment, oldest first.
-    pub(super) fn notes(&self, root: Option<u64>, from_ns: u64, to_ns: u64, cap: usize) -> Vec<MappingNote> {
-        let mut notes: Vec<MappingNote> = self
-            .cgroups
-            .iter()
-            .filter(|(id, row)| !row.notes.is_empty() && root.is_none_or(|root| self.cgroups.in_tree(*id, root)))
-            .flat_map(|(_, row)| row.notes.iter())
-            .filter(|n| (from_ns..=to_ns).contains(&n.boot_ns))
-            .cloned()
-            .collect();
-        notes.sort_by_key(|n| (n.boot_ns, n.pid, n.address));
-        notes.drain(..notes.len().saturating_sub(cap));
-        notes
+    pub(super) fn space_sums(&self, serial: u64) -> Option<Sums> {
+        self.spaces.get(&serial).map(|s| s.sums)
     }
 
     /// The row of a wire task, as [`Processes::find`].
@@ -546,47 +488,6 @@ impl Book {
             self.cgroups.account(id, &Sums::default(), &sums);
         }
     }
-}
-
-/// anon, file and shmem of a task row.
-pub(super) fn resident(t: &TaskRow) -> u64 {
-    t.anon_bytes.saturating_add(t.file_bytes).saturating_add(t.shmem_bytes)
-}
-
-fn task_row(row: &ProcessRow, sums: &Sums) -> TaskRow {
-    TaskRow {
-        pid: row.pid,
-        start_boot_ns: row.exact.then_some(row.start_boot_ns),
-        comm: row.comm.clone(),
-        anon_bytes: sums.anon,
-        file_bytes: sums.file,
-        shmem_bytes: sums.shmem,
-        swap_bytes: sums.swap,
-        peak_bytes: row.peak.unwrap_or(0).max(sums.resident()),
-        victim: false,
-    }
-}
-
-fn growth_of(row: &ProcessRow, at_ns: u64) -> Option<Growth> {
-    const MILLI: u64 = 1_000_000;
-    let rss = row.history.at(at_ns)?;
-    if row.exited.is_some_and(|(exit, _)| exit < at_ns) {
-        return None;
-    }
-    let over = |window: u64| {
-        let then = at_ns.saturating_sub(window);
-        let before = row.history.at(then).or((row.exact && row.start_boot_ns >= then).then_some(0))?;
-        Some(i64::try_from(i128::from(rss) - i128::from(before)).unwrap_or(i64::MAX))
-    };
-    Some(Growth {
-        pid: row.pid,
-        start_boot_ns: row.start_boot_ns,
-        comm: row.comm.clone(),
-        rss_bytes: rss,
-        last_100ms_bytes: over(100 * MILLI),
-        last_1s_bytes: over(1000 * MILLI),
-        last_10s_bytes: over(10_000 * MILLI),
-    })
 }
 
 #[cfg(test)]

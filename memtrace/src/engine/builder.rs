@@ -1,7 +1,8 @@
 //! From what was gathered to the incident as the file holds it.
 
-use super::book::{Book, resident};
+use super::book::Book;
 use super::cases::{Open, scope};
+use super::census::resident;
 use super::clock::{Clock, Identity};
 use super::decode::{Limit, Reading};
 use super::detect::Spike;

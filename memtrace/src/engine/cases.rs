@@ -14,7 +14,7 @@ use super::timeline::{Curve, Point, Sums};
 use super::{Engine, clock::Identity, incident::KernelLogKill};
 
 /// Incidents open at once; the oldest is closed early for one more.
-pub(super) const OPEN_CAP: usize = 64;
+pub(super) const OPEN_CAP: usize = 32;
 /// Mapping notes of one incident.
 const NOTES_CAP: usize = 512;
 /// A group kill that goes on keeps its incident open at most this many windows.
@@ -184,6 +184,9 @@ impl Engine {
                 let reported = known.reported;
                 *known = OpenVictim { reported, kill_ns: known.kill_ns.or(victim.kill_ns), ..victim };
                 known.victim.killed |= reported;
+            } else if known.kill_ns.is_none() && !known.reported {
+                known.kill_ns = victim.kill_ns;
+                known.victim.killed = victim.victim.killed;
             }
         } else {
             let decision = self.ledger.decision((&m.trigger).into(), m.header.boot_ns);

@@ -197,6 +197,8 @@ mod tests {
     const MS: u64 = 1_000_000;
     const LIMIT: u64 = 1000;
 
+    type Pairs = &'static [(u64, u64)];
+
     /// Readings as (milliseconds, usage), then a tick; the spikes found.
     fn spikes(readings: &[(u64, u64)], killed_ms: Option<u64>) -> Vec<(u64, u64)> {
         let mut d = Detectors::default();
@@ -217,9 +219,9 @@ mod tests {
 
     #[test]
     fn the_decision_table_of_spikes() {
-        let steep = [(1000, 500), (1400, 700), (1800, 850), (1900, 700)];
-        let cases: &[(&str, &[(u64, u64)], &[(u64, u64)])] = &[
-            ("steep, high, fell", &steep, &[(1800, 850)]),
+        const STEEP: Pairs = &[(1000, 500), (1400, 700), (1800, 850), (1900, 700)];
+        let cases: [(&str, Pairs, Pairs); 7] = [
+            ("steep, high, fell", STEEP, &[(1800, 850)]),
             ("not high enough", &[(1000, 400), (1500, 799), (1600, 300)], &[]),
             ("too slow", &[(1000, 500), (1900, 620), (2900, 740), (3900, 850), (4000, 300)], &[]),
             ("did not fall far enough", &[(1000, 500), (1500, 850), (1600, 726)], &[]),
@@ -228,9 +230,9 @@ mod tests {
             ("late fall", &[(1000, 500), (1500, 850), (9000, 849), (9100, 100)], &[(1500, 850)]),
         ];
         for (name, readings, expected) in cases {
-            assert_eq!(spikes(readings, None), *expected, "{name}");
+            assert_eq!(spikes(readings, None), expected, "{name}");
         }
-        assert_eq!(spikes(&steep, Some(2000)), [], "a kill explains it");
+        assert_eq!(spikes(STEEP, Some(2000)), [], "a kill explains it");
     }
 
     #[test]

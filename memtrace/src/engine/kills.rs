@@ -242,7 +242,8 @@ mod tests {
     #[test]
     fn the_decision_table_of_a_mark() {
         // (name, SIGKILL at, flagged, after_kill_ns, kills seen) -> (kill time, killed); the mark is at 5000 ms.
-        let cases: &[(&str, Option<u64>, bool, u32, bool, Option<u64>)] = &[
+        type Case = (&'static str, Option<u64>, bool, u32, bool, Option<u64>);
+        let cases: [Case; 8] = [
             ("SIGKILL before", Some(4999), false, 0, true, Some(4999 * MS)),
             ("SIGKILL record after", Some(5001), false, 0, true, Some(5001 * MS)),
             ("record beats the flag's time", Some(4999), true, 7, true, Some(4999 * MS)),
@@ -259,10 +260,10 @@ mod tests {
             }
             ledger.wait(&sample::kill(4999 * MS, 1, 3, 5));
             let mut mark = sample::victim(5000 * MS, 1, 2, sample::memcg(5, 1), sample::memcg(5, 1), 1);
-            mark.flags = if *flagged { wire::VICTIM_KILLED } else { 0 };
-            mark.after_kill_ns = *after_kill_ns;
-            let verified = ledger.verify(&mark, *kills_seen);
-            assert_eq!(verified, Verified { kill_ns: *expected, killed: expected.is_some() }, "{name}");
+            mark.flags = if flagged { wire::VICTIM_KILLED } else { 0 };
+            mark.after_kill_ns = after_kill_ns;
+            let verified = ledger.verify(&mark, kills_seen);
+            assert_eq!(verified, Verified { kill_ns: expected, killed: expected.is_some() }, "{name}");
         }
     }
 

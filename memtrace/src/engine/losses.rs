@@ -38,14 +38,14 @@ impl Losses {
         }
     }
 
-    /// Totals as the kernel side states them, since its start.
-    pub(super) fn state(&mut self, totals: &[(String, u64)]) {
+    /// Totals as the kernel side states them, since its start; as a baseline they are no losses of ours.
+    pub(super) fn state(&mut self, totals: &[(String, u64)], baseline: bool) {
         for (what, total) in totals.iter().take(NAMES_CAP) {
             let before = self.stated.get(what).copied().unwrap_or(0);
             let new = if *total >= before { total - before } else { *total };
             if self.stated.len() < NAMES_CAP || self.stated.contains_key(what) {
                 self.stated.insert(what.clone(), *total);
-                self.add(what, new);
+                self.add(what, if baseline { 0 } else { new });
             }
         }
     }
@@ -97,10 +97,10 @@ mod tests {
     #[test]
     fn a_window_states_only_its_share_and_a_restart_is_no_loss() {
         let mut l = Losses::default();
-        l.state(&[("samples/full".into(), 10)]);
+        l.state(&[("samples/full".into(), 10)], false);
         l.remember(100, 1);
         l.add("engine/bad records", 2);
-        l.state(&[("samples/full".into(), 15)]);
+        l.state(&[("samples/full".into(), 15)], false);
         assert_eq!(
             l.since(&l.at(150)),
             [
@@ -109,7 +109,7 @@ mod tests {
             ]
         );
         l.remember(200, 1);
-        l.state(&[("samples/full".into(), 3)]);
+        l.state(&[("samples/full".into(), 3)], false);
         assert_eq!(l.since(&l.at(200)), [LossNote { what: "samples/full".into(), count: Some(3) }]);
         assert_eq!(l.since(&l.at(50)).len(), 2);
     }

@@ -15,6 +15,7 @@ pub mod snapshot;
 mod book;
 mod builder;
 mod cases;
+mod census;
 mod cgroups;
 mod clock;
 mod detect;
@@ -52,6 +53,8 @@ pub struct Engine {
     settings: Settings,
     host: Host,
     started: bool,
+    /// The run has ended: the next start begins afresh.
+    stopped: bool,
     clock: clock::Clock,
     /// The last tick.
     now: u64,
@@ -192,7 +195,8 @@ impl Engine {
             Fact::KernelStack { victim_pid, victim_start_boot_ns, functions } => {
                 self.on_stack((*victim_pid, *victim_start_boot_ns), kills::functions(functions));
             }
-            Fact::Losses { totals } => self.losses.state(totals),
+            // Before the first tick they are what an earlier segment has counted already.
+            Fact::Losses { totals } => self.losses.state(totals, self.now == 0),
             Fact::Tick { boot_ns } => self.tick(*boot_ns, effects),
             Fact::RecordingBegin { cgroup_id, pid, command, boot_ns } => {
                 let subject = Subject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };
@@ -211,9 +215,10 @@ impl Engine {
         }
     }
 
-    /// A new run. Of the same boot: what is known stays. Of another: everything before is over.
+    /// A new run. After a stop or on another boot everything before is over; else what is known stays (a preamble
+    /// repeats the start of its own run).
     fn start(&mut self, host: &Host, settings: &Settings, effects: &mut Vec<Effect>) {
-        if self.started && self.host.boot_id != host.boot_id {
+        if self.started && (self.stopped || self.host.boot_id != host.boot_id) {
             self.stop(self.now, effects);
             let (records, bad, unknown) = (std::mem::take(&mut self.records), self.bad_records, self.unknown_kinds);
             *self = Self { records, bad_records: bad, unknown_kinds: unknown, ..Self::default() };
@@ -229,6 +234,7 @@ impl Engine {
         self.tick(boot_ns, effects);
         self.close_due(true, effects);
         self.end_recording(&Ending { boot_ns: self.now, ..Ending::default() }, effects);
+        self.stopped = true;
     }
 
     fn tick(&mut self, boot_ns: u64, effects: &mut Vec<Effect>) {
@@ -390,8 +396,9 @@ impl Engine {
 
     /// Numbers about the engine itself.
     pub fn counts(&self) -> Counts {
-        let open: usize = self.open.iter().map(|o| o.curve.rows().count() * 72 + o.tasks.len() * 128).sum();
-        let memory = self.book.memory_estimate() + self.detectors.memory_estimate() + open;
+        let open: usize = self.open.iter().map(|o| o.curve.memory_estimate() + o.tasks.len() * 128).sum();
+        let recording = self.recording.as_ref().map_or(0, recording::State::memory_estimate);
+        let memory = self.book.memory_estimate() + self.detectors.memory_estimate() + open + recording;
         Counts {
             records: self.records.clone(),
             bad_records: self.bad_records,
@@ -408,6 +415,9 @@ impl Engine {
     /// that a replay that lost the older ones still knows paths. Applied to this engine they change nothing.
     pub fn preamble(&self, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
+        if self.stopped {
+            return facts;
+        }
         if self.started {
             facts.push(Fact::Start { host: self.host.clone(), settings: self.settings.clone() });
         }

@@ -229,6 +229,10 @@ impl State {
         }
     }
 
+    pub(super) fn memory_estimate(&self) -> usize {
+        self.members.len() * (size_of::<Member>() + 32) + self.curve.memory_estimate() + self.notes.len() * 128
+    }
+
     /// Ids of OOM kills that happened in it.
     pub(super) fn oom_ids(&self) -> &[String] {
         &self.oom_ids

@@ -291,6 +291,10 @@ impl Curve {
         self.tier.points.iter()
     }
 
+    pub(super) fn memory_estimate(&self) -> usize {
+        self.tier.points.len() * size_of::<Point>()
+    }
+
     /// The highest reading.
     pub(super) fn peak(&self) -> Option<&Point> {
         self.rows().max_by_key(|p| p.height())
@@ -424,6 +428,10 @@ mod tests {
             }
             prop_assert!(t.len() <= TIMELINE_CAP);
         }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
 
         #[test]
         fn a_curve_keeps_its_peak(values in prop::collection::vec(0u64..1_000_000_000, 20_000..20_100), step in 1u64..5_000_000) {

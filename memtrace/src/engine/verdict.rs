@@ -1,6 +1,6 @@
 //! One honest sentence about what happened, with the numbers it rests on. Pure, and a table of cases below.
 
-use super::book::resident;
+use super::census::resident;
 use super::incident::{Columns, Composition, Growth, Scope, TaskRow, Verdict};
 
 const SEC: u64 = 1_000_000_000;
@@ -106,18 +106,24 @@ fn subject(case: &Case<'_>) -> String {
     }
 }
 
+/// The curve is that of what ran out; for the machine it is only that of the victim's cgroup.
+fn about_curve(about: About) -> bool {
+    !matches!(about, About::Oom { scope: Scope::Global | Scope::Cpuset | Scope::Unknown, .. })
+}
+
 fn shape_clause(case: &Case<'_>, shape: Shape) -> String {
+    let it = if about_curve(case.about) { "it" } else { "the victim's cgroup" };
     let to = match (case.about, case.limit) {
         (About::Oom { scope: Scope::Cgroup | Scope::Ancestor, .. }, Some(_)) => " to the limit",
         _ => "",
     };
     match shape {
-        Shape::Burst { rise, over_ns } => format!(": it rose {} in {}{to}", bytes(rise), duration(over_ns)),
+        Shape::Burst { rise, over_ns } => format!(": {it} rose {} in {}{to}", bytes(rise), duration(over_ns)),
         Shape::Growth { rise, over_ns } => {
-            format!(": it grew {} over {}, {}/s", bytes(rise), duration(over_ns), bytes(rate(rise, over_ns)))
+            format!(": {it} grew {} over {}, {}/s", bytes(rise), duration(over_ns), bytes(rate(rise, over_ns)))
         }
         Shape::Level { over_ns } if over_ns >= SEC => {
-            format!(": it hardly grew in the {} before", duration(over_ns))
+            format!(": {it} hardly grew in the {} before", duration(over_ns))
         }
         Shape::Level { .. } | Shape::Unknown => String::new(),
     }
@@ -169,7 +175,7 @@ pub(super) fn shape(curve: &Columns, at_ns: u64, limit: Option<u64>) -> Shape {
     let low = recent().map(|(_, v)| *v).min().unwrap_or(end);
     let rise = end.saturating_sub(low);
     if rise >= reference / 4 && rise > 0 {
-        let began = recent().filter(|(_, v)| *v <= low.saturating_add(rise / 20)).map(|(ns, _)| *ns).max();
+        let began = recent().filter(|(_, v)| *v <= low.saturating_add(rise / 50)).map(|(ns, _)| *ns).max();
         return Shape::Burst { rise, over_ns: at_ns.saturating_sub(began.unwrap_or(at_ns)) };
     }
     let Some(&(low_ns, low)) = series.iter().rev().min_by_key(|(_, v)| *v) else { return Shape::Unknown };
@@ -184,7 +190,7 @@ pub(super) fn shape(curve: &Columns, at_ns: u64, limit: Option<u64>) -> Shape {
 pub(super) fn holder(case: &Case<'_>) -> Holder {
     let c = case.composition;
     let shmem = c.shmem_bytes.unwrap_or(0);
-    if let Some(usage) = case.usage.filter(|u| *u > 0) {
+    if let Some(usage) = case.usage.filter(|u| *u > 0 && about_curve(case.about)) {
         let nobody = c.unattributed_bytes.and_then(|b| u64::try_from(b).ok()).unwrap_or(0);
         if nobody.saturating_mul(2) >= usage {
             return Holder::Nobody(nobody);
@@ -209,6 +215,9 @@ pub(super) fn holder(case: &Case<'_>) -> Holder {
 
 fn evidence(case: &Case<'_>, shape: Shape, holder: &Holder) -> Vec<String> {
     let mut out = Vec::new();
+    if !about_curve(case.about) {
+        out.push("usage, curve and composition are those of the victim's cgroup".to_owned());
+    }
     match (case.usage, case.limit) {
         (Some(usage), Some(limit)) => out.push(format!("usage {} of limit {}", bytes(usage), bytes(limit))),
         (Some(usage), None) => out.push(format!("usage {}, no limit of its own", bytes(usage))),

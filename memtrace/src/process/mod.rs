@@ -1,4 +1,5 @@
-//! Processes: taking stock of what already runs, names for addresses.
+//! Processes: taking stock of what already runs, names for kernel addresses.
 
 pub mod kallsyms;
 pub mod stock;
+pub mod trigger;

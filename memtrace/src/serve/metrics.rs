@@ -1,23 +1,23 @@
 //! OpenMetrics text, made when it is asked for.
 
-use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Counters;
-use crate::session::Session;
+use super::Readings;
+use crate::engine::snapshot::CgroupView;
 
 /// Cgroups with series of their own, those with a limit and the most memory first.
 const MAX_CGROUPS: usize = 1000;
 
 /// The metrics of one moment.
-pub(super) fn text(session: &Session, counters: &Counters) -> String {
+pub(super) fn text(readings: &Readings) -> String {
     let mut registry = Registry::with_prefix("memtrace");
-    registry.register_collector(Box::new(Moment { families: families(session, counters) }));
+    registry.register_collector(Box::new(Moment { families: families(readings) }));
     let mut text = String::new();
     // Writing to a String does not fail.
     let _ = encode(&mut text, &registry);
@@ -66,9 +66,8 @@ fn gauge(name: &'static str, help: &'static str, value: u64) -> Family {
     Family { name, help, unit: None, counter: false, series: vec![(Vec::new(), value)] }
 }
 
-fn families(session: &Session, counters: &Counters) -> Vec<Family> {
-    let counts = session.engine().counts();
-    let snapshot = session.engine().snapshot();
+fn families(readings: &Readings) -> Vec<Family> {
+    let Readings { counters, counts, snapshot, .. } = readings;
     let label = |name: &'static str, value: &str| vec![(name, value.to_owned())];
     let mut families = vec![
         Family {
@@ -80,7 +79,11 @@ fn families(session: &Session, counters: &Counters) -> Vec<Family> {
         },
         counter("oom_kills", "Processes the OOM killer killed or chose", counters.kills),
         counter("spikes", "Spikes that ended without a kill", counters.spikes),
-        counter("near_misses", "Times a limit was hit and nobody was killed, at most once a minute and cgroup", counters.near_misses),
+        counter(
+            "near_misses",
+            "Times a limit was hit and nobody was killed, at most once a minute and cgroup",
+            counters.near_misses,
+        ),
         counter("disagreements", "Kills that only one of kernel log and hooks knows", counters.disagreements),
         Family {
             name: "incidents_saved",
@@ -92,22 +95,26 @@ fn families(session: &Session, counters: &Counters) -> Vec<Family> {
                 (label("kind", "spike"), counters.saved_spikes),
             ],
         },
-        counter("incident_write_failures", "Incidents or ledger lines that could not be written", counters.write_failures),
+        counter(
+            "incident_write_failures",
+            "Incidents or ledger lines that could not be written",
+            counters.write_failures,
+        ),
         counter("incidents_dropped", "Incidents dropped for size or age", counters.dropped),
-        counter("journal_write_failures", "Journal frames that could not be written", session.journal_failures()),
+        counter("journal_write_failures", "Journal frames that could not be written", readings.journal_failures),
         Family {
             name: "records",
             help: "Records the kernel side sent",
             unit: None,
             counter: true,
-            series: session.probe().sent().into_iter().map(|(ring, sent)| (label("ring", ring), sent)).collect(),
+            series: readings.sent.iter().map(|(ring, sent)| (label("ring", ring), *sent)).collect(),
         },
         Family {
             name: "lost",
             help: "What was lost, by ring and reason",
             unit: None,
             counter: true,
-            series: session.losses().iter().map(|(what, lost)| (label("what", what), *lost)).collect(),
+            series: readings.losses.iter().map(|(what, lost)| (label("what", what), *lost)).collect(),
         },
         counter("bad_records", "Records that could not be decoded", counts.bad_records),
         gauge("open_incidents", "Incidents still gathering", counts.open_incidents),
@@ -118,7 +125,7 @@ fn families(session: &Session, counters: &Counters) -> Vec<Family> {
             help: "Memory of the agent itself",
             unit: Some(Unit::Bytes),
             counter: false,
-            series: [("resident", resident_bytes()), ("maps", session.probe().map_bytes())]
+            series: [("resident", readings.resident_bytes), ("maps", readings.map_bytes)]
                 .into_iter()
                 .filter_map(|(part, bytes)| Some((label("part", part), bytes?)))
                 .collect(),
@@ -128,22 +135,14 @@ fn families(session: &Session, counters: &Counters) -> Vec<Family> {
             help: "1 for a hook that is attached",
             unit: None,
             counter: false,
-            series: session
-                .status()
-                .hooks
-                .iter()
-                .map(|status| (label("hook", status.hook.name()), u64::from(status.on())))
-                .collect(),
+            series: readings.hooks.iter().map(|(hook, on)| (label("hook", hook), u64::from(*on))).collect(),
         },
     ];
     let mut rows: Vec<_> = snapshot.cgroups.iter().filter(|row| row.usage_bytes.is_some()).collect();
     rows.sort_by_key(|row| (row.limit_bytes.is_none(), std::cmp::Reverse(row.usage_bytes)));
     rows.truncate(MAX_CGROUPS);
-    let mut each = |name, help, value: &dyn Fn(&crate::engine::snapshot::CgroupView) -> Option<u64>| {
-        let series = rows
-            .iter()
-            .filter_map(|row| Some((label("path", row.path.as_deref()?), value(row)?)))
-            .collect();
+    let mut each = |name, help, value: &dyn Fn(&CgroupView) -> Option<u64>| {
+        let series = rows.iter().filter_map(|row| Some((label("path", row.path.as_deref()?), value(row)?))).collect();
         families.push(Family { name, help, unit: Some(Unit::Bytes), counter: false, series });
     };
     each("cgroup_usage", "Usage as the kernel compares it with the limit, as last seen", &|row| row.usage_bytes);
@@ -152,9 +151,18 @@ fn families(session: &Session, counters: &Counters) -> Vec<Family> {
     families
 }
 
-/// Resident memory of this process.
-fn resident_bytes() -> Option<u64> {
-    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
-    pages.checked_mul(rustix::param::page_size() as u64)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_is_openmetrics_and_names_cannot_break_it() {
+        let cgroup = CgroupView { path: Some("/a\"b\n\\c".into()), usage_bytes: Some(5), ..CgroupView::default() };
+        let mut readings = Readings { losses: vec![("samples/ring_full".into(), 3)], ..Readings::default() };
+        readings.snapshot.cgroups.push(cgroup);
+        let text = text(&readings);
+        assert!(text.ends_with("# EOF\n"), "{text}");
+        assert!(text.contains("memtrace_lost_total{what=\"samples/ring_full\"} 3\n"), "{text}");
+        assert!(text.contains(r#"memtrace_cgroup_usage_bytes{path="/a\"b\n\\c"} 5"#), "{text}");
+    }
 }

@@ -1,6 +1,5 @@
 //! HTTP: metrics, health, incidents, processes. Handlers ask the loop; they hold no state of their own.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -13,16 +12,47 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tracing::error;
 
-use crate::engine::incident::Kind;
+use crate::engine::Counts;
+use crate::engine::incident::{Incident, Kind};
 use crate::engine::snapshot::Snapshot;
-use crate::report;
-use crate::session::Session;
-use crate::store::incidents::Incidents;
 
 mod metrics;
 
-/// Incidents in one answer of /api/incidents, newest first.
-const MAX_LISTED: usize = 1000;
+/// Incidents on the page, newest first.
+const MAX_ROWS: usize = 100;
+
+/// What is on disk, to those who may only look.
+pub trait Library: Send + Sync + 'static {
+    /// The list as `memtrace incidents --json` prints it.
+    fn list(&self) -> Result<String, String>;
+    /// One incident as JSON, by id; `None` when there is none.
+    fn incident(&self, id: &str) -> Result<Option<String>, String>;
+    /// The newest incidents, at most `most`.
+    fn newest(&self, most: usize) -> Result<Vec<Incident>, String>;
+}
+
+/// Everything /metrics tells, at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Readings {
+    /// The daemon's sinks.
+    pub counters: Counters,
+    /// The engine's own counts.
+    pub counts: Counts,
+    /// Cgroups and processes.
+    pub snapshot: Snapshot,
+    /// Records sent by the kernel side, by ring.
+    pub sent: Vec<(&'static str, u64)>,
+    /// Losses by `ring/reason`.
+    pub losses: Vec<(String, u64)>,
+    /// Journal frames that could not be written.
+    pub journal_failures: u64,
+    /// Hooks and whether they are attached.
+    pub hooks: Vec<(&'static str, bool)>,
+    /// Resident memory of the agent.
+    pub resident_bytes: Option<u64>,
+    /// Memory of its BPF maps.
+    pub map_bytes: Option<u64>,
+}
 
 /// What the daemon counts about its own sinks.
 #[derive(Clone, Debug, Default)]
@@ -60,30 +90,18 @@ impl Counters {
 pub enum Ask {
     /// The state of cgroups and processes.
     Snapshot(oneshot::Sender<Snapshot>),
-    /// The metrics text.
-    Metrics(oneshot::Sender<String>),
-}
-
-/// Answers a question; the asker may have gone.
-pub fn answer(ask: Ask, session: &Session, counters: &Counters) {
-    match ask {
-        Ask::Snapshot(reply) => {
-            let _ = reply.send(session.engine().snapshot());
-        }
-        Ask::Metrics(reply) => {
-            let _ = reply.send(metrics::text(session, counters));
-        }
-    }
+    /// What /metrics tells.
+    Readings(oneshot::Sender<Box<Readings>>),
 }
 
 #[derive(Clone)]
 struct Shared {
     asks: mpsc::Sender<Ask>,
-    state_dir: Arc<Path>,
+    library: Arc<dyn Library>,
 }
 
 /// Serves until the runtime ends.
-pub async fn run(listener: TcpListener, asks: mpsc::Sender<Ask>, state_dir: Arc<Path>) {
+pub async fn run(listener: TcpListener, asks: mpsc::Sender<Ask>, library: Arc<dyn Library>) {
     let router = Router::new()
         .route("/", get(page))
         .route("/healthz", get(async || "ok\n"))
@@ -93,7 +111,7 @@ pub async fn run(listener: TcpListener, asks: mpsc::Sender<Ask>, state_dir: Arc<
         .route("/api/incidents/{id}", get(incident))
         .route("/api/processes", get(processes))
         .route("/api/cgroups", get(cgroups))
-        .with_state(Shared { asks, state_dir });
+        .with_state(Shared { asks, library });
     if let Err(error) = axum::serve(listener, router).await {
         error!("HTTP: {error}");
     }
@@ -110,11 +128,14 @@ impl Shared {
     /// Runs file access where it does not hold up the loop.
     async fn read<T: Send + 'static>(
         &self,
-        read: impl FnOnce(Incidents) -> Result<T, String> + Send + 'static,
+        read: impl FnOnce(&dyn Library) -> Result<T, String> + Send + 'static,
     ) -> Result<T, Response> {
-        let store = Incidents::at(&*self.state_dir);
+        let library = Arc::clone(&self.library);
         let failed = |why: String| (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response();
-        tokio::task::spawn_blocking(move || read(store)).await.map_err(|error| failed(error.to_string()))?.map_err(failed)
+        tokio::task::spawn_blocking(move || read(&*library))
+            .await
+            .map_err(|error| failed(error.to_string()))?
+            .map_err(failed)
     }
 }
 
@@ -124,7 +145,7 @@ async fn ready(State(shared): State<Shared>) -> Result<&'static str, Response> {
 }
 
 async fn metrics_text(State(shared): State<Shared>) -> Result<Response, Response> {
-    let text = shared.ask(Ask::Metrics).await?;
+    let text = metrics::text(&*shared.ask(Ask::Readings).await?);
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
 }
@@ -146,53 +167,19 @@ async fn cgroups(State(shared): State<Shared>) -> Result<Response, Response> {
 }
 
 async fn incidents(State(shared): State<Shared>) -> Result<Response, Response> {
-    let text = shared.read(list).await?;
+    let text = shared.read(|library| library.list()).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
-/// The list as `memtrace incidents --json` prints it.
-fn list(store: Incidents) -> Result<String, String> {
-    let entries = store.list().map_err(|error| error.to_string())?;
-    let found: Vec<_> = entries
-        .iter()
-        .take(MAX_LISTED)
-        .filter_map(|entry| crate::store::incidents::read(&entry.path).ok())
-        .collect();
-    report::json::list(&found).map_err(|error| error.to_string())
-}
-
 async fn incident(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Result<Response, Response> {
-    let text = shared
-        .read(move |store| {
-            let entry = store.find(&id).map_err(|error| error.to_string())?;
-            let found = crate::store::incidents::read(&entry.path).map_err(|error| error.to_string())?;
-            report::json::incident(&found).map_err(|error| error.to_string())
-        })
-        .await?;
+    let text = shared.read(move |library| library.incident(&id)).await?;
+    let text = text.ok_or_else(|| (StatusCode::NOT_FOUND, "no such incident\n").into_response())?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.
 async fn page(State(shared): State<Shared>) -> Result<Html<String>, Response> {
-    let rows = shared
-        .read(|store| {
-            let entries = store.list().map_err(|error| error.to_string())?;
-            let row = |entry: &crate::store::incidents::Entry| {
-                let found = crate::store::incidents::read(&entry.path).ok()?;
-                let who = found.oom.as_ref().and_then(|oom| oom.victims.first()).map_or("", |victim| &victim.comm);
-                let at = found.cgroup.path.as_deref().unwrap_or("unknown");
-                Some(format!(
-                    "<tr><td><a href=\"/api/incidents/{id}\">{id}</a><td>{}<td>{}<td>{}<td>{}",
-                    escape(&found.at.wall),
-                    escape(who),
-                    escape(at),
-                    escape(&found.verdict.summary),
-                    id = escape(&found.id),
-                ))
-            };
-            Ok(entries.iter().take(100).filter_map(row).collect::<String>())
-        })
-        .await?;
+    let rows: String = shared.read(|library| library.newest(MAX_ROWS)).await?.iter().map(row).collect();
     Ok(Html(format!(
         "<!doctype html><meta charset=utf-8><title>memtrace</title>\
          <style>body{{font:14px system-ui;margin:2em}}td,th{{padding:.2em 1em .2em 0;text-align:left}}</style>\
@@ -202,20 +189,31 @@ async fn page(State(shared): State<Shared>) -> Result<Html<String>, Response> {
     )))
 }
 
+fn row(incident: &Incident) -> String {
+    let who = incident.oom.as_ref().and_then(|oom| oom.victims.first()).map_or("", |victim| &victim.comm);
+    format!(
+        "<tr><td><a href=\"/api/incidents/{id}\">{id}</a><td>{}<td>{}<td>{}<td>{}",
+        escape(&incident.at.wall),
+        escape(who),
+        escape(incident.cgroup.path.as_deref().unwrap_or("unknown")),
+        escape(&incident.verdict.summary),
+        id = escape(&incident.id),
+    )
+}
+
 /// Names come from untrusted processes.
 fn escape(text: &str) -> String {
-    text.chars()
-        .fold(String::with_capacity(text.len()), |mut out, c| {
-            match c {
-                '<' => out.push_str("&lt;"),
-                '>' => out.push_str("&gt;"),
-                '&' => out.push_str("&amp;"),
-                '"' => out.push_str("&quot;"),
-                '\'' => out.push_str("&#39;"),
-                c => out.push(c),
-            }
-            out
-        })
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        match c {
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '&' => out.push_str("&amp;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            c => out.push(c),
+        }
+        out
+    })
 }
 
 #[cfg(test)]
