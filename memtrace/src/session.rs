@@ -219,9 +219,11 @@ impl Session {
 
     /// Drains everything there is, lets time pass, gives back what is to be done about it.
     pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
+        // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
+        let now = clock::boot_ns();
         while self.drain() {}
         if tick {
-            self.tick();
+            self.tick(now);
         }
         self.answer_engine();
         self.flush_journal();
@@ -244,9 +246,8 @@ impl Session {
         more
     }
 
-    fn tick(&mut self) {
+    fn tick(&mut self, now: u64) {
         self.ticks = self.ticks.wrapping_add(1);
-        let now = clock::boot_ns();
         let lines = match self.kernel_log.as_mut().map(|reader| reader.read_available(now)) {
             Some(Ok(lines)) => lines,
             Some(Err(error)) => {

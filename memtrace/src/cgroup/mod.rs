@@ -1,6 +1,5 @@
-//! Memory cgroups: version, files, id and path, identity read off a path.
+//! Memory cgroups: version, files, id and path.
 
 pub mod files;
 pub mod hierarchy;
-pub mod identity;
 pub mod transient;

@@ -96,7 +96,7 @@ impl fmt::Display for Span {
         let nanoseconds = self.nanoseconds();
         let units =
             [(86_400_000_000_000, "d"), (3_600_000_000_000, "h"), (1_000_000_000, "s"), (1_000_000, "ms"), (1, "ns")];
-        match units.iter().find(|(unit, _)| nanoseconds > 0 && nanoseconds % unit == 0) {
+        match units.iter().find(|(unit, _)| nanoseconds > 0 && nanoseconds.is_multiple_of(*unit)) {
             Some((unit, name)) => write!(f, "{}{name}", nanoseconds / unit),
             None => write!(f, "0s"),
         }

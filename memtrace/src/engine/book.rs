@@ -67,8 +67,6 @@ impl Book {
         self.processes.ticks_per_second = settings.ticks_per_second;
     }
 
-    // --- records -----------------------------------------------------------------------------------------------
-
     /// Resident memory moved.
     pub(super) fn rss(&mut self, r: &wire::RssChange) -> Option<Key> {
         let ns = r.header.boot_ns;
@@ -109,6 +107,18 @@ impl Book {
         key
     }
 
+    /// A victim was marked: an exact reading of what it held then, not only to the quantum.
+    pub(super) fn victim(&mut self, r: &wire::OomVictim) {
+        let Some(key) = self.processes.find(r.victim.tgid, r.victim.start_boot_ns) else { return };
+        let Some(row) = self.processes.get_mut(key) else { return };
+        let Some(serial) = row.mm.filter(|_| row.exited.is_none()) else { return };
+        let Some(before) = self.spaces.get(&serial) else { return };
+        let (cgroup, sums) = (before.cgroup, Sums::from_wire(&r.rss, before.sums));
+        row.raise_peak(sums.resident());
+        row.history.push(r.header.boot_ns, sums.resident());
+        self.set_space(serial, cgroup, sums);
+    }
+
     /// A process was created.
     pub(super) fn fork(&mut self, r: &wire::Fork) -> Key {
         let ns = r.header.boot_ns;
@@ -138,6 +148,10 @@ impl Book {
         if let Some(id) = known(r.mm_id).filter(|_| alive) {
             let space = self.space_of(id, key, cgroup_id(r.cgroup_id));
             self.attach_space(key, space);
+            // What the image before held says nothing about this one.
+            if let Some(row) = self.processes.get_mut(key) {
+                row.peak = None;
+            }
         } else if let Some(old) = self.processes.get_mut(key).and_then(|row| row.mm.take()) {
             self.release(old);
         }
@@ -254,8 +268,6 @@ impl Book {
         }
     }
 
-    // --- facts -------------------------------------------------------------------------------------------------
-
     /// A cgroup found. Without usage the fact tells who it is; with usage it is a reading too.
     pub(super) fn cgroup_found(&mut self, found: &CgroupFound) {
         let Some(id) = cgroup_id(found.id) else { return };
@@ -327,8 +339,6 @@ impl Book {
         }
     }
 
-    // --- answers -----------------------------------------------------------------------------------------------
-
     /// Resident memory of a process now.
     pub(super) fn sums_of(&self, row: &ProcessRow) -> Option<Sums> {
         self.space_sums(row.mm?)
@@ -351,8 +361,6 @@ impl Book {
     pub(super) fn memory_estimate(&self) -> usize {
         self.processes.memory_estimate() + self.cgroups.memory_estimate() + self.spaces.len() * 180
     }
-
-    // --- the inside --------------------------------------------------------------------------------------------
 
     /// The row of a live process, made when there is none. An older process of the same id must be gone.
     fn touch(&mut self, task: &wire::Task, cgroup: u64, ns: u64) -> Key {
@@ -525,7 +533,7 @@ mod tests {
         assert_eq!((tree(&b, 6), b.spaces()), (0, 1));
         b.rss(&sample::rss(3_000, 10, 6, 78, 3 * MIB));
         let row = b.processes.get((10, sample::start(10))).unwrap();
-        assert_eq!((tree(&b, 6), row.peak), (3 * MIB, Some(50 * MIB)));
+        assert_eq!((tree(&b, 6), row.peak), (3 * MIB, Some(3 * MIB)));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use super::census::resident;
 use super::clock::{Clock, Identity};
 use super::decode::{Limit, Reading};
 use super::detect::Spike;
+use super::identity::identify;
 use super::incident::{
     Cgroup, Composition, Host, Incident, Kind, LossNote, Oom, SCHEMA, Scope, TaskRow, Timeline, Victim,
 };
@@ -228,9 +229,11 @@ pub(super) fn spike_incident(spike: &Spike, scene: &Scene<'_>) -> Incident {
 pub(super) fn cgroup(id: Option<u64>, reading: &Reading, scene: &Scene<'_>) -> Cgroup {
     let last = id.and_then(|id| scene.book.cgroups.get(id)).map(|row| row.last).unwrap_or_default();
     let r = reading.or(&Reading { usage: None, swap_usage: None, ..last });
+    let path = scene.book.cgroups.path(id);
+    let (container, kubernetes) = path.as_deref().map(identify).unwrap_or_default();
     Cgroup {
         id: id.unwrap_or(0),
-        path: scene.book.cgroups.path(id),
+        path,
         version: scene.settings.cgroup_version,
         limit_bytes: r.limit.bytes(),
         usage_bytes: r.usage,
@@ -239,8 +242,8 @@ pub(super) fn cgroup(id: Option<u64>, reading: &Reading, scene: &Scene<'_>) -> C
         swap_usage_bytes: r.swap_usage,
         swap_limit_bytes: r.swap_limit.bytes(),
         failcnt: r.failcnt,
-        container: None,
-        kubernetes: None,
+        container,
+        kubernetes,
     }
 }
 

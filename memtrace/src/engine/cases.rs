@@ -235,6 +235,7 @@ impl Engine {
             oldest.early = true;
             self.close(oldest, effects);
         }
+        self.book.victim(m);
         self.deliver_points();
         let at_ns = victim.victim.at_boot_ns;
         let from_ns = at_ns.saturating_sub(self.settings.before_ns);
@@ -255,7 +256,8 @@ impl Engine {
         };
         let (mut tasks, tasks_left_out) = book.tasks(tree);
         builder::mark_victim(&mut tasks, &victim);
-        let growth = book.growth(at_ns, |row| row.exited.is_none() && book.in_scope(row, tree));
+        // Up to the mark, which has the victim's exact reading, a moment after its SIGKILL.
+        let growth = book.growth(at_ns.max(m.header.boot_ns), |row| row.exited.is_none() && book.in_scope(row, tree));
         let rows = |id: u64| {
             let row = book.cgroups.get(id);
             row.into_iter().flat_map(move |row| row.timeline.rows(from_ns..=at_ns))

@@ -292,9 +292,10 @@ pub struct RecordedProcess {
     pub start_boot_ns: u64,
     /// Last name it had.
     pub comm: String,
-    /// Highest sum of anon, file and shmem it had in one program image (a fork starts with its parent's).
+    /// Highest sum of anon, file and shmem of the program it ran last (a fork without exec starts with its parent's).
     pub peak_bytes: Option<u64>,
-    /// The kernel's own peak (`signal->maxrss`, what `time -v` prints); null until it exits.
+    /// The kernel's own peak (`signal->maxrss`, what `time -v` prints); null until it exits, and when that figure is of
+    /// a program that ran in this process before an exec.
     pub max_rss_bytes: Option<u64>,
     /// Exit status: wait(2) encoding; null until it exits.
     pub exit_code: Option<u32>,

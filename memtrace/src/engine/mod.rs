@@ -19,6 +19,7 @@ mod census;
 mod cgroups;
 mod clock;
 mod detect;
+mod identity;
 mod kernlog;
 mod kills;
 mod losses;

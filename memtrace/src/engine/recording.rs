@@ -66,6 +66,13 @@ pub(super) struct State {
     loss_base: BTreeMap<String, u64>,
 }
 
+/// Whether the kernel's peak is of the program that ran last. It survives exec and, after vfork, begins with the
+/// parent's; more than the hook ever saw of this image, beyond what its quantum and late pages explain, is not its own.
+fn is_its_own(kernel: u64, peak: Option<u64>) -> bool {
+    const SLACK_BYTES: u64 = 1 << 20;
+    peak.is_none_or(|peak| kernel <= peak.saturating_add(SLACK_BYTES))
+}
+
 impl State {
     pub(super) fn begin(subject: Subject, book: &Book, loss_base: BTreeMap<String, u64>) -> Self {
         let mut state = Self {
@@ -127,7 +134,7 @@ impl State {
             start_boot_ns: row.start_boot_ns,
             comm: row.comm.clone(),
             peak_bytes: row.peak,
-            max_rss_bytes: row.max_rss,
+            max_rss_bytes: row.max_rss.filter(|kernel| is_its_own(*kernel, row.peak)),
             exit_code: row.exited.and_then(|(_, code)| code),
         };
         self.members.insert(row.serial, Member { key: row.key(), live: row.exited.is_none(), process });

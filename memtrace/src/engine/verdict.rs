@@ -87,7 +87,12 @@ impl Case<'_> {
 }
 
 fn subject(case: &Case<'_>) -> String {
-    let name = case.path.map_or_else(|| "The cgroup".to_owned(), |p| format!("Cgroup {p}"));
+    // The file names the cgroup beside this sentence; an ancestor is worth naming here.
+    let name = match (case.about, case.path) {
+        (About::Oom { scope: Scope::Ancestor, .. }, Some(path)) => format!("The ancestor cgroup {path}"),
+        (About::Oom { scope: Scope::Ancestor, .. }, None) => "An ancestor cgroup".to_owned(),
+        _ => "The cgroup".to_owned(),
+    };
     let limit = case.limit.map_or_else(String::new, |l| format!(" at its limit of {}", bytes(l)));
     match case.about {
         About::Oom { scope: Scope::Cgroup | Scope::Ancestor, .. } => format!("{name} ran out of memory{limit}"),
@@ -396,7 +401,11 @@ mod tests {
                 growth: &[],
                 composition,
             });
-            assert_eq!(verdict.summary, format!("Cgroup /a ran out of memory at its limit of 256 MiB{rest}"), "{name}");
+            assert_eq!(
+                verdict.summary,
+                format!("The cgroup ran out of memory at its limit of 256 MiB{rest}"),
+                "{name}"
+            );
             assert!(!verdict.evidence.is_empty(), "{name}");
         }
     }
@@ -409,10 +418,10 @@ mod tests {
             (About::Oom { scope: Scope::Unknown, killed: true }, "Memory ran out, where was not found."),
             (
                 About::Oom { scope: Scope::Ancestor, killed: false },
-                "Cgroup /a ran out of memory at its limit of 8 MiB; the kernel killed nobody: the victim was chosen \
+                "The ancestor cgroup /a ran out of memory at its limit of 8 MiB; the kernel killed nobody: the victim was chosen \
                  while it was already exiting.",
             ),
-            (About::Spike, "Cgroup /a rose to 7.5 MiB of its limit of 8 MiB and fell again without a kill."),
+            (About::Spike, "The cgroup rose to 7.5 MiB of its limit of 8 MiB and fell again without a kill."),
             (About::Recording, "Memory peaked at 7.5 MiB."),
         ];
         for (about, expected) in all {

@@ -3,7 +3,9 @@
 use super::table::{Align, Table};
 use super::text::{name, signal_name};
 use super::{Line, Paint, Style, curve, plain, plot, units};
-use crate::engine::incident::{Growth, Incident, KernelLogKill, Kind, MappingNote, Oom, Recording, Scope, TaskRow};
+use crate::engine::incident::{
+    Growth, Incident, KernelLogKill, Kind, LossNote, MappingNote, Oom, Recording, Scope, TaskRow,
+};
 
 /// Rows of the process tables.
 const PROCESSES: usize = 8;
@@ -347,21 +349,22 @@ pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
 /// What is missing from the file; "nothing" is said, too.
 pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
     page.blank();
-    let mut lost: Vec<String> = (incident.losses.iter().take(LOSSES))
-        .map(|loss| {
-            let what = plain::elide(&loss.what, 80, page.style.unicode);
-            match loss.count {
-                Some(count) => format!("{what}: {count}"),
-                None => format!("{what}: not countable"),
-            }
-        })
+    let (counted, off): (Vec<&LossNote>, Vec<&LossNote>) =
+        incident.losses.iter().partition(|loss| loss.count.is_some());
+    let name = |text: &str| plain::elide(text, 60, page.style.unicode);
+    let mut lost: Vec<String> = (counted.iter().take(LOSSES))
+        .map(|loss| format!("{}: {}", name(&loss.what), loss.count.unwrap_or_default()))
         .collect();
-    if let Some(more) = incident.losses.len().checked_sub(LOSSES).filter(|more| *more > 0) {
+    if let Some(more) = counted.len().checked_sub(LOSSES).filter(|more| *more > 0) {
         lost.push(format!("and {more} more"));
     }
+    // What cannot be counted is a hook or a source that is off: its name before the colon, the sentence in the file.
+    let off: Vec<String> =
+        off.iter().take(LOSSES).map(|loss| name(loss.what.split(": ").next().unwrap_or(""))).collect();
+    let off = if off.is_empty() { String::new() } else { format!("; off: {} (see memtrace doctor)", off.join(", ")) };
     let paint = if lost.is_empty() { Paint::Faint } else { Paint::Alarm };
     let lost = if lost.is_empty() { "nothing".to_owned() } else { lost.join("; ") };
-    page.wrapped(paint, &format!("lost: {lost}"), 0);
+    page.wrapped(paint, &format!("lost: {lost}{off}"), 0);
     let id = plain::elide(&incident.id, 40, page.style.unicode);
     page.wrapped(Paint::Faint, &format!("incident {id}; everything in it: memtrace report --format json"), 0);
 }

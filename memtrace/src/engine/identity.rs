@@ -1,12 +1,12 @@
 //! Container and pod as a cgroup path names them. Pure: a path in, what it says out.
 
-use crate::engine::incident::{Container, Kubernetes};
+use super::incident::{Container, Kubernetes};
 
 /// Container and pod of a cgroup path, as far as the path tells.
 ///
 /// The last container id counts: a container may hold cgroups of its own, and a node may itself be
 /// a container (kind, k3d).
-pub fn identify(path: &str) -> (Option<Container>, Option<Kubernetes>) {
+pub(super) fn identify(path: &str) -> (Option<Container>, Option<Kubernetes>) {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     let container = (0..parts.len()).rev().find_map(|at| {
         let parent = at.checked_sub(1).and_then(|above| parts.get(above)).copied();
