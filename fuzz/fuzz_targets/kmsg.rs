@@ -1,12 +1,11 @@
-//! Any bytes as a record of /dev/kmsg, and as a cgroup path.
+//! Any bytes as a record of /dev/kmsg.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::{cgroup::identity, kernel::log};
+use memtrace::kernel::log;
 
 fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
     let _ = log::parse_kmsg(&text);
     let _ = log::parse_kmsg(&format!("6,1,2,-;{text}"));
-    let _ = identity::identify(&text);
 });

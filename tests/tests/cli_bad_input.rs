@@ -13,8 +13,8 @@ use memtrace_tests::programs;
 use memtrace_tests::sample;
 
 const NOBODY: u32 = 65_534;
-const VERBS: [&str; 10] =
-    ["agent", "record", "top", "incidents", "report", "advise", "explain", "doctor", "replay", "schema"];
+const VERBS: [&str; 8] = ["agent", "record", "incidents", "report", "replay", "doctor", "schema", "completions"];
+const FORMATS: [&str; 2] = ["text", "json"];
 
 /// Runs memtrace and checks what holds for every bad input: it ends by itself and does not panic.
 fn run(mut command: Command) -> anyhow::Result<Output> {
@@ -81,6 +81,7 @@ fn unknown_flags_and_verbs_are_usage_errors() -> anyhow::Result<()> {
     for verb in VERBS {
         refuses(memtrace(&[verb, "--no-such-flag"])?, 2, &["--no-such-flag"])?;
     }
+    refuses(memtrace(&["report", "latest", "--format", "no-such-format"])?, 2, &["no-such-format", "json"])?;
     refuses(memtrace(&["no-such-verb"])?, 2, &["no-such-verb"])?;
     refuses(memtrace(&[])?, 2, &[])
 }
@@ -123,11 +124,11 @@ fn an_incident_that_does_not_exist_fails_with_a_hint() -> anyhow::Result<()> {
 }
 
 #[test]
-fn a_sound_file_is_reported_in_every_text_format() -> anyhow::Result<()> {
+fn a_sound_file_is_reported_in_every_format() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("sound.memtrace");
     std::fs::write(&file, packed(sample::incident().to_string().as_bytes())?)?;
-    for format in ["text", "json", "html"] {
+    for format in FORMATS {
         let output = run(report(&file, format)?)?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{format}: {}:\n{said}", output.status);
@@ -194,7 +195,7 @@ fn hostile_content_fails() -> anyhow::Result<()> {
     ];
     for (name, content) in contents {
         std::fs::write(&file, packed(&content)?)?;
-        for format in ["text", "json", "html"] {
+        for format in FORMATS {
             refuses(report(&file, format)?, 1, &["hostile.memtrace"]).with_context(|| format!("{name} as {format}"))?;
         }
         // And without the compression it should have.
@@ -213,7 +214,7 @@ fn columns_of_unequal_length_do_not_panic() -> anyhow::Result<()> {
     uneven["timeline"]["columns"]["boot_ns"] = serde_json::json!([u64::MAX, 0]);
     uneven["at"]["boot_ns"] = u64::MAX.into();
     std::fs::write(&file, packed(uneven.to_string().as_bytes())?)?;
-    for format in ["text", "json", "html", "folded", "pprof", "firefox"] {
+    for format in FORMATS {
         let output = run(report(&file, format)?)?;
         ensure!(matches!(output.status.code(), Some(0 | 1)), "{format}: {}", output.status);
     }
@@ -221,23 +222,21 @@ fn columns_of_unequal_length_do_not_panic() -> anyhow::Result<()> {
 }
 
 #[test]
-fn names_in_a_file_cannot_script_the_page_or_the_terminal() -> anyhow::Result<()> {
+fn names_in_a_file_cannot_script_the_terminal() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("names.memtrace");
     let mut named = sample::incident();
-    named["oom"]["victims"][0]["comm"] = "<script>1</script>".into();
-    named["cgroup"]["path"] = "/a\u{1b}[2J\"><script>2</script>".into();
-    named["verdict"]["summary"] = "</script><script>3</script>".into();
+    named["oom"]["victims"][0]["comm"] = "a\u{7}\u{9b}2J".into();
+    named["cgroup"]["path"] = "/a\u{1b}[2J\r\u{202e}".into();
+    named["verdict"]["summary"] = "\u{1b}]0;title\u{7}".into();
     std::fs::write(&file, packed(named.to_string().as_bytes())?)?;
-    let page = run(report(&file, "html")?)?;
-    let text = String::from_utf8_lossy(&page.stdout);
-    ensure!(page.status.success() && !text.is_empty(), "html: {}", page.status);
-    for digit in 1..=3 {
-        ensure!(!text.contains(&format!("<script>{digit}</script>")), "script {digit} is in the page");
+    for format in FORMATS {
+        let output = run(report(&file, format)?)?;
+        ensure!(output.status.success() && !output.stdout.is_empty(), "{format}: {}", output.status);
+        let text = String::from_utf8(output.stdout)?;
+        let obeyed = text.chars().find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}');
+        ensure!(obeyed.is_none(), "{format}: {obeyed:?} of the file reached the terminal");
     }
-    let terminal = run(report(&file, "text")?)?;
-    ensure!(terminal.status.success() && !terminal.stdout.is_empty(), "text: {}", terminal.status);
-    ensure!(!terminal.stdout.contains(&0x1b), "an escape character of the file reached the terminal");
     Ok(())
 }
 
@@ -252,7 +251,7 @@ fn a_zip_bomb_fails_within_bounded_memory() -> anyhow::Result<()> {
     encoder.write_all(b"}")?;
     encoder.finish()?;
     ensure!(std::fs::metadata(&file)?.len() < 4 << 20, "the bomb is too large to be one");
-    for format in ["text", "json", "html"] {
+    for format in FORMATS {
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -v 1048576; exec \"$@\"", "sh"]).arg(programs::memtrace()?);
         command.arg("report").arg(&file).args(["--format", format]);

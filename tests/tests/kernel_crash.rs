@@ -3,7 +3,7 @@
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Mutex;
@@ -27,11 +27,14 @@ const JOURNAL_NS: u64 = 250_000_000;
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// One kill the harness caused: the cgroup it was in and when the victim was reaped.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Kill {
     cage_id: u64,
     begun_boot_ns: u64,
     reaped_boot_ns: u64,
+    /// Round of the storm, and how long before the crash the victim was reaped.
+    round: u64,
+    before_crash_ns: u64,
 }
 
 fn kill_one() -> anyhow::Result<Kill> {
@@ -43,7 +46,7 @@ fn kill_one() -> anyhow::Result<Kill> {
     ensure!(cage.oom_kills()? == 1, "nobody was killed: {}", output.status);
     let cage_id = cage.id();
     cage.remove()?;
-    Ok(Kill { cage_id, begun_boot_ns, reaped_boot_ns })
+    Ok(Kill { cage_id, begun_boot_ns, reaped_boot_ns, round: 0, before_crash_ns: 0 })
 }
 
 /// How many OOM incidents each of our cgroups has.
@@ -77,9 +80,10 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
         let mut agent = options.start().with_context(|| format!("round {round}"))?;
         let ready = boot_ns();
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let pause = Duration::from_millis(100 + (seed >> 33) % 900);
+        // An incident is finished a second after its kill: some rounds end before the first, some amid many.
+        let pause = Duration::from_millis(100 + (seed >> 33) % 2900);
         let stop = AtomicBool::new(false);
-        let (listed, crashed, storm) = std::thread::scope(|scope| -> anyhow::Result<_> {
+        let (listed, crashed, mut storm) = std::thread::scope(|scope| -> anyhow::Result<_> {
             let storm = scope.spawn(|| -> anyhow::Result<Vec<Kill>> {
                 let mut kills = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
@@ -96,7 +100,10 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
             killed?;
             Ok((ids(&listed?)?, crashed, storm))
         })?;
-        let safe = |kill: &&Kill| kill.begun_boot_ns >= ready && kill.reaped_boot_ns + JOURNAL_NS <= crashed;
+        for kill in &mut storm {
+            (kill.round, kill.before_crash_ns) = (round, crashed.saturating_sub(kill.reaped_boot_ns));
+        }
+        let safe = |kill: &&Kill| kill.begun_boot_ns >= ready && kill.before_crash_ns >= JOURNAL_NS;
         due.extend(storm.iter().filter(safe).copied());
         kills.extend(storm);
         say(format_args!(
@@ -116,7 +123,12 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     let mut agent = options.start().context("the last start")?;
     let complete = |listed: &[Value]| count(listed, &due).values().all(|n| *n == 1);
     let listed = options.incidents_when(Duration::from_secs(30), complete)?;
-    let missing = count(&listed, &due).values().filter(|n| **n == 0).count();
+    let counts = count(&listed, &due);
+    let missing: Vec<_> = due.iter().filter(|kill| counts.get(&kill.cage_id) == Some(&0)).collect();
+    for kill in &missing {
+        say(format_args!("missing: {kill:?}"));
+    }
+    let missing = missing.len();
     let doubled = count(&listed, &kills).values().filter(|n| **n > 1).count();
     say(format_args!(
         "{} kills, {} while an agent watched, {missing} missing, {doubled} doubled",
@@ -164,22 +176,34 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
         let segment = last_segment(&options.journal_dir)?;
         let mut file = std::fs::File::options().write(true).read(true).open(&segment)?;
         let length = file.metadata()?.len();
-        match damage {
+        // How many bytes are given up, where that is known without reading frames.
+        let given_up = match damage {
             "garbage" => {
-                use std::io::Seek;
-                file.seek(std::io::SeekFrom::End(0))?;
+                file.seek(SeekFrom::End(0))?;
                 file.write_all(&[0xa5; 777])?;
+                Some(777)
             }
-            _ => file.set_len(length - 3.min(length))?,
-        }
+            _ => {
+                file.set_len(length - 3.min(length))?;
+                None
+            }
+        };
         drop(file);
+        let mut replay = programs::memtrace_command()?;
+        replay.arg("replay").arg(&options.journal_dir).arg("--json");
+        let replayed = successful(replay)?;
+        let noted = String::from_utf8_lossy(&replayed.stderr).into_owned();
+        let bytes = given_up.map_or_else(String::new, |bytes: u64| format!("{bytes} B given up"));
+        ensure!(noted.contains("1 segment is torn") && noted.contains(&bytes), "{damage}: the replay said:\n{noted}");
+        let incidents: Vec<Value> = serde_json::from_slice(&replayed.stdout)?;
+        ensure!(both(&incidents), "{damage}: replayed {:?}", count(&incidents, &kills));
+
         let mut agent = options.start().with_context(|| format!("{damage}: start on a torn journal"))?;
-        let said = agent.stderr().to_lowercase();
-        let words = ["torn", "truncated", "damaged", "corrupt", "cut"];
-        let told = said
-            .lines()
-            .any(|line| words.iter().any(|word| line.contains(word)) && line.contains(|c: char| c.is_ascii_digit()));
+        let said = agent.stderr();
+        let bytes = given_up.map_or_else(String::new, |bytes| format!("a torn tail of {bytes} bytes"));
+        let told = said.lines().any(|line| line.contains("dropped a torn tail of ") && line.contains(&bytes));
         ensure!(told, "{damage}: no word and count about the torn journal; it said:\n{said}");
+        say(format_args!("{damage}: {}", noted.trim_end()));
         let listed = options.incidents()?;
         ensure!(both(&listed), "{damage}: incidents lost or doubled: {:?}", count(&listed, &kills));
         agent.stop()?;
@@ -200,32 +224,38 @@ fn a_replay_of_the_journal_gives_the_same_incidents() -> anyhow::Result<()> {
     ensure!(all(&listed), "the kills were not listed; it said:\n{}", agent.stderr());
     agent.stop()?;
     let saved = ids(&options.incidents()?)?;
+    let again = dir.path().join("again");
     let mut replay = programs::memtrace_command()?;
-    replay.arg("replay").arg(&options.journal_dir).arg("--json");
-    let output = successful(replay)?;
-    let replayed: BTreeMap<String, Value> = incidents_in(&output.stdout)?
-        .into_iter()
-        .map(|incident| Ok((json::text(&incident, "/id")?.to_owned(), incident)))
-        .collect::<anyhow::Result<_>>()?;
+    replay.arg("replay").arg(&options.journal_dir).arg("--json").arg("-o").arg(&again);
+    let printed = String::from_utf8(successful(replay)?.stdout)?;
+    let mut replayed = printed_incidents(&printed)?;
+    let (mut json_bytes, mut file_bytes) = (0, 0);
     for id in &saved {
-        let again = replayed.get(id).with_context(|| format!("the replay has no {id}"))?;
-        // Both through the same printer with sorted keys: equal bytes are equal content, key for key.
-        let (saved, again) = (options.report(id)?.to_string(), again.to_string());
+        let again = replayed.remove(id).with_context(|| format!("the replay has no {id}"))?;
+        let saved = String::from_utf8(options.report_bytes(id)?)?;
         ensure!(saved == again, "{id} differs at {}", difference(&saved, &again));
+        json_bytes += saved.len();
+        // And the files, compression and all.
+        let name = format!("{id}.memtrace");
+        let saved = std::fs::read(options.state_dir.join(&name))?;
+        ensure!(saved == std::fs::read(dir.path().join("again").join(&name))?, "{name} is another file");
+        file_bytes += saved.len();
     }
-    let more: Vec<_> = replayed.keys().filter(|id| !saved.contains(*id)).collect();
-    ensure!(more.is_empty(), "the replay has more incidents: {more:?}");
+    ensure!(replayed.is_empty(), "the replay has more incidents: {:?}", replayed.keys());
+    say(format_args!("{} incidents replayed: {json_bytes} B of JSON and {file_bytes} B of files equal", saved.len()));
     Ok(())
 }
 
-/// An array of incidents, or one a line.
-fn incidents_in(stdout: &[u8]) -> anyhow::Result<Vec<Value>> {
-    let values = serde_json::Deserializer::from_slice(stdout).into_iter::<Value>();
-    let mut incidents = Vec::new();
-    for value in values {
-        match value.context("memtrace replay --json did not print JSON")? {
-            Value::Array(list) => incidents.extend(list),
-            other => incidents.push(other),
+/// The incidents in a printed array by id, each as it is printed alone: the array only indents it.
+fn printed_incidents(array: &str) -> anyhow::Result<BTreeMap<String, String>> {
+    let (mut incidents, mut one) = (BTreeMap::new(), String::new());
+    for line in array.lines().filter_map(|line| line.strip_prefix("  ")) {
+        let end = line.starts_with('}');
+        one.push_str(if end { "}" } else { line });
+        one.push('\n');
+        if end {
+            let incident: Value = serde_json::from_str(&one).context("memtrace replay --json did not print JSON")?;
+            incidents.insert(json::text(&incident, "/id")?.to_owned(), std::mem::take(&mut one));
         }
     }
     Ok(incidents)

@@ -2,8 +2,8 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -21,6 +21,8 @@ const QUIET: Duration = Duration::from_millis(500);
 /// A workload that said `ready` and stays as it is until its stdin closes.
 struct Quiet {
     child: Child,
+    /// Open until the workload has ended: it speaks once more then.
+    stdout: BufReader<ChildStdout>,
     /// The processes: pid and start in clock ticks.
     processes: Vec<(u32, u64)>,
 }
@@ -30,9 +32,9 @@ impl Quiet {
         let mut command = Command::new(programs::path("workload")?);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("failed to start the workload")?;
-        let (pid, stdout) = (child.id(), child.stdout.take().context("no stdout")?);
+        let (pid, mut stdout) = (child.id(), BufReader::new(child.stdout.take().context("no stdout")?));
         let mut processes = Vec::new();
-        for line in BufReader::new(stdout).lines() {
+        for line in stdout.by_ref().lines() {
             let event: Value = serde_json::from_str(&line?)?;
             let speaker = u32::try_from(json::number(&event, "/pid")?)?;
             if event["event"] == "start" {
@@ -40,7 +42,7 @@ impl Quiet {
             }
             if event["event"] == "ready" && speaker == pid {
                 std::thread::sleep(QUIET);
-                return Ok(Self { child, processes });
+                return Ok(Self { child, stdout, processes });
             }
         }
         anyhow::bail!("{arguments:?} was never ready")
@@ -48,6 +50,7 @@ impl Quiet {
 
     fn end(mut self) -> anyhow::Result<()> {
         drop(self.child.stdin.take());
+        std::io::copy(&mut self.stdout, &mut std::io::sink())?;
         let status = process::wait_at_most(&mut self.child, Duration::from_secs(10))?;
         ensure!(status.success(), "the workload ended with {status}");
         Ok(())
