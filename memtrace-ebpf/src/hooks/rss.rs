@@ -43,12 +43,16 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     state.updates = 0;
 
     let sum = resident(state);
+    // A new peak is told in steps of half a quantum, everything else when it moved by one (less what the guard above
+    // may have let pass), so that what is recorded is never off by more than a quantum.
+    let mut threshold = state.quantum_pages - step;
     if sum > state.peak_pages {
         state.peak_pages = sum;
+        threshold = state.quantum_pages >> 1;
     }
     let swap = member_pages(state, layout!(mm_swapents));
     let moved = (sum - state.sent_pages).abs() + (swap - state.sent_swap_pages).abs();
-    if moved < state.quantum_pages - step {
+    if moved < threshold {
         return 0;
     }
     if state.flags & RSS_DYING == 0 && pointer(mm, layout!(mm_owner)) == 0 {
