@@ -198,9 +198,9 @@ records! {
         peak_bytes: u64,
         /// `mm->total_vm`.
         virtual_bytes: u64,
-        /// User faults seen since the last record of this address space; 0 also where the hook is not attached.
+        /// User faults the running thread took on this CPU since it was asked last; 0 also where the hook is not attached.
         faults: u64,
-        /// Address of the fault that crossed the quantum, or [`UNKNOWN`].
+        /// Address of the running thread's last fault, or [`UNKNOWN`].
         fault_address: u64,
         /// Why now: [`RSS_QUANTUM`] or [`RSS_FIRST`].
         reason: u32,

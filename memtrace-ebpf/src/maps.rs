@@ -62,8 +62,6 @@ pub struct MmState {
     pub peak_pages: i64,
     /// Pages that make a record.
     pub quantum_pages: i64,
-    /// User faults since the last record.
-    pub faults: u64,
     /// Bytes mapped since the last mapping record.
     pub mapped_bytes: u64,
     /// Bytes unmapped since the last mapping record.
@@ -84,6 +82,8 @@ pub struct LastFault {
     pub pid_tgid: u64,
     /// Where.
     pub address: u64,
+    /// Faults of this thread in a row.
+    pub count: u64,
 }
 
 /// The last SIGKILL sent by the kernel on a CPU.

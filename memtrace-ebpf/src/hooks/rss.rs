@@ -8,7 +8,7 @@ use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, Task, UNKNOWN};
 
-use super::fault::take_fault;
+use super::fault::take_faults;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, is_kthread, pointer, read};
 use crate::maps::{MMS, MmState, QUANTA};
@@ -27,10 +27,6 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     };
     let state = unsafe { &mut *state };
     state.updates += 1;
-    let fault = take_fault();
-    if fault.is_some() {
-        state.faults += 1;
-    }
     // Between two exact readings the counter's global part tells of big steps, the number of
     // updates bounds the small ones (one page each; a batch moves the global part).
     let approximate = kernel::rss_approximate(mm, member);
@@ -63,7 +59,7 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
         return 0;
     }
     read_all(mm, state);
-    emit_change(mm, state, RSS_QUANTUM, fault.unwrap_or(UNKNOWN), boot_ns());
+    emit_change(mm, state, RSS_QUANTUM, boot_ns());
     if control!(exit_mmap) == 0 && state.flags & RSS_DYING != 0 && resident(state) == 0 {
         forget(mm);
     }
@@ -100,7 +96,6 @@ pub fn follow(mm: u64, task: u64) {
         sent_swap_pages: 0,
         peak_pages: 0,
         quantum_pages: (control!(quantum_bytes) >> control!(page_shift)) as i64,
-        faults: 0,
         mapped_bytes: 0,
         unmapped_bytes: 0,
         brk: read(mm, layout!(mm_brk)).unwrap_or(0),
@@ -116,7 +111,7 @@ pub fn follow(mm: u64, task: u64) {
     let state = unsafe { &mut *state };
     read_all(mm, state);
     state.peak_pages = resident(state);
-    emit_change(mm, state, RSS_FIRST, UNKNOWN, boot_ns());
+    emit_change(mm, state, RSS_FIRST, boot_ns());
 }
 
 /// Reads one member exactly into the state.
@@ -159,7 +154,8 @@ fn resident(state: &MmState) -> i64 {
 
 /// Sends the state as a record and remembers what was sent.
 #[inline(always)]
-fn emit_change(mm: u64, state: &mut MmState, reason: u32, fault_address: u64, at_ns: u64) {
+fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
+    let (fault_address, faults) = take_faults();
     let owner = pointer(mm, layout!(mm_owner));
     let memcg = kernel::memcg_of(owner);
     if memcg != 0 {
@@ -184,7 +180,7 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, fault_address: u64, at
         (*record).rss.swap_bytes = bytes(member_pages(state, layout!(mm_swapents)) as u64);
         (*record).peak_bytes = bytes(state.peak_pages as u64);
         (*record).virtual_bytes = bytes(read(mm, layout!(mm_total_vm)).unwrap_or(UNKNOWN));
-        (*record).faults = state.faults;
+        (*record).faults = faults;
         (*record).fault_address = fault_address;
         (*record).reason = reason;
         (*record).flags = state.flags | if kernel::rss_is_exact() { 0 } else { RSS_APPROXIMATE };
@@ -192,7 +188,6 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, fault_address: u64, at
     // Also when the ring was full: the loss is counted, and the next quantum tells the sum anyway.
     state.sent_pages = resident(state);
     state.sent_swap_pages = member_pages(state, layout!(mm_swapents));
-    state.faults = 0;
 }
 
 /// `exit_mmap(mm)`: the address space is gone.
