@@ -1,5 +1,6 @@
 //! The daemon: a session whose effects go to disk, to the log and to whoever asks over HTTP.
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -110,11 +111,16 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         };
-        store.perform(effects);
+        store.take(effects);
+        // One at a time, and the rings in between: a save waits for the disk, kills must not wait for it.
+        while store.save_one() {
+            store.take(session.pump(false));
+        }
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    store.perform(session.stop());
+    store.take(session.stop());
+    while store.save_one() {}
     Ok(())
 }
 
@@ -178,6 +184,8 @@ struct Store {
     incidents: Incidents,
     kills: Kills,
     counters: Counters,
+    /// Closed incidents that are not written yet. The engine closes at most as many at once as it keeps open.
+    saves: VecDeque<Box<Incident>>,
     /// Held as long as the agent runs: two agents on one directory would write each incident twice.
     _lock: File,
 }
@@ -196,36 +204,43 @@ impl Store {
         if kills.torn_bytes() > 0 {
             warn!("kill ledger: dropped a torn tail of {} bytes", kills.torn_bytes());
         }
-        Ok(Self { incidents, kills, counters: Counters::default(), _lock: lock })
+        Ok(Self { incidents, kills, counters: Counters::default(), saves: VecDeque::new(), _lock: lock })
     }
 
-    fn perform(&mut self, effects: Vec<Effect>) {
-        // The ledger first: a kill is durable before anything that takes longer.
-        for effect in &effects {
-            if let Effect::Kill(kill) = effect {
-                self.counters.kills = self.counters.kills.saturating_add(1);
-                if let Err(error) = self.kills.append(kill) {
-                    self.counters.write_failures = self.counters.write_failures.saturating_add(1);
-                    error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
-                }
-            }
-        }
+    /// Does at once what must not wait, and remembers what has to be saved.
+    fn take(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Save(incident) => match self.incidents.save(&incident) {
-                    Ok(path) => {
-                        self.counters.saved(incident.kind);
-                        info!(id = %incident.id, file = %path.display(), "saved an incident");
-                    }
-                    Err(error) => {
+                // The ledger: a kill is durable before anything that takes longer.
+                Effect::Kill(kill) => {
+                    self.counters.kills = self.counters.kills.saturating_add(1);
+                    if let Err(error) = self.kills.append(&kill) {
                         self.counters.write_failures = self.counters.write_failures.saturating_add(1);
-                        error!(id = %incident.id, "failed to save an incident: {error}");
+                        error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
                     }
-                },
+                }
                 Effect::Alert(finding) => self.tell(&finding),
-                Effect::Kill(_) | Effect::LookUpCgroup { .. } | Effect::SetQuantum { .. } => {}
+                Effect::Save(incident) => self.saves.push_back(incident),
+                // The session answers these itself.
+                Effect::LookUpCgroup { .. } | Effect::SetQuantum { .. } => {}
             }
         }
+    }
+
+    /// Writes the oldest closed incident; whether there was one.
+    fn save_one(&mut self) -> bool {
+        let Some(incident) = self.saves.pop_front() else { return false };
+        match self.incidents.save(&incident) {
+            Ok(path) => {
+                self.counters.saved(incident.kind);
+                info!(id = %incident.id, file = %path.display(), "saved an incident");
+            }
+            Err(error) => {
+                self.counters.write_failures = self.counters.write_failures.saturating_add(1);
+                error!(id = %incident.id, "failed to save an incident: {error}");
+            }
+        }
+        true
     }
 
     fn tell(&mut self, finding: &Finding) {

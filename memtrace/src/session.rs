@@ -221,7 +221,10 @@ impl Session {
     pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
         // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
         let now = clock::boot_ns();
-        while self.drain() {}
+        // Batch by batch into the journal: what is there survives a kill -9.
+        while self.drain() {
+            self.flush_journal();
+        }
         if tick {
             self.tick(now);
         }

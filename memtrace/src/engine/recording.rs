@@ -70,7 +70,7 @@ pub(super) struct State {
 /// parent's; more than the hook ever saw of this image, beyond what its quantum and late pages explain, is not its own.
 fn is_its_own(kernel: u64, peak: Option<u64>) -> bool {
     const SLACK_BYTES: u64 = 1 << 20;
-    peak.is_none_or(|peak| kernel <= peak.saturating_add(SLACK_BYTES))
+    peak.is_some_and(|peak| kernel <= peak.saturating_add(SLACK_BYTES))
 }
 
 impl State {

@@ -311,7 +311,8 @@ fn memory(cgroup: &Cgroup) -> String {
         }
     };
     text.push_str(&format!(", peak {}", units::known(cgroup.peak_bytes)));
-    if let Some(hits) = cgroup.failcnt {
+    // 0 at a kill is no news: where swap is limited too (v1 memsw), that counter counts the hits.
+    if let Some(hits) = cgroup.failcnt.filter(|hits| *hits > 0) {
         text.push_str(&format!(", limit hit {}", units::count(hits, "time", "times")));
     }
     if let Some(high) = cgroup.high_bytes {
