@@ -88,6 +88,8 @@ pub fn run(args: &Args) -> Outcome {
 #[derive(Default)]
 struct Ending {
     status: Option<ExitStatus>,
+    /// When the command ended, or watching did.
+    boot_ns: u64,
     cgroup_peak_bytes: Option<u64>,
 }
 
@@ -110,7 +112,7 @@ async fn record(args: &Args) -> Outcome {
         launch(args, &mut session, &mut files).await?
     };
     session.feed(Fact::RecordingEnd {
-        boot_ns: clock::boot_ns(),
+        boot_ns: ending.boot_ns,
         exit_code: ending.status.and_then(|status| status.code()),
         signal: ending.status.and_then(|status| status.signal()),
         cgroup_peak_bytes: ending.cgroup_peak_bytes,
@@ -149,10 +151,11 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
             _ = terminate.recv() => forward_terminate(&child),
         }
     };
+    let boot_ns = clock::boot_ns();
     settle(session, files, SETTLE).await;
     let peak = cage.read(clock::boot_ns()).and_then(|found| found.peak_bytes);
     free(cage)?;
-    Ok(Ending { status: Some(status), cgroup_peak_bytes: peak })
+    Ok(Ending { status: Some(status), boot_ns, cgroup_peak_bytes: peak })
 }
 
 /// Watches a running process or cgroup until it ends, the time is up or the user interrupts.
@@ -187,9 +190,10 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
             break;
         }
     }
+    let boot_ns = clock::boot_ns();
     settle(session, files, SETTLE / 3).await;
     let peak = args.cgroup.as_ref().and_then(|path| session.hierarchy().read(path, clock::boot_ns())?.peak_bytes);
-    Ok(Ending { status: None, cgroup_peak_bytes: peak })
+    Ok(Ending { status: None, boot_ns, cgroup_peak_bytes: peak })
 }
 
 fn start_ticks(hierarchy: &Hierarchy, pid: u32) -> Option<u64> {

@@ -11,7 +11,7 @@ use super::cgroups::Cgroups;
 use super::decode::{Reading, cgroup_id, field_text, known, printable};
 use super::incident::MappingNote;
 use super::input::{CgroupFound, ProcessFound, Settings};
-use super::processes::{Key, ProcessRow, Processes, comm};
+use super::processes::{History, Key, ProcessRow, Processes, comm};
 use super::timeline::{MAX_BEFORE_NS, Point, Sums};
 
 /// Address spaces whose last user has exited and that are not yet torn down.
@@ -151,6 +151,7 @@ impl Book {
             // What the image before held says nothing about this one.
             if let Some(row) = self.processes.get_mut(key) {
                 row.peak = None;
+                row.history = History::default();
             }
         } else if let Some(old) = self.processes.get_mut(key).and_then(|row| row.mm.take()) {
             self.release(old);

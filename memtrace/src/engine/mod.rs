@@ -156,6 +156,9 @@ impl Engine {
             Record::Exec(r) => {
                 let key = self.book.exec(r);
                 self.learnt(Some(key));
+                if let Some(recording) = &mut self.recording {
+                    recording.exec(key);
+                }
             }
             Record::Exit(r) => {
                 let key = self.book.exit(r);

@@ -233,6 +233,21 @@ impl State {
     pub(super) fn keep_oom(&mut self, incident: &Incident) {
         if self.oom_ids.contains(&incident.id) {
             self.oom.clone_from(&incident.oom);
+            // At the limit every reading is about as high; the one that tells is from before the victim was gone.
+            let usage = incident.cgroup.usage_bytes.unwrap_or(0);
+            if usage.saturating_add(usage / 20) >= self.captured && self.subject.cgroup_id.is_some() {
+                self.captured = self.captured.max(usage);
+                self.growth.clone_from(&incident.growth);
+            }
+        }
+    }
+
+    /// A process became another program. While it is the only one, the recording begins anew: what held memory until
+    /// now was whoever started the command.
+    pub(super) fn exec(&mut self, key: Key) {
+        if self.members.len() == 1 && self.members.values().any(|m| m.key == key) {
+            self.captured = 0;
+            self.growth.clear();
         }
     }
 

@@ -321,7 +321,9 @@ pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
 /// What memory was made of, and what nobody accounts for.
 pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
     let parts = &incident.composition;
-    let usage = incident.cgroup.usage_bytes;
+    // The parts add up to the usage at the moment they are of, which for a recording is its highest.
+    let unattributed = parts.unattributed_bytes.and_then(|bytes| u64::try_from(bytes).ok());
+    let usage = [parts.anon_bytes, parts.shmem_bytes, unattributed].into_iter().sum::<Option<u64>>();
     let share = |size: Option<u64>| {
         let percent = size.zip(usage).and_then(|(size, usage)| units::percent(size, usage));
         format!("{}{}", units::known(size), percent.map(|percent| format!(" ({percent})")).unwrap_or_default())
