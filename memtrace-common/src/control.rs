@@ -9,7 +9,7 @@ pub struct Control {
     pub quantum_bytes: u64,
     /// Emit a [`crate::event::Mapping`] when calls add up to this much.
     pub mapping_bytes: u64,
-    /// XORed into address-space identities, so that no kernel address leaves the kernel.
+    /// XORed into address-space identities, so that records and the journal hold no kernel address in their place.
     pub mm_salt: u64,
     /// Hierarchy of the memory controller: 0 on cgroup v2.
     pub memory_hierarchy_id: u32,
@@ -39,11 +39,11 @@ pub const MAX_CPUS: u32 = 512;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Ring {
-    /// Kills, exits, execs, cgroup life: never lost, wakes the reader at once.
+    /// Kills, forks, execs, exits, cgroup life: not to be lost, wakes the reader at once.
     Ledger = 0,
-    /// Memory readings: thinned under pressure.
+    /// Memory readings, mappings, reclaim, charges: a lost one makes a curve coarser.
     Samples = 1,
-    /// Stacks: thinned first.
+    /// Stacks: large, and nothing else depends on them.
     Stacks = 2,
 }
 

@@ -31,7 +31,7 @@ enum Verb {
     Setup(setup::Args),
     /// Build the eBPF programs, then the agent with them inside
     Build(build::Args),
-    /// A real OOM kill, recorded and explained, in about a minute (root)
+    /// A real OOM kill, recorded and explained (root); a fresh checkout builds for some minutes first
     Demo(demo::Args),
     /// Every layer of tests that this machine can run, and a plain word about the others
     Test(test::Args),

@@ -23,7 +23,7 @@ Examples:
 It is ready when it logs `ready` and /readyz answers 200. Stop it with SIGTERM: it closes what is open and says what it lost.
 A flag on the command line wins over the configuration file.")]
 pub struct Args {
-    /// TOML file with any of these flags as keys (`state_dir = \"/srv/memtrace\"`)
+    /// TOML file with any of these flags as keys (`state_dir = "/srv/memtrace"`)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]

@@ -17,7 +17,8 @@ use crate::store::journal::{OpenError, Reader, Stats};
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  memtrace replay /run/memtrace/journal              what the agent's journal says, as a table
+  memtrace replay /run/memtrace                      what the agent's journal says, as a table
+  memtrace replay /run/memtrace/previous             the journal of the run before
   memtrace replay ./journal -o ./incidents           write the incident files again
   memtrace report ./incidents/ID.memtrace            and read one
   memtrace replay journal-00000000000000000042.mtj --json | jq '.[].verdict'

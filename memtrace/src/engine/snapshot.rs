@@ -1,4 +1,4 @@
-//! What is known right now, for metrics and `top`: a pure view.
+//! What is known right now, for metrics and the lists over HTTP: a pure view.
 
 use serde::Serialize;
 

@@ -11,7 +11,7 @@ pub enum Hook {
     Rss,
     /// The OOM killer marks its victim.
     Oom,
-    /// SIGKILL sent by the kernel.
+    /// SIGKILL is sent, by the kernel or by a process.
     Kill,
     /// A process starts.
     Fork,

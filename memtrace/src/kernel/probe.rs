@@ -1,4 +1,4 @@
-//! The only file that names aya: loads the programs, attaches them one by one, drains the rings, reads the counters.
+//! With `object` the only file that names aya: loads the programs, attaches them one by one, drains the rings, reads the counters.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd};
