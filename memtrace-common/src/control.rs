@@ -61,7 +61,7 @@ pub enum Loss {
     TableFull = 1,
     /// A victim that was marked by a bare pid and could not be found.
     NoOwner = 2,
-    /// A kernel read failed.
+    /// What a record is about could not be read: the cgroup of an owner, the address space of a victim.
     Unreadable = 3,
     /// Left out on purpose to bound the rate.
     RateLimited = 4,

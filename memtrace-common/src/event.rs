@@ -32,6 +32,7 @@ macro_rules! records {
             const _: () = assert!($size % 8 == 0 && align_of::<$name>() == 8);
             impl Record for $name {
                 const KIND: u16 = $kind;
+                const VITAL: bool = matches!($kind, 16 | 17 | 24);
             }
         )*
         /// Every kind with its record's size in bytes, for total decoding and tests.
@@ -43,6 +44,8 @@ macro_rules! records {
 pub trait Record {
     /// The value of [`Header::kind`] for this type.
     const KIND: u16;
+    /// A kill: the last quarter of its ring is kept free for it.
+    const VITAL: bool;
 }
 
 /// First 16 bytes of every record.
@@ -158,6 +161,10 @@ pub const SENDER_KERNEL: u32 = 1;
 /// [`Kill::sender_code`]: a siginfo was passed: a process sent it.
 pub const SENDER_PROCESS: u32 = 2;
 
+/// [`Kill::sender_code`]: the kernel, from a task that is exiting: the init of a pid namespace takes the namespace with
+/// it (kernel/pid_namespace.c zap_pid_ns_processes).
+pub const SENDER_EXITING: u32 = 3;
+
 /// [`OomVictim::scope`]: which cgroup ran out was not found.
 pub const SCOPE_UNKNOWN: u32 = 0;
 /// [`OomVictim::scope`]: a memory cgroup ran out ([`OomVictim::oom`]).
@@ -252,7 +259,7 @@ records! {
         /// Bytes being charged.
         charge_bytes: u64,
     }
-    /// LEDGER. Somebody sent SIGKILL.
+    /// LEDGER when the kernel sent SIGKILL, SAMPLES when somebody else did.
     16 Kill (KIND_KILL) 96 {
         /// Who sent it (`current`; for an OOM kill the thread whose allocation failed).
         sender: Task,
@@ -260,7 +267,7 @@ records! {
         target: Task,
         /// kernfs id of the target's memory cgroup.
         cgroup_id: u64,
-        /// [`SENDER_NOINFO`], [`SENDER_KERNEL`], [`SENDER_PROCESS`].
+        /// [`SENDER_NOINFO`], [`SENDER_KERNEL`], [`SENDER_PROCESS`], [`SENDER_EXITING`].
         sender_code: u32,
         /// The kernel's verdict on delivery (`TRACE_SIGNAL_*`): 0 delivered, 1 ignored, 2 already pending.
         result: u32,

@@ -36,6 +36,16 @@ pub fn emit<T: Record + 'static>(ring: Ring, at_ns: u64, fill: impl FnOnce(*mut 
         Ring::Samples => &SAMPLES,
         Ring::Stacks => &STACKS,
     };
+    let raw = (map as *const RingBuf).cast_mut().cast();
+    // A storm of forks and exits must not take the room of the kills it may end in.
+    if matches!(ring, Ring::Ledger) && !T::VITAL {
+        let (waiting, size) =
+            unsafe { (bpf_ringbuf_query(raw, BPF_RB_AVAIL_DATA), bpf_ringbuf_query(raw, BPF_RB_RING_SIZE)) };
+        if waiting > size / 4 * 3 {
+            lose(ring, Loss::RingFull);
+            return;
+        }
+    }
     let Some(mut entry) = map.reserve::<T>(0) else {
         lose(ring, Loss::RingFull);
         return;
@@ -54,9 +64,8 @@ pub fn emit<T: Record + 'static>(ring: Ring, at_ns: u64, fill: impl FnOnce(*mut 
     let flags = match ring {
         Ring::Ledger => BPF_RB_FORCE_WAKEUP,
         _ => {
-            let map = (map as *const RingBuf).cast_mut().cast();
             let (waiting, size) =
-                unsafe { (bpf_ringbuf_query(map, BPF_RB_AVAIL_DATA), bpf_ringbuf_query(map, BPF_RB_RING_SIZE)) };
+                unsafe { (bpf_ringbuf_query(raw, BPF_RB_AVAIL_DATA), bpf_ringbuf_query(raw, BPF_RB_RING_SIZE)) };
             if waiting > size / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }
         }
     };

@@ -1,7 +1,7 @@
 //! The only reader of kernel memory: every field through the layout, every read checked.
 //!
 //! Addresses of kernel objects are plain `u64`; 0 is "none". A value that cannot be read is
-//! [`UNKNOWN`]. Struct paths and fallbacks: docs/kernel-layout in ARCHITECTURE.md.
+//! [`UNKNOWN`]. Struct paths and fallbacks: ARCHITECTURE.md, Kernel layout.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::bpf_get_current_task;
@@ -14,6 +14,8 @@ use crate::{control, layout};
 
 /// `PF_KTHREAD` in task_struct.flags (include/linux/sched.h).
 const PF_KTHREAD: u32 = 0x0020_0000;
+/// `PF_EXITING`.
+const PF_EXITING: u32 = 0x0000_0004;
 /// Deepest cgroup nesting that is walked.
 const MAX_DEPTH: u32 = 16;
 /// Largest charge batch of any kernel, pages (MEMCG_CHARGE_BATCH: 32 to 5.10, 64 since).
@@ -50,6 +52,12 @@ pub fn bytes(pages: u64) -> u64 {
 #[inline(always)]
 pub fn current() -> u64 {
     unsafe { bpf_get_current_task() }
+}
+
+/// Whether a task is exiting.
+#[inline(always)]
+pub fn is_exiting(task: u64) -> bool {
+    read_u32(task, layout!(task_flags)) & PF_EXITING != 0
 }
 
 /// Whether a task is a kernel thread (it may borrow a user address space).
@@ -161,7 +169,8 @@ pub fn memcg_at_limit(memcg: u64) -> u64 {
         let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
         let max: u64 = read(counter, layout!(counter_max)).unwrap_or(u64::MAX);
         let room = max.saturating_sub(usage);
-        if room < least {
+        // On many CPUs that slack is more than a small cgroup has: it must at least be nearly full.
+        if room < least && room <= max >> 3 {
             least = room;
             found = counter - layout!(memcg_memory) as u64;
         }
@@ -227,13 +236,19 @@ fn sum_slots(counters: u64) -> i64 {
     sum
 }
 
+/// No member is being reported: see [`rss_pages`].
+pub const NOT_REPORTED: u32 = 4;
+
 /// Pages of one rss_stat member: exact where the kernel lets us sum its slots ([`rss_is_exact`]).
+///
+/// `reported` is the member whose rss_stat event is being handled: before 6.2 the counter then already holds the running
+/// thread's cache, which is emptied only afterwards (mm/memory.c sync_mm_rss).
 #[inline(always)]
-pub fn rss_pages(mm: u64, member: u32) -> i64 {
+pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
     let counter = rss_counter(mm, member);
     if layout!(rss_is_percpu) == 1 {
         let count: i64 = read(counter, layout!(percpu_counter_count)).unwrap_or(0);
-        if !rss_is_exact() {
+        if control!(percpu_lookup) == 0 {
             return count;
         }
         let counters = pointer(counter, layout!(percpu_counter_counters));
@@ -243,7 +258,7 @@ pub fn rss_pages(mm: u64, member: u32) -> i64 {
         // 6.1 and older: the running thread's own cache is not yet in the counter.
         let task = current();
         let cache = layout!(task_rss_cache);
-        if cache != ABSENT && pointer(task, layout!(task_mm)) == mm {
+        if cache != ABSENT && member != reported && pointer(task, layout!(task_mm)) == mm {
             count + read::<i32>(task, cache + 4 * member).unwrap_or(0) as i64
         } else {
             count
@@ -251,10 +266,10 @@ pub fn rss_pages(mm: u64, member: u32) -> i64 {
     }
 }
 
-/// Whether [`rss_pages`] is exact on this kernel.
+/// Whether [`rss_pages`] is exact on this kernel: not where other threads' caches or CPUs' slots stay unseen.
 #[inline(always)]
 pub fn rss_is_exact() -> bool {
-    layout!(rss_is_percpu) == 0 || control!(percpu_lookup) == 1
+    if layout!(rss_is_percpu) == 1 { control!(percpu_lookup) == 1 } else { layout!(task_rss_cache) == ABSENT }
 }
 
 /// A task's oom_score_adj.

@@ -66,6 +66,8 @@ pub struct MmState {
     pub mapped_bytes: u64,
     /// Bytes unmapped since the last mapping record.
     pub unmapped_bytes: u64,
+    /// When the last mapping record was sent.
+    pub mapping_ns: u64,
     /// Break at the last brk, 0 when not seen.
     pub brk: u64,
     /// Updates since the last exact reading.
@@ -121,9 +123,9 @@ pub static STACKS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 /// Address spaces by mm_struct address; userspace sets the cap.
 #[map]
 pub static MMS: HashMap<u64, MmState> = HashMap::with_max_entries(32768, 0);
-/// Quantum in bytes of cgroups that have their own, by cgroup id; set by userspace.
+/// Quantum in bytes of cgroups that have their own, by cgroup id; set by userspace. Removed cgroups age out.
 #[map]
-pub static QUANTA: HashMap<u64, u64> = HashMap::with_max_entries(4096, 0);
+pub static QUANTA: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 /// Usage in pages at the last charge record, by address of the page counter.
 #[map]
 pub static CHARGED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);

@@ -1,10 +1,12 @@
 //! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
-use memtrace_common::control::{Control, Ring};
+use memtrace_common::control::{Control, MAX_CPUS, Ring};
+use memtrace_common::layout::{ABSENT, KernelLayout};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
@@ -28,6 +30,12 @@ const TICK: Duration = Duration::from_millis(100);
 const TICKS_PER_LOSSES: u32 = 10;
 /// Ticks between two anchors of the wall clock.
 const TICKS_PER_ANCHOR: u32 = 100;
+/// Processes taken stock of between two looks at the rings.
+const DRAIN_EVERY: usize = 256;
+/// Cgroups looked up in one tick; each can mean a walk of the whole tree.
+const LOOKUPS_PER_TICK: usize = 16;
+/// Cgroups waiting to be looked up; what is more is asked for again.
+const MAX_LOOKUPS: usize = 1024;
 /// Segments the journal's size is cut into.
 const JOURNAL_SEGMENTS: u64 = 8;
 
@@ -115,6 +123,10 @@ pub struct Session {
     kernel_log: Option<log::Reader>,
     ticker: Interval,
     ticks: u32,
+    /// A tick that made way for a kill.
+    owed: bool,
+    /// Cgroups the engine asked for. Cap: [`MAX_LOOKUPS`].
+    lookups: VecDeque<u64>,
     losses: Vec<(String, u64)>,
     triggers: TriggerStacks,
     journal_failures: u64,
@@ -154,6 +166,8 @@ impl Session {
             kernel_log,
             ticker,
             ticks: 0,
+            owed: false,
+            lookups: VecDeque::new(),
             losses: Vec::new(),
             triggers: TriggerStacks::default(),
             journal_failures: 0,
@@ -185,17 +199,22 @@ impl Session {
         for cgroup in walk.found {
             self.feed(Fact::Cgroup(cgroup));
         }
-        let hierarchy = &self.hierarchy;
-        match stock::take(|pid| hierarchy.id_of_process(pid), clock::boot_ns) {
-            Ok(stock) => {
-                if stock.left_out > 0 {
-                    warn!(left_out = stock.left_out, "more processes than are followed");
-                }
-                for process in stock.found {
-                    self.feed(Fact::Process(process));
-                }
+        let (pids, left_out) = stock::pids().unwrap_or_else(|error| {
+            warn!("{error:#}; processes are followed from their next change on");
+            Default::default()
+        });
+        if left_out > 0 {
+            warn!(left_out, "more processes than are followed");
+        }
+        for (number, pid) in pids.into_iter().enumerate() {
+            // The hooks are on: a long list must not let the rings run full.
+            if number % DRAIN_EVERY == 0 {
+                while self.drain() {}
             }
-            Err(error) => warn!("{error:#}; processes are followed from their next change on"),
+            let Some(cgroup_id) = self.hierarchy.id_of_process(pid) else { continue };
+            if let Some(found) = stock::one(pid, cgroup_id, clock::boot_ns()) {
+                self.feed(Fact::Process(found));
+            }
         }
         self.flush_journal();
     }
@@ -209,6 +228,9 @@ impl Session {
 
     /// Waits for something to happen and gives back what is to be done about it.
     pub async fn step(&mut self) -> Vec<Effect> {
+        if self.owed {
+            return self.pump(true);
+        }
         let mut tick = false;
         tokio::select! {
             () = self.probe.ready() => {}
@@ -218,6 +240,8 @@ impl Session {
     }
 
     /// Drains everything there is, lets time pass, gives back what is to be done about it.
+    ///
+    /// A kill is given back before anything that takes longer: a tick it came with is made up for at the next turn.
     pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
         // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
         let now = clock::boot_ns();
@@ -225,7 +249,11 @@ impl Session {
         while self.drain() {
             self.flush_journal();
         }
-        if tick {
+        let killed = self.effects.iter().any(|effect| matches!(effect, Effect::Kill(_)));
+        if tick && killed && !self.owed {
+            self.owed = true;
+        } else if tick {
+            self.owed = false;
             self.tick(now);
         }
         self.answer_engine();
@@ -272,6 +300,12 @@ impl Session {
         for fact in self.triggers.take() {
             self.feed(fact);
         }
+        for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_PER_TICK)).collect::<Vec<u64>>() {
+            let found = self.hierarchy.path_of(id, None).and_then(|path| self.hierarchy.read(&path, clock::boot_ns()));
+            if let Some(found) = found.filter(|found| found.id == id) {
+                self.feed(Fact::Cgroup(found));
+            }
+        }
         self.feed(Fact::Tick { boot_ns: now });
     }
 
@@ -288,32 +322,25 @@ impl Session {
         }
     }
 
-    /// Does what the engine asks of its shell itself: look-ups and quanta.
+    /// Does what the engine asks of its shell itself: quanta at once, look-ups with the next tick.
     fn answer_engine(&mut self) {
-        let mut left = Vec::new();
-        for effect in std::mem::take(&mut self.effects) {
-            match effect {
-                Effect::LookUpCgroup { id } => {
-                    let found = self
-                        .hierarchy
-                        .path_of(id, None)
-                        .and_then(|path| self.hierarchy.read(&path, clock::boot_ns()))
-                        .filter(|found| found.id == id);
-                    if let Some(found) = found {
-                        self.feed(Fact::Cgroup(found));
-                    }
+        let probe = &mut self.probe;
+        let lookups = &mut self.lookups;
+        self.effects.retain(|effect| match effect {
+            Effect::LookUpCgroup { id } => {
+                if lookups.len() < MAX_LOOKUPS && !lookups.contains(id) {
+                    lookups.push_back(*id);
                 }
-                Effect::SetQuantum { cgroup_id, quantum_bytes } => {
-                    if let Err(error) = self.probe.set_quantum(cgroup_id, quantum_bytes) {
-                        debug!("quantum of cgroup {cgroup_id}: {error}");
-                    }
-                }
-                effect => left.push(effect),
+                false
             }
-        }
-        // A look-up may have made the engine say more; what it says is for the caller, or for the next turn.
-        left.append(&mut self.effects);
-        self.effects = left;
+            Effect::SetQuantum { cgroup_id, quantum_bytes } => {
+                if let Err(error) = probe.set_quantum(*cgroup_id, *quantum_bytes) {
+                    debug!("quantum of cgroup {cgroup_id}: {error}");
+                }
+                false
+            }
+            _ => true,
+        });
     }
 
     fn flush_journal(&mut self) {
@@ -374,6 +401,12 @@ impl Session {
     }
 }
 
+/// Whether RSS counters have per-CPU slots on this kernel, all of which can be found.
+fn sums_slots(layout: &KernelLayout) -> bool {
+    let found = [layout.bpf_array_pptrs, layout.percpu_counter_counters, layout.percpu_counter_size];
+    layout.rss_is_percpu == 1 && found.iter().all(|field| *field != ABSENT) && machine::possible_cpus() <= MAX_CPUS
+}
+
 /// Journals an input before the engine sees it; a failure is counted, never fatal.
 fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
     let Some(journal) = journal else { return };
@@ -420,9 +453,9 @@ pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
             mapping_bytes: options.quantum_bytes.saturating_mul(4),
             mm_salt: machine::salt(),
             memory_hierarchy_id: hierarchy.hierarchy_id,
-            cpus: machine::possible_cpus(),
+            cpus: machine::possible_cpus().min(MAX_CPUS),
             page_shift: rustix::param::page_size().trailing_zeros(),
-            percpu_lookup: u32::from(facts.percpu_lookup),
+            percpu_lookup: u32::from(facts.percpu_lookup && sums_slots(&layout)),
             exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
             reserved: 0,
             reclaim_interval_ns: 5_000_000,

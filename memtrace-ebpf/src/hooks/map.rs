@@ -14,6 +14,8 @@ use crate::kernel::{self, current, pointer, read};
 use crate::maps::{MMS, MmState};
 use crate::{control, layout};
 
+/// Least time between two records of one address space.
+const MAPPING_INTERVAL_NS: u64 = 1_000_000;
 /// Madvise advices that give memory back (include/uapi/asm-generic/mman-common.h).
 const MADV_DONTNEED: u64 = 4;
 const MADV_FREE: u64 = 8;
@@ -145,7 +147,13 @@ fn note(regs: u64, x86: bool, call: u32, ret: u64, state: &mut MmState) {
     {
         return;
     }
-    emit::<Mapping>(Ring::Samples, boot_ns(), |record| unsafe {
+    // A loop of large mappings adds up instead of flooding the ring; a huge one is told at once.
+    let now = boot_ns();
+    if now.saturating_sub(state.mapping_ns) < MAPPING_INTERVAL_NS && size < control!(mapping_bytes) << 6 {
+        return;
+    }
+    state.mapping_ns = now;
+    emit::<Mapping>(Ring::Samples, now, |record| unsafe {
         kernel::read_task(current(), &raw mut (*record).task);
         (*record).cgroup_id = state.cgroup_id;
         (*record).address = address;

@@ -9,8 +9,8 @@ use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
 use aya_log_ebpf::warn;
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{
-    Kill, OomDecision, OomVictim, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPE_UNKNOWN, SENDER_KERNEL, SENDER_NOINFO,
-    SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
+    Kill, OomDecision, OomVictim, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPE_UNKNOWN, SENDER_EXITING, SENDER_KERNEL,
+    SENDER_NOINFO, SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
 };
 
 use crate::emit::{boot_ns, emit, lose};
@@ -47,7 +47,12 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
             (*last).boot_ns = now;
         }
     }
-    emit::<Kill>(Ring::Ledger, now, |record| unsafe {
+    // The init of a pid namespace that exits kills the rest of it in the kernel's name.
+    let sender_code =
+        if sender_code == SENDER_KERNEL && kernel::is_exiting(current()) { SENDER_EXITING } else { sender_code };
+    // Anybody can send SIGKILL as fast as they like: only the kernel's own go where nothing is lost.
+    let ring = if sender_code == SENDER_KERNEL { Ring::Ledger } else { Ring::Samples };
+    emit::<Kill>(ring, now, |record| unsafe {
         kernel::read_task(current(), &raw mut (*record).sender);
         kernel::read_task(target, &raw mut (*record).target);
         (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(target));
@@ -88,6 +93,9 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
     let victim_memcg = kernel::memcg_of(victim);
     let at_limit = kernel::memcg_at_limit(trigger_memcg);
     let mm = pointer(victim, layout!(task_mm));
+    if mm == 0 {
+        lose(Ring::Ledger, Loss::Unreadable);
+    }
     let mut flags = if killed { VICTIM_KILLED } else { 0 };
     if kernel::oom_group(victim_memcg, at_limit) {
         flags |= VICTIM_GROUP;
@@ -126,7 +134,7 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
 /// One RSS member of the victim in bytes.
 #[inline(always)]
 fn victim_bytes(mm: u64, member: u32) -> u64 {
-    if mm == 0 { UNKNOWN } else { bytes(kernel::rss_pages(mm, member).max(0) as u64) }
+    if mm == 0 { UNKNOWN } else { bytes(kernel::rss_pages(mm, member, kernel::NOT_REPORTED).max(0) as u64) }
 }
 
 /// `oom_kill_process(oc, message)` by fentry.

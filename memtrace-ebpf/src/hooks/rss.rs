@@ -32,10 +32,19 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     let approximate = kernel::rss_approximate(mm, member);
     let Some(last) = state.approximate.get(member as usize) else { return 0 };
     let step = state.quantum_pages >> 2;
-    if (state.updates as i64) < step && (approximate - *last).abs() < step {
+    // Without the exit_mmap hook the last page of an address space nobody owns tells its end.
+    let ending = control!(exit_mmap) == 0 && approximate <= 0 && pointer(mm, layout!(mm_owner)) == 0;
+    if !ending && (state.updates as i64) < step && (approximate - *last).abs() < step {
         return 0;
     }
-    read_one(mm, member, approximate, state);
+    if ending {
+        read_all(mm, member, state);
+        if resident(state) == 0 {
+            forget(mm);
+            return 0;
+        }
+    }
+    read_one(mm, member, member, approximate, state);
     state.updates = 0;
 
     let sum = resident(state);
@@ -58,11 +67,8 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     if state.flags & RSS_DYING != 0 && sum != 0 && moved < state.peak_pages >> 4 {
         return 0;
     }
-    read_all(mm, state);
+    read_all(mm, member, state);
     emit_change(mm, state, RSS_QUANTUM, boot_ns());
-    if control!(exit_mmap) == 0 && state.flags & RSS_DYING != 0 && resident(state) == 0 {
-        forget(mm);
-    }
     0
 }
 
@@ -83,6 +89,13 @@ fn first_sight(mm: u64) -> i32 {
     0
 }
 
+/// The process of a task by its first thread, whose name is the process' own.
+#[inline(always)]
+fn read_leader(task: u64, into: &mut Task) {
+    let leader = pointer(task, layout!(task_group_leader));
+    kernel::read_task(if leader == 0 { task } else { leader }, into);
+}
+
 /// Starts to follow an address space owned by `task` and reports what it holds.
 #[inline(always)]
 pub fn follow(mm: u64, task: u64) {
@@ -98,27 +111,28 @@ pub fn follow(mm: u64, task: u64) {
         quantum_pages: (control!(quantum_bytes) >> control!(page_shift)) as i64,
         mapped_bytes: 0,
         unmapped_bytes: 0,
+        mapping_ns: 0,
         brk: read(mm, layout!(mm_brk)).unwrap_or(0),
         updates: 0,
         flags: 0,
     };
-    kernel::read_task(task, &raw mut fresh.task);
+    read_leader(task, &mut fresh.task);
     if MMS.insert(mm, &fresh, BPF_ANY as u64).is_err() {
         lose(Ring::Samples, Loss::TableFull);
         return;
     }
     let Some(state) = MMS.get_ptr_mut(mm) else { return };
     let state = unsafe { &mut *state };
-    read_all(mm, state);
+    read_all(mm, kernel::NOT_REPORTED, state);
     state.peak_pages = resident(state);
     emit_change(mm, state, RSS_FIRST, boot_ns());
 }
 
-/// Reads one member exactly into the state.
+/// Reads one member exactly into the state; `reported` as for [`kernel::rss_pages`].
 #[inline(always)]
-fn read_one(mm: u64, member: u32, approximate: i64, state: &mut MmState) {
+fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, state: &mut MmState) {
     if let Some(exact) = state.exact.get_mut(member as usize) {
-        *exact = kernel::rss_pages(mm, member);
+        *exact = kernel::rss_pages(mm, member, reported);
     }
     if let Some(last) = state.approximate.get_mut(member as usize) {
         *last = approximate;
@@ -127,9 +141,9 @@ fn read_one(mm: u64, member: u32, approximate: i64, state: &mut MmState) {
 
 /// Reads all members exactly into the state.
 #[inline(always)]
-fn read_all(mm: u64, state: &mut MmState) {
+fn read_all(mm: u64, reported: u32, state: &mut MmState) {
     for member in 0..4 {
-        read_one(mm, member, kernel::rss_approximate(mm, member), state);
+        read_one(mm, member, reported, kernel::rss_approximate(mm, member), state);
     }
     let sum = resident(state);
     if sum > state.peak_pages {
@@ -157,7 +171,17 @@ fn resident(state: &MmState) -> i64 {
 fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
     let (fault_address, faults) = take_faults();
     let owner = pointer(mm, layout!(mm_owner));
+    // Who shares an address space can outlive its first owner.
+    if owner != 0
+        && kernel::read_u32(owner, layout!(task_tgid)) != state.task.tgid
+        && pointer(owner, layout!(task_mm)) == mm
+    {
+        read_leader(owner, &mut state.task);
+    }
     let memcg = kernel::memcg_of(owner);
+    if owner != 0 && memcg == 0 {
+        lose(Ring::Samples, Loss::Unreadable);
+    }
     if memcg != 0 {
         let id = kernel::memcg_id(memcg);
         if id != state.cgroup_id {

@@ -220,14 +220,6 @@ impl Probe {
         quanta.insert(cgroup_id, quantum_bytes, 0).map_err(|error| error.to_string())
     }
 
-    /// Forgets the quantum of a removed cgroup.
-    pub fn clear_quantum(&mut self, cgroup_id: u64) {
-        if let Some(Ok(mut quanta)) = self.ebpf.map_mut("QUANTA").map(HashMap::<_, u64, u64>::try_from) {
-            // Absent is what we want.
-            let _ = quanta.remove(&cgroup_id);
-        }
-    }
-
     /// Memory of every map, rings included, as the kernel accounts it; `None` when it does not say.
     pub fn map_bytes(&self) -> Option<u64> {
         let mut total = 0u64;

@@ -13,44 +13,28 @@ pub const MAX_PROCESSES: usize = 65_536;
 /// `PF_KTHREAD` of the flags in /proc/PID/stat.
 const KERNEL_THREAD: u32 = 0x0020_0000;
 
-/// What was found running.
-#[derive(Clone, Debug, Default)]
-pub struct Stock {
-    /// The processes, kernel threads left out.
-    pub found: Vec<ProcessFound>,
-    /// Processes beyond [`MAX_PROCESSES`].
-    pub left_out: usize,
+/// The ids of all processes, and how many beyond [`MAX_PROCESSES`] are left out.
+///
+/// Ids, not processes: whoever reads one with [`one`] and tells it on at once leaves no time for it to end unseen.
+pub fn pids() -> anyhow::Result<(Vec<u32>, usize)> {
+    pids_in(Path::new("/proc"))
 }
 
-/// Walks /proc. `cgroup_of` answers with the kernfs id of a process' memory cgroup, `now` with the
-/// boot clock. A process that goes away meanwhile is left out.
-pub fn take(cgroup_of: impl FnMut(u32) -> Option<u64>, now: impl FnMut() -> u64) -> anyhow::Result<Stock> {
-    take_from(Path::new("/proc"), cgroup_of, now)
-}
-
-/// One process, as [`take`] reads it; `None` when it is gone, a zombie or a kernel thread.
+/// One process; `None` when it is gone, a zombie or a kernel thread.
 pub fn one(pid: u32, cgroup_id: u64, boot_ns: u64) -> Option<ProcessFound> {
     read(Path::new("/proc"), pid, boot_ns).map(|found| ProcessFound { cgroup_id, ..found })
 }
 
-fn take_from(
-    proc: &Path,
-    mut cgroup_of: impl FnMut(u32) -> Option<u64>,
-    mut now: impl FnMut() -> u64,
-) -> anyhow::Result<Stock> {
+fn pids_in(proc: &Path) -> anyhow::Result<(Vec<u32>, usize)> {
     let entries = fs::read_dir(proc).with_context(|| format!("failed to list {}", proc.display()))?;
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let mut stock = Stock::default();
-    for pid in pids {
-        if stock.found.len() >= MAX_PROCESSES {
-            stock.left_out += 1;
-            continue;
-        }
-        let Some(found) = read(proc, pid, now()) else { continue };
-        let Some(cgroup_id) = cgroup_of(pid) else { continue };
-        stock.found.push(ProcessFound { cgroup_id, ..found });
-    }
-    Ok(stock)
+    let mut pids: Vec<u32> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .take(MAX_PROCESSES * 64)
+        .collect();
+    let left_out = pids.len().saturating_sub(MAX_PROCESSES);
+    pids.truncate(MAX_PROCESSES);
+    Ok((pids, left_out))
 }
 
 fn read(proc: &Path, pid: u32, boot_ns: u64) -> Option<ProcessFound> {
@@ -84,14 +68,13 @@ mod tests {
 
     #[test]
     fn this_process_is_in_the_stock() {
-        let stock = take(|_| Some(3), || 1).unwrap();
-        let found = stock.found.iter().find(|found| found.pid == std::process::id()).unwrap();
+        let (pids, left_out) = pids().unwrap();
+        assert!(pids.contains(&std::process::id()) && left_out == 0);
+        let found = one(std::process::id(), 3, 1).unwrap();
         assert!(found.anon_bytes > 0 && found.peak_bytes >= found.anon_bytes && found.start_ticks > 0);
         assert_eq!((found.cgroup_id, found.boot_ns), (3, 1));
-        assert_eq!(one(found.pid, 4, 2).unwrap().start_ticks, found.start_ticks);
         assert_eq!(one(2, 4, 2), None, "kthreadd, or nobody");
-        assert!(take(|_| None, || 1).unwrap().found.is_empty(), "no cgroup, no process");
-        assert!(take_from(Path::new("/proc/none"), |_| None, || 0).is_err());
+        assert!(pids_in(Path::new("/proc/none")).is_err());
     }
 
     #[test]
