@@ -39,7 +39,7 @@ pub const MAX_CPUS: u32 = 512;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Ring {
-    /// Kills, forks, execs, exits, cgroup life: not to be lost, wakes the reader at once.
+    /// Kills, forks, execs, exits, cgroup life: not to be lost; a kill wakes the reader at once and has the last quarter to itself.
     Ledger = 0,
     /// Memory readings, mappings, reclaim, charges: a lost one makes a curve coarser.
     Samples = 1,

@@ -44,7 +44,7 @@ macro_rules! records {
 pub trait Record {
     /// The value of [`Header::kind`] for this type.
     const KIND: u16;
-    /// A kill: the last quarter of its ring is kept free for it.
+    /// A kill: wakes the reader at once, and the last quarter of its ring is kept free for it.
     const VITAL: bool;
 }
 

@@ -37,14 +37,12 @@ pub fn emit<T: Record + 'static>(ring: Ring, at_ns: u64, fill: impl FnOnce(*mut 
         Ring::Stacks => &STACKS,
     };
     let raw = (map as *const RingBuf).cast_mut().cast();
+    let (waiting, size) =
+        unsafe { (bpf_ringbuf_query(raw, BPF_RB_AVAIL_DATA), bpf_ringbuf_query(raw, BPF_RB_RING_SIZE)) };
     // A storm of forks and exits must not take the room of the kills it may end in.
-    if matches!(ring, Ring::Ledger) && !T::VITAL {
-        let (waiting, size) =
-            unsafe { (bpf_ringbuf_query(raw, BPF_RB_AVAIL_DATA), bpf_ringbuf_query(raw, BPF_RB_RING_SIZE)) };
-        if waiting > size / 4 * 3 {
-            lose(ring, Loss::RingFull);
-            return;
-        }
+    if matches!(ring, Ring::Ledger) && !T::VITAL && waiting > size / 4 * 3 {
+        lose(ring, Loss::RingFull);
+        return;
     }
     let Some(mut entry) = map.reserve::<T>(0) else {
         lose(ring, Loss::RingFull);
@@ -60,15 +58,9 @@ pub fn emit<T: Record + 'static>(ring: Ring, at_ns: u64, fill: impl FnOnce(*mut 
         };
     }
     fill(record);
-    // The ledger wakes its reader at once. The others are drained by a timer, unless they fill up.
-    let flags = match ring {
-        Ring::Ledger => BPF_RB_FORCE_WAKEUP,
-        _ => {
-            let (waiting, size) =
-                unsafe { (bpf_ringbuf_query(raw, BPF_RB_AVAIL_DATA), bpf_ringbuf_query(raw, BPF_RB_RING_SIZE)) };
-            if waiting > size / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }
-        }
-    };
+    // A kill wakes the reader at once. The rest is drained by a timer, unless it fills up: a wake-up costs whoever is
+    // in the hook microseconds, and the reader a turn.
+    let flags = if T::VITAL || waiting > size / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
     entry.submit(flags);
     if let Some(slot) = SENT.get_ptr_mut(ring as u32) {
         unsafe { *slot += 1 };
