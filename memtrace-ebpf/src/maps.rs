@@ -70,10 +70,12 @@ pub struct MmState {
     pub mapping_ns: u64,
     /// Break at the last brk, 0 when not seen.
     pub brk: u64,
-    /// Updates since the last exact reading.
-    pub updates: u32,
+    /// Updates of each member since its last exact reading.
+    pub updates: [u32; 4],
     /// `event::RSS_DYING` once the owner is gone.
     pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// The last user fault of a CPU.

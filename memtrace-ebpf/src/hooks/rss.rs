@@ -26,15 +26,17 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
         return first_sight(mm);
     };
     let state = unsafe { &mut *state };
-    state.updates += 1;
     // Between two exact readings the counter's global part tells of big steps, the number of
     // updates bounds the small ones (one page each; a batch moves the global part).
     let approximate = kernel::rss_approximate(mm, member);
     let Some(last) = state.approximate.get(member as usize) else { return 0 };
-    let step = state.quantum_pages >> 2;
+    let Some(updates) = state.updates.get_mut(member as usize) else { return 0 };
+    *updates += 1;
+    // Three members can each be a step behind: with the threshold below less than a quantum stays untold.
+    let step = state.quantum_pages >> 3;
     // Without the exit_mmap hook the last page of an address space nobody owns tells its end.
     let ending = control!(exit_mmap) == 0 && approximate <= 0 && pointer(mm, layout!(mm_owner)) == 0;
-    if !ending && (state.updates as i64) < step && (approximate - *last).abs() < step {
+    if !ending && (*updates as i64) < step && (approximate - *last).abs() < step {
         return 0;
     }
     if ending {
@@ -45,12 +47,11 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
         }
     }
     read_one(mm, member, member, approximate, state);
-    state.updates = 0;
 
     let sum = resident(state);
-    // A new peak is told in steps of half a quantum, everything else when it moved by one (less what the guard above
-    // may have let pass), so that what is recorded is never off by more than a quantum.
-    let mut threshold = state.quantum_pages - step;
+    // A new peak is told in steps of half a quantum, everything else when it moved by one, less what the guard above
+    // may have let pass: what is recorded is never off by more than a quantum.
+    let mut threshold = state.quantum_pages - 3 * step;
     if sum > state.peak_pages {
         state.peak_pages = sum;
         threshold = state.quantum_pages >> 1;
@@ -113,8 +114,9 @@ pub fn follow(mm: u64, task: u64) {
         unmapped_bytes: 0,
         mapping_ns: 0,
         brk: read(mm, layout!(mm_brk)).unwrap_or(0),
-        updates: 0,
+        updates: [0; 4],
         flags: 0,
+        reserved: 0,
     };
     read_leader(task, &mut fresh.task);
     if MMS.insert(mm, &fresh, BPF_ANY as u64).is_err() {
@@ -136,6 +138,9 @@ fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, state: &mut M
     }
     if let Some(last) = state.approximate.get_mut(member as usize) {
         *last = approximate;
+    }
+    if let Some(updates) = state.updates.get_mut(member as usize) {
+        *updates = 0;
     }
 }
 
