@@ -50,7 +50,7 @@ pub struct Options {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    crate::cli::log_to_stderr();
+    log_to_stderr();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // File reads for HTTP answers; two are enough, and each thread costs memory.
@@ -336,4 +336,19 @@ fn protect_from_oom() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-999") {
         warn!("oom_score_adj stays as it is ({error}): in a global OOM the agent may be killed; give CAP_SYS_RESOURCE");
     }
+}
+
+/// Logs to stderr; `RUST_LOG` chooses what, colours only on a terminal.
+fn log_to_stderr() {
+    use std::io::IsTerminal;
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    // A second logger in the same process is no reason to fail.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colour)
+        .with_target(false)
+        .try_init();
 }

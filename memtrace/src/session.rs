@@ -9,7 +9,6 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::Hierarchy;
-use crate::cli::Refusal;
 use crate::clock;
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Input, Settings};
@@ -20,6 +19,7 @@ use crate::kernel::{facts, log, object};
 use crate::machine;
 use crate::process::stock;
 use crate::process::trigger::TriggerStacks;
+use crate::refusal::Refusal;
 use crate::store::journal;
 
 /// How often time passes for the engine and the rings that do not wake are drained.

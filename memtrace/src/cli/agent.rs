@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::Deserialize;
 
+use super::Outcome;
 use super::values::{Size, Span};
-use super::{Outcome, Refusal};
 use crate::agent;
 use crate::kernel::hooks::Hook;
+use crate::refusal::Refusal;
 use crate::session;
 
 /// Arguments of `memtrace agent`. Every flag has the same key in the configuration file (`quantum = "256K"`).

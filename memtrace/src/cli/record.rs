@@ -14,13 +14,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::values::{Size, Span};
-use super::{Outcome, Refusal, exec_in, terminal};
+use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
 use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
 use crate::process::stock;
+use crate::refusal::Refusal;
 use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
