@@ -12,6 +12,7 @@ pub mod completions;
 pub mod doctor;
 pub mod exec_in;
 pub mod incidents;
+pub mod invoker;
 mod listing;
 pub mod man;
 pub mod record;
