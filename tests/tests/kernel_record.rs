@@ -2,7 +2,7 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -203,8 +203,9 @@ fn a_program_over_its_limit_is_recorded_with_its_kill() -> anyhow::Result<()> {
 fn the_command_runs_as_the_invoking_user() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
-    let user = [("SUDO_UID", "65534"), ("SUDO_GID", "65534")];
+    // The recording is the user's, and so has to be the place for it.
+    chown(dir.path(), Some(NOBODY.parse()?), Some(NOBODY.parse()?))?;
+    let user = [("SUDO_UID", NOBODY), ("SUDO_GID", NOBODY)];
     let recorded = record(dir.path(), &[], &["sh", "-c", "id -u; id -g; id -G"], &user)?;
     assert_eq!(String::from_utf8_lossy(&recorded.output.stdout), "65534\n65534\n65534\n");
     let recorded = record(dir.path(), &[], &["id", "-u"], &[])?;
@@ -264,11 +265,17 @@ fn the_recording_is_written_with_the_users_rights() -> anyhow::Result<()> {
     ensure!(std::fs::read(&secret)? == b"only root's", "the secret was written to");
     let meta = std::fs::metadata(&secret)?;
     ensure!((meta.uid(), meta.mode() & 0o777) == (0, 0o600), "now {}, mode {:o}", meta.uid(), meta.mode());
-    // And one that leads to a directory that is only root's.
-    std::fs::remove_file(&file)?;
-    symlink(dir.path().join("new"), &file)?;
-    let output = record_for_nobody(&file, &["true"])?;
-    ensure!(!dir.path().join("new").exists(), "a file was made in root's directory: {}", output.status);
+
+    // What can be seen beforehand is said beforehand: such a link, and a directory that is only root's.
+    let ran = theirs.join("ran");
+    let beside = dir.path().join("run.memtrace");
+    for place in [&file, &beside] {
+        let output = record_for_nobody(place, &["touch", &text(&ran)?])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1), "{}; it said:\n{said}", output.status);
+        ensure!(said.contains("run.memtrace") && said.contains("-o"), "it said:\n{said}");
+        ensure!(!ran.exists() && !beside.exists(), "the command ran; it said:\n{said}");
+    }
     Ok(())
 }
 

@@ -44,6 +44,21 @@ impl Invoker {
         self.user.as_ref().map(|(name, home)| (name.as_str(), home.as_str()))
     }
 
+    /// Asks something with this user's rights, in a thread that ends with the answer.
+    pub fn ask_as_them<T: Send>(&self, question: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+        let asked = || {
+            self.become_them()?;
+            Ok(question())
+        };
+        std::thread::scope(|scope| scope.spawn(asked).join())
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("failed to ask with the rights of user {}", self.uid)))
+    }
+
+    /// User id.
+    pub const fn uid(&self) -> u32 {
+        self.uid
+    }
+
     /// Makes the calling thread this user, with the user's groups, for good. Other threads stay what they are.
     pub fn become_them(&self) -> anyhow::Result<()> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));

@@ -8,6 +8,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
@@ -84,6 +85,13 @@ pub fn run(args: &Args) -> Outcome {
     }
     // Asked before anything starts: in doubt about the user nothing is run as root.
     let invoker = Invoker::find()?;
+    if let Some(invoker) = &invoker {
+        // Again before the file is written, when it counts; here so that a long run is not recorded for nothing.
+        let path = args.output.as_deref().unwrap_or(Path::new("."));
+        invoker.ask_as_them(|| writable(path))?.with_context(|| {
+            format!("user {} cannot write to {}; choose another file with -o", invoker.uid(), path.display())
+        })?;
+    }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let (files, code) = runtime.block_on(record(args))?;
@@ -289,6 +297,22 @@ fn finish(args: &Args, invoker: Option<&Invoker>, files: &[Incident]) -> anyhow:
         writeln!(err, "wrote {} (show again: memtrace report {})", file.display(), file.display())?;
     }
     Ok(())
+}
+
+/// Whether a file at `path`, or in it when it is a directory, can be written or replaced.
+fn writable(path: &Path) -> std::io::Result<()> {
+    let access = |path: &Path, mode| rustix::fs::access(path, mode).map_err(Into::into);
+    let inside = Access::WRITE_OK | Access::EXEC_OK;
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => access(path, inside),
+        Ok(found) if !found.is_file() => access(path, Access::WRITE_OK),
+        // A file is replaced, so it is its directory that counts; a link's is where the link leads.
+        found => {
+            let target = if found.is_ok() { std::fs::canonicalize(path)? } else { path.to_owned() };
+            let dir = target.parent().filter(|dir| !dir.as_os_str().is_empty());
+            access(dir.unwrap_or(Path::new(".")), inside)
+        }
+    }
 }
 
 /// Writes the recording to `path` and the kills beside it; which files there are now.
