@@ -1,15 +1,40 @@
 //! What machine this is, and what this process takes from it.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::debug;
 
 use crate::clock;
 use crate::engine::incident::Host;
 
-/// 5.10 accounts BPF memory to RLIMIT_MEMLOCK; later kernels do not, so a refusal only matters there.
-pub fn raise_memlock() {
-    use rustix::process::{Resource, Rlimit, setrlimit};
-    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
-        debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+/// The limit of locked memory as it was; dropping this gives it back.
+#[derive(Debug)]
+#[must_use = "the limit is given back when this is dropped"]
+pub struct Memlock {
+    before: Rlimit,
+}
+
+/// Lifts the limit of locked memory: 5.10 accounts BPF maps and programs to it when they are made. Later kernels do
+/// not, so a refusal only matters there. `None` when there was nothing to lift, or it could not be.
+pub fn raise_memlock() -> Option<Memlock> {
+    let before = getrlimit(Resource::Memlock);
+    if before.current.is_none() {
+        return None;
+    }
+    match setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
+        Ok(()) => Some(Memlock { before }),
+        Err(error) => {
+            debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+            None
+        }
+    }
+}
+
+impl Drop for Memlock {
+    fn drop(&mut self) {
+        // Lowering is always allowed.
+        if let Err(error) = setrlimit(Resource::Memlock, self.before.clone()) {
+            debug!("RLIMIT_MEMLOCK stays lifted: {error}");
+        }
     }
 }
 

@@ -413,7 +413,8 @@ pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let object = object::ebpf_object().ok_or_else(|| {
         unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
     })?;
-    machine::raise_memlock();
+    // Until everything is loaded; a command that is started later has the limit it had.
+    let _memlock = machine::raise_memlock();
     let settings = probe::Settings {
         control: Control {
             quantum_bytes: options.quantum_bytes,

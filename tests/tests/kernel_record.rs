@@ -318,3 +318,20 @@ fn what_the_command_leaves_behind_costs_neither_its_code_nor_the_recording() -> 
     ensure!(!said.contains("cgroup stays"), "it said:\n{said}");
     Ok(())
 }
+
+#[test]
+fn the_command_has_the_limits_it_would_have_without() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("recording.memtrace");
+    let mut limited = Command::new("sh");
+    limited.args(["-c", r#"ulimit -l 8192; exec "$@""#, "sh"]).arg(programs::memtrace()?);
+    limited.args(["record", "--quiet", "-o"]).arg(&file).args(["--", "grep", "locked", "/proc/self/limits"]);
+    limited.env_remove("SUDO_UID").env_remove("SUDO_GID");
+    let output = limited.stdin(Stdio::null()).output()?;
+    let (said, printed) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+    ensure!(output.status.success(), "{}; it said:\n{said}", output.status);
+    let words: Vec<&str> = printed.split_ascii_whitespace().collect();
+    assert_eq!(words, ["Max", "locked", "memory", "8388608", "8388608", "bytes"]);
+    Ok(())
+}
