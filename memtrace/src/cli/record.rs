@@ -66,8 +66,8 @@ pub struct Args {
     /// Kernel type information to use instead of the running kernel's own
     #[arg(long, value_name = "FILE")]
     btf: Option<PathBuf>,
-    /// Leave a hook out (repeatable; `memtrace doctor` lists them)
-    #[arg(long, value_name = "HOOK")]
+    /// Leave hooks out, as a list or repeated (`memtrace doctor` names them)
+    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
     without: Vec<crate::kernel::hooks::Hook>,
     /// Print nothing at the end
     #[arg(short, long)]
