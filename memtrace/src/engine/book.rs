@@ -23,6 +23,8 @@ const DYING_NS: u64 = 2_000_000_000;
 struct Space {
     /// The wire's identity; none for a process found running.
     mm_id: Option<u64>,
+    /// When it was first named. An identity is used again; what is older speaks of the one before.
+    since_ns: u64,
     owner: Key,
     cgroup: Option<u64>,
     sums: Sums,
@@ -81,8 +83,8 @@ impl Book {
         let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
         let live_mm = alive.map(|row| row.mm);
         let space = match (known(r.mm_id), live_mm) {
-            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id)),
-            (Some(id), _) => self.by_mm_id.get(&id).copied(),
+            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id, ns)),
+            (Some(id), _) => self.owned_by(id, &r.task, ns),
             (None, mm) => mm.flatten(),
         };
         if let (Some(key), Some(serial), true, Some(_)) = (key, space, !dying, live_mm) {
@@ -146,7 +148,7 @@ impl Book {
         let key = self.touch(&r.task, r.cgroup_id, ns);
         let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
         if let Some(id) = known(r.mm_id).filter(|_| alive) {
-            let space = self.space_of(id, key, cgroup_id(r.cgroup_id));
+            let space = self.space_of(id, key, cgroup_id(r.cgroup_id), ns);
             self.attach_space(key, space);
             // What the image before held says nothing about this one.
             if let Some(row) = self.processes.get_mut(key) {
@@ -169,9 +171,9 @@ impl Book {
         Some(key)
     }
 
-    /// An address space is gone.
+    /// An address space is gone. The record may come after the first one of whoever has its identity next.
     pub(super) fn mm_gone(&mut self, r: &wire::MmGone) -> Option<Key> {
-        if let Some(serial) = self.by_mm_id.get(&r.mm_id).copied() {
+        if let Some(serial) = self.owned_by(r.mm_id, &r.task, r.header.boot_ns) {
             self.drop_space(serial);
         }
         let key = self.processes.find(r.task.tgid, r.task.start_boot_ns)?;
@@ -322,7 +324,7 @@ impl Book {
             row.history.push(found.boot_ns, sums.resident());
             row.raise_peak(sums.resident().max(found.peak_bytes));
             let cgroup = row.cgroup;
-            let serial = self.new_space(None, key, cgroup);
+            let serial = self.new_space(None, key, cgroup, found.boot_ns);
             self.attach_space(key, serial);
             self.set_space(serial, cgroup, sums);
         }
@@ -333,7 +335,7 @@ impl Book {
     pub(super) fn tick(&mut self, now: u64) {
         while self.dying.front().is_some_and(|(ns, _)| ns.saturating_add(DYING_NS) < now) {
             let Some((_, serial)) = self.dying.pop_front() else { break };
-            self.drop_space(serial);
+            self.drop_unused(serial);
         }
         for serial in self.processes.tick(now) {
             self.release(serial);
@@ -421,22 +423,33 @@ impl Book {
         if self.dying.len() >= DYING_CAP
             && let Some((_, oldest)) = self.dying.pop_front()
         {
-            self.drop_space(oldest);
+            self.drop_unused(oldest);
         }
         self.dying.push_back((ns, serial));
     }
 
-    fn space_of(&mut self, mm_id: u64, owner: Key, cgroup: Option<u64>) -> u64 {
-        match self.by_mm_id.get(&mm_id) {
-            Some(serial) => *serial,
-            None => self.new_space(Some(mm_id), owner, cgroup),
+    /// The space of an identity. One that nobody uses any more was another's: its memory is gone, the identity is not.
+    fn space_of(&mut self, mm_id: u64, owner: Key, cgroup: Option<u64>, ns: u64) -> u64 {
+        if let Some(serial) = self.by_mm_id.get(&mm_id).copied() {
+            if self.spaces.get(&serial).is_some_and(|space| space.users > 0) {
+                return serial;
+            }
+            self.drop_space(serial);
         }
+        self.new_space(Some(mm_id), owner, cgroup, ns)
     }
 
-    fn new_space(&mut self, mm_id: Option<u64>, owner: Key, cgroup: Option<u64>) -> u64 {
+    /// The space of an identity, if it was this task's at that time.
+    fn owned_by(&self, mm_id: u64, task: &wire::Task, ns: u64) -> Option<u64> {
+        let serial = self.by_mm_id.get(&mm_id).copied()?;
+        let space = self.spaces.get(&serial)?;
+        (space.owner == (task.tgid, task.start_boot_ns) && space.since_ns <= ns).then_some(serial)
+    }
+
+    fn new_space(&mut self, mm_id: Option<u64>, owner: Key, cgroup: Option<u64>, since_ns: u64) -> u64 {
         self.next_space += 1;
         let serial = self.next_space;
-        self.spaces.insert(serial, Space { mm_id, owner, cgroup, sums: Sums::default(), users: 0 });
+        self.spaces.insert(serial, Space { mm_id, since_ns, owner, cgroup, sums: Sums::default(), users: 0 });
         if let Some(id) = mm_id {
             self.by_mm_id.insert(id, serial);
         }
@@ -460,7 +473,11 @@ impl Book {
     fn release(&mut self, serial: u64) {
         let Some(space) = self.spaces.get_mut(&serial) else { return };
         space.users = space.users.saturating_sub(1);
-        if space.users == 0 {
+        self.drop_unused(serial);
+    }
+
+    fn drop_unused(&mut self, serial: u64) {
+        if self.spaces.get(&serial).is_some_and(|space| space.users == 0) {
             self.drop_space(serial);
         }
     }
@@ -546,6 +563,52 @@ mod tests {
         assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
         b.rss(&sample::rss(1_500, 10, 5, 77, 50 * MIB));
         assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+    }
+
+    #[test]
+    fn an_identity_taken_over_while_the_old_space_is_dying_is_a_new_space() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.exit(&sample::exit(2_000, 10, 5, 0));
+        b.rss(&sample::rss(3_000, 11, 6, 77, 20 * MIB));
+        assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1));
+        b.tick(2_000 + DYING_NS + 1);
+        assert_eq!(tree(&b, 6), 20 * MIB, "the dying one was another");
+    }
+
+    #[test]
+    fn records_of_an_older_space_do_not_touch_the_one_that_has_its_identity_now() {
+        for exit_first in [true, false] {
+            let mut b = Book::default();
+            b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+            if exit_first {
+                b.exit(&sample::exit(2_000, 10, 5, 0));
+            }
+            b.rss(&sample::rss(11_000, 11, 6, 77, 20 * MIB));
+            b.exit(&sample::exit(2_000, 10, 5, 0));
+            let mut falling = sample::rss(9_000, 10, 5, 77, 40 * MIB);
+            falling.flags = wire::RSS_DYING;
+            b.rss(&falling);
+            b.mm_gone(&sample::mm_gone(10_000, 10, 77, 60 * MIB));
+            assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1), "{exit_first}");
+            assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
+            b.tick(20_000 + DYING_NS);
+            assert_eq!(tree(&b, 6), 20 * MIB);
+            b.exit(&sample::exit(30_000, 11, 6, 0));
+            b.mm_gone(&sample::mm_gone(31_000, 11, 77, 20 * MIB));
+            assert_eq!((tree(&b, 6), b.spaces()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_process_that_execs_back_onto_an_identity_keeps_its_memory() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.rss(&sample::rss(11_000, 10, 5, 78, MIB));
+        b.rss(&sample::rss(13_000, 10, 5, 77, 20 * MIB));
+        b.mm_gone(&sample::mm_gone(10_000, 10, 77, 50 * MIB));
+        b.mm_gone(&sample::mm_gone(12_000, 10, 78, MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (20 * MIB, 1));
     }
 
     #[test]
