@@ -147,6 +147,9 @@ impl Book {
         self.ensure(cgroup_id(r.cgroup_id), ns);
         let key = self.touch(&r.task, r.cgroup_id, ns);
         let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
+        if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
+            row.comm = comm(&r.task);
+        }
         if let Some(id) = known(r.mm_id).filter(|_| alive) {
             let space = self.space_of(id, key, cgroup_id(r.cgroup_id), ns);
             self.attach_space(key, space);
@@ -165,7 +168,7 @@ impl Book {
     pub(super) fn exit(&mut self, r: &wire::Exit) -> Option<Key> {
         let key = self.processes.find(r.task.tgid, r.task.start_boot_ns)?;
         let row = self.processes.get_mut(key)?;
-        row.comm = comm(&r.task);
+        row.called(&r.task);
         row.max_rss = row.max_rss.max(known(r.max_rss_bytes));
         self.gone(key, r.header.boot_ns, Some(r.exit_code));
         Some(key)
@@ -387,10 +390,7 @@ impl Book {
             }
         };
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
-            let name = comm(task);
-            if !name.is_empty() && row.comm != name {
-                row.comm = name;
-            }
+            row.called(task);
             row.cgroup = cgroup_id(cgroup).or(row.cgroup);
             row.last_ns = row.last_ns.max(ns);
         }
@@ -629,6 +629,30 @@ mod tests {
         assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
         b.process_found(&found);
         assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+    }
+
+    #[test]
+    fn a_process_is_not_called_by_the_name_of_a_thread() {
+        let mut b = Book::default();
+        let name = |b: &Book| b.processes.get((10, sample::start(10))).unwrap().comm.clone();
+        let thread = |tid, comm| wire::Task { tid, ..sample::named(10, comm) };
+        let mut rss = sample::rss(1_000, 10, 5, 77, MIB);
+        rss.task = thread(12, "worker");
+        b.rss(&rss);
+        assert_eq!(name(&b), "worker", "better than none");
+        rss.task = thread(10, "server");
+        b.rss(&rss);
+        rss.task = thread(12, "worker");
+        b.rss(&rss);
+        assert_eq!(name(&b), "server");
+        let mut exec = sample::exec(2_000, 10, 5, "next", 0, 78);
+        exec.task.tid = 12;
+        b.exec(&exec);
+        assert_eq!(name(&b), "next");
+        let mut exit = sample::exit(3_000, 10, 5, 0);
+        exit.task = thread(13, "last");
+        b.exit(&exit);
+        assert_eq!(name(&b), "next");
     }
 
     #[test]
