@@ -328,7 +328,10 @@ impl Engine {
         self.reading(ns, &reading, effects);
         let Some(id) = reading.cgroup_id.filter(|id| self.book.cgroups.limit(*id).is_some()) else { return };
         match r.phase {
-            wire::RECLAIM_BEGIN => self.detectors.reclaim_began(id, ns, 1 + u64::from(r.suppressed)),
+            // Reclaim for memory.high or on request begins below the limit: that is no hit.
+            wire::RECLAIM_BEGIN if detect::at_limit(&reading, &self.host) => {
+                self.detectors.reclaim_began(id, ns, 1 + u64::from(r.suppressed))
+            }
             wire::RECLAIM_END => self.detectors.reclaim_ended(id, decode::known(r.duration_ns).unwrap_or(0)),
             _ => {}
         }

@@ -436,6 +436,27 @@ fn reclaim_without_a_kill_is_a_near_miss() {
 }
 
 #[test]
+fn reclaim_below_the_limit_is_no_near_miss() {
+    // Two CPUs may hold back 256 KiB each, but of a small limit never more than an eighth.
+    let cases = [
+        (LIMIT - MIB / 2, LIMIT, true),
+        (LIMIT - MIB / 2 - 4096, LIMIT, false),
+        (7 * MIB / 8, MIB, true),
+        (6 * MIB / 8, MIB, false),
+        (MIB, UNKNOWN, false),
+        (UNKNOWN, LIMIT, false),
+    ];
+    for (usage, limit, expected) in cases {
+        let mut b = Bench::new();
+        let high = Memcg { high_bytes: usage, ..sample::limited(OWN, usage, limit) };
+        b.feed(&sample::reclaim(T - 1, 100, at_limit(), RECLAIM_END, MS));
+        b.feed(&sample::reclaim(T, 100, high, RECLAIM_BEGIN, 0));
+        b.tick(T + 5 * SEC);
+        assert_eq!(b.alerts().len(), usize::from(expected), "{usage} of {limit}");
+    }
+}
+
+#[test]
 fn unknown_cgroups_are_looked_up_and_small_limits_get_a_small_quantum() {
     let mut b = Bench::new();
     let small = 20 * MIB;
