@@ -27,6 +27,7 @@ mod processes;
 mod recording;
 #[cfg(test)]
 mod sample;
+mod scope;
 #[cfg(test)]
 mod tests;
 mod timeline;
@@ -195,7 +196,10 @@ impl Engine {
                 let key = self.book.process_found(found);
                 self.learnt(key);
             }
-            Fact::KernelLog(line) => self.log.line(line),
+            Fact::KernelLog(line) => {
+                self.log.line(line);
+                self.refine();
+            }
             Fact::KernelStack { victim_pid, victim_start_boot_ns, functions } => {
                 self.on_stack((*victim_pid, *victim_start_boot_ns), kills::functions(functions));
             }
