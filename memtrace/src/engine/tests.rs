@@ -618,6 +618,40 @@ fn a_recording_lists_everyone_and_keeps_its_peak() {
 }
 
 #[test]
+fn a_child_that_does_not_exec_has_a_peak_of_its_own() {
+    for fork_first in [true, false] {
+        let mut b = Bench::new();
+        b.feed(&sample::rss(T - SEC, 100, OWN, 7, 300 * MIB));
+        b.feed(&sample::rss(T - SEC / 2, 100, OWN, 7, 40 * MIB));
+        b.fact(Fact::RecordingBegin { cgroup_id: None, pid: Some(100), command: Vec::new(), boot_ns: T });
+        let fork = sample::fork(T + 1, 100, 101, OWN, 0);
+        let mut first = sample::rss(T + 2, 101, OWN, 8, 40 * MIB);
+        first.reason = RSS_FIRST;
+        if fork_first {
+            b.feed(&fork).feed(&first);
+        } else {
+            b.feed(&first).feed(&fork);
+        }
+        // These two share what their parent holds: it is not theirs, and nothing is known of what would be.
+        b.feed(&sample::fork(T + 3, 100, 102, OWN, FORK_SHARES_MM));
+        b.feed(&sample::fork(T + 4, 102, 103, OWN, FORK_SHARES_MM));
+        b.feed(&sample::rss(T + MS, 101, OWN, 8, 60 * MIB));
+        for pid in [101, 102, 103] {
+            let mut exit = sample::exit(T + 2 * MS, pid, OWN, 0);
+            exit.max_rss_bytes = if pid == 101 { 61 * MIB } else { 300 * MIB };
+            b.feed(&exit);
+        }
+        b.feed(&sample::mm_gone(T + 3 * MS, 101, 8, 60 * MIB));
+        b.fact(Fact::RecordingEnd { boot_ns: T + SEC, exit_code: None, signal: None, cgroup_peak_bytes: None });
+        let saved = b.saved();
+        let processes = &saved[0].recording.as_ref().unwrap().processes;
+        let rows: Vec<_> = processes.iter().map(|p| (p.pid, p.peak_bytes, p.max_rss_bytes)).collect();
+        let child = (101, Some(60 * MIB), Some(61 * MIB));
+        assert_eq!(rows, [(100, Some(300 * MIB), None), child, (102, None, None), (103, None, None)], "{fork_first}");
+    }
+}
+
+#[test]
 fn a_process_recording_follows_descendants() {
     let mut b = Bench::new();
     b.feed(&sample::rss(T - SEC, 100, OWN, 7, 10 * MIB));
