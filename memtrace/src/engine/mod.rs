@@ -28,6 +28,7 @@ mod recording;
 #[cfg(test)]
 mod sample;
 mod scope;
+mod spaces;
 #[cfg(test)]
 mod tests;
 mod timeline;
