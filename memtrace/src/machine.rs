@@ -73,3 +73,20 @@ pub fn host() -> Host {
         charge_batch_bytes: page_bytes.saturating_mul(64),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_locked_memory_comes_back() {
+        let found = getrlimit(Resource::Memlock);
+        // Raising needs a privilege that not even every root has; giving back never does.
+        drop(raise_memlock());
+        assert_eq!(getrlimit(Resource::Memlock), found);
+        drop(Memlock { before: Rlimit { current: Some(4096), maximum: found.maximum } });
+        assert_eq!(getrlimit(Resource::Memlock).current, Some(4096));
+        drop(Memlock { before: found.clone() });
+        assert_eq!(getrlimit(Resource::Memlock), found);
+    }
+}
