@@ -8,6 +8,7 @@ pub mod engine;
 pub mod kernel;
 pub mod machine;
 pub mod process;
+pub mod refusal;
 pub mod report;
 pub mod serve;
 pub mod session;

@@ -1,15 +1,40 @@
 //! What machine this is, and what this process takes from it.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::debug;
 
 use crate::clock;
 use crate::engine::incident::Host;
 
-/// 5.10 accounts BPF memory to RLIMIT_MEMLOCK; later kernels do not, so a refusal only matters there.
-pub fn raise_memlock() {
-    use rustix::process::{Resource, Rlimit, setrlimit};
-    if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
-        debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+/// The limit of locked memory as it was; dropping this gives it back.
+#[derive(Debug)]
+#[must_use = "the limit is given back when this is dropped"]
+pub struct Memlock {
+    before: Rlimit,
+}
+
+/// Lifts the limit of locked memory: 5.10 accounts BPF maps and programs to it when they are made. Later kernels do
+/// not, so a refusal only matters there. `None` when there was nothing to lift, or it could not be.
+pub fn raise_memlock() -> Option<Memlock> {
+    let before = getrlimit(Resource::Memlock);
+    if before.current.is_none() {
+        return None;
+    }
+    match setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
+        Ok(()) => Some(Memlock { before }),
+        Err(error) => {
+            debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+            None
+        }
+    }
+}
+
+impl Drop for Memlock {
+    fn drop(&mut self) {
+        // Lowering is always allowed.
+        if let Err(error) = setrlimit(Resource::Memlock, self.before.clone()) {
+            debug!("RLIMIT_MEMLOCK stays lifted: {error}");
+        }
     }
 }
 
@@ -46,5 +71,22 @@ pub fn host() -> Host {
         page_bytes,
         // MEMCG_CHARGE_BATCH: 64 pages since 5.15, 32 before; the larger bound holds for both.
         charge_batch_bytes: page_bytes.saturating_mul(64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_locked_memory_comes_back() {
+        let found = getrlimit(Resource::Memlock);
+        // Raising needs a privilege that not even every root has; giving back never does.
+        drop(raise_memlock());
+        assert_eq!(getrlimit(Resource::Memlock), found);
+        drop(Memlock { before: Rlimit { current: Some(4096), maximum: found.maximum } });
+        assert_eq!(getrlimit(Resource::Memlock).current, Some(4096));
+        drop(Memlock { before: found.clone() });
+        assert_eq!(getrlimit(Resource::Memlock), found);
     }
 }

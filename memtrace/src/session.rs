@@ -11,7 +11,6 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::Hierarchy;
-use crate::cli::Refusal;
 use crate::clock;
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Input, Settings};
@@ -22,6 +21,7 @@ use crate::kernel::{facts, log, object};
 use crate::machine;
 use crate::process::stock;
 use crate::process::trigger::TriggerStacks;
+use crate::refusal::Refusal;
 use crate::store::journal;
 
 /// How often time passes for the engine and the rings that do not wake are drained.
@@ -446,7 +446,8 @@ pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let object = object::ebpf_object().ok_or_else(|| {
         unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
     })?;
-    machine::raise_memlock();
+    // Until everything is loaded; a command that is started later has the limit it had.
+    let _memlock = machine::raise_memlock();
     let settings = probe::Settings {
         control: Control {
             quantum_bytes: options.quantum_bytes,

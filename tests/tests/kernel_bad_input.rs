@@ -128,6 +128,31 @@ fn health_readiness_metrics_and_incidents_are_served() -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_journal_in_use_is_named() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let options = Options::below(dir.path());
+    let mut agent = options.start()?;
+    let mut second = options.clone();
+    second.state_dir = dir.path().join("other");
+    let (code, said) = ends(&second, free_port()?)?;
+    let journal = path(&options.journal_dir)?;
+    let named = said.contains(&format!("another memtrace agent uses the journal in {journal}"));
+    ensure!(code == 1 && named && said.contains("--journal-dir"), "ended with {code}:\n{said}");
+    second.journal_dir = dir.path().join("other-journal");
+    second.state_dir.clone_from(&options.state_dir);
+    let (code, said) = ends(&second, free_port()?)?;
+    ensure!(code == 1 && said.contains("--state-dir"), "ended with {code}:\n{said}");
+    ensure!(agent.is_running()?, "the first agent ended; it said:\n{}", agent.stderr());
+    agent.stop()?;
+    // One directory for both is one lock.
+    second.state_dir.clone_from(&options.journal_dir);
+    second.journal_dir.clone_from(&options.journal_dir);
+    second.start()?.stop()?;
+    Ok(())
+}
+
 /// A tmpfs of 64 KiB; unmounted when dropped.
 struct TinyDisk(tempfile::TempDir);
 

@@ -139,7 +139,60 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     for id in ids(&listed)? {
         options.report(&id)?;
     }
+    let counts = ledger(&options, &due, &listed)?;
+    let untold = counts.values().filter(|n| **n != 1).count();
+    ensure!(untold == 0, "{untold} kills that are not in the ledger once: {counts:?}");
     agent.stop()?;
+    Ok(())
+}
+
+/// The kills of our cgroups in the ledger: how often each, and each only once by what tells kills apart.
+fn ledger(options: &Options, kills: &[Kill], listed: &[Value]) -> anyhow::Result<BTreeMap<u64, usize>> {
+    let text = std::fs::read_to_string(options.state_dir.join("kills.jsonl")).context("failed to read the ledger")?;
+    let lines = text.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    let mut told = BTreeSet::new();
+    for line in &lines {
+        let key = ["boot_ns", "pid", "start_boot_ns"].map(|name| line[name].as_u64());
+        ensure!(told.insert(key), "twice in the ledger: {line}");
+    }
+    // A ledger line has the incident's id; the incident has the cgroup's.
+    let cgroup_of = |id: &Value| listed.iter().find(|incident| incident["id"] == *id)?.pointer("/cgroup/id")?.as_u64();
+    let mut counts: BTreeMap<u64, usize> = kills.iter().map(|kill| (kill.cage_id, 0)).collect();
+    for line in &lines {
+        if let Some(count) = cgroup_of(&line["incident"]).and_then(|id| counts.get_mut(&id)) {
+            *count += 1;
+        }
+    }
+    Ok(counts)
+}
+
+#[test]
+fn the_ledger_is_completed_from_the_journal_and_only_once() -> anyhow::Result<()> {
+    require_root()?;
+    let _alone = ONE_AT_A_TIME.lock();
+    let dir = tempfile::tempdir()?;
+    let options = Options::below(dir.path());
+    for lost in [false, true] {
+        let mut agent = options.start()?;
+        let kills = [kill_one()?, kill_one()?];
+        let both = |listed: &[Value]| count(listed, &kills).values().all(|n| *n == 1);
+        let listed = options.incidents_when(Duration::from_secs(30), both)?;
+        ensure!(both(&listed), "the kills were not listed; it said:\n{}", agent.stderr());
+        agent.kill_9()?;
+        let once = |counts: BTreeMap<u64, usize>| counts.values().all(|n| *n == 1);
+        ensure!(
+            once(ledger(&options, &kills, &listed)?),
+            "the ledger before: {:?}",
+            ledger(&options, &kills, &listed)?
+        );
+        if lost {
+            std::fs::remove_file(options.state_dir.join("kills.jsonl"))?;
+        }
+        let mut agent = options.start()?;
+        let counts = ledger(&options, &kills, &listed)?;
+        ensure!(once(counts.clone()), "lost {lost}: the ledger after: {counts:?}; it said:\n{}", agent.stderr());
+        agent.stop()?;
+    }
     Ok(())
 }
 

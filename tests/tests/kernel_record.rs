@@ -2,7 +2,7 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -10,11 +10,13 @@ use anyhow::{Context, ensure};
 use memtrace_tests::agent::json_of;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
+use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 
 const QUANTUM: u64 = 256 << 10;
 const TIME: &str = "/usr/bin/time";
+const NOBODY: &str = "65534";
 
 /// A finished recording.
 struct Recorded {
@@ -201,8 +203,9 @@ fn a_program_over_its_limit_is_recorded_with_its_kill() -> anyhow::Result<()> {
 fn the_command_runs_as_the_invoking_user() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
-    let user = [("SUDO_UID", "65534"), ("SUDO_GID", "65534")];
+    // The recording is the user's, and so has to be the place for it.
+    chown(dir.path(), Some(NOBODY.parse()?), Some(NOBODY.parse()?))?;
+    let user = [("SUDO_UID", NOBODY), ("SUDO_GID", NOBODY)];
     let recorded = record(dir.path(), &[], &["sh", "-c", "id -u; id -g; id -G"], &user)?;
     assert_eq!(String::from_utf8_lossy(&recorded.output.stdout), "65534\n65534\n65534\n");
     let recorded = record(dir.path(), &[], &["id", "-u"], &[])?;
@@ -221,5 +224,114 @@ fn a_command_that_does_not_exist_is_said_by_name() -> anyhow::Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "it said:\n{said}");
     assert!(said.contains("/nonexistent/program") && !said.contains("panicked"), "it said:\n{said}");
+    Ok(())
+}
+
+/// Runs `memtrace record -o FILE -- COMMAND` as if nobody had called sudo.
+fn record_for_nobody(file: &Path, command: &[&str]) -> anyhow::Result<Output> {
+    let mut record = programs::memtrace_command()?;
+    record.envs([("SUDO_UID", NOBODY), ("SUDO_GID", NOBODY)]).env_remove("SUDO_USER");
+    record.args(["record", "--quiet", "-o"]).arg(file).arg("--").args(command);
+    record.stdin(Stdio::null()).output().context("failed to run memtrace record")
+}
+
+#[test]
+fn the_recording_is_written_with_the_users_rights() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
+    let theirs = dir.path().join("theirs");
+    std::fs::create_dir(&theirs)?;
+    let nobody = NOBODY.parse::<u32>()?;
+    chown(&theirs, Some(nobody), Some(nobody))?;
+    let file = theirs.join("run.memtrace");
+    let output = record_for_nobody(&file, &["true"])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(0), "{}; it said:\n{said}", output.status);
+    let meta = std::fs::metadata(&file)?;
+    ensure!((meta.uid(), meta.gid()) == (nobody, nobody), "owned by {}:{}", meta.uid(), meta.gid());
+
+    // What the command could do while root waits to write: a link to a file that is only root's.
+    let secret = dir.path().join("secret");
+    std::fs::write(&secret, "only root's")?;
+    std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o600))?;
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not text");
+    let swap = ["sh", "-c", r#"ln -sf "$1" "$2""#, "sh", &text(&secret)?, &text(&file)?];
+    let output = record_for_nobody(&file, &swap)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(std::fs::symlink_metadata(&file)?.is_symlink(), "the command made no link; it said:\n{said}");
+    ensure!(output.status.code() == Some(1), "{}; it said:\n{said}", output.status);
+    ensure!(said.contains("run.memtrace"), "it said:\n{said}");
+    ensure!(std::fs::read(&secret)? == b"only root's", "the secret was written to");
+    let meta = std::fs::metadata(&secret)?;
+    ensure!((meta.uid(), meta.mode() & 0o777) == (0, 0o600), "now {}, mode {:o}", meta.uid(), meta.mode());
+
+    // What can be seen beforehand is said beforehand: such a link, and a directory that is only root's.
+    let ran = theirs.join("ran");
+    let beside = dir.path().join("run.memtrace");
+    for place in [&file, &beside] {
+        let output = record_for_nobody(place, &["touch", &text(&ran)?])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1), "{}; it said:\n{said}", output.status);
+        ensure!(said.contains("run.memtrace") && said.contains("-o"), "it said:\n{said}");
+        ensure!(!ran.exists() && !beside.exists(), "the command ran; it said:\n{said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_user_who_cannot_be_told_is_refused_before_anything_runs() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let (ran, file) = (dir.path().join("ran"), dir.path().join("recording.memtrace"));
+    for (uid, gid) in [("1000x", Some("1000")), ("1000", None), ("4294967295", Some("1000"))] {
+        let mut record = programs::memtrace_command()?;
+        record.env("SUDO_UID", uid).env_remove("SUDO_GID").envs(gid.map(|gid| ("SUDO_GID", gid)));
+        record.args(["record", "-o"]).arg(&file).args(["--", "touch"]).arg(&ran);
+        let output = record.stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(2), "SUDO_UID {uid:?}: {}; it said:\n{said}", output.status);
+        ensure!(said.contains("SUDO_"), "SUDO_UID {uid:?}: it said:\n{said}");
+        ensure!(!ran.exists() && !file.exists(), "SUDO_UID {uid:?}: the command ran");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_the_command_leaves_behind_costs_neither_its_code_nor_the_recording() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let script = "sleep 30 </dev/null >/dev/null 2>&1 & cat /proc/self/cgroup; echo pid $!; exit 3";
+    let recorded = record(dir.path(), &[], &["sh", "-c", script], &[])?;
+    let (said, printed) =
+        (String::from_utf8_lossy(&recorded.output.stderr), String::from_utf8_lossy(&recorded.output.stdout));
+    let pid = printed.lines().find_map(|line| line.strip_prefix("pid ")).context("the command printed no pid")?;
+    let pid: u32 = pid.parse()?;
+    let moved = std::fs::read_to_string(format!("/proc/{pid}/cgroup"));
+    process::signal(pid, rustix::process::Signal::KILL)?;
+    ensure!(recorded.output.status.code() == Some(3), "{}; it said:\n{said}", recorded.output.status);
+    ensure!(said.contains("1 process(es) of the command still run"), "it said:\n{said}");
+    let cage = json::text(&recorded.incident, "/cgroup/path")?.to_owned();
+    ensure!(printed.contains(&cage), "the command ran elsewhere than in {cage}:\n{printed}");
+    let (moved, own) = (moved?, std::fs::read_to_string("/proc/self/cgroup")?);
+    ensure!(moved == own, "the process left behind is in\n{moved}, we are in\n{own}");
+    ensure!(!said.contains("cgroup stays"), "it said:\n{said}");
+    Ok(())
+}
+
+#[test]
+fn the_command_has_the_limits_it_would_have_without() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("recording.memtrace");
+    let mut limited = Command::new("sh");
+    limited.args(["-c", r#"ulimit -l 8192; exec "$@""#, "sh"]).arg(programs::memtrace()?);
+    limited.args(["record", "--quiet", "-o"]).arg(&file).args(["--", "grep", "locked", "/proc/self/limits"]);
+    limited.env_remove("SUDO_UID").env_remove("SUDO_GID");
+    let output = limited.stdin(Stdio::null()).output()?;
+    let (said, printed) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+    ensure!(output.status.success(), "{}; it said:\n{said}", output.status);
+    let words: Vec<&str> = printed.split_ascii_whitespace().collect();
+    assert_eq!(words, ["Max", "locked", "memory", "8388608", "8388608", "bytes"]);
     Ok(())
 }

@@ -12,16 +12,16 @@ use crate::toolchain::{self, LINKER_VERSION, Plan, RECIPES};
 /// Arguments of `cargo xtask setup`.
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
-    /// Also what the tests run: a container runtime, GNU time, a C compiler
+    /// Also what the tests of `record` run: GNU time, python3, gcc
     #[arg(long)]
     tests: bool,
 }
 
 /// What the tests run: (program, the Debian package that has it, why).
 const TEST_PROGRAMS: [(&str, &str, &str); 3] = [
-    ("cc", "gcc", "C workloads and linking"),
-    ("runc", "runc", "kills inside real containers"),
-    ("time", "time", "peak memory of our own agent"),
+    ("gcc", "gcc", "a compiler whose peak memory is recorded"),
+    ("python3", "python3", "an interpreter whose peak memory is recorded"),
+    ("time", "time", "GNU time, the peaks that recordings are compared with"),
 ];
 
 /// Runs the verb.

@@ -6,11 +6,17 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::Deserialize;
 
+use super::Outcome;
 use super::values::{Size, Span};
-use super::{Outcome, Refusal};
 use crate::agent;
 use crate::kernel::hooks::Hook;
+use crate::refusal::Refusal;
 use crate::session;
+
+/// Rows of the engine's table of processes: to follow more in the kernel would lose them here.
+const MAX_PROCESSES: u32 = 32_768;
+/// The engine's history reaches no further back.
+const MAX_BEFORE_NS: u64 = 600_000_000_000;
 
 /// Arguments of `memtrace agent`. Every flag has the same key in the configuration file (`quantum = "256K"`).
 #[derive(clap::Args, Debug)]
@@ -40,7 +46,7 @@ struct Flags {
     /// Where the journal is kept: memory-backed, lost at reboot [default: /run/memtrace]
     #[arg(long, value_name = "DIR")]
     journal_dir: Option<PathBuf>,
-    /// Size of the journal [default: 16M]
+    /// Size of the journal [default: 16M]; the run before keeps as much again in previous/ until the next start
     #[arg(long, value_name = "SIZE")]
     journal_size: Option<Size>,
     /// Address for metrics, health and incidents; `off` for none [default: 127.0.0.1:9469]
@@ -49,19 +55,19 @@ struct Flags {
     /// Kernel type information to use instead of the running kernel's own
     #[arg(long, value_name = "FILE")]
     btf: Option<PathBuf>,
-    /// Leave a hook out (repeatable; `memtrace doctor` lists them)
-    #[arg(long, value_name = "HOOK")]
+    /// Leave hooks out, as a list or repeated (`memtrace doctor` names them)
+    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
     without: Option<Vec<Hook>>,
     /// Record a process when its resident memory moved by this much [default: 256K]
     #[arg(long, value_name = "SIZE")]
     quantum: Option<Size>,
-    /// History kept before an incident [default: 30s]
+    /// History kept before an incident, at most 10m [default: 30s]
     #[arg(long, value_name = "SPAN")]
     before: Option<Span>,
     /// How long an incident gathers after its kill [default: 1s]
     #[arg(long, value_name = "SPAN")]
     after: Option<Span>,
-    /// Processes followed at most [default: 32768]
+    /// Processes followed at most, up to 32768 [default: 32768]
     #[arg(long, value_name = "N")]
     max_processes: Option<u32>,
     /// Size of the ring for memory readings, a power of two [default: 4M]
@@ -130,6 +136,13 @@ impl Flags {
             )),
         };
         session.check().map_err(Refusal::Usage)?;
+        if session.max_processes > MAX_PROCESSES {
+            let what = format!("max_processes: {} is more than {MAX_PROCESSES}", session.max_processes);
+            return Err(Refusal::Usage(what).into());
+        }
+        if session.before_ns > MAX_BEFORE_NS {
+            return Err(Refusal::Usage("before: at most 10m of history is kept".to_owned()).into());
+        }
         Ok(agent::Options {
             session,
             state_dir: self.state_dir.unwrap_or_else(|| PathBuf::from(super::STATE_DIR)),
@@ -173,6 +186,35 @@ mod tests {
     fn an_unknown_key_is_named() {
         let error = toml::from_str::<Flags>("quantums = 1").unwrap_err().to_string();
         assert!(error.contains("quantums"), "{error}");
+    }
+
+    #[test]
+    fn what_the_engine_would_cut_off_is_refused() {
+        let most = Flags { max_processes: Some(32_768), before: Some("10m".parse().unwrap()), ..Flags::default() };
+        assert!(most.options().is_ok());
+        let error = Flags { max_processes: Some(32_769), ..Flags::default() }.options().unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(Refusal::Usage(what)) if what.contains("32768")), "{error}");
+        let error = Flags { before: Some("601s".parse().unwrap()), ..Flags::default() }.options().unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(Refusal::Usage(what)) if what.contains("10m")), "{error}");
+    }
+
+    #[test]
+    fn hooks_are_left_out_as_a_list_or_one_by_one() {
+        use clap::Parser;
+        for words in ["--without map,charge", "--without map --without charge"] {
+            for verb in ["agent", "doctor"] {
+                let command = format!("memtrace {verb} {words}");
+                let cli = crate::cli::Cli::try_parse_from(command.split(' ')).unwrap();
+                let without = match cli.verb {
+                    crate::cli::Verb::Agent(args) => args.flags.without.unwrap(),
+                    crate::cli::Verb::Doctor(args) => args.without,
+                    other => panic!("{other:?}"),
+                };
+                assert_eq!(without, [Hook::Map, Hook::Charge], "{command}");
+            }
+            let record = format!("memtrace record {words} -- true");
+            assert!(crate::cli::Cli::try_parse_from(record.split(' ')).is_ok(), "{record}");
+        }
     }
 
     #[test]

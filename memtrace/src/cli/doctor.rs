@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::path::PathBuf;
 
+use anyhow::Context;
 use memtrace_common::layout::ABSENT;
 use serde::Serialize;
 
@@ -23,6 +24,14 @@ const UNSUPPORTED: u8 = 3;
 
 /// Arguments of `memtrace doctor`.
 #[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sudo memtrace doctor                     loads and attaches for a moment, as the agent would
+  memtrace doctor                          without root: what would be tried
+  sudo memtrace doctor --without map,charge
+  sudo memtrace doctor --json | jq .verdict
+
+Exit codes: 0 it can run (perhaps without something, which is named), 3 it cannot.")]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
@@ -30,7 +39,7 @@ pub struct Args {
     /// Read the kernel's types from this file instead of /sys/kernel/btf/vmlinux
     #[arg(long, value_name = "FILE")]
     pub btf: Option<PathBuf>,
-    /// Leave a hook out (may be given more than once)
+    /// Leave hooks out, as a list or repeated
     #[arg(long, value_name = "HOOK", value_delimiter = ',')]
     pub without: Vec<Hook>,
 }
@@ -77,7 +86,10 @@ pub struct Report {
 pub fn run(args: &Args) -> Outcome {
     let facts = facts::gather(args.btf.as_deref(), memory_controller());
     let plan = support::plan(&facts, &args.without);
-    let report = Report::new(&facts, tried(args).unwrap_or_else(|| Status::new(&plan, &[])));
+    let planned = Status::new(&plan, &[]);
+    // What already stands in the way is named in full by the plan; trying would only say the first of it again.
+    let status = if planned.can_run() { outcome(planned, tried(args)) } else { planned };
+    let report = Report::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
@@ -89,13 +101,22 @@ pub fn run(args: &Args) -> Outcome {
     Ok(if report.verdict == Verdict::Impossible { UNSUPPORTED } else { 0 })
 }
 
-/// Loads and attaches for a moment, as the agent would: only the kernel knows. `None` where it refuses altogether, or
-/// without the privileges to ask; then the plan is all there is to say.
-fn tried(args: &Args) -> Option<Status> {
+/// Loads and attaches for a moment, as the agent would: only the kernel knows.
+fn tried(args: &Args) -> anyhow::Result<Status> {
     let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();
-    session::attach(&options).ok().map(|(_, _, status)| status)
+    session::attach(&options).map(|(_, _, status)| status)
+}
+
+/// What came of trying; a plan that fell through is no plan.
+fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
+    tried.unwrap_or_else(|error| {
+        let mut fatal = planned.fatal;
+        fatal.push(Problem { what: format!("{error:#}"), remedy: None });
+        Status { fatal, ..planned }
+    })
 }
 
 /// The memory controller's hierarchy in the kernel room's words.
@@ -256,6 +277,19 @@ mod tests {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(!text.contains('\x1b') && report.text(true).contains("\x1b[31moff\x1b[0m"));
+    }
+
+    #[test]
+    fn a_plan_that_falls_through_is_impossible_and_says_why() {
+        let facts = Facts::default();
+        let mut planned = Status::new(&support::plan(&facts, &[]), &[]);
+        planned.fatal.clear();
+        let error = anyhow::anyhow!("Operation not permitted").context("the rss hook is needed");
+        let report = Report::new(&facts, outcome(planned.clone(), Err(error)));
+        assert_eq!(report.verdict, Verdict::Impossible);
+        let text = report.text(false);
+        assert!(text.contains("in the way:\n  the rss hook is needed: Operation not permitted\n"), "{text}");
+        assert_eq!(outcome(planned.clone(), Ok(planned.clone())), planned);
     }
 
     #[test]

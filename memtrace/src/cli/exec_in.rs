@@ -11,6 +11,7 @@ use std::process::Command;
 use anyhow::Context;
 
 use super::Outcome;
+use super::invoker::Invoker;
 
 /// Arguments of `memtrace exec-in`.
 #[derive(clap::Args, Debug)]
@@ -31,39 +32,23 @@ pub fn command(cgroup: &Path, command: &[OsString]) -> anyhow::Result<Command> {
     Ok(entering)
 }
 
-/// Who called sudo: user and group id.
-pub fn sudo_ids() -> Option<(u32, u32)> {
-    let id = |name| std::env::var(name).ok()?.parse::<u32>().ok();
-    rustix::process::geteuid().is_root().then_some(())?;
-    Some((id("SUDO_UID")?, id("SUDO_GID")?))
-}
-
 /// Runs the verb; does not return when all goes well.
 pub fn run(args: &Args) -> Outcome {
+    let invoker = Invoker::find()?;
     let procs = args.cgroup.join("cgroup.procs");
     std::fs::write(&procs, "0").with_context(|| format!("failed to enter the cgroup by {}", procs.display()))?;
     let Some((program, rest)) = args.command.split_first() else { return Ok(2) };
     let mut command = Command::new(program);
     command.args(rest);
-    if let Some((uid, gid)) = sudo_ids() {
-        command.uid(uid).gid(gid);
-        if let Some((name, home)) = user(uid) {
-            command.env("HOME", home).env("USER", &name).env("LOGNAME", name);
+    if let Some(invoker) = &invoker {
+        if let Some((name, home)) = invoker.user() {
+            command.env("HOME", home).env("USER", name).env("LOGNAME", name);
         }
+        // After the cgroup, which only root may enter; this process has one thread.
+        invoker.become_them()?;
     }
     let error = command.exec();
     eprintln!("memtrace: failed to run {}: {error}", Path::new(program).display());
     // As a shell: 127 not found, 126 found but not runnable.
     Ok(if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 })
-}
-
-/// Name and home of a user, from the password file.
-fn user(uid: u32) -> Option<(String, String)> {
-    let passwd = std::fs::read_to_string("/etc/passwd").ok()?;
-    passwd.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let (name, _, id) = (fields.next()?, fields.next()?, fields.next()?);
-        (id.parse() == Ok(uid)).then_some(())?;
-        Some((name.to_owned(), fields.nth(2)?.to_owned()))
-    })
 }

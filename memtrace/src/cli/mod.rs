@@ -5,11 +5,14 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::refusal::Refusal;
+
 pub mod agent;
 pub mod completions;
 pub mod doctor;
 pub mod exec_in;
 pub mod incidents;
+pub mod invoker;
 mod listing;
 pub mod man;
 pub mod record;
@@ -59,17 +62,6 @@ pub enum Verb {
     Man(man::Args),
 }
 
-/// A refusal with its own exit code; everything else is exit code 1.
-#[derive(Debug, thiserror::Error)]
-pub enum Refusal {
-    /// The command line or the configuration is wrong: exit code 2.
-    #[error("{0}")]
-    Usage(String),
-    /// This kernel or these privileges cannot do it: exit code 3.
-    #[error("{0}")]
-    Unsupported(String),
-}
-
 /// What a verb ends with; `record` passes its child's code on.
 pub type Outcome = anyhow::Result<u8>;
 
@@ -106,19 +98,4 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .chain()
         .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
         .any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
-}
-
-/// Logs to stderr; `RUST_LOG` chooses what, colours only on a terminal.
-pub(crate) fn log_to_stderr() {
-    use std::io::IsTerminal;
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    // A second logger in the same process is no reason to fail.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(colour)
-        .with_target(false)
-        .try_init();
 }

@@ -2,31 +2,35 @@
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::os::unix::fs::chown;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
+use super::invoker::Invoker;
 use super::values::{Size, Span};
-use super::{Outcome, Refusal, exec_in, terminal};
+use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
 use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
 use crate::process::stock;
+use crate::refusal::Refusal;
 use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
 
 /// What is still on its way when a process has ended: its last records, and the window of a kill.
 const SETTLE: Duration = Duration::from_millis(300);
+/// How often the command's cgroup is emptied before it is removed.
+const FREE_ROUNDS: u32 = 8;
 
 /// Arguments of `memtrace record`.
 #[derive(clap::Args, Debug)]
@@ -62,8 +66,8 @@ pub struct Args {
     /// Kernel type information to use instead of the running kernel's own
     #[arg(long, value_name = "FILE")]
     btf: Option<PathBuf>,
-    /// Leave a hook out (repeatable; `memtrace doctor` lists them)
-    #[arg(long, value_name = "HOOK")]
+    /// Leave hooks out, as a list or repeated (`memtrace doctor` names them)
+    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
     without: Vec<crate::kernel::hooks::Hook>,
     /// Print nothing at the end
     #[arg(short, long)]
@@ -79,9 +83,22 @@ pub fn run(args: &Args) -> Outcome {
         let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
         return Err(Refusal::Usage(what).into());
     }
+    // Asked before anything starts: in doubt about the user nothing is run as root.
+    let invoker = Invoker::find()?;
+    if let Some(invoker) = &invoker {
+        // Again before the file is written, when it counts; here so that a long run is not recorded for nothing.
+        let path = args.output.as_deref().unwrap_or(Path::new("."));
+        invoker.ask_as_them(|| writable(path))?.with_context(|| {
+            format!("user {} cannot write to {}; choose another file with -o", invoker.uid(), path.display())
+        })?;
+    }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
-    runtime.block_on(record(args))
+    let (files, code) = runtime.block_on(record(args))?;
+    // The tracer and the command's cgroup are gone, and with the runtime whatever else might run.
+    drop(runtime);
+    finish(args, invoker.as_ref(), &files)?;
+    Ok(code)
 }
 
 /// What ended, and how.
@@ -93,7 +110,8 @@ struct Ending {
     cgroup_peak_bytes: Option<u64>,
 }
 
-async fn record(args: &Args) -> Outcome {
+/// Runs the tracer to its end: what it saw, and the exit code to end with.
+async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
     let options = session::Options {
         btf: args.btf.clone(),
         without: args.without.clone(),
@@ -118,8 +136,7 @@ async fn record(args: &Args) -> Outcome {
         cgroup_peak_bytes: ending.cgroup_peak_bytes,
     });
     keep(session.stop(), &mut files);
-    finish(args, &files)?;
-    Ok(ending.status.map_or(0, exit_code))
+    Ok((files, ending.status.map_or(0, exit_code)))
 }
 
 /// Runs the command in a cgroup of its own until it ends.
@@ -154,7 +171,7 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
     let boot_ns = clock::boot_ns();
     settle(session, files, SETTLE).await;
     let peak = cage.read(clock::boot_ns()).and_then(|found| found.peak_bytes);
-    free(cage)?;
+    free(cage, session.hierarchy());
     Ok(Ending { status: Some(status), boot_ns, cgroup_peak_bytes: peak })
 }
 
@@ -225,56 +242,89 @@ fn forward_terminate(child: &Child) {
     }
 }
 
-/// Removes the command's cgroup; what still runs in it goes back to ours.
-fn free(cage: Transient) -> anyhow::Result<()> {
-    let left = cage.processes();
-    if !left.is_empty() {
-        eprintln!("memtrace: {} process(es) of the command still run; they are no longer recorded", left.len());
-        let parent = cage.dir().parent().map(|dir| dir.join("cgroup.procs"));
+/// Removes the command's cgroup; what still runs in it comes to ours. What goes wrong costs a cgroup, not a recording.
+fn free(cage: Transient, hierarchy: &Hierarchy) {
+    // Our own cgroup, not the cage's parent: on version 2 a cgroup that hands out controllers takes no processes.
+    let own = hierarchy.own_path().and_then(|path| hierarchy.dir_of(&path)).map(|dir| dir.join("cgroup.procs"));
+    let mut said = false;
+    // What forks meanwhile is met again.
+    for _ in 0..FREE_ROUNDS {
+        let left = cage.processes();
+        if left.is_empty() {
+            break;
+        }
+        if !said {
+            eprintln!("memtrace: {} process(es) of the command still run; they are no longer recorded", left.len());
+            said = true;
+        }
         for pid in left {
-            if let Some(parent) = &parent {
+            if let Some(own) = &own {
                 // It may have ended meanwhile; a failure shows in the removal below.
-                let _ = std::fs::write(parent, pid.to_string());
+                let _ = std::fs::write(own, pid.to_string());
             }
         }
     }
-    cage.remove().context("failed to remove the command's memory cgroup")
+    if let Err(error) = cage.remove() {
+        eprintln!("memtrace: the command's memory cgroup stays: {error:#}");
+    }
 }
 
 /// Writes the recording, and the kills it saw beside it, and prints what memory was used for.
-fn finish(args: &Args, files: &[Incident]) -> anyhow::Result<()> {
+fn finish(args: &Args, invoker: Option<&Invoker>, files: &[Incident]) -> anyhow::Result<()> {
+    // The files go where the user says, past links the command may have put there: with the user's rights only, so
+    // that they reach nothing the user could not write anyway, and belong to the user. There is no way back to root.
+    if let Some(invoker) = invoker {
+        invoker.become_them()?;
+    }
     let Some(recording) = files.iter().find(|incident| incident.kind == Kind::Recording) else {
         bail!("the engine gave no recording; please report this with the command you ran");
     };
-    let path = args.output.clone().unwrap_or_else(|| default_name(args, &recording.id));
-    let mut written = vec![path.clone()];
-    incidents::write(&path, recording).with_context(|| format!("failed to write the recording {}", path.display()))?;
     let ours = recording.recording.as_ref().map(|recording| recording.oom_incidents.as_slice()).unwrap_or_default();
     let kills: Vec<&Incident> =
         files.iter().filter(|incident| incident.kind == Kind::OomKill && ours.contains(&incident.id)).collect();
-    for kill in &kills {
-        let beside = path.with_file_name(format!("{}.memtrace", kill.id));
-        incidents::write(&beside, kill).with_context(|| format!("failed to write {}", beside.display()))?;
-        written.push(beside);
-    }
-    if let Some((uid, gid)) = exec_in::sudo_ids() {
-        for file in &written {
-            // Whoever called sudo owns what they asked for; the file is readable either way.
-            let _ = chown(file, Some(uid), Some(gid));
-        }
-    }
+    let path = args.output.clone().unwrap_or_else(|| default_name(args, &recording.id));
+    let written = write(&path, recording, &kills);
     if args.quiet {
-        return Ok(());
+        return written.map(|_| ());
     }
     let mut err = std::io::stderr().lock();
     let style = terminal::stderr_style();
     for incident in kills.iter().copied().chain([recording]) {
         writeln!(err, "{}", text::report(incident, &style))?;
     }
-    for file in &written {
+    // What could not be written has at least been shown.
+    for file in written? {
         writeln!(err, "wrote {} (show again: memtrace report {})", file.display(), file.display())?;
     }
     Ok(())
+}
+
+/// Whether a file at `path`, or in it when it is a directory, can be written or replaced.
+fn writable(path: &Path) -> std::io::Result<()> {
+    let access = |path: &Path, mode| rustix::fs::access(path, mode).map_err(Into::into);
+    let inside = Access::WRITE_OK | Access::EXEC_OK;
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => access(path, inside),
+        Ok(found) if !found.is_file() => access(path, Access::WRITE_OK),
+        // A file is replaced, so it is its directory that counts; a link's is where the link leads.
+        found => {
+            let target = if found.is_ok() { std::fs::canonicalize(path)? } else { path.to_owned() };
+            let dir = target.parent().filter(|dir| !dir.as_os_str().is_empty());
+            access(dir.unwrap_or(Path::new(".")), inside)
+        }
+    }
+}
+
+/// Writes the recording to `path` and the kills beside it; which files there are now.
+fn write(path: &Path, recording: &Incident, kills: &[&Incident]) -> anyhow::Result<Vec<PathBuf>> {
+    incidents::write(path, recording).with_context(|| format!("failed to write the recording {}", path.display()))?;
+    let mut written = vec![path.to_owned()];
+    for kill in kills {
+        let beside = path.with_file_name(format!("{}.memtrace", kill.id));
+        incidents::write(&beside, kill).with_context(|| format!("failed to write {}", beside.display()))?;
+        written.push(beside);
+    }
+    Ok(written)
 }
 
 fn default_name(args: &Args, id: &str) -> PathBuf {

@@ -7,8 +7,9 @@ use anyhow::Context;
 
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
-use super::{Outcome, Refusal, STATE_DIR};
+use super::{Outcome, STATE_DIR};
 use crate::engine::incident::Incident;
+use crate::refusal::Refusal;
 use crate::report::{json, text};
 use crate::store::incidents::{self, FindError, Incidents};
 

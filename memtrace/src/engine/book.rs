@@ -12,32 +12,23 @@ use super::decode::{Reading, cgroup_id, field_text, known, printable};
 use super::incident::MappingNote;
 use super::input::{CgroupFound, ProcessFound, Settings};
 use super::processes::{History, Key, ProcessRow, Processes, comm};
+use super::spaces::Space;
 use super::timeline::{MAX_BEFORE_NS, Point, Sums};
 
 /// Address spaces whose last user has exited and that are not yet torn down.
 const DYING_CAP: usize = 4096;
 /// The memory of such an address space is believed gone after this, if nobody says so.
 const DYING_NS: u64 = 2_000_000_000;
-/// An address space. There are at most as many as processes, plus [`DYING_CAP`].
-#[derive(Clone, Debug)]
-struct Space {
-    /// The wire's identity; none for a process found running.
-    mm_id: Option<u64>,
-    owner: Key,
-    cgroup: Option<u64>,
-    sums: Sums,
-    users: u32,
-}
 
 /// Processes, address spaces and cgroups.
 #[derive(Clone, Debug)]
 pub(super) struct Book {
     pub(super) processes: Processes,
     pub(super) cgroups: Cgroups,
-    spaces: BTreeMap<u64, Space>,
-    by_mm_id: BTreeMap<u64, u64>,
+    pub(super) spaces: BTreeMap<u64, Space>,
+    pub(super) by_mm_id: BTreeMap<u64, u64>,
     dying: VecDeque<(u64, u64)>,
-    next_space: u64,
+    pub(super) next_space: u64,
     before_ns: u64,
     /// Points put on curves by the input at hand, taken by the engine after it.
     pub(super) fresh: Vec<(u64, Point)>,
@@ -81,8 +72,8 @@ impl Book {
         let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
         let live_mm = alive.map(|row| row.mm);
         let space = match (known(r.mm_id), live_mm) {
-            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id)),
-            (Some(id), _) => self.by_mm_id.get(&id).copied(),
+            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id, ns)),
+            (Some(id), _) => self.owned_by(id, &r.task, ns),
             (None, mm) => mm.flatten(),
         };
         if let (Some(key), Some(serial), true, Some(_)) = (key, space, !dying, live_mm) {
@@ -145,8 +136,11 @@ impl Book {
         self.ensure(cgroup_id(r.cgroup_id), ns);
         let key = self.touch(&r.task, r.cgroup_id, ns);
         let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
+        if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
+            row.comm = comm(&r.task);
+        }
         if let Some(id) = known(r.mm_id).filter(|_| alive) {
-            let space = self.space_of(id, key, cgroup_id(r.cgroup_id));
+            let space = self.space_of(id, key, cgroup_id(r.cgroup_id), ns);
             self.attach_space(key, space);
             // What the image before held says nothing about this one.
             if let Some(row) = self.processes.get_mut(key) {
@@ -163,15 +157,15 @@ impl Book {
     pub(super) fn exit(&mut self, r: &wire::Exit) -> Option<Key> {
         let key = self.processes.find(r.task.tgid, r.task.start_boot_ns)?;
         let row = self.processes.get_mut(key)?;
-        row.comm = comm(&r.task);
+        row.called(&r.task);
         row.max_rss = row.max_rss.max(known(r.max_rss_bytes));
         self.gone(key, r.header.boot_ns, Some(r.exit_code));
         Some(key)
     }
 
-    /// An address space is gone.
+    /// An address space is gone. The record may come after the first one of whoever has its identity next.
     pub(super) fn mm_gone(&mut self, r: &wire::MmGone) -> Option<Key> {
-        if let Some(serial) = self.by_mm_id.get(&r.mm_id).copied() {
+        if let Some(serial) = self.owned_by(r.mm_id, &r.task, r.header.boot_ns) {
             self.drop_space(serial);
         }
         let key = self.processes.find(r.task.tgid, r.task.start_boot_ns)?;
@@ -322,7 +316,7 @@ impl Book {
             row.history.push(found.boot_ns, sums.resident());
             row.raise_peak(sums.resident().max(found.peak_bytes));
             let cgroup = row.cgroup;
-            let serial = self.new_space(None, key, cgroup);
+            let serial = self.new_space(None, key, cgroup, found.boot_ns);
             self.attach_space(key, serial);
             self.set_space(serial, cgroup, sums);
         }
@@ -333,7 +327,7 @@ impl Book {
     pub(super) fn tick(&mut self, now: u64) {
         while self.dying.front().is_some_and(|(ns, _)| ns.saturating_add(DYING_NS) < now) {
             let Some((_, serial)) = self.dying.pop_front() else { break };
-            self.drop_space(serial);
+            self.drop_unused(serial);
         }
         for serial in self.processes.tick(now) {
             self.release(serial);
@@ -385,10 +379,7 @@ impl Book {
             }
         };
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
-            let name = comm(task);
-            if !name.is_empty() && row.comm != name {
-                row.comm = name;
-            }
+            row.called(task);
             row.cgroup = cgroup_id(cgroup).or(row.cgroup);
             row.last_ns = row.last_ns.max(ns);
         }
@@ -421,81 +412,9 @@ impl Book {
         if self.dying.len() >= DYING_CAP
             && let Some((_, oldest)) = self.dying.pop_front()
         {
-            self.drop_space(oldest);
+            self.drop_unused(oldest);
         }
         self.dying.push_back((ns, serial));
-    }
-
-    fn space_of(&mut self, mm_id: u64, owner: Key, cgroup: Option<u64>) -> u64 {
-        match self.by_mm_id.get(&mm_id) {
-            Some(serial) => *serial,
-            None => self.new_space(Some(mm_id), owner, cgroup),
-        }
-    }
-
-    fn new_space(&mut self, mm_id: Option<u64>, owner: Key, cgroup: Option<u64>) -> u64 {
-        self.next_space += 1;
-        let serial = self.next_space;
-        self.spaces.insert(serial, Space { mm_id, owner, cgroup, sums: Sums::default(), users: 0 });
-        if let Some(id) = mm_id {
-            self.by_mm_id.insert(id, serial);
-        }
-        serial
-    }
-
-    fn attach_space(&mut self, key: Key, serial: u64) {
-        let Some(row) = self.processes.get_mut(key) else { return };
-        if row.mm == Some(serial) {
-            return;
-        }
-        let old = row.mm.replace(serial);
-        if let Some(space) = self.spaces.get_mut(&serial) {
-            space.users = space.users.saturating_add(1);
-        }
-        if let Some(old) = old {
-            self.release(old);
-        }
-    }
-
-    fn release(&mut self, serial: u64) {
-        let Some(space) = self.spaces.get_mut(&serial) else { return };
-        space.users = space.users.saturating_sub(1);
-        if space.users == 0 {
-            self.drop_space(serial);
-        }
-    }
-
-    fn drop_space(&mut self, serial: u64) {
-        let Some(space) = self.spaces.remove(&serial) else { return };
-        if let Some(id) = space.mm_id {
-            self.by_mm_id.remove(&id);
-        }
-        if let Some(cgroup) = space.cgroup {
-            self.cgroups.account(cgroup, &space.sums, &Sums::default());
-        }
-        if let Some(row) = self.processes.get_mut(space.owner).filter(|row| row.mm == Some(serial)) {
-            row.mm = None;
-        }
-    }
-
-    fn set_space(&mut self, serial: u64, cgroup: Option<u64>, sums: Sums) {
-        let Some(space) = self.spaces.get_mut(&serial) else { return };
-        let (old_cgroup, old) = (space.cgroup, space.sums);
-        space.cgroup = cgroup.or(old_cgroup);
-        space.sums = sums;
-        let new_cgroup = space.cgroup;
-        if old_cgroup == new_cgroup {
-            if let Some(id) = new_cgroup {
-                self.cgroups.account(id, &old, &sums);
-            }
-            return;
-        }
-        if let Some(id) = old_cgroup {
-            self.cgroups.account(id, &old, &Sums::default());
-        }
-        if let Some(id) = new_cgroup {
-            self.cgroups.account(id, &Sums::default(), &sums);
-        }
     }
 }
 
@@ -549,6 +468,52 @@ mod tests {
     }
 
     #[test]
+    fn an_identity_taken_over_while_the_old_space_is_dying_is_a_new_space() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.exit(&sample::exit(2_000, 10, 5, 0));
+        b.rss(&sample::rss(3_000, 11, 6, 77, 20 * MIB));
+        assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1));
+        b.tick(2_000 + DYING_NS + 1);
+        assert_eq!(tree(&b, 6), 20 * MIB, "the dying one was another");
+    }
+
+    #[test]
+    fn records_of_an_older_space_do_not_touch_the_one_that_has_its_identity_now() {
+        for exit_first in [true, false] {
+            let mut b = Book::default();
+            b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+            if exit_first {
+                b.exit(&sample::exit(2_000, 10, 5, 0));
+            }
+            b.rss(&sample::rss(11_000, 11, 6, 77, 20 * MIB));
+            b.exit(&sample::exit(2_000, 10, 5, 0));
+            let mut falling = sample::rss(9_000, 10, 5, 77, 40 * MIB);
+            falling.flags = wire::RSS_DYING;
+            b.rss(&falling);
+            b.mm_gone(&sample::mm_gone(10_000, 10, 77, 60 * MIB));
+            assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1), "{exit_first}");
+            assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
+            b.tick(20_000 + DYING_NS);
+            assert_eq!(tree(&b, 6), 20 * MIB);
+            b.exit(&sample::exit(30_000, 11, 6, 0));
+            b.mm_gone(&sample::mm_gone(31_000, 11, 77, 20 * MIB));
+            assert_eq!((tree(&b, 6), b.spaces()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_process_that_execs_back_onto_an_identity_keeps_its_memory() {
+        let mut b = Book::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.rss(&sample::rss(11_000, 10, 5, 78, MIB));
+        b.rss(&sample::rss(13_000, 10, 5, 77, 20 * MIB));
+        b.mm_gone(&sample::mm_gone(10_000, 10, 77, 50 * MIB));
+        b.mm_gone(&sample::mm_gone(12_000, 10, 78, MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (20 * MIB, 1));
+    }
+
+    #[test]
     fn a_found_process_is_replaced_by_its_records_and_not_the_other_way_round() {
         let mut b = Book::default();
         let ticks = b.processes.ticks(sample::start(10));
@@ -566,6 +531,30 @@ mod tests {
         assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
         b.process_found(&found);
         assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+    }
+
+    #[test]
+    fn a_process_is_not_called_by_the_name_of_a_thread() {
+        let mut b = Book::default();
+        let name = |b: &Book| b.processes.get((10, sample::start(10))).unwrap().comm.clone();
+        let thread = |tid, comm| wire::Task { tid, ..sample::named(10, comm) };
+        let mut rss = sample::rss(1_000, 10, 5, 77, MIB);
+        rss.task = thread(12, "worker");
+        b.rss(&rss);
+        assert_eq!(name(&b), "worker", "better than none");
+        rss.task = thread(10, "server");
+        b.rss(&rss);
+        rss.task = thread(12, "worker");
+        b.rss(&rss);
+        assert_eq!(name(&b), "server");
+        let mut exec = sample::exec(2_000, 10, 5, "next", 0, 78);
+        exec.task.tid = 12;
+        b.exec(&exec);
+        assert_eq!(name(&b), "next");
+        let mut exit = sample::exit(3_000, 10, 5, 0);
+        exit.task = thread(13, "last");
+        b.exit(&exit);
+        assert_eq!(name(&b), "next");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! From what was gathered to the incident as the file holds it.
 
 use super::book::Book;
-use super::cases::{Open, scope};
+use super::cases::Open;
 use super::census::resident;
 use super::clock::{Clock, Identity};
 use super::decode::{Limit, Reading};
@@ -100,9 +100,7 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
 /// The kill itself.
 pub(super) fn oom(open: &Open, scene: &Scene<'_>) -> Oom {
     let log = open.logged(scene.log);
-    let cgroups = &scene.book.cgroups;
-    let victim_id = open.victim_memcg.cgroup_id;
-    let (scope, out) = scope(open.mark_scope, victim_id, open.oom.cgroup_id, open.decision.as_ref(), log, cgroups);
+    let (scope, out) = open.ran_out;
     let oom_cgroup = match (scope, out) {
         (Scope::Cgroup | Scope::Ancestor, Some(id)) => Some(cgroup(Some(id), &reading_of(open, id), scene)),
         (Scope::Ancestor, None) => {

@@ -3,20 +3,18 @@
 use memtrace_common::event as wire;
 
 use super::builder;
-use super::cgroups::Cgroups;
 use super::decode::Reading;
-use super::incident::{Growth, MappingNote, Process, Scope, TaskRow};
+use super::incident::{Growth, MappingNote, Process, TaskRow};
 use super::input::{Effect, Finding, KillEntry};
 use super::kernlog::KernelLog;
 use super::kills::{Decision, OpenVictim, PAIR_NS, SHARER_NS, Thread, VICTIMS_CAP, marked, process, sharer};
 use super::processes::Key;
-use super::timeline::{Curve, Point, Sums};
+use super::scope::{Moments, RanOut, View, counters, scope};
+use super::timeline::{Curve, Sums};
 use super::{Engine, clock::Identity, incident::KernelLogKill};
 
 /// Incidents open at once; the oldest is closed early for one more.
 pub(super) const OPEN_CAP: usize = 32;
-/// Mapping notes of one incident.
-const NOTES_CAP: usize = 512;
 /// A group kill that goes on keeps its incident open at most this many windows.
 const WINDOWS_CAP: u64 = 10;
 
@@ -29,9 +27,15 @@ pub(super) struct Open {
     pub(super) trigger: Thread,
     pub(super) trigger_process: Process,
     pub(super) mark_scope: u32,
+    pub(super) mark_ns: u64,
+    /// As far as is known by now.
+    pub(super) ran_out: RanOut,
     pub(super) decision: Option<Decision>,
     pub(super) victim_memcg: Reading,
     pub(super) trigger_memcg: Reading,
+    /// The cgroup the mark found near its limit.
+    pub(super) marked_oom: Reading,
+    /// The counters of what ran out.
     pub(super) oom: Reading,
     pub(super) group: bool,
     pub(super) victims: Vec<OpenVictim>,
@@ -88,46 +92,15 @@ impl Open {
         last.min(self.at_ns.saturating_add(after_ns.saturating_mul(WINDOWS_CAP))).saturating_add(after_ns)
     }
 
-    /// What the kernel log says about it.
+    /// What the kernel log says about it: of several kills the one it says a constraint of.
     pub(super) fn logged<'a>(&self, log: &'a KernelLog) -> Option<&'a KernelLogKill> {
-        self.victims.iter().find_map(|v| log.about(v.victim.pid, v.tid, v.victim.at_boot_ns))
-    }
-}
-
-/// What ran out, from everything that speaks about it: the kernel's own decision first, then the reading at the
-/// mark, then the kernel log. With the id of the cgroup, for a cgroup.
-pub(super) fn scope(
-    mark_scope: u32,
-    victim: Option<u64>,
-    oom: Option<u64>,
-    decision: Option<&Decision>,
-    log: Option<&KernelLogKill>,
-    cgroups: &Cgroups,
-) -> (Scope, Option<u64>) {
-    let memcg = |id: u64| if Some(id) == victim { (Scope::Cgroup, Some(id)) } else { (Scope::Ancestor, Some(id)) };
-    match decision.map(|d| (d.constraint, d.oom.cgroup_id)) {
-        Some((1, _)) => return (Scope::Cpuset, None),
-        Some((3, Some(id))) => return memcg(id),
-        Some((0 | 2, _)) => return (Scope::Global, None),
-        _ => {}
-    }
-    if let (wire::SCOPE_MEMCG, Some(id)) = (mark_scope, oom) {
-        return memcg(id);
-    }
-    let from_log = log.and_then(|l| match l.constraint.as_deref()? {
-        "CONSTRAINT_CPUSET" => Some((Scope::Cpuset, None)),
-        "CONSTRAINT_NONE" | "CONSTRAINT_MEMORY_POLICY" => Some((Scope::Global, None)),
-        "CONSTRAINT_MEMCG" => {
-            let path = l.oom_memcg.as_deref()?;
-            if l.task_memcg.as_deref() == Some(path) || cgroups.path(victim).as_deref() == Some(path) {
-                return Some((Scope::Cgroup, victim));
-            }
-            Some((Scope::Ancestor, cgroups.id_of_path(path)))
+        let mut told = self.victims.iter().filter_map(|v| log.about(v.victim.pid, v.tid, v.victim.at_boot_ns));
+        let first = told.next()?;
+        if first.constraint.is_some() {
+            return Some(first);
         }
-        _ => None,
-    });
-    let unsaid = if mark_scope == wire::SCOPE_GLOBAL { Scope::Global } else { Scope::Unknown };
-    from_log.unwrap_or((unsaid, None))
+        told.find(|l| l.constraint.is_some()).or(Some(first))
+    }
 }
 
 impl Engine {
@@ -168,6 +141,7 @@ impl Engine {
         };
         if let Some(open) = self.open.iter_mut().find(late) {
             open.decision = Some(decision);
+            self.refine();
         }
     }
 
@@ -240,33 +214,17 @@ impl Engine {
         let at_ns = victim.victim.at_boot_ns;
         let from_ns = at_ns.saturating_sub(self.settings.before_ns);
         let victim_memcg = Reading::from(&m.victim_memcg);
-        let mut oom = Reading::from(&m.oom);
-        if let Some(decided) = decision.filter(|d| d.oom.cgroup_id.is_some()) {
-            let same = oom.cgroup_id.is_none() || oom.cgroup_id == decided.oom.cgroup_id;
-            oom = if same { oom.or(&decided.oom) } else { decided.oom };
-        }
+        let trigger_memcg = Reading::from(&m.trigger_memcg);
+        let marked_oom = Reading::from(&m.oom);
         let log = self.log.about(victim.victim.pid, victim.tid, at_ns);
         let book = &self.book;
-        let (scope, out) = scope(m.scope, victim_memcg.cgroup_id, oom.cgroup_id, decision.as_ref(), log, &book.cgroups);
-        // Where there is no id the tree is that of no cgroup at all, never the machine.
-        let tree = match scope {
-            Scope::Global | Scope::Cpuset => None,
-            Scope::Cgroup | Scope::Ancestor => Some(out.unwrap_or(0)),
-            Scope::Unknown => Some(victim_memcg.cgroup_id.unwrap_or(0)),
-        };
-        let (mut tasks, tasks_left_out) = book.tasks(tree);
-        builder::mark_victim(&mut tasks, &victim);
-        // Up to the mark, which has the victim's exact reading, a moment after its SIGKILL.
-        let growth = book.growth(at_ns.max(m.header.boot_ns), |row| row.exited.is_none() && book.in_scope(row, tree));
-        let rows = |id: u64| {
-            let row = book.cgroups.get(id);
-            row.into_iter().flat_map(move |row| row.timeline.rows(from_ns..=at_ns))
-        };
-        let ancestor = out.filter(|id| scope == Scope::Ancestor && rows(*id).any(|p| p.usage().is_some()));
-        let curve_of = ancestor.or(victim_memcg.cgroup_id);
-        let mut curve = Curve::default();
-        curve_of.into_iter().flat_map(rows).for_each(|p: &Point| curve.insert(*p));
-        let sums_of = |id: Option<u64>| id.and_then(|id| book.cgroups.get(id)).map(|r| r.tree).unwrap_or_default();
+        let (own, out) = (victim_memcg.cgroup_id, marked_oom.cgroup_id);
+        let ran_out = scope(m.scope, own, out, decision.as_ref(), log, &book.cgroups);
+        let decided = decision.map(|d| d.oom).unwrap_or_default();
+        let when = Moments { from_ns, at_ns, mark_ns: m.header.boot_ns };
+        let sums_of = |id: u64| book.cgroups.get(id).map(|r| r.tree).unwrap_or_default();
+        let mut view = View::of(book, ran_out, own, when, at_ns, sums_of);
+        builder::mark_victim(&mut view.tasks, &victim);
         let open = Open {
             id: None,
             at_ns,
@@ -274,21 +232,24 @@ impl Engine {
             trigger_process: process(&m.trigger),
             mark_scope: m.scope,
             decision,
+            mark_ns: m.header.boot_ns,
+            ran_out,
             victim_memcg,
-            trigger_memcg: Reading::from(&m.trigger_memcg),
-            oom,
+            trigger_memcg,
+            marked_oom,
+            oom: counters(ran_out, marked_oom, &[decided, victim_memcg, trigger_memcg], &book.cgroups),
             group: m.flags & wire::VICTIM_GROUP != 0,
             stack: self.ledger.take_stack(victim.key()).unwrap_or_default(),
             victims: vec![victim],
             victims_left_out: 0,
-            tasks,
-            tasks_left_out,
-            growth,
-            notes: book.notes(tree, from_ns, at_ns, NOTES_CAP),
-            sums: sums_of(out.or(victim_memcg.cgroup_id)),
-            curve_of,
-            curve_sums: sums_of(curve_of),
-            curve,
+            tasks: view.tasks,
+            tasks_left_out: view.tasks_left_out,
+            growth: view.growth,
+            notes: view.notes,
+            sums: view.sums,
+            curve_of: view.curve_of,
+            curve_sums: view.curve_sums,
+            curve: view.curve,
             loss_base: self.losses.at(from_ns),
             early: false,
         };
@@ -405,6 +366,7 @@ impl Engine {
     }
 
     fn close(&mut self, mut open: Open, effects: &mut Vec<Effect>) {
+        self.refine_one(&mut open);
         self.settle_one(&mut open, true, effects);
         let incident = builder::oom_incident(&open, &self.scene());
         if self.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {

@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::decode::Reading;
+use super::incident::Host;
+
 const SEC: u64 = 1_000_000_000;
 /// Cgroups watched at once; further ones are not, until quiet ones are dropped.
 const DETECTORS_CAP: usize = super::cgroups::CGROUPS_CAP;
@@ -98,6 +101,13 @@ impl Detector {
     fn idle(&self, now: u64) -> bool {
         matches!(self.phase, Phase::Quiet) && self.reclaim.is_none() && now.saturating_sub(self.last_ns) > COOL_DOWN_NS
     }
+}
+
+/// Whether a reading is at its limit, as far as usage is exact: each CPU may hold back a batch of charges.
+pub(super) fn at_limit(reading: &Reading, host: &Host) -> bool {
+    let (Some(usage), Some(limit)) = (reading.usage, reading.limit.bytes()) else { return false };
+    let held_back = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus)).min(limit / 8);
+    usage.saturating_add(held_back) >= limit
 }
 
 /// Detectors of all limited cgroups.

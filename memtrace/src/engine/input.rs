@@ -236,7 +236,9 @@ pub enum KernelLogEvent {
     },
 }
 
-/// What the engine asks its shell to do.
+/// What the engine asks its shell to do. The shell may drop none: the engine takes each for done and does not say it
+/// again (one that failed is the shell's to tell of). [`Effect::LookUpCgroup`] and [`Effect::SetQuantum`] are the
+/// session's own, the others its caller's.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Put this kill on disk at once: it must survive whatever happens to the rest.
@@ -245,12 +247,16 @@ pub enum Effect {
     Save(Box<Incident>),
     /// Tell whoever listens.
     Alert(Finding),
-    /// A record named a cgroup nobody has described: look it up and answer with [`Fact::Cgroup`].
+    /// A record named a cgroup nobody has described: look it up and answer with [`Fact::Cgroup`], or with nothing when
+    /// it is gone. May not be dropped: it is asked again only for a later record of the same cgroup, seconds later, and
+    /// until then its path and its parent are unknown, and with them whose memory it counts as.
     LookUpCgroup {
         /// kernfs id.
         id: u64,
     },
-    /// A cgroup's limit is small: give it this quantum.
+    /// A cgroup's limit is small, or no longer is: give it this quantum. May not be dropped: it is said once a change,
+    /// so a cgroup whose quantum was not set keeps the old one until its limit changes again. One setting replaces the
+    /// last; of several for one cgroup the order counts.
     SetQuantum {
         /// kernfs id.
         cgroup_id: u64,

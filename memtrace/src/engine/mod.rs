@@ -27,6 +27,8 @@ mod processes;
 mod recording;
 #[cfg(test)]
 mod sample;
+mod scope;
+mod spaces;
 #[cfg(test)]
 mod tests;
 mod timeline;
@@ -195,7 +197,10 @@ impl Engine {
                 let key = self.book.process_found(found);
                 self.learnt(key);
             }
-            Fact::KernelLog(line) => self.log.line(line),
+            Fact::KernelLog(line) => {
+                self.log.line(line);
+                self.refine();
+            }
             Fact::KernelStack { victim_pid, victim_start_boot_ns, functions } => {
                 self.on_stack((*victim_pid, *victim_start_boot_ns), kills::functions(functions));
             }
@@ -328,7 +333,10 @@ impl Engine {
         self.reading(ns, &reading, effects);
         let Some(id) = reading.cgroup_id.filter(|id| self.book.cgroups.limit(*id).is_some()) else { return };
         match r.phase {
-            wire::RECLAIM_BEGIN => self.detectors.reclaim_began(id, ns, 1 + u64::from(r.suppressed)),
+            // Reclaim for memory.high or on request begins below the limit: that is no hit.
+            wire::RECLAIM_BEGIN if detect::at_limit(&reading, &self.host) => {
+                self.detectors.reclaim_began(id, ns, 1 + u64::from(r.suppressed))
+            }
             wire::RECLAIM_END => self.detectors.reclaim_ended(id, decode::known(r.duration_ns).unwrap_or(0)),
             _ => {}
         }

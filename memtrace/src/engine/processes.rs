@@ -48,6 +48,16 @@ impl ProcessRow {
         (self.pid, self.start_boot_ns)
     }
 
+    /// Takes its name from a thread: the first one's is the process', another's only where there is none.
+    pub(super) fn called(&mut self, task: &Task) {
+        if task.tid == task.tgid || self.comm.is_empty() {
+            let name = comm(task);
+            if !name.is_empty() && self.comm != name {
+                self.comm = name;
+            }
+        }
+    }
+
     pub(super) fn raise_peak(&mut self, bytes: u64) {
         self.peak = self.peak.max(Some(bytes));
     }

@@ -232,6 +232,16 @@ fn the_decision_table_of_scopes() {
         ("unknown", SCOPE_UNKNOWN, None, None, None, Scope::Unknown, None),
         ("memcg without an id", SCOPE_MEMCG, None, None, None, Scope::Unknown, None),
         ("log: cpuset", SCOPE_GLOBAL, None, None, log("CONSTRAINT_CPUSET", None), Scope::Cpuset, None),
+        (
+            "log overrules a reading: none",
+            SCOPE_MEMCG,
+            Some(OWN),
+            None,
+            log("CONSTRAINT_NONE", None),
+            Scope::Global,
+            None,
+        ),
+        ("log overrules: cpuset", SCOPE_MEMCG, Some(OWN), None, log("CONSTRAINT_CPUSET", None), Scope::Cpuset, None),
         ("log: none", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_NONE", None), Scope::Global, None),
         ("log: own", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_MEMCG", Some("/app")), Scope::Cgroup, Some(OWN)),
         ("log: ancestor", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_MEMCG", Some("/")), Scope::Ancestor, Some(2)),
@@ -245,13 +255,31 @@ fn the_decision_table_of_scopes() {
             None,
         ),
         (
-            "log does not overrule a reading",
+            "log overrules a reading: ancestor",
             SCOPE_MEMCG,
             Some(OWN),
             None,
-            log("CONSTRAINT_NONE", None),
+            log("CONSTRAINT_MEMCG", Some("/")),
+            Scope::Ancestor,
+            Some(2),
+        ),
+        (
+            "log's path is not known: the reading stays",
+            SCOPE_MEMCG,
+            Some(OWN),
+            None,
+            log("CONSTRAINT_MEMCG", Some("/x")),
             Scope::Cgroup,
             Some(OWN),
+        ),
+        (
+            "decision overrules the log",
+            SCOPE_GLOBAL,
+            None,
+            decided(3, 2),
+            log("CONSTRAINT_NONE", None),
+            Scope::Ancestor,
+            Some(2),
         ),
         ("decision: cpuset", SCOPE_GLOBAL, None, decided(1, UNKNOWN), None, Scope::Cpuset, None),
         ("decision: memcg", SCOPE_UNKNOWN, None, decided(3, 2), None, Scope::Ancestor, Some(2)),
@@ -259,7 +287,7 @@ fn the_decision_table_of_scopes() {
         ("decision: unknown", SCOPE_MEMCG, Some(2), decided(u32::MAX, UNKNOWN), None, Scope::Ancestor, Some(2)),
     ];
     for (name, mark, oom, decision, log, scope, id) in cases {
-        let found = cases::scope(mark, Some(OWN), oom, decision.as_ref(), log.as_ref(), &cgroups);
+        let found = scope::scope(mark, Some(OWN), oom, decision.as_ref(), log.as_ref(), &cgroups);
         assert_eq!(found, (scope, id), "{name}");
     }
 }
@@ -289,6 +317,81 @@ fn an_ancestor_kill_shows_the_ancestor() {
     assert_eq!((c.usage_bytes[row], c.anon_bytes[row]), (Some(LIMIT), 240 * MIB));
     assert_eq!((c.usage_bytes[row - 1], c.anon_bytes[row - 1]), (None, 240 * MIB));
     assert!(i.verdict.summary.starts_with("The ancestor cgroup /pod ran out of memory at its limit of 256 MiB"));
+}
+
+/// Two cgroups of a pod and one outside of it; 100 in /pod/50 is killed, and gone before anything else is said.
+fn pod_kill(b: &mut Bench, mark_oom: Memcg) {
+    b.feed(&sample::cgroup(T - 10 * SEC, sample::limited(40, 0, LIMIT), 2, "/pod", CGROUP_MADE));
+    b.feed(&sample::cgroup(T - 10 * SEC, sample::memcg(60, 0), 2, "/other", CGROUP_MADE));
+    for (id, pid, parent) in [(50u64, 100u32, "/pod"), (51, 101, "/pod"), (60, 102, "")] {
+        if !parent.is_empty() {
+            b.feed(&sample::cgroup(T - 10 * SEC, sample::memcg(id, 0), 40, &format!("{parent}/{id}"), CGROUP_MADE));
+        }
+        b.feed(&sample::rss(T - 5 * SEC, pid, id, u64::from(pid), 120 * MIB));
+    }
+    b.feed(&sample::mapping(T - SEC, 102, 60, CALL_MMAP, 120 * MIB));
+    b.feed(&sample::kill(T, 101, 100, 50));
+    b.feed(&sample::victim(T + MS, 101, 100, sample::memcg(50, 121 * MIB), mark_oom, 120 * MIB));
+    b.feed(&sample::exit(T + 2 * MS, 100, 50, 9));
+    b.feed(&sample::mm_gone(T + 3 * MS, 100, 100, 120 * MIB));
+    let mut late = sample::rss(T + 4 * MS, 103, 60, 103, MIB);
+    late.task.start_boot_ns = T + 4 * MS;
+    b.feed(&late);
+}
+
+fn oom_line(constraint: &str, oom_memcg: Option<&str>) -> Fact {
+    let line = KernelLogEvent::OomKill {
+        constraint: constraint.into(),
+        oom_memcg: oom_memcg.map(Into::into),
+        task_memcg: Some("/pod/50".into()),
+        comm: "p100".into(),
+        pid: 100,
+    };
+    Fact::KernelLog(KernelLogLine { printk_ns: T, read_boot_ns: T + 20 * MS, line })
+}
+
+#[test]
+fn a_kernel_log_line_that_comes_while_the_window_is_open_changes_what_is_shown() {
+    let shown = |b: &mut Bench| {
+        let i = close(b).remove(0);
+        let oom = i.oom.clone().unwrap();
+        let pids: Vec<u32> = oom.tasks.iter().map(|t| t.pid).collect();
+        (oom, pids, i)
+    };
+    // Marked as the pod's, in truth the machine's.
+    let mut b = Bench::new();
+    pod_kill(&mut b, sample::limited(40, LIMIT, LIMIT));
+    b.fact(oom_line("CONSTRAINT_NONE", None));
+    let (oom, pids, i) = shown(&mut b);
+    assert_eq!((oom.scope, oom.oom_cgroup.is_none()), (Scope::Global, true));
+    assert_eq!(pids, [100, 101, 102], "not who came after the kill");
+    assert!(oom.tasks[0].victim && oom.tasks[0].anon_bytes == 120 * MIB);
+    assert_eq!((i.growth.len(), i.mappings.len()), (3, 1));
+    assert_eq!(i.composition.anon_bytes, Some(120 * MIB), "as of the kill");
+    let c = &i.timeline.columns;
+    assert_eq!(c.usage_bytes[..3], [Some(0), Some(120 * MIB), Some(121 * MIB)], "the victim's curve");
+    assert!(i.verdict.summary.starts_with("The machine ran out of memory"), "{}", i.verdict.summary);
+
+    // Marked as the machine's, in truth the pod's; the same by a decision that comes late.
+    for decided in [false, true] {
+        let mut b = Bench::new();
+        pod_kill(&mut b, sample::no_memcg());
+        if decided {
+            b.feed(&sample::decision(T - MS, 101, 100, sample::limited(40, LIMIT, LIMIT), 3));
+            b.fact(oom_line("CONSTRAINT_NONE", None));
+        } else {
+            b.fact(oom_line("CONSTRAINT_MEMCG", Some("/pod")));
+        }
+        let (oom, pids, i) = shown(&mut b);
+        assert_eq!((oom.scope, oom.oom_cgroup.unwrap().path.as_deref()), (Scope::Ancestor, Some("/pod")));
+        assert_eq!(pids, [100, 101]);
+        assert_eq!((i.growth.len(), i.mappings.len()), (2, 0));
+        assert_eq!(i.composition.anon_bytes, Some(240 * MIB));
+        let c = &i.timeline.columns;
+        let kill = c.boot_ns.iter().rposition(|ns| *ns == T).unwrap();
+        assert_eq!((c.usage_bytes[kill], c.anon_bytes[kill]), (decided.then_some(LIMIT), 240 * MIB));
+        assert!(i.verdict.summary.starts_with("The ancestor cgroup /pod ran out"), "{}", i.verdict.summary);
+    }
 }
 
 #[test]
@@ -436,6 +539,27 @@ fn reclaim_without_a_kill_is_a_near_miss() {
 }
 
 #[test]
+fn reclaim_below_the_limit_is_no_near_miss() {
+    // Two CPUs may hold back 256 KiB each, but of a small limit never more than an eighth.
+    let cases = [
+        (LIMIT - MIB / 2, LIMIT, true),
+        (LIMIT - MIB / 2 - 4096, LIMIT, false),
+        (7 * MIB / 8, MIB, true),
+        (6 * MIB / 8, MIB, false),
+        (MIB, UNKNOWN, false),
+        (UNKNOWN, LIMIT, false),
+    ];
+    for (usage, limit, expected) in cases {
+        let mut b = Bench::new();
+        let high = Memcg { high_bytes: usage, ..sample::limited(OWN, usage, limit) };
+        b.feed(&sample::reclaim(T - 1, 100, at_limit(), RECLAIM_END, MS));
+        b.feed(&sample::reclaim(T, 100, high, RECLAIM_BEGIN, 0));
+        b.tick(T + 5 * SEC);
+        assert_eq!(b.alerts().len(), usize::from(expected), "{usage} of {limit}");
+    }
+}
+
+#[test]
 fn unknown_cgroups_are_looked_up_and_small_limits_get_a_small_quantum() {
     let mut b = Bench::new();
     let small = 20 * MIB;
@@ -491,6 +615,40 @@ fn a_recording_lists_everyone_and_keeps_its_peak() {
     assert_eq!(i.growth[0].pid, 101);
     assert_eq!(r.oom_incidents, [b.kills()[0].incident.clone()]);
     assert!(i.oom.is_some());
+}
+
+#[test]
+fn a_child_that_does_not_exec_has_a_peak_of_its_own() {
+    for fork_first in [true, false] {
+        let mut b = Bench::new();
+        b.feed(&sample::rss(T - SEC, 100, OWN, 7, 300 * MIB));
+        b.feed(&sample::rss(T - SEC / 2, 100, OWN, 7, 40 * MIB));
+        b.fact(Fact::RecordingBegin { cgroup_id: None, pid: Some(100), command: Vec::new(), boot_ns: T });
+        let fork = sample::fork(T + 1, 100, 101, OWN, 0);
+        let mut first = sample::rss(T + 2, 101, OWN, 8, 40 * MIB);
+        first.reason = RSS_FIRST;
+        if fork_first {
+            b.feed(&fork).feed(&first);
+        } else {
+            b.feed(&first).feed(&fork);
+        }
+        // These two share what their parent holds: it is not theirs, and nothing is known of what would be.
+        b.feed(&sample::fork(T + 3, 100, 102, OWN, FORK_SHARES_MM));
+        b.feed(&sample::fork(T + 4, 102, 103, OWN, FORK_SHARES_MM));
+        b.feed(&sample::rss(T + MS, 101, OWN, 8, 60 * MIB));
+        for pid in [101, 102, 103] {
+            let mut exit = sample::exit(T + 2 * MS, pid, OWN, 0);
+            exit.max_rss_bytes = if pid == 101 { 61 * MIB } else { 300 * MIB };
+            b.feed(&exit);
+        }
+        b.feed(&sample::mm_gone(T + 3 * MS, 101, 8, 60 * MIB));
+        b.fact(Fact::RecordingEnd { boot_ns: T + SEC, exit_code: None, signal: None, cgroup_peak_bytes: None });
+        let saved = b.saved();
+        let processes = &saved[0].recording.as_ref().unwrap().processes;
+        let rows: Vec<_> = processes.iter().map(|p| (p.pid, p.peak_bytes, p.max_rss_bytes)).collect();
+        let child = (101, Some(60 * MIB), Some(61 * MIB));
+        assert_eq!(rows, [(100, Some(300 * MIB), None), child, (102, None, None), (103, None, None)], "{fork_first}");
+    }
 }
 
 #[test]
@@ -670,6 +828,12 @@ fn facts() -> impl Strategy<Value = Given> {
         }),
         1 => (100u32..105, any::<u64>()).prop_map(|(pid, n)| {
             Fact::Process(ProcessFound { pid, parent_pid: 100, start_ticks: u64::from(pid) * 10, cgroup_id: 50, anon_bytes: n, ..ProcessFound::default() })
+        }),
+        1 => (ns(), 100u32..105, 0usize..3, 0u64..6).prop_map(|(read_boot_ns, pid, constraint, id)| {
+            let constraint = ["CONSTRAINT_NONE", "CONSTRAINT_CPUSET", "CONSTRAINT_MEMCG"][constraint].to_owned();
+            let (oom_memcg, comm) = (Some(format!("/{id}")), "x".to_owned());
+            let line = KernelLogEvent::OomKill { constraint, oom_memcg, task_memcg: Some("/x".into()), comm, pid };
+            Fact::KernelLog(KernelLogLine { printk_ns: 1, read_boot_ns, line })
         }),
         1 => (ns(), 100u32..105).prop_map(|(read_boot_ns, pid)| {
             Fact::KernelLog(KernelLogLine { printk_ns: 1, read_boot_ns, line: KernelLogEvent::Killed { pid, comm: "\x1b".into() } })

@@ -270,7 +270,7 @@ impl Hook {
                 need: Optional,
                 programs: const { &[raw("page_fault_user", "page_fault_user")] },
                 fields: ANY,
-                lost: "Stacks of first touches come from memory readings only, which are coarser before Linux 6.2.",
+                lost: "Readings do not say how many page faults they are made of, nor the address that crossed the quantum.",
             },
             Self::Map => About {
                 name: "map",
@@ -280,7 +280,7 @@ impl Hook {
                     &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
                     &["regs_syscallno", "regs_orig_x0", "regs_regs"],
                 ],
-                lost: "Which code mapped memory (mmap, brk) is unknown; which code touched it first is not.",
+                lost: "The list of mappings (mmap, brk and their kin) is empty.",
             },
             Self::OomDecision => About {
                 name: "oom_decision",
@@ -297,8 +297,8 @@ impl Hook {
                 need: Optional,
                 programs: const { &[fentry("charge_fentry", TRY_CHARGE), kprobe("charge_kprobe", TRY_CHARGE)] },
                 fields: ANY,
-                lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is seen \
-                       by sampling the cgroup only.",
+                lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is only seen \
+                       when a process of the cgroup changes, reclaims or is killed.",
             },
         }
     }

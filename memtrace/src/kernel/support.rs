@@ -89,20 +89,14 @@ impl Privileges {
                 "run as root or give CAP_BPF and CAP_PERFMON",
             ),
             (
-                self.cap_sys_ptrace,
-                "no CAP_SYS_PTRACE: memory maps of other users' processes cannot be read, their frames stay addresses",
-                "give CAP_SYS_PTRACE",
-            ),
-            (
-                self.cap_dac_read_search && (self.cap_checkpoint_restore || admin),
-                "no CAP_DAC_READ_SEARCH with CAP_CHECKPOINT_RESTORE: \
-                 programs that were deleted or live in another mount namespace stay without names",
-                "give CAP_DAC_READ_SEARCH and CAP_CHECKPOINT_RESTORE",
-            ),
-            (
                 self.cap_syslog || admin,
                 "no CAP_SYSLOG: the kernel log may not be readable and kernel frames stay without names",
                 "give CAP_SYSLOG",
+            ),
+            (
+                self.cap_sys_resource,
+                "no CAP_SYS_RESOURCE: memtrace cannot protect itself from a global OOM kill",
+                "give CAP_SYS_RESOURCE",
             ),
         ]
         .into_iter()

@@ -144,15 +144,16 @@ fn privileges() {
     let none = with(Privileges { euid: 1000, ..Privileges::default() });
     assert_eq!(none.fatal.len(), 1);
     assert_eq!(none.fatal[0].remedy.as_deref(), Some("run as root or give CAP_BPF and CAP_PERFMON"));
-    assert_eq!(none.notes.len(), 3);
+    assert_eq!(none.notes.len(), 2);
     let root_without_capabilities = with(Privileges { euid: 0, ..Privileges::default() });
     assert_eq!(root_without_capabilities.fatal.len(), 1, "the user id gives nothing");
     let half = with(Privileges { cap_bpf: true, ..Privileges::default() });
     assert_eq!(half.fatal.len(), 1);
     let enough = with(Privileges { cap_bpf: true, cap_perfmon: true, ..Privileges::default() });
-    assert_eq!((enough.fatal.len(), enough.notes.len()), (0, 3));
+    assert_eq!((enough.fatal.len(), enough.notes.len()), (0, 2));
     let admin = with(Privileges { cap_sys_admin: true, ..Privileges::default() });
-    assert_eq!((admin.fatal.len(), admin.notes.len()), (0, 2));
+    assert_eq!((admin.fatal.len(), admin.notes.len()), (0, 1));
+    assert!(admin.notes[0].what.contains("CAP_SYS_RESOURCE"));
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! Incident to JSON: the whole file, and the short form of a list.
 
-use serde::Serialize;
+use std::borrow::Borrow;
+
+use serde::ser::SerializeSeq;
+use serde::{Serialize, Serializer};
 
 use super::plain;
 use crate::engine::incident::{
@@ -18,8 +21,18 @@ pub fn incidents(incidents: &[Incident]) -> serde_json::Result<String> {
 }
 
 /// Incidents as one array, without `timeline` and `allocation_paths`.
-pub fn list<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> serde_json::Result<String> {
-    pretty(&incidents.into_iter().map(Listed::from).collect::<Vec<_>>())
+///
+/// Each is written before the next is asked for: of an iterator that reads files, one is in memory at a time.
+pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json::Result<String> {
+    let mut text = Vec::new();
+    let mut serializer = serde_json::Serializer::pretty(&mut text);
+    let mut list = serializer.serialize_seq(None)?;
+    for incident in incidents {
+        list.serialize_element(&Listed::from(incident.borrow()))?;
+    }
+    list.end()?;
+    // A serializer of JSON writes UTF-8.
+    Ok(harmless(String::from_utf8(text).unwrap_or_default()))
 }
 
 /// An incident file without what is large in it.
@@ -61,7 +74,11 @@ impl<'a> From<&'a Incident> for Listed<'a> {
 }
 
 fn pretty<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
-    let mut text = serde_json::to_string_pretty(value)?;
+    Ok(harmless(serde_json::to_string_pretty(value)?))
+}
+
+/// JSON as a terminal may see it, with a line end.
+fn harmless(mut text: String) -> String {
     // JSON itself only escapes the first 32: the rest of what a terminal obeys can only be inside a string.
     if text.contains(|character| character != '\n' && plain::is_dangerous(character)) {
         text = text.chars().fold(String::with_capacity(text.len()), |mut out, character| {
@@ -77,7 +94,7 @@ fn pretty<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
         });
     }
     text.push('\n');
-    Ok(text)
+    text
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use serde::Deserialize;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::error;
 
 use crate::engine::Counts;
@@ -20,14 +20,18 @@ mod metrics;
 
 /// Incidents on the page, newest first.
 const MAX_ROWS: usize = 100;
+/// Incidents in one answer of /api/incidents unless asked for fewer or more.
+const LISTED: usize = 200;
+/// And at most.
+const MAX_LISTED: usize = 1000;
 
 /// What is on disk, to those who may only look.
 pub trait Library: Send + Sync + 'static {
-    /// The list as `memtrace incidents --json` prints it.
-    fn list(&self) -> Result<String, String>;
+    /// The newest incidents, at most `most`, as `memtrace incidents --json` prints them.
+    fn list(&self, most: usize) -> Result<String, String>;
     /// One incident as JSON, by id; `None` when there is none.
     fn incident(&self, id: &str) -> Result<Option<String>, String>;
-    /// The newest incidents, at most `most`.
+    /// The newest incidents, at most `most`, without `timeline` and `allocation_paths`.
     fn newest(&self, most: usize) -> Result<Vec<Incident>, String>;
 }
 
@@ -88,6 +92,8 @@ impl Counters {
 
 /// A question to the loop, answered between two of its turns.
 pub enum Ask {
+    /// Whether it turns.
+    Ping(oneshot::Sender<()>),
     /// The state of cgroups and processes.
     Snapshot(oneshot::Sender<Snapshot>),
     /// What /metrics tells.
@@ -98,11 +104,19 @@ pub enum Ask {
 struct Shared {
     asks: mpsc::Sender<Ask>,
     library: Arc<dyn Library>,
+    /// One answer from disk is made at a time: however many ask, what is read does not add up in memory.
+    reading: Arc<Semaphore>,
 }
 
 /// Serves until the runtime ends.
 pub async fn run(listener: TcpListener, asks: mpsc::Sender<Ask>, library: Arc<dyn Library>) {
-    let router = Router::new()
+    if let Err(error) = axum::serve(listener, router(asks, library)).await {
+        error!("HTTP: {error}");
+    }
+}
+
+fn router(asks: mpsc::Sender<Ask>, library: Arc<dyn Library>) -> Router {
+    Router::new()
         .route("/", get(page))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
@@ -111,10 +125,7 @@ pub async fn run(listener: TcpListener, asks: mpsc::Sender<Ask>, library: Arc<dy
         .route("/api/incidents/{id}", get(incident))
         .route("/api/processes", get(processes))
         .route("/api/cgroups", get(cgroups))
-        .with_state(Shared { asks, library });
-    if let Err(error) = axum::serve(listener, router).await {
-        error!("HTTP: {error}");
-    }
+        .with_state(Shared { asks, library, reading: Arc::new(Semaphore::new(1)) })
 }
 
 impl Shared {
@@ -131,17 +142,21 @@ impl Shared {
         read: impl FnOnce(&dyn Library) -> Result<T, String> + Send + 'static,
     ) -> Result<T, Response> {
         let library = Arc::clone(&self.library);
+        let gone = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response();
+        let permit = Arc::clone(&self.reading).acquire_owned().await.map_err(gone)?;
         let failed = |why: String| (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response();
-        tokio::task::spawn_blocking(move || read(&*library))
-            .await
-            .map_err(|error| failed(error.to_string()))?
-            .map_err(failed)
+        let reading = move || {
+            // Goes with the reading, not with the asker: who hangs up has not stopped it.
+            let _permit = permit;
+            read(&*library)
+        };
+        tokio::task::spawn_blocking(reading).await.map_err(|error| failed(error.to_string()))?.map_err(failed)
     }
 }
 
 /// 200 as soon as the loop answers: the programs are attached.
 async fn ready(State(shared): State<Shared>) -> Result<&'static str, Response> {
-    shared.ask(Ask::Snapshot).await.map(|_| "ready\n")
+    shared.ask(Ask::Ping).await.map(|()| "ready\n")
 }
 
 async fn metrics_text(State(shared): State<Shared>) -> Result<Response, Response> {
@@ -166,8 +181,15 @@ async fn cgroups(State(shared): State<Shared>) -> Result<Response, Response> {
     Ok(axum::Json(shared.ask(Ask::Snapshot).await?.cgroups).into_response())
 }
 
-async fn incidents(State(shared): State<Shared>) -> Result<Response, Response> {
-    let text = shared.read(|library| library.list()).await?;
+/// How many incidents to list.
+#[derive(Deserialize)]
+struct HowMany {
+    limit: Option<usize>,
+}
+
+async fn incidents(State(shared): State<Shared>, Query(many): Query<HowMany>) -> Result<Response, Response> {
+    let most = many.limit.unwrap_or(LISTED).min(MAX_LISTED);
+    let text = shared.read(move |library| library.list(most)).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
@@ -218,8 +240,82 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
     #[test]
     fn names_cannot_break_out_of_the_page() {
-        assert_eq!(super::escape("<a href='x'>&\""), "&lt;a href=&#39;x&#39;&gt;&amp;&quot;");
+        assert_eq!(escape("<a href='x'>&\""), "&lt;a href=&#39;x&#39;&gt;&amp;&quot;");
+    }
+
+    /// Tells how many incidents it was asked for, and how many ask at once.
+    #[derive(Default)]
+    struct Counting {
+        now: AtomicUsize,
+        most: AtomicUsize,
+    }
+
+    impl Library for Counting {
+        fn list(&self, most: usize) -> Result<String, String> {
+            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(now, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(20));
+            self.now.fetch_sub(1, Ordering::SeqCst);
+            Ok(most.to_string())
+        }
+
+        fn incident(&self, _: &str) -> Result<Option<String>, String> {
+            Ok(None)
+        }
+
+        fn newest(&self, _: usize) -> Result<Vec<Incident>, String> {
+            Ok(Vec::new())
+        }
+    }
+
+    fn get(address: std::net::SocketAddr, path: &str) -> String {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    #[test]
+    fn lists_are_limited_and_read_one_at_a_time_and_readiness_is_a_ping() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let library = Arc::new(Counting::default());
+        let counting = Arc::clone(&library);
+        runtime.block_on(async move {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (asks, mut asked) = mpsc::channel(4);
+            tokio::spawn(run(listener, asks, counting));
+            let of = |path: &'static str| tokio::task::spawn_blocking(move || get(address, path));
+            for (path, end) in [
+                ("/api/incidents", "\r\n\r\n200"),
+                ("/api/incidents?limit=3", "\r\n\r\n3"),
+                ("/api/incidents?limit=0", "\r\n\r\n0"),
+                ("/api/incidents?limit=100000", "\r\n\r\n1000"),
+            ] {
+                let answer = of(path).await.unwrap();
+                assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(end), "{path}: {answer}");
+            }
+            assert!(of("/api/incidents?limit=x").await.unwrap().starts_with("HTTP/1.1 400"));
+            let together: Vec<_> = (0..8).map(|_| of("/api/incidents")).collect();
+            for answer in together {
+                assert!(answer.await.unwrap().starts_with("HTTP/1.1 200"));
+            }
+            let ready = of("/readyz");
+            match asked.recv().await.unwrap() {
+                Ask::Ping(reply) => reply.send(()).unwrap(),
+                _ => panic!("readiness asked for more than a ping"),
+            }
+            assert!(ready.await.unwrap().ends_with("ready\n"));
+        });
+        assert_eq!(library.most.load(Ordering::SeqCst), 1);
     }
 }

@@ -52,6 +52,11 @@ impl Kills {
         Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes })
     }
 
+    /// The state directory it is in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Bytes of a torn last line that opening cut off.
     pub fn torn_bytes(&self) -> u64 {
         self.torn_bytes

@@ -30,8 +30,15 @@ const IMPURE: [&str; 11] = [
 /// The shells around the engine; none imports another.
 const SHELLS: [&str; 5] = ["cgroup", "process", "store", "report", "serve"];
 
-/// What the engine stands on nothing of: every other room of the agent crate.
-const ROOMS: [&str; 8] = ["agent", "cgroup", "cli", "kernel", "process", "report", "serve", "store"];
+/// The rooms of the agent crate, floor by floor from the ground: none takes from a floor above its own.
+const FLOORS: [&[&str]; 6] = [
+    &["engine"],
+    &["refusal", "clock", "kernel", "cgroup", "process", "store", "report", "serve"],
+    &["machine"],
+    &["session"],
+    &["agent"],
+    &["cli"],
+];
 
 /// Userspace files that may hold `unsafe`, one leaf each. Adding one is a decision: say why beside it.
 const UNSAFE_FILES: [&str; 1] = [
@@ -63,6 +70,7 @@ pub(crate) fn check(file: &File) -> impl Iterator<Item = Finding> + use<> {
         size(file, &mut findings);
         let code = if is_all_tests(&file.path) { Vec::new() } else { lines(&file.text) };
         engine(file, &code, &mut findings);
+        floors(file, &code, &mut findings);
         shells(file, &code, &mut findings);
         loader(file, &code, &mut findings);
         unsafety(file, &code, &mut findings);
@@ -132,15 +140,27 @@ fn engine(file: &File, code: &[Line], findings: &mut Findings) {
         for name in IMPURE.iter().filter(|name| has_word(&line.code, name)) {
             findings.add(line.number, format!("the engine is pure: no `{name}`"));
         }
-        for room in ROOMS.iter().filter(|room| has_word(&line.code, &format!("crate::{room}"))) {
-            findings.add(line.number, format!("the engine stands on nothing of `{room}`"));
+    }
+}
+
+/// The room of the agent crate a file is in.
+fn room(file: &File) -> Option<&str> {
+    file.path.strip_prefix("memtrace/src/")?.split(['/', '.']).next()
+}
+
+fn floors(file: &File, code: &[Line], findings: &mut Findings) {
+    let Some(room) = room(file) else { return };
+    let Some(floor) = FLOORS.iter().position(|rooms| rooms.contains(&room)) else { return };
+    let above: Vec<&str> = FLOORS.iter().skip(floor + 1).flat_map(|rooms| rooms.iter().copied()).collect();
+    for line in code {
+        for other in above.iter().filter(|other| has_word(&line.code, &format!("crate::{other}"))) {
+            findings.add(line.number, format!("`{room}` stands below `{other}` and takes nothing from it"));
         }
     }
 }
 
 fn shells(file: &File, code: &[Line], findings: &mut Findings) {
-    let Some(room) = file.path.strip_prefix("memtrace/src/") else { return };
-    let shell = room.split(['/', '.']).next().unwrap_or(room);
+    let Some(shell) = room(file) else { return };
     if !SHELLS.contains(&shell) {
         return;
     }
@@ -227,6 +247,20 @@ mod tests {
         assert_eq!(breaches("memtrace/src/engine/x.rs", "// not std::fs"), 0);
         assert_eq!(breaches("memtrace/src/engine/x.rs", "#[cfg(test)]\nmod tests {\nuse std::fs;\n}"), 0);
         assert_eq!(breaches("memtrace/src/agent.rs", "use std::fs;"), 0);
+    }
+
+    #[test]
+    fn nothing_takes_from_a_floor_above() {
+        assert_eq!(breaches("memtrace/src/session.rs", "use crate::cli::STATE_DIR;"), 1);
+        assert_eq!(breaches("memtrace/src/session.rs", "use crate::refusal::Refusal;\nuse crate::machine;"), 0);
+        assert_eq!(breaches("memtrace/src/agent/shelf.rs", "use crate::cli;\nuse crate::session::Session;"), 1);
+        assert_eq!(breaches("memtrace/src/machine.rs", "use crate::clock;\nuse crate::session;"), 1);
+        assert_eq!(breaches("memtrace/src/clock.rs", "use crate::machine;"), 1);
+        assert_eq!(breaches("memtrace/src/kernel/probe.rs", "use crate::agent;"), 1);
+        assert_eq!(breaches("memtrace/src/cli/doctor.rs", "use crate::agent;\nuse crate::machine;"), 0);
+        for room in ["clock", "machine", "refusal", "session"] {
+            assert_eq!(breaches("memtrace/src/engine/x.rs", &format!("use crate::{room};")), 1, "{room}");
+        }
     }
 
     #[test]

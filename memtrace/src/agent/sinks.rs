@@ -1,0 +1,177 @@
+//! Where the session's effects end up: ledger, incident files, log, counters.
+
+use std::collections::VecDeque;
+use std::fs::{DirBuilder, File, Metadata};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::Path;
+use std::time::SystemTime;
+
+use anyhow::Context;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use tracing::{error, info, warn};
+
+use super::Options;
+use crate::engine::incident::Incident;
+use crate::engine::input::{Effect, Finding};
+use crate::serve::Counters;
+use crate::store::incidents::Incidents;
+use crate::store::kills::Kills;
+
+/// Where effects end up.
+pub(super) struct Sinks {
+    pub(super) incidents: Incidents,
+    pub(super) kills: Kills,
+    pub(super) counters: Counters,
+    /// Closed incidents that are not written yet. The engine closes at most as many at once as it keeps open.
+    saves: VecDeque<Box<Incident>>,
+    /// Held as long as the agent runs: two agents on one state directory would write each incident twice, two on one
+    /// journal would move it away under each other.
+    _locks: (Lock, Option<Lock>),
+}
+
+impl Sinks {
+    pub(super) fn open(options: &Options) -> anyhow::Result<Self> {
+        let dir = &options.state_dir;
+        let incidents =
+            Incidents::create(dir).with_context(|| format!("failed to use the state directory {}", dir.display()))?;
+        let state = Lock::take(dir)?.with_context(|| {
+            format!("another memtrace agent runs on {}; stop it or choose another --state-dir", dir.display())
+        })?;
+        let journal = options.session.journal.as_ref().map(|(dir, _)| lock_journal(dir, &state)).transpose()?.flatten();
+        let kills = Kills::open(dir).with_context(|| format!("failed to open the kill ledger in {}", dir.display()))?;
+        if kills.torn_bytes() > 0 {
+            warn!("kill ledger: dropped a torn tail of {} bytes", kills.torn_bytes());
+        }
+        Ok(Self { incidents, kills, counters: Counters::default(), saves: VecDeque::new(), _locks: (state, journal) })
+    }
+
+    /// Does at once what must not wait, and remembers what has to be saved.
+    pub(super) fn take(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                // The ledger: a kill is durable before anything that takes longer.
+                Effect::Kill(kill) => {
+                    self.counters.kills = self.counters.kills.saturating_add(1);
+                    if let Err(error) = self.kills.append(&kill) {
+                        self.counters.write_failures = self.counters.write_failures.saturating_add(1);
+                        error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
+                    }
+                }
+                Effect::Alert(finding) => self.tell(&finding),
+                Effect::Save(incident) => self.saves.push_back(incident),
+                // The session answers these itself.
+                Effect::LookUpCgroup { .. } | Effect::SetQuantum { .. } => {}
+            }
+        }
+    }
+
+    /// Writes the oldest closed incident; whether there was one.
+    pub(super) fn save_one(&mut self) -> bool {
+        let Some(incident) = self.saves.pop_front() else { return false };
+        match self.incidents.save(&incident) {
+            Ok(path) => {
+                self.counters.saved(incident.kind);
+                info!(id = %incident.id, file = %path.display(), "saved an incident");
+            }
+            Err(error) => {
+                self.counters.write_failures = self.counters.write_failures.saturating_add(1);
+                error!(id = %incident.id, "failed to save an incident: {error}");
+            }
+        }
+        true
+    }
+
+    fn tell(&mut self, finding: &Finding) {
+        let path = |path: &Option<String>| path.clone().unwrap_or_else(|| "an unknown cgroup".to_owned());
+        match finding {
+            Finding::OomKill { incident, pid, comm, cgroup_path } => {
+                warn!(%incident, pid, comm, cgroup = path(cgroup_path), "OOM kill");
+            }
+            Finding::Spike { incident, cgroup_path, peak_bytes, limit_bytes } => {
+                self.counters.spikes = self.counters.spikes.saturating_add(1);
+                warn!(%incident, cgroup = path(cgroup_path), peak_bytes, limit_bytes, "memory spike");
+            }
+            Finding::NearMiss { cgroup_path, hits, stalled_ns, .. } => {
+                self.counters.near_misses = self.counters.near_misses.saturating_add(1);
+                warn!(cgroup = path(cgroup_path), hits, stalled_ns, "the limit was hit, nobody was killed");
+            }
+            Finding::Disagreement { pid, only_in } => {
+                self.counters.disagreements = self.counters.disagreements.saturating_add(1);
+                warn!(pid, only_in, "kernel log and hooks disagree about a kill");
+            }
+        }
+    }
+
+    pub(super) fn retain(&mut self, options: &Options) {
+        match self.incidents.retain(options.retain_bytes, Some(options.retain_age), SystemTime::now()) {
+            Ok(dropped) if dropped.files > 0 => {
+                self.counters.dropped = self.counters.dropped.saturating_add(dropped.files);
+                info!(files = dropped.files, bytes = dropped.bytes, "dropped old incidents");
+            }
+            Ok(_) => {}
+            Err(error) => error!("failed to look for old incidents: {error}"),
+        }
+    }
+}
+
+/// The directory is this process's own as long as this lives.
+struct Lock(File);
+
+impl Lock {
+    /// Locks `dir/lock`; `None` when somebody else has.
+    fn take(dir: &Path) -> anyhow::Result<Option<Self>> {
+        let path = dir.join("lock");
+        let file = File::create(&path).with_context(|| format!("failed to write to {}", path.display()))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self(file))),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("failed to lock {}", path.display())),
+        }
+    }
+
+    /// Whether this is the lock of `dir`.
+    fn is_of(&self, dir: &Path) -> bool {
+        let place = |found: std::io::Result<Metadata>| found.ok().map(|found| (found.dev(), found.ino()));
+        place(self.0.metadata()).is_some_and(|ours| place(dir.join("lock").metadata()) == Some(ours))
+    }
+}
+
+/// Locks the journal's directory; `None` when it is the state directory, which is locked already.
+fn lock_journal(dir: &Path, state: &Lock) -> anyhow::Result<Option<Lock>> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("failed to use the journal directory {}", dir.display()))?;
+    if state.is_of(dir) {
+        return Ok(None);
+    }
+    let taken =
+        || format!("another memtrace agent uses the journal in {}; choose another --journal-dir", dir.display());
+    Lock::take(dir)?.with_context(taken).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_locked_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, journal) = (dir.path().join("state"), dir.path().join("run/journal"));
+        std::fs::create_dir(&state).unwrap();
+        let held = Lock::take(&state).unwrap().unwrap();
+        assert!(Lock::take(&state).unwrap().is_none());
+        assert!(lock_journal(&state, &held).unwrap().is_none(), "one directory for both is one lock");
+        let first = lock_journal(&journal, &held).unwrap();
+        assert!(first.is_some());
+        let error = lock_journal(&journal, &held).err().unwrap().to_string();
+        assert!(error.contains("uses the journal in") && error.contains("run/journal"), "{error}");
+        drop(first);
+        assert!(lock_journal(&journal, &held).unwrap().is_some());
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let error = format!("{:#}", lock_journal(&dir.path().join("file"), &held).err().unwrap());
+        assert!(error.contains("journal directory"), "{error}");
+    }
+}
