@@ -17,9 +17,7 @@ pub struct Memlock {
 /// not, so a refusal only matters there. `None` when there was nothing to lift, or it could not be.
 pub fn raise_memlock() -> Option<Memlock> {
     let before = getrlimit(Resource::Memlock);
-    if before.current.is_none() {
-        return None;
-    }
+    before.current?;
     match setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
         Ok(()) => Some(Memlock { before }),
         Err(error) => {
@@ -32,7 +30,7 @@ pub fn raise_memlock() -> Option<Memlock> {
 impl Drop for Memlock {
     fn drop(&mut self) {
         // Lowering is always allowed.
-        if let Err(error) = setrlimit(Resource::Memlock, self.before.clone()) {
+        if let Err(error) = setrlimit(Resource::Memlock, self.before) {
             debug!("RLIMIT_MEMLOCK stays lifted: {error}");
         }
     }
@@ -86,7 +84,7 @@ mod tests {
         assert_eq!(getrlimit(Resource::Memlock), found);
         drop(Memlock { before: Rlimit { current: Some(4096), maximum: found.maximum } });
         assert_eq!(getrlimit(Resource::Memlock).current, Some(4096));
-        drop(Memlock { before: found.clone() });
+        drop(Memlock { before: found });
         assert_eq!(getrlimit(Resource::Memlock), found);
     }
 }
