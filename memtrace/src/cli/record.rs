@@ -42,6 +42,7 @@ Examples:
   sudo memtrace record --cgroup /system.slice/nginx.service
 
 The command runs as the user who called sudo, in a memory cgroup of its own, with its input and output untouched.
+The recording is written with that user's rights too, so to a place where the user may write.
 What memory was used for is printed to standard error at the end; the exit code is the command's (128 + signal when
 it was killed). The recording is an incident file: `memtrace report FILE` shows it again, on any machine.")]
 pub struct Args {
