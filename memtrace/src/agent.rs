@@ -92,7 +92,6 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     loop {
         let effects = tokio::select! {
-            biased;
             effects = session.step() => effects,
             Some(ask) = asked.recv() => {
                 answer(ask, &session, &sinks.counters);

@@ -30,6 +30,8 @@ const TICK: Duration = Duration::from_millis(100);
 const TICKS_PER_LOSSES: u32 = 10;
 /// Ticks between two anchors of the wall clock.
 const TICKS_PER_ANCHOR: u32 = 100;
+/// Batches out of the rings in one turn.
+const BATCHES_PER_TURN: usize = 8;
 /// Processes taken stock of between two looks at the rings.
 const DRAIN_EVERY: usize = 256;
 /// Cgroups looked up in one tick; each can mean a walk of the whole tree.
@@ -246,8 +248,13 @@ impl Session {
         // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
         let now = clock::boot_ns();
         // Batch by batch into the journal: what is there survives a kill -9.
-        while self.drain() {
+        // A storm that outruns us goes on in the next turn: signals and questions get theirs.
+        for _ in 0..BATCHES_PER_TURN {
+            let more = self.drain();
             self.flush_journal();
+            if !more {
+                break;
+            }
         }
         let killed = self.effects.iter().any(|effect| matches!(effect, Effect::Kill(_)));
         if tick && killed && !self.owed {
