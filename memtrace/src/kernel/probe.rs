@@ -148,7 +148,7 @@ impl Probe {
         }
     }
 
-    /// Takes what the rings hold, at most [`MAX_BATCH_BYTES`], merged by time.
+    /// Takes what the rings hold, at most 4 MiB, merged by time.
     ///
     /// Returns the records and whether more is waiting.
     pub fn drain(&mut self) -> (impl Iterator<Item = (Ring, &[u8])>, bool) {
