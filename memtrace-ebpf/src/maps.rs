@@ -42,6 +42,18 @@ macro_rules! control {
     };
 }
 
+/// What is remembered of one rss_stat member of an address space.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct MemberState {
+    /// Pages at the last exact reading.
+    pub exact: i64,
+    /// The counter's global part (`percpu_counter.count`) at that reading.
+    pub approximate: i64,
+    /// Updates since that reading.
+    pub updates: i64,
+}
+
 /// What is remembered of one address space between two of its records.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -50,10 +62,8 @@ pub struct MmState {
     pub task: Task,
     /// Its memory cgroup, as last resolved.
     pub cgroup_id: u64,
-    /// Exact pages per rss_stat member at the last exact reading.
-    pub exact: [i64; 4],
-    /// The counter's global part (`percpu_counter.count`) at that reading.
-    pub approximate: [i64; 4],
+    /// What is known of each rss_stat member.
+    pub members: [MemberState; 4],
     /// anon + file + shmem pages in the last record.
     pub sent_pages: i64,
     /// Swap entries in the last record.
@@ -70,12 +80,8 @@ pub struct MmState {
     pub mapping_ns: u64,
     /// Break at the last brk, 0 when not seen.
     pub brk: u64,
-    /// Updates of each member since its last exact reading.
-    pub updates: [u32; 4],
     /// `event::RSS_DYING` once the owner is gone.
-    pub flags: u32,
-    /// Zero.
-    pub reserved: u32,
+    pub flags: u64,
 }
 
 /// The last user fault of a CPU.

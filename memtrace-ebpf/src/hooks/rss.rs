@@ -11,7 +11,7 @@ use memtrace_common::event::{MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_
 use super::fault::take_faults;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, is_kthread, pointer, read};
-use crate::maps::{MMS, MmState, QUANTA};
+use crate::maps::{MMS, MemberState, MmState, QUANTA};
 use crate::{control, layout};
 
 /// `rss_stat(mm, member)`, with a third argument `count` before 6.2.
@@ -19,9 +19,6 @@ use crate::{control, layout};
 fn rss_stat(ctx: RawTracePointContext) -> i32 {
     let mm: u64 = ctx.arg(0);
     let member: u32 = ctx.arg::<i32>(1) as u32;
-    if member > 3 {
-        return 0;
-    }
     let Some(state) = MMS.get_ptr_mut(mm) else {
         return first_sight(mm);
     };
@@ -29,14 +26,14 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     // Between two exact readings the counter's global part tells of big steps, the number of
     // updates bounds the small ones (one page each; a batch moves the global part).
     let approximate = kernel::rss_approximate(mm, member);
-    let Some(last) = state.approximate.get(member as usize) else { return 0 };
-    let Some(updates) = state.updates.get_mut(member as usize) else { return 0 };
-    *updates += 1;
+    // One masked look-up, and its pointer from there on: older verifiers lose a bound that was checked on a copy.
+    let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
+    known.updates += 1;
     // Three members can each be a step behind: with the threshold below less than a quantum stays untold.
     let step = state.quantum_pages >> 3;
     // Without the exit_mmap hook the last page of an address space nobody owns tells its end.
     let ending = control!(exit_mmap) == 0 && approximate <= 0 && pointer(mm, layout!(mm_owner)) == 0;
-    if !ending && (*updates as i64) < step && (approximate - *last).abs() < step {
+    if !ending && known.updates < step && (approximate - known.approximate).abs() < step {
         return 0;
     }
     if ending {
@@ -46,7 +43,8 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
             return 0;
         }
     }
-    read_one(mm, member, member, approximate, state);
+    let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
+    read_one(mm, member, member, approximate, known);
 
     let sum = resident(state);
     // A new peak is told in steps of half a quantum, everything else when it moved by one, less what the guard above
@@ -61,11 +59,11 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     if moved < threshold {
         return 0;
     }
-    if state.flags & RSS_DYING == 0 && pointer(mm, layout!(mm_owner)) == 0 {
-        state.flags |= RSS_DYING;
+    if state.flags & RSS_DYING as u64 == 0 && pointer(mm, layout!(mm_owner)) == 0 {
+        state.flags |= RSS_DYING as u64;
     }
     // An address space that is torn down only sketches its fall.
-    if state.flags & RSS_DYING != 0 && sum != 0 && moved < state.peak_pages >> 4 {
+    if state.flags & RSS_DYING as u64 != 0 && sum != 0 && moved < state.peak_pages >> 4 {
         return 0;
     }
     read_all(mm, member, state);
@@ -104,8 +102,7 @@ pub fn follow(mm: u64, task: u64) {
     let mut fresh = MmState {
         task: Task { tgid: 0, tid: 0, start_boot_ns: UNKNOWN, comm: [0; 16] },
         cgroup_id: UNKNOWN,
-        exact: [0; 4],
-        approximate: [0; 4],
+        members: [MemberState { exact: 0, approximate: 0, updates: 0 }; 4],
         sent_pages: 0,
         sent_swap_pages: 0,
         peak_pages: 0,
@@ -114,9 +111,7 @@ pub fn follow(mm: u64, task: u64) {
         unmapped_bytes: 0,
         mapping_ns: 0,
         brk: read(mm, layout!(mm_brk)).unwrap_or(0),
-        updates: [0; 4],
         flags: 0,
-        reserved: 0,
     };
     read_leader(task, &mut fresh.task);
     if MMS.insert(mm, &fresh, BPF_ANY as u64).is_err() {
@@ -132,23 +127,18 @@ pub fn follow(mm: u64, task: u64) {
 
 /// Reads one member exactly into the state; `reported` as for [`kernel::rss_pages`].
 #[inline(always)]
-fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, state: &mut MmState) {
-    if let Some(exact) = state.exact.get_mut(member as usize) {
-        *exact = kernel::rss_pages(mm, member, reported);
-    }
-    if let Some(last) = state.approximate.get_mut(member as usize) {
-        *last = approximate;
-    }
-    if let Some(updates) = state.updates.get_mut(member as usize) {
-        *updates = 0;
-    }
+fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, known: &mut MemberState) {
+    known.exact = kernel::rss_pages(mm, member, reported);
+    known.approximate = approximate;
+    known.updates = 0;
 }
 
 /// Reads all members exactly into the state.
 #[inline(always)]
 fn read_all(mm: u64, reported: u32, state: &mut MmState) {
-    for member in 0..4 {
-        read_one(mm, member, reported, kernel::rss_approximate(mm, member), state);
+    for (member, known) in state.members.iter_mut().enumerate() {
+        let member = member as u32;
+        read_one(mm, member, reported, kernel::rss_approximate(mm, member), known);
     }
     let sum = resident(state);
     if sum > state.peak_pages {
@@ -160,7 +150,7 @@ fn read_all(mm: u64, reported: u32, state: &mut MmState) {
 #[inline(always)]
 fn member_pages(state: &MmState, member: u32) -> i64 {
     // A racing reader of the slots can see one below zero.
-    state.exact.get((member & 3) as usize).map_or(0, |pages| (*pages).max(0))
+    state.members.get((member & 3) as usize).map_or(0, |known| known.exact.max(0))
 }
 
 /// anon + file + shmem, pages.
@@ -212,7 +202,7 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
         (*record).faults = faults;
         (*record).fault_address = fault_address;
         (*record).reason = reason;
-        (*record).flags = state.flags | if kernel::rss_is_exact() { 0 } else { RSS_APPROXIMATE };
+        (*record).flags = state.flags as u32 | if kernel::rss_is_exact() { 0 } else { RSS_APPROXIMATE };
     });
     // Also when the ring was full: the loss is counted, and the next quantum tells the sum anyway.
     state.sent_pages = resident(state);

@@ -329,7 +329,10 @@ fn chain(error: &dyn std::error::Error) -> String {
     let mut next = Some(error);
     while let Some(error) = next {
         let message = error.to_string();
-        let lines: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        // The statistics a verifier log ends with are behind what it objects to.
+        let statistics = ["verification time", "stack depth", "processed "];
+        let telling = |line: &&str| !line.is_empty() && !statistics.iter().any(|text| line.starts_with(text));
+        let lines: Vec<&str> = message.lines().map(str::trim).filter(telling).collect();
         let message = match lines.as_slice() {
             [first, .., third, second, last] => format!("{first} ... {third} | {second} | {last}"),
             lines => lines.join(" | "),
