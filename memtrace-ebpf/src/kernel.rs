@@ -16,6 +16,8 @@ use crate::{control, layout};
 const PF_KTHREAD: u32 = 0x0020_0000;
 /// `PF_EXITING`.
 const PF_EXITING: u32 = 0x0000_0004;
+/// More pages than any machine has; "no limit" is above it on every page size (PAGE_COUNTER_MAX).
+const NO_LIMIT_PAGES: u64 = 1 << 46;
 /// Deepest cgroup nesting that is walked.
 const MAX_DEPTH: u32 = 16;
 /// Largest charge batch of any kernel, pages (MEMCG_CHARGE_BATCH: 32 to 5.10, 64 since).
@@ -155,22 +157,23 @@ pub fn read_memcg(memcg: u64, into: *mut Memcg) {
     }
 }
 
-/// The mem_cgroup on the path from `memcg` to the root that is at its limit, 0 when none is: of those within a charge
-/// batch per CPU of their limit (the stock can hold as much back) the one with the least room.
+/// The mem_cgroup on the path from `memcg` to the root that ran out, 0 when none did: the one with the least room.
+///
+/// Unless it is `certain` that one did, it must be at its limit: within a charge batch per CPU, which the stock can hold
+/// back, and, as on many CPUs that is more than a small cgroup has, within an eighth of it.
 #[inline(always)]
-pub fn memcg_at_limit(memcg: u64) -> u64 {
+pub fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
     if memcg == 0 {
         return 0;
     }
     let mut counter = memcg + layout!(memcg_memory) as u64;
     let mut found = 0;
-    let mut least = CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1;
+    let mut least = if certain { NO_LIMIT_PAGES } else { CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1 };
     for _ in 0..MAX_DEPTH {
         let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
         let max: u64 = read(counter, layout!(counter_max)).unwrap_or(u64::MAX);
         let room = max.saturating_sub(usage);
-        // On many CPUs that slack is more than a small cgroup has: it must at least be nearly full.
-        if room < least && room <= max >> 3 {
+        if room < least && max < NO_LIMIT_PAGES && (certain || room <= max >> 3) {
             least = room;
             found = counter - layout!(memcg_memory) as u64;
         }

@@ -137,7 +137,7 @@ pub static QUANTA: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 /// Usage in pages at the last charge record, by address of the page counter.
 #[map]
 pub static CHARGED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
-/// Begin of the reclaim a thread is in, by thread id.
+/// Begin of the last reclaim a thread did for a cgroup, by thread id.
 #[map]
 pub static RECLAIMING: LruHashMap<u32, u64> = LruHashMap::with_max_entries(4096, 0);
 /// Address of each CPU's per-CPU area minus the allocation address, found once by `percpu_init`.

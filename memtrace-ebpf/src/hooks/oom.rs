@@ -13,6 +13,7 @@ use memtrace_common::event::{
     SENDER_NOINFO, SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
 };
 
+use super::reclaim::reclaimed_lately;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, pointer, read, read_u32};
 use crate::layout;
@@ -91,7 +92,9 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
 
     let trigger_memcg = kernel::memcg_of(current());
     let victim_memcg = kernel::memcg_of(victim);
-    let at_limit = kernel::memcg_at_limit(trigger_memcg);
+    // Who has just reclaimed for a cgroup hit a cgroup's limit, whatever others have given back meanwhile; the machine's
+    // own shortage reclaims by another path.
+    let at_limit = kernel::memcg_that_ran_out(trigger_memcg, reclaimed_lately(now));
     let mm = pointer(victim, layout!(task_mm));
     if mm == 0 {
         lose(Ring::Ledger, Loss::Unreadable);

@@ -14,6 +14,8 @@ use crate::maps::{RECLAIM_GATE, RECLAIMING};
 
 /// A reclaim shorter than this ends without a record.
 const WORTH_TELLING_NS: u64 = 1_000_000;
+/// See [`reclaimed_lately`].
+const LATELY_NS: u64 = 1_000_000_000;
 
 /// `mm_vmscan_memcg_reclaim_begin`; its arguments changed order in 7.3 and are not read.
 #[raw_tracepoint(tracepoint = "mm_vmscan_memcg_reclaim_begin")]
@@ -39,13 +41,24 @@ fn reclaim_begin(_ctx: RawTracePointContext) -> i32 {
 fn reclaim_end(ctx: RawTracePointContext) -> i32 {
     let now = boot_ns();
     let tid = bpf_get_current_pid_tgid() as u32;
+    // Kept: an OOM kill that follows asks for it. Threads that are gone age out.
     let Some(begin) = (unsafe { RECLAIMING.get(tid) }).copied() else { return 0 };
-    let _ = RECLAIMING.remove(tid);
     let took = now.saturating_sub(begin);
     if took >= WORTH_TELLING_NS {
         send(now, RECLAIM_END, took, bytes(ctx.arg(0)), 0);
     }
     0
+}
+
+/// Whether the running thread has reclaimed for a memory cgroup within the last second. Between that and the mark of a
+/// victim lies no more than the kernel's own report, which a slow console can draw out.
+#[inline(always)]
+pub fn reclaimed_lately(now: u64) -> bool {
+    let tid = bpf_get_current_pid_tgid() as u32;
+    match unsafe { RECLAIMING.get(tid) } {
+        Some(begin) => now.saturating_sub(*begin) < LATELY_NS,
+        None => false,
+    }
 }
 
 #[inline(always)]
