@@ -1,7 +1,7 @@
 //! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -10,13 +10,13 @@ use memtrace_common::layout::{ABSENT, KernelLayout};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
-use crate::cgroup::hierarchy::Hierarchy;
+use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
 use crate::clock;
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Input, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
-use crate::kernel::support::{MemoryController, Status, plan};
+use crate::kernel::support::{Facts, MemoryController, Status, plan};
 use crate::kernel::{facts, log, object};
 use crate::machine;
 use crate::process::stock;
@@ -141,7 +141,7 @@ impl Session {
     /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
     /// [`Refusal::Unsupported`].
     pub fn start(options: &Options) -> anyhow::Result<Self> {
-        let (hierarchy, probe, status) = attach(options)?;
+        let (hierarchy, probe, status) = attach(survey(options.btf.as_deref()), options)?;
         let kernel_log = match options.kernel_log.then(log::Reader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
@@ -433,17 +433,30 @@ fn refuse(status: &Status) -> Result<(), Refusal> {
     Err(Refusal::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
 }
 
-/// Finds out what the kernel allows, loads and attaches. The tracer runs as long as the probe lives.
-///
-/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`Refusal::Unsupported`].
-pub fn attach(options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+/// What this machine offers a tracer.
+pub struct Ground {
+    /// Where the memory controller is.
+    pub hierarchy: Result<Hierarchy, CgroupError>,
+    /// Everything a plan is made of.
+    pub facts: Facts,
+}
+
+/// Looks at the machine; `btf` is a file of kernel types to read instead of the running kernel's own.
+pub fn survey(btf: Option<&Path>) -> Ground {
     let hierarchy = Hierarchy::find();
     let controller = hierarchy.as_ref().map_err(ToString::to_string).map(|hierarchy| MemoryController {
         version: hierarchy.version,
         hierarchy_id: hierarchy.hierarchy_id,
         mount: hierarchy.mount.display().to_string(),
     });
-    let facts = facts::gather(options.btf.as_deref(), controller);
+    Ground { facts: facts::gather(btf, controller), hierarchy }
+}
+
+/// Loads and attaches what the ground allows. The tracer runs as long as the probe lives.
+///
+/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`Refusal::Unsupported`].
+pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+    let Ground { hierarchy, facts } = ground;
     let plan = plan(&facts, &options.without);
     refuse(&Status::new(&plan, &[]))?;
     let unsupported = |what: &str| Refusal::Unsupported(what.to_owned());

@@ -10,8 +10,6 @@ use memtrace_common::layout::ABSENT;
 use serde::Serialize;
 
 use super::Outcome;
-use crate::cgroup::hierarchy::Hierarchy;
-use crate::kernel::facts;
 use crate::kernel::support::{
     self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, State, Status,
 };
@@ -84,11 +82,12 @@ pub struct Report {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
-    let facts = facts::gather(args.btf.as_deref(), memory_controller());
+    let ground = session::survey(args.btf.as_deref());
+    let facts = ground.facts.clone();
     let plan = support::plan(&facts, &args.without);
     let planned = Status::new(&plan, &[]);
     // What already stands in the way is named in full by the plan; trying would only say the first of it again.
-    let status = if planned.can_run() { outcome(planned, tried(args)) } else { planned };
+    let status = if planned.can_run() { outcome(planned, tried(ground, args)) } else { planned };
     let report = Report::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -102,12 +101,12 @@ pub fn run(args: &Args) -> Outcome {
 }
 
 /// Loads and attaches for a moment, as the agent would: only the kernel knows.
-fn tried(args: &Args) -> anyhow::Result<Status> {
+fn tried(ground: session::Ground, args: &Args) -> anyhow::Result<Status> {
     let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();
-    session::attach(&options).map(|(_, _, status)| status)
+    session::attach(ground, &options).map(|(_, _, status)| status)
 }
 
 /// What came of trying; a plan that fell through is no plan.
@@ -117,17 +116,6 @@ fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
         fatal.push(Problem { what: format!("{error:#}"), remedy: None });
         Status { fatal, ..planned }
     })
-}
-
-/// The memory controller's hierarchy in the kernel room's words.
-pub fn memory_controller() -> Result<MemoryController, String> {
-    Hierarchy::find()
-        .map(|hierarchy| MemoryController {
-            version: hierarchy.version,
-            hierarchy_id: hierarchy.hierarchy_id,
-            mount: hierarchy.mount.display().to_string(),
-        })
-        .map_err(|error| error.to_string())
 }
 
 impl Report {
@@ -294,7 +282,7 @@ mod tests {
 
     #[test]
     fn this_machine_gets_a_verdict() {
-        let facts = facts::gather(None, memory_controller());
+        let facts = session::survey(None).facts;
         let report = report(&facts, &[Hook::Charge]);
         assert_ne!(report.verdict, Verdict::Full);
         let json = serde_json::to_value(&report).unwrap();

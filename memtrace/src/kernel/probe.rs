@@ -1,6 +1,5 @@
 //! With `object` the only file that names aya: loads the programs, attaches them one by one, drains the rings, reads the counters.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::Duration;
@@ -231,17 +230,6 @@ impl Probe {
             total = total.saturating_add(memlock.trim().parse().ok()?);
         }
         Some(total)
-    }
-
-    /// Verified instructions and JITed bytes of every loaded program, by name.
-    pub fn program_sizes(&self) -> BTreeMap<String, (Option<u32>, u32)> {
-        self.ebpf
-            .programs()
-            .filter_map(|(name, program)| {
-                let info = program.info().ok()?;
-                Some((name.to_owned(), (info.verified_instruction_count(), info.size_jitted())))
-            })
-            .collect()
     }
 }
 
