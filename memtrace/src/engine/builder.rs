@@ -42,13 +42,13 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
     };
     let out = if out.usage.is_none() && oom.scope != Scope::Ancestor { open.victim_memcg } else { out };
     // The row of the kill belongs to the cgroup the curve is of, so that it continues it.
-    let ran_out = open.curve_of.is_some() && open.curve_of == open.oom.cgroup_id;
+    let ran_out = open.view.curve_of.is_some() && open.view.curve_of == open.oom.cgroup_id;
     let row = if ran_out { open.oom } else { open.victim_memcg };
-    let kill_row = Point::new(open.at_ns, &row, open.curve_sums);
-    let (before, after): (Vec<&Point>, Vec<&Point>) = open.curve.rows().partition(|p| p.boot_ns <= open.at_ns);
+    let kill_row = Point::new(open.at_ns, &row, open.view.curve_sums);
+    let (before, after): (Vec<&Point>, Vec<&Point>) = open.view.curve.rows().partition(|p| p.boot_ns <= open.at_ns);
     let (columns, thinned) = columns(before.into_iter().chain([&kill_row]).chain(after));
     let timeline = Timeline { columns, thinned };
-    let composition = composition(out.usage, &open.sums);
+    let composition = composition(out.usage, &open.view.sums);
     let name = match (&oom.oom_cgroup, oom.scope) {
         (Some(c), Scope::Ancestor) => c.path.as_deref(),
         _ => cgroup.path.as_deref(),
@@ -61,12 +61,12 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
         limit: out.limit.bytes(),
         curve: &timeline.columns,
         tasks: &oom.tasks,
-        growth: &open.growth,
+        growth: &open.view.growth,
         composition: &composition,
     });
     let mut losses = losses(&open.loss_base, timeline.thinned, scene);
     note(&mut losses, "victims not listed", open.victims_left_out);
-    note(&mut losses, "task table rows not listed", open.tasks_left_out);
+    note(&mut losses, "task table rows not listed", open.view.tasks_left_out);
     if scene.settings.kernel_log {
         let lost = scene.log.lost_near(open.at_ns);
         note(&mut losses, "kernel log lines lost", lost);
@@ -88,8 +88,8 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
         oom: Some(oom),
         recording: None,
         timeline,
-        growth: open.growth.clone(),
-        mappings: open.notes.clone(),
+        growth: open.view.growth.clone(),
+        mappings: open.view.notes.clone(),
         allocation_paths: Vec::new(),
         composition,
         verdict,
@@ -110,7 +110,7 @@ pub(super) fn oom(open: &Open, scene: &Scene<'_>) -> Oom {
         _ => None,
     };
     let victims: Vec<Victim> = open.victims.iter().map(|v| victim(v, scene)).collect();
-    let mut tasks = open.tasks.clone();
+    let mut tasks = open.view.tasks.clone();
     for v in &open.victims {
         mark_victim(&mut tasks, v);
     }

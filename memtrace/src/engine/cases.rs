@@ -4,13 +4,12 @@ use memtrace_common::event as wire;
 
 use super::builder;
 use super::decode::Reading;
-use super::incident::{Growth, MappingNote, Process, TaskRow};
+use super::incident::Process;
 use super::input::{Effect, Finding, KillEntry};
 use super::kernlog::KernelLog;
 use super::kills::{Decision, OpenVictim, PAIR_NS, SHARER_NS, Thread, VICTIMS_CAP, marked, process, sharer};
 use super::processes::Key;
 use super::scope::{Moments, RanOut, View, counters, scope};
-use super::timeline::{Curve, Sums};
 use super::{Engine, clock::Identity, incident::KernelLogKill};
 
 /// Incidents open at once; the oldest is closed early for one more.
@@ -41,15 +40,7 @@ pub(super) struct Open {
     pub(super) victims: Vec<OpenVictim>,
     pub(super) victims_left_out: u64,
     /// As of the kill, before the victims die.
-    pub(super) tasks: Vec<TaskRow>,
-    pub(super) tasks_left_out: u64,
-    pub(super) growth: Vec<Growth>,
-    pub(super) notes: Vec<MappingNote>,
-    /// Resident memory of the cgroup the composition is about.
-    pub(super) sums: Sums,
-    pub(super) curve_of: Option<u64>,
-    pub(super) curve_sums: Sums,
-    pub(super) curve: Curve,
+    pub(super) view: View,
     pub(super) stack: Vec<String>,
     pub(super) loss_base: std::collections::BTreeMap<String, u64>,
     pub(super) early: bool,
@@ -242,14 +233,7 @@ impl Engine {
             stack: self.ledger.take_stack(victim.key()).unwrap_or_default(),
             victims: vec![victim],
             victims_left_out: 0,
-            tasks: view.tasks,
-            tasks_left_out: view.tasks_left_out,
-            growth: view.growth,
-            notes: view.notes,
-            sums: view.sums,
-            curve_of: view.curve_of,
-            curve_sums: view.curve_sums,
-            curve: view.curve,
+            view,
             loss_base: self.losses.at(from_ns),
             early: false,
         };
@@ -383,8 +367,8 @@ impl Engine {
     /// Hands new points to the curves that grow.
     pub(super) fn deliver_points(&mut self) {
         for (id, point) in std::mem::take(&mut self.book.fresh) {
-            for open in self.open.iter_mut().filter(|o| o.curve_of == Some(id)) {
-                open.curve.insert(point);
+            for open in self.open.iter_mut().filter(|o| o.view.curve_of == Some(id)) {
+                open.view.curve.insert(point);
             }
             if let Some(recording) = self.recording.as_mut() {
                 recording.point(&self.book, id, point);
@@ -396,7 +380,7 @@ impl Engine {
     pub(super) fn pin(&mut self) {
         let of_open = self.open.iter().flat_map(|o| {
             let victims = o.victims.iter().map(|v| v.victim.cgroup_id);
-            victims.chain([o.curve_of, o.oom.cgroup_id, o.trigger_memcg.cgroup_id])
+            victims.chain([o.view.curve_of, o.oom.cgroup_id, o.trigger_memcg.cgroup_id])
         });
         let recorded = self.recording.as_ref().and_then(|r| r.cgroup());
         let ids: Vec<u64> = of_open.chain([recorded]).flatten().collect();

@@ -408,7 +408,7 @@ impl Engine {
 
     /// Numbers about the engine itself.
     pub fn counts(&self) -> Counts {
-        let open: usize = self.open.iter().map(|o| o.curve.memory_estimate() + o.tasks.len() * 128).sum();
+        let open: usize = self.open.iter().map(|o| o.view.curve.memory_estimate() + o.view.tasks.len() * 128).sum();
         let recording = self.recording.as_ref().map_or(0, recording::State::memory_estimate);
         let memory = self.book.memory_estimate() + self.detectors.memory_estimate() + open + recording;
         Counts {

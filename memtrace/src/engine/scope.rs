@@ -88,11 +88,13 @@ pub(super) struct Moments {
 }
 
 /// Who held memory, who had grown and what was mapped where it ran out.
+#[derive(Clone, Debug)]
 pub(super) struct View {
     pub(super) tasks: Vec<TaskRow>,
     pub(super) tasks_left_out: u64,
     pub(super) growth: Vec<Growth>,
     pub(super) notes: Vec<MappingNote>,
+    /// Resident memory of the cgroup the composition is about.
     pub(super) sums: Sums,
     pub(super) curve_of: Option<u64>,
     pub(super) curve_sums: Sums,
@@ -174,9 +176,9 @@ impl Engine {
         let View { tasks, tasks_left_out, growth, notes, sums, curve_of, curve_sums, curve } =
             View::of(book, ran_out, victim, when, u64::MAX, sums_of);
         open.retask(book, tree(ran_out, victim), tasks, tasks_left_out);
-        (open.growth, open.notes, open.sums) = (growth, notes, sums);
-        if curve_of != open.curve_of {
-            (open.curve_of, open.curve_sums, open.curve) = (curve_of, curve_sums, curve);
+        (open.view.growth, open.view.notes, open.view.sums) = (growth, notes, sums);
+        if curve_of != open.view.curve_of {
+            (open.view.curve_of, open.view.curve_sums, open.view.curve) = (curve_of, curve_sums, curve);
         }
     }
 }
@@ -194,18 +196,18 @@ impl Open {
             let mut rows = book.processes.of_pid(t.pid);
             rows.any(|row| t.start_boot_ns.is_none_or(|start| start == row.start_boot_ns) && book.in_scope(row, tree))
         };
-        self.tasks.retain(inside);
+        self.view.tasks.retain(inside);
         let then: std::collections::BTreeSet<(u32, Option<u64>)> =
-            self.tasks.iter().map(|t| (t.pid, t.start_boot_ns)).collect();
+            self.view.tasks.iter().map(|t| (t.pid, t.start_boot_ns)).collect();
         let at_ns = self.at_ns;
         let missing = now.into_iter().filter(|t| {
             let there = then.contains(&(t.pid, t.start_boot_ns)) || then.contains(&(t.pid, None));
             !there && t.start_boot_ns.is_none_or(|start| start <= at_ns)
         });
-        self.tasks.extend(missing);
-        self.tasks.sort_by_key(|t| (std::cmp::Reverse(resident(t)), t.pid, t.start_boot_ns));
-        let excess = self.tasks.len().saturating_sub(TASKS_CAP) as u64;
-        self.tasks.truncate(TASKS_CAP);
-        self.tasks_left_out = left_out.saturating_add(excess);
+        self.view.tasks.extend(missing);
+        self.view.tasks.sort_by_key(|t| (std::cmp::Reverse(resident(t)), t.pid, t.start_boot_ns));
+        let excess = self.view.tasks.len().saturating_sub(TASKS_CAP) as u64;
+        self.view.tasks.truncate(TASKS_CAP);
+        self.view.tasks_left_out = left_out.saturating_add(excess);
     }
 }
