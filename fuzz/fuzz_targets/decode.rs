@@ -82,6 +82,8 @@ fn check(incident: &Incident) {
     let length = columns.boot_ns.len();
     let resident = [&columns.anon_bytes, &columns.file_bytes, &columns.shmem_bytes, &columns.swap_bytes];
     assert!(resident.iter().all(|column| column.len() == length), "columns of unequal length");
+    let swap = [&columns.swap_usage_bytes, &columns.swap_limit_bytes];
+    assert!(swap.iter().all(|column| column.len() == length), "columns of unequal length");
     let counters = [&columns.usage_bytes, &columns.limit_bytes, &columns.watermark_bytes];
     assert!(counters.iter().all(|column| column.len() == length), "columns of unequal length");
 }

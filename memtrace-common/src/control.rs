@@ -21,10 +21,18 @@ pub struct Control {
     pub percpu_lookup: u32,
     /// 1 when the exit_mmap hook is planned: it tells the end of an address space, else its last page does.
     pub exit_mmap: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 1 when the running kernel has bpf_task_pt_regs (5.15), by which user registers are found.
+    pub task_pt_regs: u32,
     /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
     pub reclaim_interval_ns: u64,
+    /// Take a stack when a process, or a cgroup, grew by this much; 0: take none.
+    pub sample_bytes: u64,
+    /// Parts per million of one CPU's time that taking and unwinding stacks may cost.
+    pub stack_budget_ppm: u64,
+    /// Bytes of user stack to copy, unless the process has its own number.
+    pub slice_bytes: u32,
+    /// Size of a kernel stack (THREAD_SIZE): where user registers are without bpf_task_pt_regs; 0 when unknown.
+    pub thread_bytes: u32,
 }
 
 /// Name of the `Control` global in the object.
@@ -67,6 +75,25 @@ pub enum Loss {
     RateLimited = 4,
     /// A 32-bit caller's mapping call, whose arguments are not read.
     Compat = 5,
+}
+
+/// What taking stacks has cost, and may: the value of the STACK_BUDGET map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct StackBudget {
+    /// Time that may be spent now, nanoseconds; below 0 nothing is taken.
+    pub tokens_ns: i64,
+    /// When it was last added to, boot clock.
+    pub filled_ns: u64,
+    /// What userspace had spent on stacks when that was last taken off, nanoseconds.
+    pub user_spent_ns: u64,
+    /// Time spent in the kernel on stacks since the start, nanoseconds.
+    pub spent_ns: u64,
+    /// Stacks taken.
+    pub taken: u64,
+    /// Stacks left out since the budget was used up: the next one stands for their bytes too.
+    pub thinned: u64,
 }
 
 /// Number of [`Loss`] reasons.

@@ -125,8 +125,21 @@ const _: () = assert!(size_of::<Rss>() == 32);
 
 /// Bytes of a path in a cgroup record; a longer path is cut and flagged.
 pub const PATH_BYTES: usize = 512;
-/// Frames of a kernel stack in a [`KernelStack`] record.
+/// Frames of a kernel stack in a [`KernelStack`] or [`StackSample`] record.
 pub const KERNEL_FRAMES: usize = 48;
+/// Frames that the kernel found by frame pointers in a [`StackSample`] record (kernel.perf_event_max_stack is 127).
+pub const USER_FRAMES: usize = 127;
+/// Most bytes of a user stack that follow a [`StackSample`]: with it they stay below the largest [`Header::size`].
+pub const MAX_SLICE_BYTES: usize = 60 << 10;
+
+/// [`StackSample::cause`]: resident memory grew.
+pub const CAUSE_TOUCH: u32 = 1;
+/// [`StackSample::cause`]: mmap or mremap.
+pub const CAUSE_MAP: u32 = 2;
+/// [`StackSample::cause`]: brk.
+pub const CAUSE_BRK: u32 = 3;
+/// [`StackSample::cause`]: charged to the cgroup in a system call.
+pub const CAUSE_CHARGE: u32 = 4;
 
 /// [`RssChange::flags`]: the per-CPU counters could not be summed, values may be off by the batch.
 pub const RSS_APPROXIMATE: u32 = 1;
@@ -154,16 +167,18 @@ pub const RECLAIM_BEGIN: u32 = 1;
 /// [`Reclaim::phase`]: that reclaim ended.
 pub const RECLAIM_END: u32 = 2;
 
-/// [`Kill::sender_code`]: SEND_SIG_NOINFO, e.g. cgroup.kill.
+/// [`Kill::sender_code`]: SEND_SIG_NOINFO to one thread: cgroup.kill.
 pub const SENDER_NOINFO: u32 = 0;
 /// [`Kill::sender_code`]: SEND_SIG_PRIV: the kernel itself, e.g. the OOM killer.
 pub const SENDER_KERNEL: u32 = 1;
-/// [`Kill::sender_code`]: a siginfo was passed: a process sent it.
+/// [`Kill::sender_code`]: a process sent it: a siginfo was passed, or, as by kill(2) of 7.3, none, to a whole process.
 pub const SENDER_PROCESS: u32 = 2;
-
 /// [`Kill::sender_code`]: the kernel, from a task that is exiting: the init of a pid namespace takes the namespace with
 /// it (kernel/pid_namespace.c zap_pid_ns_processes).
 pub const SENDER_EXITING: u32 = 3;
+/// [`Kill::sender_code`]: SEND_SIG_NOINFO from a task that is exiting: its child asked for SIGKILL at its parent's death
+/// (prctl PR_SET_PDEATHSIG).
+pub const SENDER_PARENT: u32 = 4;
 
 /// [`OomVictim::scope`]: which cgroup ran out was not found.
 pub const SCOPE_UNKNOWN: u32 = 0;
@@ -192,7 +207,7 @@ pub const PATH_CUT: u32 = 1;
 
 records! {
     /// SAMPLES. Resident memory of one address space moved, with its cgroup's counters.
-    1 RssChange (KIND_RSS) 192 {
+    1 RssChange (KIND_RSS) 200 {
         /// Owner of the address space (never merely `current`).
         task: Task,
         /// Opaque identity of the address space; equal for processes that share it.
@@ -213,6 +228,9 @@ records! {
         reason: u32,
         /// [`RSS_APPROXIMATE`], [`RSS_DYING`].
         flags: u32,
+        /// Every step up of the sum of anon, file and shmem since this address space is followed, added up; of one that
+        /// was made while the hook was on with what it began with.
+        grown_bytes: u64,
     }
     /// SAMPLES. A mapping call succeeded and was large, or many small ones added up.
     2 Mapping (KIND_MAPPING) 104 {
@@ -267,7 +285,7 @@ records! {
         target: Task,
         /// kernfs id of the target's memory cgroup.
         cgroup_id: u64,
-        /// [`SENDER_NOINFO`], [`SENDER_KERNEL`], [`SENDER_PROCESS`], [`SENDER_EXITING`].
+        /// [`SENDER_NOINFO`], [`SENDER_KERNEL`], [`SENDER_PROCESS`], [`SENDER_EXITING`], [`SENDER_PARENT`].
         sender_code: u32,
         /// The kernel's verdict on delivery (`TRACE_SIGNAL_*`): 0 delivered, 1 ignored, 2 already pending.
         result: u32,
@@ -344,8 +362,8 @@ records! {
         cgroup_id: u64,
         /// Highest sum of anon, file and shmem, from the hook and `mm->hiwater_rss`.
         peak_bytes: u64,
-        /// Zero.
-        reserved: u64,
+        /// As [`RssChange::grown_bytes`].
+        grown_bytes: u64,
     }
     /// LEDGER. A memory cgroup was created or removed.
     22 CgroupChange (KIND_CGROUP) 616 {
@@ -401,8 +419,61 @@ records! {
     }
 }
 
-/// Largest record in bytes.
+/// Largest record in bytes, but for [`StackSample`].
 pub const MAX_RECORD_BYTES: usize = 616;
+
+/// STACKS, kind [`KIND_STACK_SAMPLE`]. A process, or a cgroup, grew by its sampling step: which code did it. Followed by
+/// `slice_bytes` bytes of the thread's stack, from `sp` up: they hold secrets and are never to be written anywhere.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(feature = "user", derive(FromBytes, IntoBytes, Immutable, KnownLayout, PartialEq, Eq))]
+pub struct StackSample {
+    /// Kind, size with the slice, CPU and time.
+    pub header: Header,
+    /// The running thread.
+    pub task: Task,
+    /// Opaque identity of its address space; 0 for a charge.
+    pub mm_id: u64,
+    /// kernfs id of the memory cgroup that grew.
+    pub cgroup_id: u64,
+    /// Bytes this sample stands for: what grew since the last one of the same kind.
+    pub weight_bytes: u64,
+    /// Touch: as [`RssChange::grown_bytes`], this sample included; else 0.
+    pub grown_bytes: u64,
+    /// Touch: the address that was touched. Map, brk: where the mapping begins. Else, and where not known, [`UNKNOWN`].
+    pub address: u64,
+    /// Map: size of the mapping. Brk: growth since the last brk sample. Else 0.
+    pub size_bytes: u64,
+    /// User instruction pointer; 0 when the registers could not be read.
+    pub ip: u64,
+    /// User stack pointer.
+    pub sp: u64,
+    /// User frame pointer: rbp, or x29.
+    pub bp: u64,
+    /// aarch64: link register, x30; else 0.
+    pub lr: u64,
+    /// `CAUSE_*`.
+    pub cause: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Frames used in `kernel`.
+    pub kernel_frames: u32,
+    /// Frames used in `user`.
+    pub user_frames: u32,
+    /// Bytes of stack that follow.
+    pub slice_bytes: u32,
+    /// Most bytes of stack that were asked for: with fewer the stack ended, or a page of it could not be read.
+    pub slice_cap_bytes: u32,
+    /// Kernel return addresses, innermost first: never written anywhere.
+    pub kernel: [u64; KERNEL_FRAMES],
+    /// User addresses that the kernel found by frame pointers, innermost first.
+    pub user: [u64; USER_FRAMES],
+}
+const _: () = assert!(size_of::<StackSample>() == 1552);
+const _: () = assert!(size_of::<StackSample>() + MAX_SLICE_BYTES < u16::MAX as usize);
+
+/// Header kind of [`StackSample`].
+pub const KIND_STACK_SAMPLE: u16 = 33;
 
 #[cfg(test)]
 mod tests {

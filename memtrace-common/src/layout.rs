@@ -205,4 +205,16 @@ layout! {
     Optional regs_regs = Member("pt_regs", "user_regs.regs|regs");
     /// `pt_regs.pstate` (arm64): bit 4 tells 32-bit callers.
     Optional regs_pstate = Member("pt_regs", "user_regs.pstate|pstate");
+    /// `pt_regs.ip` (x86_64): instruction pointer.
+    Optional regs_ip = Member("pt_regs", "ip");
+    /// `pt_regs.sp`: stack pointer.
+    Optional regs_sp = Member("pt_regs", "sp|user_regs.sp");
+    /// `pt_regs.bp` (x86_64): frame pointer.
+    Optional regs_bp = Member("pt_regs", "bp");
+    /// `pt_regs.pc` (arm64): instruction pointer.
+    Optional regs_pc = Member("pt_regs", "user_regs.pc|pc");
+    /// Size of `pt_regs`: they are at the end of the kernel stack.
+    Optional regs_size = Size("pt_regs");
+    /// `task_struct.stack`: the kernel stack.
+    Optional task_stack = Member("task_struct", "stack");
 }

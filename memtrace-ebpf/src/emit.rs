@@ -7,10 +7,10 @@ use memtrace_common::event::{Header, Record};
 
 use crate::maps::{LEDGER, LOSSES, SAMPLES, SENT, STACKS};
 
-const BPF_RB_NO_WAKEUP: u64 = 1;
-const BPF_RB_FORCE_WAKEUP: u64 = 2;
-const BPF_RB_AVAIL_DATA: u64 = 0;
-const BPF_RB_RING_SIZE: u64 = 1;
+pub const BPF_RB_NO_WAKEUP: u64 = 1;
+pub const BPF_RB_FORCE_WAKEUP: u64 = 2;
+pub const BPF_RB_AVAIL_DATA: u64 = 0;
+pub const BPF_RB_RING_SIZE: u64 = 1;
 
 /// Boot-clock nanoseconds.
 #[inline(always)]
@@ -62,6 +62,12 @@ pub fn emit<T: Record + 'static>(ring: Ring, at_ns: u64, fill: impl FnOnce(*mut 
     // in the hook microseconds, and the reader a turn.
     let flags = if T::VITAL || waiting > size / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
     entry.submit(flags);
+    sent(ring);
+}
+
+/// Counts a record that is in its ring.
+#[inline(always)]
+pub fn sent(ring: Ring) {
     if let Some(slot) = SENT.get_ptr_mut(ring as u32) {
         unsafe { *slot += 1 };
     }

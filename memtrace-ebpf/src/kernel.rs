@@ -3,13 +3,15 @@
 //! Addresses of kernel objects are plain `u64`; 0 is "none". A value that cannot be read is
 //! [`UNKNOWN`]. Struct paths and fallbacks: ARCHITECTURE.md, Kernel layout.
 
+use core::ptr::{read_volatile, write_volatile};
+
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::bpf_get_current_task;
 use memtrace_common::control::MAX_CPUS;
 use memtrace_common::event::{Memcg, NO_LIMIT, Task, UNKNOWN, UNKNOWN_I32};
 use memtrace_common::layout::ABSENT;
 
-use crate::maps::PERCPU_OFFSETS;
+use crate::maps::{PERCPU_OFFSETS, WALK, Walk};
 use crate::{control, layout};
 
 /// `PF_KTHREAD` in task_struct.flags (include/linux/sched.h).
@@ -161,28 +163,42 @@ pub fn read_memcg(memcg: u64, into: *mut Memcg) {
 ///
 /// Unless it is `certain` that one did, it must be at its limit: within a charge batch per CPU, which the stock can hold
 /// back, and, as on many CPUs that is more than a small cgroup has, within an eighth of it.
+///
+/// To be called where nobody else on this CPU can do so in between: under the victim's task_lock.
 #[inline(always)]
 pub fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
-    if memcg == 0 {
-        return 0;
+    let Some(walk) = WALK.get_ptr_mut(0) else { return 0 };
+    let near = CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1;
+    unsafe {
+        write_volatile(&raw mut (*walk).found, 0);
+        write_volatile(&raw mut (*walk).least, if certain { NO_LIMIT_PAGES } else { near });
+        write_volatile(&raw mut (*walk).certain, certain as u64);
     }
-    let mut counter = memcg + layout!(memcg_memory) as u64;
-    let mut found = 0;
-    let mut least = if certain { NO_LIMIT_PAGES } else { CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1 };
+    let mut counter = if memcg == 0 { 0 } else { memcg + layout!(memcg_memory) as u64 };
     for _ in 0..MAX_DEPTH {
-        let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
-        let max: u64 = read(counter, layout!(counter_max)).unwrap_or(u64::MAX);
-        let room = max.saturating_sub(usage);
-        if room < least && max < NO_LIMIT_PAGES && (certain || room <= max >> 3) {
-            least = room;
-            found = counter - layout!(memcg_memory) as u64;
-        }
-        counter = pointer(counter, layout!(counter_parent));
         if counter == 0 {
             break;
         }
+        consider(counter, walk);
+        counter = pointer(counter, layout!(counter_parent));
     }
-    found
+    unsafe { read_volatile(&raw const (*walk).found) }
+}
+
+/// Takes one page counter of the walk into account.
+#[inline(always)]
+fn consider(counter: u64, walk: *mut Walk) {
+    let Some(usage) = read::<u64>(counter, layout!(counter_usage)) else { return };
+    let Some(max) = read::<u64>(counter, layout!(counter_max)) else { return };
+    let room = max.saturating_sub(usage);
+    let (least, certain) =
+        unsafe { (read_volatile(&raw const (*walk).least), read_volatile(&raw const (*walk).certain)) };
+    if room < least && max < NO_LIMIT_PAGES && (certain != 0 || room <= max >> 3) {
+        unsafe {
+            write_volatile(&raw mut (*walk).least, room);
+            write_volatile(&raw mut (*walk).found, counter - layout!(memcg_memory) as u64);
+        }
+    }
 }
 
 /// Whether memory.oom.group is set on the path from `memcg` up to `top` (0: up to the root).

@@ -1,6 +1,9 @@
 //! The kernel side of memtrace: hooks read, records leave through three rings. No policy here.
 #![no_std]
 #![no_main]
+// For the one instruction that core does not offer on this target; the compiler that builds this allows it anyway, for
+// aya-ebpf.
+#![feature(asm_experimental_arch)]
 // The layout macros carry their own `unsafe`, also inside unsafe blocks.
 #![allow(unused_unsafe)]
 

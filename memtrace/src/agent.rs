@@ -7,18 +7,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::mm::{MlockAllFlags, mlockall};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::serve::{self, Ask, Counters, Readings};
+use crate::serve::{self, Ask, Counters, Readings, StackCost};
 use crate::session::{self, Session};
 
+mod naming;
 mod recovery;
 mod shelf;
 mod sinks;
 
+use naming::Naming;
 use shelf::Shelf;
 use sinks::Sinks;
 
@@ -47,11 +50,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     log_to_stderr();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // File reads for HTTP answers; two are enough, and each thread costs memory.
-        .max_blocking_threads(2)
+        // File reads for HTTP answers, for which two are enough, and the naming of an incident; each thread costs memory.
+        .max_blocking_threads(3)
         .build()
         .context("failed to start the runtime")?;
-    runtime.block_on(serve_and_trace(options))
+    let outcome = runtime.block_on(serve_and_trace(options));
+    // Names that are still looked for are not waited for.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
@@ -89,12 +95,17 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     // Not under systemd is no error.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
+    let mut naming = Naming::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     loop {
         let effects = tokio::select! {
             effects = session.step() => effects,
             Some(ask) = asked.recv() => {
-                answer(ask, &session, &sinks.counters);
+                answer(ask, &session, &sinks.counters, &naming);
+                continue;
+            }
+            ended = naming.ended() => {
+                naming.note(ended);
                 continue;
             }
             _ = retention.tick() => {
@@ -105,20 +116,29 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
             _ = interrupt.recv() => break,
         };
         sinks.take(effects);
-        // One at a time, and the rings in between: a save waits for the disk, kills must not wait for it.
-        while sinks.save_one() {
+        // One at a time, and the rings and questions in between: a save waits for the disk, they must not wait for it.
+        while sinks.save_one(&mut naming) {
             sinks.take(session.pump(false));
+            tokio::task::yield_now().await;
+            while let Ok(ask) = asked.try_recv() {
+                answer(ask, &session, &sinks.counters, &naming);
+            }
+        }
+        if naming.wants_modules() {
+            naming.start(session.open_modules());
         }
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let modules = session.open_modules();
     sinks.take(session.stop());
-    while sinks.save_one() {}
+    while sinks.save_one(&mut naming) {}
+    naming.stop(modules).await;
     Ok(())
 }
 
 /// Answers a question between two turns; the asker may have gone.
-fn answer(ask: Ask, session: &Session, counters: &Counters) {
+fn answer(ask: Ask, session: &Session, counters: &Counters, naming: &Naming) {
     match ask {
         Ask::Ping(reply) => {
             let _ = reply.send(());
@@ -127,7 +147,12 @@ fn answer(ask: Ask, session: &Session, counters: &Counters) {
             let _ = reply.send(session.engine().snapshot());
         }
         Ask::Readings(reply) => {
+            let (stacks, cost) = session.stack_cost();
             let readings = Readings {
+                stacks,
+                incidents_named: naming.named,
+                incidents_not_named: naming.failed,
+                stack_cost: StackCost { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
                 counters: counters.clone(),
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),
@@ -150,8 +175,14 @@ fn resident_bytes() -> Option<u64> {
     pages.checked_mul(rustix::param::page_size() as u64)
 }
 
-/// The OOM killer must not take the recorder first. Lowering the score needs CAP_SYS_RESOURCE.
+/// The OOM killer must not take the recorder first, and a machine without memory must not page it out: it has to run
+/// just then. Lowering the score needs CAP_SYS_RESOURCE, locking CAP_IPC_LOCK. Pages are locked as they are touched, so
+/// that what is mapped and never used stays unused.
 fn protect_from_oom() {
+    let lock = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    if let Err(error) = mlockall(lock) {
+        warn!("memory is not locked ({error}): in a global shortage the agent may be paged out; give CAP_IPC_LOCK");
+    }
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-999") {
         warn!("oom_score_adj stays as it is ({error}): in a global OOM the agent may be killed; give CAP_SYS_RESOURCE");
     }

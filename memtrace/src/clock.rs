@@ -1,5 +1,7 @@
 //! The clocks: boot-clock nanoseconds inside, one anchor to wall time.
 
+use std::time::Duration;
+
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::engine::input::Fact;
@@ -10,6 +12,12 @@ const ATTEMPTS: usize = 5;
 /// CLOCK_BOOTTIME in nanoseconds: the clock of every kernel record.
 pub fn boot_ns() -> u64 {
     nanoseconds(ClockId::Boottime).try_into().unwrap_or(0)
+}
+
+/// CPU time of the running thread.
+pub fn cpu_time() -> Duration {
+    let nanoseconds = nanoseconds(ClockId::ThreadCPUTime).try_into();
+    nanoseconds.map_or(Duration::ZERO, Duration::from_nanos)
 }
 
 /// Reads wall time between two readings of the boot clock; half their distance is the uncertainty.

@@ -1,26 +1,30 @@
 //! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
 
-use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use memtrace_common::control::{Control, MAX_CPUS, Ring};
+use memtrace_common::control::{Control, MAX_CPUS};
 use memtrace_common::layout::{ABSENT, KernelLayout};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
+use crate::cgroup::questions::Questions;
 use crate::clock;
 use crate::engine::Engine;
-use crate::engine::input::{Effect, Fact, Input, Settings};
+use crate::engine::input::{Effect, Fact, Input, OVER_BUDGET, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
 use crate::kernel::support::{Facts, MemoryController, Status, plan};
 use crate::kernel::{facts, log, object};
 use crate::machine;
+use crate::process::budget::{Cost, Steps};
+use crate::process::known::Processes;
+use crate::process::modules::OpenModule;
+use crate::process::stacks::Stacks;
 use crate::process::stock;
-use crate::process::trigger::TriggerStacks;
 use crate::refusal::Refusal;
 use crate::store::journal;
 
@@ -34,86 +38,20 @@ const TICKS_PER_ANCHOR: u32 = 100;
 const BATCHES_PER_TURN: usize = 8;
 /// Processes taken stock of between two looks at the rings.
 const DRAIN_EVERY: usize = 256;
-/// Cgroups looked up in one tick; each can mean a walk of the whole tree.
-const LOOKUPS_PER_TICK: usize = 16;
-/// Cgroups waiting to be looked up; what is more is asked for again.
-const MAX_LOOKUPS: usize = 1024;
+/// Bytes of user stack copied at first, where it is that deep: enough for most; userspace asks for more where it is not.
+const SLICE_BYTES: u32 = 32 << 10;
+/// The step of cgroups that stacks are not taken of: more than any process grows.
+const NEVER_BYTES: u64 = 1 << 50;
+/// THREAD_SIZE of x86_64 and aarch64 with 4 KiB pages. A kernel with another one (KASAN) that has no bpf_task_pt_regs
+/// either is told by what it finds there.
+const THREAD_BYTES: u32 = 16 << 10;
 /// Segments the journal's size is cut into.
 const JOURNAL_SEGMENTS: u64 = 8;
 
-/// What a run is told.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Kernel type information to use instead of the running kernel's own.
-    pub btf: Option<PathBuf>,
-    /// Hooks to leave out.
-    pub without: Vec<Hook>,
-    /// The rss hook's quantum, bytes.
-    pub quantum_bytes: u64,
-    /// History kept before an incident, nanoseconds.
-    pub before_ns: u64,
-    /// How long an incident gathers, nanoseconds.
-    pub after_ns: u64,
-    /// Address spaces followed at most.
-    pub max_processes: u32,
-    /// Size of the samples ring, bytes.
-    pub samples_ring_bytes: u64,
-    /// Save spikes that ended without a kill.
-    pub spikes: bool,
-    /// Read the kernel log as a cross-check.
-    pub kernel_log: bool,
-    /// Directory and size in bytes of the journal; none for a run that needs no recovery.
-    pub journal: Option<(PathBuf, u64)>,
-}
+mod options;
+mod sampling;
 
-impl Default for Options {
-    fn default() -> Self {
-        let settings = Settings::default();
-        Self {
-            btf: None,
-            without: Vec::new(),
-            quantum_bytes: settings.quantum_bytes,
-            before_ns: settings.before_ns,
-            after_ns: settings.after_ns,
-            max_processes: 32_768,
-            samples_ring_bytes: 4 << 20,
-            spikes: settings.spikes,
-            kernel_log: true,
-            journal: None,
-        }
-    }
-}
-
-impl Options {
-    /// What a user can get wrong, as a sentence that names the flag.
-    pub fn check(&self) -> Result<(), String> {
-        let page = rustix::param::page_size() as u64;
-        if self.quantum_bytes < 4 * page || self.quantum_bytes > 1 << 30 {
-            return Err(format!("quantum: {} bytes is outside {} to 1G", self.quantum_bytes, 4 * page));
-        }
-        if !self.samples_ring_bytes.is_power_of_two() || !(page..=1 << 30).contains(&self.samples_ring_bytes) {
-            return Err(format!(
-                "samples_ring: {} is not a power of two between {page} and 1G",
-                self.samples_ring_bytes
-            ));
-        }
-        if !(1..=4 << 20).contains(&self.max_processes) {
-            return Err(format!("max_processes: {} is outside 1 to 4194304", self.max_processes));
-        }
-        if self.before_ns > 3_600_000_000_000 || self.after_ns > 600_000_000_000 {
-            return Err("before and after: at most 1h and 10m".to_owned());
-        }
-        if let Some((_, bytes)) = &self.journal
-            && *bytes < 1 << 20
-        {
-            return Err("journal_size: at least 1M".to_owned());
-        }
-        match self.without.iter().find(|hook| matches!(hook.need(), crate::kernel::hooks::Need::Required)) {
-            Some(hook) => Err(format!("without: {hook} is needed, memtrace cannot run without it")),
-            None => Ok(()),
-        }
-    }
-}
+pub use options::Options;
 
 /// A running tracer.
 pub struct Session {
@@ -127,10 +65,22 @@ pub struct Session {
     ticks: u32,
     /// A tick that made way for a kill.
     owed: bool,
-    /// Cgroups the engine asked for. Cap: [`MAX_LOOKUPS`].
-    lookups: VecDeque<u64>,
+    questions: Questions,
     losses: Vec<(String, u64)>,
-    triggers: TriggerStacks,
+    stacks: Stacks,
+    /// The stacks ring holds more than was taken in the last turn.
+    stacks_owed: bool,
+    steps: Steps,
+    /// Stacks whose cost the kernel side has been told.
+    unwound: u64,
+    /// Cgroups whose stacks are taken, where not all are; with what is made in them.
+    sampled: BTreeSet<u64>,
+    /// Cgroups made in those, to be sampled too.
+    made: Vec<u64>,
+    /// When the steps were looked at last, boot clock.
+    steps_ns: u64,
+    /// The segment of the journal that has what stacks are made of.
+    stated_segment: u64,
     journal_failures: u64,
     effects: Vec<Effect>,
 }
@@ -169,9 +119,16 @@ impl Session {
             ticker,
             ticks: 0,
             owed: false,
-            lookups: VecDeque::new(),
+            questions: Questions::default(),
             losses: Vec::new(),
-            triggers: TriggerStacks::default(),
+            stacks: Stacks::new(Processes::default()),
+            stacks_owed: false,
+            steps: Steps::new(options.sample_bytes, options.stack_budget_ppm),
+            unwound: 0,
+            sampled: BTreeSet::new(),
+            made: Vec::new(),
+            steps_ns: clock::boot_ns(),
+            stated_segment: 0,
             journal_failures: 0,
             effects: Vec::new(),
         };
@@ -189,8 +146,11 @@ impl Session {
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),
             kills_seen: self.status.on(Hook::Kill),
+            stalls_seen: self.status.on(Hook::ReclaimEnd),
             degraded: self.status.degraded(),
             spikes: options.spikes,
+            near_misses: options.near_misses,
+            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
         };
         self.feed(Fact::Start { host: machine::host(), settings });
         self.feed(clock::anchor());
@@ -233,6 +193,11 @@ impl Session {
         if self.owed {
             return self.pump(true);
         }
+        if self.stacks_owed {
+            // Signals and questions get their turn in between.
+            tokio::task::yield_now().await;
+            return self.pump(false);
+        }
         let mut tick = false;
         tokio::select! {
             () = self.probe.ready() => {}
@@ -256,6 +221,7 @@ impl Session {
                 break;
             }
         }
+        self.drain_stacks();
         let killed = self.effects.iter().any(|effect| matches!(effect, Effect::Kill(_)));
         if tick && killed && !self.owed {
             self.owed = true;
@@ -271,15 +237,18 @@ impl Session {
     /// One batch out of the rings; whether more is waiting.
     fn drain(&mut self) -> bool {
         let (records, more) = self.probe.drain();
-        for (ring, bytes) in records {
-            if ring == Ring::Stacks {
-                // Addresses stay in memory; only their names become an input.
-                self.triggers.push(bytes);
-                continue;
+        for (_, bytes) in records {
+            if let Some((parent, made)) = self.stacks.heed(bytes)
+                && self.sampled.contains(&parent)
+            {
+                self.made.push(made);
             }
             let input = Input::Record(bytes);
             record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
             self.engine.apply(&input, &mut self.effects);
+        }
+        for id in std::mem::take(&mut self.made) {
+            self.sample(id);
         }
         more
     }
@@ -303,15 +272,12 @@ impl Session {
         }
         if self.ticks.is_multiple_of(TICKS_PER_LOSSES) {
             self.read_losses();
+            self.adjust_steps(now);
+            self.stacks.processes.tick();
         }
-        for fact in self.triggers.take() {
+        self.tell_stacks();
+        for fact in self.questions.answer(&self.hierarchy, clock::boot_ns()) {
             self.feed(fact);
-        }
-        for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_PER_TICK)).collect::<Vec<u64>>() {
-            let found = self.hierarchy.path_of(id, None).and_then(|path| self.hierarchy.read(&path, clock::boot_ns()));
-            if let Some(found) = found.filter(|found| found.id == id) {
-                self.feed(Fact::Cgroup(found));
-            }
         }
         self.feed(Fact::Tick { boot_ns: now });
     }
@@ -323,21 +289,32 @@ impl Session {
         if journal_lost > 0 {
             totals.push(("journal/not_written".to_owned(), journal_lost));
         }
+        let refused = self.questions.refused();
+        if refused > 0 {
+            totals.push(("cgroup/not_watched".to_owned(), refused));
+        }
+        totals.extend(self.stacks.losses());
+        let (_, Cost { thinned, .. }) = self.stack_cost();
+        if thinned > 0 {
+            totals.push((OVER_BUDGET.to_owned(), thinned));
+        }
         if totals != self.losses {
             self.losses.clone_from(&totals);
             self.feed(Fact::Losses { totals });
         }
     }
 
-    /// Does what the engine asks of its shell itself: quanta at once, look-ups with the next tick.
+    /// Does what the engine asks of its shell itself: quanta at once, questions with the next tick.
     fn answer_engine(&mut self) {
         let probe = &mut self.probe;
-        let lookups = &mut self.lookups;
+        let questions = &mut self.questions;
         self.effects.retain(|effect| match effect {
             Effect::LookUpCgroup { id } => {
-                if lookups.len() < MAX_LOOKUPS && !lookups.contains(id) {
-                    lookups.push_back(*id);
-                }
+                questions.look_up(*id);
+                false
+            }
+            Effect::WatchOomControl { cgroup_id, path } => {
+                questions.watch(*cgroup_id, path.clone(), clock::boot_ns());
                 false
             }
             Effect::SetQuantum { cgroup_id, quantum_bytes } => {
@@ -359,13 +336,23 @@ impl Session {
         }
     }
 
+    /// Tells the engine everything that has happened up to now: before something ends that must be told of in full.
+    pub fn catch_up(&mut self) {
+        let now = clock::boot_ns();
+        while self.drain() {}
+        self.drain_stacks();
+        while self.stacks_owed {
+            self.drain_stacks();
+        }
+        self.tell_stacks();
+        self.read_losses();
+        self.feed(Fact::Tick { boot_ns: now });
+    }
+
     /// Ends the run: drains what is left, closes every incident; what it lost is in the log.
     pub fn stop(mut self) -> Vec<Effect> {
         let mut effects = self.pump(true);
-        self.read_losses();
-        for fact in self.triggers.take() {
-            self.feed(fact);
-        }
+        self.catch_up();
         self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
         effects.append(&mut self.pump(false));
         if self.losses.is_empty() {
@@ -385,6 +372,11 @@ impl Session {
     /// What is attached and what is not.
     pub fn status(&self) -> &Status {
         &self.status
+    }
+
+    /// Modules of processes met that can still be read: names are in them.
+    pub fn open_modules(&self) -> Vec<OpenModule> {
+        self.stacks.processes.open_modules()
     }
 
     /// The memory hierarchy.
@@ -478,12 +470,20 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
             page_shift: rustix::param::page_size().trailing_zeros(),
             percpu_lookup: u32::from(facts.percpu_lookup && sums_slots(&layout)),
             exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
-            reserved: 0,
+            task_pt_regs: u32::from(facts.task_pt_regs),
             reclaim_interval_ns: 5_000_000,
+            sample_bytes: match (options.stack_budget_ppm, options.sample_all) {
+                (0, _) => 0,
+                (_, true) => options.sample_bytes,
+                (_, false) => NEVER_BYTES,
+            },
+            stack_budget_ppm: options.stack_budget_ppm,
+            slice_bytes: SLICE_BYTES,
+            thread_bytes: THREAD_BYTES,
         },
         ledger_bytes: 1 << 20,
         samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
-        stacks_bytes: 1 << 18,
+        stacks_bytes: options.stacks_ring_bytes,
         max_processes: options.max_processes,
     };
     let (probe, results) = Probe::load(object, &layout, &settings, &plan, options.btf.as_deref())

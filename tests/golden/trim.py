@@ -43,6 +43,10 @@ def main(segments, out):
     inside = {task(r)[2] for r in records if struct.unpack_from("<H", r)[0] in (1, 23) and needle in words(r)}
     starts = {struct.pack("<Q", start) for start in inside}
 
+    paths = {f["path"] for f in facts if f["fact"] == "stack" and f["cgroup_id"] == cage_id}
+    frames_kept = [frame for f in facts if f["fact"] == "path" and f["id"] in paths for frame in f["frames"]]
+    modules = {frame["m"] for frame in frames_kept if "m" in frame}
+
     kept = [struct.pack("<4sI", b"MTJR", 1)]
     for kind, payload in inputs:
         if kind == RECORD:
@@ -55,6 +59,16 @@ def main(segments, out):
             fact = json.loads(payload)
             if fact["fact"] == "process":
                 continue
+            if fact["fact"] == "stack" and fact["cgroup_id"] != cage_id:
+                continue
+            if fact["fact"] == "path" and fact["id"] not in paths:
+                continue
+            if fact["fact"] == "module":
+                if fact["id"] not in modules:
+                    continue
+                # Where it was built is nobody's concern.
+                if fact["path"].endswith("/workload"):
+                    fact["path"] = "/demo/workload"
             if fact["fact"] == "cgroup" and fact["id"] not in (cage_id, parent_id, root_id):
                 continue
             if fact["fact"] == "cgroup" and fact["id"] == parent_id:

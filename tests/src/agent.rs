@@ -14,6 +14,8 @@ use serde_json::Value;
 use crate::{process, programs};
 
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// A machine that is emulated, and in a storm, takes its time.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
 /// How to start the agent.
@@ -202,7 +204,7 @@ pub fn free_port() -> anyhow::Result<u16> {
 /// HTTP/1.1 GET on the loopback address: status and body.
 pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("failed to connect to {port}"))?;
-    stream.set_read_timeout(Some(Duration::from_secs(10))).context("failed to set a read timeout")?;
+    stream.set_read_timeout(Some(ANSWER_LIMIT)).context("failed to set a read timeout")?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n")
         .with_context(|| format!("failed to ask for {path}"))?;
     let mut answer = Vec::new();

@@ -47,31 +47,55 @@ pub struct Cage {
 impl Cage {
     /// Makes a cgroup named after `label` and this process, with a limit on memory and none of it swapped.
     pub fn new(label: &str, limit_bytes: u64) -> anyhow::Result<Self> {
+        Self::unlimited(label)?.limited(limit_bytes, 0)
+    }
+
+    /// As [`Cage::new`], with room for `swap_bytes` of swap beyond the memory.
+    pub fn with_swap(label: &str, limit_bytes: u64, swap_bytes: u64) -> anyhow::Result<Self> {
+        Self::unlimited(label)?.limited(limit_bytes, swap_bytes)
+    }
+
+    /// Makes a cgroup named after `label` and this process, without a limit.
+    pub fn unlimited(label: &str) -> anyhow::Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let parent = parent_place()?;
         let serial = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("memtrace-tests-{}-{serial}-{label}", std::process::id());
-        let dir = parent.dir.join(&name);
+        Self::make(&parent_place()?, &format!("memtrace-tests-{}-{serial}-{label}", std::process::id()))
+    }
+
+    /// Makes a cgroup without a limit inside this one, in which then no process may live.
+    pub fn child(&self, name: &str) -> anyhow::Result<Self> {
+        if self.version() == Version::V2 {
+            self.set("cgroup.subtree_control", "+memory")?;
+        }
+        Self::make(&self.place, name)
+    }
+
+    fn make(parent: &Place, name: &str) -> anyhow::Result<Self> {
+        let dir = parent.dir.join(name);
         fs::create_dir(&dir).with_context(|| format!("failed to make cgroup {}", dir.display()))?;
         let path = format!("{}/{name}", parent.path.trim_end_matches('/'));
         let id = fs::metadata(&dir).with_context(|| format!("failed to stat {}", dir.display()))?.ino();
         let place = Place { version: parent.version, dir, path };
-        let cage = Self { place, limit: limit_bytes, id, removed: false };
-        match cage.place.version {
+        Ok(Self { place, limit: u64::MAX, id, removed: false })
+    }
+
+    fn limited(mut self, limit_bytes: u64, swap_bytes: u64) -> anyhow::Result<Self> {
+        self.limit = limit_bytes;
+        match self.place.version {
             Version::V1 => {
-                cage.write("memory.limit_in_bytes", limit_bytes)?;
-                if cage.file("memory.memsw.limit_in_bytes").exists() {
-                    cage.write("memory.memsw.limit_in_bytes", limit_bytes)?;
+                self.set("memory.limit_in_bytes", limit_bytes)?;
+                if self.has("memory.memsw.limit_in_bytes") {
+                    self.set("memory.memsw.limit_in_bytes", limit_bytes.saturating_add(swap_bytes))?;
                 }
             }
             Version::V2 => {
-                cage.write("memory.max", limit_bytes)?;
-                if cage.file("memory.swap.max").exists() {
-                    cage.write("memory.swap.max", 0)?;
+                self.set("memory.max", limit_bytes)?;
+                if self.has("memory.swap.max") {
+                    self.set("memory.swap.max", swap_bytes)?;
                 }
             }
         }
-        Ok(cage)
+        Ok(self)
     }
 
     /// A command that runs `program` inside: it enters before it becomes the program, so nothing is charged elsewhere.
@@ -120,7 +144,7 @@ impl Cage {
             Version::V1 => "memory.max_usage_in_bytes",
             Version::V2 => "memory.peak",
         };
-        if self.file(name).exists() { self.number(name).map(Some) } else { Ok(None) }
+        if self.has(name) { self.number(name).map(Some) } else { Ok(None) }
     }
 
     /// How often a charge hit the limit.
@@ -145,13 +169,19 @@ impl Cage {
         remove_dir(&self.place.dir)
     }
 
-    fn file(&self, name: &str) -> PathBuf {
-        self.place.dir.join(name)
-    }
-
-    fn write(&self, name: &str, value: u64) -> anyhow::Result<()> {
+    /// Writes one of its files.
+    pub fn set(&self, name: &str, value: impl std::fmt::Display) -> anyhow::Result<()> {
         let file = self.file(name);
         fs::write(&file, value.to_string()).with_context(|| format!("failed to write {value} to {}", file.display()))
+    }
+
+    /// Whether this kernel gives it such a file.
+    pub fn has(&self, name: &str) -> bool {
+        self.file(name).exists()
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.place.dir.join(name)
     }
 
     fn number(&self, name: &str) -> anyhow::Result<u64> {
@@ -160,7 +190,8 @@ impl Cage {
         text.trim().parse().with_context(|| format!("{} is not a number", file.display()))
     }
 
-    fn keyed(&self, name: &str, key: &str) -> anyhow::Result<u64> {
+    /// The number behind a key in one of its files.
+    pub fn keyed(&self, name: &str, key: &str) -> anyhow::Result<u64> {
         let file = self.file(name);
         let text = fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
         let value = text.lines().find_map(|line| line.split_once(' ').filter(|(k, _)| *k == key).map(|(_, v)| v));

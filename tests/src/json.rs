@@ -31,3 +31,20 @@ pub fn excerpt(value: &Value) -> String {
     let whole = value.to_string();
     whole.chars().take(1024).collect()
 }
+
+/// An incident as it was before it got names: a replay knows offsets in modules, and no functions.
+pub fn without_names(incident: &Value) -> Value {
+    let mut incident = incident.clone();
+    let paths = incident.pointer_mut("/allocation_paths").and_then(Value::as_array_mut);
+    for frames in paths.into_iter().flatten().filter_map(|path| path.get_mut("frames")?.as_array_mut()) {
+        frames.retain(|frame| frame.get("inlined") != Some(&Value::Bool(true)));
+        for frame in frames.iter_mut().filter(|frame| frame.get("offset").is_some_and(Value::is_u64)) {
+            for name in ["symbol", "file", "line"] {
+                if let Some(value) = frame.get_mut(name) {
+                    *value = Value::Null;
+                }
+            }
+        }
+    }
+    incident
+}

@@ -1,10 +1,15 @@
 //! Shared pieces of the black-box tests: they run the binary named by `MEMTRACE_BIN` and never link memtrace.
 
+pub mod actor;
 pub mod agent;
 pub mod cage;
+pub mod claims;
+pub mod disk;
 pub mod figures;
+pub mod growth;
 pub mod json;
 pub mod printk;
 pub mod process;
 pub mod programs;
 pub mod sample;
+pub mod trial;

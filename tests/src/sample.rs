@@ -37,7 +37,7 @@ pub fn incident() -> Value {
                 "boot_ns": [8_000_000_000_u64, 9_000_000_000_u64], "usage_bytes": [1_000_000, 33_554_432],
                 "limit_bytes": [33_554_432, 33_554_432], "watermark_bytes": [1_000_000, 33_554_432],
                 "anon_bytes": [900_000, 30_000_000], "file_bytes": [0, 1_000_000], "shmem_bytes": [0, 0],
-                "swap_bytes": [0, 0],
+                "swap_bytes": [0, 0], "swap_usage_bytes": [0, 0], "swap_limit_bytes": [null, null],
             },
             "thinned": 0,
         },

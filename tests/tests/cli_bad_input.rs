@@ -14,7 +14,7 @@ use memtrace_tests::sample;
 
 const NOBODY: u32 = 65_534;
 const VERBS: [&str; 8] = ["agent", "record", "incidents", "report", "replay", "doctor", "schema", "completions"];
-const FORMATS: [&str; 2] = ["text", "json"];
+const FORMATS: [&str; 4] = ["text", "json", "firefox", "html"];
 
 /// Runs memtrace and checks what holds for every bad input: it ends by itself and does not panic.
 fn run(mut command: Command) -> anyhow::Result<Output> {

@@ -7,17 +7,18 @@ use memtrace_tests::agent::successful;
 use memtrace_tests::figures::say;
 use memtrace_tests::programs;
 
-/// A capture; beside the test where its sources are not, as in a virtual machine.
-fn capture(name: &str) -> anyhow::Result<PathBuf> {
-    let beside = std::env::current_exe().ok().and_then(|test| test.parent().map(|dir| dir.join("golden")));
-    let dirs = [Some(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden")), beside];
-    let found = dirs.into_iter().flatten().map(|dir| dir.join(name)).find(|file| file.is_file());
-    found.with_context(|| format!("no capture {name}"))
+/// Kernel series the virtual machines of the matrix leave captures of, with the cgroup versions each has.
+const KERNELS: [(&str, &[&str]); 4] =
+    [("5.10", &["v1", "v2"]), ("6.1", &["v1", "v2"]), ("6.12", &["v2"]), ("7.", &["v2"])];
+
+/// A capture, or the directory of those of the kernel matrix.
+fn capture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
 }
 
 fn replay(name: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let mut command = programs::memtrace_command()?;
-    command.arg("replay").arg(capture(name)?).args(arguments);
+    command.arg("replay").arg(capture(name)).args(arguments);
     let output = successful(command)?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(said.is_empty(), "the replay of {name} said:\n{said}");
@@ -33,6 +34,45 @@ fn a_burst_replays_to_the_same_incident() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A capture from every kernel replays to what it replayed to before. The curves are compared by their checksum.
+#[test]
+fn every_kernel_replays_to_the_same_incidents() -> anyhow::Result<()> {
+    let entries = std::fs::read_dir(capture("kernels")).context("no captures of kernels")?;
+    let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let mut names = names.collect::<anyhow::Result<Vec<String>>>()?;
+    names.retain(|name| name.ends_with(".mtj"));
+    names.sort();
+    for (series, versions) in KERNELS {
+        for version in versions {
+            let suffix = format!("-{version}.mtj");
+            let is_of = |name: &&String| name.starts_with(series) && name.ends_with(&suffix);
+            ensure!(names.iter().any(|name| is_of(&name)), "no capture of {series} with cgroup {version}");
+        }
+    }
+    for name in &names {
+        let file = format!("kernels/{name}");
+        let text = replay(&file, &["--json"])?;
+        ensure!(text == replay(&file, &["--json"])?, "two replays of {name} differ");
+        let mut incidents: serde_json::Value = serde_json::from_str(&text)?;
+        for incident in incidents.as_array_mut().context("a replay is an array")? {
+            for path in incident.get_mut("allocation_paths").and_then(|p| p.as_array_mut()).into_iter().flatten() {
+                let frames = path.get_mut("frames").context("a path without frames")?;
+                *frames = one_line(frames).into();
+            }
+            if let Some(samples) = incident.pointer_mut("/allocations/samples") {
+                *samples = serde_json::json!({ "crc32": crc32fast::hash(samples.to_string().as_bytes()) });
+            }
+            let curve = incident.get_mut("timeline").context("no timeline")?;
+            let checksum = crc32fast::hash(curve.to_string().as_bytes());
+            let rows = curve.pointer("/columns/boot_ns").and_then(|times| times.as_array().map(Vec::len));
+            *curve = serde_json::json!({ "rows": rows, "crc32": format!("{checksum:08x}") });
+        }
+        insta::assert_snapshot!(name.trim_end_matches(".mtj"), serde_json::to_string_pretty(&incidents)?);
+    }
+    say(format_args!("captures of {} kernels and cgroup versions", names.len()));
+    Ok(())
+}
+
 #[test]
 fn a_burst_is_reported_from_its_capture() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
@@ -44,4 +84,15 @@ fn a_burst_is_reported_from_its_capture() -> anyhow::Result<()> {
     report.arg("report").arg(file.path());
     insta::assert_snapshot!("burst_report", String::from_utf8(successful(report)?.stdout)?);
     Ok(())
+}
+
+/// Frames as a person would write them down.
+fn one_line(frames: &serde_json::Value) -> String {
+    let frames = frames.as_array().into_iter().flatten().map(|frame| {
+        let text = |key: &str| frame.get(key).and_then(|value| value.as_str());
+        let offset = frame.get("offset").and_then(|offset| offset.as_u64());
+        let place = || format!("{}+{:#x}", text("module").unwrap_or("?"), offset.unwrap_or(0));
+        text("symbol").map_or_else(place, str::to_owned)
+    });
+    frames.collect::<Vec<_>>().join(" < ")
 }

@@ -73,8 +73,11 @@ fn hold_reaches_the_state_it_was_asked_for() -> anyhow::Result<()> {
         ensure!(ready, "hold was never ready");
         let rss = Rss::read(child.id())?;
         let near = |have: u64, want: u64| have >= want && have < want + (4 << 20);
-        assert!(near(rss.anon, 24 << 20) && near(rss.file, 16 << 20), "{rss:?}");
-        assert_eq!(rss.shmem, 8 << 20, "{rss:?}");
+        // Up to 6.1 a thread keeps up to 64 pages of each kind to itself before /proc sees them.
+        let kept = threads.parse::<u64>()? * 64 * 4096;
+        let seen = |have: u64, want: u64| near(have + kept, want) || near(have, want);
+        assert!(seen(rss.anon, 24 << 20) && seen(rss.file, 16 << 20), "{rss:?}");
+        assert!((8 << 20) - kept <= rss.shmem && rss.shmem <= 8 << 20, "{rss:?}");
         child.stdin.take().context("no stdin")?.write_all(b"\n")?;
         let status = process::wait_at_most(&mut child, Duration::from_secs(10))?;
         assert_eq!(status.code(), Some(0));

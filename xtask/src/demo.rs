@@ -19,6 +19,7 @@ const WANT_MIB: &str = "200";
 
 const READY_WITHIN: Duration = Duration::from_secs(30);
 const INCIDENT_WITHIN: Duration = Duration::from_secs(60);
+const NAMES_WITHIN: Duration = Duration::from_secs(20);
 const STOP_WITHIN: Duration = Duration::from_secs(15);
 
 /// Arguments of `cargo xtask demo`.
@@ -47,6 +48,7 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
     agent.wait_ready()?;
     kill_something(place, profile)?;
     let id = wait_for_incident(&memtrace, &state, &mut agent)?;
+    agent.wait_named(&id);
 
     say(format_args!("memtrace report {id}"));
     let mut report = Command::new(&memtrace);
@@ -147,6 +149,21 @@ impl Agent {
             }
         });
         Ok(Self { child, log })
+    }
+
+    /// Waits until the functions of an incident have names, or it is clear that they get none: it is shown either way.
+    fn wait_named(&self, id: &str) {
+        say(format_args!("waiting for the names of functions"));
+        let deadline = Instant::now() + NAMES_WITHIN;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            match self.log.recv_timeout(left) {
+                Ok(line) if line.contains(id) && (line.contains("named functions") || line.contains("no names")) => {
+                    return;
+                }
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
     }
 
     fn wait_ready(&mut self) -> Result<()> {

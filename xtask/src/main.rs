@@ -4,12 +4,15 @@ mod build;
 mod ci;
 mod demo;
 mod fuzz;
+mod libtest;
 mod place;
 mod run;
 mod setup;
 mod test;
 mod tidy;
 mod toolchain;
+mod truth;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -39,6 +42,10 @@ enum Verb {
     Ci(ci::Args),
     /// The house rules alone (file size, names, purity, imports)
     Tidy(tidy::Args),
+    /// The tests that need a kernel, on many kernels in emulated machines
+    Vm(vm::Args),
+    /// Programs that know which function touched how much: recorded, and what was attributed (root)
+    Truth(truth::Args),
     /// Fuzz one target, or each in turn
     Fuzz(fuzz::Args),
 }
@@ -52,6 +59,8 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&place, &args),
         Verb::Ci(args) => ci::run(&place, &args),
         Verb::Tidy(args) => tidy::run(&place, &args),
+        Verb::Vm(args) => vm::run(&place, &args),
+        Verb::Truth(args) => truth::run(&place, &args),
         Verb::Fuzz(args) => fuzz::run(&place, &args),
     });
     match outcome {

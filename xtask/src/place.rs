@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -98,4 +99,9 @@ pub(crate) fn in_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let administrators = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&path).chain(administrators).map(|dir| dir.join(program)).find(|file| file.is_file())
+}
+
+/// A program that may be where only administrators look for programs.
+pub(crate) fn administrators(program: &str) -> Command {
+    Command::new(in_path(program).unwrap_or_else(|| PathBuf::from(program)))
 }

@@ -12,16 +12,44 @@ use crate::toolchain::{self, LINKER_VERSION, Plan, RECIPES};
 /// Arguments of `cargo xtask setup`.
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
-    /// Also what the tests of `record` run: GNU time, python3, gcc
+    /// Also what the tests run, those in emulated machines included: GNU time, python3, gcc, runc, a browser, QEMU
     #[arg(long)]
     tests: bool,
 }
 
 /// What the tests run: (program, the Debian package that has it, why).
-const TEST_PROGRAMS: [(&str, &str, &str); 3] = [
+const TEST_PROGRAMS: [(&str, &str, &str); 6] = [
+    ("chromedriver", "chromium-driver", "what leads the browser"),
+    ("chromium", "chromium", "a browser that the page of an incident is tried in"),
     ("gcc", "gcc", "a compiler whose peak memory is recorded"),
     ("python3", "python3", "an interpreter whose peak memory is recorded"),
+    ("runc", "runc", "a container that dies at once has to be named"),
     ("time", "time", "GNU time, the peaks that recordings are compared with"),
+];
+
+/// What emulated machines take, likewise.
+const MACHINE_PROGRAMS: [(&str, &str, &str); 8] = [
+    ("qemu-system-x86_64", "qemu-system-x86", "the machine that each kernel of the matrix boots in"),
+    ("depmod", "kmod", "which kernel modules need which"),
+    ("mke2fs", "e2fsprogs", "the disk of the tests in a machine"),
+    ("mkswap", "util-linux", "a machine's swap disk"),
+    ("xz", "xz-utils", "kernel modules are compressed"),
+    ("zstd", "zstd", "kernel modules are compressed"),
+    ("strip", "binutils", "programs without debug information are smaller to boot with"),
+    ("gcc", "gcc", "a shim that asks the kernel's verifier for its counts"),
+];
+
+/// What the workloads with known truth are built with, and perf, whose stacks ours are compared with.
+const TRUTH_PROGRAMS: [(&str, &str, &str); 9] = [
+    ("gcc", "gcc", "workloads in C"),
+    ("g++", "g++", "a workload whose exceptions pass through frames that touch"),
+    ("go", "golang-go", "a workload in Go"),
+    ("make", "make", "jemalloc is built with it"),
+    ("musl-gcc", "musl-tools", "a static workload"),
+    ("node", "nodejs", "a workload in JavaScript"),
+    ("objcopy", "binutils", "debug information in files of its own"),
+    ("perf", "linux-perf", "an unwinder that is not ours"),
+    ("python3", "python3", "a workload in Python"),
 ];
 
 /// Runs the verb.
@@ -29,6 +57,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     bpf(place)?;
     if args.tests {
         tests()?;
+        machines()?;
     }
     Ok(())
 }
@@ -51,18 +80,32 @@ pub(crate) fn bpf(place: &Place) -> Result<()> {
 
 /// What the tests run.
 pub(crate) fn tests() -> Result<()> {
-    let absent: Vec<_> = TEST_PROGRAMS.into_iter().filter(|(program, ..)| in_path(program).is_none()).collect();
+    programs(&TEST_PROGRAMS, "the tests")
+}
+
+/// What emulated machines take.
+pub(crate) fn machines() -> Result<()> {
+    programs(&MACHINE_PROGRAMS, "the emulated machines")
+}
+
+/// What the workloads with known truth take.
+pub(crate) fn truth() -> Result<()> {
+    programs(&TRUTH_PROGRAMS, "the workloads with known truth")
+}
+
+fn programs(wanted: &[(&'static str, &'static str, &str)], whose: &str) -> Result<()> {
+    let absent: Vec<_> = wanted.iter().filter(|(program, ..)| in_path(program).is_none()).collect();
     if absent.is_empty() {
         return Ok(());
     }
     for (program, _, why) in &absent {
-        say(format_args!("the tests need {program}: {why}"));
+        say(format_args!("{whose} need {program}: {why}"));
     }
     let packages: Vec<&'static str> = absent.iter().map(|(_, package, _)| *package).collect();
     if in_path("apt-get").is_none() {
         bail!("install with your package manager, then run this again: {}", packages.join(" "));
     }
-    apt(&packages, "programs the tests run")
+    apt(&packages, &format!("programs for {whose}"))
 }
 
 /// A cargo program that checks need, in `target/tools`.

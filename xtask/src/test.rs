@@ -7,9 +7,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::build::{self, OBJECT_VARIABLE};
+use crate::libtest::{Reader, Tally};
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{cargo, say, shown};
-use crate::setup;
+use crate::{setup, vm};
 
 /// Names the built agent for the black-box tests, which run it and never link it.
 const AGENT_VARIABLE: &str = "MEMTRACE_BIN";
@@ -17,33 +18,46 @@ const AGENT_VARIABLE: &str = "MEMTRACE_BIN";
 /// Test targets of memtrace-tests, by the start of their name, that need neither root nor eBPF.
 const UNPRIVILEGED: [&str; 4] = ["cli", "golden", "replay", "report"];
 
+/// Those that need a browser, and nothing of the kernel.
+const IN_BROWSER: &str = "browser_";
+
+/// Those that would hurt this machine: they only run in machines of their own.
+const HARMFUL: &str = "vm_";
+
 /// Arguments of `cargo xtask test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Test the optimized build
     #[arg(long)]
     release: bool,
+    /// Leave out the kernel matrix, which takes the longest
+    #[arg(long)]
+    no_vm: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
 }
 
-/// What one layer of tests came to.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Tally {
-    passed: u64,
-    failed: u64,
-    skipped: u64,
-}
-
 /// One layer and how it ended.
 struct Layer {
-    name: &'static str,
+    name: String,
     ended: Ended,
+    /// What passed without having tested, and why; what ran once more.
+    remarks: Vec<String>,
 }
 
 enum Ended {
-    Ran { tally: Tally, success: bool },
-    Skipped { why: &'static str },
+    Ran {
+        tally: Tally,
+        success: bool,
+    },
+    /// It could not run on this machine.
+    Impossible {
+        why: String,
+    },
+    /// It was not wanted.
+    LeftOut {
+        why: &'static str,
+    },
 }
 
 /// Runs the verb.
@@ -62,7 +76,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         test
     };
     let filter = args.filter.as_deref();
-    let (unprivileged, in_kernel) = split_targets(test_targets(&place.root.join("tests/tests"))?);
+    let Targets { unprivileged, in_browser, in_kernel } = split_targets(test_targets(&place.root.join("tests/tests"))?);
 
     let mut layers = Vec::new();
     let mut units = command();
@@ -78,10 +92,15 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         black_box.args(["--package", "memtrace-tests"]).args(select(&unprivileged));
         layers.push(layer("black box, no privileges", black_box, filter, false)?);
     }
+    if !in_browser.is_empty() {
+        let mut browser = command();
+        browser.args(["--package", "memtrace-tests"]).args(select(&in_browser));
+        layers.push(layer("black box, in a browser", browser, filter, false)?);
+    }
     if !in_kernel.is_empty() {
         let name = "black box, in this kernel";
         match cannot_trace() {
-            Some(why) => layers.push(Layer { name, ended: Ended::Skipped { why } }),
+            Some(why) => layers.push(Layer::without_tests(name, Ended::Impossible { why: why.to_owned() })),
             None => {
                 let mut kernel = command();
                 kernel.args(["--package", "memtrace-tests"]).args(select(&in_kernel));
@@ -89,6 +108,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
             }
         }
     }
+    layers.extend(kernel_matrix(place, profile, args));
     let summary = sum_up(&layers, std::env::var("CI").is_ok_and(|ci| ci == "true"));
     say(format_args!("summary"));
     for line in &summary.lines {
@@ -111,6 +131,33 @@ fn cannot_trace() -> Option<&'static str> {
     }
 }
 
+/// The machines of the matrix, each a layer.
+fn kernel_matrix(place: &Place, profile: Profile, args: &Args) -> Vec<Layer> {
+    let name = "the kernel matrix";
+    if args.no_vm {
+        return vec![Layer::without_tests(name, Ended::LeftOut { why: "as was asked for (--no-vm)" })];
+    }
+    match setup::machines().and_then(|()| vm::matrix(place, profile, &vm::Args::whole(args.filter.clone()))) {
+        Ok(Some(reports)) => reports.into_iter().map(Layer::of_machine).collect(),
+        Ok(None) => vec![Layer::without_tests(name, Ended::LeftOut { why: "none of its tests has that in its name" })],
+        Err(error) => vec![Layer::without_tests(name, Ended::Impossible { why: format!("{error:#}") })],
+    }
+}
+
+impl Layer {
+    fn without_tests(name: &str, ended: Ended) -> Self {
+        Self { name: name.to_owned(), ended, remarks: Vec::new() }
+    }
+
+    fn of_machine(report: vm::Report) -> Self {
+        for failure in &report.failures {
+            say(format_args!("{}: FAILED {failure}", report.name));
+        }
+        let ended = Ended::Ran { tally: report.tally, success: report.tally.failed == 0 };
+        Self { name: format!("kernel {}", report.name), ended, remarks: report.remarks }
+    }
+}
+
 fn layer(name: &'static str, mut command: Command, filter: Option<&str>, one_by_one: bool) -> Result<Layer> {
     command.arg("--");
     if one_by_one {
@@ -121,17 +168,17 @@ fn layer(name: &'static str, mut command: Command, filter: Option<&str>, one_by_
     say(format_args!("{name}: {}", shown(&command)));
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("failed to start {name}"))?;
     let stdout = child.stdout.take().context("failed to take the output of cargo test")?;
-    let mut tally = Tally::default();
+    let mut reader = Reader::default();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.with_context(|| format!("failed to read the output of {name}"))?;
         let line = String::from_utf8_lossy(&line);
         let _ = writeln!(std::io::stdout(), "{line}");
-        if let Some(result) = result_of(&line) {
-            tally = tally.plus(result);
-        }
+        reader.line(&line);
     }
     let success = child.wait().with_context(|| format!("failed to wait for {name}"))?.success();
-    Ok(Layer { name, ended: Ended::Ran { tally, success } })
+    let ended = Ended::Ran { tally: reader.tally(), success };
+    let remarks = reader.not_run.iter().map(|what| format!("not run: {what}")).collect();
+    Ok(Layer { name: name.to_owned(), ended, remarks })
 }
 
 /// What all layers came to.
@@ -144,7 +191,7 @@ struct Summary {
 
 fn sum_up(layers: &[Layer], ci: bool) -> Summary {
     let mut summary = Summary { lines: Vec::new(), total: Tally::default(), troubles: Vec::new() };
-    for Layer { name, ended } in layers {
+    for Layer { name, ended, remarks } in layers {
         match ended {
             Ended::Ran { tally, success } => {
                 summary.total = summary.total.plus(*tally);
@@ -154,53 +201,20 @@ fn sum_up(layers: &[Layer], ci: bool) -> Summary {
                     summary.troubles.push(format!("{name} {what}"));
                 }
             }
-            Ended::Skipped { why } => {
+            Ended::Impossible { why } => {
                 summary.lines.push(format!("{name}: NOT RUN, {why}"));
                 if ci {
                     summary.troubles.push(format!("{name} could not run here and CI=true: {why}"));
                 }
             }
+            Ended::LeftOut { why } => summary.lines.push(format!("{name}: NOT RUN, {why}")),
         }
+        summary.lines.extend(remarks.iter().map(|remark| format!("  {remark}")));
     }
     if summary.total.passed + summary.total.failed == 0 {
         summary.troubles.push("no test ran".to_owned());
     }
     summary
-}
-
-impl Tally {
-    fn plus(self, other: Self) -> Self {
-        Self {
-            passed: self.passed + other.passed,
-            failed: self.failed + other.failed,
-            skipped: self.skipped + other.skipped,
-        }
-    }
-}
-
-impl std::fmt::Display for Tally {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
-    }
-}
-
-/// Reads libtest's closing line: `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
-fn result_of(line: &str) -> Option<Tally> {
-    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    let mut tally = Tally::default();
-    for part in counts.split(';') {
-        let mut words = part.split_whitespace();
-        let (Some(Ok(count)), Some(what)) = (words.next().map(str::parse::<u64>), words.next()) else {
-            continue;
-        };
-        match what {
-            "passed" => tally.passed = count,
-            "failed" => tally.failed = count,
-            "ignored" => tally.skipped = count,
-            _ => {}
-        }
-    }
-    Some(tally)
 }
 
 /// The names of the test targets in a directory, as cargo finds them.
@@ -220,8 +234,27 @@ fn test_targets(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn split_targets(names: Vec<String>) -> (Vec<String>, Vec<String>) {
-    names.into_iter().partition(|name| UNPRIVILEGED.iter().any(|prefix| name.starts_with(prefix)))
+/// Test targets of memtrace-tests by what they need.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Targets {
+    unprivileged: Vec<String>,
+    in_browser: Vec<String>,
+    in_kernel: Vec<String>,
+}
+
+fn split_targets(names: Vec<String>) -> Targets {
+    let mut targets = Targets::default();
+    for name in names.into_iter().filter(|name| !name.starts_with(HARMFUL)) {
+        let group = if name.starts_with(IN_BROWSER) {
+            &mut targets.in_browser
+        } else if UNPRIVILEGED.iter().any(|prefix| name.starts_with(prefix)) {
+            &mut targets.unprivileged
+        } else {
+            &mut targets.in_kernel
+        };
+        group.push(name);
+    }
+    targets
 }
 
 fn select(names: &[String]) -> Vec<String> {
@@ -233,40 +266,48 @@ mod tests {
     use super::*;
 
     #[test]
-    fn closing_lines_are_counted() {
-        let line = "test result: FAILED. 12 passed; 2 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.10s";
-        assert_eq!(result_of(line), Some(Tally { passed: 12, failed: 2, skipped: 1 }));
-        assert_eq!(result_of("test engine::test_result ... ok"), None);
-        assert_eq!(result_of("running 3 tests"), None);
-    }
-
-    #[test]
-    fn unknown_targets_are_taken_to_need_the_kernel() {
-        let names = ["cli", "golden_v1", "kernel_oom", "something"].map(str::to_owned).to_vec();
-        let (unprivileged, in_kernel) = split_targets(names);
-        assert_eq!(unprivileged, ["cli", "golden_v1"]);
-        assert_eq!(in_kernel, ["kernel_oom", "something"]);
+    fn unknown_targets_need_the_kernel_and_harmful_ones_a_machine_of_their_own() {
+        let names = ["browser_page", "cli", "golden_v1", "kernel_oom", "something", "vm_machine"];
+        let targets = split_targets(names.map(str::to_owned).to_vec());
+        assert_eq!(targets.unprivileged, ["cli", "golden_v1"]);
+        assert_eq!(targets.in_browser, ["browser_page"]);
+        assert_eq!(targets.in_kernel, ["kernel_oom", "something"]);
     }
 
     #[test]
     fn a_layer_that_could_not_run_fails_only_ci() {
         let units = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 0 }, success: true };
-        let kernel = Ended::Skipped { why: "not root" };
-        let layers = [Layer { name: "units", ended: units }, Layer { name: "in the kernel", ended: kernel }];
+        let kernel = Ended::Impossible { why: "not root".to_owned() };
+        let layers = [Layer::without_tests("units", units), Layer::without_tests("in the kernel", kernel)];
         assert!(sum_up(&layers, false).troubles.is_empty());
         assert!(sum_up(&layers, false).lines.iter().any(|line| line.contains("NOT RUN")));
         assert_eq!(sum_up(&layers, true).troubles.len(), 1);
     }
 
     #[test]
+    fn a_layer_that_was_not_wanted_fails_nothing() {
+        let units = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 0 }, success: true };
+        let matrix = Ended::LeftOut { why: "as was asked for" };
+        let layers = [Layer::without_tests("units", units), Layer::without_tests("matrix", matrix)];
+        assert!(sum_up(&layers, true).troubles.is_empty());
+    }
+
+    #[test]
+    fn what_did_not_run_is_told_with_its_layer() {
+        let ended = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 1 }, success: true };
+        let layer = Layer { name: "units".to_owned(), ended, remarks: vec!["not run: swap: no disk".to_owned()] };
+        assert_eq!(sum_up(&[layer], true).lines, ["units: 1 passed, 0 failed, 1 skipped", "  not run: swap: no disk"]);
+    }
+
+    #[test]
     fn a_layer_that_did_not_build_fails() {
         let ended = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 0 }, success: false };
-        assert_eq!(sum_up(&[Layer { name: "units", ended }], false).troubles.len(), 1);
+        assert_eq!(sum_up(&[Layer::without_tests("units", ended)], false).troubles.len(), 1);
     }
 
     #[test]
     fn a_run_of_no_test_fails() {
         let ended = Ended::Ran { tally: Tally::default(), success: true };
-        assert_eq!(sum_up(&[Layer { name: "units", ended }], false).troubles, ["no test ran"]);
+        assert_eq!(sum_up(&[Layer::without_tests("units", ended)], false).troubles, ["no test ran"]);
     }
 }

@@ -1,48 +1,74 @@
 //! Charges to a memory cgroup, in batches: usage at a resolution RSS alone does not give.
 
+use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::macros::{fentry, kprobe};
 use aya_ebpf::programs::{FEntryContext, ProbeContext};
 use memtrace_common::control::Ring;
-use memtrace_common::event::Charge;
+use memtrace_common::event::{CAUSE_CHARGE, Charge, UNKNOWN};
 
 use crate::emit::{boot_ns, emit};
 use crate::kernel::{self, bytes, current, read};
-use crate::maps::CHARGED;
+use crate::maps::{CHARGED, Charges, Pending};
+use crate::stack::{self, Growth};
 use crate::{control, layout};
 
 /// `page_counter_try_charge(counter, nr_pages, fail)` by fentry.
 #[fentry(function = "page_counter_try_charge")]
 fn charge_fentry(ctx: FEntryContext) -> i32 {
-    charge(ctx.arg(0), ctx.arg(1));
+    charge(&ctx, ctx.arg(0), ctx.arg(1));
     0
 }
 
 /// `page_counter_try_charge(counter, nr_pages, fail)` by kprobe.
 #[kprobe]
 fn charge_kprobe(ctx: ProbeContext) -> u32 {
-    charge(ctx.arg(0).unwrap_or(0), ctx.arg(1).unwrap_or(0));
+    charge(&ctx, ctx.arg(0).unwrap_or(0), ctx.arg(1).unwrap_or(0));
     0
 }
 
-/// Reports when the usage of the running thread's own cgroup moved by a quantum.
+/// Reports when the usage of the running thread's own cgroup moved by a quantum, and who charges it.
 #[inline(always)]
-fn charge(counter: u64, pages: u64) {
+fn charge(ctx: &impl EbpfContext, counter: u64, pages: u64) {
     let memcg = kernel::memcg_of(current());
     // Swap, kernel-memory and hugetlb counters pass here too: only the one compared with the limit counts.
     if memcg == 0 || memcg + layout!(memcg_memory) as u64 != counter {
         return;
     }
     let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
-    if let Some(last) = CHARGED.get_ptr_mut(counter) {
-        let quantum = control!(quantum_bytes) >> control!(page_shift);
-        if usage.abs_diff(unsafe { *last }) < quantum {
-            return;
-        }
-        unsafe { *last = usage };
-    } else {
-        let _ = CHARGED.insert(counter, usage, BPF_ANY as u64);
+    let Some(known) = CHARGED.get_ptr_mut(counter) else {
+        let fresh = Charges { usage, charged: Pending::NOTHING };
+        let _ = CHARGED.insert(counter, fresh, BPF_ANY as u64);
+        report(memcg, pages);
+        return;
+    };
+    let known = unsafe { &mut *known };
+    // What a page fault of the program charges, the rss hook sees better.
+    let regs = stack::user_registers();
+    if stack::in_system_call(regs) {
+        let pending = &raw mut known.charged;
+        Pending::add(pending, pages as i64);
+        let growth = Growth {
+            cause: CAUSE_CHARGE,
+            mm_id: 0,
+            cgroup_id: UNKNOWN,
+            memcg,
+            grown_bytes: 0,
+            address: UNKNOWN,
+            size_bytes: 0,
+            shift: control!(page_shift),
+        };
+        stack::sample(ctx, regs, pending, &growth);
     }
+    let quantum = control!(quantum_bytes) >> control!(page_shift);
+    if usage.abs_diff(known.usage) >= quantum {
+        known.usage = usage;
+        report(memcg, pages);
+    }
+}
+
+#[inline(always)]
+fn report(memcg: u64, pages: u64) {
     emit::<Charge>(Ring::Samples, boot_ns(), |record| unsafe {
         kernel::read_task(current(), &raw mut (*record).task);
         kernel::read_memcg(memcg, &raw mut (*record).memcg);

@@ -35,3 +35,10 @@ pub fn take_faults() -> (u64, u64) {
         ((*last).address, (*last).count)
     }
 }
+
+/// Address of the running thread's last user fault on this CPU, [`UNKNOWN`] as in [`take_faults`]; leaves the count.
+#[inline(always)]
+pub fn last_fault() -> u64 {
+    let Some(last) = LAST_FAULT.get_ptr_mut(0) else { return UNKNOWN };
+    unsafe { if (*last).pid_tgid == bpf_get_current_pid_tgid() { (*last).address } else { UNKNOWN } }
+}

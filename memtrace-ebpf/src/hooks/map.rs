@@ -6,12 +6,15 @@
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::{Loss, Ring};
-use memtrace_common::event::{CALL_BRK, CALL_MADVISE, CALL_MMAP, CALL_MREMAP, CALL_MUNMAP, Mapping};
+use memtrace_common::event::{
+    CALL_BRK, CALL_MADVISE, CALL_MMAP, CALL_MREMAP, CALL_MUNMAP, CAUSE_BRK, CAUSE_MAP, Mapping,
+};
 use memtrace_common::layout::ABSENT;
 
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, current, pointer, read};
-use crate::maps::{MMS, MmState};
+use crate::maps::{MMS, MmState, Pending};
+use crate::stack::{self, Growth};
 use crate::{control, layout};
 
 /// Least time between two records of one address space.
@@ -81,7 +84,7 @@ fn sys_exit(ctx: RawTracePointContext) -> i32 {
     let mm = pointer(current(), layout!(task_mm));
     let Some(state) = MMS.get_ptr_mut(mm) else { return 0 };
     let state = unsafe { &mut *state };
-    note(regs, x86, call, ret as u64, state);
+    note(&ctx, regs, x86, call, ret as u64, mm, state);
     0
 }
 
@@ -103,9 +106,39 @@ fn argument(regs: u64, x86: bool, index: u32) -> u64 {
     }
 }
 
+/// Takes a stack when enough address space was asked for since the last one of its kind.
+#[inline(always)]
+fn grown(ctx: &RawTracePointContext, regs: u64, call: u32, address: u64, size: u64, mm: u64, state: &mut MmState) {
+    let (cause, pending, size_bytes) = if call == CALL_BRK {
+        let pending = &raw mut state.broken;
+        Pending::add(pending, size as i64);
+        (CAUSE_BRK, pending, Pending::grown(pending) as u64)
+    } else {
+        let pending = &raw mut state.mapped;
+        // A reservation of the whole address space must not overflow it.
+        Pending::add(pending, size.min(1 << 48) as i64);
+        (CAUSE_MAP, pending, size)
+    };
+    if !stack::due(pending) {
+        return;
+    }
+    let growth = Growth {
+        cause,
+        mm_id: mm ^ control!(mm_salt),
+        cgroup_id: state.cgroup_id,
+        memcg: 0,
+        grown_bytes: 0,
+        // The heap grows at its end: small steps that were not sampled are below.
+        address: if call == CALL_BRK { address.wrapping_sub(size_bytes) } else { address },
+        size_bytes,
+        shift: 0,
+    };
+    stack::sample(ctx, regs, pending, &growth);
+}
+
 /// Adds a successful call to the state and sends a record when it is large or many small ones add up.
 #[inline(always)]
-fn note(regs: u64, x86: bool, call: u32, ret: u64, state: &mut MmState) {
+fn note(ctx: &RawTracePointContext, regs: u64, x86: bool, call: u32, ret: u64, mm: u64, state: &mut MmState) {
     let first = argument(regs, x86, 0);
     let length = argument(regs, x86, 1);
     let mut extra = 0;
@@ -138,6 +171,7 @@ fn note(regs: u64, x86: bool, call: u32, ret: u64, state: &mut MmState) {
     };
     if grew {
         state.mapped_bytes = state.mapped_bytes.wrapping_add(size);
+        grown(ctx, regs, call, address, size, mm, state);
     } else {
         state.unmapped_bytes = state.unmapped_bytes.wrapping_add(size);
     }

@@ -10,7 +10,7 @@ use aya_log_ebpf::warn;
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{
     Kill, OomDecision, OomVictim, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPE_UNKNOWN, SENDER_EXITING, SENDER_KERNEL,
-    SENDER_NOINFO, SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
+    SENDER_NOINFO, SENDER_PARENT, SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
 };
 
 use super::reclaim::reclaimed_lately;
@@ -32,8 +32,11 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
     }
     let info: u64 = ctx.arg(1);
     let target: u64 = ctx.arg(2);
-    // SEND_SIG_NOINFO is (void *)0, SEND_SIG_PRIV is (void *)1 (include/linux/sched/signal.h).
+    let whole_process = ctx.arg::<i32>(3) != 0;
+    // SEND_SIG_NOINFO is (void *)0, SEND_SIG_PRIV is (void *)1 (include/linux/sched/signal.h). In 7.3 a kill(2) has no
+    // siginfo either; it goes to a whole process, cgroup.kill to one thread of each (kernel/cgroup/cgroup.c).
     let sender_code = match info {
+        0 if whole_process && !kernel::is_exiting(current()) => SENDER_PROCESS,
         0 => SENDER_NOINFO,
         1 => SENDER_KERNEL,
         _ => SENDER_PROCESS,
@@ -48,9 +51,13 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
             (*last).boot_ns = now;
         }
     }
-    // The init of a pid namespace that exits kills the rest of it in the kernel's name.
-    let sender_code =
-        if sender_code == SENDER_KERNEL && kernel::is_exiting(current()) { SENDER_EXITING } else { sender_code };
+    // The init of a pid namespace that exits kills the rest of it in the kernel's name; a parent that exits sends what
+    // its children asked for.
+    let sender_code = match sender_code {
+        SENDER_KERNEL if kernel::is_exiting(current()) => SENDER_EXITING,
+        SENDER_NOINFO if kernel::is_exiting(current()) => SENDER_PARENT,
+        code => code,
+    };
     // Anybody can send SIGKILL as fast as they like: only the kernel's own go where nothing is lost.
     let ring = if sender_code == SENDER_KERNEL { Ring::Ledger } else { Ring::Samples };
     emit::<Kill>(ring, now, |record| unsafe {

@@ -2,16 +2,21 @@
 //!
 //! Runs under the page-table lock for every page: guard first, read little, emit rarely.
 
+use core::ptr::{read_volatile, write_volatile};
+
 use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::{Loss, Ring};
-use memtrace_common::event::{MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, Task, UNKNOWN};
+use memtrace_common::event::{
+    CAUSE_TOUCH, MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, Task, UNKNOWN,
+};
 
-use super::fault::take_faults;
+use super::fault::{last_fault, take_faults};
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, is_kthread, pointer, read};
-use crate::maps::{MMS, MemberState, MmState, QUANTA};
+use crate::maps::{BLANK, MMS, MemberState, MmState, Pending, QUANTA, atomic_add};
+use crate::stack::{self, Growth};
 use crate::{control, layout};
 
 /// `rss_stat(mm, member)`, with a third argument `count` before 6.2.
@@ -23,6 +28,9 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
         return first_sight(mm);
     };
     let state = unsafe { &mut *state };
+    if state.quantum_pages == 0 {
+        return 0;
+    }
     // Between two exact readings the counter's global part tells of big steps, the number of
     // updates bounds the small ones (one page each; a batch moves the global part).
     let approximate = kernel::rss_approximate(mm, member);
@@ -45,6 +53,25 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     }
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
     read_one(mm, member, member, approximate, known);
+    // Only at its own event: before 6.2 a reading at another member's event holds the running thread's cache, and no
+    // other's.
+    // What looks like a fall may be a reading that another CPU has overtaken since: only a second one is believed, or what
+    // comes back would be growth.
+    let fall = step.max(2);
+    let counted = &raw mut known.counted;
+    let mut exact = known.exact;
+    if exact <= unsafe { read_volatile(counted) } - fall {
+        exact = kernel::rss_pages(mm, member, member);
+    }
+    // Nothing between the reading and the writing, where another CPU could write too.
+    let grown = exact - unsafe { read_volatile(counted) };
+    if grown > 0 || grown <= -fall {
+        unsafe { write_volatile(counted, exact) };
+    }
+    if grown > 0 && member != layout!(mm_swapents) {
+        atomic_add(&raw mut state.grown_pages, grown);
+        touched(&ctx, mm, grown, state);
+    }
 
     let sum = resident(state);
     // A new peak is told in steps of half a quantum, everything else when it moved by one, less what the guard above
@@ -71,17 +98,45 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// Takes a stack when the process itself has touched enough since the last one. What others do to it (reclaim, a
+/// debugger, khugepaged) has no stack of its own to show.
+#[inline(always)]
+fn touched(ctx: &RawTracePointContext, mm: u64, pages: i64, state: &mut MmState) {
+    let task = current();
+    if pointer(task, layout!(task_mm)) != mm || is_kthread(task) {
+        return;
+    }
+    let pending = &raw mut state.touched;
+    Pending::add(pending, pages);
+    if !stack::due(pending) {
+        return;
+    }
+    let regs = stack::user_registers();
+    let growth = Growth {
+        cause: CAUSE_TOUCH,
+        mm_id: mm ^ control!(mm_salt),
+        cgroup_id: state.cgroup_id,
+        memcg: 0,
+        grown_bytes: grown_bytes(state),
+        // A system call that faults on the program's memory does so unseen.
+        address: if stack::in_system_call(regs) { UNKNOWN } else { last_fault() },
+        size_bytes: 0,
+        shift: control!(page_shift),
+    };
+    stack::sample(ctx, regs, pending, &growth);
+}
+
 /// A page counted for an address space that is not followed yet.
 #[inline(always)]
 fn first_sight(mm: u64) -> i32 {
     let task = current();
     if pointer(task, layout!(task_mm)) == mm && !is_kthread(task) {
-        follow(mm, task);
+        follow(mm, task, false);
         return 0;
     }
     let owner = pointer(mm, layout!(mm_owner));
     if owner != 0 && pointer(owner, layout!(task_mm)) == mm {
-        follow(mm, owner);
+        follow(mm, owner, false);
     }
     // Else it is being built by fork or exec, whose hooks follow it when it is ready, or it is torn down and
     // was never seen to change: nothing grows there.
@@ -95,33 +150,30 @@ fn read_leader(task: u64, into: &mut Task) {
     kernel::read_task(if leader == 0 { task } else { leader }, into);
 }
 
-/// Starts to follow an address space owned by `task` and reports what it holds.
+/// Starts to follow an address space owned by `task` and reports what it holds; of a `new` one that has just grown.
 #[inline(always)]
-pub fn follow(mm: u64, task: u64) {
-    // On the stack: a per-CPU scratch could be taken over by another task between two reads.
-    let mut fresh = MmState {
-        task: Task { tgid: 0, tid: 0, start_boot_ns: UNKNOWN, comm: [0; 16] },
-        cgroup_id: UNKNOWN,
-        members: [MemberState { exact: 0, approximate: 0, updates: 0 }; 4],
-        sent_pages: 0,
-        sent_swap_pages: 0,
-        peak_pages: 0,
-        quantum_pages: (control!(quantum_bytes) >> control!(page_shift)) as i64,
-        mapped_bytes: 0,
-        unmapped_bytes: 0,
-        mapping_ns: 0,
-        brk: read(mm, layout!(mm_brk)).unwrap_or(0),
-        flags: 0,
-    };
-    read_leader(task, &mut fresh.task);
-    if MMS.insert(mm, &fresh, BPF_ANY as u64).is_err() {
+pub fn follow(mm: u64, task: u64, new: bool) {
+    // From a map of its own that is never written: it is too large for the stack, and a per-CPU scratch could be taken
+    // over by another task between two reads. Until it has its quantum, nobody else takes it for ready.
+    let Some(blank) = BLANK.get(0) else { return };
+    if MMS.insert(mm, blank, BPF_ANY as u64).is_err() {
         lose(Ring::Samples, Loss::TableFull);
         return;
     }
     let Some(state) = MMS.get_ptr_mut(mm) else { return };
     let state = unsafe { &mut *state };
+    state.cgroup_id = UNKNOWN;
+    state.brk = read(mm, layout!(mm_brk)).unwrap_or(0);
+    read_leader(task, &mut state.task);
+    state.quantum_pages = (control!(quantum_bytes) >> control!(page_shift)) as i64;
     read_all(mm, kernel::NOT_REPORTED, state);
+    for known in &mut state.members {
+        known.counted = known.exact;
+    }
     state.peak_pages = resident(state);
+    if new {
+        state.grown_pages = state.peak_pages;
+    }
     emit_change(mm, state, RSS_FIRST, boot_ns());
 }
 
@@ -151,6 +203,12 @@ fn read_all(mm: u64, reported: u32, state: &mut MmState) {
 fn member_pages(state: &MmState, member: u32) -> i64 {
     // A racing reader of the slots can see one below zero.
     state.members.get((member & 3) as usize).map_or(0, |known| known.exact.max(0))
+}
+
+/// Every step up so far.
+#[inline(always)]
+fn grown_bytes(state: &MmState) -> u64 {
+    bytes(unsafe { read_volatile(&raw const state.grown_pages) } as u64)
 }
 
 /// anon + file + shmem, pages.
@@ -203,6 +261,7 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
         (*record).fault_address = fault_address;
         (*record).reason = reason;
         (*record).flags = state.flags as u32 | if kernel::rss_is_exact() { 0 } else { RSS_APPROXIMATE };
+        (*record).grown_bytes = grown_bytes(state);
     });
     // Also when the ring was full: the loss is counted, and the next quantum tells the sum anyway.
     state.sent_pages = resident(state);
@@ -229,7 +288,7 @@ fn forget(mm: u64) {
         (*record).mm_id = mm ^ control!(mm_salt);
         (*record).cgroup_id = state.cgroup_id;
         (*record).peak_bytes = bytes(peak);
-        (*record).reserved = 0;
+        (*record).grown_bytes = grown_bytes(state);
     });
     let _ = MMS.remove(mm);
 }

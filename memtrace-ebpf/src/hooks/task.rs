@@ -30,7 +30,7 @@ fn process_fork(ctx: RawTracePointContext) -> i32 {
         (*record).reserved = 0;
     });
     if !shares {
-        follow(mm, child);
+        follow(mm, child, true);
     }
     0
 }
@@ -45,7 +45,7 @@ fn process_exec(ctx: RawTracePointContext) -> i32 {
         (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(task));
         (*record).mm_id = mm ^ control!(mm_salt);
     });
-    follow(mm, task);
+    follow(mm, task, true);
     0
 }
 

@@ -8,14 +8,15 @@ use tracing::{error, info, warn};
 
 use super::sinks::Sinks;
 use crate::engine::Engine;
-use crate::engine::input::{Effect, Fact, Input, KillEntry};
-use crate::store::{journal, kills};
+use crate::engine::input::{Effect, Fact, Input};
+use crate::store::journal;
+use crate::store::ledger::{self, Entry, Ledger};
 
 /// Where the journal of the run before is kept, below the journal's directory.
 const PREVIOUS: &str = "previous";
 
-/// Closes what a run that did not stop properly left open: replays its journal, adds the kills the ledger lacks and
-/// saves what is not saved yet.
+/// Closes what a run that did not stop properly left open: replays its journal, adds the kills and SIGKILLs that the
+/// ledgers lack and saves what is not saved yet.
 ///
 /// Incident ids come from the event itself, so an incident that was saved is met again under its own id. The old
 /// journal is moved aside and stays readable until the next recovery.
@@ -42,8 +43,8 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
             Ok(None) => break,
             Err(error) => warn!("journal of the last run: {error}"),
         }
-        // Only kills and saves are of interest, and a long journal must not pile up the rest.
-        effects.retain(|effect| matches!(effect, Effect::Save(_) | Effect::Kill(_)));
+        // Only these are of interest, and a long journal must not pile up the rest.
+        effects.retain(|effect| matches!(effect, Effect::Save(_) | Effect::Kill(_) | Effect::Sigkill(_)));
     }
     let stats = reader.stats();
     if stats.torn_bytes > 0 {
@@ -51,12 +52,24 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
     }
     if !stopped {
         engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut effects);
-        let kills = add_kills(&effects, sinks);
+        let (mut replayed, mut sent) = (Vec::new(), Vec::new());
+        for effect in &effects {
+            match effect {
+                Effect::Kill(kill) => replayed.push(kill.clone()),
+                Effect::Sigkill(sigkill) => sent.push(sigkill.clone()),
+                _ => {}
+            }
+        }
+        let failures = &mut sinks.counters.write_failures;
+        // The ledgers first, as in a run.
+        let kills = add_missing(replayed, &mut sinks.kills, failures);
+        let sigkills = add_missing(sent, &mut sinks.sigkills, failures);
         let incidents = save_incidents(effects, sinks);
         info!(
             frames = stats.frames,
             recovered = incidents,
             kills,
+            sigkills,
             "the last run did not stop properly; replayed its journal"
         );
     }
@@ -64,39 +77,27 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
         .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
 }
 
-/// Adds the kills that the ledger does not have; how many. The ledger first, as in a run.
-fn add_kills(effects: &[Effect], sinks: &mut Sinks) -> u64 {
-    let mut replayed = effects.iter().filter_map(|effect| match effect {
-        Effect::Kill(kill) => Some(kill),
-        _ => None,
-    });
-    let Some(first) = replayed.next() else { return 0 };
-    let mut known: BTreeSet<(u64, u32, u64)> = match kills::read(sinks.kills.dir()) {
-        Ok(ledger) => ledger.kills.iter().map(key).collect(),
+/// Adds the entries that a ledger does not have; how many.
+fn add_missing<E: Entry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, failures: &mut u64) -> u64 {
+    if entries.is_empty() {
+        return 0;
+    }
+    let mut known: BTreeSet<_> = match ledger::read::<E>(ledger.dir()) {
+        Ok(lines) => lines.entries.iter().map(E::key).collect(),
         Err(error) => {
-            error!("failed to read the kill ledger, nothing is added to it: {error}");
+            error!("failed to read {}, nothing is added to it: {error}", E::FILE);
             return 0;
         }
     };
-    let mut added = 0u64;
-    for kill in std::iter::once(first).chain(replayed) {
-        if !known.insert(key(kill)) {
-            continue;
-        }
-        match sinks.kills.append(kill) {
-            Ok(()) => added = added.saturating_add(1),
-            Err(error) => {
-                sinks.counters.write_failures = sinks.counters.write_failures.saturating_add(1);
-                error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
-            }
+    entries.retain(|entry| known.insert(entry.key()));
+    match ledger.append(&entries) {
+        Ok(()) => entries.len() as u64,
+        Err(error) => {
+            *failures = failures.saturating_add(entries.len() as u64);
+            error!("failed to add {} entries to {}: {error}", entries.len(), E::FILE);
+            0
         }
     }
-    added
-}
-
-/// What tells one kill from another.
-fn key(kill: &KillEntry) -> (u64, u32, u64) {
-    (kill.boot_ns, kill.pid, kill.start_boot_ns)
 }
 
 /// Saves the incidents that are not on disk; how many.

@@ -20,7 +20,12 @@ impl Shelf {
         let entries = self.0.list().map_err(|error| error.to_string())?;
         // One that cannot be read does not hide the others; `memtrace report` tells what is wrong with it.
         let read = entries.into_iter().take(most).filter_map(|entry| incidents::read(&entry.path).ok());
-        Ok(read.map(|incident| Incident { timeline: Timeline::default(), allocation_paths: Vec::new(), ..incident }))
+        Ok(read.map(|incident| Incident {
+            timeline: Timeline::default(),
+            allocation_paths: Vec::new(),
+            allocations: None,
+            ..incident
+        }))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where the session's effects end up: ledger, incident files, log, counters.
+//! Where the session's effects end up: ledgers, incident files, log, counters.
 
 use std::collections::VecDeque;
 use std::fs::{DirBuilder, File, Metadata};
@@ -12,16 +12,18 @@ use rustix::io::Errno;
 use tracing::{error, info, warn};
 
 use super::Options;
-use crate::engine::incident::Incident;
-use crate::engine::input::{Effect, Finding};
+use super::naming::Naming;
+use crate::engine::incident::{Incident, PressureLimit};
+use crate::engine::input::{Effect, Finding, KillEntry, SigkillEntry};
 use crate::serve::Counters;
 use crate::store::incidents::Incidents;
-use crate::store::kills::Kills;
+use crate::store::ledger::{Entry, Ledger};
 
 /// Where effects end up.
 pub(super) struct Sinks {
     pub(super) incidents: Incidents,
-    pub(super) kills: Kills,
+    pub(super) kills: Ledger<KillEntry>,
+    pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
     /// Closed incidents that are not written yet. The engine closes at most as many at once as it keeps open.
     saves: VecDeque<Box<Incident>>,
@@ -39,40 +41,56 @@ impl Sinks {
             format!("another memtrace agent runs on {}; stop it or choose another --state-dir", dir.display())
         })?;
         let journal = options.session.journal.as_ref().map(|(dir, _)| lock_journal(dir, &state)).transpose()?.flatten();
-        let kills = Kills::open(dir).with_context(|| format!("failed to open the kill ledger in {}", dir.display()))?;
-        if kills.torn_bytes() > 0 {
-            warn!("kill ledger: dropped a torn tail of {} bytes", kills.torn_bytes());
-        }
-        Ok(Self { incidents, kills, counters: Counters::default(), saves: VecDeque::new(), _locks: (state, journal) })
+        let (kills, sigkills) = (open_ledger(dir)?, open_ledger(dir)?);
+        let counters = Counters::default();
+        Ok(Self { incidents, kills, sigkills, counters, saves: VecDeque::new(), _locks: (state, journal) })
     }
 
     /// Does at once what must not wait, and remembers what has to be saved.
     pub(super) fn take(&mut self, effects: Vec<Effect>) {
+        let mut sigkills = Vec::new();
         for effect in effects {
             match effect {
                 // The ledger: a kill is durable before anything that takes longer.
                 Effect::Kill(kill) => {
                     self.counters.kills = self.counters.kills.saturating_add(1);
-                    if let Err(error) = self.kills.append(&kill) {
+                    if let Err(error) = self.kills.append(std::slice::from_ref(&kill)) {
                         self.counters.write_failures = self.counters.write_failures.saturating_add(1);
                         error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
                     }
                 }
+                Effect::Sigkill(sigkill) => sigkills.push(sigkill),
                 Effect::Alert(finding) => self.tell(&finding),
                 Effect::Save(incident) => self.saves.push_back(incident),
                 // The session answers these itself.
-                Effect::LookUpCgroup { .. } | Effect::SetQuantum { .. } => {}
+                Effect::LookUpCgroup { .. } | Effect::WatchOomControl { .. } | Effect::SetQuantum { .. } => {}
             }
+        }
+        self.note_sigkills(&sigkills);
+    }
+
+    fn note_sigkills(&mut self, sigkills: &[SigkillEntry]) {
+        if sigkills.is_empty() {
+            return;
+        }
+        for sigkill in sigkills {
+            let count = self.counters.sigkills.entry(sigkill.cause).or_default();
+            *count = count.saturating_add(1);
+        }
+        if let Err(error) = self.sigkills.append(sigkills) {
+            self.counters.write_failures = self.counters.write_failures.saturating_add(sigkills.len() as u64);
+            error!("failed to write {} SIGKILLs to their ledger: {error}", sigkills.len());
         }
     }
 
     /// Writes the oldest closed incident; whether there was one.
-    pub(super) fn save_one(&mut self) -> bool {
+    pub(super) fn save_one(&mut self, naming: &mut Naming) -> bool {
         let Some(incident) = self.saves.pop_front() else { return false };
         match self.incidents.save(&incident) {
             Ok(path) => {
                 self.counters.saved(incident.kind);
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
+                naming.saved(&incident, &path);
             }
             Err(error) => {
                 self.counters.write_failures = self.counters.write_failures.saturating_add(1);
@@ -92,9 +110,27 @@ impl Sinks {
                 self.counters.spikes = self.counters.spikes.saturating_add(1);
                 warn!(%incident, cgroup = path(cgroup_path), peak_bytes, limit_bytes, "memory spike");
             }
-            Finding::NearMiss { cgroup_path, hits, stalled_ns, .. } => {
+            Finding::NearMiss { incident, cgroup_path, limit, hits, stalled_ns, .. } => {
                 self.counters.near_misses = self.counters.near_misses.saturating_add(1);
-                warn!(cgroup = path(cgroup_path), hits, stalled_ns, "the limit was hit, nobody was killed");
+                let limit = match limit {
+                    PressureLimit::Max => "max",
+                    PressureLimit::High => "high",
+                };
+                warn!(%incident, cgroup = path(cgroup_path), limit, hits, stalled_ns, "a limit was hit, nobody was killed");
+            }
+            Finding::Stuck { incident, cgroup_path, usage_bytes, limit_bytes, tasks } => {
+                self.counters.stuck = self.counters.stuck.saturating_add(1);
+                warn!(
+                    %incident,
+                    cgroup = path(cgroup_path),
+                    usage_bytes,
+                    limit_bytes,
+                    tasks,
+                    "stuck at its limit: its OOM killer is off, tasks wait for memory"
+                );
+            }
+            Finding::Unstuck { incident, cgroup_path, under_oom_ns } => {
+                info!(%incident, cgroup = path(cgroup_path), under_oom_ns, "no longer stuck at its limit");
             }
             Finding::Disagreement { pid, only_in } => {
                 self.counters.disagreements = self.counters.disagreements.saturating_add(1);
@@ -113,6 +149,15 @@ impl Sinks {
             Err(error) => error!("failed to look for old incidents: {error}"),
         }
     }
+}
+
+fn open_ledger<E: Entry>(dir: &Path) -> anyhow::Result<Ledger<E>> {
+    let ledger =
+        Ledger::open(dir).with_context(|| format!("failed to open the ledger {}", dir.join(E::FILE).display()))?;
+    if ledger.torn_bytes() > 0 {
+        warn!("{}: dropped a torn tail of {} bytes", E::FILE, ledger.torn_bytes());
+    }
+    Ok(ledger)
 }
 
 /// The directory is this process's own as long as this lives.

@@ -2,4 +2,5 @@
 
 pub mod files;
 pub mod hierarchy;
+pub mod questions;
 pub mod transient;

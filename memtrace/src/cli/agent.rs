@@ -7,7 +7,7 @@ use anyhow::Context;
 use serde::Deserialize;
 
 use super::Outcome;
-use super::values::{Size, Span};
+use super::values::{Share, Size, Span};
 use crate::agent;
 use crate::kernel::hooks::Hook;
 use crate::refusal::Refusal;
@@ -73,6 +73,12 @@ struct Flags {
     /// Size of the ring for memory readings, a power of two [default: 4M]
     #[arg(long, value_name = "SIZE")]
     samples_ring: Option<Size>,
+    /// Take a stack whenever a process has grown by about this much [default: 512K]
+    #[arg(long, value_name = "SIZE")]
+    sample: Option<Size>,
+    /// Let stacks cost at most this share of one CPU, in the kernel and here; 0 takes none [default: 1%]
+    #[arg(long, value_name = "PERCENT")]
+    stack_budget: Option<Share>,
     /// Keep at most this much in incidents, oldest dropped first [default: 512M]
     #[arg(long, value_name = "SIZE")]
     retain_size: Option<Size>,
@@ -82,6 +88,9 @@ struct Flags {
     /// Do not save spikes that ended without a kill
     #[arg(long, num_args = 0, default_missing_value = "true")]
     no_spikes: Option<bool>,
+    /// Do not save limits that were hit without a kill
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    no_near_misses: Option<bool>,
     /// Do not read the kernel log as a cross-check
     #[arg(long, num_args = 0, default_missing_value = "true")]
     no_kernel_log: Option<bool>,
@@ -102,9 +111,12 @@ impl Flags {
             after: self.after.or(other.after),
             max_processes: self.max_processes.or(other.max_processes),
             samples_ring: self.samples_ring.or(other.samples_ring),
+            sample: self.sample.or(other.sample),
+            stack_budget: self.stack_budget.or(other.stack_budget),
             retain_size: self.retain_size.or(other.retain_size),
             retain_age: self.retain_age.or(other.retain_age),
             no_spikes: self.no_spikes.or(other.no_spikes),
+            no_near_misses: self.no_near_misses.or(other.no_near_misses),
             no_kernel_log: self.no_kernel_log.or(other.no_kernel_log),
         }
     }
@@ -128,7 +140,12 @@ impl Flags {
             after_ns: self.after.map_or(defaults.after_ns, Span::nanoseconds),
             max_processes: self.max_processes.unwrap_or(defaults.max_processes),
             samples_ring_bytes: self.samples_ring.map_or(defaults.samples_ring_bytes, |size| size.0),
+            stacks_ring_bytes: defaults.stacks_ring_bytes,
+            sample_bytes: self.sample.map_or(defaults.sample_bytes, |size| size.0),
+            sample_all: defaults.sample_all,
+            stack_budget_ppm: self.stack_budget.map_or(defaults.stack_budget_ppm, |share| share.0),
             spikes: !self.no_spikes.unwrap_or(false),
+            near_misses: !self.no_near_misses.unwrap_or(false),
             kernel_log: !self.no_kernel_log.unwrap_or(false),
             journal: Some((
                 self.journal_dir.unwrap_or_else(|| PathBuf::from("/run/memtrace")),

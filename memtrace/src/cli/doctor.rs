@@ -216,7 +216,7 @@ fn how(hook: &HookStatus) -> String {
         State::Planned { programs } => {
             programs.iter().map(|program| program.attach.to_string()).collect::<Vec<_>>().join(", else ")
         }
-        State::Attached { program } => format!("{} (attached)", program.attach),
+        State::Attached { program, .. } => format!("{} (attached)", program.attach),
         State::Failed { error } => error.clone(),
         State::Refused { reason } => reason.clone(),
         State::LeftOut => "left out on request".to_owned(),

@@ -8,8 +8,10 @@ use jiff::{SpanRelativeTo, Timestamp};
 
 use super::{Outcome, STATE_DIR, listing, terminal};
 use crate::engine::incident::{Incident, Kind};
-use crate::report::json;
+use crate::engine::input::SigkillEntry;
+use crate::report::{json, units};
 use crate::store::incidents::{self, Incidents};
+use crate::store::ledger;
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]
@@ -18,12 +20,14 @@ Examples:
   memtrace incidents                       everything recorded, newest first
   memtrace incidents --since 2h            of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
   memtrace incidents --kind oom-kill --json | jq '.[].oom.victims[].comm'
+  memtrace incidents --sigkills --since 1h who sent a SIGKILL, to which process
   memtrace report latest                   the post-mortem of the newest one")]
 pub struct Args {
     /// The agent's state directory
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
-    /// Print a JSON array of incident files without `timeline` and `allocation_paths`
+    /// Print a JSON array of incident files without `timeline`, `allocation_paths` and `allocations`, or of
+    /// SIGKILLs
     #[arg(long)]
     pub json: bool,
     /// Only incidents since then: a time span back from now (1h, 2d) or a time (RFC 3339)
@@ -32,6 +36,9 @@ pub struct Args {
     /// Only this kind
     #[arg(long, value_name = "KIND")]
     pub kind: Option<KindFilter>,
+    /// List who sent a SIGKILL instead, to every process that got one
+    #[arg(long, conflicts_with = "kind")]
+    pub sigkills: bool,
 }
 
 /// A kind of incident on the command line.
@@ -42,12 +49,20 @@ pub enum KindFilter {
     OomKill,
     /// Memory that rose close to the limit and fell again
     Spike,
+    /// Limits that were hit without a kill
+    #[value(alias = "near_miss")]
+    NearMiss,
+    /// Cgroups that waited at their limit with their OOM killer off
+    Stuck,
     /// `memtrace record`
     Recording,
 }
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
+    if args.sigkills {
+        return sigkills(args);
+    }
     let store = Incidents::at(&args.state_dir);
     let entries = match store.list() {
         Ok(entries) => entries,
@@ -80,6 +95,27 @@ pub fn run(args: &Args) -> Outcome {
     Ok(0)
 }
 
+fn sigkills(args: &Args) -> Outcome {
+    let ledger = ledger::read::<SigkillEntry>(&args.state_dir).map_err(|error| unreadable(error, &args.state_dir))?;
+    if ledger.bad_lines > 0 {
+        note(&format!("{} of the ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
+    }
+    let mut found = ledger.entries;
+    let recent = |at: &str| args.since.is_none_or(|since| at.parse::<Timestamp>().is_ok_and(|at| at >= since));
+    found.retain(|entry| recent(&entry.wall));
+    // UTC with all its digits sorts as text; the sort keeps the order of what happened at once.
+    found.reverse();
+    found.sort_by(|a, b| b.wall.cmp(&a.wall));
+    if args.json {
+        terminal::write(&json::sigkills(&found)?, None)?;
+    } else if found.is_empty() {
+        terminal::write(&format!("no SIGKILLs in {}\n", args.state_dir.display()), None)?;
+    } else {
+        terminal::write(&listing::sigkills(&found), None)?;
+    }
+    Ok(0)
+}
+
 /// An error of the state directory, with what to do about it.
 pub(super) fn unreadable(error: io::Error, dir: &std::path::Path) -> anyhow::Error {
     let hint = if error.kind() == io::ErrorKind::PermissionDenied { " (try sudo)" } else { "" };
@@ -96,6 +132,8 @@ fn wanted(args: &Args, incident: &Incident) -> bool {
         None => None,
         Some(KindFilter::OomKill) => Some(Kind::OomKill),
         Some(KindFilter::Spike) => Some(Kind::Spike),
+        Some(KindFilter::NearMiss) => Some(Kind::NearMiss),
+        Some(KindFilter::Stuck) => Some(Kind::Stuck),
         Some(KindFilter::Recording) => Some(Kind::Recording),
     };
     let recent = match (args.since, listing::wall(incident)) {

@@ -1,15 +1,26 @@
-//! Incidents as a table, for the verbs that list them.
+//! Incidents and SIGKILLs as tables, for the verbs that list them.
 
 use jiff::Timestamp;
 
-use crate::engine::incident::{Incident, Kind};
+use crate::engine::incident::{Incident, Kind, Pressure, PressureLimit};
+use crate::engine::input::{SigkillCause, SigkillEntry};
 use crate::report::{plain, units};
 
 /// The table, newest first as given; strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {
     let head = ["ID", "WHEN (UTC)", "KIND", "VICTIM", "LIMIT", "PEAK", "CGROUP"].map(str::to_owned);
-    let rows: Vec<[String; 7]> = std::iter::once(head).chain(incidents.into_iter().map(row)).collect();
-    let mut widths = [0; 7];
+    columns(std::iter::once(head).chain(incidents.into_iter().map(row)))
+}
+
+/// Who sent a SIGKILL to whom, newest first as given; strings from the ledger are escaped.
+pub(super) fn sigkills(entries: &[SigkillEntry]) -> String {
+    let head = ["WHEN (UTC)", "PROCESS", "CGROUP", "SENT BY"].map(str::to_owned);
+    columns(std::iter::once(head).chain(entries.iter().map(sigkill)))
+}
+
+fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = rows.collect();
+    let mut widths = [0; N];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -37,6 +48,8 @@ pub(super) fn kind(kind: Kind) -> &'static str {
     match kind {
         Kind::OomKill => "oom_kill",
         Kind::Spike => "spike",
+        Kind::NearMiss => "near_miss",
+        Kind::Stuck => "stuck",
         Kind::Recording => "recording",
     }
 }
@@ -47,29 +60,98 @@ fn row(incident: &Incident) -> [String; 7] {
         ([victim], _) => format!("{} ({})", plain::elide(&victim.comm, 24, true), victim.pid),
         ([first, rest @ ..], _) => format!("{} ({}) +{}", plain::elide(&first.comm, 24, true), first.pid, rest.len()),
         ([], Some(recording)) => plain::elide(&recording.command.join(" "), 24, true),
-        ([], None) => "-".to_owned(),
+        ([], None) => match &incident.pressure {
+            Some(pressure) => match pressure.under_oom_ns {
+                Some(ns) => format!("none ({})", units::duration(ns)),
+                None => format!("none ({})", units::count(pressure.hits, "hit", "hits")),
+            },
+            None => "-".to_owned(),
+        },
     };
     // Of what ran out: that is what the kill is about.
     let full = incident.oom.as_ref().and_then(|oom| oom.oom_cgroup.as_ref()).unwrap_or(&incident.cgroup);
-    let when = wall(incident).map_or_else(
-        || plain::elide(&incident.at.wall, 24, true),
-        |wall| wall.strftime("%Y-%m-%d %H:%M:%S").to_string(),
-    );
+    let limit = match &incident.pressure {
+        Some(Pressure { limit: PressureLimit::High, .. }) => format!("{} (high)", units::known(full.high_bytes)),
+        _ => full.limit_bytes.map_or_else(|| "none".to_owned(), units::bytes),
+    };
     [
         plain::escape(&incident.id),
-        when,
+        when(&incident.at.wall),
         kind(incident.kind).to_owned(),
         victim,
-        full.limit_bytes.map_or_else(|| "none".to_owned(), units::bytes),
+        limit,
         units::known(full.peak_bytes),
         incident.cgroup.path.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape),
     ]
+}
+
+fn when(wall: &str) -> String {
+    let parsed: Option<Timestamp> = wall.parse().ok();
+    parsed.map_or_else(|| plain::elide(wall, 24, true), |wall| wall.strftime("%Y-%m-%d %H:%M:%S").to_string())
+}
+
+fn sigkill(entry: &SigkillEntry) -> [String; 4] {
+    let process = |comm: &str, pid: u32| format!("{} ({pid})", plain::elide(comm, 24, true));
+    let itself = (entry.sender_pid, entry.sender_start_boot_ns) == (entry.pid, entry.start_boot_ns);
+    let sender = if itself { "itself".to_owned() } else { process(&entry.sender_comm, entry.sender_pid) };
+    let sent_by = match entry.cause {
+        SigkillCause::Oom => {
+            let incident = entry.incident.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape);
+            format!("the OOM killer, incident {incident}")
+        }
+        SigkillCause::CgroupKill => format!("{sender} by cgroup.kill"),
+        SigkillCause::Process => sender,
+        SigkillCause::PidNamespace => format!("the end of its pid namespace, {sender}"),
+        SigkillCause::ParentDeath => format!("the death of its parent, {sender}"),
+        SigkillCause::Kernel => "the kernel, not for memory".to_owned(),
+    };
+    let cgroup = entry.cgroup_path.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape);
+    [when(&entry.wall), process(&entry.comm, entry.pid), cgroup, sent_by]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::report::fixtures;
+
+    #[test]
+    fn a_row_a_sigkill() {
+        let entry = |cause, sender_pid, incident: Option<&str>| SigkillEntry {
+            boot_ns: 1,
+            wall: "2026-03-01T03:12:45.123456789Z".into(),
+            pid: 7,
+            start_boot_ns: 1,
+            comm: "wor\x1bker".into(),
+            cgroup_id: None,
+            cgroup_path: (cause == SigkillCause::Oom).then(|| "/app".into()),
+            cause,
+            sender_pid,
+            sender_start_boot_ns: 1,
+            sender_comm: "sh".into(),
+            incident: incident.map(Into::into),
+        };
+        let entries = [
+            entry(SigkillCause::Oom, 8, Some("01KJHQ3V4D9T4X0Y6S5R2M8ZNC")),
+            entry(SigkillCause::CgroupKill, 8, None),
+            entry(SigkillCause::Process, 7, None),
+            entry(SigkillCause::PidNamespace, 8, None),
+            entry(SigkillCause::ParentDeath, 8, None),
+            entry(SigkillCause::Kernel, 8, None),
+        ];
+        let table = sigkills(&entries);
+        let sent_by: Vec<&str> = table.lines().skip(1).map(|line| line.rsplit("  ").next().unwrap()).collect();
+        let expected = [
+            "the OOM killer, incident 01KJHQ3V4D9T4X0Y6S5R2M8ZNC",
+            "sh (8) by cgroup.kill",
+            "itself",
+            "the end of its pid namespace, sh (8)",
+            "the death of its parent, sh (8)",
+            "the kernel, not for memory",
+        ];
+        assert_eq!(sent_by, expected, "{table}");
+        assert!(table.contains("2026-03-01 03:12:45  wor"), "{table}");
+        assert!(table.chars().all(|character| character == '\n' || !plain::is_dangerous(character)));
+    }
 
     #[test]
     fn a_row_an_incident() {
@@ -81,6 +163,8 @@ mod tests {
         );
         assert!(lines[2].contains("java (7001) +2") && lines[2].contains("1 GiB"), "{table}");
         assert!(lines[3].contains("make -j4 all"), "{table}");
+        let near_miss = super::table(&[fixtures::near_miss()]);
+        assert!(near_miss.contains("near_miss  none (42 hits)  400 MiB (high)  450 MiB"), "{near_miss}");
         assert_eq!(lines.len(), 5, "{table}");
         assert!(table.chars().all(|character| character == '\n' || !plain::is_dangerous(character)));
     }

@@ -15,6 +15,7 @@ pub mod incidents;
 pub mod invoker;
 mod listing;
 pub mod man;
+pub mod name_frames;
 pub mod record;
 pub mod replay;
 pub mod report;
@@ -55,6 +56,9 @@ pub enum Verb {
     /// Enter a cgroup and become a command (what `record` starts)
     #[command(hide = true)]
     ExecIn(exec_in::Args),
+    /// Name the frames that standard input asks for (what the agent starts)
+    #[command(hide = true)]
+    NameFrames(name_frames::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
     /// Print the manual page, or write all of them
@@ -76,6 +80,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Verb::Replay(args) => replay::run(&args),
         Verb::Schema(args) => schema::run(&args),
         Verb::ExecIn(args) => exec_in::run(&args),
+        Verb::NameFrames(args) => name_frames::run(&args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),
     };

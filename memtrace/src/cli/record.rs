@@ -1,7 +1,7 @@
 //! `memtrace record`: one program under the tracer.
 
 use std::ffi::OsString;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -14,14 +14,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::invoker::Invoker;
-use super::values::{Size, Span};
+use super::values::{Share, Size, Span};
 use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
 use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
-use crate::process::stock;
+use crate::process::symbolize::{Questions, Symbolizer};
+use crate::process::{apart, stock};
 use crate::refusal::Refusal;
 use crate::report::text;
 use crate::session::{self, Session};
@@ -64,6 +65,12 @@ pub struct Args {
     /// Record when a process' resident memory moved by this much
     #[arg(long, value_name = "SIZE", default_value = "64K")]
     quantum: Size,
+    /// Take a stack whenever a process has grown by about this much
+    #[arg(long, value_name = "SIZE", default_value = "128K")]
+    sample: Size,
+    /// Let stacks cost at most this share of one CPU, in the kernel and here; 0 takes none
+    #[arg(long, value_name = "PERCENT", default_value = "100%")]
+    stack_budget: Share,
     /// Kernel type information to use instead of the running kernel's own
     #[arg(long, value_name = "FILE")]
     btf: Option<PathBuf>,
@@ -117,8 +124,14 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         btf: args.btf.clone(),
         without: args.without.clone(),
         quantum_bytes: args.quantum.0,
+        // One program may grow by gigabytes a second, and this lives no longer than it.
+        stacks_ring_bytes: 32 << 20,
+        sample_bytes: args.sample.0,
+        sample_all: false,
+        stack_budget_ppm: args.stack_budget.0,
         after_ns: u64::try_from(SETTLE.as_nanos()).unwrap_or(u64::MAX),
         spikes: false,
+        near_misses: false,
         ..session::Options::default()
     };
     options.check().map_err(Refusal::Usage)?;
@@ -130,13 +143,24 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
     } else {
         launch(args, &mut session, &mut files).await?
     };
+    session.catch_up();
     session.feed(Fact::RecordingEnd {
         boot_ns: ending.boot_ns,
         exit_code: ending.status.and_then(|status| status.code()),
         signal: ending.status.and_then(|status| status.signal()),
         cgroup_peak_bytes: ending.cgroup_peak_bytes,
     });
+    let modules = session.open_modules();
     keep(session.stop(), &mut files);
+    if std::io::stderr().is_terminal() && !args.quiet {
+        eprintln!("memtrace: finding the names of functions");
+    }
+    // As root: what was recorded need not be readable to the user. The debug information of the command is theirs, and
+    // read with suspicion.
+    let symbolizer = Symbolizer::with_modules(modules, &[]);
+    for incident in &mut files {
+        apart::answer(&symbolizer, &Questions::of(incident)).apply(incident);
+    }
     Ok((files, ending.status.map_or(0, exit_code)))
 }
 
@@ -149,6 +173,7 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         .context("failed to make a memory cgroup for the command")?;
     let found = cage.read(clock::boot_ns()).context("failed to read the command's memory cgroup")?;
     let id = found.id;
+    session.sample(id);
     session.feed(Fact::Cgroup(found));
     session.feed(Fact::RecordingBegin {
         cgroup_id: Some(id),
@@ -193,6 +218,9 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         (None, None) => bail!("nothing to record"),
     };
     let start = pid.and_then(|pid| start_ticks(session.hierarchy(), pid));
+    // Of a process that moves, its children's too, stacks are taken as long as its cgroup is one of these.
+    let of_process = pid.and_then(|pid| session.hierarchy().id_of_process(pid));
+    cgroup_id.into_iter().chain(of_process).for_each(|id| session.sample(id));
     session.feed(Fact::RecordingBegin { cgroup_id, pid, command: Vec::new(), boot_ns: clock::boot_ns() });
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;

@@ -1,16 +1,20 @@
 //! `memtrace report`.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
+use super::values::Span;
 use super::{Outcome, STATE_DIR};
-use crate::engine::incident::Incident;
+use crate::engine::incident::{Cause, Incident};
+use crate::process::symbolize::symbolize_file;
 use crate::refusal::Refusal;
-use crate::report::{json, text};
+use crate::report::paths::Window;
+use crate::report::{firefox, folded, html, json, pprof, text};
 use crate::store::incidents::{self, FindError, Incidents};
 
 /// Arguments of `memtrace report`.
@@ -21,7 +25,18 @@ Examples:
   memtrace report 01KJHQ                     by the beginning of its id
   memtrace report ./01KJHQ3V4D.memtrace      a file, from whatever machine
   memtrace report latest --format json | jq .verdict
-  ssh node-7 sudo cat /var/lib/memtrace/ID.memtrace | memtrace report -")]
+  memtrace report latest --format folded --window 1s | flamegraph.pl --countname bytes > 1s.svg
+  memtrace report latest --format pprof -o kill.pb.gz && go tool pprof -http : kill.pb.gz
+  memtrace report latest --format pprof --cause map -o mapped.pb.gz
+  memtrace report latest --format firefox -o kill.json     open it at profiler.firefox.com
+  ssh node-7 sudo cat /var/lib/memtrace/ID.memtrace | memtrace report -
+
+What is weighed in bytes, by who caused it; the four must not be added up:
+  touch   first touch of a page, which is when memory becomes resident: what a limit counts
+  map     mmap and mremap: address space, whether it was touched or not
+  brk     the heap's address space, likewise
+  charge  charged to the cgroup in system calls: page cache, sockets, kernel memory
+It is what was taken; what was given back in between is not subtracted.")]
 pub struct Args {
     /// Id of an incident or its beginning, `latest`, an incident file, or `-` for standard input
     #[arg(value_name = "ID|FILE")]
@@ -32,9 +47,20 @@ pub struct Args {
     /// Write to FILE instead of standard output
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Which stacks: folded has only these, pprof shows these first
+    #[arg(long, value_name = "touch|map|brk|charge", default_value = "touch", value_parser = cause)]
+    pub cause: Cause,
+    /// The last SPAN before the event (of a recording: before its highest usage), such as 1s, or `all`; for folded and
+    /// pprof
+    #[arg(long, value_name = "SPAN|all", default_value = "all", value_parser = window)]
+    pub window: Within,
     /// The agent's state directory
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// Name frames that have no name yet with files from DIR that have the build id of their module: a debug package's
+    /// `.build-id` directory, or debug files and binaries anywhere below; may be given more than once
+    #[arg(long, value_name = "DIR")]
+    pub debug_dir: Vec<PathBuf>,
     /// When to use colours
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: Colour,
@@ -48,14 +74,54 @@ pub enum Format {
     Text,
     /// The whole incident file
     Json,
+    /// Stacks weighted in bytes, one a line, for flame graph tools
+    Folded,
+    /// A gzipped profile for pprof
+    Pprof,
+    /// A profile for profiler.firefox.com, first touches over time
+    Firefox,
+    /// One page for a browser, which needs nothing else
+    Html,
+}
+
+/// How much of the window is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Within {
+    /// All of it.
+    All,
+    /// The end of it.
+    Last(Span),
+}
+
+fn window(text: &str) -> Result<Within, String> {
+    if text == "all" { Ok(Within::All) } else { text.parse().map(Within::Last) }
+}
+
+fn cause(text: &str) -> Result<Cause, String> {
+    let named = Cause::ALL.into_iter().find(|cause| cause.name() == text);
+    named.ok_or_else(|| format!("`{text}` is not a cause: write {}", Cause::ALL.map(Cause::name).join(", ")))
 }
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
-    let incident = load(&args.incident, &args.state_dir)?;
+    let mut incident = load(&args.incident, &args.state_dir)?;
+    if !args.debug_dir.is_empty() {
+        symbolize_file(&mut incident, &args.debug_dir);
+    }
+    let window = match args.window {
+        Within::All => Window::WHOLE,
+        Within::Last(span) => Window::before(&incident, span.nanoseconds()),
+    };
     let rendered = match args.format {
-        Format::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())),
-        Format::Json => json::incident(&incident)?,
+        Format::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
+        Format::Json => json::incident(&incident)?.into_bytes(),
+        Format::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
+        Format::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
+            return Err(Refusal::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into());
+        }
+        Format::Pprof => pprof::profile(&incident, &window, args.cause)?,
+        Format::Firefox => firefox::profile(&incident)?.into_bytes(),
+        Format::Html => html::page(&incident).into_bytes(),
     };
     terminal::write(&rendered, args.output.as_deref())?;
     Ok(0)
@@ -93,7 +159,10 @@ mod tests {
             incident: incident.into(),
             format,
             output: Some(dir.join("out")),
+            cause: Cause::Touch,
+            window: Within::All,
             state_dir: dir.to_owned(),
+            debug_dir: Vec::new(),
             color: Colour::Auto,
         }
     }
@@ -113,6 +182,29 @@ mod tests {
         run(&args("latest", dir.path(), Format::Json)).unwrap();
         let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
         assert_eq!(serde_json::from_str::<Incident>(&written).unwrap(), burst);
+    }
+
+    #[test]
+    fn stacks_are_for_a_window_and_a_cause() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Incidents::create(dir.path()).unwrap().save(&fixtures::burst()).unwrap();
+        let mut written = Vec::new();
+        for (named_cause, named_window) in [("touch", "all"), ("touch", "1s"), ("touch", "100ms"), ("map", "all")] {
+            let args = Args {
+                cause: cause(named_cause).unwrap(),
+                window: window(named_window).unwrap(),
+                ..args(path.as_os_str(), dir.path(), Format::Folded)
+            };
+            run(&args).unwrap();
+            written.push(std::fs::read(dir.path().join("out")).unwrap());
+        }
+        let all = written.len();
+        written.sort();
+        written.dedup();
+        assert_eq!(written.len(), all);
+        assert!(window("5").is_err() && cause("malloc").is_err());
+        run(&args(path.as_os_str(), dir.path(), Format::Pprof)).unwrap();
+        assert!(std::fs::read(dir.path().join("out")).unwrap().starts_with(&[0x1f, 0x8b]));
     }
 
     #[test]

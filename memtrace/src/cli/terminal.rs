@@ -51,14 +51,14 @@ fn chosen(colour: Colour, stream: Option<impl IsTerminal + AsFd>) -> Style {
 }
 
 /// Writes to `file`, whole or not at all, or to standard output.
-pub(super) fn write(text: &str, file: Option<&Path>) -> anyhow::Result<()> {
+pub(super) fn write(content: &(impl AsRef<[u8]> + ?Sized), file: Option<&Path>) -> anyhow::Result<()> {
     match file {
         Some(path) => {
-            atomic::write(path, text.as_bytes(), None).with_context(|| format!("failed to write {}", path.display()))
+            atomic::write(path, content.as_ref(), None).with_context(|| format!("failed to write {}", path.display()))
         }
         None => {
             let mut out = std::io::stdout().lock();
-            out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("failed to write to standard output")
+            out.write_all(content.as_ref()).and_then(|()| out.flush()).context("failed to write to standard output")
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Values people type: sizes (`450M`, `256KiB`) and time spans (`30s`, `250ms`, `2d`), on the command line and in the
-//! configuration file.
+//! Values people type: sizes (`450M`, `256KiB`), time spans (`30s`, `250ms`, `2d`) and shares of a CPU (`1%`), on the
+//! command line and in the configuration file.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,6 +15,10 @@ pub struct Size(pub u64);
 /// A time span. Units: `ns`, `us`, `ms`, `s`, `m`, `h`, `d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(pub Duration);
+
+/// A share of one CPU's time, in parts per million. Written in percent, with or without the sign.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Share(pub u64);
 
 /// Splits `12.5M` into its number and its unit.
 fn split(text: &str) -> Option<(f64, &str)> {
@@ -71,6 +75,19 @@ impl FromStr for Span {
             return Err(wrong());
         }
         Duration::try_from_secs_f64(span).map(Self).map_err(|_| wrong())
+    }
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a share of one CPU: write percent from 0 to 100, such as 1%");
+        let (number, unit) = split(text).ok_or_else(wrong)?;
+        if !(0.0..=100.0).contains(&number) || !matches!(unit, "" | "%") {
+            return Err(wrong());
+        }
+        Ok(Self((number * 10_000.0) as u64))
     }
 }
 
@@ -138,6 +155,12 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Text(std::marker::PhantomData, "a share of one CPU such as \"1%\""))
+    }
+}
+
 impl Serialize for Size {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -189,6 +212,16 @@ mod tests {
         fn nothing_typed_panics(text in ".*") {
             let _ = text.parse::<Size>();
             let _ = text.parse::<Span>();
+        }
+    }
+
+    #[test]
+    fn shares() {
+        for (text, ppm) in [("1%", 10_000), ("0.5 %", 5000), ("0", 0), ("100%", 1_000_000)] {
+            assert_eq!(text.parse(), Ok(Share(ppm)), "{text}");
+        }
+        for text in ["", "101%", "-1%", "1x", "NaN"] {
+            assert!(text.parse::<Share>().unwrap_err().contains("1%"), "{text}");
         }
     }
 }

@@ -1,5 +1,7 @@
 //! From what was gathered to the incident as the file holds it.
 
+use super::allocation::{AllocationPath, Allocations};
+use super::attribution::{Attribution, Window};
 use super::book::Book;
 use super::cases::Open;
 use super::census::resident;
@@ -8,12 +10,15 @@ use super::decode::{Limit, Reading};
 use super::detect::Spike;
 use super::identity::identify;
 use super::incident::{
-    Cgroup, Composition, Host, Incident, Kind, LossNote, Oom, SCHEMA, Scope, TaskRow, Timeline, Victim,
+    Cgroup, Composition, Host, Incident, Kind, LossNote, Oom, Pressure, PressureLimit, SCHEMA, Scope, TaskRow,
+    Timeline, Victim,
 };
-use super::input::Settings;
+use super::input::{OVER_BUDGET, Settings};
 use super::kernlog::KernelLog;
 use super::kills::OpenVictim;
 use super::losses::Losses;
+use super::processes::Key;
+use super::scope::{View, tree};
 use super::timeline::{Point, Sums, columns};
 use super::verdict::{About, Case, judge};
 
@@ -25,6 +30,7 @@ pub(super) struct Scene<'a> {
     pub(super) book: &'a Book,
     pub(super) losses: &'a Losses,
     pub(super) log: &'a KernelLog,
+    pub(super) attribution: &'a Attribution,
 }
 
 /// The incident of an OOM kill.
@@ -78,6 +84,13 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
         losses.push(LossNote { what: "window cut short".to_owned(), count: None });
     }
     losses.sort();
+    let from_ns = open.at_ns.saturating_sub(scene.settings.before_ns);
+    // Up to the mark: what grew in between is part of the kill.
+    let window = (from_ns, open.at_ns.max(open.mark_ns));
+    let root = tree(open.ran_out, victim_id);
+    let (allocation_paths, allocations) = allocations(scene, window, &losses, |cgroup, _| {
+        root.is_none_or(|root| scene.book.cgroups.in_tree(cgroup, root))
+    });
     Incident {
         schema: SCHEMA,
         id: open.id.clone().unwrap_or_default(),
@@ -86,11 +99,13 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
         host: scene.host.clone(),
         cgroup,
         oom: Some(oom),
+        pressure: None,
         recording: None,
         timeline,
         growth: open.view.growth.clone(),
         mappings: open.view.notes.clone(),
-        allocation_paths: Vec::new(),
+        allocation_paths,
+        allocations,
         composition,
         verdict,
         losses,
@@ -198,6 +213,9 @@ pub(super) fn spike_incident(spike: &Spike, scene: &Scene<'_>) -> Incident {
         growth: &growth,
         composition: &composition,
     });
+    let losses = losses(&scene.losses.at(from_ns), timeline.thinned, scene);
+    let (allocation_paths, allocations) =
+        allocations(scene, (from_ns, spike.peak_ns), &losses, |cgroup, _| book.cgroups.in_tree(cgroup, spike.cgroup));
     Incident {
         schema: SCHEMA,
         id: scene.clock.incident_id(&Identity {
@@ -211,16 +229,97 @@ pub(super) fn spike_incident(spike: &Spike, scene: &Scene<'_>) -> Incident {
         at: scene.clock.at(spike.peak_ns),
         host: scene.host.clone(),
         mappings: book.notes(Some(spike.cgroup), from_ns, spike.peak_ns, 512),
-        losses: losses(&scene.losses.at(from_ns), timeline.thinned, scene),
+        losses,
         cgroup,
         oom: None,
+        pressure: None,
         recording: None,
         timeline,
         growth,
-        allocation_paths: Vec::new(),
+        allocation_paths,
+        allocations,
         composition,
         verdict,
     }
+}
+
+/// A limit that was hit without a kill, as gathered.
+pub(super) struct PressureCase<'a> {
+    pub(super) kind: Kind,
+    pub(super) id: String,
+    /// The first hit, or when tasks began to wait.
+    pub(super) at_ns: u64,
+    /// The cgroup's counters then.
+    pub(super) reading: Reading,
+    pub(super) view: &'a View,
+    pub(super) pressure: Pressure,
+    pub(super) loss_base: &'a std::collections::BTreeMap<String, u64>,
+    pub(super) early: bool,
+}
+
+/// The incident of a limit that was hit without a kill.
+pub(super) fn pressure_incident(case: PressureCase<'_>, scene: &Scene<'_>) -> Incident {
+    let PressureCase { kind, id, at_ns, reading, view, pressure, loss_base, early } = case;
+    let (columns, thinned) = columns(view.curve.rows());
+    let timeline = Timeline { columns, thinned };
+    let cgroup = cgroup(reading.cgroup_id, &reading, scene);
+    let composition = composition(reading.usage, &view.sums);
+    let limit = match pressure.limit {
+        PressureLimit::Max => cgroup.limit_bytes,
+        PressureLimit::High => cgroup.high_bytes,
+    };
+    let verdict = judge(&Case {
+        about: About::Pressure(&pressure),
+        path: cgroup.path.as_deref(),
+        at_ns,
+        usage: reading.usage,
+        limit,
+        curve: &timeline.columns,
+        tasks: &pressure.tasks,
+        growth: &view.growth,
+        composition: &composition,
+    });
+    let mut losses = losses(loss_base, timeline.thinned, scene);
+    note(&mut losses, "task table rows not listed", view.tasks_left_out);
+    if early {
+        losses.push(LossNote { what: "window cut short".to_owned(), count: None });
+    }
+    losses.sort();
+    let window = (at_ns.saturating_sub(scene.settings.before_ns), pressure.until_boot_ns.max(at_ns));
+    let (allocation_paths, allocations) = allocations(scene, window, &losses, |cgroup, _| {
+        reading.cgroup_id.is_some_and(|root| scene.book.cgroups.in_tree(cgroup, root))
+    });
+    Incident {
+        schema: SCHEMA,
+        id,
+        kind,
+        at: scene.clock.at(at_ns),
+        host: scene.host.clone(),
+        cgroup,
+        oom: None,
+        pressure: Some(pressure),
+        recording: None,
+        timeline,
+        growth: view.growth.clone(),
+        mappings: view.notes.clone(),
+        allocation_paths,
+        allocations,
+        composition,
+        verdict,
+        losses,
+    }
+}
+
+/// Who grew memory in a window (first and last moment, boot clock), of those `in_scope` names by cgroup and process.
+pub(super) fn allocations(
+    scene: &Scene<'_>,
+    (from_ns, until_ns): (u64, u64),
+    losses: &[LossNote],
+    in_scope: impl Fn(u64, Key) -> bool,
+) -> (Vec<AllocationPath>, Option<Allocations>) {
+    let thinned = losses.iter().find(|note| note.what == OVER_BUDGET).and_then(|note| note.count).unwrap_or(0);
+    let window = Window { from_ns, until_ns, sample_bytes: scene.settings.sample_bytes, thinned };
+    scene.attribution.report(&window, in_scope)
 }
 
 /// A cgroup as the file shows it. What the reading lacks is taken from the last one known.

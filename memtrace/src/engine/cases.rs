@@ -97,6 +97,7 @@ impl Open {
 impl Engine {
     /// Somebody sent SIGKILL.
     pub(super) fn on_kill(&mut self, r: &wire::Kill) {
+        self.sigkill_sent(r);
         if r.sender_code != wire::SENDER_KERNEL {
             return;
         }
@@ -181,7 +182,7 @@ impl Engine {
         let victim = Reading::from(&m.victim_memcg).cgroup_id;
         let trigger = Reading::from(&m.trigger_memcg).cgroup_id;
         let (cgroups, global) = (&self.book.cgroups, m.scope != wire::SCOPE_MEMCG);
-        self.detectors.killed(|id| {
+        self.detectors.killed(m.header.boot_ns, |id| {
             global
                 || [victim, trigger].into_iter().flatten().any(|v| cgroups.in_tree(v, id))
                 || oom.is_some_and(|root| cgroups.in_tree(id, root))
@@ -263,6 +264,9 @@ impl Engine {
         let id = open.id.get_or_insert_with(|| self.clock.incident_id(&identity)).clone();
         for v in open.victims.iter_mut().filter(|v| !v.reported && certain(v)) {
             v.reported = true;
+            if v.victim.killed {
+                self.sigkill_of_oom(v, &open.trigger_process, &id, effects);
+            }
             effects.push(Effect::Kill(KillEntry {
                 incident: id.clone(),
                 boot_ns: v.victim.at_boot_ns,
@@ -370,6 +374,9 @@ impl Engine {
             for open in self.open.iter_mut().filter(|o| o.view.curve_of == Some(id)) {
                 open.view.curve.insert(point);
             }
+            for stuck in self.stuck.iter_mut().filter(|s| s.cgroup == id) {
+                stuck.view.curve.insert(point);
+            }
             if let Some(recording) = self.recording.as_mut() {
                 recording.point(&self.book, id, point);
             }
@@ -382,8 +389,9 @@ impl Engine {
             let victims = o.victims.iter().map(|v| v.victim.cgroup_id);
             victims.chain([o.view.curve_of, o.oom.cgroup_id, o.trigger_memcg.cgroup_id])
         });
+        let stuck = self.stuck.iter().map(|s| Some(s.cgroup));
         let recorded = self.recording.as_ref().and_then(|r| r.cgroup());
-        let ids: Vec<u64> = of_open.chain([recorded]).flatten().collect();
+        let ids: Vec<u64> = of_open.chain(stuck).chain([recorded]).flatten().collect();
         self.book.cgroups.pinned = ids.into_iter().flat_map(|id| self.book.cgroups.chain(id)).collect();
     }
 }

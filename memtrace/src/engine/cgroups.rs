@@ -37,6 +37,10 @@ pub(super) struct CgroupRow {
     pub(super) timeline: Timeline,
     pub(super) notes: VecDeque<MappingNote>,
     asked_ns: Option<u64>,
+    /// Its OOM killer is off (v1 memory.oom_control), where that was read.
+    pub(super) kill_disabled: Option<bool>,
+    /// When somebody was last asked to watch that.
+    pub(super) watch_asked_ns: Option<u64>,
     /// Quantum asked for, while it is not the usual one.
     pub(super) quantum: Option<u64>,
     last_ns: u64,

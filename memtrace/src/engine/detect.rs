@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::decode::Reading;
-use super::incident::Host;
+use super::decode::{Limit, Reading};
+use super::incident::{Host, PressureLimit};
 
 const SEC: u64 = 1_000_000_000;
 /// Cgroups watched at once; further ones are not, until quiet ones are dropped.
@@ -14,10 +14,12 @@ const RISE_NS: u64 = SEC;
 const LOW_BUCKET_NS: u64 = 50_000_000;
 /// What stays high longer is no spike.
 const PLATEAU_NS: u64 = 10 * SEC;
-/// A kill this soon after the fall explains it.
+/// A kill this soon after the fall explains it, and so it does reclaim this soon after the kill.
 const KILL_EXPLAINS_NS: u64 = SEC;
 /// One spike, and one near miss, of a cgroup in this time.
 const COOL_DOWN_NS: u64 = 60 * SEC;
+/// How often the pause between two near misses of a cgroup is doubled while it goes on.
+const PAUSE_DOUBLINGS: u32 = 6;
 /// Reclaim without a kill for this long is a near miss.
 const NEAR_MISS_NS: u64 = 5 * SEC;
 
@@ -25,7 +27,7 @@ const NEAR_MISS_NS: u64 = 5 * SEC;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     Spike(Spike),
-    NearMiss { cgroup: u64, hits: u64, stalled_ns: u64 },
+    NearMiss(NearMiss),
 }
 
 /// A rise close to the limit and the fall after it.
@@ -37,6 +39,43 @@ pub(super) struct Spike {
     pub(super) peak_ns: u64,
     pub(super) peak: u64,
     pub(super) limit: u64,
+}
+
+/// Reclaim at a limit without a kill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NearMiss {
+    pub(super) cgroup: u64,
+    /// The first hit, and the last that was seen of it.
+    pub(super) from_ns: u64,
+    pub(super) until_ns: u64,
+    pub(super) limit: PressureLimit,
+    /// Of that limit.
+    pub(super) hits: u64,
+    pub(super) stalled_ns: u64,
+    /// At the first hit.
+    pub(super) usage: Option<u64>,
+}
+
+impl NearMiss {
+    pub(super) fn new(cgroup: u64, ns: u64, limit: PressureLimit, usage: Option<u64>) -> Self {
+        Self { cgroup, from_ns: ns, until_ns: ns, limit, hits: 0, stalled_ns: 0, usage }
+    }
+
+    /// A limit was hit: the hard one counts for more than the other.
+    pub(super) fn hit(&mut self, ns: u64, limit: PressureLimit, hits: u64) {
+        if limit == PressureLimit::Max && self.limit == PressureLimit::High {
+            (self.limit, self.hits) = (limit, 0);
+        }
+        if limit == self.limit {
+            self.hits = self.hits.saturating_add(hits);
+        }
+        self.until_ns = self.until_ns.max(ns);
+    }
+
+    pub(super) fn stalled(&mut self, ns: u64, stalled_ns: u64) {
+        self.stalled_ns = self.stalled_ns.saturating_add(stalled_ns);
+        self.until_ns = self.until_ns.max(ns);
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -53,9 +92,12 @@ struct Detector {
     lows: VecDeque<(u64, u64)>,
     phase: Phase,
     spike_ns: Option<u64>,
-    /// Reclaim since, hits, stalled nanoseconds.
-    reclaim: Option<(u64, u64, u64)>,
+    reclaim: Option<NearMiss>,
     near_miss_ns: Option<u64>,
+    /// Near misses in a row, each as soon as the one before had cooled down.
+    in_a_row: u32,
+    /// The last kill explains reclaim until then.
+    explained_until_ns: u64,
     last_ns: u64,
 }
 
@@ -98,16 +140,34 @@ impl Detector {
         }
     }
 
+    /// The last near miss was too short a while ago for another. A cgroup that lives at its limit, as one that reads
+    /// many files does, is told of after a minute, then after two, and in the end once in an hour or so.
+    fn cooling(&mut self, ns: u64) -> bool {
+        let Some(last) = self.near_miss_ns else { return false };
+        let pause = COOL_DOWN_NS << self.in_a_row.saturating_sub(1).min(PAUSE_DOUBLINGS);
+        if ns >= last.saturating_add(2 * pause) {
+            self.in_a_row = 0;
+        }
+        ns < last.saturating_add(pause)
+    }
+
+    /// A limit was hit, without a kill so far, around this time.
+    fn hit_around(&self, ns: u64) -> bool {
+        let hit = self.reclaim.map(|near_miss| near_miss.from_ns).or(self.near_miss_ns);
+        hit.is_some_and(|from_ns| ns.abs_diff(from_ns) <= NEAR_MISS_NS)
+    }
+
     fn idle(&self, now: u64) -> bool {
         matches!(self.phase, Phase::Quiet) && self.reclaim.is_none() && now.saturating_sub(self.last_ns) > COOL_DOWN_NS
     }
 }
 
-/// Whether a reading is at its limit, as far as usage is exact: each CPU may hold back a batch of charges.
-pub(super) fn at_limit(reading: &Reading, host: &Host) -> bool {
-    let (Some(usage), Some(limit)) = (reading.usage, reading.limit.bytes()) else { return false };
-    let held_back = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus)).min(limit / 8);
-    usage.saturating_add(held_back) >= limit
+/// The limit that a reading is at, as far as usage is exact: each CPU may hold back a batch of charges.
+pub(super) fn limit_hit(reading: &Reading, host: &Host) -> Option<PressureLimit> {
+    let usage = reading.usage?;
+    let held_back = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus));
+    let at = |limit: Limit| limit.bytes().is_some_and(|limit| usage.saturating_add(held_back.min(limit / 8)) >= limit);
+    if at(reading.limit) { Some(PressureLimit::Max) } else { at(reading.high).then_some(PressureLimit::High) }
 }
 
 /// Detectors of all limited cgroups.
@@ -141,55 +201,59 @@ impl Detectors {
         }
     }
 
-    /// Reclaim began (`hits` times) in a cgroup with a limit.
-    pub(super) fn reclaim_began(&mut self, cgroup: u64, ns: u64, hits: u64) {
+    /// Reclaim began (`hits` times) in a cgroup at a limit.
+    pub(super) fn reclaim_began(&mut self, ns: u64, reading: &Reading, limit: PressureLimit, hits: u64) {
+        let Some(cgroup) = reading.cgroup_id else { return };
         let Some(row) = self.row(cgroup, ns) else { return };
-        let cooling = row.near_miss_ns.is_some_and(|last| ns < last.saturating_add(COOL_DOWN_NS));
-        match &mut row.reclaim {
-            Some((_, total, _)) => *total = total.saturating_add(hits),
-            None if !cooling => row.reclaim = Some((ns, hits, 0)),
-            None => {}
+        if row.reclaim.is_none() && (row.cooling(ns) || ns < row.explained_until_ns) {
+            return;
         }
+        row.reclaim.get_or_insert_with(|| NearMiss::new(cgroup, ns, limit, reading.usage)).hit(ns, limit, hits);
     }
 
     /// Reclaim ended after holding a task up.
-    pub(super) fn reclaim_ended(&mut self, cgroup: u64, stalled_ns: u64) {
-        if let Some((_, _, total)) = self.rows.get_mut(&cgroup).and_then(|row| row.reclaim.as_mut()) {
-            *total = total.saturating_add(stalled_ns);
+    pub(super) fn reclaim_ended(&mut self, cgroup: u64, ns: u64, stalled_ns: u64) {
+        if let Some(near_miss) = self.rows.get_mut(&cgroup).and_then(|row| row.reclaim.as_mut()) {
+            near_miss.stalled(ns, stalled_ns);
         }
     }
 
+    /// Reclaim at a limit of this cgroup that time has not decided about.
+    pub(super) fn near_miss(&self, cgroup: u64) -> Option<NearMiss> {
+        self.rows.get(&cgroup)?.reclaim
+    }
+
     /// Somebody was killed: what these cgroups showed is explained.
-    pub(super) fn killed(&mut self, explains: impl Fn(u64) -> bool) {
+    pub(super) fn killed(&mut self, ns: u64, explains: impl Fn(u64) -> bool) {
         for (id, row) in &mut self.rows {
             if explains(*id) {
                 row.phase = Phase::Quiet;
                 row.reclaim = None;
                 row.lows.clear();
+                row.explained_until_ns = ns.saturating_add(KILL_EXPLAINS_NS);
             }
         }
     }
 
-    /// What time has decided.
-    pub(super) fn tick(&mut self, now: u64) -> Vec<Found> {
+    /// What time has decided. Where near misses are told, the rise that led to one is part of it and no spike besides.
+    pub(super) fn tick(&mut self, now: u64, near_misses: bool) -> Vec<Found> {
         let mut found = Vec::new();
-        for (id, row) in &mut self.rows {
+        for row in self.rows.values_mut() {
             if let Phase::Fallen(spike, fell_ns) = row.phase
                 && now >= fell_ns.saturating_add(KILL_EXPLAINS_NS)
             {
                 row.phase = Phase::Quiet;
                 row.lows.clear();
-                if row.spike_ns.is_none_or(|last| spike.peak_ns >= last.saturating_add(COOL_DOWN_NS)) {
+                let cooled = row.spike_ns.is_none_or(|last| spike.peak_ns >= last.saturating_add(COOL_DOWN_NS));
+                if cooled && !(near_misses && row.hit_around(spike.peak_ns)) {
                     row.spike_ns = Some(spike.peak_ns);
                     found.push(Found::Spike(spike));
                 }
             }
-            if let Some((since, hits, stalled_ns)) = row.reclaim
-                && now >= since.saturating_add(NEAR_MISS_NS)
-            {
-                row.reclaim = None;
-                row.near_miss_ns = Some(since);
-                found.push(Found::NearMiss { cgroup: *id, hits, stalled_ns });
+            if let Some(near_miss) = row.reclaim.take_if(|r| now >= r.from_ns.saturating_add(NEAR_MISS_NS)) {
+                row.near_miss_ns = Some(near_miss.from_ns);
+                row.in_a_row = row.in_a_row.saturating_add(1);
+                found.push(Found::NearMiss(near_miss));
             }
         }
         found
@@ -217,11 +281,11 @@ mod tests {
             d.reading(7, ms * MS, *usage, LIMIT);
             last = *ms;
         }
-        assert!(d.tick(last * MS).is_empty(), "a kill may still come");
-        if killed_ms.is_some() {
-            d.killed(|id| id == 7);
+        assert!(d.tick(last * MS, true).is_empty(), "a kill may still come");
+        if let Some(ms) = killed_ms {
+            d.killed(ms * MS, |id| id == 7);
         }
-        d.tick((last + 1000) * MS)
+        d.tick((last + 1000) * MS, true)
             .into_iter()
             .filter_map(|f| if let Found::Spike(s) = f { Some((s.peak_ns / MS, s.peak)) } else { None })
             .collect()
@@ -246,6 +310,20 @@ mod tests {
     }
 
     #[test]
+    fn a_rise_that_hits_the_limit_is_a_near_miss_and_no_spike_besides() {
+        for (near_misses, hit_ms, spikes) in [(true, 1800, 0), (false, 1800, 1), (true, 9000, 1)] {
+            let mut d = Detectors::default();
+            for (ms, usage) in [(1000, 500), (1400, 700), (1800, 850), (1900, 700)] {
+                d.reading(7, ms * MS, usage, LIMIT);
+            }
+            let reading = Reading { cgroup_id: Some(7), ..Reading::default() };
+            d.reclaim_began(hit_ms * MS, &reading, PressureLimit::Max, 1);
+            let found = d.tick(3000 * MS, near_misses);
+            assert_eq!(found.len(), spikes, "told {near_misses}, hit at {hit_ms} ms: {found:?}");
+        }
+    }
+
+    #[test]
     fn one_spike_a_minute() {
         let mut d = Detectors::default();
         let mut found = 0;
@@ -254,23 +332,88 @@ mod tests {
             d.reading(7, at * MS, 100, LIMIT);
             d.reading(7, (at + 100) * MS, 900, LIMIT);
             d.reading(7, (at + 200) * MS, 100, LIMIT);
-            found += d.tick((at + 199 + 1000) * MS).len() + d.tick((at + 1200) * MS).len();
+            found += d.tick((at + 199 + 1000) * MS, true).len() + d.tick((at + 1200) * MS, true).len();
         }
         assert!((2..=3).contains(&found), "{found}");
     }
 
+    fn at(usage: u64) -> Reading {
+        Reading { cgroup_id: Some(7), usage: Some(usage), ..Reading::default() }
+    }
+
     #[test]
     fn reclaim_without_a_kill_is_told_once_a_minute() {
+        use PressureLimit::{High, Max};
         let mut d = Detectors::default();
-        d.reclaim_began(7, 10 * SEC, 1);
-        d.reclaim_began(7, 11 * SEC, 4);
-        d.reclaim_ended(7, 30 * MS);
-        assert!(d.tick(14 * SEC).is_empty());
-        assert_eq!(d.tick(15 * SEC), [Found::NearMiss { cgroup: 7, hits: 5, stalled_ns: 30 * MS }]);
-        d.reclaim_began(7, 20 * SEC, 1);
-        assert!(d.tick(60 * SEC).is_empty());
-        d.reclaim_began(7, 71 * SEC, 1);
-        d.killed(|id| id == 7);
-        assert!(d.tick(100 * SEC).is_empty());
+        let begin = |d: &mut Detectors, sec: u64, limit, hits| d.reclaim_began(sec * SEC, &at(sec), limit, hits);
+        begin(&mut d, 10, Max, 1);
+        begin(&mut d, 11, Max, 4);
+        d.reclaim_ended(7, 12 * SEC, 30 * MS);
+        assert!(d.tick(14 * SEC, true).is_empty());
+        let (from_ns, until_ns) = (10 * SEC, 12 * SEC);
+        let told = NearMiss { cgroup: 7, from_ns, until_ns, limit: Max, hits: 5, stalled_ns: 30 * MS, usage: Some(10) };
+        assert_eq!(d.tick(15 * SEC, true), [Found::NearMiss(told)]);
+        begin(&mut d, 20, Max, 1);
+        assert!(d.tick(60 * SEC, true).is_empty());
+        begin(&mut d, 71, Max, 1);
+        d.killed(72 * SEC, |id| id == 7);
+        assert!(d.tick(100 * SEC, true).is_empty());
+        // While the victim dies, and after that.
+        d.killed(200 * SEC, |id| id == 7);
+        begin(&mut d, 200, Max, 1);
+        assert!(d.tick(210 * SEC, true).is_empty());
+        begin(&mut d, 211, Max, 1);
+        assert_eq!(d.tick(216 * SEC, true).len(), 1);
+        // Both limits: the hits of the hard one count.
+        for limits in [[High, Max, High], [Max, High, High]] {
+            let mut d = Detectors::default();
+            limits.iter().for_each(|limit| begin(&mut d, 10, *limit, 3));
+            let Some(Found::NearMiss(both)) = d.tick(15 * SEC, true).pop() else { panic!("nothing was found") };
+            assert_eq!((both.limit, both.hits), (Max, 3));
+        }
+    }
+
+    #[test]
+    fn a_cgroup_that_lives_at_its_limit_is_told_of_less_and_less() {
+        let mut d = Detectors::default();
+        let mut told = Vec::new();
+        let reading = at(10);
+        for second in 0..6 * 3600 {
+            d.reclaim_began(second * SEC, &reading, PressureLimit::Max, 1);
+            told.extend(d.tick(second * SEC, true).iter().map(|_| second));
+        }
+        let pauses: Vec<u64> = told.windows(2).map(|pair| (pair[1] - pair[0] + 30) / 60).collect();
+        assert_eq!(pauses.get(..7), Some([1, 2, 4, 8, 16, 32, 64].as_slice()));
+        assert!(pauses.iter().skip(7).all(|minutes| *minutes == 64), "{pauses:?}");
+        // After a long calm it is news again.
+        let later = 12 * 3600;
+        for second in later..later + 130 {
+            d.reclaim_began(second * SEC, &reading, PressureLimit::Max, 1);
+            told.extend(d.tick(second * SEC, true).iter().map(|_| second));
+        }
+        assert_eq!(told.iter().filter(|second| **second >= later).count(), 2);
+    }
+
+    #[test]
+    fn the_decision_table_of_limits() {
+        use PressureLimit::{High, Max};
+        let host = Host { cpus: 2, charge_batch_bytes: 20, ..Host::default() };
+        let none = Limit::Unlimited;
+        let cases = [
+            ("at the limit", 1000, Limit::Bytes(1000), none, Some(Max)),
+            ("within what the CPUs hold back", 960, Limit::Bytes(1000), none, Some(Max)),
+            ("below it", 959, Limit::Bytes(1000), none, None),
+            ("a small limit", 70, Limit::Bytes(80), none, Some(Max)),
+            ("at memory.high, without a limit", 500, none, Limit::Bytes(500), Some(High)),
+            ("above it, with one", 600, Limit::Bytes(1000), Limit::Bytes(500), Some(High)),
+            ("below both", 400, Limit::Bytes(1000), Limit::Bytes(500), None),
+            ("at both", 1000, Limit::Bytes(1000), Limit::Bytes(990), Some(Max)),
+            ("no limits", 1000, none, none, None),
+            ("unknown limits", 1000, Limit::Unknown, Limit::Unknown, None),
+        ];
+        for (name, usage, limit, high, expected) in cases {
+            assert_eq!(limit_hit(&Reading { limit, high, ..at(usage) }, &host), expected, "{name}");
+        }
+        assert_eq!(limit_hit(&Reading { limit: Limit::Bytes(1), ..Reading::default() }, &host), None, "no usage");
     }
 }

@@ -1,10 +1,12 @@
-//! The incident: everything memtrace knows about one kill, one spike or one recording, as the file holds it.
+//! The incident: everything memtrace knows about one kill, spike, near miss or recording, as the file holds it.
 //!
 //! This is the published contract (`memtrace schema`). Sizes are bytes, times boot-clock
 //! nanoseconds; `null` is "unknown", never 0. Written as `<id>.memtrace`: zstd over this JSON.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use super::allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
 
 /// Version of the incident file this build writes; it reads this one and the one before.
 pub const SCHEMA: u32 = 1;
@@ -23,10 +25,13 @@ pub struct Incident {
     pub at: At,
     /// The machine.
     pub host: Host,
-    /// The cgroup it is about: the victim's, the spike's, the recording's.
+    /// The cgroup it is about: the victim's, the spike's, the near miss's, the one that was stuck, the recording's.
     pub cgroup: Cgroup,
     /// The OOM kill; null for spikes and recordings without one.
     pub oom: Option<Oom>,
+    /// The limit that was hit without a kill, for a near miss and where tasks were stuck; not there otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pressure: Option<Pressure>,
     /// The command, for a recording.
     pub recording: Option<Recording>,
     /// The memory curve of `cgroup` (for an ancestor kill, `oom.oom_cgroup` has its own counters per kill).
@@ -35,8 +40,11 @@ pub struct Incident {
     pub growth: Vec<Growth>,
     /// Large mappings made and given back before the event, oldest first.
     pub mappings: Vec<MappingNote>,
-    /// Stacks that grew memory, weighted in bytes.
+    /// Stacks that grew memory in the window, weighted in bytes, heaviest first within each cause.
     pub allocation_paths: Vec<AllocationPath>,
+    /// When each of them grew it, and what grew without a stack; not there when no stacks were taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocations: Option<Allocations>,
     /// What memory was made of at the event.
     pub composition: Composition,
     /// What it means, with its evidence.
@@ -53,6 +61,10 @@ pub enum Kind {
     OomKill,
     /// Memory rose close to the limit and fell again.
     Spike,
+    /// A limit was hit, reclaim ran, nobody was killed.
+    NearMiss,
+    /// A limit was hit and the OOM killer is off: tasks waited (cgroup v1).
+    Stuck,
     /// `memtrace record`.
     Recording,
 }
@@ -156,6 +168,39 @@ pub struct Oom {
     pub tasks: Vec<TaskRow>,
     /// What the kernel log said about this kill; null when it was not read or said nothing.
     pub kernel_log: Option<KernelLogKill>,
+}
+
+/// A limit that was hit while nobody was killed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Pressure {
+    /// When it was hit first, boot clock.
+    pub from_boot_ns: u64,
+    /// When it was last seen hit or reclaimed for.
+    pub until_boot_ns: u64,
+    /// Which limit. Of both the hard one.
+    pub limit: PressureLimit,
+    /// How often it was hit in that time.
+    pub hits: u64,
+    /// How long reclaim held tasks up, in sum; those it held for less than 1 ms, and pauses that `memory.high` imposes
+    /// between reclaims, are not in it. Null when the end of reclaim is not seen.
+    pub stalled_ns: Option<u64>,
+    /// The cgroup's OOM killer was off (v1 `memory.oom_control`); null when unknown, as always on v2, which has no such
+    /// switch.
+    pub oom_kill_disabled: Option<bool>,
+    /// How long tasks waited for memory with the OOM killer off; null for a near miss.
+    pub under_oom_ns: Option<u64>,
+    /// Processes of the cgroup then, largest first.
+    pub tasks: Vec<TaskRow>,
+}
+
+/// A limit of a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PressureLimit {
+    /// The hard limit: `memory.max`, `memory.limit_in_bytes`.
+    Max,
+    /// `memory.high`: tasks are slowed down, nobody is killed for it.
+    High,
 }
 
 /// What ran out.
@@ -327,8 +372,12 @@ pub struct Columns {
     pub file_bytes: Vec<u64>,
     /// Sum of resident shared memory (a page mapped twice counts twice).
     pub shmem_bytes: Vec<u64>,
-    /// Sum of swapped-out pages.
+    /// Sum of swapped-out pages of its processes.
     pub swap_bytes: Vec<u64>,
+    /// Swap usage of the cgroup as the kernel counts it; on cgroup v1 memory and swap together.
+    pub swap_usage_bytes: Vec<Option<u64>>,
+    /// Its limit.
+    pub swap_limit_bytes: Vec<Option<u64>>,
 }
 
 /// How much one process grew up to the event.
@@ -369,52 +418,6 @@ pub struct MappingNote {
     pub small_mapped_bytes: u64,
     /// Bytes given back by smaller calls since the note before.
     pub small_unmapped_bytes: u64,
-}
-
-/// A stack that grew memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct AllocationPath {
-    /// Bytes it stands for.
-    pub weight_bytes: u64,
-    /// How memory was taken.
-    pub cause: Cause,
-    /// Who.
-    pub process: Process,
-    /// Frames, innermost first.
-    pub frames: Vec<Frame>,
-}
-
-/// How memory was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Cause {
-    /// First touch of a page.
-    Touch,
-    /// mmap or mremap.
-    Map,
-    /// brk.
-    Brk,
-    /// Charged to the cgroup.
-    Charge,
-}
-
-/// One frame.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Frame {
-    /// File name of the module.
-    pub module: Option<String>,
-    /// Its build id, hex.
-    pub build_id: Option<String>,
-    /// File offset.
-    pub offset: Option<u64>,
-    /// Function.
-    pub symbol: Option<String>,
-    /// Source file.
-    pub file: Option<String>,
-    /// Source line.
-    pub line: Option<u32>,
-    /// Inlined into the next frame.
-    pub inlined: bool,
 }
 
 /// What memory was made of at the event.

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::incident::{Host, Incident};
+use super::incident::{Host, Incident, PressureLimit};
+pub use super::stack::{ModuleFound, OVER_BUDGET, PATHS_KNOWN, PathFound, PathFrame, StackFound};
 
 /// One input. The journal stores each before the engine sees it, so a replay is exact.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +23,7 @@ impl Input<'_> {
             Input::Fact(
                 Fact::Anchor { boot_ns, .. }
                 | Fact::Tick { boot_ns }
+                | Fact::OomControl { boot_ns, .. }
                 | Fact::RecordingBegin { boot_ns, .. }
                 | Fact::RecordingEnd { boot_ns, .. }
                 | Fact::Stop { boot_ns },
@@ -29,7 +31,10 @@ impl Input<'_> {
             Input::Fact(Fact::Cgroup(found)) => Some(found.boot_ns),
             Input::Fact(Fact::Process(found)) => Some(found.boot_ns),
             Input::Fact(Fact::KernelLog(line)) => Some(line.read_boot_ns),
-            Input::Fact(Fact::Start { .. } | Fact::KernelStack { .. } | Fact::Losses { .. }) => None,
+            Input::Fact(Fact::Stack(found)) => Some(found.boot_ns),
+            Input::Fact(
+                Fact::Start { .. } | Fact::KernelStack { .. } | Fact::Losses { .. } | Fact::Module(_) | Fact::Path(_),
+            ) => None,
         }
     }
 }
@@ -69,10 +74,27 @@ pub enum Fact {
         /// Function names, innermost first.
         functions: Vec<String>,
     },
+    /// A module that frames lie in. Said before the first path that names it, and again in every journal segment.
+    Module(ModuleFound),
+    /// Frames of a stack. Said before the first stack that has them, and again in every journal segment.
+    Path(PathFound),
+    /// Memory grew, and this code did it.
+    Stack(StackFound),
     /// Loss counters of the kernel side and of the reader, as totals since the start.
     Losses {
         /// `ring/reason` and the total so far; only those that are not 0.
         totals: Vec<(String, u64)>,
+    },
+    /// What memory.oom_control of a watched cgroup says (v1), when it changed.
+    OomControl {
+        /// kernfs id.
+        cgroup_id: u64,
+        /// When it was read, boot clock, nanoseconds.
+        boot_ns: u64,
+        /// Its OOM killer is off.
+        kill_disabled: bool,
+        /// It is out of memory: tasks wait.
+        under_oom: bool,
     },
     /// Time passes: windows close. Also sent before every batch of records.
     Tick {
@@ -126,10 +148,16 @@ pub struct Settings {
     pub kernel_log: bool,
     /// Whether SIGKILL is seen (signal_generate attached), so that "marked without a kill" can be told.
     pub kills_seen: bool,
+    /// Whether the end of reclaim is seen, so that it can be told how long tasks were held up.
+    pub stalls_seen: bool,
     /// Hooks of the plan that are not attached, with what is lost without them.
     pub degraded: Vec<String>,
     /// Save spikes as incidents.
     pub spikes: bool,
+    /// Save near misses as incidents.
+    pub near_misses: bool,
+    /// A stack is taken when a process grew by about this much; 0: none are taken.
+    pub sample_bytes: u64,
 }
 
 impl Default for Settings {
@@ -142,8 +170,11 @@ impl Default for Settings {
             ticks_per_second: 100,
             kernel_log: false,
             kills_seen: true,
+            stalls_seen: true,
             degraded: Vec::new(),
             spikes: true,
+            near_misses: true,
+            sample_bytes: 0,
         }
     }
 }
@@ -237,12 +268,14 @@ pub enum KernelLogEvent {
 }
 
 /// What the engine asks its shell to do. The shell may drop none: the engine takes each for done and does not say it
-/// again (one that failed is the shell's to tell of). [`Effect::LookUpCgroup`] and [`Effect::SetQuantum`] are the
-/// session's own, the others its caller's.
+/// again (one that failed is the shell's to tell of). [`Effect::LookUpCgroup`], [`Effect::WatchOomControl`]
+/// and [`Effect::SetQuantum`] are the session's own, the others its caller's.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Put this kill on disk at once: it must survive whatever happens to the rest.
     Kill(KillEntry),
+    /// Note who sent this SIGKILL; nothing waits for it.
+    Sigkill(SigkillEntry),
     /// Write this finished incident.
     Save(Box<Incident>),
     /// Tell whoever listens.
@@ -253,6 +286,14 @@ pub enum Effect {
     LookUpCgroup {
         /// kernfs id.
         id: u64,
+    },
+    /// A cgroup on version 1 may be at its limit: read its memory.oom_control for some seconds, and as long as it is out
+    /// of memory, and answer with [`Fact::OomControl`] at every change. Said at most once a second for a cgroup.
+    WatchOomControl {
+        /// kernfs id.
+        cgroup_id: u64,
+        /// Its path.
+        path: String,
     },
     /// A cgroup's limit is small, or no longer is: give it this quantum. May not be dropped: it is said once a change,
     /// so a cgroup whose quantum was not set keeps the old one until its limit changes again. One setting replaces the
@@ -292,6 +333,71 @@ pub struct KillEntry {
     pub killed: bool,
 }
 
+/// One line of the ledger of SIGKILLs: a process that got one, and who sent the first that was delivered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SigkillEntry {
+    /// When it was sent, boot clock, nanoseconds.
+    pub boot_ns: u64,
+    /// Wall time, RFC 3339.
+    pub wall: String,
+    /// Process that got it.
+    pub pid: u32,
+    /// Its start, boot clock.
+    pub start_boot_ns: u64,
+    /// Its name.
+    pub comm: String,
+    /// kernfs id of its memory cgroup.
+    pub cgroup_id: Option<u64>,
+    /// Path of its memory cgroup, when known.
+    pub cgroup_path: Option<String>,
+    /// Why it was sent.
+    pub cause: SigkillCause,
+    /// Process that sent it, or in whose context the kernel did; for an OOM kill whose allocation failed.
+    pub sender_pid: u32,
+    /// The sender's start, boot clock.
+    pub sender_start_boot_ns: u64,
+    /// The sender's name.
+    pub sender_comm: String,
+    /// Id of the incident, for an OOM kill.
+    pub incident: Option<String>,
+}
+
+/// Why a SIGKILL was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SigkillCause {
+    /// The OOM killer.
+    Oom,
+    /// Somebody wrote to cgroup.kill: the sender.
+    CgroupKill,
+    /// A process by kill(2) or the like; the process itself also where the kernel ends it by force_sig.
+    Process,
+    /// The init of its pid namespace exited (or its tracer, with PTRACE_O_EXITKILL): the sender.
+    PidNamespace,
+    /// Its parent exited, and it had asked for SIGKILL then (PR_SET_PDEATHSIG).
+    ParentDeath,
+    /// The kernel for another reason, such as RLIMIT_CPU.
+    Kernel,
+}
+
+impl SigkillCause {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Oom, Self::CgroupKill, Self::Process, Self::PidNamespace, Self::ParentDeath, Self::Kernel];
+
+    /// The name in the ledger.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Oom => "oom",
+            Self::CgroupKill => "cgroup_kill",
+            Self::Process => "process",
+            Self::PidNamespace => "pid_namespace",
+            Self::ParentDeath => "parent_death",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
 /// Something worth telling.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Finding {
@@ -317,16 +423,42 @@ pub enum Finding {
         /// Limit.
         limit_bytes: u64,
     },
-    /// The limit was hit, reclaim ran, nobody was killed.
+    /// A limit was hit, reclaim ran, nobody was killed.
     NearMiss {
+        /// Incident id.
+        incident: String,
         /// Cgroup path.
         cgroup_path: Option<String>,
         /// kernfs id.
         cgroup_id: u64,
-        /// How often the limit was hit in the window.
+        /// Which limit.
+        limit: PressureLimit,
+        /// How often it was hit in the window.
         hits: u64,
-        /// How long tasks were held up, nanoseconds.
-        stalled_ns: u64,
+        /// How long tasks were held up, nanoseconds; unknown without the end of reclaim.
+        stalled_ns: Option<u64>,
+    },
+    /// A cgroup ran out of memory and its OOM killer is off: its tasks wait until somebody helps.
+    Stuck {
+        /// Id of the incident that is saved when it is over.
+        incident: String,
+        /// Cgroup path.
+        cgroup_path: Option<String>,
+        /// Its usage.
+        usage_bytes: Option<u64>,
+        /// Its limit.
+        limit_bytes: Option<u64>,
+        /// Processes in it.
+        tasks: u64,
+    },
+    /// That is over.
+    Unstuck {
+        /// Incident id.
+        incident: String,
+        /// Cgroup path.
+        cgroup_path: Option<String>,
+        /// How long it took, nanoseconds.
+        under_oom_ns: u64,
     },
     /// The kernel log and the hooks disagree about a kill.
     Disagreement {

@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+pub mod allocation;
 pub mod decode;
 pub mod incident;
 pub mod input;
 pub mod snapshot;
 
+mod attribution;
 mod book;
 mod builder;
 mod cases;
@@ -23,19 +25,22 @@ mod identity;
 mod kernlog;
 mod kills;
 mod losses;
+mod pressure;
 mod processes;
 mod recording;
 #[cfg(test)]
 mod sample;
 mod scope;
+mod sigkills;
 mod spaces;
+mod stack;
+mod stuck;
 #[cfg(test)]
 mod tests;
 mod timeline;
 mod verdict;
 
 use decode::{DecodeError, Reading, Record};
-use detect::Found;
 use incident::Host;
 use input::{CgroupFound, Effect, Fact, Finding, Input, ProcessFound, Settings};
 use memtrace_common::event as wire;
@@ -69,10 +74,14 @@ pub struct Engine {
     told: [u64; 4],
     book: book::Book,
     ledger: kills::Ledger,
+    sigkills: sigkills::Sigkills,
     log: kernlog::KernelLog,
+    attribution: attribution::Attribution,
     detectors: detect::Detectors,
     /// At most [`cases::OPEN_CAP`].
     open: Vec<cases::Open>,
+    /// At most [`stuck::STUCK_CAP`].
+    stuck: Vec<stuck::Stuck>,
     recording: Option<recording::State>,
 }
 
@@ -87,6 +96,8 @@ pub struct Counts {
     pub unknown_kinds: u64,
     /// Incidents that still gather.
     pub open_incidents: u64,
+    /// Cgroups that wait for memory with their OOM killer off.
+    pub stuck_cgroups: u64,
     /// Cgroups known, removed ones that are remembered included.
     pub cgroups: u64,
     /// Processes known, dead ones that are remembered included.
@@ -131,6 +142,7 @@ impl Engine {
         match record {
             Record::Rss(r) => {
                 let key = self.book.rss(r);
+                self.attribution.grew(r);
                 self.learnt(key);
                 if let (Some(recording), Some(key)) = (&mut self.recording, key) {
                     recording.moved(&self.book, key, r.header.boot_ns);
@@ -159,7 +171,7 @@ impl Engine {
                 let key = self.book.exec(r);
                 self.learnt(Some(key));
                 if let Some(recording) = &mut self.recording {
-                    recording.exec(key);
+                    recording.exec(key, r.header.boot_ns);
                 }
             }
             Record::Exit(r) => {
@@ -169,6 +181,7 @@ impl Engine {
             }
             Record::MmGone(r) => {
                 let key = self.book.mm_gone(r);
+                self.attribution.gone(r);
                 self.learnt(key);
             }
             Record::Attach(r) => {
@@ -178,6 +191,9 @@ impl Engine {
             Record::Cgroup(r) => {
                 self.book.cgroup_change(r);
                 self.tree_changed();
+                if r.change == wire::CGROUP_REMOVED {
+                    self.unstuck(r.memcg.cgroup_id, r.header.boot_ns);
+                }
                 self.watch(r.header.boot_ns, &Reading::from(&r.memcg), effects);
             }
             // Addresses mean nothing here; the names come as a fact.
@@ -204,8 +220,14 @@ impl Engine {
             Fact::KernelStack { victim_pid, victim_start_boot_ns, functions } => {
                 self.on_stack((*victim_pid, *victim_start_boot_ns), kills::functions(functions));
             }
+            Fact::Module(found) => self.attribution.module(found),
+            Fact::Path(found) => self.attribution.path(found),
+            Fact::Stack(found) => self.attribution.stack(found),
             // Before the first tick they are what an earlier segment has counted already.
             Fact::Losses { totals } => self.losses.state(totals, self.now == 0),
+            Fact::OomControl { cgroup_id, boot_ns, kill_disabled, under_oom } => {
+                self.on_oom_control(*cgroup_id, *boot_ns, *kill_disabled, *under_oom, effects);
+            }
             Fact::Tick { boot_ns } => self.tick(*boot_ns, effects),
             Fact::RecordingBegin { cgroup_id, pid, command, boot_ns } => {
                 let subject = Subject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };
@@ -242,6 +264,8 @@ impl Engine {
     fn stop(&mut self, boot_ns: u64, effects: &mut Vec<Effect>) {
         self.tick(boot_ns, effects);
         self.close_due(true, effects);
+        self.close_stuck(true, effects);
+        self.tell_sigkills(true, effects);
         self.end_recording(&Ending { boot_ns: self.now, ..Ending::default() }, effects);
         self.stopped = true;
     }
@@ -249,36 +273,20 @@ impl Engine {
     fn tick(&mut self, boot_ns: u64, effects: &mut Vec<Effect>) {
         self.now = self.now.max(boot_ns);
         self.book.tick(self.now);
+        let recorded = self.recording.as_ref().map(|recording| recording.subject.boot_ns);
+        self.attribution.tick(self.now, self.settings.before_ns, recorded);
         self.count_evictions();
         self.losses.remember(self.now, self.settings.before_ns / LOSS_MOMENTS);
         self.close_due(false, effects);
+        self.close_stuck(false, effects);
+        self.tell_sigkills(false, effects);
         self.ledger.tick(self.now);
         for pid in self.log.unseen(self.now) {
             if self.settings.kernel_log {
                 effects.push(Effect::Alert(Finding::Disagreement { pid, only_in: "kernel_log".to_owned() }));
             }
         }
-        for found in self.detectors.tick(self.now) {
-            match found {
-                Found::NearMiss { cgroup, hits, stalled_ns } => effects.push(Effect::Alert(Finding::NearMiss {
-                    cgroup_path: self.book.cgroups.path(Some(cgroup)),
-                    cgroup_id: cgroup,
-                    hits,
-                    stalled_ns,
-                })),
-                Found::Spike(spike) if self.settings.spikes => {
-                    let incident = builder::spike_incident(&spike, &self.scene());
-                    effects.push(Effect::Alert(Finding::Spike {
-                        incident: incident.id.clone(),
-                        cgroup_path: incident.cgroup.path.clone(),
-                        peak_bytes: spike.peak,
-                        limit_bytes: spike.limit,
-                    }));
-                    effects.push(Effect::Save(Box::new(incident)));
-                }
-                Found::Spike(_) => {}
-            }
-        }
+        self.tell_found(effects);
     }
 
     fn count_evictions(&mut self) {
@@ -309,6 +317,7 @@ impl Engine {
             self.detectors.reading(id, boot_ns, usage, limit);
         }
         self.adjust_quantum(id, effects);
+        self.ask_to_watch(id, boot_ns, reading, effects);
     }
 
     /// A small limit, its own or an ancestor's, asks for a fine quantum; a limit that grew gives it back.
@@ -327,27 +336,17 @@ impl Engine {
         }
     }
 
-    fn reclaim(&mut self, r: &wire::Reclaim, effects: &mut Vec<Effect>) {
-        let ns = r.header.boot_ns;
-        let reading = Reading::from(&r.memcg);
-        self.reading(ns, &reading, effects);
-        let Some(id) = reading.cgroup_id.filter(|id| self.book.cgroups.limit(*id).is_some()) else { return };
-        match r.phase {
-            // Reclaim for memory.high or on request begins below the limit: that is no hit.
-            wire::RECLAIM_BEGIN if detect::at_limit(&reading, &self.host) => {
-                self.detectors.reclaim_began(id, ns, 1 + u64::from(r.suppressed))
-            }
-            wire::RECLAIM_END => self.detectors.reclaim_ended(id, decode::known(r.duration_ns).unwrap_or(0)),
-            _ => {}
-        }
-    }
-
     fn cgroup_found(&mut self, found: &CgroupFound, effects: &mut Vec<Effect>) {
         let before = self.book.cgroups.limit(found.id);
         self.book.cgroup_found(found);
         self.tree_changed();
         if self.book.cgroups.limit(found.id) != before {
             self.adjust_quantum(found.id, effects);
+        }
+        // One that is at its limit may wait there since before we came.
+        if let Some(last) = self.book.cgroups.get(found.id).map(|row| row.last).filter(|_| found.usage_bytes.is_some())
+        {
+            self.ask_to_watch(found.id, found.boot_ns, &last, effects);
         }
     }
 
@@ -403,19 +402,29 @@ impl Engine {
             book: &self.book,
             losses: &self.losses,
             log: &self.log,
+            attribution: &self.attribution,
         }
+    }
+
+    /// Cgroups known right below this one.
+    pub fn children(&self, cgroup_id: u64) -> impl Iterator<Item = u64> + '_ {
+        let below = self.book.cgroups.iter().filter(move |(_, row)| row.parent == Some(cgroup_id) && !row.removed);
+        below.map(|(id, _)| id)
     }
 
     /// Numbers about the engine itself.
     pub fn counts(&self) -> Counts {
-        let open: usize = self.open.iter().map(|o| o.view.curve.memory_estimate() + o.view.tasks.len() * 128).sum();
+        let views = self.open.iter().map(|o| &o.view).chain(self.stuck.iter().map(|s| &s.view));
+        let open: usize = views.map(|view| view.curve.memory_estimate() + view.tasks.len() * 128).sum();
         let recording = self.recording.as_ref().map_or(0, recording::State::memory_estimate);
         let memory = self.book.memory_estimate() + self.detectors.memory_estimate() + open + recording;
+        let memory = memory + self.sigkills.memory_estimate() + self.attribution.memory_estimate();
         Counts {
             records: self.records.clone(),
             bad_records: self.bad_records,
             unknown_kinds: self.unknown_kinds,
             open_incidents: self.open.len() as u64,
+            stuck_cgroups: self.stuck.len() as u64,
             cgroups: self.book.cgroups.len() as u64,
             processes: self.book.processes.len() as u64,
             evictions: self.evictions().iter().sum(),
@@ -470,6 +479,7 @@ impl Engine {
                 peak_bytes: row.peak.unwrap_or(0),
             })
         }));
+        facts.extend(self.stuck.iter().flat_map(stuck::Stuck::facts));
         if let Some(r) = &self.recording {
             let s = &r.subject;
             let (cgroup_id, pid, command) = (s.cgroup_id, s.pid, s.command.clone());

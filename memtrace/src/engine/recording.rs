@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::book::Book;
-use super::builder::{Scene, cgroup, composition, losses, note};
+use super::builder::{Scene, allocations, cgroup, composition, losses, note};
 use super::clock::Identity;
 use super::decode::Reading;
 use super::incident::{Growth, Incident, Kind, MappingNote, Oom, RecordedProcess, Recording, SCHEMA, Timeline};
@@ -59,6 +59,8 @@ pub(super) struct State {
     /// As of the highest reading.
     growth: Vec<Growth>,
     captured: u64,
+    /// From when on growth is told with its stacks.
+    grown_since_ns: u64,
     oom_ids: Vec<String>,
     oom: Option<Oom>,
     /// Shape of the cgroup tree when all processes were looked at.
@@ -84,6 +86,7 @@ impl State {
             notes_let_go: 0,
             growth: Vec::new(),
             captured: 0,
+            grown_since_ns: 0,
             oom_ids: Vec::new(),
             oom: None,
             reshaped: 0,
@@ -244,10 +247,11 @@ impl State {
 
     /// A process became another program. While it is the only one, the recording begins anew: what held memory until
     /// now was whoever started the command.
-    pub(super) fn exec(&mut self, key: Key) {
+    pub(super) fn exec(&mut self, key: Key, boot_ns: u64) {
         if self.members.len() == 1 && self.members.values().any(|m| m.key == key) {
             self.captured = 0;
             self.growth.clear();
+            self.grown_since_ns = boot_ns;
         }
     }
 
@@ -295,6 +299,13 @@ impl State {
         let mut lost = losses(&self.loss_base, thinned, scene);
         note(&mut lost, "mappings not listed", self.notes_let_go);
         lost.sort();
+        let root = self.subject.cgroup_id;
+        let keys: std::collections::BTreeSet<Key> = self.members.values().map(|m| m.key).collect();
+        let window = (self.subject.boot_ns.max(self.grown_since_ns), ending.boot_ns);
+        let (allocation_paths, allocations) = allocations(scene, window, &lost, |cgroup, key| match root {
+            Some(root) => scene.book.cgroups.in_tree(cgroup, root),
+            None => keys.contains(&key),
+        });
         self.notes.sort_by_key(|n| (n.boot_ns, n.pid, n.address));
         let mut processes: Vec<RecordedProcess> = self.members.into_values().map(|m| m.process).collect();
         processes.sort_by_key(|p| (std::cmp::Reverse(p.peak_bytes), p.start_boot_ns, p.pid));
@@ -315,6 +326,7 @@ impl State {
             host: scene.host.clone(),
             cgroup: about,
             oom: open_oom.or(self.oom),
+            pressure: None,
             recording: Some(Recording {
                 command: self.subject.command,
                 start_boot_ns: self.subject.boot_ns,
@@ -328,7 +340,8 @@ impl State {
             timeline,
             growth: self.growth,
             mappings: self.notes,
-            allocation_paths: Vec::new(),
+            allocation_paths,
+            allocations,
             composition,
             verdict,
             losses: lost,

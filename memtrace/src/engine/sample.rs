@@ -108,7 +108,7 @@ pub(super) fn exit(boot_ns: u64, pid: u32, cgroup_id: u64, exit_code: u32) -> Ex
 }
 
 pub(super) fn mm_gone(boot_ns: u64, pid: u32, mm_id: u64, peak_bytes: u64) -> MmGone {
-    MmGone { header: header::<MmGone>(boot_ns), task: task(pid), mm_id, cgroup_id: 0, peak_bytes, reserved: 0 }
+    MmGone { header: header::<MmGone>(boot_ns), task: task(pid), mm_id, cgroup_id: 0, peak_bytes, grown_bytes: UNKNOWN }
 }
 
 pub(super) fn attach(boot_ns: u64, pid: u32, cgroup_id: u64) -> CgroupAttach {

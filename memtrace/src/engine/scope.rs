@@ -57,7 +57,7 @@ pub(super) fn scope(
 }
 
 /// Whose tree an incident is about. Where there is no id the tree is that of no cgroup at all, never the machine.
-fn tree(ran_out: RanOut, victim: Option<u64>) -> Option<u64> {
+pub(super) fn tree(ran_out: RanOut, victim: Option<u64>) -> Option<u64> {
     match ran_out {
         (Scope::Global | Scope::Cpuset, _) => None,
         (Scope::Cgroup | Scope::Ancestor, out) => Some(out.unwrap_or(0)),

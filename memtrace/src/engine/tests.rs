@@ -529,16 +529,6 @@ fn a_spike_is_saved_and_a_kill_explains_it() {
 }
 
 #[test]
-fn reclaim_without_a_kill_is_a_near_miss() {
-    let mut b = Bench::new();
-    b.feed(&sample::reclaim(T, 100, at_limit(), RECLAIM_BEGIN, 0));
-    b.feed(&sample::reclaim(T + MS, 100, at_limit(), RECLAIM_END, MS));
-    b.feed(&sample::reclaim(T, 100, sample::memcg(60, 5), RECLAIM_BEGIN, 0));
-    b.tick(T + 5 * SEC);
-    assert_eq!(b.alerts(), [Finding::NearMiss { cgroup_path: None, cgroup_id: OWN, hits: 1, stalled_ns: MS }]);
-}
-
-#[test]
 fn reclaim_below_the_limit_is_no_near_miss() {
     // Two CPUs may hold back 256 KiB each, but of a small limit never more than an eighth.
     let cases = [
@@ -551,9 +541,8 @@ fn reclaim_below_the_limit_is_no_near_miss() {
     ];
     for (usage, limit, expected) in cases {
         let mut b = Bench::new();
-        let high = Memcg { high_bytes: usage, ..sample::limited(OWN, usage, limit) };
         b.feed(&sample::reclaim(T - 1, 100, at_limit(), RECLAIM_END, MS));
-        b.feed(&sample::reclaim(T, 100, high, RECLAIM_BEGIN, 0));
+        b.feed(&sample::reclaim(T, 100, sample::limited(OWN, usage, limit), RECLAIM_BEGIN, 0));
         b.tick(T + 5 * SEC);
         assert_eq!(b.alerts().len(), usize::from(expected), "{usage} of {limit}");
     }
@@ -881,6 +870,7 @@ proptest! {
             let n = c.boot_ns.len();
             prop_assert!(c.boot_ns.windows(2).all(|w| w[0] <= w[1]));
             prop_assert!([c.usage_bytes.len(), c.limit_bytes.len(), c.watermark_bytes.len()] == [n; 3]);
+            prop_assert!([c.swap_usage_bytes.len(), c.swap_limit_bytes.len()] == [n; 2]);
             prop_assert!([c.anon_bytes.len(), c.file_bytes.len(), c.shmem_bytes.len(), c.swap_bytes.len()] == [n; 4]);
             prop_assert!(incident.kind != Kind::OomKill || c.boot_ns.contains(&incident.at.boot_ns));
             let text = serde_json::to_string(incident).unwrap();

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use memtrace_common::event::{NO_LIMIT, UNKNOWN};
 
-use super::decode::Reading;
+use super::decode::{Reading, known};
 use super::incident::Columns;
 
 /// Everything is kept this long, up to [`FINE_CAP`] readings.
@@ -85,13 +85,15 @@ impl Sums {
     }
 }
 
-/// One reading of the curve. 72 bytes: unknowns are the wire's values inside and `None` at the accessors.
+/// One reading of the curve. 88 bytes: unknowns are the wire's values inside and `None` at the accessors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Point {
     pub(super) boot_ns: u64,
     usage: u64,
     limit: u64,
     watermark: u64,
+    swap_usage: u64,
+    swap_limit: u64,
     pub(super) sums: Sums,
     /// Readings left out in favour of this one.
     merged: u32,
@@ -104,21 +106,31 @@ impl Point {
             usage: reading.usage.unwrap_or(UNKNOWN),
             limit: reading.limit.bytes().unwrap_or(NO_LIMIT),
             watermark: reading.watermark.unwrap_or(UNKNOWN),
+            swap_usage: reading.swap_usage.unwrap_or(UNKNOWN),
+            swap_limit: reading.swap_limit.bytes().unwrap_or(NO_LIMIT),
             sums,
             merged: 0,
         }
     }
 
     pub(super) fn usage(&self) -> Option<u64> {
-        (self.usage != UNKNOWN).then_some(self.usage)
+        known(self.usage)
     }
 
     pub(super) fn limit(&self) -> Option<u64> {
-        (self.limit != NO_LIMIT && self.limit != UNKNOWN).then_some(self.limit)
+        known(self.limit).filter(|limit| *limit != NO_LIMIT)
     }
 
     pub(super) fn watermark(&self) -> Option<u64> {
-        (self.watermark != UNKNOWN).then_some(self.watermark)
+        known(self.watermark)
+    }
+
+    fn swap_usage(&self) -> Option<u64> {
+        known(self.swap_usage)
+    }
+
+    fn swap_limit(&self) -> Option<u64> {
+        known(self.swap_limit).filter(|limit| *limit != NO_LIMIT)
     }
 
     /// How high the curve is here: usage where known, which beats any sum of resident memory.
@@ -314,6 +326,8 @@ pub(super) fn columns<'a>(points: impl Iterator<Item = &'a Point>) -> (Columns, 
         columns.file_bytes.push(p.sums.file);
         columns.shmem_bytes.push(p.sums.shmem);
         columns.swap_bytes.push(p.sums.swap);
+        columns.swap_usage_bytes.push(p.swap_usage());
+        columns.swap_limit_bytes.push(p.swap_limit());
         thinned = thinned.saturating_add(u64::from(p.merged));
     }
     (columns, thinned)

@@ -1,7 +1,7 @@
 //! One honest sentence about what happened, with the numbers it rests on. Pure, and a table of cases below.
 
 use super::census::resident;
-use super::incident::{Columns, Composition, Growth, Scope, TaskRow, Verdict};
+use super::incident::{Columns, Composition, Growth, Pressure, PressureLimit, Scope, TaskRow, Verdict};
 
 const SEC: u64 = 1_000_000_000;
 /// A process this young at the event makes it a start-up.
@@ -9,15 +9,16 @@ const YOUNG_NS: u64 = 5 * SEC;
 
 /// What the sentence is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum About {
+pub(super) enum About<'a> {
     Oom { scope: Scope, killed: bool },
     Spike,
+    Pressure(&'a Pressure),
     Recording,
 }
 
 /// What is known about it.
 pub(super) struct Case<'a> {
-    pub(super) about: About,
+    pub(super) about: About<'a>,
     /// Path of the cgroup that ran out, spiked or was recorded.
     pub(super) path: Option<&'a str>,
     /// The event, or a recording's peak.
@@ -68,10 +69,14 @@ pub(super) fn judge(case: &Case<'_>) -> Verdict {
     let shape = shape(case.curve, case.at_ns, case.limit);
     let holder = holder(case);
     let mut summary = subject(case);
-    summary.push_str(&shape_clause(case, shape));
-    summary.push_str(&holder_clause(&holder));
-    if let Some(young) = young(case, &holder) {
-        summary.push_str(&young);
+    if let About::Pressure(pressure) = case.about {
+        // What to do about it has the place of how it came to be, which is in the evidence.
+        summary.push_str(&holder_clause(&holder));
+        summary.push_str(&outcome(pressure));
+    } else {
+        summary.push_str(&shape_clause(case, shape));
+        summary.push_str(&holder_clause(&holder));
+        summary.push_str(&young(case, &holder).unwrap_or_default());
     }
     if case.about_mark_only() {
         summary.push_str("; the kernel killed nobody: the victim was chosen while it was already exiting");
@@ -104,6 +109,16 @@ fn subject(case: &Case<'_>) -> String {
             let of = case.limit.map_or_else(String::new, |l| format!(" of its limit of {}", bytes(l)));
             format!("{name} rose to {peak}{of} and fell again without a kill")
         }
+        About::Pressure(pressure) => {
+            let bytes = case.limit.map_or_else(String::new, |l| format!(" of {}", bytes(l)));
+            match pressure.limit {
+                PressureLimit::Max if let Some(ns) = pressure.under_oom_ns => {
+                    format!("{name} was stuck at its limit{bytes} for {}", duration(ns))
+                }
+                PressureLimit::Max => format!("{name} hit its limit{bytes}"),
+                PressureLimit::High => format!("{name} was slowed down at its memory.high{bytes}"),
+            }
+        }
         About::Recording => match case.usage {
             Some(peak) => format!("Memory peaked at {}", bytes(peak)),
             None => "No reading of memory was taken".to_owned(),
@@ -111,8 +126,35 @@ fn subject(case: &Case<'_>) -> String {
     }
 }
 
+/// What a limit that was hit came to, and what to do.
+fn outcome(pressure: &Pressure) -> String {
+    if pressure.under_oom_ns.is_some() {
+        return ": its OOM killer is off (memory.oom_control), so tasks waited for memory; raise the limit, end a \
+                process or switch it on"
+            .to_owned();
+    }
+    let hits = match pressure.hits {
+        1 => "1 hit".to_owned(),
+        hits => format!("{hits} hits in {}", duration(pressure.until_boot_ns.saturating_sub(pressure.from_boot_ns))),
+    };
+    let held_up = match pressure.stalled_ns {
+        None | Some(0) => String::new(),
+        Some(ns) => format!(", tasks held up {}", duration(ns)),
+    };
+    match pressure.limit {
+        PressureLimit::Max => {
+            format!(
+                "; reclaim made room without a kill ({hits}{held_up}): raise the limit or let it use less, or the next rise may be killed"
+            )
+        }
+        PressureLimit::High => format!(
+            "; nobody is killed for that ({hits}{held_up}): raise memory.high or let it use less to be fast again"
+        ),
+    }
+}
+
 /// The curve is that of what ran out; for the machine it is only that of the victim's cgroup.
-fn about_curve(about: About) -> bool {
+fn about_curve(about: About<'_>) -> bool {
     !matches!(about, About::Oom { scope: Scope::Global | Scope::Cpuset | Scope::Unknown, .. })
 }
 
@@ -224,7 +266,11 @@ fn evidence(case: &Case<'_>, shape: Shape, holder: &Holder) -> Vec<String> {
         out.push("usage, curve and composition are those of the victim's cgroup".to_owned());
     }
     match (case.usage, case.limit) {
-        (Some(usage), Some(limit)) => out.push(format!("usage {} of limit {}", bytes(usage), bytes(limit))),
+        (Some(usage), Some(limit)) => {
+            let high = matches!(case.about, About::Pressure(p) if p.limit == PressureLimit::High);
+            let which = if high { "memory.high" } else { "limit" };
+            out.push(format!("usage {} of {which} {}", bytes(usage), bytes(limit)));
+        }
         (Some(usage), None) => out.push(format!("usage {}, no limit of its own", bytes(usage))),
         (None, _) => out.push("usage was not read".to_owned()),
     }
@@ -321,6 +367,8 @@ mod tests {
             file_bytes: vec![0; n],
             shmem_bytes: vec![0; n],
             swap_bytes: vec![0; n],
+            swap_usage_bytes: vec![None; n],
+            swap_limit_bytes: vec![None; n],
         }
     }
 
@@ -410,6 +458,19 @@ mod tests {
         }
     }
 
+    fn pressure(limit: PressureLimit, hits: u64) -> Pressure {
+        Pressure {
+            from_boot_ns: AT,
+            until_boot_ns: AT + 2 * SEC,
+            limit,
+            hits,
+            stalled_ns: Some(30 * MS),
+            oom_kill_disabled: None,
+            under_oom_ns: None,
+            tasks: Vec::new(),
+        }
+    }
+
     #[test]
     fn the_subject_says_what_ran_out() {
         let all = [
@@ -422,6 +483,14 @@ mod tests {
                  while it was already exiting.",
             ),
             (About::Spike, "The cgroup rose to 7.5 MiB of its limit of 8 MiB and fell again without a kill."),
+            (
+                About::Pressure(&pressure(PressureLimit::Max, 5)),
+                "The cgroup hit its limit of 8 MiB; reclaim made room without a kill (5 hits in 2 s, tasks held up 30 ms): raise the limit or let it use less, or the next rise may be killed.",
+            ),
+            (
+                About::Pressure(&pressure(PressureLimit::High, 1)),
+                "The cgroup was slowed down at its memory.high of 8 MiB; nobody is killed for that (1 hit, tasks held up 30 ms): raise memory.high or let it use less to be fast again.",
+            ),
             (About::Recording, "Memory peaked at 7.5 MiB."),
         ];
         for (about, expected) in all {

@@ -64,6 +64,7 @@ pub fn describe(facts: &mut Facts, btf: &Btf) {
     facts.tracepoints = tracepoints;
     facts.functions = functions;
     facts.percpu_lookup = btf.enumerator("BPF_FUNC_map_lookup_percpu_elem").is_some();
+    facts.task_pt_regs = btf.enumerator("BPF_FUNC_task_pt_regs").is_some();
 }
 
 /// What this process may do.

@@ -270,7 +270,7 @@ impl Hook {
                 need: Optional,
                 programs: const { &[raw("page_fault_user", "page_fault_user")] },
                 fields: ANY,
-                lost: "Readings do not say how many page faults they are made of, nor the address that crossed the quantum.",
+                lost: "Readings do not say how many page faults they are made of, and allocation paths not which call mapped the memory that was touched.",
             },
             Self::Map => About {
                 name: "map",
@@ -280,7 +280,7 @@ impl Hook {
                     &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
                     &["regs_syscallno", "regs_orig_x0", "regs_regs"],
                 ],
-                lost: "The list of mappings (mmap, brk and their kin) is empty.",
+                lost: "The list of mappings (mmap, brk and their kin) is empty, and so are the allocation paths of these calls.",
             },
             Self::OomDecision => About {
                 name: "oom_decision",

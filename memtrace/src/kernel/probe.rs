@@ -8,7 +8,9 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{FEntry, KProbe, Program as AyaProgram, ProgramError, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
-use memtrace_common::control::{CONTROL, Control, LAYOUT, LOSS_LABELS, LOSS_REASONS, MAX_CPUS, RINGS, Ring};
+use memtrace_common::control::{
+    CONTROL, Control, LAYOUT, LOSS_LABELS, LOSS_REASONS, MAX_CPUS, RINGS, Ring, StackBudget,
+};
 use memtrace_common::event::{Header, MAX_RECORD_BYTES};
 use memtrace_common::layout::KernelLayout;
 use tokio::io::Interest;
@@ -17,7 +19,7 @@ use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::hooks::{Attach, Hook, Program};
-use super::support::{AttachResult, Plan};
+use super::support::{AttachResult, Cost, Plan};
 
 /// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
 const MAX_BATCH_BYTES: usize = 4 << 20;
@@ -104,6 +106,7 @@ impl Probe {
             .map_max_entries("SAMPLES", settings.samples_bytes)
             .map_max_entries("STACKS", settings.stacks_bytes)
             .map_max_entries("AYA_LOGS", 1 << 14)
+            .map_max_entries("SCRATCH", settings.control.cpus.max(1))
             .map_max_entries("MMS", settings.max_processes);
         let mut ebpf = loader.load(object).map_err(|error| ProbeError::Load(chain(&error)))?;
         // Messages of the programs are rare and for people: without them everything still works.
@@ -128,7 +131,7 @@ impl Probe {
             .steps
             .iter()
             .map(|step| match attach_first(&mut ebpf, &step.programs, &btf) {
-                Ok(program) => (step.hook, AttachResult::Attached(program)),
+                Ok(program) => (step.hook, AttachResult::Attached(program, cost(&ebpf, &program))),
                 Err(reason) => (step.hook, AttachResult::Failed(reason)),
             })
             .collect();
@@ -154,7 +157,7 @@ impl Probe {
         self.arena.clear();
         self.slots.clear();
         let mut more = false;
-        for (ring, buffer) in &mut self.rings {
+        for (ring, buffer) in self.rings.iter_mut().filter(|(ring, _)| *ring != Ring::Stacks) {
             let buffer = buffer.get_mut();
             loop {
                 if self.arena.len() >= MAX_BATCH_BYTES {
@@ -177,6 +180,18 @@ impl Probe {
             .iter()
             .filter_map(|slot| Some((slot.ring, arena.get(slot.start..slot.start.checked_add(slot.len)?)?)));
         (records, more)
+    }
+
+    /// Lends every record of the stacks ring to `take`, at most `most` of them, in the ring's own memory: what is on a
+    /// stack is nobody's to copy. Whether more is waiting.
+    pub fn drain_stacks(&mut self, most: usize, mut take: impl FnMut(&[u8])) -> bool {
+        let Some((_, buffer)) = self.rings.iter_mut().find(|(ring, _)| *ring == Ring::Stacks) else { return false };
+        let buffer = buffer.get_mut();
+        for _ in 0..most {
+            let Some(item) = buffer.next() else { return false };
+            take(&item);
+        }
+        true
     }
 
     /// Passes on what the programs have to say (aya-log).
@@ -214,9 +229,36 @@ impl Probe {
 
     /// Gives a cgroup a quantum of its own.
     pub fn set_quantum(&mut self, cgroup_id: u64, quantum_bytes: u64) -> Result<(), String> {
-        let map = self.ebpf.map_mut("QUANTA").ok_or("no map QUANTA")?;
-        let mut quanta: HashMap<_, u64, u64> = HashMap::try_from(map).map_err(|error| error.to_string())?;
-        quanta.insert(cgroup_id, quantum_bytes, 0).map_err(|error| error.to_string())
+        self.put("QUANTA", cgroup_id, quantum_bytes)
+    }
+
+    /// Gives a cgroup a sampling step of its own, bytes.
+    pub fn set_step(&mut self, cgroup_id: u64, step_bytes: u64) -> Result<(), String> {
+        self.put("STEPS", cgroup_id, step_bytes)
+    }
+
+    /// Copies this much of the stacks of a process.
+    pub fn set_slice(&mut self, pid: u32, slice_bytes: u32) -> Result<(), String> {
+        self.put("SLICES", pid, slice_bytes)
+    }
+
+    fn put<K: aya::Pod, V: aya::Pod>(&mut self, name: &'static str, key: K, value: V) -> Result<(), String> {
+        let map = self.ebpf.map_mut(name).ok_or_else(|| format!("no map {name}"))?;
+        let mut map: HashMap<_, K, V> = HashMap::try_from(map).map_err(|error| error.to_string())?;
+        map.insert(key, value, 0).map_err(|error| error.to_string())
+    }
+
+    /// What stacks have cost; `None` when it cannot be read.
+    pub fn stack_budget(&self) -> Option<StackBudget> {
+        let map: Array<_, [u8; size_of::<StackBudget>()]> = Array::try_from(self.ebpf.map("STACK_BUDGET")?).ok()?;
+        StackBudget::read_from_bytes(&map.get(&0, 0).ok()?).ok()
+    }
+
+    /// Tells the kernel side what has been spent here on stacks since the start, nanoseconds.
+    pub fn set_user_spent(&mut self, spent_ns: u64) -> Result<(), String> {
+        let map = self.ebpf.map_mut("USER_SPENT").ok_or("no map USER_SPENT")?;
+        let mut map: Array<_, u64> = Array::try_from(map).map_err(|error| error.to_string())?;
+        map.set(0, spent_ns, 0).map_err(|error| error.to_string())
     }
 
     /// Memory of every map, rings included, as the kernel accounts it; `None` when it does not say.
@@ -309,6 +351,15 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
         _ => return Err("is of another kind in the eBPF object".to_owned()),
     };
     result.map_err(|error| chain(&error))
+}
+
+/// Nothing hangs on it: what the kernel does not tell is unknown.
+fn cost(ebpf: &Ebpf, program: &Program) -> Cost {
+    let Some(Ok(info)) = ebpf.program(program.name).map(AyaProgram::info) else { return Cost::default() };
+    Cost {
+        verified_instructions: info.verified_instruction_count(),
+        jited_bytes: Some(info.size_jitted()).filter(|bytes| *bytes > 0),
+    }
 }
 
 /// An error with its causes on one line; of a verifier log only the end.

@@ -31,6 +31,8 @@ pub struct Facts {
     pub functions: BTreeMap<&'static str, u32>,
     /// The kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
     pub percpu_lookup: bool,
+    /// The kernel has bpf_task_pt_regs (5.15).
+    pub task_pt_regs: bool,
     /// The memory controller's hierarchy, or why there is none.
     pub cgroup: Option<Result<MemoryController, String>>,
     /// What this process may do.
@@ -310,10 +312,19 @@ fn fits(facts: &Facts, program: &Program) -> Result<(), String> {
 /// What became of a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AttachResult {
-    /// This program runs.
-    Attached(Program),
+    /// This program runs, and this is what it took.
+    Attached(Program, Cost),
     /// None of its programs could be loaded and attached.
     Failed(String),
+}
+
+/// What the kernel tells about a program it has loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Cost {
+    /// Instructions the verifier went through, out of the million it allows; `None` before 5.16, which does not say.
+    pub verified_instructions: Option<u32>,
+    /// Bytes of machine code; `None` where programs are interpreted.
+    pub jited_bytes: Option<u32>,
 }
 
 /// Where a hook stands.
@@ -329,6 +340,9 @@ pub enum State {
     Attached {
         /// The program.
         program: Program,
+        /// What it took.
+        #[serde(flatten)]
+        cost: Cost,
     },
     /// Was tried in vain.
     Failed {
@@ -420,7 +434,7 @@ fn state(plan: &Plan, results: &[(Hook, AttachResult)], hook: Hook) -> State {
         return State::Refused { reason: reason.clone() };
     }
     match results.iter().find(|(tried, _)| *tried == hook) {
-        Some((_, AttachResult::Attached(program))) => State::Attached { program: *program },
+        Some((_, AttachResult::Attached(program, cost))) => State::Attached { program: *program, cost: *cost },
         Some((_, AttachResult::Failed(error))) => State::Failed { error: error.clone() },
         None => {
             let step = plan.steps.iter().find(|step| step.hook == hook);

@@ -29,6 +29,7 @@ fn full() -> Facts {
         tracepoints_known: true,
         functions: programs().filter_map(|p| p.attach.function()).map(|f| (f.name, f.args)).collect(),
         percpu_lookup: true,
+        task_pt_regs: true,
         cgroup: Some(Ok(MemoryController { version: 2, hierarchy_id: 0, mount: "/sys/fs/cgroup".into() })),
         privileges: Privileges {
             euid: 0,
@@ -192,8 +193,9 @@ fn the_status_joins_plan_and_results() {
     let planned = Status::new(&plan, &[]);
     assert!(planned.can_run() && planned.on(Hook::Charge) && !planned.on(Hook::Map));
     let program = Hook::OomDecision.programs()[1];
-    let results =
-        [(Hook::OomDecision, AttachResult::Attached(program)), (Hook::Charge, AttachResult::Failed("EPERM".into()))];
+    let cost = Cost { verified_instructions: Some(3323), jited_bytes: None };
+    let attached = AttachResult::Attached(program, cost);
+    let results = [(Hook::OomDecision, attached), (Hook::Charge, AttachResult::Failed("EPERM".into()))];
     let status = Status::new(&plan, &results);
     assert!(status.can_run() && status.on(Hook::OomDecision) && !status.on(Hook::Charge));
     let degraded = status.degraded();
@@ -203,6 +205,8 @@ fn the_status_joins_plan_and_results() {
     assert!(!broken.can_run());
     let json = serde_json::to_value(&status).unwrap();
     assert_eq!(json["hooks"][14]["state"], "attached");
+    assert_eq!(json["hooks"][14]["verified_instructions"], 3323);
+    assert!(json["hooks"][14]["jited_bytes"].is_null());
     assert_eq!(json["hooks"][14]["program"]["attach"]["kind"], "kprobe");
     assert_eq!(json["hooks"][14]["program"]["attach"]["target"], "oom_kill_process");
     assert_eq!(json["hooks"][15]["error"], "EPERM");

@@ -1,49 +1,110 @@
-//! Names for kernel addresses, from /proc/kallsyms: read as a stream, nothing kept but the answers.
+//! Names of kernel functions, from /proc/kallsyms: read once and kept small, so that a stack is named without a wait.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::time::{Duration, Instant};
 
-/// Most addresses resolved at once.
-pub const MAX_ADDRESSES: usize = 128;
+use tracing::debug;
+
 /// Longest line that is looked at.
 const MAX_LINE: u64 = 4096;
+/// Functions kept; a kernel with all its modules has about a hundred thousand.
+const MAX_FUNCTIONS: usize = 1 << 20;
+/// Bytes of names kept.
+const MAX_NAME_BYTES: usize = 32 << 20;
 /// A function larger than this is a gap between symbols, not a function.
 const MAX_FUNCTION_BYTES: u64 = 1 << 20;
+/// An address without a name may be in a module that was loaded since: the symbols are read again at most so often.
+const REREAD: Duration = Duration::from_secs(60);
 
-/// Names the functions that hold the first [`MAX_ADDRESSES`] of `addresses`, in their order; `None` for an address
-/// nobody owns. Without CAP_SYSLOG the kernel shows zeros and nothing has a name.
-pub fn names(addresses: &[u64]) -> std::io::Result<Vec<Option<String>>> {
-    Ok(resolve(BufReader::new(File::open("/proc/kallsyms")?), addresses))
+/// The kernel's functions by address. Without CAP_SYSLOG the kernel shows zeros, and nothing has a name.
+#[derive(Debug, Default)]
+pub struct KernelSymbols {
+    /// Start and where its name begins, by start. Cap: [`MAX_FUNCTIONS`].
+    functions: Vec<(u64, u32)>,
+    /// Names, one after the other, each ended by a NUL. Cap: [`MAX_NAME_BYTES`].
+    names: Vec<u8>,
+    read: Option<Instant>,
 }
 
-/// The same from any stream of `ADDRESS TYPE NAME` lines.
-fn resolve(mut symbols: impl BufRead, addresses: &[u64]) -> Vec<Option<String>> {
-    let mut best: Vec<(u64, u64, Option<String>)> =
-        addresses.iter().take(MAX_ADDRESSES).map(|address| (*address, 0, None)).collect();
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match symbols.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
-            Ok(0) | Err(_) => break,
-            Ok(_) => {}
+impl KernelSymbols {
+    /// The running kernel's.
+    pub fn read() -> Self {
+        let mut symbols = Self::default();
+        symbols.read_again();
+        symbols
+    }
+
+    fn read_again(&mut self) {
+        match File::open("/proc/kallsyms") {
+            Ok(file) => *self = Self::parse(BufReader::with_capacity(1 << 16, file)),
+            Err(error) => debug!("no names for kernel addresses: {error}"),
         }
-        let Ok(text) = std::str::from_utf8(&line) else { continue };
-        let mut words = text.split_ascii_whitespace();
-        let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next()) else { continue };
-        let Ok(address) = u64::from_str_radix(address, 16) else { continue };
-        if address == 0 || !matches!(kind, "t" | "T" | "w" | "W") {
-            continue;
-        }
-        for (wanted, start, found) in &mut best {
-            if address <= *wanted && address > *start {
-                *start = address;
-                *found = Some(name.to_owned());
+        self.read = Some(Instant::now());
+    }
+
+    /// From any stream of `ADDRESS TYPE NAME` lines.
+    fn parse(mut lines: impl BufRead) -> Self {
+        let mut symbols = Self::default();
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match lines.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
+                Ok(0) | Err(_) => break,
+                Ok(_) => symbols.line(&line),
+            }
+            if symbols.functions.len() >= MAX_FUNCTIONS || symbols.names.len() >= MAX_NAME_BYTES {
+                break;
             }
         }
+        // Stable: of several names of one address the first stays the first.
+        symbols.functions.sort_by_key(|(start, _)| *start);
+        symbols.functions.dedup_by_key(|(start, _)| *start);
+        symbols.functions.shrink_to_fit();
+        symbols.names.shrink_to_fit();
+        symbols
     }
-    best.into_iter()
-        .map(|(wanted, start, name)| name.filter(|_| wanted.saturating_sub(start) < MAX_FUNCTION_BYTES))
-        .collect()
+
+    fn line(&mut self, line: &[u8]) {
+        let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+        let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next()) else { return };
+        if !matches!(kind, b"t" | b"T" | b"w" | b"W") || name.contains(&0) {
+            return;
+        }
+        let address = std::str::from_utf8(address).ok().and_then(|hex| u64::from_str_radix(hex, 16).ok());
+        let (Some(address), Ok(begin)) = (address.filter(|address| *address != 0), u32::try_from(self.names.len()))
+        else {
+            return;
+        };
+        self.functions.push((address, begin));
+        self.names.extend_from_slice(name);
+        self.names.push(0);
+    }
+
+    /// The function that holds an address; an unknown one may be looked for anew.
+    pub fn name(&mut self, address: u64) -> Option<String> {
+        let found = self.find(address);
+        if found.is_none() && self.read.is_some_and(|read| read.elapsed() >= REREAD) {
+            self.read_again();
+            return self.find(address);
+        }
+        found
+    }
+
+    fn find(&self, address: u64) -> Option<String> {
+        let after = self.functions.partition_point(|(start, _)| *start <= address);
+        let (start, begin) = self.functions.get(after.checked_sub(1)?)?;
+        if address.saturating_sub(*start) >= MAX_FUNCTION_BYTES {
+            return None;
+        }
+        let name = self.names.get(*begin as usize..)?.split(|byte| *byte == 0).next()?;
+        Some(String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Heap bytes.
+    pub fn memory_estimate(&self) -> usize {
+        self.functions.capacity() * size_of::<(u64, u32)>() + self.names.capacity()
+    }
 }
 
 #[cfg(test)]
@@ -52,13 +113,24 @@ mod tests {
 
     #[test]
     fn finds_the_function_that_holds_an_address() {
-        let symbols = b"ffffffff81000100 T first\nffffffff81000300 t second\nffffffff81000200 d data\nnonsense\n";
-        let found = resolve(&symbols[..], &[0xffff_ffff_8100_0310, 0xffff_ffff_8100_01ff, 0x10, u64::MAX]);
-        assert_eq!(found, [Some("second".to_owned()), Some("first".to_owned()), None, None]);
+        let lines = b"ffffffff81000100 T first\nffffffff81000300 t second\t[module]\nffffffff81000100 T alias\n\
+                      ffffffff81000200 d data\nnonsense\n\nzz T no\n";
+        let mut symbols = KernelSymbols::parse(&lines[..]);
+        assert_eq!(symbols.name(0xffff_ffff_8100_0310).as_deref(), Some("second"));
+        assert_eq!(symbols.name(0xffff_ffff_8100_01ff).as_deref(), Some("first"));
+        assert_eq!(symbols.name(0x10), None);
+        assert_eq!(symbols.name(u64::MAX), None, "too far behind the last one");
     }
 
     #[test]
     fn hidden_addresses_give_no_names() {
-        assert_eq!(resolve(&b"0000000000000000 T first\n"[..], &[0xffff_ffff_8100_0310]), [None]);
+        let mut symbols = KernelSymbols::parse(&b"0000000000000000 T first\n"[..]);
+        assert_eq!(symbols.name(0xffff_ffff_8100_0310), None);
+    }
+
+    #[test]
+    fn the_running_kernels_are_kept_small() {
+        let symbols = KernelSymbols::read();
+        assert!(symbols.memory_estimate() < 16 << 20, "{}", symbols.memory_estimate());
     }
 }

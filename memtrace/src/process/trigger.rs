@@ -1,26 +1,21 @@
 //! Kernel stacks of the threads whose charge failed: addresses in, names out.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use memtrace_common::event::KernelStack;
-use tracing::debug;
 use zerocopy::FromBytes;
 
-use super::kallsyms;
+use super::kallsyms::KernelSymbols;
 use crate::engine::input::Fact;
 
-/// Kernel addresses whose names are remembered.
-const MAX_NAMES: usize = 4096;
 /// Kernel stacks waiting for their names.
 const MAX_STACKS: usize = 1024;
 
-/// Stacks that wait for their names, and the names known so far.
+/// Stacks that wait for their names.
 #[derive(Default)]
 pub struct TriggerStacks {
     /// Cap: [`MAX_STACKS`].
     waiting: VecDeque<KernelStack>,
-    /// Cap: [`MAX_NAMES`].
-    names: BTreeMap<u64, Option<String>>,
 }
 
 impl TriggerStacks {
@@ -33,30 +28,15 @@ impl TriggerStacks {
         }
     }
 
-    /// Names everything that waits: one pass over the kernel's symbols for all addresses not met before.
-    pub fn take(&mut self) -> Vec<Fact> {
+    /// Names everything that waits.
+    pub fn take(&mut self, symbols: &mut KernelSymbols) -> Vec<Fact> {
         let waiting = std::mem::take(&mut self.waiting);
-        let mut unknown: Vec<u64> =
-            waiting.iter().flat_map(addresses).filter(|address| !self.names.contains_key(address)).collect();
-        unknown.sort_unstable();
-        unknown.dedup();
-        for part in unknown.chunks(kallsyms::MAX_ADDRESSES) {
-            if self.names.len().saturating_add(part.len()) > MAX_NAMES {
-                self.names.clear();
-            }
-            match kallsyms::names(part) {
-                Ok(names) => self.names.extend(part.iter().copied().zip(names)),
-                Err(error) => debug!("no names for kernel addresses: {error}"),
-            }
-        }
-        let named = |stack: &KernelStack| Fact::KernelStack {
+        let mut named = |stack: &KernelStack| Fact::KernelStack {
             victim_pid: stack.victim_tgid,
             victim_start_boot_ns: stack.victim_start_boot_ns,
-            functions: failed_charge(
-                addresses(stack).filter_map(|address| self.names.get(&address).cloned().flatten()).collect(),
-            ),
+            functions: failed_charge(addresses(stack).filter_map(|address| symbols.name(address)).collect()),
         };
-        waiting.iter().map(named).collect()
+        waiting.iter().map(&mut named).collect()
     }
 }
 
@@ -88,6 +68,6 @@ mod tests {
     fn what_is_no_stack_is_left_out() {
         let mut stacks = TriggerStacks::default();
         stacks.push(&[1, 2, 3]);
-        assert!(stacks.take().is_empty());
+        assert!(stacks.take(&mut KernelSymbols::default()).is_empty());
     }
 }

@@ -1,5 +1,7 @@
 //! Hand-made incidents for tests: a burst kill, an ancestor kill of a group, a recording, and a hostile one.
 
+mod allocations;
+
 use crate::engine::incident::*;
 
 const MIB: u64 = 1 << 20;
@@ -33,6 +35,8 @@ fn columns(rows: &[(u64, u64, u64)], limit: Option<u64>) -> Timeline {
         columns.file_bytes.push(3 * MIB);
         columns.shmem_bytes.push(0);
         columns.swap_bytes.push(0);
+        columns.swap_usage_bytes.push(Some(0));
+        columns.swap_limit_bytes.push(None);
     }
     Timeline { columns, thinned: 12 }
 }
@@ -140,6 +144,7 @@ pub fn burst() -> Incident {
         }),
     };
     let anon = 418 * MIB + 310 * 1024;
+    let (allocation_paths, allocations) = allocations::burst();
     Incident {
         schema: SCHEMA,
         id: "01KJHQ3V4D9T4X0Y6S5R2M8ZNC".into(),
@@ -182,6 +187,7 @@ pub fn burst() -> Incident {
                 pid: 4242,
             }),
         }),
+        pressure: None,
         recording: None,
         timeline: columns(&rows, Some(limit)),
         growth: vec![
@@ -193,12 +199,8 @@ pub fn burst() -> Incident {
             mapping(8_320, 4201, "supervisor", "brk", 264 * 1024),
             mapping(203, 4242, "worker", "mmap", 512 * (1 << 20)),
         ],
-        allocation_paths: vec![AllocationPath {
-            weight_bytes: 320 * MIB,
-            cause: Cause::Touch,
-            process: process(4242, "worker"),
-            frames: vec![Frame { symbol: Some("fill".into()), ..Frame::default() }],
-        }],
+        allocation_paths,
+        allocations: Some(allocations),
         composition: Composition {
             anon_bytes: Some(anon + 7 * MIB),
             file_bytes: Some(10 * MIB),
@@ -229,6 +231,7 @@ pub fn group() -> Incident {
         })
         .collect();
     let mut incident = burst();
+    (incident.allocation_paths, incident.allocations) = (Vec::new(), None);
     incident.id = "01KJHQ3V4DA1B2C3D4E5F6G7H8".into();
     incident.cgroup = Cgroup {
         id: 5_200,
@@ -309,6 +312,29 @@ pub fn group() -> Incident {
     incident
 }
 
+/// [`burst`]'s cgroup, slowed down at its memory.high.
+pub fn near_miss() -> Incident {
+    let mut incident = burst();
+    incident.kind = Kind::NearMiss;
+    let tasks = incident.oom.take().map(|oom| oom.tasks).unwrap_or_default();
+    incident.cgroup.high_bytes = Some(400 * MIB);
+    incident.pressure = Some(Pressure {
+        from_boot_ns: KILL,
+        until_boot_ns: KILL + 4_900 * MS,
+        limit: PressureLimit::High,
+        hits: 42,
+        stalled_ns: Some(1_200 * MS),
+        oom_kill_disabled: None,
+        under_oom_ns: None,
+        tasks: tasks.into_iter().map(|task| TaskRow { victim: false, ..task }).collect(),
+    });
+    incident.verdict = Verdict {
+        summary: "The cgroup was slowed down at its memory.high of 400 MiB.".into(),
+        evidence: vec!["usage 400 MiB of memory.high 400 MiB".into()],
+    };
+    incident
+}
+
 /// `memtrace record -- make -j4 all`, 42 s.
 pub fn recording() -> Incident {
     let start = KILL - 42_300 * MS;
@@ -319,6 +345,7 @@ pub fn recording() -> Incident {
         })
         .collect();
     let mut incident = burst();
+    (incident.allocation_paths, incident.allocations) = (Vec::new(), None);
     incident.id = "01KJHQ3V4DZZZZZZZZZZZZZZZZ".into();
     incident.kind = Kind::Recording;
     incident.oom = None;

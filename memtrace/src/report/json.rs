@@ -7,8 +7,9 @@ use serde::{Serialize, Serializer};
 
 use super::plain;
 use crate::engine::incident::{
-    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Recording, Verdict,
+    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording, Verdict,
 };
+use crate::engine::input::SigkillEntry;
 
 /// The whole incident, pretty.
 pub fn incident(incident: &Incident) -> serde_json::Result<String> {
@@ -20,7 +21,7 @@ pub fn incidents(incidents: &[Incident]) -> serde_json::Result<String> {
     pretty(incidents)
 }
 
-/// Incidents as one array, without `timeline` and `allocation_paths`.
+/// Incidents as one array, without `timeline`, `allocation_paths` and `allocations`.
 ///
 /// Each is written before the next is asked for: of an iterator that reads files, one is in memory at a time.
 pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json::Result<String> {
@@ -35,6 +36,11 @@ pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json:
     Ok(harmless(String::from_utf8(text).unwrap_or_default()))
 }
 
+/// Entries of the ledger of SIGKILLs as one array.
+pub fn sigkills(entries: &[SigkillEntry]) -> serde_json::Result<String> {
+    pretty(entries)
+}
+
 /// An incident file without what is large in it.
 #[derive(Serialize)]
 struct Listed<'a> {
@@ -45,6 +51,8 @@ struct Listed<'a> {
     host: &'a Host,
     cgroup: &'a Cgroup,
     oom: &'a Option<Oom>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pressure: &'a Option<Pressure>,
     recording: &'a Option<Recording>,
     growth: &'a [Growth],
     mappings: &'a [MappingNote],
@@ -63,6 +71,7 @@ impl<'a> From<&'a Incident> for Listed<'a> {
             host: &incident.host,
             cgroup: &incident.cgroup,
             oom: &incident.oom,
+            pressure: &incident.pressure,
             recording: &incident.recording,
             growth: &incident.growth,
             mappings: &incident.mappings,
@@ -103,13 +112,15 @@ mod tests {
     use crate::report::fixtures;
 
     #[test]
-    fn the_list_form_leaves_out_two_keys_and_no_other() {
-        let incident = fixtures::burst();
-        let mut whole = serde_json::to_value(&incident).unwrap();
-        whole.as_object_mut().unwrap().remove("timeline").unwrap();
-        whole.as_object_mut().unwrap().remove("allocation_paths").unwrap();
-        let listed: serde_json::Value = serde_json::from_str(&list([&incident]).unwrap()).unwrap();
-        assert_eq!(listed, serde_json::Value::Array(vec![whole]));
+    fn the_list_form_leaves_out_what_is_large_and_nothing_else() {
+        for incident in [fixtures::burst(), fixtures::near_miss()] {
+            let mut whole = serde_json::to_value(&incident).unwrap();
+            whole.as_object_mut().unwrap().remove("timeline").unwrap();
+            whole.as_object_mut().unwrap().remove("allocation_paths").unwrap();
+            whole.as_object_mut().unwrap().remove("allocations").unwrap();
+            let listed: serde_json::Value = serde_json::from_str(&list([&incident]).unwrap()).unwrap();
+            assert_eq!(listed, serde_json::Value::Array(vec![whole]));
+        }
     }
 
     #[test]

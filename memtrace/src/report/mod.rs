@@ -1,17 +1,27 @@
-//! Incident to text and JSON; pure.
+//! Incident to text, JSON, a page and the formats of profilers; pure.
 
+pub mod firefox;
+pub mod folded;
+pub mod html;
 pub mod json;
+pub mod paths;
 pub mod plain;
+pub mod pprof;
 pub mod text;
 pub mod units;
 
+mod allocations;
 mod curve;
+mod frames;
 mod plot;
+mod pressure;
 mod sections;
 mod table;
 
 #[cfg(test)]
 pub mod fixtures;
+#[cfg(test)]
+mod hostile_tests;
 
 /// How text may look where it is going.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,9 +3,7 @@
 use super::table::{Align, Table};
 use super::text::{name, signal_name};
 use super::{Line, Paint, Style, curve, plain, plot, units};
-use crate::engine::incident::{
-    Growth, Incident, KernelLogKill, Kind, LossNote, MappingNote, Oom, Recording, Scope, TaskRow,
-};
+use crate::engine::incident::{Growth, Incident, Kind, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
 
 /// Rows of the process tables.
 const PROCESSES: usize = 8;
@@ -81,13 +79,18 @@ impl<'a> Page<'a> {
         self.lines.push(line);
     }
 
+    /// A line of escaped text.
+    pub(super) fn line(&mut self, line: Line) {
+        self.lines.push(line);
+    }
+
     /// A table.
     pub(super) fn table(&mut self, table: &Table, indent: usize) {
         self.lines.extend(table.lines(self.style, indent));
     }
 
     /// The title of a section.
-    fn title(&mut self, text: &str) {
+    pub(super) fn title(&mut self, text: &str) {
         let mut line = Line::default();
         line.add(self.style, Paint::Strong, text);
         self.lines.push(line);
@@ -108,7 +111,7 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
             let end_ns = start_ns.saturating_add(recording.duration_ns);
             (curve::Window { start_ns, end_ns, zero_ns: start_ns }, None)
         }
-        (Kind::Spike, _) => curve::windows(columns, incident.at.boot_ns, 1_000_000_000),
+        (Kind::Spike | Kind::NearMiss | Kind::Stuck, _) => curve::windows(columns, incident.at.boot_ns, 1_000_000_000),
         _ => curve::windows(columns, incident.at.boot_ns, 0),
     };
     let gutter = GUTTER;
@@ -128,6 +131,8 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     let until = match incident.kind {
         Kind::OomKill => "up to the kill",
         Kind::Spike => "around the highest usage",
+        Kind::NearMiss => "around the first hit",
+        Kind::Stuck => "up to where it got stuck",
         Kind::Recording => "from start to end",
     };
     let drawn = left.iter().any(|level| level.limit.is_some_and(|limit| limit <= top_bytes));
@@ -169,7 +174,8 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
 
 /// Who had the memory and who grew: the largest, the victims and the fastest growers.
 pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
-    let tasks = incident.oom.as_ref().map_or(&[][..], |oom| &oom.tasks);
+    let of_pressure = || incident.pressure.as_ref().map_or(&[][..], |pressure| &pressure.tasks);
+    let tasks = incident.oom.as_ref().map_or_else(of_pressure, |oom| &oom.tasks);
     let considered =
         (tasks.get(..CONSIDERED).unwrap_or(tasks), incident.growth.get(..CONSIDERED).unwrap_or(&incident.growth));
     let rows = join(considered.0, considered.1);
@@ -369,49 +375,6 @@ pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
     page.wrapped(paint, &format!("lost: {lost}{off}"), 0);
     let id = plain::elide(&incident.id, 40, page.style.unicode);
     page.wrapped(Paint::Faint, &format!("incident {id}; everything in it: memtrace report --format json"), 0);
-}
-
-/// Kernel functions in one line of at most `width`.
-pub(super) fn stack(functions: &[String], width: usize) -> String {
-    let mut text = String::new();
-    for (number, function) in functions.iter().enumerate() {
-        let function = plain::elide(function, 48, false);
-        let arrow = if number == 0 { "" } else { " < " };
-        // Room for what says how many are left out.
-        if text.chars().count() + arrow.len() + function.chars().count() + 12 > width {
-            text.push_str(&format!(" < {} more", functions.len() - number));
-            break;
-        }
-        text.push_str(arrow);
-        text.push_str(&function);
-    }
-    text
-}
-
-/// Whether the kernel log agrees.
-pub(super) fn kernel_log(oom: &Oom, style: &Style) -> String {
-    let Some(log) = &oom.kernel_log else {
-        return "not read, or silent about this kill".to_owned();
-    };
-    let agrees = oom.victims.iter().any(|victim| victim.pid == log.pid);
-    let verdict = if agrees { "agrees" } else { "DISAGREES" };
-    let mut text = format!("{verdict}: killed pid {}", log.pid);
-    let KernelLogKill { constraint, oom_memcg, .. } = log;
-    if let Some(constraint) = constraint {
-        text.push_str(&format!(", {}", plain::elide(constraint, 40, style.unicode)));
-    }
-    let ours = oom.oom_cgroup.as_ref().and_then(|cgroup| cgroup.path.as_ref());
-    if let (Some(theirs), Some(ours)) = (oom_memcg, ours)
-        && theirs != ours
-    {
-        text.push_str(&format!(", but it DISAGREES on what ran out: {}", plain::elide(theirs, 60, style.unicode)));
-    }
-    if let Some(line) = log.killed_line_ns.or(log.oom_line_ns) {
-        let seconds = units::seconds(line);
-        // printk prints microseconds.
-        text.push_str(&format!(", printed at [{}]", seconds.get(..seconds.len() - 3).unwrap_or(&seconds)));
-    }
-    text
 }
 
 /// A process of the table: as it was at the kill, as it grew, or both.

@@ -20,7 +20,12 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new<const N: usize>(head: [(&str, Align); N]) -> Self {
-        Self { head: head.map(|(title, align)| (title.to_owned(), align)).into(), rows: Vec::new(), spare: Vec::new() }
+        Self::of(head.map(|(title, align)| (title.to_owned(), align)).into())
+    }
+
+    /// With as many columns as there are titles.
+    pub(super) fn of(head: Vec<(String, Align)>) -> Self {
+        Self { head, rows: Vec::new(), spare: Vec::new() }
     }
 
     /// Names the columns to give up first where a line is too long.
@@ -30,7 +35,12 @@ impl Table {
     }
 
     pub(super) fn row<const N: usize>(&mut self, paint: Paint, cells: [String; N]) {
-        self.rows.push((paint, cells.into()));
+        self.push(paint, cells.into());
+    }
+
+    /// A row of a table made by [`Table::of`].
+    pub(super) fn push(&mut self, paint: Paint, cells: Vec<String>) {
+        self.rows.push((paint, cells));
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -3,7 +3,8 @@
 use super::sections::{self, Page};
 use super::table::{Align, Table};
 use super::{Paint, Style, plain, units};
-use crate::engine::incident::{Cgroup, Incident, Kind, Oom, Process, Recording, Scope, Victim};
+use super::{allocations, pressure};
+use crate::engine::incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim};
 
 /// Victims shown one by one.
 const VICTIMS: usize = 4;
@@ -19,11 +20,15 @@ pub fn report(incident: &Incident, style: &Style) -> String {
     let headline = match (incident.kind, &incident.oom, &incident.recording) {
         (Kind::Recording, _, Some(recording)) => recording_headline(incident, recording, style),
         (Kind::Spike, _, _) => spike_headline(incident, style),
+        (Kind::NearMiss | Kind::Stuck, _, _) => match &incident.pressure {
+            Some(pressure) => pressure::headline(incident, pressure, style),
+            None => "A limit was hit without a kill: nothing more is known.".to_owned(),
+        },
         (_, Some(oom), _) => kill_headline(incident, oom, style),
         (Kind::OomKill, None, _) => "OOM kill: nothing more is known.".to_owned(),
         (Kind::Recording, _, None) => "Recording: nothing is known of the command.".to_owned(),
     };
-    let alarm = matches!(incident.kind, Kind::OomKill);
+    let alarm = matches!(incident.kind, Kind::OomKill | Kind::Stuck);
     page.wrapped(if alarm { Paint::Alarm } else { Paint::Strong }, &headline, 0);
     verdict(&mut page, incident);
     page.blank();
@@ -31,6 +36,9 @@ pub fn report(incident: &Incident, style: &Style) -> String {
     place(&mut page, incident);
     if let Some(oom) = &incident.oom {
         kill(&mut page, incident, oom);
+    }
+    if let Some(pressure) = &incident.pressure {
+        page.fact("pressure", &pressure::line(pressure));
     }
     sections::composition(&mut page, incident);
     page.blank();
@@ -40,6 +48,7 @@ pub fn report(incident: &Incident, style: &Style) -> String {
         Some(recording) => sections::recorded(&mut page, incident, recording),
         None => sections::processes(&mut page, incident),
     }
+    allocations::section(&mut page, incident);
     sections::mappings(&mut page, incident);
     sections::losses(&mut page, incident);
     page.finish()
@@ -113,7 +122,7 @@ fn verdict(page: &mut Page<'_>, incident: &Incident) {
     let verdict = &incident.verdict;
     let most = page.style.columns() * 2;
     if !verdict.summary.is_empty() {
-        page.wrapped(Paint::Strong, &plain::elide(&verdict.summary, most, page.style.unicode), 2);
+        page.wrapped(Paint::Strong, &plain::elide(&verdict.summary, page.style.columns() * 3, page.style.unicode), 2);
     }
     for evidence in verdict.evidence.iter().take(EVIDENCE) {
         page.item(&plain::elide(evidence, most, page.style.unicode));
@@ -193,12 +202,52 @@ fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
     }
     page.fact("trigger", &trigger(oom, &style));
     if !oom.trigger_kernel_stack.is_empty() {
-        page.fact_unbroken(
-            "stack",
-            &sections::stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)),
-        );
+        page.fact_unbroken("stack", &stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)));
     }
-    page.fact("kernel log", &sections::kernel_log(oom, &style));
+    page.fact("kernel log", &kernel_log(oom, &style));
+}
+
+/// Kernel functions in one line of at most `width`.
+fn stack(functions: &[String], width: usize) -> String {
+    let mut text = String::new();
+    for (number, function) in functions.iter().enumerate() {
+        let function = plain::elide(function, 48, false);
+        let arrow = if number == 0 { "" } else { " < " };
+        // Room for what says how many are left out.
+        if text.chars().count() + arrow.len() + function.chars().count() + 12 > width {
+            text.push_str(&format!(" < {} more", functions.len() - number));
+            break;
+        }
+        text.push_str(arrow);
+        text.push_str(&function);
+    }
+    text
+}
+
+/// Whether the kernel log agrees.
+fn kernel_log(oom: &Oom, style: &Style) -> String {
+    let Some(log) = &oom.kernel_log else {
+        return "not read, or silent about this kill".to_owned();
+    };
+    let agrees = oom.victims.iter().any(|victim| victim.pid == log.pid);
+    let verdict = if agrees { "agrees" } else { "DISAGREES" };
+    let mut text = format!("{verdict}: killed pid {}", log.pid);
+    let KernelLogKill { constraint, oom_memcg, .. } = log;
+    if let Some(constraint) = constraint {
+        text.push_str(&format!(", {}", plain::elide(constraint, 40, style.unicode)));
+    }
+    let ours = oom.oom_cgroup.as_ref().and_then(|cgroup| cgroup.path.as_ref());
+    if let (Some(theirs), Some(ours)) = (oom_memcg, ours)
+        && theirs != ours
+    {
+        text.push_str(&format!(", but it DISAGREES on what ran out: {}", plain::elide(theirs, 60, style.unicode)));
+    }
+    if let Some(line) = log.killed_line_ns.or(log.oom_line_ns) {
+        let seconds = units::seconds(line);
+        // printk prints microseconds.
+        text.push_str(&format!(", printed at [{}]", seconds.get(..seconds.len() - 3).unwrap_or(&seconds)));
+    }
+    text
 }
 
 fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
@@ -335,7 +384,7 @@ pub(super) fn name(comm: &str, pid: u32) -> String {
 }
 
 /// The path where it is short; the container and its pod where they say more than the middle of a long path.
-fn short_place(cgroup: &Cgroup, style: &Style) -> String {
+pub(super) fn short_place(cgroup: &Cgroup, style: &Style) -> String {
     let short = cgroup.path.as_deref().is_some_and(|path| path.chars().count() <= PATH_WIDTH);
     match (&cgroup.container, &cgroup.kubernetes) {
         (Some(container), pod) if !short => {

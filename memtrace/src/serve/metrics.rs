@@ -9,6 +9,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Readings;
+use crate::engine::input::SigkillCause;
 use crate::engine::snapshot::CgroupView;
 
 /// Cgroups with series of their own, those with a limit and the most memory first.
@@ -31,6 +32,7 @@ struct Family {
     help: &'static str,
     unit: Option<Unit>,
     counter: bool,
+    /// Of a counter of seconds: nanoseconds.
     series: Vec<(Vec<(&'static str, String)>, u64)>,
 }
 
@@ -46,7 +48,9 @@ impl Collector for Moment {
             let mut metric = encoder.encode_descriptor(family.name, family.help, family.unit.as_ref(), kind)?;
             for (labels, value) in &family.series {
                 let encoder = metric.encode_family(labels)?;
-                if family.counter {
+                if family.counter && matches!(family.unit, Some(Unit::Seconds)) {
+                    ConstCounter::new(*value as f64 / 1e9).encode(encoder)?;
+                } else if family.counter {
                     ConstCounter::new(*value).encode(encoder)?;
                 } else {
                     // A gauge is signed; no size here comes near.
@@ -60,6 +64,10 @@ impl Collector for Moment {
 
 fn counter(name: &'static str, help: &'static str, value: u64) -> Family {
     Family { name, help, unit: None, counter: true, series: vec![(Vec::new(), value)] }
+}
+
+fn seconds(name: &'static str, help: &'static str, nanoseconds: u64) -> Family {
+    Family { unit: Some(Unit::Seconds), ..counter(name, help, nanoseconds) }
 }
 
 fn gauge(name: &'static str, help: &'static str, value: u64) -> Family {
@@ -78,12 +86,28 @@ fn families(readings: &Readings) -> Vec<Family> {
             series: vec![(label("version", env!("CARGO_PKG_VERSION")), 1)],
         },
         counter("oom_kills", "Processes the OOM killer killed or chose", counters.kills),
+        Family {
+            name: "sigkills",
+            help: "Processes that got SIGKILL, by who sent it; one entry of the ledger each",
+            unit: None,
+            counter: true,
+            series: SigkillCause::ALL
+                .into_iter()
+                .map(|cause| (label("cause", cause.name()), counters.sigkills.get(&cause).copied().unwrap_or(0)))
+                .collect(),
+        },
         counter("spikes", "Spikes that ended without a kill", counters.spikes),
         counter(
             "near_misses",
             "Times a limit was hit and nobody was killed, at most once a minute and cgroup",
             counters.near_misses,
         ),
+        counter(
+            "stuck",
+            "Times a cgroup ran out of memory with its OOM killer off (memory.oom_control)",
+            counters.stuck,
+        ),
+        gauge("cgroups_stuck", "Cgroups that wait for memory with their OOM killer off", counts.stuck_cgroups),
         counter("disagreements", "Kills that only one of kernel log and hooks knows", counters.disagreements),
         Family {
             name: "incidents_saved",
@@ -93,12 +117,20 @@ fn families(readings: &Readings) -> Vec<Family> {
             series: vec![
                 (label("kind", "oom_kill"), counters.saved_oom_kills),
                 (label("kind", "spike"), counters.saved_spikes),
+                (label("kind", "near_miss"), counters.saved_near_misses),
+                (label("kind", "stuck"), counters.saved_stuck),
             ],
         },
         counter(
             "incident_write_failures",
             "Incidents or ledger lines that could not be written",
             counters.write_failures,
+        ),
+        counter("incidents_named", "Incidents whose functions got names", readings.incidents_named),
+        counter(
+            "incidents_not_named",
+            "Incidents that got no names since something failed; reports show offsets",
+            readings.incidents_not_named,
         ),
         counter("incidents_dropped", "Incidents dropped for size or age", counters.dropped),
         counter("journal_write_failures", "Journal frames that could not be written", readings.journal_failures),
@@ -116,6 +148,14 @@ fn families(readings: &Readings) -> Vec<Family> {
             counter: true,
             series: readings.losses.iter().map(|(what, lost)| (label("what", what), *lost)).collect(),
         },
+        counter("stacks", "Stacks of growing processes that were unwound", readings.stacks),
+        counter(
+            "stacks_thinned",
+            "Stacks left out to stay within the budget; the next one stands for their bytes",
+            readings.stack_cost.thinned,
+        ),
+        seconds("stack_kernel", "Time the kernel side spent on stacks", readings.stack_cost.kernel_ns),
+        seconds("stack_user", "Time the agent spent on stacks", readings.stack_cost.user_ns),
         counter("bad_records", "Records that could not be decoded", counts.bad_records),
         gauge("open_incidents", "Incidents still gathering", counts.open_incidents),
         gauge("cgroups", "Memory cgroups followed", counts.cgroups),
@@ -163,6 +203,7 @@ mod tests {
         let text = text(&readings);
         assert!(text.ends_with("# EOF\n"), "{text}");
         assert!(text.contains("memtrace_lost_total{what=\"samples/ring_full\"} 3\n"), "{text}");
+        assert!(text.contains("memtrace_sigkills_total{cause=\"cgroup_kill\"} 0\n"), "{text}");
         assert!(text.contains(r#"memtrace_cgroup_usage_bytes{path="/a\"b\n\\c"} 5"#), "{text}");
     }
 }

@@ -1,5 +1,6 @@
 //! HTTP: metrics, health, incidents, processes. Handlers ask the loop; they hold no state of their own.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Router;
@@ -14,6 +15,7 @@ use tracing::error;
 
 use crate::engine::Counts;
 use crate::engine::incident::{Incident, Kind};
+use crate::engine::input::SigkillCause;
 use crate::engine::snapshot::Snapshot;
 
 mod metrics;
@@ -50,6 +52,14 @@ pub struct Readings {
     pub losses: Vec<(String, u64)>,
     /// Journal frames that could not be written.
     pub journal_failures: u64,
+    /// Incidents whose functions got names.
+    pub incidents_named: u64,
+    /// Incidents that got none since something failed.
+    pub incidents_not_named: u64,
+    /// Stacks unwound.
+    pub stacks: u64,
+    /// What stacks have cost.
+    pub stack_cost: StackCost,
     /// Hooks and whether they are attached.
     pub hooks: Vec<(&'static str, bool)>,
     /// Resident memory of the agent.
@@ -58,21 +68,40 @@ pub struct Readings {
     pub map_bytes: Option<u64>,
 }
 
+/// What stacks have cost since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StackCost {
+    /// In the kernel, nanoseconds.
+    pub kernel_ns: u64,
+    /// In the agent, nanoseconds.
+    pub user_ns: u64,
+    /// Stacks the budget left out.
+    pub thinned: u64,
+}
+
 /// What the daemon counts about its own sinks.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
     /// Kills written to the ledger, or at least tried.
     pub kills: u64,
+    /// Processes that got SIGKILL, by why.
+    pub sigkills: BTreeMap<SigkillCause, u64>,
     /// Spikes seen.
     pub spikes: u64,
     /// Near misses seen.
     pub near_misses: u64,
+    /// Cgroups that got stuck at their limit with their OOM killer off.
+    pub stuck: u64,
     /// Kills only one of kernel log and hooks knows.
     pub disagreements: u64,
     /// OOM incidents saved.
     pub saved_oom_kills: u64,
     /// Spike incidents saved.
     pub saved_spikes: u64,
+    /// Near misses saved.
+    pub saved_near_misses: u64,
+    /// Cgroups that were stuck, saved.
+    pub saved_stuck: u64,
     /// Incidents or ledger lines that could not be written.
     pub write_failures: u64,
     /// Incidents dropped for size or age.
@@ -84,6 +113,8 @@ impl Counters {
     pub fn saved(&mut self, kind: Kind) {
         let counter = match kind {
             Kind::OomKill => &mut self.saved_oom_kills,
+            Kind::NearMiss => &mut self.saved_near_misses,
+            Kind::Stuck => &mut self.saved_stuck,
             Kind::Spike | Kind::Recording => &mut self.saved_spikes,
         };
         *counter = counter.saturating_add(1);

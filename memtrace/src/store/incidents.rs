@@ -338,6 +338,8 @@ fn check(incident: &Incident) -> Result<(), Unreadable> {
         ("file_bytes", columns.file_bytes.len()),
         ("shmem_bytes", columns.shmem_bytes.len()),
         ("swap_bytes", columns.swap_bytes.len()),
+        ("swap_usage_bytes", columns.swap_usage_bytes.len()),
+        ("swap_limit_bytes", columns.swap_limit_bytes.len()),
     ];
     match lengths.into_iter().find(|(_, found)| *found != expected) {
         Some((column, found)) => Err(Unreadable::Column { column, found, expected }),

@@ -1,6 +1,6 @@
-//! What is on disk: the journal, the kill ledger, incidents and their retention.
+//! What is on disk: the journal, the ledgers, incidents and their retention.
 
 pub mod atomic;
 pub mod incidents;
 pub mod journal;
-pub mod kills;
+pub mod ledger;

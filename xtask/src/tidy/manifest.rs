@@ -5,8 +5,8 @@ use super::{File, Finding};
 /// Checks one file; others than manifests pass.
 pub(crate) fn check(file: &File) -> Vec<Finding> {
     let is_manifest = file.path == "Cargo.toml" || file.path.ends_with("/Cargo.toml");
-    // fuzz/ is a workspace of its own, as cargo-fuzz wants it
-    if !is_manifest || file.path.starts_with("fuzz/") {
+    // fuzz/ is a workspace of its own, as cargo-fuzz wants it; tests/truth/ has what programs ship with
+    if !is_manifest || ["fuzz/", "tests/truth/"].iter().any(|own| file.path.starts_with(own)) {
         return Vec::new();
     }
     let mut findings = Vec::new();

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::incident::Columns;
+use crate::engine::incident::{Columns, PressureLimit};
 use crate::report::fixtures;
 
 fn check_plain(text: &str) {
@@ -36,10 +36,31 @@ fn a_spike() {
 }
 
 #[test]
-fn one_screen() {
-    for (incident, most) in
-        [(fixtures::burst(), 46), (fixtures::group(), 52), (fixtures::recording(), 46), (fixtures::hostile(), 72)]
-    {
+fn a_near_miss() {
+    insta::assert_snapshot!(report(&fixtures::near_miss(), &Style::PLAIN));
+    let mut incident = fixtures::near_miss();
+    incident.pressure.as_mut().unwrap().limit = PressureLimit::Max;
+    let text = report(&incident, &Style { width: 300, ..Style::PLAIN });
+    assert!(text.contains("hit its limit of 450 MiB, 42 hits in 4.9 s; nobody was killed."), "{text}");
+    incident.kind = Kind::Stuck;
+    incident.pressure.as_mut().unwrap().under_oom_ns = Some(12_000_000_000);
+    incident.pressure.as_mut().unwrap().oom_kill_disabled = Some(true);
+    let text = report(&incident, &Style { width: 300, ..Style::PLAIN });
+    assert!(text.contains("waited 12 s at its limit of 450 MiB with its OOM killer off.\n"), "{text}");
+    assert!(text.contains("at the limit, tasks held up 1.2 s, under OOM 12 s; OOM killer off\n"), "{text}");
+    incident.pressure = None;
+    assert!(report(&incident, &Style::PLAIN).starts_with("A limit was hit without a kill: nothing more is known."));
+}
+
+#[test]
+fn one_screen_and_two_with_stacks() {
+    for (incident, most) in [
+        (fixtures::burst(), 65),
+        (fixtures::near_miss(), 65),
+        (fixtures::group(), 52),
+        (fixtures::recording(), 46),
+        (fixtures::hostile(), 110),
+    ] {
         let text = report(&incident, &Style::PLAIN);
         assert!(text.lines().count() <= most, "{} lines", text.lines().count());
         check_plain(&text);
@@ -66,7 +87,7 @@ fn colours_are_the_only_escapes() {
 #[test]
 fn ascii_is_ascii() {
     let style = Style { unicode: false, ..Style::PLAIN };
-    for incident in [fixtures::burst(), fixtures::group(), fixtures::recording()] {
+    for incident in [fixtures::burst(), fixtures::near_miss(), fixtures::group(), fixtures::recording()] {
         let text = report(&incident, &style);
         assert!(text.is_ascii(), "{text}");
     }
@@ -112,7 +133,7 @@ proptest! {
         at in any::<u64>(),
         width in 0usize..250,
         unicode in any::<bool>(),
-        kind in prop_oneof![Just(Kind::OomKill), Just(Kind::Spike), Just(Kind::Recording)],
+        kind in prop_oneof![Just(Kind::OomKill), Just(Kind::Spike), Just(Kind::NearMiss), Just(Kind::Stuck), Just(Kind::Recording)],
     ) {
         let mut incident = if kind == Kind::Recording { fixtures::recording() } else { fixtures::group() };
         incident.kind = kind;

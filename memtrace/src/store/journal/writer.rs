@@ -120,6 +120,11 @@ impl Writer {
         self.lost
     }
 
+    /// Number of the segment that is begun next: it changes when one begins.
+    pub fn next_segment(&self) -> u64 {
+        self.next
+    }
+
     /// Bytes of the journal in its directory and in the buffer.
     pub fn bytes(&self) -> u64 {
         let closed: u64 = self.closed.iter().map(|(_, bytes)| bytes).sum();

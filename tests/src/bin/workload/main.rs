@@ -11,8 +11,12 @@ use clap::{Parser, Subcommand};
 use memtrace_tests::process;
 use serde_json::{Value, json};
 
+mod change;
 mod family;
+mod kernel_side;
 mod memory;
+mod raw;
+mod secret;
 
 #[derive(Parser)]
 #[command(about = "Programs the memtrace tests measure and kill")]
@@ -88,6 +92,78 @@ enum What {
         #[arg(long, default_value_t = 0)]
         code: u8,
     },
+    /// Fill the buffers of sockets that nobody reads: kernel memory, no page of which is mapped
+    Sockets {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Read a file or block device through the page cache, then perhaps take memory of its own
+    Cache {
+        #[arg(long)]
+        file: PathBuf,
+        #[arg(long)]
+        mib: usize,
+        /// How often to read it
+        #[arg(long, default_value_t = 1)]
+        rounds: usize,
+        #[arg(long, default_value_t = 0)]
+        then_anon_mib: usize,
+    },
+    /// Map, touch and give back as fast as the kernel lets, for a time
+    Churn {
+        #[arg(long)]
+        ms: u64,
+    },
+    /// Take memory in small steps with a random secret all over the stack; prints the secret first
+    Secret {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Touch one byte of every 2 MiB of memory that wants huge pages
+    Huge {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Two processes with one address space (CLONE_VM without CLONE_THREAD), the first of which grows
+    ShareMm {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// A child that grows without ever having called exec
+    ForkOnly {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Take memory, then become another program, which takes some too
+    ExecGrow {
+        #[arg(long)]
+        first_mib: usize,
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Take memory, move into another cgroup (and a cgroup namespace of it), take more
+    MoveGrow {
+        #[arg(long)]
+        first_mib: usize,
+        #[arg(long)]
+        to: PathBuf,
+        #[arg(long)]
+        mib: usize,
+    },
+    /// Run into RLIMIT_AS, which is no OOM
+    LimitAs {
+        #[arg(long)]
+        mib: usize,
+    },
+    /// End by reading an address that is not mapped
+    Segv,
+    /// Swap to a disk with a swap signature, or no longer
+    Swap {
+        #[arg(long)]
+        device: PathBuf,
+        #[arg(long)]
+        off: bool,
+    },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
     /// Print the kernel's watermark of the memory cgroup this runs in
@@ -147,6 +223,18 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
             drop(held);
             return Ok(ExitCode::from(code));
         }
+        What::Sockets { mib } => kernel_side::sockets(mib)?,
+        What::Cache { file, mib, rounds, then_anon_mib } => kernel_side::cache(&file, mib, rounds, then_anon_mib)?,
+        What::Churn { ms } => memory::churn(std::time::Duration::from_millis(ms))?,
+        What::Secret { mib } => secret::keep(mib)?,
+        What::Huge { mib } => memory::huge(mib)?,
+        What::ShareMm { mib } => change::share_mm(mib)?,
+        What::ForkOnly { mib } => change::fork_only(mib)?,
+        What::ExecGrow { first_mib, mib } => change::exec_grow(first_mib, mib)?,
+        What::MoveGrow { first_mib, to, mib } => change::move_grow(first_mib, &to, mib)?,
+        What::LimitAs { mib } => memory::limit_as(mib)?,
+        What::Segv => raw::segv(),
+        What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::OwnPeak => {
             let (place, peak) = memtrace_tests::cage::own_peak()?;

@@ -14,7 +14,7 @@ use serde_json::json;
 const MIB: usize = 1 << 20;
 
 /// Writes one byte in every page.
-fn touch(memory: &mut [u8]) {
+pub(crate) fn touch(memory: &mut [u8]) {
     for page in memory.chunks_mut(rustix::param::page_size()) {
         if let Some(byte) = page.first_mut() {
             *byte = 1;
@@ -43,25 +43,68 @@ pub(crate) fn grow_slowly(mib: usize, mib_per_s: usize) -> Vec<u8> {
     memory
 }
 
+/// Maps memory and fills it; a function of its own, also to who has no debug information: its name is in stacks.
+#[inline(never)]
+fn take_share(bytes: usize, touching: bool) -> anyhow::Result<MmapMut> {
+    let mut options = MmapOptions::new();
+    options.len(bytes);
+    if !touching {
+        options.populate();
+    }
+    let mut memory = options.map_anon().context("failed to map anonymous memory")?;
+    if touching {
+        touch(&mut memory);
+    }
+    Ok(memory)
+}
+
 /// Takes `mib` at once in `threads` threads.
 pub(crate) fn burst(mib: usize, threads: usize, touching: bool) -> anyhow::Result<Vec<MmapMut>> {
     let share = (mib * MIB).div_ceil(threads.max(1));
-    let take = || -> anyhow::Result<MmapMut> {
-        let mut options = MmapOptions::new();
-        options.len(share);
-        if !touching {
-            options.populate();
-        }
-        let mut memory = options.map_anon().context("failed to map anonymous memory")?;
-        if touching {
-            touch(&mut memory);
-        }
-        Ok(memory)
-    };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(take)).collect();
+        let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(move || take_share(share, touching))).collect();
         threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?).collect()
     })
+}
+
+/// Maps, touches and gives back, as fast as it can, until the time is up; says how many bytes it touched.
+pub(crate) fn churn(time: Duration) -> anyhow::Result<()> {
+    const PIECE: usize = 4 * MIB;
+    let begin = Instant::now();
+    let mut bytes = 0usize;
+    while begin.elapsed() < time {
+        let mut memory = MmapOptions::new().len(PIECE).map_anon().context("failed to map anonymous memory")?;
+        touch(&mut memory);
+        bytes += PIECE;
+    }
+    let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+    crate::say("churned", &json!({ "bytes": bytes, "elapsed_us": micros }))
+}
+
+/// Memory that wants huge pages, one byte of each touched, then waits for the end of stdin.
+pub(crate) fn huge(mib: usize) -> anyhow::Result<()> {
+    const HUGE: usize = 2 * MIB;
+    let mut memory = MmapOptions::new().len(mib * MIB + HUGE).map_anon().context("failed to map anonymous memory")?;
+    memory.advise(memmap2::Advice::HugePage).context("failed to ask for huge pages")?;
+    let skip = memory.as_ptr().align_offset(HUGE);
+    for page in memory.iter_mut().skip(skip).step_by(HUGE).take(mib / 2) {
+        *page = 1;
+    }
+    crate::say("ready", &json!({ "anon_mib": mib }))?;
+    crate::wait_for_end_of_stdin()?;
+    drop(memory);
+    Ok(())
+}
+
+/// Asks for more address space than RLIMIT_AS gives: the call fails, nobody is killed.
+pub(crate) fn limit_as(mib: usize) -> anyhow::Result<()> {
+    let bytes = (mib * MIB) as u64;
+    let limit = rustix::process::Rlimit { current: Some(bytes), maximum: Some(bytes) };
+    rustix::process::setrlimit(rustix::process::Resource::As, limit).context("failed to set RLIMIT_AS")?;
+    let refused = MmapOptions::new().len(2 * mib * MIB).map_anon().is_err();
+    crate::say("limited", &json!({ "refused": refused }))?;
+    anyhow::ensure!(refused, "RLIMIT_AS did not hold");
+    anyhow::bail!("no more address space, as was asked for")
 }
 
 /// Writes a file of `mib` in `dir` and removes it.

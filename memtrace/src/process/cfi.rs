@@ -1,0 +1,404 @@
+//! How to get from a frame to its caller, as the call frame information of one module says it.
+//!
+//! On gimli and not on framehop, which wraps it: a CFI expression may jump backwards, and framehop 0.16 sets no bound on
+//! its steps, so a file that a container brings along could hang the agent. Here everything a file can ask for is
+//! bounded: bytes of an entry, steps of an expression, depth of its row stack (4, by gimli), work per stack.
+
+use gimli::{
+    BaseAddresses, CfaRule, CieOrFde, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice, Evaluation,
+    EvaluationResult, Expression, FrameDescriptionEntry, LittleEndian, Location, Register, RegisterRule, UnwindContext,
+    UnwindExpression, UnwindOffset, UnwindSection, Value,
+};
+
+use super::elf::{Headers, Unwind};
+use super::rule::{Missing, Registers, Rule, Slice, Step};
+
+/// Bytes of an entry; those of compilers have a few hundred, at most some thousand.
+const MAX_ENTRY_BYTES: usize = 64 << 10;
+/// Steps of an expression; that of a PLT has 10.
+const MAX_STEPS: u32 = 256;
+/// Memory and registers that one expression may ask for.
+const MAX_QUESTIONS: usize = 64;
+/// Bytes of entries looked at to index a section that has no index of its own.
+const MAX_INDEX_WORK: usize = 32 << 20;
+
+type Bytes<'a> = EndianSlice<'a, LittleEndian>;
+
+/// Which DWARF numbers the registers have that matter here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    sp: Register,
+    fp: Register,
+    /// The column of the return address; on arm64 a register, x30.
+    ra: Register,
+    /// A leaf function returns to a register.
+    has_link_register: bool,
+}
+
+impl Machine {
+    /// x86_64.
+    pub const X86_64: Self = Self { sp: Register(7), fp: Register(6), ra: Register(16), has_link_register: false };
+    /// arm64.
+    pub const AARCH64: Self = Self { sp: Register(31), fp: Register(29), ra: Register(30), has_link_register: true };
+    /// The one this was built for.
+    pub const HERE: Self = if cfg!(target_arch = "aarch64") { Self::AARCH64 } else { Self::X86_64 };
+}
+
+/// Where the entries of a section begin that has no `.eh_frame_hdr`: address of the code and offset of the entry.
+#[derive(Clone, Debug, Default)]
+pub struct Index(Vec<(u64, usize)>);
+
+impl Index {
+    /// Heap bytes.
+    pub fn memory_estimate(&self) -> usize {
+        self.0.capacity().saturating_mul(size_of::<(u64, usize)>())
+    }
+}
+
+/// The call frame information of one module.
+pub struct Cfi<'a> {
+    headers: &'a Headers,
+    unwind: &'a Unwind,
+    index: Option<&'a Index>,
+    machine: Machine,
+    bases: BaseAddresses,
+}
+
+/// What is reused between lookups.
+#[derive(Default)]
+pub struct Scratch {
+    context: UnwindContext<usize>,
+}
+
+impl<'a> Cfi<'a> {
+    /// That of a module whose headers and unwind sections were read, and indexed if they need it.
+    pub fn new(headers: &'a Headers, unwind: &'a Unwind, index: Option<&'a Index>, machine: Machine) -> Self {
+        let mut bases = BaseAddresses::default();
+        if let Some(section) = &headers.eh_frame {
+            bases = bases.set_eh_frame(section.address);
+        }
+        if let Some(section) = &headers.eh_frame_hdr {
+            bases = bases.set_eh_frame_hdr(section.address);
+        }
+        if let Some(address) = headers.text_address {
+            bases = bases.set_text(address);
+        }
+        if let Some(address) = headers.got_address {
+            bases = bases.set_got(address);
+        }
+        Self { headers, unwind, index, machine, bases }
+    }
+
+    /// The rule for the code at a stated address. `work` is what may still be spent, in
+    /// bytes of entries; at 0 the answer is not the module's but says that nothing is left.
+    pub fn rule(&self, address: u64, scratch: &mut Scratch, work: &mut usize) -> Rule {
+        self.with_section(address, work, |this, found| match found {
+            Found::EhFrame(section, fde) => this.rule_of(section, fde, address, scratch),
+            Found::DebugFrame(section, fde) => this.rule_of(section, fde, address, scratch),
+            Found::Nothing => Rule::Uncovered,
+            Found::Broken => Rule::Broken,
+        })
+    }
+
+    /// Evaluates the expressions of a [`Rule::Complex`].
+    pub fn step(
+        &self,
+        address: u64,
+        registers: &Registers,
+        stack: &Slice<'_>,
+        scratch: &mut Scratch,
+        work: &mut usize,
+    ) -> Step {
+        self.with_section(address, work, |this, found| match found {
+            Found::EhFrame(section, fde) => this.step_of(section, fde, address, registers, stack, scratch),
+            Found::DebugFrame(section, fde) => this.step_of(section, fde, address, registers, stack, scratch),
+            Found::Nothing | Found::Broken => Step::Broken,
+        })
+    }
+
+    /// Does the section need [`Cfi::build_index`] before anything is found in it?
+    pub fn needs_index(&self) -> bool {
+        self.index.is_none() && self.table().is_none()
+    }
+
+    /// Where the entries begin; what comes behind a broken one is left out.
+    pub fn build_index(&self) -> Index {
+        let mut found = Vec::new();
+        if let Some(bytes) = &self.unwind.eh_frame {
+            index_entries(&self.eh_frame(bytes), &self.bases, &mut found);
+        } else if let Some(bytes) = &self.unwind.debug_frame {
+            index_entries(&self.debug_frame(bytes), &self.bases, &mut found);
+        }
+        found.sort_unstable();
+        found.shrink_to_fit();
+        Index(found)
+    }
+
+    fn with_section<T>(&self, address: u64, work: &mut usize, then: impl FnOnce(&Self, Found<'_>) -> T) -> T {
+        let Some(offset) = self.entry_offset(address) else { return then(self, Found::Nothing) };
+        let found = if let Some(bytes) = &self.unwind.eh_frame {
+            let section = self.eh_frame(bytes);
+            match self.entry(&section, offset.into(), address, work) {
+                Ok(Some(fde)) => Found::EhFrame(section, fde),
+                Ok(None) => Found::Nothing,
+                Err(()) => Found::Broken,
+            }
+        } else if let Some(bytes) = &self.unwind.debug_frame {
+            let section = self.debug_frame(bytes);
+            match self.entry(&section, offset.into(), address, work) {
+                Ok(Some(fde)) => Found::DebugFrame(section, fde),
+                Ok(None) => Found::Nothing,
+                Err(()) => Found::Broken,
+            }
+        } else {
+            Found::Nothing
+        };
+        then(self, found)
+    }
+
+    fn eh_frame<'b>(&self, bytes: &'b [u8]) -> EhFrame<Bytes<'b>> {
+        let mut section = EhFrame::new(bytes, LittleEndian);
+        section.set_address_size(8);
+        section.set_vendor(self.vendor());
+        section
+    }
+
+    fn debug_frame<'b>(&self, bytes: &'b [u8]) -> DebugFrame<Bytes<'b>> {
+        let mut section = DebugFrame::new(bytes, LittleEndian);
+        section.set_address_size(8);
+        section.set_vendor(self.vendor());
+        section
+    }
+
+    fn vendor(&self) -> gimli::Vendor {
+        if self.machine.has_link_register { gimli::Vendor::AArch64 } else { gimli::Vendor::Default }
+    }
+
+    fn entry<'b, S: UnwindSection<Bytes<'b>>>(
+        &self,
+        section: &S,
+        offset: S::Offset,
+        address: u64,
+        work: &mut usize,
+    ) -> Result<Option<FrameDescriptionEntry<Bytes<'b>>>, ()> {
+        let fde = section.fde_from_offset(&self.bases, offset, S::cie_from_offset).map_err(|_| ())?;
+        let bytes = fde.entry_len().max(fde.cie().entry_len());
+        if bytes > *work {
+            *work = 0;
+            return Err(());
+        }
+        *work = work.saturating_sub(bytes);
+        if bytes > MAX_ENTRY_BYTES {
+            return Err(());
+        }
+        let past = address.checked_sub(fde.initial_address());
+        Ok(past.is_some_and(|past| past < fde.len()).then_some(fde))
+    }
+
+    fn rule_of<'b, S: UnwindSection<Bytes<'b>>>(
+        &self,
+        section: S,
+        fde: FrameDescriptionEntry<Bytes<'b>>,
+        address: u64,
+        scratch: &mut Scratch,
+    ) -> Rule {
+        let signal = fde.is_signal_trampoline();
+        let Ok(row) = fde.unwind_info_for_address(&section, &self.bases, &mut scratch.context, address) else {
+            return Rule::Broken;
+        };
+        let saved_ra = match row.register(self.machine.ra) {
+            Some(RegisterRule::Undefined) => return Rule::Outermost,
+            None if !self.machine.has_link_register => return Rule::Outermost,
+            None | Some(RegisterRule::SameValue) if self.machine.has_link_register => None,
+            Some(RegisterRule::Offset(offset)) => Some(offset),
+            _ => return Rule::Complex,
+        };
+        let saved_fp = match row.register(self.machine.fp) {
+            None | Some(RegisterRule::Undefined | RegisterRule::SameValue) => None,
+            Some(RegisterRule::Offset(offset)) => Some(offset),
+            _ => return Rule::Complex,
+        };
+        let (from_fp, cfa_offset) = match row.cfa() {
+            CfaRule::RegisterAndOffset { register, offset } if *register == self.machine.sp => (false, *offset),
+            CfaRule::RegisterAndOffset { register, offset } if *register == self.machine.fp => (true, *offset),
+            CfaRule::RegisterAndOffset { .. } => return Rule::Broken,
+            CfaRule::Expression(_) => return Rule::Complex,
+        };
+        let small = |offset: Option<i64>| offset.map(i32::try_from).transpose();
+        match (i32::try_from(cfa_offset), small(saved_fp), small(saved_ra)) {
+            (Ok(cfa_offset), Ok(saved_fp), Ok(saved_ra)) => {
+                Rule::Plain { from_fp, cfa_offset, saved_fp, saved_ra, signal }
+            }
+            _ => Rule::Broken,
+        }
+    }
+
+    fn step_of<'b, S: UnwindSection<Bytes<'b>>>(
+        &self,
+        section: S,
+        fde: FrameDescriptionEntry<Bytes<'b>>,
+        address: u64,
+        registers: &Registers,
+        stack: &Slice<'_>,
+        scratch: &mut Scratch,
+    ) -> Step {
+        let signal = fde.is_signal_trampoline();
+        let encoding = fde.cie().encoding();
+        let Ok(row) = fde.unwind_info_for_address(&section, &self.bases, &mut scratch.context, address) else {
+            return Step::Broken;
+        };
+        let run = |expression: &UnwindExpression<usize>, first: Option<u64>| -> Result<u64, Step> {
+            let code = expression.get(&section).map_err(|_| Step::Broken)?;
+            self.evaluate(code, encoding, first, registers, stack)
+        };
+        let walk = || -> Result<Registers, Step> {
+            let cfa = match row.cfa() {
+                CfaRule::RegisterAndOffset { register, offset } => self
+                    .register(*register, registers)
+                    .and_then(|base| base.checked_add_signed(*offset))
+                    .ok_or(Step::Broken)?,
+                CfaRule::Expression(expression) => run(expression, None)?,
+            };
+            let at = |offset: i64| cfa.checked_add_signed(offset).ok_or(Step::Broken);
+            let value = |column: Register| -> Result<Option<u64>, Step> {
+                Ok(Some(match row.register(column) {
+                    None | Some(RegisterRule::SameValue) => return Ok(self.register(column, registers)),
+                    Some(RegisterRule::Offset(offset)) => stack.word(at(offset)?).map_err(Step::Missing)?,
+                    Some(RegisterRule::ValOffset(offset)) => at(offset)?,
+                    Some(RegisterRule::Register(other)) => return Ok(self.register(other, registers)),
+                    Some(RegisterRule::Expression(expression)) => {
+                        stack.word(run(&expression, Some(cfa))?).map_err(Step::Missing)?
+                    }
+                    Some(RegisterRule::ValExpression(expression)) => run(&expression, Some(cfa))?,
+                    Some(_) => return Ok(None),
+                }))
+            };
+            let ip = value(self.machine.ra)?.ok_or(Step::Broken)?;
+            let fp = match value(self.machine.fp) {
+                Ok(fp) => fp.unwrap_or(registers.fp),
+                Err(Step::Missing(Missing::Beyond)) => return Err(Step::Missing(Missing::Beyond)),
+                Err(_) => registers.fp,
+            };
+            // A signal frame restores the stack pointer itself; elsewhere it is the frame address.
+            let sp = match row.register(self.machine.sp) {
+                Some(_) if signal => value(self.machine.sp)?.unwrap_or(cfa),
+                _ => cfa,
+            };
+            Ok(Registers { ip, sp, fp, lr: None })
+        };
+        match walk() {
+            Ok(Registers { ip: 0, .. }) => Step::Outermost,
+            Ok(caller) => Step::Caller(caller, signal),
+            Err(step) => step,
+        }
+    }
+
+    fn register(&self, register: Register, registers: &Registers) -> Option<u64> {
+        match register {
+            r if r == self.machine.sp => Some(registers.sp),
+            r if r == self.machine.fp => Some(registers.fp),
+            r if r == self.machine.ra && self.machine.has_link_register => registers.lr,
+            r if r == self.machine.ra => Some(registers.ip),
+            _ => None,
+        }
+    }
+
+    fn evaluate(
+        &self,
+        code: Expression<Bytes<'_>>,
+        encoding: gimli::Encoding,
+        first: Option<u64>,
+        registers: &Registers,
+        stack: &Slice<'_>,
+    ) -> Result<u64, Step> {
+        let mut evaluation = Evaluation::new(code.0, encoding);
+        evaluation.set_max_iterations(MAX_STEPS);
+        if let Some(first) = first {
+            evaluation.set_initial_value(first);
+        }
+        let mut result = evaluation.evaluate().map_err(|_| Step::Broken)?;
+        for _ in 0..MAX_QUESTIONS {
+            result = match result {
+                EvaluationResult::Complete => {
+                    let address = match evaluation.as_result() {
+                        [piece] => match piece.location {
+                            Location::Address { address } => Some(address),
+                            _ => None,
+                        },
+                        _ => None,
+                    };
+                    return address.ok_or(Step::Broken);
+                }
+                EvaluationResult::RequiresRegister { register, .. } => {
+                    let value = self.register(register, registers).ok_or(Step::Broken)?;
+                    evaluation.resume_with_register(Value::Generic(value))
+                }
+                EvaluationResult::RequiresMemory { address, size: 8, .. } => {
+                    let word = stack.word(address).map_err(Step::Missing)?;
+                    evaluation.resume_with_memory(Value::Generic(word))
+                }
+                _ => return Err(Step::Broken),
+            }
+            .map_err(|_| Step::Broken)?;
+        }
+        Err(Step::Broken)
+    }
+
+    /// Offset of the entry that begins nearest below `address`, in its section.
+    fn entry_offset(&self, address: u64) -> Option<usize> {
+        if let Some(index) = self.index {
+            let at = index.0.partition_point(|(start, _)| *start <= address).checked_sub(1)?;
+            return index.0.get(at).map(|(_, offset)| *offset);
+        }
+        let (hdr_address, rows) = self.table()?;
+        let wanted = i32::try_from(address.wrapping_sub(hdr_address).cast_signed()).ok()?;
+        let start = |row: &[u8; 8]| i32::from_le_bytes([row[0], row[1], row[2], row[3]]);
+        let row = rows.get(rows.partition_point(|row| start(row) <= wanted).checked_sub(1)?)?;
+        let entry = i32::from_le_bytes([row[4], row[5], row[6], row[7]]);
+        let entry_address = hdr_address.checked_add_signed(entry.into())?;
+        usize::try_from(entry_address.checked_sub(self.headers.eh_frame.as_ref()?.address)?).ok()
+    }
+
+    /// Address of `.eh_frame_hdr` and the rows of its table, in the one form that linkers write: 32 bits, relative to it.
+    fn table(&self) -> Option<(u64, &[[u8; 8]])> {
+        const FORM: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
+        let address = self.headers.eh_frame_hdr.as_ref()?.address;
+        let hdr = self.unwind.eh_frame_hdr.as_deref()?;
+        let (form, rest) = hdr.split_first_chunk::<4>()?;
+        let (count, table) = rest.get(4..)?.split_first_chunk::<4>()?;
+        let (rows, _) = table.as_chunks::<8>();
+        let count = usize::try_from(u32::from_le_bytes(*count)).ok()?;
+        (*form == FORM && count > 0).then_some((address, rows.get(..count)?))
+    }
+}
+
+enum Found<'a> {
+    EhFrame(EhFrame<Bytes<'a>>, FrameDescriptionEntry<Bytes<'a>>),
+    DebugFrame(DebugFrame<Bytes<'a>>, FrameDescriptionEntry<Bytes<'a>>),
+    Nothing,
+    Broken,
+}
+
+fn index_entries<'a, S: UnwindSection<Bytes<'a>>>(section: &S, bases: &BaseAddresses, found: &mut Vec<(u64, usize)>) {
+    let mut entries = section.entries(bases);
+    let mut last: Option<(usize, CommonInformationEntry<Bytes<'a>>)> = None;
+    let mut work = MAX_INDEX_WORK;
+    while let Ok(Some(entry)) = entries.next() {
+        let CieOrFde::Fde(partial) = entry else { continue };
+        let fde = partial.parse(|section, bases, offset| {
+            let at = UnwindOffset::into(offset);
+            if let Some((_, cie)) = last.as_ref().filter(|(known, _)| *known == at) {
+                return Ok(cie.clone());
+            }
+            let cie = section.cie_from_offset(bases, offset)?;
+            last = Some((at, cie.clone()));
+            Ok(cie)
+        });
+        let Ok(fde) = fde else { return };
+        match work.checked_sub(fde.entry_len().saturating_add(fde.cie().entry_len())) {
+            Some(left) => work = left,
+            None => return,
+        }
+        found.push((fde.initial_address(), fde.offset()));
+    }
+}

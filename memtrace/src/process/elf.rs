@@ -1,0 +1,358 @@
+//! An ELF file as unwinding and naming need it: build id, segments, unwind sections. Read in bounded pieces, never
+//! mapped: a file that is truncated meanwhile gives an error, not a signal.
+
+use std::cell::Cell;
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::sync::Arc;
+
+use object::elf::{
+    FileHeader64, PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE, ProgramHeader64, SHF_ALLOC, SHF_COMPRESSED, SHT_NOBITS,
+    SHT_NOTE,
+};
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
+use object::read::{ReadCache, ReadCacheOps, ReadRef};
+use object::{LittleEndian, elf};
+
+/// Bytes of headers, names and notes that are read.
+const MAX_HEADER_BYTES: u64 = 8 << 20;
+/// Segments of a file that are looked at.
+pub const MAX_SEGMENTS: usize = 128;
+/// Sections that are looked at.
+const MAX_SECTIONS: usize = 16_384;
+/// Bytes of a build id that are kept; SHA-1 has 20.
+const MAX_BUILD_ID: usize = 64;
+/// No user address reaches here, on any architecture memtrace runs on: 52 bits on arm64.
+const MAX_ADDRESS: u64 = 1 << 56;
+
+#[cfg(target_arch = "aarch64")]
+const MACHINE: u16 = elf::EM_AARCH64;
+#[cfg(not(target_arch = "aarch64"))]
+const MACHINE: u16 = elf::EM_X86_64;
+
+/// Why a file is no module that can be unwound or named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    /// No ELF file.
+    #[error("not an ELF file")]
+    NotElf,
+    /// A 32-bit or a big-endian one, or one for another machine.
+    #[error("an ELF file of another machine")]
+    Foreign,
+    /// Its headers contradict one another, or it could not be read.
+    #[error("broken ELF file")]
+    Broken,
+}
+
+/// A segment that is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Bytes of it in the file.
+    pub file_bytes: u64,
+    /// Its address, as the file states it.
+    pub address: u64,
+    /// Bytes of it in memory.
+    pub memory_bytes: u64,
+    /// What address and offset agree modulo of.
+    pub align: u64,
+    /// Does it hold code?
+    pub executable: bool,
+}
+
+/// Where a section is, in the file and as the file states its address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Section {
+    /// Bytes of the file.
+    pub file: Range<u64>,
+    /// Its address.
+    pub address: u64,
+}
+
+/// The headers of a module.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Headers {
+    /// Of the note `NT_GNU_BUILD_ID`, lower-case hex.
+    pub build_id: Option<String>,
+    /// What is mapped. Cap: [`MAX_SEGMENTS`].
+    pub segments: Vec<Segment>,
+    /// `.eh_frame`; without section headers all that follows `.eh_frame_hdr` in its segment, or its segment.
+    pub eh_frame: Option<Section>,
+    /// `.eh_frame_hdr`, or what `PT_GNU_EH_FRAME` says.
+    pub eh_frame_hdr: Option<Section>,
+    /// `.debug_frame`, when it is not compressed.
+    pub debug_frame: Option<Section>,
+    /// Address of `.text`.
+    pub text_address: Option<u64>,
+    /// Address of `.got`.
+    pub got_address: Option<u64>,
+}
+
+/// Bytes of the unwind sections; shared between all processes that map the module.
+#[derive(Clone, Debug, Default)]
+pub struct Unwind {
+    /// `.eh_frame`.
+    pub eh_frame: Option<Arc<[u8]>>,
+    /// `.eh_frame_hdr`.
+    pub eh_frame_hdr: Option<Arc<[u8]>>,
+    /// `.debug_frame`, only without `.eh_frame`.
+    pub debug_frame: Option<Arc<[u8]>>,
+}
+
+impl Unwind {
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        [&self.eh_frame, &self.eh_frame_hdr, &self.debug_frame].into_iter().flatten().map(|part| part.len()).sum()
+    }
+}
+
+impl Headers {
+    /// Reads the headers of a file of this machine.
+    pub fn read(file: impl Read + Seek) -> Result<Self, Unusable> {
+        let cache = ReadCache::new(file);
+        let bytes_left = Cell::new(MAX_HEADER_BYTES);
+        let data = Bounded { cache: &cache, bytes_left: &bytes_left };
+        if data.read_bytes_at(0, 4).map_err(|()| Unusable::NotElf)? != elf::ELFMAG {
+            return Err(Unusable::NotElf);
+        }
+        let header = FileHeader64::<LittleEndian>::parse(data).map_err(|_| Unusable::Foreign)?;
+        let endian = header.endian().map_err(|_| Unusable::Foreign)?;
+        if header.e_machine(endian) != MACHINE {
+            return Err(Unusable::Foreign);
+        }
+        let programs = header.program_headers(endian, data).map_err(|_| Unusable::Broken)?;
+        let mut found = Self::default();
+        let mut by_program = None;
+        for program in programs.iter().take(MAX_SEGMENTS) {
+            let file = program.file_range(endian);
+            let section = file_range(file.0, file.1).map(|file| Section { file, address: program.p_vaddr(endian) });
+            match program.p_type(endian) {
+                PT_LOAD => found.segments.extend(segment(program, endian)),
+                PT_GNU_EH_FRAME => by_program = section.filter(sane),
+                PT_NOTE if found.build_id.is_none() => {
+                    if let Ok(Some(mut notes)) = program.notes(endian, data) {
+                        found.build_id = build_id(endian, &mut notes);
+                    }
+                }
+                _ => {}
+            }
+        }
+        // Without section headers, or with broken ones, what the segments say is all there is.
+        let sections = found.read_sections(header, endian, data).unwrap_or(0);
+        if sections == 0 {
+            found.eh_frame_hdr = by_program;
+            found.eh_frame = found.eh_frame_hdr.as_ref().and_then(|hdr| found.rest_of_segment(hdr));
+        }
+        Ok(found)
+    }
+
+    fn read_sections<'a, R: ReadRef<'a>>(
+        &mut self,
+        header: &FileHeader64<LittleEndian>,
+        endian: LittleEndian,
+        data: R,
+    ) -> object::Result<usize> {
+        let sections = header.sections(endian, data)?;
+        for section in sections.iter().take(MAX_SECTIONS) {
+            let (kind, flags) = (section.sh_type(endian), u32::try_from(section.sh_flags(endian)).unwrap_or(u32::MAX));
+            if kind == SHT_NOTE && self.build_id.is_none() {
+                if let Ok(Some(mut notes)) = section.notes(endian, data) {
+                    self.build_id = build_id(endian, &mut notes);
+                }
+                continue;
+            }
+            let address = section.sh_addr(endian);
+            let whole = file_range(section.sh_offset(endian), section.sh_size(endian))
+                .map(|file| Section { file, address })
+                .filter(|section| kind != SHT_NOBITS && flags & SHF_COMPRESSED == 0 && sane(section));
+            match sections.section_name(endian, section).unwrap_or_default() {
+                b".eh_frame" if flags & SHF_ALLOC != 0 => self.eh_frame = whole,
+                b".eh_frame_hdr" if flags & SHF_ALLOC != 0 => self.eh_frame_hdr = whole,
+                b".debug_frame" => self.debug_frame = whole,
+                b".text" if address < MAX_ADDRESS => self.text_address = Some(address),
+                b".got" if address < MAX_ADDRESS => self.got_address = Some(address),
+                _ => {}
+            }
+        }
+        Ok(sections.len())
+    }
+
+    /// Without section headers nothing says where `.eh_frame` ends; linkers put it behind `.eh_frame_hdr`.
+    fn rest_of_segment(&self, hdr: &Section) -> Option<Section> {
+        let segment = self.segments.iter().find(|segment| {
+            hdr.file.start >= segment.offset && hdr.file.end <= segment.offset.saturating_add(segment.file_bytes)
+        })?;
+        let end = segment.offset.checked_add(segment.file_bytes)?;
+        let address = segment.address.checked_add(hdr.file.end.checked_sub(segment.offset)?)?;
+        Some(Section { file: hdr.file.end..end, address })
+    }
+
+    /// The address, as the file states it, of what is at `offset` in it; code before data.
+    pub fn stated_address(&self, offset: u64) -> Option<u64> {
+        let holds = |segment: &&Segment| offset.checked_sub(segment.offset).is_some_and(|at| at < segment.file_bytes);
+        let code = self.segments.iter().filter(|segment| segment.executable).find(holds);
+        let segment = code.or_else(|| self.segments.iter().find(holds))?;
+        segment.address.checked_add(offset.checked_sub(segment.offset)?)
+    }
+
+    /// The same for the start of an executable mapping. It begins at the page that holds the first byte of the segment,
+    /// and that page of the file may hold the end of another segment too (lld packs them like that).
+    pub fn stated_address_of_mapping(&self, offset: u64, page_bytes: u64) -> Option<u64> {
+        let holds = |segment: &&Segment| {
+            let first = segment.offset.checked_sub(segment.offset.checked_rem(page_bytes).unwrap_or(0));
+            let end = segment.offset.saturating_add(segment.file_bytes);
+            first.is_some_and(|first| (first..end).contains(&offset))
+        };
+        let Some(segment) = self.segments.iter().filter(|segment| segment.executable).find(holds) else {
+            return self.stated_address(offset);
+        };
+        match offset.checked_sub(segment.offset) {
+            Some(inside) => segment.address.checked_add(inside),
+            None => segment.address.checked_sub(segment.offset.checked_sub(offset)?),
+        }
+    }
+
+    /// Bytes of the sections that [`Headers::read_unwind`] would read.
+    pub fn unwind_bytes(&self) -> u64 {
+        let size = |section: &Option<Section>| section.as_ref().map_or(0, |s| s.file.end.saturating_sub(s.file.start));
+        match &self.eh_frame {
+            Some(_) => size(&self.eh_frame).saturating_add(size(&self.eh_frame_hdr)),
+            None => size(&self.debug_frame),
+        }
+    }
+
+    /// Reads the unwind sections; `None` when there are none, they are larger than `most_bytes`, or the file ends
+    /// before they do.
+    pub fn read_unwind(&self, mut file: impl Read + Seek, most_bytes: u64) -> Option<Unwind> {
+        let bytes = self.unwind_bytes();
+        let length = file.seek(SeekFrom::End(0)).ok()?;
+        let within = |section: &Section| section.file.end <= length;
+        if bytes == 0 || bytes > most_bytes {
+            return None;
+        }
+        let mut content = |section: &Section| -> Option<Arc<[u8]>> {
+            let size = usize::try_from(section.file.end.checked_sub(section.file.start)?).ok()?;
+            file.seek(SeekFrom::Start(section.file.start)).ok()?;
+            let mut bytes = vec![0; size];
+            file.read_exact(&mut bytes).ok()?;
+            Some(bytes.into())
+        };
+        let mut unwind = Unwind::default();
+        match &self.eh_frame {
+            Some(section) => {
+                unwind.eh_frame = Some(content(section).filter(|_| within(section))?);
+                unwind.eh_frame_hdr = self.eh_frame_hdr.as_ref().filter(|hdr| within(hdr)).and_then(&mut content);
+            }
+            None => unwind.debug_frame = self.debug_frame.as_ref().filter(|s| within(s)).and_then(&mut content),
+        }
+        Some(unwind)
+    }
+}
+
+fn segment(program: &ProgramHeader64<LittleEndian>, endian: LittleEndian) -> Option<Segment> {
+    let (offset, file_bytes) = program.file_range(endian);
+    let (address, memory_bytes) = (program.p_vaddr(endian), program.p_memsz(endian));
+    let whole = Section { file: file_range(offset, file_bytes)?, address };
+    let end = address.checked_add(memory_bytes)?;
+    let executable = program.p_flags(endian) & PF_X != 0;
+    let align = program.p_align(endian);
+    (sane(&whole) && end < MAX_ADDRESS).then_some(Segment {
+        offset,
+        file_bytes,
+        address,
+        memory_bytes,
+        align,
+        executable,
+    })
+}
+
+fn file_range(offset: u64, size: u64) -> Option<Range<u64>> {
+    Some(offset..offset.checked_add(size)?)
+}
+
+/// Addresses that cannot overflow when small numbers are added to them.
+fn sane(section: &Section) -> bool {
+    let size = section.file.end.saturating_sub(section.file.start);
+    section.address < MAX_ADDRESS && size < MAX_ADDRESS && section.file.end < i64::MAX as u64
+}
+
+fn build_id(
+    endian: LittleEndian,
+    notes: &mut object::read::elf::NoteIterator<'_, FileHeader64<LittleEndian>>,
+) -> Option<String> {
+    // Each note takes at least twelve bytes of a piece that is bounded.
+    while let Ok(Some(note)) = notes.next() {
+        if note.name() == elf::ELF_NOTE_GNU && note.n_type(endian) == elf::NT_GNU_BUILD_ID {
+            let id = note.desc().get(..note.desc().len().min(MAX_BUILD_ID))?;
+            return (!id.is_empty()).then(|| id.iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+    }
+    None
+}
+
+/// A reader that refuses to hold much: what a header says about sizes is not to be believed.
+struct Bounded<'a, R: ReadCacheOps> {
+    cache: &'a ReadCache<R>,
+    bytes_left: &'a Cell<u64>,
+}
+
+impl<R: ReadCacheOps> Bounded<'_, R> {
+    fn spend(self, bytes: u64) -> Result<(), ()> {
+        self.bytes_left.set(self.bytes_left.get().checked_sub(bytes).ok_or(())?);
+        Ok(())
+    }
+}
+
+impl<R: ReadCacheOps> Clone for Bounded<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R: ReadCacheOps> Copy for Bounded<'_, R> {}
+
+impl<'a, R: ReadCacheOps> ReadRef<'a> for Bounded<'a, R> {
+    fn len(self) -> Result<u64, ()> {
+        self.cache.len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
+        self.spend(size)?;
+        self.cache.read_bytes_at(offset, size)
+    }
+
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+        let found = self.cache.read_bytes_at_until(range, delimiter)?;
+        self.spend(u64::try_from(found.len()).unwrap_or(u64::MAX))?;
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(offset: u64, file_bytes: u64, address: u64, executable: bool) -> Segment {
+        Segment { offset, file_bytes, address, memory_bytes: file_bytes, align: 4096, executable }
+    }
+
+    #[test]
+    fn code_that_shares_a_page_of_the_file_with_data_is_found_at_its_own_address() {
+        // As lld lays out a Rust program.
+        let headers = Headers {
+            segments: vec![
+                segment(0, 0x073d68, 0, false),
+                segment(0x073d70, 0x0ed290, 0x074d70, true),
+                segment(0x161000, 0x00c808, 0x162000, false),
+            ],
+            ..Headers::default()
+        };
+        assert_eq!(headers.stated_address_of_mapping(0x73000, 4096), Some(0x74000));
+        // A mapping that mprotect has split begins somewhere inside.
+        assert_eq!(headers.stated_address_of_mapping(0x80000, 4096), Some(0x81000));
+        assert_eq!(headers.stated_address_of_mapping(0x161000, 4096), Some(0x162000), "data mapped as code");
+        assert_eq!(headers.stated_address_of_mapping(0x1000, 0), Some(0x1000));
+        assert_eq!(headers.stated_address_of_mapping(u64::MAX, 4096), None);
+    }
+}

@@ -1,0 +1,230 @@
+// The incident's samples: what grew in a stretch of time, as totals, as a tree of frames and as functions.
+"use strict";
+
+/** The ledgers, which must not be added up. */
+const CAUSES = {
+  touch: ["Resident memory (touch)", "Pages the kernel gave on first touch: this is what fills the limit. The stack is of the code that touched, which may not be the code that asked for the mapping."],
+  map: ["Mapped (mmap)", "Address space asked for with mmap or mremap, whether it was ever touched or not; it does not count towards the limit until it is."],
+  brk: ["Heap (brk)", "Address space the heap asked for with brk, whether it was ever touched or not; it does not count towards the limit until it is."],
+  charge: ["Charged in system calls (charge)", "What system calls charged to the cgroup: page cache, sockets, kernel memory, and what they touched for the process."],
+};
+
+/** Why a stack ends before its outermost frame. */
+const CUTS = {
+  slice: "the copied slice of the stack ended",
+  module: "code of no known module",
+  unwind: "unwind information missing or broken",
+  frames: "more frames than are kept",
+  registers: "registers or stack not readable",
+  gone: "the process had ended",
+};
+
+/** What is embedded in the page, or null. */
+function readIncident() {
+  try {
+    const incident = JSON.parse(byId("incident").textContent);
+    return incident !== null && typeof incident === "object" ? incident : null;
+  } catch {
+    return null;
+  }
+}
+
+/** Samples and paths, made safe to index. Times are numbers: beyond 104 days of uptime they are rounded to 2 ns. */
+class Book {
+  constructor(incident) {
+    this.frames = [];
+    this.processes = new Map();
+    this.known = new Map();
+    this.paths = list(incident.allocation_paths).map((path) => this.path(path || {}));
+    this.eventNs = number((incident.at || {}).boot_ns) ?? 0;
+    const allocations = incident.allocations || null;
+    this.samples = sampleRows(allocations);
+    this.timed = this.samples.length > 0;
+    if (!this.timed) {
+      // A file without samples still has its paths' sums; they have no time.
+      this.samples = this.paths.map((path, index) => ({ ns: null, path: index, bytes: path.bytes }));
+    }
+    const times = list(((incident.timeline || {}).columns || {}).boot_ns).filter(Number.isFinite);
+    let [from, until] = [Infinity, -Infinity];
+    for (const ns of times.concat(this.samples.map((sample) => sample.ns).filter(Number.isFinite))) {
+      from = Math.min(from, ns);
+      until = Math.max(until, ns);
+    }
+    this.whole = from <= until ? { from, until } : { from: this.eventNs, until: this.eventNs };
+  }
+
+  /** A path with its frames interned, outermost first. */
+  path(path) {
+    const process = path.process || {};
+    const key = `${process.pid}/${process.start_boot_ns}`;
+    if (!this.processes.has(key)) {
+      this.processes.set(key, { key, label: `${process.comm || "?"} (pid ${process.pid ?? "?"})` });
+    }
+    const steps = list(path.frames).map((frame) => this.intern(frame || {})).reverse();
+    if (path.cut) steps.unshift(this.special("cut", `callers missing: ${CUTS[path.cut] || path.cut}`));
+    return {
+      cause: Object.hasOwn(CAUSES, path.cause) ? path.cause : "touch",
+      process: key,
+      bytes: number(path.weight_bytes) ?? 0,
+      steps,
+    };
+  }
+
+  intern(frame) {
+    const named = typeof frame.symbol === "string" && frame.symbol !== "";
+    const key = JSON.stringify([frame.kernel, frame.inlined, frame.module, named ? frame.symbol : frame.offset, named]);
+    const place = frame.file ? `${frame.file}${frame.line ? ":" + frame.line : ""}` : null;
+    const known = this.known.get(key);
+    if (known !== undefined) {
+      if (place && this.frames[known].places.length < 4 && !this.frames[known].places.includes(place)) {
+        this.frames[known].places.push(place);
+      }
+      return known;
+    }
+    const module = typeof frame.module === "string" ? frame.module : null;
+    const offset = Number.isFinite(frame.offset) ? `+0x${frame.offset.toString(16)}` : "";
+    const bare = module ? baseName(module) + offset : frame.kernel ? "kernel" : "unknown code";
+    return this.add(key, {
+      kind: frame.kernel ? "kernel" : "user",
+      label: named ? frame.symbol : bare,
+      named,
+      inlined: frame.inlined === true,
+      module,
+      offset,
+      buildId: typeof frame.build_id === "string" ? frame.build_id : null,
+      places: place ? [place] : [],
+    });
+  }
+
+  special(kind, label) {
+    const key = JSON.stringify([kind, label]);
+    return this.known.get(key) ?? this.add(key, { kind, label, places: [] });
+  }
+
+  add(key, frame) {
+    // What the search looks through.
+    frame.text = [frame.label, frame.module || "", ...frame.places].join("\n").toLowerCase();
+    this.known.set(key, this.frames.length);
+    return this.frames.push(frame) - 1;
+  }
+
+  /** The samples of a stretch, both ends included. */
+  within(stretch) {
+    if (!this.timed) return this.samples;
+    return this.samples.filter((sample) => sample.ns >= stretch.from && sample.ns <= stretch.until);
+  }
+
+  /** Growth of resident memory in a stretch: all, with a stack, without; null when the file does not say. */
+  totals(stretch) {
+    let [attributed, unattributed] = [0, 0];
+    for (const sample of this.within(stretch)) {
+      const path = this.paths[sample.path];
+      if (!path) unattributed += sample.bytes;
+      else if (path.cause === "touch") attributed += sample.bytes;
+    }
+    if (!this.timed) return { growth: null, attributed, unattributed: null };
+    return { growth: attributed + unattributed, attributed, unattributed };
+  }
+
+  /** Bytes of each path of a choice ({stretch, cause, process}), and of growth without a stack. */
+  weights(choice) {
+    const weights = new Map();
+    let without = 0;
+    for (const sample of this.within(choice.stretch)) {
+      const path = this.paths[sample.path];
+      if (!path) {
+        // Nobody knows whose it is: it is only there when all processes are shown.
+        if (choice.cause === "touch" && !choice.process) without += sample.bytes;
+      } else if (path.cause === choice.cause && (!choice.process || path.process === choice.process)) {
+        weights.set(path, (weights.get(path) || 0) + sample.bytes);
+      }
+    }
+    return { weights, without };
+  }
+
+  /** The tree of a choice ({stretch, cause, process, inverted, kernel}). */
+  tree(choice) {
+    const root = node(null, { kind: "root", label: "all", places: [], text: "" });
+    const { weights, without } = this.weights(choice);
+    const child = (parent, key, frame) => {
+      let found = parent.children.get(key);
+      if (!found) parent.children.set(key, (found = node(parent, frame, key)));
+      return found;
+    };
+    for (const [path, weight] of weights) {
+      if (weight <= 0) continue;
+      const process = this.processes.get(path.process);
+      const owner = this.special("process", process.label);
+      let steps = path.steps;
+      if (!choice.kernel) steps = steps.filter((step) => this.frames[step].kind !== "kernel");
+      steps = choice.inverted ? [...steps].reverse().concat(owner) : [owner, ...steps];
+      let at = root;
+      at.total += weight;
+      for (const step of steps) {
+        at = child(at, step, this.frames[step]);
+        at.total += weight;
+      }
+      at.self += weight;
+    }
+    if (without > 0) {
+      const step = this.special("none", "no stack");
+      const leaf = child(root, step, this.frames[step]);
+      leaf.total += without;
+      leaf.self += without;
+      root.total += without;
+    }
+    sortTree(root);
+    return root;
+  }
+
+  /** Functions of processes by own bytes: [{frame, self, total}], and what all of it is a share of. */
+  functions(choice) {
+    const found = new Map();
+    const { weights, without } = this.weights(choice);
+    let whole = without;
+    for (const [path, weight] of weights) {
+      whole += weight;
+      const seen = new Set();
+      let innermost = null;
+      for (const step of path.steps) {
+        const frame = this.frames[step];
+        if (frame.kind !== "user") continue;
+        // Inlined here and called there, it is one function.
+        const key = JSON.stringify([frame.module, frame.label]);
+        if (!found.has(key)) found.set(key, { frame, self: 0, total: 0 });
+        innermost = found.get(key);
+        if (!seen.has(key)) innermost.total += weight;
+        seen.add(key);
+      }
+      if (innermost) innermost.self += weight;
+    }
+    return { whole, rows: [...found.values()] };
+  }
+}
+
+/** Rows of the samples' columns, oldest first; as many as the shortest column has. */
+function sampleRows(allocations) {
+  const columns = (allocations || {}).samples || {};
+  const [times, paths, weights] = [list(columns.boot_ns), list(columns.path), list(columns.weight_bytes)];
+  const rows = [];
+  for (let i = 0; i < Math.min(times.length, paths.length, weights.length); i += 1) {
+    if (Number.isFinite(times[i]) && Number.isFinite(weights[i])) {
+      rows.push({ ns: times[i], path: Number.isInteger(paths[i]) ? paths[i] : -1, bytes: weights[i] });
+    }
+  }
+  return rows.sort((one, other) => one.ns - other.ns);
+}
+
+function node(parent, frame, key = null) {
+  return { parent, frame, key, depth: parent ? parent.depth + 1 : 0, total: 0, self: 0, children: new Map(), sorted: [] };
+}
+
+/** Heaviest first. Without recursion: a stack may be deeper than a browser's. */
+function sortTree(root) {
+  const todo = [root];
+  while (todo.length > 0) {
+    const at = todo.pop();
+    at.sorted = [...at.children.values()].sort((one, other) => other.total - one.total);
+    todo.push(...at.sorted);
+  }
+}

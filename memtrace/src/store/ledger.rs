@@ -1,0 +1,272 @@
+//! Ledgers: one line of JSON an entry, appended; at its cap a file becomes the one before. Kills are on disk before
+//! anything else is done about them, SIGKILLs as the kernel writes them back.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::marker::PhantomData;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::atomic;
+use crate::engine::input::{KillEntry, SigkillEntry};
+
+/// What a ledger holds, and how.
+pub trait Entry: Serialize + DeserializeOwned {
+    /// Name of the ledger in the state directory.
+    const FILE: &'static str;
+    /// Name of the ledger before this one.
+    const FILE_BEFORE: &'static str;
+    /// Size at which the ledger becomes the one before.
+    const MAX_BYTES: u64;
+    /// An appended entry is on the disk, not only with the kernel.
+    const SYNCED: bool;
+
+    /// What tells one entry from another.
+    fn key(&self) -> (u64, u32, u64);
+}
+
+impl Entry for KillEntry {
+    const FILE: &'static str = "kills.jsonl";
+    const FILE_BEFORE: &'static str = "kills.jsonl.1";
+    const MAX_BYTES: u64 = 8 << 20;
+    const SYNCED: bool = true;
+
+    fn key(&self) -> (u64, u32, u64) {
+        (self.boot_ns, self.pid, self.start_boot_ns)
+    }
+}
+
+impl Entry for SigkillEntry {
+    const FILE: &'static str = "sigkills.jsonl";
+    const FILE_BEFORE: &'static str = "sigkills.jsonl.1";
+    const MAX_BYTES: u64 = 2 << 20;
+    const SYNCED: bool = false;
+
+    fn key(&self) -> (u64, u32, u64) {
+        (self.boot_ns, self.pid, self.start_boot_ns)
+    }
+}
+
+/// Appends entries.
+#[derive(Debug)]
+pub struct Ledger<E> {
+    dir: PathBuf,
+    file: File,
+    /// Bytes in whole lines.
+    bytes: u64,
+    max_bytes: u64,
+    torn_bytes: u64,
+    entry: PhantomData<fn(&E)>,
+}
+
+/// A ledger read back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lines<E> {
+    /// Every entry, oldest first.
+    pub entries: Vec<E>,
+    /// Lines that are not one.
+    pub bad_lines: u64,
+}
+
+impl<E: Entry> Ledger<E> {
+    /// Opens the ledger in `dir`, creating it; a last line that a crash cut short is cut off.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        Self::with_cap(dir, E::MAX_BYTES)
+    }
+
+    fn with_cap(dir: &Path, max_bytes: u64) -> io::Result<Self> {
+        let mut file = open(dir, E::FILE)?;
+        let whole = whole_lines(&mut file)?;
+        let torn_bytes = file.metadata()?.len().saturating_sub(whole);
+        if torn_bytes > 0 {
+            file.set_len(whole)?;
+            file.sync_data()?;
+        }
+        Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, entry: PhantomData })
+    }
+
+    /// The state directory it is in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Bytes of a torn last line that opening cut off.
+    pub fn torn_bytes(&self) -> u64 {
+        self.torn_bytes
+    }
+
+    /// Adds entries, all or none; when this returns `Ok` they are where [`Entry::SYNCED`] says.
+    pub fn append(&mut self, entries: &[E]) -> io::Result<()> {
+        let mut lines = Vec::new();
+        for entry in entries {
+            serde_json::to_writer(&mut lines, entry)?;
+            lines.push(b'\n');
+        }
+        let len = lines.len() as u64;
+        let rotated =
+            if self.bytes > 0 && self.bytes.saturating_add(len) > self.max_bytes { self.rotate() } else { Ok(()) };
+        if let Err(error) = self.file.write_all(&lines) {
+            // A full disk: no half line for the next one to continue.
+            let _ = self.file.set_len(self.bytes);
+            return Err(error);
+        }
+        self.bytes = self.bytes.saturating_add(len);
+        if E::SYNCED {
+            self.file.sync_data()?;
+        }
+        // The entries are safe either way; that the ledger outgrew its cap is still worth telling.
+        rotated
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        fs::rename(self.dir.join(E::FILE), self.dir.join(E::FILE_BEFORE))?;
+        self.file = open(&self.dir, E::FILE)?;
+        self.bytes = 0;
+        atomic::sync_dir(&self.dir)
+    }
+}
+
+/// Reads a ledger of a state directory; one that does not exist is empty.
+pub fn read<E: Entry>(dir: &Path) -> io::Result<Lines<E>> {
+    let mut ledger = Lines { entries: Vec::new(), bad_lines: 0 };
+    for name in [E::FILE_BEFORE, E::FILE] {
+        let file = match File::open(dir.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            file => file?,
+        };
+        let mut lines = BufReader::new(file.take(E::MAX_BYTES.saturating_mul(2)));
+        let mut line = Vec::new();
+        while lines.read_until(b'\n', &mut line)? > 0 {
+            match serde_json::from_slice(&line) {
+                Ok(entry) => ledger.entries.push(entry),
+                Err(_) => ledger.bad_lines += 1,
+            }
+            line.clear();
+        }
+    }
+    Ok(ledger)
+}
+
+fn open(dir: &Path, name: &str) -> io::Result<File> {
+    let path = dir.join(name);
+    let existed = path.exists();
+    let file = OpenOptions::new().read(true).append(true).create(true).mode(0o640).open(path)?;
+    if !existed {
+        atomic::sync_dir(dir)?;
+    }
+    Ok(file)
+}
+
+/// Bytes up to and with the last line end.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
+    const PIECE: u64 = 4096;
+    let mut end = file.metadata()?.len();
+    let mut piece = Vec::new();
+    while end > 0 {
+        let begin = end.saturating_sub(PIECE);
+        file.seek(SeekFrom::Start(begin))?;
+        piece.clear();
+        file.take(end - begin).read_to_end(&mut piece)?;
+        if let Some(at) = piece.iter().rposition(|byte| *byte == b'\n') {
+            return Ok(begin.saturating_add(at as u64).saturating_add(1));
+        }
+        end = begin;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::input::SigkillCause;
+
+    type Kills = Ledger<KillEntry>;
+
+    fn kill(pid: u32) -> KillEntry {
+        KillEntry {
+            incident: "01ARZ3NDEKTSV4RRFFQ69G5FAV".into(),
+            boot_ns: 1,
+            wall: "2026-03-01T03:12:45Z".into(),
+            pid,
+            start_boot_ns: 2,
+            comm: "a\nb".into(),
+            cgroup_path: None,
+            usage_bytes: Some(u64::MAX),
+            limit_bytes: None,
+            trigger_pid: 3,
+            killed: true,
+        }
+    }
+
+    fn sigkill(pid: u32) -> SigkillEntry {
+        SigkillEntry {
+            boot_ns: 1,
+            wall: "2026-03-01T03:12:45Z".into(),
+            pid,
+            start_boot_ns: 2,
+            comm: "a\nb".into(),
+            cgroup_id: Some(7),
+            cgroup_path: None,
+            cause: SigkillCause::Process,
+            sender_pid: 3,
+            sender_start_boot_ns: 4,
+            sender_comm: "sh".into(),
+            incident: None,
+        }
+    }
+
+    fn pids(dir: &Path) -> Vec<u32> {
+        read::<KillEntry>(dir).unwrap().entries.iter().map(|kill| kill.pid).collect()
+    }
+
+    #[test]
+    fn appends_over_restarts_each_ledger_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read::<KillEntry>(dir.path()).unwrap(), Lines { entries: Vec::new(), bad_lines: 0 });
+        Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
+        Kills::open(dir.path()).unwrap().append(&[kill(2)]).unwrap();
+        Ledger::open(dir.path()).unwrap().append(&[sigkill(3), sigkill(4)]).unwrap();
+        Ledger::<SigkillEntry>::open(dir.path()).unwrap().append(&[]).unwrap();
+        assert_eq!(read::<KillEntry>(dir.path()).unwrap().entries, [kill(1), kill(2)]);
+        assert_eq!(read::<SigkillEntry>(dir.path()).unwrap().entries, [sigkill(3), sigkill(4)]);
+    }
+
+    #[test]
+    fn a_torn_line_is_cut_off_and_a_bad_one_skipped() {
+        let dir = tempfile::tempdir().unwrap();
+        Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
+        let mut file = OpenOptions::new().append(true).open(dir.path().join(KillEntry::FILE)).unwrap();
+        file.write_all(b"not json\n{\"incident\":").unwrap();
+        file.write_all(&[0; 9000]).unwrap();
+        let mut kills = Kills::open(dir.path()).unwrap();
+        assert_eq!(kills.torn_bytes(), 9012);
+        kills.append(&[kill(2)]).unwrap();
+        assert_eq!(pids(dir.path()), [1, 2]);
+        assert_eq!(read::<KillEntry>(dir.path()).unwrap().bad_lines, 1);
+    }
+
+    #[test]
+    fn a_file_without_a_line_end_is_all_torn() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(KillEntry::FILE), vec![b'x'; 5000]).unwrap();
+        assert_eq!(Kills::open(dir.path()).unwrap().torn_bytes(), 5000);
+        assert_eq!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn the_ledger_before_is_kept_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kills = Kills::with_cap(dir.path(), 1000).unwrap();
+        for pid in 0..20 {
+            kills.append(&[kill(pid)]).unwrap();
+        }
+        assert!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len() <= 1000);
+        assert!(fs::metadata(dir.path().join(KillEntry::FILE_BEFORE)).unwrap().len() <= 1000);
+        let pids = pids(dir.path());
+        assert_eq!(*pids.last().unwrap(), 19);
+        assert!(pids.windows(2).all(|pair| pair[1] == pair[0] + 1));
+    }
+}

@@ -1,0 +1,61 @@
+//! Processes that change what they are while they grow: sharers, forked children, new programs, other cgroups.
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Context;
+use memtrace_tests::cage;
+use serde_json::json;
+
+use crate::{memory, raw};
+
+/// One address space, two processes; the first grows until it is done or both are killed.
+pub(crate) fn share_mm(mib: usize) -> anyhow::Result<()> {
+    let sharer = raw::sharer()?;
+    crate::say("sharer", &json!({ "child": sharer }))?;
+    let held = memory::touched(mib);
+    crate::say("ready", &json!({ "anon_mib": mib }))?;
+    crate::wait_for_end_of_stdin()?;
+    drop(held);
+    Ok(())
+}
+
+/// A child by fork alone, under a name of its own, grows; its parent reports how it ended.
+pub(crate) fn fork_only(mib: usize) -> anyhow::Result<()> {
+    let child = raw::fork()?;
+    if child == 0 {
+        std::fs::write("/proc/self/comm", "fork-only-child").context("failed to set the process name")?;
+        crate::say("start", &json!({}))?;
+        let held = memory::touched(mib);
+        drop(held);
+        std::process::exit(0);
+    }
+    crate::say("child", &json!({ "child": child }))?;
+    let status = raw::wait(child)?;
+    crate::say("child_exit", &json!({ "child": child, "status": status }))
+}
+
+/// Becomes another program in mid-growth: the same process, another address space.
+pub(crate) fn exec_grow(first_mib: usize, mib: usize) -> anyhow::Result<()> {
+    let held = memory::touched(first_mib);
+    crate::say("grown", &json!({ "anon_mib": first_mib }))?;
+    let own = std::env::current_exe().context("failed to find this program")?;
+    let error = Command::new(own).args(["member", "--comm", "exec-after", "--mib", &mib.to_string()]).exec();
+    drop(held);
+    Err(error).context("failed to become another program")
+}
+
+/// Moves into another cgroup in mid-growth, and makes that the root of what it sees.
+pub(crate) fn move_grow(first_mib: usize, to: &Path, mib: usize) -> anyhow::Result<()> {
+    let before = memory::touched(first_mib);
+    crate::say("grown", &json!({ "anon_mib": first_mib }))?;
+    cage::enter(to)?;
+    raw::own_cgroup_namespace()?;
+    crate::say("moved", &json!({}))?;
+    let after = memory::touched(mib);
+    crate::say("ready", &json!({ "anon_mib": first_mib + mib }))?;
+    crate::wait_for_end_of_stdin()?;
+    drop((before, after));
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! What Rust has no safe call for: processes that share memory, fork without exec, swap, a wild read. All unsafe code is here.
+#![allow(unsafe_code, reason = "system calls and a fault that are unsafe by nature")]
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+
+/// Starts a process in this one's address space (CLONE_VM, no CLONE_THREAD) that waits until it is killed.
+pub(crate) fn sharer() -> anyhow::Result<u32> {
+    extern "C" fn wait_for_the_end(_: *mut libc::c_void) -> libc::c_int {
+        loop {
+            // SAFETY: pause takes nothing and touches nothing but this thread's errno.
+            unsafe { libc::pause() };
+        }
+    }
+    let stack = Box::leak(vec![0u128; 4096].into_boxed_slice());
+    let top = stack.as_mut_ptr_range().end;
+    // SAFETY: the stack is never freed and grows down from its end, which is aligned; the function it runs only pauses,
+    // so that nothing of the runtime it shares with its parent is used.
+    let child =
+        unsafe { libc::clone(wait_for_the_end, top.cast(), libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut()) };
+    ensure!(child > 0, "failed to clone: {}", std::io::Error::last_os_error());
+    u32::try_from(child).context("not a process id")
+}
+
+/// fork(2): 0 in the child, the child's id in the parent.
+pub(crate) fn fork() -> anyhow::Result<u32> {
+    // SAFETY: this process has one thread, so the child may go on as it is.
+    let child = unsafe { libc::fork() };
+    ensure!(child >= 0, "failed to fork: {}", std::io::Error::last_os_error());
+    u32::try_from(child).context("not a process id")
+}
+
+/// Waits for a child.
+pub(crate) fn wait(child: u32) -> anyhow::Result<i32> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    let waited = unsafe { libc::waitpid(i32::try_from(child)?, &raw mut status, 0) };
+    ensure!(waited > 0, "failed to wait for {child}: {}", std::io::Error::last_os_error());
+    Ok(status)
+}
+
+/// A cgroup namespace whose root is where this process is now.
+pub(crate) fn own_cgroup_namespace() -> anyhow::Result<()> {
+    // SAFETY: takes a number; only this process' view of paths changes.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWCGROUP) };
+    ensure!(result == 0, "failed to enter a cgroup namespace: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// Begins to swap to a device, or ends it.
+pub(crate) fn swap(device: &Path, off: bool) -> anyhow::Result<()> {
+    let path = CString::new(device.as_os_str().as_bytes()).context("a device name with a zero byte")?;
+    // SAFETY: the path is a C string that outlives the call.
+    let result = unsafe { if off { libc::swapoff(path.as_ptr()) } else { libc::swapon(path.as_ptr(), 0) } };
+    ensure!(result == 0, "failed to swap to {}: {}", device.display(), std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// Reads an address nothing is mapped at.
+pub(crate) fn segv() {
+    // SAFETY: none: the fault is what it is for.
+    unsafe { std::ptr::read_volatile(std::ptr::dangling::<u64>()) };
+}

@@ -1,0 +1,69 @@
+//! What incidents claim, compared with what the test did: helpers that fail with both sides.
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+
+use crate::cage::Cage;
+use crate::json;
+
+/// One mebibyte.
+pub const MIB: u64 = 1 << 20;
+
+/// The text at a pointer is this.
+pub fn says(incident: &Value, pointer: &str, expected: &str) -> anyhow::Result<()> {
+    let found = json::text(incident, pointer)?;
+    ensure!(found == expected, "{pointer} is {found:?}, not {expected:?}, in {}", json::text(incident, "/id")?);
+    Ok(())
+}
+
+/// The number at a pointer is this.
+pub fn counts(incident: &Value, pointer: &str, expected: u64) -> anyhow::Result<()> {
+    let found = json::number(incident, pointer)?;
+    ensure!(found == expected, "{pointer} is {found}, not {expected}, in {}", json::text(incident, "/id")?);
+    Ok(())
+}
+
+/// A kill in this cgroup, whose own limit ran out: kind, path, limit, scope.
+pub fn ran_out_itself(incident: &Value, cage: &Cage) -> anyhow::Result<()> {
+    says(incident, "/kind", "oom_kill")?;
+    says(incident, "/cgroup/path", cage.path())?;
+    counts(incident, "/cgroup/id", cage.id())?;
+    counts(incident, "/cgroup/limit_bytes", cage.limit())?;
+    says(incident, "/oom/scope", "cgroup")?;
+    says(incident, "/oom/oom_cgroup/path", cage.path())?;
+    ends_near_the_limit(incident, cage.limit())
+}
+
+/// The last usage of the curve up to the kill is where the kernel drew the line, but for what other victims gave back.
+pub fn ends_near_the_limit(incident: &Value, limit: u64) -> anyhow::Result<()> {
+    let at = json::number(incident, "/at/boot_ns")?;
+    let times = json::list(incident, "/timeline/columns/boot_ns")?;
+    let usage = json::list(incident, "/timeline/columns/usage_bytes")?;
+    let before = times.iter().zip(usage).filter(|(time, _)| time.as_u64().is_some_and(|time| time <= at));
+    let last = before.filter_map(|(_, usage)| usage.as_u64()).next_back().context("no usage up to the kill")?;
+    ensure!(last <= limit && last + MIB >= limit, "the curve ends at {last}, the limit is {limit}");
+    Ok(())
+}
+
+/// The victims that were killed, as (pid, name).
+pub fn killed(incident: &Value) -> anyhow::Result<Vec<(u32, String)>> {
+    let victims = json::list(incident, "/oom/victims")?;
+    victims
+        .iter()
+        .filter(|victim| victim.get("killed") == Some(&Value::Bool(true)))
+        .map(|victim| Ok((u32::try_from(json::number(victim, "/pid")?)?, json::text(victim, "/comm")?.to_owned())))
+        .collect()
+}
+
+/// Exactly this process was killed.
+pub fn only_victim(incident: &Value, pid: u32, comm: &str) -> anyhow::Result<()> {
+    let killed = killed(incident)?;
+    ensure!(killed == [(pid, comm.to_owned())], "killed were {killed:?}, not {comm} ({pid})");
+    Ok(())
+}
+
+/// Largest value of a column of the curve up to the kill.
+pub fn highest(incident: &Value, column: &str) -> anyhow::Result<u64> {
+    let values = json::list(incident, &format!("/timeline/columns/{column}"))?;
+    values.iter().filter_map(Value::as_u64).max().with_context(|| format!("no {column} in the curve"))
+}

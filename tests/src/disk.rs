@@ -1,0 +1,55 @@
+//! Something to read through the page cache: a file on a disk, or a disk itself where there is no file system on one.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use rustix::fs::FsWord;
+use tempfile::NamedTempFile;
+
+/// `TMPFS_MAGIC` and `RAMFS_MAGIC` (include/uapi/linux/magic.h): pages of these are not page cache that can be dropped.
+const IN_MEMORY: [FsWord; 2] = [0x0102_1994, 0x8584_58f6];
+/// The disk of a virtual machine.
+pub const DISK: &str = "/dev/vda";
+
+/// A file or device of at least the asked size.
+#[derive(Debug)]
+pub enum Readable {
+    /// A file, removed when dropped.
+    File(NamedTempFile),
+    /// A block device.
+    Device(PathBuf),
+}
+
+impl Readable {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::File(file) => file.path(),
+            Self::Device(path) => path,
+        }
+    }
+}
+
+/// Makes or finds one of `mib`; nothing of it is in the page cache for sure only where it was not just written.
+pub fn readable(mib: usize) -> anyhow::Result<Readable> {
+    let dir = Path::new("/var/tmp");
+    let on_disk = rustix::fs::statfs(dir).is_ok_and(|fs| !IN_MEMORY.contains(&fs.f_type));
+    if !on_disk {
+        let device = PathBuf::from(DISK);
+        ensure!(device.exists(), "{} is in memory and there is no {DISK}: nothing to read from", dir.display());
+        return Ok(Readable::Device(device));
+    }
+    let mut file = NamedTempFile::new_in(dir).context("failed to make a file to read")?;
+    let chunk = vec![7u8; 1 << 20];
+    (0..mib).try_for_each(|_| file.write_all(&chunk)).context("failed to fill a file to read")?;
+    file.as_file().sync_all().context("failed to sync a file to read")?;
+    drop_cached(file.as_file())?;
+    Ok(Readable::File(file))
+}
+
+/// Clean pages of a file are given back, so that whoever reads it next is charged for them.
+fn drop_cached(file: &File) -> anyhow::Result<()> {
+    rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).context("failed to drop a file from the cache")
+}

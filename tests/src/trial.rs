@@ -1,0 +1,117 @@
+//! One trial: an agent of its own, what is done under its eyes, and the incidents that come of it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::agent::{Agent, Options, json_of};
+use crate::cage::Cage;
+use crate::{json, programs};
+
+/// How long incidents may take to appear; emulated machines are slow.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// Time between two looks.
+const LOOK: Duration = Duration::from_millis(100);
+/// Time for one incident too many to show up.
+const SETTLE: Duration = Duration::from_millis(700);
+
+/// An agent in directories of its own.
+#[derive(Debug)]
+pub struct Trial {
+    /// The agent.
+    pub agent: Agent,
+    dir: TempDir,
+}
+
+impl Trial {
+    /// Starts an agent with short windows and these further arguments.
+    pub fn begin(arguments: &[&str]) -> anyhow::Result<Self> {
+        programs::require_root()?;
+        let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
+        let agent = Options::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
+        Ok(Self { agent, dir })
+    }
+
+    /// How the agent was started.
+    pub fn options(&self) -> &Options {
+        self.agent.options()
+    }
+
+    /// Directory of everything the agent writes; gone with the trial.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
+    /// The incidents about these cgroups, in full: waits for `count` and a moment longer, and fails on any other number.
+    pub fn incidents(&self, cages: &[&Cage], count: usize) -> anyhow::Result<Vec<Value>> {
+        let ours = |incident: &&Value| {
+            let id = incident.pointer("/cgroup/id").and_then(Value::as_u64);
+            cages.iter().any(|cage| Some(cage.id()) == id)
+        };
+        self.wait_for(PATIENCE, |listed| listed.iter().filter(ours).count() >= count)?;
+        std::thread::sleep(SETTLE);
+        let listed = self.options().incidents()?;
+        let found: Vec<&Value> = listed.iter().filter(ours).collect();
+        if found.len() != count {
+            let told: Vec<String> = listed.iter().map(brief).collect();
+            anyhow::bail!(
+                "{} incidents instead of {count}; all there are:\n{}\nthe agent said:\n{}",
+                found.len(),
+                told.join("\n"),
+                self.agent.stderr()
+            );
+        }
+        found.into_iter().map(|incident| self.options().report(json::text(incident, "/id")?)).collect()
+    }
+
+    /// Waits until the incidents the agent lists over HTTP are enough, or the time is up. Looks at them only when it has
+    /// saved one: to list them means to read each.
+    pub fn wait_for(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<()> {
+        let begin = Instant::now();
+        let mut seen = None;
+        loop {
+            let saved = self.agent.metric("memtrace_incidents_saved_total")?;
+            if saved != seen {
+                let listed = self.agent.get_json("/api/incidents?limit=1000")?;
+                if enough(listed.as_array().context("/api/incidents is not an array")?) {
+                    return Ok(());
+                }
+                seen = saved;
+            }
+            if begin.elapsed() > limit {
+                return Ok(());
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// The one incident about a cgroup.
+    pub fn incident(&self, cage: &Cage) -> anyhow::Result<Value> {
+        self.incidents(&[cage], 1)?.pop().context("no incident")
+    }
+
+    /// Who sent the SIGKILLs that were sent: `memtrace incidents --sigkills --json`, newest first.
+    pub fn sigkills(&self) -> anyhow::Result<Vec<Value>> {
+        let mut command = programs::memtrace_command()?;
+        command.args(["incidents", "--sigkills", "--json", "--state-dir"]).arg(&self.options().state_dir);
+        json_of(command)?.as_array().cloned().context("memtrace incidents --sigkills --json is not an array")
+    }
+
+    /// Stops the agent; it has to end well.
+    pub fn end(mut self) -> anyhow::Result<()> {
+        let status = self.agent.stop()?;
+        ensure!(status.code() == Some(0), "the agent ended with {status}; it said:\n{}", self.agent.stderr());
+        Ok(())
+    }
+}
+
+/// An incident in one line.
+fn brief(incident: &Value) -> String {
+    let at = |pointer: &str| incident.pointer(pointer).cloned().unwrap_or_default();
+    let victims = incident.pointer("/oom/victims").and_then(Value::as_array).cloned().unwrap_or_default();
+    let victims: Vec<String> =
+        victims.iter().map(|v| format!("{} {} killed {}", v["comm"], v["pid"], v["killed"])).collect();
+    format!("{} {} scope {} in {} victims {victims:?}", at("/id"), at("/kind"), at("/oom/scope"), at("/cgroup/path"))
+}

@@ -1,0 +1,225 @@
+//! What is on a stack stays there: a secret around the frames that were unwound is in nothing the agent wrote, said, or
+//! keeps where a core dump would have it.
+
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use memtrace_tests::actor::Actor;
+use memtrace_tests::cage::Cage;
+use memtrace_tests::claims::MIB;
+use memtrace_tests::figures::say;
+use memtrace_tests::trial::Trial;
+use memtrace_tests::{growth, json};
+
+/// Fine steps, and as much time for them as they want: the more stacks the better.
+const FINE: [&str; 4] = ["--sample", "64K", "--stack-budget", "100%"];
+/// Read at once from the agent's memory.
+const CHUNK: usize = 1 << 20;
+/// Decompressed at most, of one file.
+const MOST_CONTENT: u64 = 1 << 30;
+
+/// What is looked for: each half of the secret, and all of it as text.
+struct Secret {
+    hex: String,
+    halves: [Vec<u8>; 2],
+}
+
+impl Secret {
+    fn of(hex: &str) -> anyhow::Result<Self> {
+        let digit = |at: usize| hex.get(at..at + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
+        let bytes: Option<Vec<u8>> = (0..hex.len()).step_by(2).map(digit).collect();
+        let bytes = bytes.filter(|bytes| bytes.len() == 32).with_context(|| format!("the secret is {hex}"))?;
+        let (first, second) = bytes.split_at(16);
+        Ok(Self { hex: hex.to_owned(), halves: [first.to_vec(), second.to_vec()] })
+    }
+
+    fn is_in(&self, content: &[u8]) -> bool {
+        let [first, second] = &self.halves;
+        [first.as_slice(), second, self.hex.as_bytes()].into_iter().any(|needle| holds(content, needle))
+    }
+}
+
+fn holds(content: &[u8], needle: &[u8]) -> bool {
+    let Some(first) = needle.first() else { return false };
+    let mut rest = content;
+    while let Some(at) = rest.iter().position(|byte| byte == first) {
+        rest = &rest[at..];
+        if rest.starts_with(needle) {
+            return true;
+        }
+        rest = &rest[1..];
+    }
+    false
+}
+
+#[test]
+fn a_secret_on_the_stack_stays_on_the_stack() -> anyhow::Result<()> {
+    let mut trial = Trial::begin(&FINE)?;
+    let cage = Cage::new("secret", 64 * MIB)?;
+    let mut actor = Actor::start(Some(&cage), &["secret", "--mib", "256"])?;
+    let secret = Secret::of(json::text(actor.until("secret")?, "/hex")?)?;
+    actor.finish()?.was_killed()?;
+    let incident = trial.incident(&cage)?;
+
+    // Stacks were taken where the secret was, and followed to their end: what comes next is about something.
+    let taken = growth::touching(&incident)?.iter().filter(|(path, _)| growth::user_frames(path).count() >= 3).count();
+    ensure!(taken >= 100, "only {taken} stacks were unwound");
+    std::thread::sleep(Duration::from_secs(1));
+
+    let pid = trial.agent.pid();
+    let marker = trial.options().state_dir.as_os_str().as_encoded_bytes().to_vec();
+    let memory = Memory::search(pid, &secret, &marker)?;
+    say(format_args!(
+        "{taken} stacks; {} MiB of the agent's memory searched, {} MiB never dumped, {} MiB unreadable",
+        memory.searched >> 20,
+        memory.undumped >> 20,
+        memory.unreadable >> 20
+    ));
+    ensure!(memory.marked, "the agent's own arguments were not found in its memory: nothing was searched");
+    ensure!(memory.found.is_empty(), "the secret is in {:?}", memory.found);
+
+    ensure!(!secret.is_in(trial.agent.stderr().as_bytes()), "the secret is in the log:\n{}", trial.agent.stderr());
+    // A second time when all is written that will be.
+    let status = trial.agent.stop()?;
+    ensure!(status.code() == Some(0), "the agent ended with {status}");
+    ensure!(!secret.is_in(trial.agent.stderr().as_bytes()), "the secret is in the log:\n{}", trial.agent.stderr());
+    let mut files = Vec::new();
+    below(trial.dir(), &mut files)?;
+    let mut contents = 0;
+    for file in &files {
+        let raw = std::fs::read(file).with_context(|| format!("failed to read {}", file.display()))?;
+        ensure!(!secret.is_in(&raw), "the secret is in {}", file.display());
+        if raw.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+            let mut content = Vec::new();
+            zstd::Decoder::new(raw.as_slice())?.take(MOST_CONTENT).read_to_end(&mut content)?;
+            ensure!(!secret.is_in(&content), "the secret is in {}", file.display());
+            contents += 1;
+        }
+    }
+    say(format_args!("{} files searched, {contents} of them compressed", files.len()));
+    ensure!(contents > 0 && files.len() > contents, "there are no incidents or no journal among {files:?}");
+    cage.remove()
+}
+
+/// Every file below a directory.
+fn below(dir: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(dir).with_context(|| format!("failed to read {}", dir.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            below(&entry.path(), files)?;
+        } else {
+            files.push(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// What a search of a process' memory found; sizes in bytes.
+#[derive(Default)]
+struct Memory {
+    searched: u64,
+    /// Mappings that no core dump has.
+    undumped: u64,
+    unreadable: u64,
+    /// Mappings that hold the secret.
+    found: Vec<String>,
+    /// What has to be in it somewhere is.
+    marked: bool,
+}
+
+impl Memory {
+    fn search(pid: u32, secret: &Secret, marker: &[u8]) -> anyhow::Result<Self> {
+        let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).context("failed to read smaps")?;
+        let memory = File::open(format!("/proc/{pid}/mem")).context("failed to open the agent's memory")?;
+        let mut found = Self::default();
+        for mapping in mappings(&smaps) {
+            let size = mapping.end - mapping.begin;
+            if mapping.undumped {
+                found.undumped += size;
+            } else if !mapping.readable {
+                found.unreadable += size;
+            } else {
+                found.look(&memory, &mapping, secret, marker);
+            }
+        }
+        Ok(found)
+    }
+
+    /// In chunks that overlap, so that nothing is cut in two.
+    fn look(&mut self, memory: &File, mapping: &Mapping<'_>, secret: &Secret, marker: &[u8]) {
+        let overlap = secret.hex.len().max(marker.len()) as u64;
+        let mut chunk = vec![0; CHUNK];
+        let mut at = mapping.begin;
+        while at < mapping.end {
+            let length = usize::try_from(mapping.end - at).unwrap_or(CHUNK).min(CHUNK);
+            let content = &mut chunk[..length];
+            // part of a mapping may have gone meanwhile, and [vvar] is never read
+            if memory.read_exact_at(content, at).is_err() {
+                self.unreadable += length as u64;
+            } else {
+                self.searched += length as u64;
+                self.marked |= holds(content, marker);
+                if secret.is_in(content) {
+                    self.found.push(mapping.line.to_owned());
+                }
+            }
+            let next = at + length as u64;
+            at = if next < mapping.end { next - overlap } else { next };
+        }
+    }
+}
+
+struct Mapping<'a> {
+    begin: u64,
+    end: u64,
+    readable: bool,
+    /// `dd` of its VmFlags.
+    undumped: bool,
+    line: &'a str,
+}
+
+fn mappings(smaps: &str) -> Vec<Mapping<'_>> {
+    let mut found: Vec<Mapping<'_>> = Vec::new();
+    for line in smaps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if let Some(last) = found.last_mut() {
+                last.undumped = flags.split_ascii_whitespace().any(|flag| flag == "dd");
+            }
+        } else if let Some(mapping) = begins(line) {
+            found.push(mapping);
+        }
+    }
+    found
+}
+
+/// `begin-end rwxp ...`; the other lines of smaps are `Name: value`.
+fn begins(line: &str) -> Option<Mapping<'_>> {
+    let mut words = line.split_ascii_whitespace();
+    let (begin, end) = words.next()?.split_once('-')?;
+    let (begin, end) = (u64::from_str_radix(begin, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    Some(Mapping { begin, end, readable: words.next()?.starts_with('r'), undumped: false, line })
+}
+
+#[test]
+fn a_secret_is_found_where_it_is() -> anyhow::Result<()> {
+    let secret = Secret::of(&"0123456789abcdef".repeat(4))?;
+    let mut bytes: Vec<u8> = secret.halves.concat();
+    let own = std::process::id();
+    let memory = Memory::search(own, &secret, b"a_secret_is_found_where_it_is")?;
+    ensure!(memory.marked && !memory.found.is_empty(), "this test's own secret was not found");
+    ensure!(secret.is_in(&bytes) && secret.is_in(&bytes[8..]), "half a secret is one");
+    bytes[3] = 0;
+    bytes[20] = 0;
+    ensure!(!secret.is_in(&bytes), "what is no secret was found");
+    let smaps =
+        "1000-2000 rw-p 00000000 00:00 0 [heap]\nRss: 4 kB\nVmFlags: rd wr dd\n3000-4000 ---p 0 00:00 0\nVmFlags: mr\n";
+    let told: Vec<_> = mappings(smaps).iter().map(|m| (m.begin, m.end, m.readable, m.undumped)).collect();
+    ensure!(told == [(0x1000, 0x2000, true, true), (0x3000, 0x4000, false, false)], "{told:x?}");
+    Ok(())
+}

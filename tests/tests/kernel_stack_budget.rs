@@ -1,0 +1,109 @@
+//! Stacks under a storm: what they cost stays within what was allowed, and what was left out for that is said.
+
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use memtrace_tests::actor::Actor;
+use memtrace_tests::cage::Cage;
+use memtrace_tests::claims::MIB;
+use memtrace_tests::figures::say;
+use memtrace_tests::json;
+use memtrace_tests::trial::Trial;
+
+const PROCESSES: usize = 8;
+const STORM: Duration = Duration::from_secs(5);
+/// Share of one CPU that stacks may cost.
+const BUDGET: f64 = 0.01;
+/// On a loaded machine the last stack before the budget is gone takes longer than it should.
+const GENEROUS: f64 = 2.0;
+
+/// What the agent has used so far, seconds.
+#[derive(Clone, Copy)]
+struct Used {
+    /// CPU time of the process, all it does.
+    process: f64,
+    stacks_in_kernel: f64,
+    stacks_in_agent: f64,
+    taken: f64,
+    thinned: f64,
+}
+
+impl Used {
+    fn read(trial: &Trial) -> anyhow::Result<Self> {
+        let metric = |name: &str| trial.agent.metric(name)?.with_context(|| format!("no metric {name}"));
+        Ok(Self {
+            process: cpu_seconds(trial.agent.pid())?,
+            stacks_in_kernel: metric("memtrace_stack_kernel_seconds_total")?,
+            stacks_in_agent: metric("memtrace_stack_user_seconds_total")?,
+            taken: metric("memtrace_stacks_total")?,
+            thinned: metric("memtrace_stacks_thinned_total")?,
+        })
+    }
+}
+
+/// User and system time of a process: fields 14 and 15 of its stat.
+fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("failed to read the agent's stat")?;
+    let (_, after) = text.rsplit_once(')').context("no name in stat")?;
+    let ticks = after.split_ascii_whitespace().skip(11).take(2).map(str::parse::<u64>);
+    let ticks: u64 = ticks.sum::<Result<u64, _>>().context("no times in stat")?;
+    Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// Eight processes that map, touch and give back as fast as they can: bytes they touched.
+fn storm(cage: &Cage) -> anyhow::Result<u64> {
+    let ms = STORM.as_millis().to_string();
+    let start = |_| Actor::start(Some(cage), &["churn", "--ms", &ms]);
+    let actors = (0..PROCESSES).map(start).collect::<Result<Vec<_>, _>>()?;
+    let mut bytes = 0;
+    for actor in actors {
+        let ended = actor.finish()?;
+        ensure!(ended.status.success(), "a workload ended with {}", ended.status);
+        bytes += json::number(ended.one("churned")?, "/bytes")?;
+    }
+    Ok(bytes)
+}
+
+#[test]
+fn a_storm_of_growth_costs_no_more_stacks_than_allowed() -> anyhow::Result<()> {
+    let trial = Trial::begin(&["--stack-budget", "1%"])?;
+    let cage = Cage::new("storm", 512 * MIB)?;
+    let (begin, before) = (Instant::now(), Used::read(&trial)?);
+    let bytes = storm(&cage)?;
+    let (elapsed, after) = (begin.elapsed().as_secs_f64(), Used::read(&trial)?);
+    let stacks = after.stacks_in_kernel - before.stacks_in_kernel + after.stacks_in_agent - before.stacks_in_agent;
+    let (taken, thinned) = (after.taken - before.taken, after.thinned - before.thinned);
+    say(format_args!(
+        "{:.2} GB/s touched by {PROCESSES} processes for {elapsed:.1} s: stacks {:.1} ms in the kernel and {:.1} ms in the \
+         agent, {:.2} % of a CPU; {taken} taken, {thinned} left out; the agent as a whole {:.2} % of a CPU",
+        bytes as f64 / elapsed / 1e9,
+        (after.stacks_in_kernel - before.stacks_in_kernel) * 1e3,
+        (after.stacks_in_agent - before.stacks_in_agent) * 1e3,
+        stacks * 100.0 / elapsed,
+        (after.process - before.process) * 100.0 / elapsed
+    ));
+    ensure!(taken > 0.0, "no stack was taken");
+    ensure!(thinned > 0.0, "nothing was left out of {bytes} bytes: the storm is none");
+    let most = BUDGET * GENEROUS * elapsed;
+    ensure!(stacks <= most, "stacks took {stacks:.3} s in {elapsed:.1} s, {most:.3} s are twice what was allowed");
+    cage.remove()?;
+    trial.end()
+}
+
+#[test]
+fn an_incident_says_how_many_stacks_were_left_out() -> anyhow::Result<()> {
+    let trial = Trial::begin(&["--stack-budget", "0.1%", "--sample", "16K", "--before", "60s"])?;
+    let cage = Cage::new("thinned", 512 * MIB)?;
+    storm(&cage)?;
+    // and then one too many, so that there is an incident about this cgroup
+    Actor::start(Some(&cage), &["burst", "--mib", "1024", "--touch"])?.finish()?.was_killed()?;
+    let incident = trial.incident(&cage)?;
+    let thinned = json::number(&incident, "/allocations/thinned")?;
+    let growth = memtrace_tests::growth::adds_up(&incident)?;
+    say(format_args!("{} MiB of growth in the incident's window, {thinned} stacks left out", growth / MIB));
+    ensure!(thinned > 0, "the incident does not say that stacks were left out");
+    cage.remove()?;
+    trial.end()
+}

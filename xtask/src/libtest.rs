@@ -1,0 +1,175 @@
+//! What libtest prints, read line by line: how many tests passed, which failed, which said they could not run.
+
+use std::collections::BTreeSet;
+
+/// What a test prints before what and why, when it passes without having tested: see figures.rs of the tests.
+const NOT_RUN_HERE: &str = "  | NOT RUN HERE ";
+
+/// What a run of tests came to.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl Tally {
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            skipped: self.skipped + other.skipped,
+        }
+    }
+}
+
+impl std::fmt::Display for Tally {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+/// A test that has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) test: String,
+    /// `ok`, `FAILED`, `ignored` or `not run`.
+    pub(crate) word: String,
+}
+
+/// Reads the output of any number of test executables, one after another.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Reader {
+    /// By the closing lines, less the tests that did not run.
+    closed: Tally,
+    /// The test whose name was printed, and not yet how it ended.
+    running: Option<String>,
+    /// Who has said NOT RUN HERE since the last closing line.
+    idle: BTreeSet<String>,
+    /// `WHAT: WHY` of what did not run, in the order they said so.
+    pub(crate) not_run: Vec<String>,
+    /// Names of tests that failed.
+    pub(crate) failed: BTreeSet<String>,
+}
+
+impl Reader {
+    /// Takes a line; tells of a test that ended with it.
+    pub(crate) fn line(&mut self, line: &str) -> Option<Ended> {
+        let line = line.trim_end_matches(['\r', '\n']);
+        if let Some((_, said)) = line.split_once(NOT_RUN_HERE) {
+            self.not_run.push(said.to_owned());
+            let test = self.started(line).or_else(|| self.running.clone());
+            // unnamed ones count once each
+            self.idle.insert(test.unwrap_or_else(|| format!("#{}", self.not_run.len())));
+        }
+        if let Some(mut tally) = result_of(line) {
+            let idle = tally.passed.min(std::mem::take(&mut self.idle).len() as u64);
+            tally.passed -= idle;
+            tally.skipped += idle;
+            self.closed = self.closed.plus(tally);
+            self.running = None;
+            return None;
+        }
+        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.failed.insert(test.to_owned());
+            return None;
+        }
+        let word = match self.started(line) {
+            Some(test) => {
+                let rest = line.split_once(" ... ").map_or("", |(_, rest)| rest).to_owned();
+                self.running = Some(test);
+                rest
+            }
+            None => line.to_owned(),
+        };
+        let word = ["ok", "FAILED", "ignored"].into_iter().find(|known| {
+            word.strip_prefix(known)
+                .is_some_and(|rest| rest.is_empty() || (*known == "ignored" && rest.starts_with(',')))
+        })?;
+        let test = self.running.take()?;
+        if word == "FAILED" {
+            self.failed.insert(test.clone());
+        }
+        let word = if word == "ok" && self.idle.contains(&test) { "not run" } else { word };
+        Some(Ended { test, word: word.to_owned() })
+    }
+
+    /// What it all came to.
+    pub(crate) fn tally(&self) -> Tally {
+        self.closed
+    }
+
+    fn started(&self, line: &str) -> Option<String> {
+        let (test, _) = line.strip_prefix("test ")?.split_once(" ... ")?;
+        (!test.is_empty() && !test.contains(' ')).then(|| test.to_owned())
+    }
+}
+
+/// Reads the closing line: `test result: ok. 3 passed; 0 failed; 1 ignored; ...`.
+fn result_of(line: &str) -> Option<Tally> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut tally = Tally::default();
+    for part in counts.split(';') {
+        let mut words = part.split_whitespace();
+        let (Some(Ok(count)), Some(what)) = (words.next().map(str::parse::<u64>), words.next()) else {
+            continue;
+        };
+        match what {
+            "passed" => tally.passed = count,
+            "failed" => tally.failed = count,
+            "ignored" => tally.skipped = count,
+            _ => {}
+        }
+    }
+    Some(tally)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> (Reader, Vec<String>) {
+        let mut reader = Reader::default();
+        let ended = text.lines().filter_map(|line| reader.line(line)).map(|e| format!("{} {}", e.test, e.word));
+        let ended = ended.collect();
+        (reader, ended)
+    }
+
+    #[test]
+    fn closing_lines_are_counted() {
+        let line = "test result: FAILED. 12 passed; 2 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.10s";
+        assert_eq!(result_of(line), Some(Tally { passed: 12, failed: 2, skipped: 1 }));
+        assert_eq!(result_of("test engine::test_result ... ok"), None);
+        assert_eq!(result_of("running 3 tests"), None);
+    }
+
+    #[test]
+    fn tests_that_print_past_the_harness_are_followed() {
+        let (reader, ended) = read(
+            "running 3 tests\r\ntest a_kill ...   | 3 rounds\r\n  | more\r\nok\r\ntest b ... ok\r\ntest c ... FAILED\r\n\
+             failures:\r\n---- c stdout ----\r\nError: no\r\ntest result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured\r\n",
+        );
+        assert_eq!(ended, ["a_kill ok", "b ok", "c FAILED"]);
+        assert_eq!(reader.tally(), Tally { passed: 2, failed: 1, skipped: 0 });
+        assert_eq!(reader.failed.iter().collect::<Vec<_>>(), ["c"]);
+    }
+
+    #[test]
+    fn a_test_that_could_not_run_is_skipped_once() {
+        let (reader, ended) = read(
+            "test a ...   | NOT RUN HERE group kills: no cgroup v2\n  | NOT RUN HERE more: no cgroup v2\nok\n\
+             test b ... ok\ntest result: ok. 2 passed; 0 failed; 0 ignored\n\
+             test d ... ignored, needs hours\ntest result: ok. 0 passed; 0 failed; 1 ignored\n",
+        );
+        assert_eq!(ended, ["a not run", "b ok", "d ignored"]);
+        assert_eq!(reader.tally(), Tally { passed: 1, failed: 0, skipped: 2 });
+        assert_eq!(reader.not_run, ["group kills: no cgroup v2", "more: no cgroup v2"]);
+    }
+
+    #[test]
+    fn tests_in_parallel_are_counted_by_what_they_say() {
+        let (reader, _) =
+            read("  | NOT RUN HERE x: y\ntest a ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored\n");
+        assert_eq!(reader.tally(), Tally { passed: 0, failed: 0, skipped: 1 });
+    }
+}

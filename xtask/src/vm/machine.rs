@@ -1,0 +1,193 @@
+//! One emulated machine: its disks, QEMU's command line, and its console until it ends.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::console::{Console, Said};
+use super::kernels::{Cgroup, Ready};
+use crate::place::administrators;
+use crate::run::{output, say, shown};
+
+/// QEMU.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
+/// A machine that has not ended by then is killed.
+const LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// What every machine has.
+pub(crate) struct Parts {
+    /// Where consoles and what the machines leave behind go.
+    pub(crate) dir: PathBuf,
+    /// The archive with everything that runs.
+    pub(crate) initramfs: PathBuf,
+    /// Memory, MiB.
+    pub(crate) memory: u32,
+    /// Only tests whose name contains this.
+    pub(crate) filter: Option<String>,
+    /// Keep the disk that the tests wrote to.
+    pub(crate) keep: bool,
+}
+
+/// A machine to boot.
+pub(crate) struct Machine {
+    /// Its kernel's name in the matrix.
+    pub(crate) kernel: &'static str,
+    /// Its memory controller's version.
+    pub(crate) cgroup: Cgroup,
+    /// Its kernel.
+    pub(crate) ready: Ready,
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// What the console said.
+    pub(crate) said: Said,
+    /// How long it ran.
+    pub(crate) took: Duration,
+}
+
+impl Machine {
+    /// How it is called.
+    pub(crate) fn name(&self) -> String {
+        format!("{}-{}", self.kernel, self.cgroup)
+    }
+
+    /// Where it leaves files.
+    pub(crate) fn out(&self, parts: &Parts) -> PathBuf {
+        parts.dir.join(self.name())
+    }
+
+    /// Boots it and follows its console until it ends, or is ended.
+    pub(crate) fn run(&self, parts: &Parts) -> Result<Outcome> {
+        let name = self.name();
+        let out = self.out(parts);
+        if out.exists() {
+            std::fs::remove_dir_all(&out).with_context(|| format!("failed to remove {}", out.display()))?;
+        }
+        std::fs::create_dir_all(&out).with_context(|| format!("failed to create {}", out.display()))?;
+        let log_path = parts.dir.join(format!("{name}.log"));
+        let mut log = File::create(&log_path).with_context(|| format!("failed to create {}", log_path.display()))?;
+        let disks = disks(&parts.dir, parts.keep.then_some(name.as_str()))?;
+
+        let mut qemu = self.qemu(parts, &out, &disks);
+        let _ = writeln!(log, "{}", shown(&qemu));
+        let begin = Instant::now();
+        let mut child = qemu.spawn().with_context(|| format!("failed to start {QEMU}"))?;
+        let stdout = child.stdout.take().context("failed to take the console")?;
+        let mut console = Console::default();
+        let late = guarded(&mut child, LIMIT, || {
+            for line in BufReader::new(stdout).split(b'\n').map_while(std::result::Result::ok) {
+                let line = String::from_utf8_lossy(&line);
+                let _ = writeln!(log, "{}", line.trim_end_matches('\r'));
+                if let Some(progress) = console.line(&line) {
+                    say(format_args!("{name}: {:>4} s  {progress}", begin.elapsed().as_secs()));
+                }
+            }
+        });
+        let status = child.wait().with_context(|| format!("failed to wait for {QEMU}"))?;
+        let cut_off = match (late, status.success()) {
+            (true, _) => Some(format!("cut off after {} s", LIMIT.as_secs())),
+            (false, false) => Some(format!("{QEMU} ended with {status}")),
+            (false, true) => None,
+        };
+        Ok(Outcome { said: console.end(cut_off), took: begin.elapsed() })
+    }
+
+    fn qemu(&self, parts: &Parts, out: &Path, disks: &[String; 2]) -> Command {
+        // two nodes, so that a cpuset can be given one of them
+        let half = parts.memory / 2;
+        // the root is ramfs for the same reason that /tmp is a disk; all processors have one clock here, and a kernel
+        // that does not trust it has a log that drifts
+        let mut append = format!(
+            "console=ttyS0 quiet loglevel=1 panic=-1 rootfstype=ramfs tsc=reliable \
+             cgroup_enable=memory swapaccount=1 memtrace.cgroup={}",
+            self.cgroup
+        );
+        if let Some(filter) = &parts.filter {
+            append.push_str(&format!(" memtrace.filter={filter}"));
+        }
+        let mut qemu = Command::new(QEMU);
+        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m"]).arg(format!("{}M", half * 2));
+        for node in 0..2 {
+            qemu.arg("-object").arg(format!("memory-backend-ram,id=memory{node},size={half}M"));
+            qemu.arg("-numa").arg(format!("node,nodeid={node},cpus={node},memdev=memory{node}"));
+        }
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        qemu.arg("-kernel").arg(&self.ready.image).arg("-initrd").arg(&parts.initramfs).arg("-append").arg(append);
+        for disk in disks {
+            qemu.arg("-drive").arg(disk);
+        }
+        qemu.arg("-virtfs").arg(format!("local,path={},mount_tag=out,security_model=none", out.display()));
+        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        qemu
+    }
+}
+
+/// The swap disk, which is always the same.
+const SWAP: &str = "swap.img";
+
+/// The disk that tests write to, as every machine finds it at first.
+const SCRATCH: &str = "scratch.img";
+
+/// Makes the two disks that all machines start from, unless they are there. Once, before any machine boots: machines
+/// boot side by side.
+pub(super) fn make_disks(dir: &Path) -> Result<()> {
+    disk(&dir.join(SWAP), 256, administrators("mkswap").arg("--quiet"))?;
+    disk(
+        &dir.join(SCRATCH),
+        2048,
+        administrators("mke2fs").args(["-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=0"]),
+    )
+}
+
+/// The two disks as QEMU takes them. What a machine writes is forgotten, unless its disk is to be kept.
+fn disks(dir: &Path, keep: Option<&str>) -> Result<[String; 2]> {
+    let drive = |path: &Path, more: &str| format!("if=virtio,format=raw,file={},{more}", path.display());
+    let swap = dir.join(SWAP);
+    let scratch = dir.join(SCRATCH);
+    let scratch = match keep {
+        None => drive(&scratch, "snapshot=on"),
+        Some(name) => {
+            let kept = dir.join(format!("{name}.img"));
+            std::fs::copy(&scratch, &kept).with_context(|| format!("failed to write {}", kept.display()))?;
+            drive(&kept, "cache=unsafe")
+        }
+    };
+    Ok([drive(&swap, "snapshot=on"), scratch])
+}
+
+/// A disk image, unless it is there.
+fn disk(path: &Path, mib: u64, format: &mut Command) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    let making = path.with_extension("making");
+    let file = File::create(&making).with_context(|| format!("failed to create {}", making.display()))?;
+    file.set_len(mib << 20).with_context(|| format!("failed to size {}", making.display()))?;
+    output(format.arg(&making))?;
+    std::fs::rename(&making, path).with_context(|| format!("failed to create {}", path.display()))
+}
+
+/// Does `work`, which ends with the child, and kills the child when that takes too long; whether it did.
+fn guarded(child: &mut Child, limit: Duration, work: impl FnOnce()) -> bool {
+    let (finished, waiting) = channel::<()>();
+    std::thread::scope(|scope| {
+        let guard = scope.spawn(move || {
+            let late = waiting.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            if late {
+                let _ = child.kill();
+            }
+            late
+        });
+        work();
+        drop(finished);
+        guard.join().unwrap_or(false)
+    })
+}
