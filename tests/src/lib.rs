@@ -3,6 +3,7 @@
 pub mod actor;
 pub mod agent;
 pub mod cage;
+pub mod chapter;
 pub mod claims;
 pub mod disk;
 pub mod figures;

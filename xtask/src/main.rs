@@ -1,9 +1,11 @@
 //! `cargo xtask VERB`: set-up, build, demo, tests and checks of memtrace; one file per verb.
 
+mod bench;
 mod build;
 mod ci;
 mod demo;
 mod fuzz;
+mod host;
 mod libtest;
 mod place;
 mod run;
@@ -46,6 +48,8 @@ enum Verb {
     Vm(vm::Args),
     /// Programs that know which function touched how much: recorded, and what was attributed (root)
     Truth(truth::Args),
+    /// Is it true, and what does it cost: beside what people use today (root)
+    Bench(bench::Args),
     /// Fuzz one target, or each in turn
     Fuzz(fuzz::Args),
 }
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Verb::Tidy(args) => tidy::run(&place, &args),
         Verb::Vm(args) => vm::run(&place, &args),
         Verb::Truth(args) => truth::run(&place, &args),
+        Verb::Bench(args) => bench::run(&place, &args),
         Verb::Fuzz(args) => fuzz::run(&place, &args),
     });
     match outcome {

@@ -19,7 +19,7 @@ use self::table::{Row, Run};
 use self::workloads::{Shop, WORKLOADS, Workload};
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{output, say, shown};
-use crate::{build, setup};
+use crate::{build, host, setup};
 
 /// The document that `--markdown` writes.
 const DOCUMENT: &str = "docs/truth.md";
@@ -244,17 +244,11 @@ fn compare_one(tracer: &Tracer<'_>, shop: &Shop<'_>, workload: &Workload, env: &
 
 /// Where and when this runs.
 fn about(args: &Args) -> Result<Run> {
-    let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("failed to read {path}"));
-    let (cpus, memory) = (read("/proc/cpuinfo")?, read("/proc/meminfo")?);
-    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown CPU");
-    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
-    let kib = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.split_ascii_whitespace().next());
-    let gib = kib.and_then(|kib| kib.parse::<u64>().ok()).context("no MemTotal in /proc/meminfo")? >> 20;
     let compare = if args.compare { " --compare" } else { "" };
     Ok(Run {
-        machine: format!("{count} CPUs ({}), {gib} GiB", model.trim_start_matches([' ', '\t', ':'])),
-        kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-        date: output(Command::new("date").args(["-u", "+%F"]))?.trim().to_owned(),
+        machine: host::machine()?,
+        kernel: host::kernel()?,
+        date: host::today()?,
         command: format!("cargo xtask truth{compare} --markdown"),
     })
 }

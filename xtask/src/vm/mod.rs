@@ -11,7 +11,6 @@ mod verifier;
 use std::collections::VecDeque;
 use std::io::Write;
 use std::path::Path;
-use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -26,8 +25,8 @@ use self::table::{Plan, Row};
 use self::verifier::{Measured, SNAPSHOT, Snapshot};
 use crate::libtest::Tally;
 use crate::place::{Place, Profile};
-use crate::run::{output, say};
-use crate::{build, setup};
+use crate::run::say;
+use crate::{build, host, setup};
 
 /// Arguments of `cargo xtask vm`.
 #[derive(clap::Args, Clone)]
@@ -225,7 +224,7 @@ fn report(machine: &Machine, outcome: Result<Outcome>, parts: &Parts, against: O
         plan: Plan::of(&doctor.unwrap_or_default()),
         tally: report.tally,
         cost: report.measured.as_ref().map(|measured| verifier::sum(&measured.costs)),
-        date: output(Command::new("date").args(["-u", "+%F"]))?.trim().to_owned(),
+        date: host::today()?,
     });
     Ok(report)
 }

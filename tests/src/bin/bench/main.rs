@@ -1,0 +1,29 @@
+//! The benchmarks that run on this machine, one a call: prints its chapter as JSON. `cargo xtask bench` calls it.
+
+use std::io::Write;
+
+use clap::Parser;
+use memtrace_tests::chapter::Chapter;
+use memtrace_tests::programs;
+
+/// One benchmark.
+#[derive(Parser)]
+struct Args {
+    /// Which
+    name: Name,
+    /// Fewer rounds: says less, and sooner
+    #[arg(long)]
+    quick: bool,
+}
+
+/// The benchmarks.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Name {}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    programs::require_root()?;
+    let chapter: Chapter = match args.name {};
+    writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
+    Ok(())
+}

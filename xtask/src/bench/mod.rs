@@ -1,0 +1,121 @@
+//! `cargo xtask bench`: is what memtrace says true, and what does it cost, beside what people use today.
+
+mod page;
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use self::page::Chapter;
+use crate::place::{Place, Profile, has_btf, is_root};
+use crate::run::{output, say};
+use crate::{build, host, setup};
+
+/// The document that `--markdown` writes.
+const DOCUMENT: &str = "docs/benchmarks.md";
+
+/// The benchmarks, in the order of the document, and the question each answers.
+const BENCHES: [(&str, &str); 0] = [];
+
+/// Arguments of `cargo xtask bench`.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Needs root, as the agent does; the tools it compares with are installed by apt when they are missing. Every result is a \
+ratio or a difference inside one run. `cargo xtask bench --markdown` writes docs/benchmarks.md.")]
+pub(crate) struct Args {
+    /// Only these benchmarks [default: all]
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Fewer rounds: under 5 minutes instead of 40
+    #[arg(long)]
+    quick: bool,
+    /// Write what was found here, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write docs/benchmarks.md, as it came out
+    #[arg(long, conflicts_with = "names")]
+    markdown: bool,
+}
+
+/// Runs the verb.
+pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
+    let chosen = choose(&args.names)?;
+    if !is_root() {
+        bail!("the agent needs root: sudo -E env PATH=$PATH cargo xtask bench");
+    }
+    if !has_btf() {
+        bail!("this kernel publishes no BTF at /sys/kernel/btf/vmlinux, so memtrace cannot run here");
+    }
+    setup::bpf(place)?;
+    setup::tests()?;
+    let profile = Profile::Release;
+    let object = build::ebpf(place)?;
+    build::agent(place, profile, &object)?;
+    build::workloads(place, profile)?;
+
+    let begin = Instant::now();
+    let mut chapters = Vec::new();
+    for name in chosen {
+        say(format_args!("bench {name}, after {} s", begin.elapsed().as_secs()));
+        let found = native(place, profile, name, args.quick).unwrap_or_else(|error| Chapter::broken(name, &error));
+        say(format_args!("\n{}", page::chapter(&found)));
+        chapters.push((name, found));
+    }
+    if let Some(file) = &args.json {
+        let all: serde_json::Map<String, Value> =
+            chapters.iter().map(|(name, chapter)| ((*name).to_owned(), chapter.json.clone())).collect();
+        let text = format!("{:#}\n", json!(all));
+        std::fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))?;
+    }
+    let chapters: Vec<Chapter> = chapters.into_iter().map(|(_, chapter)| chapter).collect();
+    if args.markdown {
+        let file = place.root.join(DOCUMENT);
+        let quick = if args.quick { " --quick" } else { "" };
+        let head = page::Head {
+            command: format!("cargo xtask bench{quick} --markdown"),
+            date: host::today()?,
+            machine: format!("{}, Linux {}", host::machine()?, host::kernel()?),
+            seconds: begin.elapsed().as_secs(),
+        };
+        std::fs::write(&file, page::document(&head, &chapters))
+            .with_context(|| format!("failed to write {}", file.display()))?;
+        say(format_args!("wrote {DOCUMENT}"));
+    }
+    let broken: Vec<&str> = chapters.iter().filter(|c| c.is_broken).map(|c| c.title.as_str()).collect();
+    if !broken.is_empty() {
+        bail!("could not be measured: {}", broken.join(", "));
+    }
+    Ok(())
+}
+
+fn choose(names: &[String]) -> Result<Vec<&'static str>> {
+    let known = || BENCHES.iter().map(|(name, _)| *name).collect::<Vec<_>>();
+    if let Some(unknown) = names.iter().find(|name| !known().contains(&name.as_str())) {
+        let list: Vec<String> = BENCHES.iter().map(|(name, why)| format!("  {name}: {why}")).collect();
+        bail!("no benchmark {unknown}; there are:\n{}", list.join("\n"));
+    }
+    Ok(known().into_iter().filter(|known| names.is_empty() || names.iter().any(|name| name == known)).collect())
+}
+
+/// Runs one on this machine.
+fn native(place: &Place, profile: Profile, name: &str, quick: bool) -> Result<Chapter> {
+    let mut bench = Command::new(place.bin(profile, "bench"));
+    bench.arg(name).args(quick.then_some("--quick")).env("MEMTRACE_BIN", place.bin(profile, "memtrace"));
+    bench.stdin(Stdio::null()).stderr(Stdio::inherit());
+    let printed = output(&mut bench)?;
+    Chapter::read(serde_json::from_str(&printed).with_context(|| format!("bench {name} printed something else"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn benches_are_chosen_by_name() {
+        assert_eq!(choose(&[]).unwrap().len(), BENCHES.len());
+        assert!(choose(&["nothing".to_owned()]).is_err());
+    }
+}
