@@ -207,7 +207,7 @@ pub const PATH_CUT: u32 = 1;
 
 records! {
     /// SAMPLES. Resident memory of one address space moved, with its cgroup's counters.
-    1 RssChange (KIND_RSS) 200 {
+    1 RssChange (KIND_RSS) 184 {
         /// Owner of the address space (never merely `current`).
         task: Task,
         /// Opaque identity of the address space; equal for processes that share it.
@@ -220,10 +220,6 @@ records! {
         peak_bytes: u64,
         /// `mm->total_vm`.
         virtual_bytes: u64,
-        /// User faults the running thread took on this CPU since it was asked last; 0 also where the hook is not attached.
-        faults: u64,
-        /// Address of the running thread's last fault, or [`UNKNOWN`].
-        fault_address: u64,
         /// Why now: [`RSS_QUANTUM`] or [`RSS_FIRST`].
         reason: u32,
         /// [`RSS_APPROXIMATE`], [`RSS_DYING`].

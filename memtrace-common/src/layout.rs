@@ -215,6 +215,16 @@ layout! {
     Optional regs_pc = Member("pt_regs", "user_regs.pc|pc");
     /// Size of `pt_regs`: they are at the end of the kernel stack.
     Optional regs_size = Size("pt_regs");
+    /// `vm_fault.vma`: the mapping a fault is in.
+    Optional fault_vma = Member("vm_fault", "vma");
+    /// `vm_fault.address`: its page.
+    Optional fault_address = Member("vm_fault", "address");
+    /// `vm_area_struct.vm_mm`: the address space of a mapping.
+    Optional vma_mm = Member("vm_area_struct", "vm_mm");
+    /// `vm_area_struct.vm_start`.
+    Optional vma_start = Member("vm_area_struct", "vm_start");
+    /// `vm_area_struct.vm_end`.
+    Optional vma_end = Member("vm_area_struct", "vm_end");
     /// `task_struct.stack`: the kernel stack.
     Optional task_stack = Member("task_struct", "stack");
 }

@@ -6,7 +6,7 @@
 use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
-use aya_ebpf::helpers::generated::bpf_get_current_task;
+use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_probe_read_kernel as bpf_probe_read_kernel_buffer};
 use memtrace_common::control::MAX_CPUS;
 use memtrace_common::event::{Memcg, NO_LIMIT, Task, UNKNOWN, UNKNOWN_I32};
 use memtrace_common::layout::ABSENT;
@@ -32,6 +32,12 @@ pub fn read<T>(base: u64, offset: u32) -> Option<T> {
         return None;
     }
     unsafe { bpf_probe_read_kernel((base + offset as u64) as *const T) }.ok()
+}
+
+/// Copies `T` from `at`; whether it could be read.
+#[inline(always)]
+pub fn copy<T>(into: *mut T, at: u64) -> bool {
+    unsafe { bpf_probe_read_kernel_buffer(into.cast(), size_of::<T>() as u32, at as *const _) == 0 }
 }
 
 /// Reads a pointer; 0 when it cannot be read.
@@ -136,17 +142,24 @@ pub fn unknown_memcg(into: *mut Memcg) {
 /// Fills `into` with the counters of a mem_cgroup.
 #[inline(always)]
 pub fn read_memcg(memcg: u64, into: *mut Memcg) {
+    let id = if memcg == 0 { UNKNOWN } else { memcg_id(memcg) };
+    read_known_memcg(memcg, id, into);
+}
+
+/// As [`read_memcg`], of one whose id is known.
+#[inline(always)]
+pub fn read_known_memcg(memcg: u64, id: u64, into: *mut Memcg) {
     unknown_memcg(into);
+    unsafe { (*into).cgroup_id = id };
     if memcg == 0 {
         return;
     }
     let counter = memcg + layout!(memcg_memory) as u64;
     let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(UNKNOWN);
-    let root = pointer(counter, layout!(counter_parent)) == 0;
+    // The root's counter is not charged: 0 there is not a reading.
+    let unread = usage == 0 && pointer(counter, layout!(counter_parent)) == 0;
     unsafe {
-        (*into).cgroup_id = memcg_id(memcg);
-        // The root's counter is not charged: 0 there is not a reading.
-        (*into).usage_bytes = if root && usage == 0 { UNKNOWN } else { bytes(usage) };
+        (*into).usage_bytes = if unread { UNKNOWN } else { bytes(usage) };
         (*into).limit_bytes = limit_bytes(read(counter, layout!(counter_max)));
         (*into).watermark_bytes = bytes(read(counter, layout!(counter_watermark)).unwrap_or(UNKNOWN));
         (*into).failcnt = read(counter, layout!(counter_failcnt)).unwrap_or(UNKNOWN);
@@ -238,6 +251,28 @@ pub fn rss_approximate(mm: u64, member: u32) -> i64 {
     read(rss_counter(mm, member), offset).unwrap_or(0)
 }
 
+/// As [`rss_approximate`], by a pointer that the verifier knows the type of.
+///
+/// Such a pointer must be moved by a number that is known when the program is verified, so each member has its own read.
+#[inline(always)]
+pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
+    let (stride, offset) = if layout!(rss_is_percpu) == 1 {
+        (layout!(percpu_counter_size), layout!(percpu_counter_count))
+    } else {
+        (8, 0)
+    };
+    let at = |index: u32| unsafe {
+        read_volatile(mm.add((layout!(mm_rss_stat) + index * stride + offset) as usize).cast::<i64>())
+    };
+    match member {
+        0 => at(0),
+        1 => at(1),
+        2 => at(2),
+        3 => at(3),
+        _ => 0,
+    }
+}
+
 /// Adds up the per-CPU slots of a counter. A function of its own: the verifier walks its loop once a call site.
 #[inline(never)]
 fn sum_slots(counters: u64) -> i64 {
@@ -283,6 +318,42 @@ pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
             count
         }
     }
+}
+
+/// Adds every CPU's slots of four counters that lie side by side, in the order of the members.
+#[inline(never)]
+fn sum_side_by_side(counters: u64, pages: *mut [i64; 4]) -> i64 {
+    let cpus = control!(cpus);
+    for cpu in 0..MAX_CPUS {
+        if cpu >= cpus {
+            break;
+        }
+        if let Some(offset) = PERCPU_OFFSETS.get(cpu) {
+            let address = counters.wrapping_add(*offset);
+            let Ok(slots) = (unsafe { bpf_probe_read_kernel(address as *const [i32; 4]) }) else { continue };
+            for (sum, slot) in unsafe { &mut *pages }.iter_mut().zip(slots) {
+                *sum += slot as i64;
+            }
+        }
+    }
+    0
+}
+
+/// Pages of every member, as [`rss_pages`] has them, and the global parts they were read with. Where the kernel keeps the
+/// slots of the four counters side by side (lib/percpu_counter.c __percpu_counter_init_many, 6.6), with one read a CPU.
+#[inline(always)]
+pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
+    let approximate = [0, 1, 2, 3].map(|member| rss_approximate(mm, member));
+    if layout!(rss_is_percpu) == 1 && control!(percpu_lookup) == 1 {
+        let slots = |member| pointer(rss_counter(mm, member), layout!(percpu_counter_counters));
+        let (first, last) = (slots(0), slots(3));
+        if first != 0 && last.wrapping_sub(first) == 12 {
+            let mut pages = approximate;
+            sum_side_by_side(first, &raw mut pages);
+            return (pages, approximate);
+        }
+    }
+    ([0, 1, 2, 3].map(|member| rss_pages(mm, member, reported)), approximate)
 }
 
 /// Whether [`rss_pages`] is exact on this kernel: not where other threads' caches or CPUs' slots stay unseen.

@@ -8,6 +8,7 @@
 #![allow(unused_unsafe)]
 
 mod emit;
+mod fault;
 mod hooks;
 mod kernel;
 mod maps;

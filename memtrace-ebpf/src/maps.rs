@@ -173,17 +173,25 @@ pub struct Scratch {
     pub slice: [u8; SCRATCH_SLICE],
 }
 
-/// The last user fault of a CPU.
+/// What the rss hook saw last on a CPU, so that it can let go of an update that says nothing new by one look.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct LastFault {
-    /// Thread that faulted; 0: used up.
-    pub pid_tgid: u64,
-    /// Where.
-    pub address: u64,
-    /// Faults of this thread in a row.
-    pub count: u64,
+pub struct Seen {
+    /// The address space.
+    pub mm: u64,
+    /// The global part of each counter; [`NOT_SEEN`] of one that was not looked at since.
+    pub approximate: [i64; 4],
+    /// Updates that may still be let go of.
+    pub left: u32,
+    /// How many there were to let go of.
+    pub granted: u32,
 }
+
+/// No counter has this value.
+pub const NOT_SEEN: i64 = i64::MIN;
+
+/// Words of kernel stack in which a fault is looked for; a power of two.
+pub const FRAME_WORDS: usize = 128;
 
 /// The last SIGKILL sent by the kernel on a CPU.
 #[repr(C)]
@@ -268,7 +276,9 @@ pub static PERCPU_OFFSETS: Array<u64> = Array::with_max_entries(MAX_CPUS, 0);
 pub static PERCPU_PROBE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 #[map]
-pub static LAST_FAULT: PerCpuArray<LastFault> = PerCpuArray::with_max_entries(1, 0);
+pub static SEEN: PerCpuArray<Seen> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static FRAMES: PerCpuArray<[u64; FRAME_WORDS]> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static LAST_KILL: PerCpuArray<LastKill> = PerCpuArray::with_max_entries(1, 0);
 #[map]

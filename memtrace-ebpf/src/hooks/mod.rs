@@ -2,7 +2,6 @@
 
 mod cgroup;
 mod charge;
-mod fault;
 mod map;
 mod oom;
 mod percpu;

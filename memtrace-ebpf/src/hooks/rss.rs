@@ -4,26 +4,59 @@
 
 use core::ptr::{read_volatile, write_volatile};
 
+use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::BPF_ANY;
-use aya_ebpf::macros::raw_tracepoint;
-use aya_ebpf::programs::RawTracePointContext;
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
+use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{
     CAUSE_TOUCH, MmGone, RSS_APPROXIMATE, RSS_DYING, RSS_FIRST, RSS_QUANTUM, RssChange, Task, UNKNOWN,
 };
 
-use super::fault::{last_fault, take_faults};
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, is_kthread, pointer, read};
-use crate::maps::{BLANK, MMS, MemberState, MmState, Pending, QUANTA, atomic_add};
+use crate::maps::{BLANK, MMS, MemberState, MmState, NOT_SEEN, Pending, QUANTA, SEEN, Seen, atomic_add};
 use crate::stack::{self, Growth};
-use crate::{control, layout};
+use crate::{control, fault, layout};
+
+/// Most updates of one CPU that are let go of in a row.
+const MOST_LEFT: u32 = 16;
 
 /// `rss_stat(mm, member)`, with a third argument `count` before 6.2.
 #[raw_tracepoint(tracepoint = "rss_stat")]
 fn rss_stat(ctx: RawTracePointContext) -> i32 {
-    let mm: u64 = ctx.arg(0);
-    let member: u32 = ctx.arg::<i32>(1) as u32;
+    let (mm, member) = (ctx.arg::<u64>(0), ctx.arg::<i32>(1) as u32);
+    update(&ctx, mm, member, kernel::rss_approximate(mm, member))
+}
+
+/// The same, by types: what every update is looked at for is read without a call.
+#[btf_tracepoint(function = "rss_stat")]
+fn rss_stat_btf(ctx: BtfTracePointContext) -> i32 {
+    let (mm, member) = (ctx.arg::<*const u8>(0), ctx.arg::<i32>(1) as u32);
+    let approximate = kernel::rss_approximate_typed(mm, member);
+    update(&ctx, mm as u64, member, approximate)
+}
+
+/// A counter was updated.
+#[inline(always)]
+fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32 {
+    // Between two exact readings the counter's global part tells of big steps, the number of updates bounds the small ones
+    // (one page each; a batch moves the global part). Most are of the address space this CPU looked at last, and say
+    // nothing new.
+    let Some(seen) = SEEN.get_ptr_mut(0) else { return 0 };
+    let seen = unsafe { &mut *seen };
+    let Some(known) = seen.approximate.get_mut((member & 3) as usize) else { return 0 };
+    if seen.mm == mm && *known == approximate && seen.left != 0 {
+        seen.left -= 1;
+        return 0;
+    }
+    let updates = if seen.mm == mm { seen.granted - seen.left + 1 } else { 1 };
+    if seen.mm != mm {
+        *seen = Seen { mm, approximate: [NOT_SEEN; 4], left: 0, granted: 0 };
+    }
+    // A number from here on: of a typed pointer the verifier allows no sums.
+    let mm = unsafe { read_volatile(&raw const seen.mm) };
     let Some(state) = MMS.get_ptr_mut(mm) else {
         return first_sight(mm);
     };
@@ -31,12 +64,12 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     if state.quantum_pages == 0 {
         return 0;
     }
-    // Between two exact readings the counter's global part tells of big steps, the number of
-    // updates bounds the small ones (one page each; a batch moves the global part).
-    let approximate = kernel::rss_approximate(mm, member);
+    let Some(known) = seen.approximate.get_mut((member & 3) as usize) else { return 0 };
+    *known = approximate;
+    grant(seen, state.quantum_pages);
     // One masked look-up, and its pointer from there on: older verifiers lose a bound that was checked on a copy.
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
-    known.updates += 1;
+    known.updates += updates as i64;
     // Three members can each be a step behind: with the threshold below less than a quantum stays untold.
     let step = state.quantum_pages >> 3;
     // Without the exit_mmap hook the last page of an address space nobody owns tells its end.
@@ -70,7 +103,7 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     }
     if grown > 0 && member != layout!(mm_swapents) {
         atomic_add(&raw mut state.grown_pages, grown);
-        touched(&ctx, mm, grown, state);
+        touched(ctx, mm, grown, state);
     }
 
     let sum = resident(state);
@@ -98,10 +131,22 @@ fn rss_stat(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// Lets go of the next few updates of this CPU: together with the step below far less than a quantum, and a number that
+/// no loop of the program can keep in step with.
+#[inline(always)]
+fn grant(seen: &mut Seen, quantum_pages: i64) {
+    let most = (quantum_pages as u32 >> 4).min(MOST_LEFT);
+    // The last page of an address space must not be among them where it tells its end.
+    let granted =
+        if most < 2 || control!(exit_mmap) == 0 { 0 } else { (most >> 1) + unsafe { bpf_get_prandom_u32() } % most };
+    seen.left = granted;
+    seen.granted = granted;
+}
+
 /// Takes a stack when the process itself has touched enough since the last one. What others do to it (reclaim, a
 /// debugger, khugepaged) has no stack of its own to show.
 #[inline(always)]
-fn touched(ctx: &RawTracePointContext, mm: u64, pages: i64, state: &mut MmState) {
+fn touched(ctx: &impl EbpfContext, mm: u64, pages: i64, state: &mut MmState) {
     let task = current();
     if pointer(task, layout!(task_mm)) != mm || is_kthread(task) {
         return;
@@ -119,7 +164,7 @@ fn touched(ctx: &RawTracePointContext, mm: u64, pages: i64, state: &mut MmState)
         memcg: 0,
         grown_bytes: grown_bytes(state),
         // A system call that faults on the program's memory does so unseen.
-        address: if stack::in_system_call(regs) { UNKNOWN } else { last_fault() },
+        address: if stack::in_system_call(regs) { UNKNOWN } else { fault::address(regs, mm) },
         size_bytes: 0,
         shift: control!(page_shift),
     };
@@ -188,9 +233,9 @@ fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, known: &mut M
 /// Reads all members exactly into the state.
 #[inline(always)]
 fn read_all(mm: u64, reported: u32, state: &mut MmState) {
-    for (member, known) in state.members.iter_mut().enumerate() {
-        let member = member as u32;
-        read_one(mm, member, reported, kernel::rss_approximate(mm, member), known);
+    let (exact, approximate) = kernel::all_rss_pages(mm, reported);
+    for (known, (exact, approximate)) in state.members.iter_mut().zip(exact.into_iter().zip(approximate)) {
+        (known.exact, known.approximate, known.updates) = (exact, approximate, 0);
     }
     let sum = resident(state);
     if sum > state.peak_pages {
@@ -219,10 +264,21 @@ fn resident(state: &MmState) -> i64 {
         + member_pages(state, layout!(mm_shmempages))
 }
 
+/// Pages that make a record, by the cgroup's own quantum, else the one for all: of a large process a 256th of it, within
+/// four times the quantum.
+#[inline(always)]
+fn quantum_pages(cgroup_id: u64, peak_pages: i64) -> i64 {
+    let own = unsafe { QUANTA.get(cgroup_id) };
+    if let Some(own) = own {
+        return ((*own >> control!(page_shift)) as i64).max(4);
+    }
+    let quantum = ((control!(quantum_bytes) >> control!(page_shift)) as i64).max(4);
+    (peak_pages >> 8).clamp(quantum, quantum << 2)
+}
+
 /// Sends the state as a record and remembers what was sent.
 #[inline(always)]
 fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
-    let (fault_address, faults) = take_faults();
     let owner = pointer(mm, layout!(mm_owner));
     // Who shares an address space can outlive its first owner.
     if owner != 0
@@ -240,25 +296,18 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
         if id != state.cgroup_id {
             state.cgroup_id = id;
         }
-        let own = unsafe { QUANTA.get(id) };
-        let quantum = own.copied().unwrap_or(control!(quantum_bytes)) >> control!(page_shift);
-        state.quantum_pages = (quantum as i64).max(4);
+        state.quantum_pages = quantum_pages(id, state.peak_pages);
     }
     emit::<RssChange>(Ring::Samples, at_ns, |record| unsafe {
         (*record).task = state.task;
         (*record).mm_id = mm ^ control!(mm_salt);
-        kernel::read_memcg(memcg, &raw mut (*record).memcg);
-        if memcg == 0 {
-            (*record).memcg.cgroup_id = state.cgroup_id;
-        }
+        kernel::read_known_memcg(memcg, state.cgroup_id, &raw mut (*record).memcg);
         (*record).rss.anon_bytes = bytes(member_pages(state, layout!(mm_anonpages)) as u64);
         (*record).rss.file_bytes = bytes(member_pages(state, layout!(mm_filepages)) as u64);
         (*record).rss.shmem_bytes = bytes(member_pages(state, layout!(mm_shmempages)) as u64);
         (*record).rss.swap_bytes = bytes(member_pages(state, layout!(mm_swapents)) as u64);
         (*record).peak_bytes = bytes(state.peak_pages as u64);
         (*record).virtual_bytes = bytes(read(mm, layout!(mm_total_vm)).unwrap_or(UNKNOWN));
-        (*record).faults = faults;
-        (*record).fault_address = fault_address;
         (*record).reason = reason;
         (*record).flags = state.flags as u32 | if kernel::rss_is_exact() { 0 } else { RSS_APPROXIMATE };
         (*record).grown_bytes = grown_bytes(state);

@@ -65,7 +65,6 @@ pub(super) fn rss(boot_ns: u64, pid: u32, cgroup: u64, mm_id: u64, bytes: u64) -
         rss: anon(bytes),
         peak_bytes: bytes,
         reason: RSS_QUANTUM,
-        fault_address: UNKNOWN,
         ..RssChange::new_zeroed()
     }
 }

@@ -52,10 +52,10 @@ pub fn describe(facts: &mut Facts, btf: &Btf) {
     let (mut tracepoints, mut functions) = (BTreeSet::new(), BTreeMap::new());
     for program in Hook::ALL.into_iter().flat_map(Hook::programs) {
         match program.attach {
-            Attach::RawTracepoint(name) if btf.has_tracepoint(name) => {
+            Attach::RawTracepoint(name) | Attach::TypedTracepoint(name) if btf.has_tracepoint(name) => {
                 tracepoints.insert(name);
             }
-            Attach::RawTracepoint(_) => {}
+            Attach::RawTracepoint(_) | Attach::TypedTracepoint(_) => {}
             Attach::Fentry(function) | Attach::Kprobe(function) => {
                 functions.extend(btf.func_args(function.name).map(|args| (function.name, args)));
             }

@@ -31,8 +31,6 @@ pub enum Hook {
     ReclaimBegin,
     /// It has reclaimed.
     ReclaimEnd,
-    /// A page fault of user code.
-    Fault,
     /// mmap, brk and their kin return.
     Map,
     /// The OOM killer decides.
@@ -78,6 +76,8 @@ const TRY_CHARGE: Function = Function { name: "page_counter_try_charge", args: 3
 pub enum Attach {
     /// A raw tracepoint, by the tracepoint's name.
     RawTracepoint(&'static str),
+    /// The same, whose arguments have types.
+    TypedTracepoint(&'static str),
     /// The entry of a function, by BTF.
     Fentry(Function),
     /// The entry of a function, by a breakpoint.
@@ -88,6 +88,7 @@ impl std::fmt::Display for Attach {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::RawTracepoint(target) => write!(f, "raw tracepoint {target}"),
+            Self::TypedTracepoint(target) => write!(f, "typed tracepoint {target}"),
             Self::Fentry(target) => write!(f, "fentry {}", target.name),
             Self::Kprobe(target) => write!(f, "kprobe {}", target.name),
         }
@@ -98,7 +99,7 @@ impl Attach {
     /// The function, unless it is a tracepoint.
     pub const fn function(self) -> Option<Function> {
         match self {
-            Self::RawTracepoint(_) => None,
+            Self::RawTracepoint(_) | Self::TypedTracepoint(_) => None,
             Self::Fentry(function) | Self::Kprobe(function) => Some(function),
         }
     }
@@ -117,6 +118,10 @@ const fn raw(name: &'static str, tracepoint: &'static str) -> Program {
     Program { name, attach: Attach::RawTracepoint(tracepoint) }
 }
 
+const fn typed(name: &'static str, tracepoint: &'static str) -> Program {
+    Program { name, attach: Attach::TypedTracepoint(tracepoint) }
+}
+
 const fn fentry(name: &'static str, function: Function) -> Program {
     Program { name, attach: Attach::Fentry(function) }
 }
@@ -127,7 +132,7 @@ const fn kprobe(name: &'static str, function: Function) -> Program {
 
 impl Hook {
     /// Every hook, in the order of attaching and reporting.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 15] = [
         Self::Rss,
         Self::Oom,
         Self::Kill,
@@ -140,7 +145,6 @@ impl Hook {
         Self::CgroupAttach,
         Self::ReclaimBegin,
         Self::ReclaimEnd,
-        Self::Fault,
         Self::Map,
         Self::OomDecision,
         Self::Charge,
@@ -183,7 +187,7 @@ impl Hook {
             Self::Rss => About {
                 name: "rss",
                 need: Required,
-                programs: const { &[raw("rss_stat", "rss_stat")] },
+                programs: const { &[typed("rss_stat_btf", "rss_stat"), raw("rss_stat", "rss_stat")] },
                 fields: ANY,
                 lost: "There is no timeline of memory and nothing to attribute growth with.",
             },
@@ -264,13 +268,6 @@ impl Hook {
                 programs: const { &[raw("reclaim_end", "mm_vmscan_memcg_reclaim_end")] },
                 fields: ANY,
                 lost: "How long tasks were held up by reclaim is unknown.",
-            },
-            Self::Fault => About {
-                name: "fault",
-                need: Optional,
-                programs: const { &[raw("page_fault_user", "page_fault_user")] },
-                fields: ANY,
-                lost: "Readings do not say how many page faults they are made of, and allocation paths not which call mapped the memory that was touched.",
             },
             Self::Map => About {
                 name: "map",

@@ -342,6 +342,9 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
         (AyaProgram::RawTracePoint(raw), Attach::RawTracepoint(name)) => {
             raw.load().and_then(|()| raw.attach(name)).map(|_| ())
         }
+        (AyaProgram::BtfTracePoint(typed), Attach::TypedTracepoint(name)) => {
+            typed.load(name, btf).and_then(|()| typed.attach()).map(|_| ())
+        }
         (AyaProgram::FEntry(fentry), Attach::Fentry(function)) => {
             fentry.load(function.name, btf).and_then(|()| FEntry::attach(fentry)).map(|_| ())
         }

@@ -292,7 +292,7 @@ fn absent_fields(layout: &KernelLayout, hook: Hook) -> Vec<&'static str> {
 
 fn fits(facts: &Facts, program: &Program) -> Result<(), String> {
     match program.attach {
-        Attach::RawTracepoint(name) => {
+        Attach::RawTracepoint(name) | Attach::TypedTracepoint(name) => {
             if facts.tracepoints.contains(name) || !facts.tracepoints_known {
                 Ok(())
             } else {

@@ -79,15 +79,15 @@ fn hook_names_are_unique_and_agree_everywhere() {
         assert!(hook.fields().iter().flat_map(|set| set.iter()).all(|field| known.contains(field)), "{hook}");
     }
     let programs: BTreeSet<_> = Hook::ALL.into_iter().flat_map(|h| h.programs()).map(|p| p.name).collect();
-    assert_eq!(programs.len(), 18);
+    assert_eq!(programs.len(), 17);
 }
 
 #[test]
 fn an_optional_tracepoint_that_is_missing_is_refused_a_required_one_is_fatal() {
     let mut facts = full();
-    facts.tracepoints.remove("page_fault_user");
+    facts.tracepoints.remove("exit_mmap");
     let first = plan(&facts, &[]);
-    assert_eq!(refusal(&first, Hook::Fault), Some("this kernel has no tracepoint page_fault_user"));
+    assert_eq!(refusal(&first, Hook::ExitMmap), Some("this kernel has no tracepoint exit_mmap"));
     assert!(first.fatal.is_empty());
     facts.tracepoints.remove("mark_victim");
     let second = plan(&facts, &[]);

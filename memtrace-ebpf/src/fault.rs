@@ -1,0 +1,51 @@
+//! Where the page fault that is being handled happened: found on the kernel stack, so that not every fault has to be
+//! looked at for the few that a stack is taken of.
+//!
+//! The kernel describes a fault in a `struct vm_fault` on its stack while it handles it (mm/memory.c __handle_mm_fault),
+//! a few frames below the user's registers. What is taken for one is only believed when it names a mapping of this
+//! address space and an address inside it.
+
+use core::ptr::read_volatile;
+
+use memtrace_common::event::UNKNOWN;
+use memtrace_common::layout::ABSENT;
+
+use crate::kernel::{copy, pointer, read};
+use crate::layout;
+use crate::maps::{FRAME_WORDS, FRAMES};
+
+/// Kernel addresses have their highest bit set, user addresses have not.
+const KERNEL: u64 = 1 << 63;
+/// Bits below a page: `vm_fault.address` has none of them.
+const IN_PAGE: u64 = 4095;
+
+/// Address of the page, [`UNKNOWN`] where none is found. `regs` are the user registers of the running thread, which must
+/// have come into the kernel by a fault.
+#[inline(never)]
+pub fn address(regs: u64, mm: u64) -> u64 {
+    if layout!(fault_vma) == ABSENT || layout!(fault_address) == ABSENT || layout!(vma_mm) == ABSENT || regs == 0 {
+        return UNKNOWN;
+    }
+    let Some(frames) = FRAMES.get_ptr_mut(0) else { return UNKNOWN };
+    if !copy(frames, regs.wrapping_sub((FRAME_WORDS * 8) as u64)) {
+        return UNKNOWN;
+    }
+    let apart = (layout!(fault_address).wrapping_sub(layout!(fault_vma)) >> 3) as usize;
+    // From the registers down: what is nearest to them is alive, what is far below may be left from earlier.
+    for below in 1..FRAME_WORDS {
+        let at = FRAME_WORDS - 1 - below;
+        let word =
+            |index: usize| unsafe { read_volatile((&raw const (*frames)[index & (FRAME_WORDS - 1)]).cast::<u64>()) };
+        let (vma, address) = (word(at), word(at + apart));
+        if at + apart >= FRAME_WORDS || vma & KERNEL == 0 || address & (KERNEL | IN_PAGE) != 0 || address == 0 {
+            continue;
+        }
+        if pointer(vma, layout!(vma_mm)) == mm
+            && read(vma, layout!(vma_start)).unwrap_or(u64::MAX) <= address
+            && address < read(vma, layout!(vma_end)).unwrap_or(0)
+        {
+            return address;
+        }
+    }
+    UNKNOWN
+}
