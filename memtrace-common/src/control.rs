@@ -33,6 +33,10 @@ pub struct Control {
     pub slice_bytes: u32,
     /// Size of a kernel stack (THREAD_SIZE): where user registers are without bpf_task_pt_regs; 0 when unknown.
     pub thread_bytes: u32,
+    /// 1: there is no rss hook, charges tell when to look at an address space.
+    pub charges_tell: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Name of the `Control` global in the object.

@@ -31,6 +31,8 @@ pub static CONTROL: Control = Control {
     stack_budget_ppm: 0,
     slice_bytes: 0,
     thread_bytes: 0,
+    charges_tell: 0,
+    reserved: 0,
 };
 
 /// Reads one frozen layout field; a constant to the verifier.

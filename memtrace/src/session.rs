@@ -480,6 +480,8 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
             stack_budget_ppm: options.stack_budget_ppm,
             slice_bytes: SLICE_BYTES,
             thread_bytes: THREAD_BYTES,
+            charges_tell: u32::from(plan.left_out.contains(&Hook::Rss)),
+            reserved: 0,
         },
         ledger_bytes: 1 << 20,
         samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),

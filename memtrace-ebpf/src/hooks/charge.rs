@@ -7,6 +7,7 @@ use aya_ebpf::programs::{FEntryContext, ProbeContext};
 use memtrace_common::control::Ring;
 use memtrace_common::event::{CAUSE_CHARGE, Charge, UNKNOWN};
 
+use super::rss;
 use crate::emit::{boot_ns, emit};
 use crate::kernel::{self, bytes, current, read};
 use crate::maps::{CHARGED, Charges, Pending};
@@ -27,13 +28,45 @@ fn charge_kprobe(ctx: ProbeContext) -> u32 {
     0
 }
 
+/// `page_counter_uncharge(counter, nr_pages)` by fentry.
+#[fentry(function = "page_counter_uncharge")]
+fn uncharge_fentry(ctx: FEntryContext) -> i32 {
+    uncharge(&ctx, ctx.arg(0));
+    0
+}
+
+/// `page_counter_uncharge(counter, nr_pages)` by kprobe.
+#[kprobe]
+fn uncharge_kprobe(ctx: ProbeContext) -> u32 {
+    uncharge(&ctx, ctx.arg(0).unwrap_or(0));
+    0
+}
+
+/// A cgroup pays back: where charges tell of address spaces, the one of who frees has become smaller.
+#[inline(always)]
+fn uncharge(ctx: &impl EbpfContext, counter: u64) {
+    if control!(charges_tell) == 1 && of_current(counter) != 0 {
+        rss::look(ctx);
+    }
+}
+
+/// The running thread's memory cgroup when this is the counter that is compared with its limit, else 0: swap,
+/// kernel-memory and hugetlb counters pass here too, and those of others.
+#[inline(always)]
+fn of_current(counter: u64) -> u64 {
+    let memcg = kernel::memcg_of(current());
+    if memcg != 0 && memcg + layout!(memcg_memory) as u64 == counter { memcg } else { 0 }
+}
+
 /// Reports when the usage of the running thread's own cgroup moved by a quantum, and who charges it.
 #[inline(always)]
 fn charge(ctx: &impl EbpfContext, counter: u64, pages: u64) {
-    let memcg = kernel::memcg_of(current());
-    // Swap, kernel-memory and hugetlb counters pass here too: only the one compared with the limit counts.
-    if memcg == 0 || memcg + layout!(memcg_memory) as u64 != counter {
+    let memcg = of_current(counter);
+    if memcg == 0 {
         return;
+    }
+    if control!(charges_tell) == 1 {
+        rss::look(ctx);
     }
     let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
     let Some(known) = CHARGED.get_ptr_mut(counter) else {

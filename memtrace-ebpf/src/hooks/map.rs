@@ -1,10 +1,12 @@
 //! Mapping calls (mmap, munmap, mremap, brk, madvise), decided at successful exit.
 //!
-//! One program on sys_exit instead of five on enter and exit: the registers still hold the call's
-//! arguments there. It runs for every system call, so the guard is one read and one compare.
+//! Where functions can be hooked, at the exit of each of the five: other system calls pay nothing. Else one program on
+//! sys_exit, where the registers still hold the call's arguments: it runs for every system call, so its guard is one read
+//! and one compare.
 
-use aya_ebpf::macros::raw_tracepoint;
-use aya_ebpf::programs::RawTracePointContext;
+use aya_ebpf::EbpfContext;
+use aya_ebpf::macros::{fexit, raw_tracepoint};
+use aya_ebpf::programs::{FExitContext, RawTracePointContext};
 use memtrace_common::control::{Loss, Ring};
 use memtrace_common::event::{
     CALL_BRK, CALL_MADVISE, CALL_MMAP, CALL_MREMAP, CALL_MUNMAP, CAUSE_BRK, CAUSE_MAP, Mapping,
@@ -77,15 +79,51 @@ fn sys_exit(ctx: RawTracePointContext) -> i32 {
         lose(Ring::Samples, Loss::Compat);
         return 0;
     }
-    let ret: i64 = ctx.arg(1);
+    returned(&ctx, regs, call, ctx.arg(1));
+    0
+}
+
+/// `__x64_sys_mmap(regs)`, or as it is called on this machine, has returned; below likewise.
+#[fexit(function = "__x64_sys_mmap")]
+fn mmap_exit(ctx: FExitContext) -> i32 {
+    returned(&ctx, ctx.arg(0), CALL_MMAP, ctx.arg(1));
+    0
+}
+
+#[fexit(function = "__x64_sys_munmap")]
+fn munmap_exit(ctx: FExitContext) -> i32 {
+    returned(&ctx, ctx.arg(0), CALL_MUNMAP, ctx.arg(1));
+    0
+}
+
+#[fexit(function = "__x64_sys_mremap")]
+fn mremap_exit(ctx: FExitContext) -> i32 {
+    returned(&ctx, ctx.arg(0), CALL_MREMAP, ctx.arg(1));
+    0
+}
+
+#[fexit(function = "__x64_sys_brk")]
+fn brk_exit(ctx: FExitContext) -> i32 {
+    returned(&ctx, ctx.arg(0), CALL_BRK, ctx.arg(1));
+    0
+}
+
+#[fexit(function = "__x64_sys_madvise")]
+fn madvise_exit(ctx: FExitContext) -> i32 {
+    returned(&ctx, ctx.arg(0), CALL_MADVISE, ctx.arg(1));
+    0
+}
+
+/// One of our calls returned.
+#[inline(always)]
+fn returned(ctx: &impl EbpfContext, regs: u64, call: u32, ret: i64) {
     if (-4095..0).contains(&ret) {
-        return 0;
+        return;
     }
     let mm = pointer(current(), layout!(task_mm));
-    let Some(state) = MMS.get_ptr_mut(mm) else { return 0 };
+    let Some(state) = MMS.get_ptr_mut(mm) else { return };
     let state = unsafe { &mut *state };
-    note(&ctx, regs, x86, call, ret as u64, mm, state);
-    0
+    note(ctx, regs, layout!(regs_orig_ax) != ABSENT, call, ret as u64, mm, state);
 }
 
 /// One argument of the call, 0-based.
@@ -108,7 +146,7 @@ fn argument(regs: u64, x86: bool, index: u32) -> u64 {
 
 /// Takes a stack when enough address space was asked for since the last one of its kind.
 #[inline(always)]
-fn grown(ctx: &RawTracePointContext, regs: u64, call: u32, address: u64, size: u64, mm: u64, state: &mut MmState) {
+fn grown(ctx: &impl EbpfContext, regs: u64, call: u32, address: u64, size: u64, mm: u64, state: &mut MmState) {
     let (cause, pending, size_bytes) = if call == CALL_BRK {
         let pending = &raw mut state.broken;
         Pending::add(pending, size as i64);
@@ -138,7 +176,7 @@ fn grown(ctx: &RawTracePointContext, regs: u64, call: u32, address: u64, size: u
 
 /// Adds a successful call to the state and sends a record when it is large or many small ones add up.
 #[inline(always)]
-fn note(ctx: &RawTracePointContext, regs: u64, x86: bool, call: u32, ret: u64, mm: u64, state: &mut MmState) {
+fn note(ctx: &impl EbpfContext, regs: u64, x86: bool, call: u32, ret: u64, mm: u64, state: &mut MmState) {
     let first = argument(regs, x86, 0);
     let length = argument(regs, x86, 1);
     let mut extra = 0;

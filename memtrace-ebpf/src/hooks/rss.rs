@@ -88,24 +88,71 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     read_one(mm, member, member, approximate, known);
     // Only at its own event: before 6.2 a reading at another member's event holds the running thread's cache, and no
     // other's.
+    let grown = count(mm, member, member, known, step.max(2));
+    if grown > 0 && member != layout!(mm_swapents) {
+        atomic_add(&raw mut state.grown_pages, grown);
+        touched(ctx, mm, grown, state);
+    }
+    tell(mm, member, state);
+    0
+}
+
+/// Looks at the running thread's address space because its cgroup is charged, or pays back: where no hook tells of each
+/// update. What is charged now is counted only afterwards: what is told is behind by up to a batch of charges a CPU.
+#[inline(always)]
+pub fn look(ctx: &impl EbpfContext) {
+    let task = current();
+    let mm = pointer(task, layout!(task_mm));
+    if mm == 0 || is_kthread(task) {
+        return;
+    }
+    let Some(state) = MMS.get_ptr_mut(mm) else {
+        follow(mm, task, false);
+        return;
+    };
+    let state = unsafe { &mut *state };
+    if state.quantum_pages == 0 {
+        return;
+    }
+    read_all(mm, kernel::NOT_REPORTED, state);
+    let fall = (state.quantum_pages >> 3).max(2);
+    let mut grown = 0;
+    for (member, known) in state.members.iter_mut().enumerate() {
+        let member = member as u32;
+        let more = count(mm, member, kernel::NOT_REPORTED, known, fall);
+        if more > 0 && member != layout!(mm_swapents) {
+            grown += more;
+        }
+    }
+    if grown > 0 {
+        atomic_add(&raw mut state.grown_pages, grown);
+        touched(ctx, mm, grown, state);
+    }
+    tell(mm, kernel::NOT_REPORTED, state);
+}
+
+/// Pages by which a member has grown since growth was counted last, or fallen, by so many at least.
+#[inline(always)]
+fn count(mm: u64, member: u32, reported: u32, known: &mut MemberState, fall: i64) -> i64 {
     // What looks like a fall may be a reading that another CPU has overtaken since: only a second one is believed, or what
     // comes back would be growth.
-    let fall = step.max(2);
     let counted = &raw mut known.counted;
     let mut exact = known.exact;
     if exact <= unsafe { read_volatile(counted) } - fall {
-        exact = kernel::rss_pages(mm, member, member);
+        exact = kernel::rss_pages(mm, member, reported);
     }
     // Nothing between the reading and the writing, where another CPU could write too.
     let grown = exact - unsafe { read_volatile(counted) };
     if grown > 0 || grown <= -fall {
         unsafe { write_volatile(counted, exact) };
     }
-    if grown > 0 && member != layout!(mm_swapents) {
-        atomic_add(&raw mut state.grown_pages, grown);
-        touched(ctx, mm, grown, state);
-    }
+    grown
+}
 
+/// Sends a record when the sum has moved enough since the last one.
+#[inline(always)]
+fn tell(mm: u64, reported: u32, state: &mut MmState) {
+    let step = state.quantum_pages >> 3;
     let sum = resident(state);
     // A new peak is told in steps of half a quantum, everything else when it moved by one, less what the guard above
     // may have let pass: what is recorded is never off by more than a quantum.
@@ -117,18 +164,17 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     let swap = member_pages(state, layout!(mm_swapents));
     let moved = (sum - state.sent_pages).abs() + (swap - state.sent_swap_pages).abs();
     if moved < threshold {
-        return 0;
+        return;
     }
     if state.flags & RSS_DYING as u64 == 0 && pointer(mm, layout!(mm_owner)) == 0 {
         state.flags |= RSS_DYING as u64;
     }
     // An address space that is torn down only sketches its fall.
     if state.flags & RSS_DYING as u64 != 0 && sum != 0 && moved < state.peak_pages >> 4 {
-        return 0;
+        return;
     }
-    read_all(mm, member, state);
+    read_all(mm, reported, state);
     emit_change(mm, state, RSS_QUANTUM, boot_ns());
-    0
 }
 
 /// Lets go of the next few updates of this CPU: together with the step below far less than a quantum, and a number that

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::Outcome;
 use crate::kernel::support::{
-    self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, State, Status,
+    self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, Program, State, Status,
 };
 use crate::session;
 
@@ -213,10 +213,8 @@ impl Report {
 /// Where a hook stands, in words.
 fn how(hook: &HookStatus) -> String {
     match &hook.state {
-        State::Planned { programs } => {
-            programs.iter().map(|program| program.attach.to_string()).collect::<Vec<_>>().join(", else ")
-        }
-        State::Attached { program, .. } => format!("{} (attached)", program.attach),
+        State::Planned { programs } => programs.iter().map(Program::to_string).collect::<Vec<_>>().join(", else "),
+        State::Attached { program, .. } => format!("{program} (attached)"),
         State::Failed { error } => error.clone(),
         State::Refused { reason } => reason.clone(),
         State::LeftOut => "left out on request".to_owned(),

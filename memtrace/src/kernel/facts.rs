@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::btf::Btf;
-use super::support::{Attach, Facts, Hook, MemoryController, Privileges};
+use super::support::{Attach, Facts, Hook, MemoryController, Privileges, Program};
 
 /// The running kernel's own BTF.
 pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -50,13 +50,13 @@ pub fn describe(facts: &mut Facts, btf: &Btf) {
     facts.missing = missing.iter().map(|missing| format!("{} ({})", missing.field, missing.source)).collect();
     facts.tracepoints_known = btf.names_tracepoints();
     let (mut tracepoints, mut functions) = (BTreeSet::new(), BTreeMap::new());
-    for program in Hook::ALL.into_iter().flat_map(Hook::programs) {
+    for program in Hook::ALL.into_iter().flat_map(Hook::programs).flat_map(Program::all) {
         match program.attach {
             Attach::RawTracepoint(name) | Attach::TypedTracepoint(name) if btf.has_tracepoint(name) => {
                 tracepoints.insert(name);
             }
             Attach::RawTracepoint(_) | Attach::TypedTracepoint(_) => {}
-            Attach::Fentry(function) | Attach::Kprobe(function) => {
+            Attach::Fentry(function) | Attach::Fexit(function) | Attach::Kprobe(function) => {
                 functions.extend(btf.func_args(function.name).map(|args| (function.name, args)));
             }
         }

@@ -69,6 +69,26 @@ impl Serialize for Function {
 const OOM_KILL_PROCESS: Function = Function { name: "oom_kill_process", args: 2 };
 /// `page_counter_try_charge(counter, pages, fail)`.
 const TRY_CHARGE: Function = Function { name: "page_counter_try_charge", args: 3 };
+/// `page_counter_uncharge(counter, pages)`.
+const UNCHARGE: Function = Function { name: "page_counter_uncharge", args: 2 };
+
+/// Charges and what is paid back.
+const CHARGES_FENTRY: Program = fentry("charge_fentry", TRY_CHARGE).together(&[fentry("uncharge_fentry", UNCHARGE)]);
+const CHARGES_KPROBE: Program = kprobe("charge_kprobe", TRY_CHARGE).together(&[kprobe("uncharge_kprobe", UNCHARGE)]);
+/// What the mapping calls are on x86_64.
+const CALLS_X86: Program = syscall_exit("mmap_exit", "__x64_sys_mmap").together(&[
+    syscall_exit("munmap_exit", "__x64_sys_munmap"),
+    syscall_exit("mremap_exit", "__x64_sys_mremap"),
+    syscall_exit("brk_exit", "__x64_sys_brk"),
+    syscall_exit("madvise_exit", "__x64_sys_madvise"),
+]);
+/// What they are on aarch64.
+const CALLS_ARM64: Program = syscall_exit("mmap_exit", "__arm64_sys_mmap").together(&[
+    syscall_exit("munmap_exit", "__arm64_sys_munmap"),
+    syscall_exit("mremap_exit", "__arm64_sys_mremap"),
+    syscall_exit("brk_exit", "__arm64_sys_brk"),
+    syscall_exit("madvise_exit", "__arm64_sys_madvise"),
+]);
 
 /// How a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -80,6 +100,8 @@ pub enum Attach {
     TypedTracepoint(&'static str),
     /// The entry of a function, by BTF.
     Fentry(Function),
+    /// The exit of a function, by BTF.
+    Fexit(Function),
     /// The entry of a function, by a breakpoint.
     Kprobe(Function),
 }
@@ -90,6 +112,7 @@ impl std::fmt::Display for Attach {
             Self::RawTracepoint(target) => write!(f, "raw tracepoint {target}"),
             Self::TypedTracepoint(target) => write!(f, "typed tracepoint {target}"),
             Self::Fentry(target) => write!(f, "fentry {}", target.name),
+            Self::Fexit(target) => write!(f, "fexit {}", target.name),
             Self::Kprobe(target) => write!(f, "kprobe {}", target.name),
         }
     }
@@ -100,7 +123,7 @@ impl Attach {
     pub const fn function(self) -> Option<Function> {
         match self {
             Self::RawTracepoint(_) | Self::TypedTracepoint(_) => None,
-            Self::Fentry(function) | Self::Kprobe(function) => Some(function),
+            Self::Fentry(function) | Self::Fexit(function) | Self::Kprobe(function) => Some(function),
         }
     }
 }
@@ -112,22 +135,52 @@ pub struct Program {
     pub name: &'static str,
     /// Where it is attached.
     pub attach: Attach,
+    /// What is attached together with it: all or none.
+    #[serde(skip_serializing_if = "<[Self]>::is_empty")]
+    pub with: &'static [Self],
+}
+
+/// As people are told: where it is attached, and the first of what is attached with it.
+impl std::fmt::Display for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.attach)?;
+        if !self.with.is_empty() {
+            write!(f, " and {} more", self.with.len())?;
+        }
+        Ok(())
+    }
+}
+
+impl Program {
+    /// It and what is attached with it.
+    pub fn all(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(self.with)
+    }
+
+    const fn together(self, with: &'static [Self]) -> Self {
+        Self { with, ..self }
+    }
 }
 
 const fn raw(name: &'static str, tracepoint: &'static str) -> Program {
-    Program { name, attach: Attach::RawTracepoint(tracepoint) }
+    Program { name, attach: Attach::RawTracepoint(tracepoint), with: &[] }
 }
 
 const fn typed(name: &'static str, tracepoint: &'static str) -> Program {
-    Program { name, attach: Attach::TypedTracepoint(tracepoint) }
+    Program { name, attach: Attach::TypedTracepoint(tracepoint), with: &[] }
 }
 
 const fn fentry(name: &'static str, function: Function) -> Program {
-    Program { name, attach: Attach::Fentry(function) }
+    Program { name, attach: Attach::Fentry(function), with: &[] }
+}
+
+/// A system call's function: `regs`, the user's registers, is its only parameter (arch/*/include/asm/syscall_wrapper.h).
+const fn syscall_exit(program: &'static str, name: &'static str) -> Program {
+    Program { name: program, attach: Attach::Fexit(Function { name, args: 1 }), with: &[] }
 }
 
 const fn kprobe(name: &'static str, function: Function) -> Program {
-    Program { name, attach: Attach::Kprobe(function) }
+    Program { name, attach: Attach::Kprobe(function), with: &[] }
 }
 
 impl Hook {
@@ -272,7 +325,7 @@ impl Hook {
             Self::Map => About {
                 name: "map",
                 need: Optional,
-                programs: const { &[raw("sys_exit", "sys_exit")] },
+                programs: const { &[CALLS_X86, CALLS_ARM64, raw("sys_exit", "sys_exit")] },
                 fields: &[
                     &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
                     &["regs_syscallno", "regs_orig_x0", "regs_regs"],
@@ -292,7 +345,7 @@ impl Hook {
             Self::Charge => About {
                 name: "charge",
                 need: Optional,
-                programs: const { &[fentry("charge_fentry", TRY_CHARGE), kprobe("charge_kprobe", TRY_CHARGE)] },
+                programs: &[CHARGES_FENTRY, CHARGES_KPROBE],
                 fields: ANY,
                 lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is only seen \
                        when a process of the cgroup changes, reclaims or is killed.",

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf};
-use aya::programs::{FEntry, KProbe, Program as AyaProgram, ProgramError, RawTracePoint};
+use aya::programs::{FEntry, FExit, KProbe, Program as AyaProgram, ProgramError, ProgramInfo, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use memtrace_common::control::{
@@ -328,12 +328,25 @@ fn learn_percpu_offsets(ebpf: &mut Ebpf, control: &Control) -> Result<(), ProbeE
 fn attach_first(ebpf: &mut Ebpf, programs: &[Program], btf: &Btf) -> Result<Program, String> {
     let mut refusals = Vec::new();
     for program in programs {
-        match attach(ebpf, program, btf) {
-            Ok(()) => return Ok(*program),
-            Err(reason) => refusals.push(format!("{}: {reason}", program.attach)),
+        let refused = program.all().find_map(|one| Some(format!("{}: {}", one.attach, attach(ebpf, one, btf).err()?)));
+        match refused {
+            None => return Ok(*program),
+            Some(reason) => refusals.push(reason),
         }
+        program.all().for_each(|one| unload(ebpf, one));
     }
     Err(refusals.join("; "))
+}
+
+/// Takes back what was attached of a set that is not complete.
+fn unload(ebpf: &mut Ebpf, program: &Program) {
+    // Of what was never loaded there is nothing to take back.
+    let _ = match ebpf.program_mut(program.name) {
+        Some(AyaProgram::FEntry(fentry)) => fentry.unload(),
+        Some(AyaProgram::FExit(fexit)) => fexit.unload(),
+        Some(AyaProgram::KProbe(kprobe)) => kprobe.unload(),
+        _ => Ok(()),
+    };
 }
 
 fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
@@ -348,6 +361,9 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
         (AyaProgram::FEntry(fentry), Attach::Fentry(function)) => {
             fentry.load(function.name, btf).and_then(|()| FEntry::attach(fentry)).map(|_| ())
         }
+        (AyaProgram::FExit(fexit), Attach::Fexit(function)) => {
+            fexit.load(function.name, btf).and_then(|()| FExit::attach(fexit)).map(|_| ())
+        }
         (AyaProgram::KProbe(kprobe), Attach::Kprobe(function)) => {
             kprobe.load().and_then(|()| KProbe::attach(kprobe, function.name, 0)).map(|_| ())
         }
@@ -356,12 +372,14 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
     result.map_err(|error| chain(&error))
 }
 
-/// Nothing hangs on it: what the kernel does not tell is unknown.
+/// Of a program with what is attached with it. Nothing hangs on it: what the kernel does not tell is unknown.
 fn cost(ebpf: &Ebpf, program: &Program) -> Cost {
-    let Some(Ok(info)) = ebpf.program(program.name).map(AyaProgram::info) else { return Cost::default() };
+    let infos: Option<Vec<_>> = program.all().map(|one| ebpf.program(one.name)?.info().ok()).collect();
+    let Some(infos) = infos else { return Cost::default() };
+    let sum = |of: fn(&ProgramInfo) -> Option<u32>| infos.iter().map(of).sum();
     Cost {
-        verified_instructions: info.verified_instruction_count(),
-        jited_bytes: Some(info.size_jitted()).filter(|bytes| *bytes > 0),
+        verified_instructions: sum(ProgramInfo::verified_instruction_count),
+        jited_bytes: sum(|info| Some(info.size_jitted()).filter(|bytes| *bytes > 0)),
     }
 }
 

@@ -163,7 +163,10 @@ pub fn plan(facts: &Facts, without: &[Hook]) -> Plan {
         let required = hook.need() == Need::Required;
         if without.contains(&hook) {
             plan.left_out.push(hook);
-            if required {
+            // Charges can tell of memory in its place.
+            let replaced =
+                hook == Hook::Rss && !without.contains(&Hook::Charge) && programs(facts, Hook::Charge).is_ok();
+            if required && !replaced {
                 let what = format!("the {hook} hook cannot be left out. {}", hook.lost());
                 plan.fatal.push(Problem::new(what, Some(&format!("leave `--without {hook}` away"))));
             }
@@ -263,7 +266,7 @@ fn programs(facts: &Facts, hook: Hook) -> Result<Vec<Program>, String> {
     let programs: Vec<Program> = hook
         .programs()
         .iter()
-        .filter(|program| match fits(facts, program) {
+        .filter(|program| match program.all().try_for_each(|program| fits(facts, program)) {
             Ok(()) => true,
             Err(why) => {
                 reason = why;
@@ -292,6 +295,10 @@ fn absent_fields(layout: &KernelLayout, hook: Hook) -> Vec<&'static str> {
 
 fn fits(facts: &Facts, program: &Program) -> Result<(), String> {
     match program.attach {
+        // It makes every update cheaper, and before 6.2 there are few.
+        Attach::TypedTracepoint(name) if facts.layout.is_none_or(|layout| layout.rss_is_percpu != 1) => {
+            Err(format!("{name} needs no types here"))
+        }
         Attach::RawTracepoint(name) | Attach::TypedTracepoint(name) => {
             if facts.tracepoints.contains(name) || !facts.tracepoints_known {
                 Ok(())
@@ -299,13 +306,15 @@ fn fits(facts: &Facts, program: &Program) -> Result<(), String> {
                 Err(format!("this kernel has no tracepoint {name}"))
             }
         }
-        Attach::Fentry(function) | Attach::Kprobe(function) => match facts.functions.get(function.name) {
-            Some(args) if *args == function.args => Ok(()),
-            Some(args) => Err(format!("{} takes {args} arguments here, not {}", function.name, function.args)),
-            // BTF of some kernels leaves out static functions; a breakpoint goes by the symbol.
-            None if matches!(program.attach, Attach::Kprobe(_)) => Ok(()),
-            None => Err(format!("the kernel's types have no function {}", function.name)),
-        },
+        Attach::Fentry(function) | Attach::Fexit(function) | Attach::Kprobe(function) => {
+            match facts.functions.get(function.name) {
+                Some(args) if *args == function.args => Ok(()),
+                Some(args) => Err(format!("{} takes {args} arguments here, not {}", function.name, function.args)),
+                // BTF of some kernels leaves out static functions; a breakpoint goes by the symbol.
+                None if matches!(program.attach, Attach::Kprobe(_)) => Ok(()),
+                None => Err(format!("the kernel's types have no function {}", function.name)),
+            }
+        }
     }
 }
 
@@ -403,6 +412,13 @@ impl Status {
                     fatal.push(Problem::new(what, None));
                 }
                 let on = matches!(state, State::Planned { .. } | State::Attached { .. });
+                if let (Hook::Charge, State::Failed { error }, true) =
+                    (hook, &state, plan.left_out.contains(&Hook::Rss))
+                {
+                    let what =
+                        format!("the charge hook is needed without the rss hook, and could not be attached: {error}");
+                    fatal.push(Problem::new(what, Some("leave `--without rss` away")));
+                }
                 HookStatus { hook, need: hook.need(), state, lost: (!on).then(|| hook.lost()) }
             })
             .collect();
