@@ -1,0 +1,214 @@
+//! Reconciliation: what memtrace says a cgroup uses and who has it, against the kernel's own files, over a long mixed run.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use memtrace_tests::actor::Actor;
+use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::cage::{Cage, Version};
+use memtrace_tests::chapter::{Cell, Chapter, Figure, Goal, Table};
+use memtrace_tests::json;
+use memtrace_tests::process::Rss;
+
+use self::drift::fit;
+use crate::Plan;
+
+mod drift;
+
+/// Between two samples, the step of the workload included.
+const PERIOD: Duration = Duration::from_secs(1);
+const QUICK_PERIOD: Duration = Duration::from_millis(500);
+/// The agent takes in what happened at least every 100 ms.
+const TAKEN_IN: Duration = Duration::from_millis(250);
+const QUANTUM: f64 = 262_144.0;
+
+/// What one side says at a moment, bytes.
+#[derive(Clone, Copy, Debug)]
+struct Side {
+    usage: f64,
+    peak: Option<f64>,
+    anon: f64,
+    /// Anonymous, file and shared memory of all processes.
+    attributed: f64,
+}
+
+/// Both sides at a moment when nothing moves.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    /// Since the first one.
+    seconds: f64,
+    memtrace: Side,
+    kernel: Side,
+    /// The sum over the processes that memtrace lists one by one.
+    listed: f64,
+    /// Page cache, by memory.stat.
+    cache: f64,
+    processes: usize,
+}
+
+/// Runs the benchmark.
+pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
+    let (length, period) = match plan.minutes {
+        Some(minutes) => (Duration::from_secs(60 * u64::from(minutes)), PERIOD),
+        None if plan.quick => (Duration::from_secs(20), QUICK_PERIOD),
+        None => (Duration::from_secs(480), PERIOD),
+    };
+    let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
+    let files = tempfile::tempdir_in("/var/tmp").context("failed to make a directory for files")?;
+    let tmpfs = tempfile::tempdir_in("/dev/shm").context("failed to make a directory on tmpfs")?;
+    let mut agent = Options::below(dir.path()).start()?;
+    let cage = Cage::unlimited("mix")?;
+    let text = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path that is not text");
+    let (seed, files, tmpfs) = (plan.seed.to_string(), (text(files.path())?, files), (text(tmpfs.path())?, tmpfs));
+    let arguments = ["mix", "--seed", &seed, "--dir", &files.0, "--tmpfs", &tmpfs.0];
+    let mut mix = Actor::start(Some(&cage), &arguments)?;
+    mix.until("ready")?;
+
+    let begin = Instant::now();
+    let mut samples = Vec::new();
+    let mut next = begin;
+    while begin.elapsed() < length {
+        mix.tell()?;
+        mix.until("quiet")?;
+        std::thread::sleep(TAKEN_IN);
+        samples.push(sample(begin.elapsed().as_secs_f64(), &agent, &cage)?);
+        next += period;
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    let ended = mix.finish()?;
+    ensure!(ended.status.success(), "the mixed work ended with {}", ended.status);
+    agent.stop()?;
+    cage.remove()?;
+    Ok(chapter(plan.seed, &samples))
+}
+
+fn sample(seconds: f64, agent: &Agent, cage: &Cage) -> anyhow::Result<Sample> {
+    let cgroups = agent.get_json("/api/cgroups")?;
+    let processes = agent.get_json("/api/processes")?;
+    let peak = cage.peak()?;
+    let kernel_usage = cage.usage()?;
+    let (anon_key, cache_key) = match cage.version() {
+        Version::V1 => ("rss", "cache"),
+        Version::V2 => ("anon", "file"),
+    };
+    let (anon, cache) = (cage.keyed("memory.stat", anon_key)?, cage.keyed("memory.stat", cache_key)?);
+    let members = std::fs::read_to_string(cage.dir().join("cgroup.procs")).context("failed to read cgroup.procs")?;
+    let mut by_process = Vec::new();
+    for pid in members.lines() {
+        by_process.push(Rss::read(pid.trim().parse().context("not a process id")?)?.total());
+    }
+    let of_cage = |row: &&serde_json::Value, key: &str| row.get(key).and_then(serde_json::Value::as_u64) == Some(cage.id());
+    let ours = cgroups.as_array().into_iter().flatten().find(|row| of_cage(row, "id"));
+    let ours = ours.context("the agent does not list the cgroup")?;
+    let resident = |row: &serde_json::Value| -> anyhow::Result<u64> {
+        Ok(json::number(row, "/anon_bytes")? + json::number(row, "/file_bytes")? + json::number(row, "/shmem_bytes")?)
+    };
+    let listed = processes.as_array().into_iter().flatten().filter(|row| of_cage(row, "cgroup_id"));
+    let listed = listed.map(resident).sum::<anyhow::Result<u64>>()?;
+    Ok(Sample {
+        seconds,
+        memtrace: Side {
+            usage: json::number(ours, "/usage_bytes")? as f64,
+            peak: ours.get("peak_bytes").and_then(serde_json::Value::as_f64),
+            anon: json::number(ours, "/anon_bytes")? as f64,
+            attributed: resident(ours)? as f64,
+        },
+        kernel: Side {
+            usage: kernel_usage as f64,
+            peak: peak.map(|peak| peak as f64),
+            anon: anon as f64,
+            attributed: by_process.iter().sum::<u64>() as f64,
+        },
+        listed: listed as f64,
+        cache: cache as f64,
+        processes: by_process.len(),
+    })
+}
+
+/// What is compared: its name, the two it is between, and the difference.
+type Difference = (&'static str, &'static str, fn(&Sample) -> Option<f64>);
+
+const DIFFERENCES: [Difference; 6] = [
+    ("usage", "the usage file", |s| Some(s.memtrace.usage - s.kernel.usage)),
+    ("peak", "the watermark file", |s| Some(s.memtrace.peak? - s.kernel.peak?)),
+    ("attributed RSS", "sum of /proc/PID/status", |s| Some(s.memtrace.attributed - s.kernel.attributed)),
+    ("attributed RSS", "sum of the processes memtrace lists", |s| Some(s.memtrace.attributed - s.listed)),
+    ("anonymous memory", "memory.stat", |s| Some(s.memtrace.anon - s.kernel.anon)),
+    ("unattributed rest", "usage file less /proc", |s| {
+        Some(s.memtrace.usage - s.memtrace.attributed - (s.kernel.usage - s.kernel.attributed))
+    }),
+];
+
+fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
+    let seconds = samples.last().map_or(0.0, |last| last.seconds);
+    let mut rows = Vec::new();
+    let mut goals = Vec::new();
+    for (what, against, of) in DIFFERENCES {
+        let points: Vec<(f64, f64)> = samples.iter().filter_map(|s| Some((s.seconds, of(s)?))).collect();
+        let values: Vec<f64> = points.iter().map(|(_, value)| value / 1024.0).collect();
+        let within = values.iter().filter(|value| value.abs() * 1024.0 <= QUANTUM).count();
+        let line = fit(&points);
+        let slope = line.map(|line| (line.per_s * 3600.0 / QUANTUM, line.error_per_s * 3600.0 / QUANTUM));
+        rows.push(vec![
+            what.into(),
+            against.into(),
+            Figure::of(&values, "KiB").into(),
+            format!("{within} of {}", values.len()).into(),
+            slope.map_or_else(
+                || Cell::Unknown("too few samples".to_owned()),
+                |(slope, error)| format!("{slope:+.2} ± {error:.2}").into(),
+            ),
+        ]);
+        goals.push(Goal {
+            what: format!("{what} against {against}: the difference does not grow"),
+            found: slope.map_or("too few samples".to_owned(), |(slope, error)| {
+                format!("{slope:+.2} ± {error:.2} quanta an hour, seen for {:.0} s", seconds)
+            }),
+            met: line.map(|line| !line.drifts(seconds, QUANTUM)),
+        });
+    }
+    let figure = |of: fn(&Sample) -> f64, unit| Cell::from(Figure::of(&samples.iter().map(of).collect::<Vec<f64>>(), unit));
+    let part = |name: &str, memtrace: fn(&Sample) -> f64, kernel: fn(&Sample) -> f64| {
+        vec![Cell::from(name), figure(memtrace, "bytes"), figure(kernel, "bytes")]
+    };
+    let shares = vec![
+        part("usage", |s| s.memtrace.usage, |s| s.kernel.usage),
+        part("attributed RSS", |s| s.memtrace.attributed, |s| s.kernel.attributed),
+        part("unattributed rest", |s| s.memtrace.usage - s.memtrace.attributed, |s| s.kernel.usage - s.kernel.attributed),
+        vec!["page cache, by memory.stat".into(), "".into(), figure(|s| s.cache, "bytes")],
+        vec!["processes".into(), "".into(), figure(|s| s.processes as f64, "")],
+    ];
+    let titles = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    Chapter {
+        title: "Reconciliation: usage, attributed, and the rest".to_owned(),
+        text: vec![
+            format!(
+                "In one cgroup files are written and read, files on tmpfs and full sockets come and go, anonymous memory \
+                 grows and shrinks, children come, hold memory and go: three such things a step, at random (seed {seed}), \
+                 for {:.0} s. After each step nothing moves; 250 ms later the agent, at its defaults, is asked over \
+                 HTTP (/api/cgroups, /api/processes), and the kernel's own files are read: {} samples.",
+                seconds,
+                samples.len()
+            ),
+            "A difference is memtrace's figure less the kernel's. Drift is the slope of a line through the differences (least \
+             squares, with its standard error), as quanta of 256 KiB in an hour; it counts as growing when it adds more than \
+             a quantum within the run and is more than two standard errors from nothing. memory.stat is itself late by up to \
+             some hundred pages. Usage and peak are those of the agent's last reading of the cgroup, which it takes where \
+             resident memory moves; where the kernel has the hook `charge`, also where anything is charged."
+                .to_owned(),
+        ],
+        tables: vec![
+            Table {
+                title: "Differences".to_owned(),
+                columns: titles(&["memtrace says", "against", "difference", "within one quantum", "drift, quanta an hour"]),
+                rows,
+            },
+            Table {
+                title: "What there was".to_owned(),
+                columns: titles(&["", "memtrace", "kernel"]),
+                rows: shares,
+            },
+        ],
+        goals,
+    }
+}
