@@ -52,7 +52,8 @@ struct Plan {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     programs::require_root()?;
-    let plan = Plan { quick: args.quick, seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000), minutes: args.minutes };
+    let plan =
+        Plan { quick: args.quick, seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000), minutes: args.minutes };
     let chapter: Chapter = match args.name {
         Name::Spikes => spikes::run(&plan)?,
         Name::Peaks => peaks::run(&plan)?,

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::Plan;
-use crate::recorder::{Recorder, usage_curve};
+use crate::recorder::{Curve, Recorder};
 
 /// Cgroups that are kept before the agent is asked about all of them and they are removed.
 const BATCH: usize = 25;
@@ -80,11 +80,11 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     let (lifetimes, recordings) = if plan.quick { (150, 14) } else { (1000, 84) };
     let files = Files::new()?;
     let mut dice = Dice::new(plan.seed);
-    let by_agent = agent_lives(lifetimes, &files, &mut dice)?;
+    let (by_agent, still_listed) = agent_lives(lifetimes, &files, &mut dice)?;
     let recorded: Vec<(Life, Life)> = (0..recordings)
         .map(|at| record(SHAPES.iter().cycle().nth(at).context("no shapes")?.0, &files, &mut dice))
         .collect::<anyhow::Result<_>>()?;
-    Ok(chapter(plan.seed, &by_agent, &recorded))
+    Ok(chapter(plan.seed, &by_agent, still_listed, &recorded))
 }
 
 impl Files {
@@ -92,7 +92,8 @@ impl Files {
         let dir = tempfile::tempdir_in("/var/tmp").context("failed to make a directory for a file")?;
         let tmpfs = tempfile::tempdir_in("/dev/shm").context("failed to make a directory on tmpfs")?;
         let files = Self { dir, tmpfs };
-        std::fs::write(files.on_disk(), vec![1u8; usize::try_from(FILE_MIB << 20)?]).context("failed to write a file")?;
+        std::fs::write(files.on_disk(), vec![1u8; usize::try_from(FILE_MIB << 20)?])
+            .context("failed to write a file")?;
         Ok(files)
     }
 
@@ -132,11 +133,11 @@ impl Files {
     }
 }
 
-/// Lifetimes under the eyes of an agent at its defaults.
-fn agent_lives(count: usize, files: &Files, dice: &mut Dice) -> anyhow::Result<Vec<Life>> {
+/// Lifetimes under the eyes of an agent at its defaults, and how many of the removed cgroups it still lists at the end.
+fn agent_lives(count: usize, files: &Files, dice: &mut Dice) -> anyhow::Result<(Vec<Life>, usize)> {
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
     let mut agent = Options::below(dir.path()).start()?;
-    let mut lives = Vec::new();
+    let (mut lives, mut ids) = (Vec::new(), Vec::new());
     while lives.len() < count {
         let mut ended = Vec::new();
         for _ in 0..BATCH.min(count - lives.len()) {
@@ -160,11 +161,14 @@ fn agent_lives(count: usize, files: &Files, dice: &mut Dice) -> anyhow::Result<V
             let truth_bytes = cage.peak()?.context("this kernel shows no watermark of a cgroup (before 5.19)")?;
             let said_bytes = said.iter().find(|(id, _)| *id == cage.id()).and_then(|(_, peak)| *peak);
             lives.push(Life { shape, lived, truth_bytes, said_bytes });
+            ids.push(cage.id());
             cage.remove()?;
         }
     }
+    std::thread::sleep(TAKEN_IN);
+    let still = peaks_said(&agent)?.iter().filter(|(id, _)| ids.contains(id)).count();
     agent.stop()?;
-    Ok(lives)
+    Ok((lives, still))
 }
 
 /// Every cgroup the agent lists, and the peak it says.
@@ -191,7 +195,7 @@ fn record(shape: Shape, files: &Files, dice: &mut Dice) -> anyhow::Result<(Life,
     let truth_bytes = json::number(truth, "/peak_bytes")?;
     let (_, recording) = recorder.finish()?;
     let said_bytes = recording.pointer("/cgroup/peak_bytes").and_then(Value::as_u64);
-    let highest = usage_curve(&recording)?.iter().map(|reading| reading.bytes).max();
+    let highest = Curve::of(&recording)?.usage.iter().map(|reading| reading.bytes).max();
     let life = |said_bytes| Life { shape, lived, truth_bytes, said_bytes };
     Ok((life(said_bytes), life(highest)))
 }
@@ -236,7 +240,7 @@ fn table(title: &str, lives: &[Life], quantum_bytes: u64, with_time: bool) -> Ta
     Table { title: title.to_owned(), columns: columns.into_iter().map(str::to_owned).collect(), rows }
 }
 
-fn chapter(seed: u64, by_agent: &[Life], recorded: &[(Life, Life)]) -> Chapter {
+fn chapter(seed: u64, by_agent: &[Life], still_listed: usize, recorded: &[(Life, Life)]) -> Chapter {
     let (files, curves): (Vec<Life>, Vec<Life>) = recorded.iter().copied().unzip();
     let goal = |who: &str, lives: &[Life], quantum: u64| {
         let found = tally(lives.iter(), quantum);
@@ -265,11 +269,12 @@ fn chapter(seed: u64, by_agent: &[Life], recorded: &[(Life, Life)]) -> Chapter {
                 by_agent.len(),
                 fastest.as_secs_f64() * 1e3
             ),
-            "What the agent says is the watermark as of its last reading of the cgroup, and it reads where resident memory \
-             moves, processes end or reclaim runs; where the kernel has the hook `charge` (fentry or kprobe), also where \
-             anything is charged. Once a cgroup is removed the agent no longer lists it: its peak stays in the incidents it \
-             had, if any."
-                .to_owned(),
+            format!(
+                "What the agent says is the watermark as of its last reading of the cgroup, and it reads where resident \
+                 memory moves by a quantum or reclaim runs; where the kernel has the hook `charge` (fentry or kprobe), also \
+                 where anything is charged. Of the cgroups that were removed it lists {still_listed} at the end: what it says \
+                 of a peak after that is in the incidents of the cgroup, if it had any."
+            ),
             format!(
                 "{} more lifetimes are recorded by `memtrace record`, one recording each, where the truth is asked for from \
                  inside, at the end. Its file has the kernel's watermark as the recorder read it when the command had \
@@ -282,10 +287,7 @@ fn chapter(seed: u64, by_agent: &[Life], recorded: &[(Life, Life)]) -> Chapter {
             table("memtrace record: `peak_bytes` of the file", &files, RECORD_QUANTUM, false),
             table("memtrace record: the highest reading of the curve (quantum 64 KiB)", &curves, RECORD_QUANTUM, false),
         ],
-        goals: vec![
-            goal("agent", by_agent, AGENT_QUANTUM),
-            goal("memtrace record", &files, RECORD_QUANTUM),
-        ],
+        goals: vec![goal("agent", by_agent, AGENT_QUANTUM), goal("memtrace record", &files, RECORD_QUANTUM)],
     }
 }
 

@@ -17,13 +17,22 @@ pub(crate) struct Recorder {
     file: PathBuf,
 }
 
-/// One reading of a cgroup's usage.
+/// One reading of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reading {
     /// Boot clock.
     pub(crate) boot_ns: u64,
-    /// Usage.
+    /// How much.
     pub(crate) bytes: u64,
+}
+
+/// What a recording tells over time, oldest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Curve {
+    /// Usage of the cgroup, where it is known.
+    pub(crate) usage: Vec<Reading>,
+    /// Anonymous, file and shared memory of its processes.
+    pub(crate) resident: Vec<Reading>,
 }
 
 impl Recorder {
@@ -63,11 +72,38 @@ impl Drop for Recorder {
     }
 }
 
-/// The readings of a file's curve whose usage is known, oldest first.
-pub(crate) fn usage_curve(incident: &Value) -> anyhow::Result<Vec<Reading>> {
-    let times = json::list(incident, "/timeline/columns/boot_ns")?;
-    let usage = json::list(incident, "/timeline/columns/usage_bytes")?;
-    ensure!(times.len() == usage.len(), "{} times and {} readings of usage", times.len(), usage.len());
-    let reading = |(time, usage): (&Value, &Value)| Some(Reading { boot_ns: time.as_u64()?, bytes: usage.as_u64()? });
-    Ok(times.iter().zip(usage).filter_map(reading).collect())
+impl Curve {
+    /// The timeline of a file.
+    pub(crate) fn of(incident: &Value) -> anyhow::Result<Self> {
+        let column = |name: &str| json::list(incident, &format!("/timeline/columns/{name}"));
+        let times = column("boot_ns")?;
+        let (usage, anon) = (column("usage_bytes")?, column("anon_bytes")?);
+        let (file, shmem) = (column("file_bytes")?, column("shmem_bytes")?);
+        let mut curve = Self::default();
+        for (at, time) in times.iter().enumerate() {
+            let boot_ns = time.as_u64().context("a time that is not a number")?;
+            let number = |column: &[Value]| column.get(at).and_then(Value::as_u64);
+            curve.usage.extend(number(usage).map(|bytes| Reading { boot_ns, bytes }));
+            let resident = number(anon).zip(number(file)).zip(number(shmem));
+            let ((anon, file), shmem) = resident.context("a reading without resident memory")?;
+            curve.resident.push(Reading { boot_ns, bytes: anon + file + shmem });
+        }
+        Ok(curve)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_has_usage_where_it_is_known_and_resident_memory_always() {
+        let columns = serde_json::json!({
+            "boot_ns": [1, 2], "usage_bytes": [null, 9], "anon_bytes": [1, 2], "file_bytes": [3, 3],
+            "shmem_bytes": [0, 1],
+        });
+        let curve = Curve::of(&serde_json::json!({ "timeline": { "columns": columns } })).unwrap();
+        assert_eq!(curve.usage, [Reading { boot_ns: 2, bytes: 9 }]);
+        assert_eq!(curve.resident, [Reading { boot_ns: 1, bytes: 4 }, Reading { boot_ns: 2, bytes: 6 }]);
+    }
 }

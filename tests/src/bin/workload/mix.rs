@@ -18,6 +18,8 @@ const MIB: usize = 1 << 20;
 const KINDS_CAP: usize = 4;
 /// Most MiB of one thing.
 const THING_MIB: u64 = 24;
+/// What a step that ends with growth grows by: many times a quantum.
+const LAST_MIB: usize = 4;
 /// Things done in one step.
 const DEEDS: usize = 3;
 
@@ -42,7 +44,8 @@ impl Drop for Grown {
     }
 }
 
-/// Makes one step for every line on stdin, until that ends; says `quiet` after each.
+/// Makes one step for every line on stdin, until that ends; says `quiet` after each, and whether the last thing in it was
+/// growth of its own resident memory, as it is in every second step.
 pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
     let mut dice = Dice::new(seed);
     let mut held = Held {
@@ -54,13 +57,20 @@ pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
         serial: 0,
     };
     crate::say("ready", &json!({}))?;
-    for line in std::io::stdin().lock().lines() {
+    let mut last = Vec::new();
+    for (step, line) in std::io::stdin().lock().lines().enumerate() {
         line.context("failed to read stdin")?;
         for _ in 0..DEEDS {
             held.change(&mut dice, dir, tmpfs)?;
         }
-        crate::say("quiet", &json!({}))?;
+        let grown = step % 2 == 1;
+        if grown {
+            drop(last);
+            last = memory::touched(LAST_MIB);
+        }
+        crate::say("quiet", &json!({ "grown": grown }))?;
     }
+    drop(last);
     Ok(())
 }
 
@@ -111,7 +121,8 @@ impl Held {
     fn read_again(&mut self) -> anyhow::Result<()> {
         let Some((file, mib)) = self.files.front_mut() else { return Ok(()) };
         file.sync_data().context("failed to sync a file")?;
-        rustix::fs::fadvise(&*file, 0, None, rustix::fs::Advice::DontNeed).context("failed to let a file's pages go")?;
+        rustix::fs::fadvise(&*file, 0, None, rustix::fs::Advice::DontNeed)
+            .context("failed to let a file's pages go")?;
         file.seek(SeekFrom::Start(0)).context("failed to rewind a file")?;
         let mut chunk = vec![0u8; MIB];
         (0..*mib).try_for_each(|_| file.read_exact(&mut chunk)).context("failed to read a file")

@@ -41,6 +41,7 @@ pub(crate) fn run(base_mib: usize, spikes: &[Spike]) -> anyhow::Result<()> {
     crate::wait_for_end_of_stdin()?;
     for spike in spikes {
         std::thread::sleep(spike.pause);
+        let base_resident_bytes = resident()?;
         let base_bytes = place.usage()?;
         let start_ns = boot_ns();
         let mut mapped =
@@ -55,9 +56,18 @@ pub(crate) fn run(base_mib: usize, spikes: &[Spike]) -> anyhow::Result<()> {
         let told = json!({
             "mib": spike.mib, "hold_ms": spike.hold.as_millis(), "start_ns": start_ns, "top_ns": top_ns,
             "fall_ns": fall_ns, "end_ns": end_ns, "base_bytes": base_bytes, "top_bytes": top_bytes,
+            "base_resident_bytes": base_resident_bytes,
         });
         crate::say("spike", &told)?;
     }
     drop(base);
     Ok(())
+}
+
+/// Resident memory, as the kernel counts it page by page: exact, and too slow to be asked for at a top.
+fn resident() -> anyhow::Result<u64> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").context("failed to read /proc/self/smaps_rollup")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Rss:"));
+    let kib = line.and_then(|rest| rest.split_ascii_whitespace().next()).context("smaps_rollup has no Rss")?;
+    Ok(kib.parse::<u64>().context("Rss is not a number")? * 1024)
 }

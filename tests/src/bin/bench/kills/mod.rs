@@ -89,7 +89,8 @@ impl Storms {
     fn break_out(&mut self, size: usize) -> anyhow::Result<()> {
         let cages = (0..size).map(|_| Cage::new("kill", LIMIT)).collect::<Result<Vec<_>, _>>()?;
         let arguments = ["burst", "--mib", "32", "--threads", "1", "--gate"];
-        let mut actors = cages.iter().map(|cage| Actor::start(Some(cage), &arguments)).collect::<Result<Vec<_>, _>>()?;
+        let mut actors =
+            cages.iter().map(|cage| Actor::start(Some(cage), &arguments)).collect::<Result<Vec<_>, _>>()?;
         let mut starts = Vec::new();
         for actor in &mut actors {
             starts.push(json::number(actor.until("gated")?, "/start_ticks")?);
@@ -204,7 +205,9 @@ fn chapter(storms: &Storms, overruns: u64, rows: &[Row]) -> Chapter {
             rows: rows.iter().map(cells).collect(),
         }],
         goals: vec![Goal {
-            what: format!("each of {kills} kills is in exactly one incident, none is missed, double or of somebody else"),
+            what: format!(
+                "each of {kills} kills is in exactly one incident, none is missed, double or of somebody else"
+            ),
             found: format!(
                 "{} found once, {} missed, {} double, {} wrong",
                 ours.found, ours.missed, ours.double, ours.wrong

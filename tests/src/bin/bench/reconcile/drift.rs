@@ -27,11 +27,17 @@ pub(super) fn fit(points: &[(f64, f64)]) -> Option<Line> {
 }
 
 impl Line {
-    /// Whether it says that the values move away: by more than `quantum` within the `seconds` seen, and surely (two
-    /// standard errors).
-    pub(super) fn drifts(&self, seconds: f64, quantum: f64) -> bool {
-        let slope = self.per_s.abs();
-        slope * seconds > quantum && slope > 2.0 * self.error_per_s
+    /// Whether the values stay where they are: what they move away by in `seconds` is no more than `quantum`. `None`
+    /// when two standard errors leave that open.
+    pub(super) fn stays(&self, seconds: f64, quantum: f64) -> Option<bool> {
+        let (moved, unsure) = (self.per_s.abs() * seconds, 2.0 * self.error_per_s * seconds);
+        if moved + unsure <= quantum {
+            Some(true)
+        } else if moved - unsure > quantum {
+            Some(false)
+        } else {
+            None
+        }
     }
 }
 
@@ -44,12 +50,11 @@ mod tests {
         let straight: Vec<(f64, f64)> = (0..100).map(|s| (f64::from(s), 7.0 + 3.0 * f64::from(s))).collect();
         let line = fit(&straight).unwrap();
         assert!((line.per_s - 3.0).abs() < 1e-9 && line.error_per_s < 1e-9, "{line:?}");
-        assert!(line.drifts(100.0, 250.0) && !line.drifts(100.0, 350.0));
+        assert_eq!((line.stays(100.0, 250.0), line.stays(100.0, 350.0)), (Some(false), Some(true)));
         // Up and down, and nowhere in the end.
         let noise: Vec<(f64, f64)> = (0..100).map(|s| (f64::from(s), f64::from((s % 2) * 1000))).collect();
         let line = fit(&noise).unwrap();
-        assert!(!line.drifts(100.0, 1.0), "{line:?}");
-        assert!(line.error_per_s > 1.0, "{line:?}");
+        assert_eq!((line.stays(100.0, 1.0), line.stays(100.0, 10_000.0)), (None, Some(true)), "{line:?}");
     }
 
     #[test]

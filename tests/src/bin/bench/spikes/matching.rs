@@ -20,9 +20,18 @@ pub(super) struct Spike {
     pub(super) fall_ns: u64,
     /// After that.
     pub(super) end_ns: u64,
-    /// Usage before, as the kernel says it.
+    /// Usage, as the kernel says it.
+    pub(super) usage: Level,
+    /// Resident memory: before as the kernel counts it page by page, at the top as much more as was taken.
+    pub(super) resident: Level,
+}
+
+/// How high a spike is in one column of a curve.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Level {
+    /// Before it.
     pub(super) base_bytes: u64,
-    /// Usage at the top, as the kernel says it.
+    /// At the top.
     pub(super) top_bytes: u64,
 }
 
@@ -46,16 +55,15 @@ pub(super) struct Polled {
     pub(super) peak_error_bytes: u64,
 }
 
-impl Spike {
-    /// How much higher than its base it is.
-    pub(super) fn height(&self) -> u64 {
+impl Level {
+    fn height(&self) -> u64 {
         self.top_bytes.saturating_sub(self.base_bytes)
     }
 }
 
 /// Whether the curve rises by half the spike's height within its time, give or take 5 ms. The mark that start and end are
 /// taken at is an eighth of its height above the base, at least a quantum.
-pub(super) fn find(spike: &Spike, curve: &[Reading], quantum_bytes: u64) -> Option<Seen> {
+pub(super) fn find(spike: &Spike, level: &Level, curve: &[Reading], quantum_bytes: u64) -> Option<Seen> {
     let (from, until) = (spike.start_ns.saturating_sub(SLACK_NS), spike.end_ns + SLACK_NS);
     let first = curve.partition_point(|reading| reading.boot_ns < from);
     let window = || curve.iter().skip(first).take_while(|reading| reading.boot_ns <= until);
@@ -66,16 +74,16 @@ pub(super) fn find(spike: &Spike, curve: &[Reading], quantum_bytes: u64) -> Opti
         lowest = lowest.min(reading.bytes);
         rise = rise.max(reading.bytes - lowest);
     }
-    if rise < spike.height().div_ceil(2) {
+    if rise < level.height().div_ceil(2) {
         return None;
     }
     let highest = window().max_by_key(|reading| reading.bytes)?;
-    let mark = spike.base_bytes + quantum_bytes.max(spike.height() / 8);
+    let mark = level.base_bytes + quantum_bytes.max(level.height() / 8);
     let risen = window().find(|reading| reading.bytes >= mark)?;
     // Also later than the window: late is an error to state, not a spike not found.
     let fallen = curve.iter().skip(first).find(|r| r.boot_ns > highest.boot_ns && r.bytes <= mark);
     Some(Seen {
-        peak_error_bytes: highest.bytes.abs_diff(spike.top_bytes),
+        peak_error_bytes: highest.bytes.abs_diff(level.top_bytes),
         start_error_ns: error_ns(risen.boot_ns, spike.start_ns),
         end_error_ns: fallen.map(|fallen| error_ns(fallen.boot_ns, spike.end_ns)),
     })
@@ -83,10 +91,11 @@ pub(super) fn find(spike: &Spike, curve: &[Reading], quantum_bytes: u64) -> Opti
 
 /// What readings after a fixed time say of a spike.
 pub(super) fn polled(spike: &Spike, readings: &[Reading]) -> Polled {
+    let level = &spike.usage;
     let within = readings.iter().filter(|r| (spike.start_ns..=spike.end_ns).contains(&r.boot_ns));
-    let highest = within.map(|reading| reading.bytes).max().unwrap_or(0).max(spike.base_bytes);
-    let seen = highest - spike.base_bytes >= spike.height().div_ceil(2).max(1);
-    Polled { seen, peak_error_bytes: spike.top_bytes.abs_diff(highest) }
+    let highest = within.map(|reading| reading.bytes).max().unwrap_or(0).max(level.base_bytes);
+    let seen = highest - level.base_bytes >= level.height().div_ceil(2).max(1);
+    Polled { seen, peak_error_bytes: level.top_bytes.abs_diff(highest) }
 }
 
 fn error_ns(said: u64, truth: u64) -> i64 {
@@ -101,6 +110,7 @@ mod tests {
     const MS: u64 = 1_000_000;
     const MIB: u64 = 1 << 20;
     const QUANTUM: u64 = 64 << 10;
+    const LEVEL: Level = Level { base_bytes: 32 * MIB, top_bytes: 36 * MIB };
 
     fn spike() -> Spike {
         Spike {
@@ -110,8 +120,8 @@ mod tests {
             top_ns: 102 * MS,
             fall_ns: 107 * MS,
             end_ns: 108 * MS,
-            base_bytes: 32 * MIB,
-            top_bytes: 36 * MIB,
+            usage: LEVEL,
+            resident: Level::default(),
         }
     }
 
@@ -122,7 +132,7 @@ mod tests {
     #[test]
     fn a_spike_is_found_by_its_rise_with_its_errors() {
         let said = curve(&[(50, 32 << 10), (101, 34 << 10), (102, (36 << 10) - 32), (109, (32 << 10) + 16)]);
-        let seen = find(&spike(), &said, QUANTUM).unwrap();
+        let seen = find(&spike(), &LEVEL, &said, QUANTUM).unwrap();
         assert_eq!(seen.peak_error_bytes, 32 << 10);
         assert_eq!((seen.start_error_ns, seen.end_error_ns), (1_000_000, Some(1_000_000)));
     }
@@ -130,21 +140,21 @@ mod tests {
     #[test]
     fn too_little_too_late_or_always_high_is_not_found() {
         let low = curve(&[(50, 32 << 10), (102, (34 << 10) - 1)]);
-        assert_eq!(find(&spike(), &low, QUANTUM), None);
+        assert_eq!(find(&spike(), &LEVEL, &low, QUANTUM), None);
         let late = curve(&[(50, 32 << 10), (114, 36 << 10)]);
-        assert_eq!(find(&spike(), &late, QUANTUM), None);
+        assert_eq!(find(&spike(), &LEVEL, &late, QUANTUM), None);
         // The curve was as high before: it shows no rise, only the height.
         let high = curve(&[(50, 36 << 10), (102, 36 << 10), (109, 32 << 10)]);
-        assert_eq!(find(&spike(), &high, QUANTUM), None);
-        assert_eq!(find(&spike(), &[], QUANTUM), None);
+        assert_eq!(find(&spike(), &LEVEL, &high, QUANTUM), None);
+        assert_eq!(find(&spike(), &LEVEL, &[], QUANTUM), None);
     }
 
     #[test]
     fn an_end_that_is_never_told_is_unknown() {
         let said = curve(&[(50, 32 << 10), (102, 36 << 10)]);
-        assert_eq!(find(&spike(), &said, QUANTUM).unwrap().end_error_ns, None);
+        assert_eq!(find(&spike(), &LEVEL, &said, QUANTUM).unwrap().end_error_ns, None);
         let later = curve(&[(50, 32 << 10), (102, 36 << 10), (300, 32 << 10)]);
-        assert_eq!(find(&spike(), &later, QUANTUM).unwrap().end_error_ns, Some(192_000_000));
+        assert_eq!(find(&spike(), &LEVEL, &later, QUANTUM).unwrap().end_error_ns, Some(192_000_000));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Spike recall: spikes of known size and time beside a build, as memtrace records them and as pollers read them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,11 +10,11 @@ use memtrace_tests::dice::Dice;
 use memtrace_tests::json;
 use serde_json::Value;
 
-use self::matching::{Polled, Seen, Spike, find, polled};
+use self::matching::{Level, Polled, Seen, Spike, find, polled};
 use self::pollers::{PERIODS, Pollers};
 use crate::Plan;
 use crate::neighbour::Neighbour;
-use crate::recorder::{Reading, Recorder, usage_curve};
+use crate::recorder::{Curve, Reading, Recorder};
 
 mod matching;
 mod pollers;
@@ -31,22 +32,33 @@ struct Setting {
 }
 
 const SETTINGS: [Setting; 2] = [
-    Setting { name: "memtrace record", quantum_bytes: 64 << 10, options: &[] },
+    Setting { name: "record, 64 KiB", quantum_bytes: 64 << 10, options: &[] },
     Setting {
-        name: "at the agent's settings",
+        name: "as the agent, 256 KiB",
         quantum_bytes: 256 << 10,
         options: &["--quantum", "256K", "--sample", "512K", "--stack-budget", "1%"],
     },
 ];
+
+/// The columns of a curve that are looked at, as [`Judged::seen`] has them.
+const COLUMNS: [&str; 2] = ["usage", "resident"];
 
 /// One spike and what everybody says of it.
 struct Judged {
     spike: Spike,
     /// Index of the setting it was recorded with.
     setting: usize,
-    seen: Option<Seen>,
+    /// By the column of usage, by that of resident memory.
+    seen: [Option<Seen>; 2],
     /// In the order of [`PERIODS`].
     polled: Vec<Polled>,
+}
+
+impl Judged {
+    /// What the column of this index in [`COLUMNS`] says.
+    fn by(&self, column: usize) -> Option<Seen> {
+        *self.seen.get(column)?
+    }
 }
 
 /// Everything of one run.
@@ -55,7 +67,10 @@ struct Run {
     judged: Vec<Judged>,
     readings: u64,
     thinned: u64,
-    losses: Vec<String>,
+    /// By what was lost.
+    losses: BTreeMap<String, u64>,
+    /// What the recordings say they had to do without.
+    lacking: BTreeSet<String>,
 }
 
 /// Runs the benchmark.
@@ -101,11 +116,16 @@ impl Run {
         std::thread::sleep(QUIET);
         let (ended, recording) = recorder.finish()?;
         ensure!(ended.status.success(), "the spikes ended with {}", ended.status);
-        let curve = usage_curve(&recording)?;
-        self.readings += curve.len() as u64;
+        let curve = Curve::of(&recording)?;
+        self.readings += curve.resident.len() as u64;
         self.thinned += json::number(&recording, "/timeline/thinned")?;
         for lost in json::list(&recording, "/losses")? {
-            self.losses.push(format!("{} {}", json::text(lost, "/what")?, json::at(lost, "/count")?));
+            let what = json::text(lost, "/what")?;
+            match json::at(lost, "/count")?.as_u64() {
+                Some(count) => *self.losses.entry(what.to_owned()).or_default() += count,
+                // The name of a hook, and what is not seen without it.
+                None => drop(self.lacking.insert(what.split(':').next().unwrap_or(what).to_owned())),
+            }
         }
         for told in ended.all("spike") {
             self.judged.push(judge(spike(told)?, index, setting, &curve, &polls));
@@ -114,40 +134,50 @@ impl Run {
     }
 }
 
-fn judge(spike: Spike, index: usize, setting: &Setting, curve: &[Reading], polls: &[Vec<Reading>]) -> Judged {
+fn judge(spike: Spike, index: usize, setting: &Setting, curve: &Curve, polls: &[Vec<Reading>]) -> Judged {
     Judged {
         spike,
         setting: index,
-        seen: find(&spike, curve, setting.quantum_bytes),
+        seen: [
+            find(&spike, &spike.usage, &curve.usage, setting.quantum_bytes),
+            find(&spike, &spike.resident, &curve.resident, setting.quantum_bytes),
+        ],
         polled: polls.iter().map(|readings| polled(&spike, readings)).collect(),
     }
 }
 
 fn spike(told: &Value) -> anyhow::Result<Spike> {
     let number = |name: &str| json::number(told, name);
+    let (mib, base_resident) = (number("/mib")?, number("/base_resident_bytes")?);
     Ok(Spike {
-        mib: number("/mib")?,
+        mib,
         hold_ms: number("/hold_ms")?,
         start_ns: number("/start_ns")?,
         top_ns: number("/top_ns")?,
         fall_ns: number("/fall_ns")?,
         end_ns: number("/end_ns")?,
-        base_bytes: number("/base_bytes")?,
-        top_bytes: number("/top_bytes")?,
+        usage: Level { base_bytes: number("/base_bytes")?, top_bytes: number("/top_bytes")? },
+        resident: Level { base_bytes: base_resident, top_bytes: base_resident + (mib << 20) },
     })
 }
 
 fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
     let thinned = format!(
-        "A recording keeps at most 8192 readings of its curve; of several in one interval the highest stays. Of {} \
-         readings, {} were left out in favour of a higher one.",
+        "A recording keeps at most 8192 readings of its curve, of several in one interval of at least a millisecond the \
+         highest: of {} readings {} were left out so.",
         run.readings + run.thinned,
         run.thinned
     );
-    let losses = match run.losses.as_slice() {
-        [] => "The recordings state no loss.".to_owned(),
-        losses => format!("Losses that the recordings state: {}.", losses.join(", ")),
-    };
+    // Told above.
+    let losses: Vec<String> = run
+        .losses
+        .iter()
+        .filter(|(what, _)| *what != "timeline/thinned")
+        .map(|(what, count)| format!("{count} {what}"))
+        .collect();
+    let losses = if losses.is_empty() { "nothing".to_owned() } else { losses.join(", ") };
+    let lacking: Vec<&str> = run.lacking.iter().map(String::as_str).collect();
+    let losses = format!("Lost, as the recordings state it: {losses}; without: {}.", lacking.join(", "));
     Chapter {
         title: "Spikes: found, how high, from when to when".to_owned(),
         text: vec![
@@ -156,7 +186,8 @@ fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
                  500 ms and gives them back, at random times (seed {seed}), and notes when and how high by the kernel's \
                  own usage. A build runs beside it in another cgroup ({builds} builds were finished). Recorded by \
                  `memtrace record`, in turn at its own defaults (a reading whenever 64 KiB moved) and at the agent's \
-                 (256 KiB); a spike is found when the curve rises by half of its height within its time, ±5 ms. On the \
+                 (256 KiB); a spike is found when a column of the curve, usage or resident memory, rises by half of its \
+                 height within its time, ±5 ms. Both columns are of the same readings. On the \
                  same run threads read the cgroup's usage file each 100 ms, 1 s, 5 s and 10 s, each beginning at a random \
                  moment; a spike is seen when a reading within its time has half of its height."
             ),
@@ -195,13 +226,16 @@ fn share<'a>(of: impl Iterator<Item = &'a Judged>, is: impl Fn(&Judged) -> bool)
 /// How many were found, in rows of one key.
 fn found(title: &str, all: &[Judged], key: fn(&Spike) -> u64, keys: &[u64], unit: &str) -> Table {
     let mut columns = vec!["spike".to_owned()];
-    columns.extend(SETTINGS.iter().map(|setting| format!("{}, {} KiB", setting.name, setting.quantum_bytes >> 10)));
+    for setting in &SETTINGS {
+        columns.extend(COLUMNS.map(|column| format!("{}: {column}", setting.name)));
+    }
     columns.extend(PERIODS.iter().map(|(_, name)| (*name).to_owned()));
     let row = |name: String, of: Vec<&Judged>| {
         let mut cells = vec![Cell::from(name)];
         for index in 0..SETTINGS.len() {
-            let recorded = of.iter().copied().filter(|judged| judged.setting == index);
-            cells.push(share(recorded, |judged| judged.seen.is_some()).into());
+            let recorded = || of.iter().copied().filter(move |judged| judged.setting == index);
+            cells.push(share(recorded(), |judged| judged.by(0).is_some()).into());
+            cells.push(share(recorded(), |judged| judged.by(1).is_some()).into());
         }
         for index in 0..PERIODS.len() {
             let seen = |judged: &Judged| judged.polled.get(index).is_some_and(|polled| polled.seen);
@@ -225,31 +259,34 @@ fn ms(ns: i64) -> f64 {
     ns as f64 / 1e6
 }
 
-/// Errors of what memtrace found, by size and setting.
+/// Errors of what memtrace found, by size, setting and column.
 fn errors(all: &[Judged]) -> Table {
     let mut rows = Vec::new();
     for mib in SIZES_MIB {
         for (index, setting) in SETTINGS.iter().enumerate() {
-            let of = all.iter().filter(|judged| judged.spike.mib == mib && judged.setting == index);
-            let seen: Vec<Seen> = of.filter_map(|judged| judged.seen).collect();
-            let figure = |value: &dyn Fn(&Seen) -> Option<f64>, unit| {
-                Cell::from(Figure::of(&seen.iter().filter_map(value).collect::<Vec<f64>>(), unit))
-            };
-            rows.push(vec![
-                format!("{mib} MiB").into(),
-                format!("{} KiB", setting.quantum_bytes >> 10).into(),
-                figure(&|seen| Some(kib(seen.peak_error_bytes)), "KiB"),
-                figure(&|seen| Some(ms(seen.start_error_ns)), "ms"),
-                figure(&|seen| seen.end_error_ns.map(ms), "ms"),
-                seen.iter().filter(|seen| seen.end_error_ns.is_none()).count().to_string().into(),
-            ]);
+            for (at, column) in COLUMNS.iter().enumerate() {
+                let of = all.iter().filter(|judged| judged.spike.mib == mib && judged.setting == index);
+                let seen: Vec<Seen> = of.filter_map(|judged| judged.by(at)).collect();
+                let figure = |value: &dyn Fn(&Seen) -> Option<f64>, unit| {
+                    Cell::from(Figure::of(&seen.iter().filter_map(value).collect::<Vec<f64>>(), unit))
+                };
+                rows.push(vec![
+                    format!("{mib} MiB").into(),
+                    format!("{} KiB", setting.quantum_bytes >> 10).into(),
+                    (*column).into(),
+                    figure(&|seen| Some(kib(seen.peak_error_bytes)), "KiB"),
+                    figure(&|seen| Some(ms(seen.start_error_ns)), "ms"),
+                    figure(&|seen| seen.end_error_ns.map(ms), "ms"),
+                    seen.iter().filter(|seen| seen.end_error_ns.is_none()).count().to_string().into(),
+                ]);
+            }
         }
     }
     Table {
-        title: "Spikes memtrace found: how far off (median, smallest and largest). Start and end are where the curve \
+        title: "Spikes memtrace found: how far off (median, smallest and largest). Start and end are where the column \
                 passes an eighth of the height, at least a quantum; below zero is too early"
             .to_owned(),
-        columns: texts(&["spike", "quantum", "peak off by", "start off by", "end off by", "end never told"]),
+        columns: texts(&["spike", "quantum", "column", "peak off by", "start off by", "end off by", "end never told"]),
         rows,
     }
 }
@@ -274,31 +311,27 @@ fn polled_errors(all: &[Judged]) -> Table {
 }
 
 fn goals(all: &[Judged]) -> Vec<Goal> {
-    SETTINGS
-        .iter()
-        .enumerate()
-        .flat_map(|(index, setting)| {
+    let mut goals = Vec::new();
+    for (index, setting) in SETTINGS.iter().enumerate() {
+        for (at, column) in COLUMNS.iter().enumerate() {
             let of = || all.iter().filter(move |judged| judged.setting == index);
-            let name = setting.name;
-            let quantum = setting.quantum_bytes;
-            let worst = of().filter_map(|judged| Some(judged.seen?.peak_error_bytes)).max();
-            let within = |judged: &&Judged| judged.seen.is_some_and(|seen| seen.peak_error_bytes <= quantum);
-            let (close, found) = (of().filter(within).count(), of().filter(|judged| judged.seen.is_some()).count());
-            let measured = of().next().is_some();
-            [
-                Goal {
-                    what: format!("{name}: every spike of at least 1 MiB and 1 ms is found"),
-                    found: share(of(), |judged| judged.seen.is_some()),
-                    met: measured.then(|| of().all(|judged| judged.seen.is_some())),
-                },
-                Goal {
-                    what: format!("{name}: the peak of a spike within one quantum ({} KiB)", quantum >> 10),
-                    found: worst.map_or("none found".to_owned(), |worst| {
-                        format!("{close} of {found} found, worst {:.0} KiB off", kib(worst))
-                    }),
-                    met: worst.map(|worst| worst <= quantum),
-                },
-            ]
-        })
-        .collect()
+            let errors: Vec<u64> = of().filter_map(|judged| Some(judged.by(at)?.peak_error_bytes)).collect();
+            let worst = errors.iter().copied().max();
+            let close = errors.iter().filter(|error| **error <= setting.quantum_bytes).count();
+            let name = format!("{} ({column})", setting.name);
+            goals.push(Goal {
+                what: format!("{name}: every spike of at least 1 MiB and 1 ms is found"),
+                found: share(of(), |judged| judged.by(at).is_some()),
+                met: of().next().map(|_| of().all(|judged| judged.by(at).is_some())),
+            });
+            goals.push(Goal {
+                what: format!("{name}: the peak of a spike within one quantum"),
+                found: worst.map_or("none found".to_owned(), |worst| {
+                    format!("{close} of {} found, worst {:.0} KiB off", errors.len(), kib(worst))
+                }),
+                met: worst.map(|worst| worst <= setting.quantum_bytes),
+            });
+        }
+    }
+    goals
 }
