@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
+use memmap2::MmapMut;
 use memtrace_tests::dice::Dice;
 use serde_json::json;
 
@@ -28,7 +29,7 @@ struct Held {
     files: VecDeque<(File, usize)>,
     shmem: VecDeque<File>,
     sockets: VecDeque<Vec<(UnixStream, UnixStream)>>,
-    anon: VecDeque<Vec<u8>>,
+    anon: VecDeque<Vec<MmapMut>>,
     children: VecDeque<Grown>,
     serial: u64,
 }
@@ -65,8 +66,8 @@ pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
         }
         let grown = step % 2 == 1;
         if grown {
-            drop(last);
-            last = memory::touched(LAST_MIB);
+            last.clear();
+            last = memory::burst(LAST_MIB, 1, true)?;
         }
         crate::say("quiet", &json!({ "grown": grown }))?;
     }
@@ -91,7 +92,7 @@ impl Held {
             4 => drop(self.shmem.pop_front()),
             5 => push(&mut self.sockets, kernel_side::filled_sockets(mib.div_ceil(4))?.0),
             6 => drop(self.sockets.pop_front()),
-            7 => push(&mut self.anon, memory::touched(mib)),
+            7 => push(&mut self.anon, memory::burst(mib, 1, true)?),
             8 => push(&mut self.children, child(mib)?),
             _ => {
                 drop(self.anon.pop_front());

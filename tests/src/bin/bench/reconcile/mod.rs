@@ -129,18 +129,66 @@ fn sample(seconds: f64, grown: bool, agent: &Agent, cage: &Cage) -> anyhow::Resu
     })
 }
 
-/// What is compared: its name, what it is compared with, and the difference.
-type Difference = (&'static str, &'static str, fn(&Sample) -> Option<f64>);
+/// What is compared.
+struct Difference {
+    what: &'static str,
+    against: &'static str,
+    /// Each process may be off by a quantum; else the whole may.
+    by_process: bool,
+    of: fn(&Sample) -> Option<f64>,
+}
 
 const DIFFERENCES: [Difference; 7] = [
-    ("usage", "usage file", |s| Some(s.memtrace.usage - s.kernel.usage)),
-    ("usage, after growth", "usage file", |s| s.grown.then_some(s.memtrace.usage - s.kernel.usage)),
-    ("peak", "watermark file", |s| Some(s.memtrace.peak? - s.kernel.peak?)),
-    ("attributed RSS", "sum of /proc/PID/status", |s| Some(s.memtrace.attributed - s.kernel.attributed)),
-    ("attributed RSS", "sum of the processes it lists", |s| Some(s.memtrace.attributed - s.listed)),
-    ("anonymous memory", "memory.stat", |s| Some(s.memtrace.anon - s.kernel.anon)),
-    ("rest, after growth", "usage file less /proc", |s| s.grown.then(|| s.memtrace.rest() - s.kernel.rest())),
+    Difference {
+        what: "usage",
+        against: "usage file",
+        by_process: false,
+        of: |s| Some(s.memtrace.usage - s.kernel.usage),
+    },
+    Difference {
+        what: "usage, after growth",
+        against: "usage file",
+        by_process: false,
+        of: |s| s.grown.then_some(s.memtrace.usage - s.kernel.usage),
+    },
+    Difference {
+        what: "peak",
+        against: "watermark file",
+        by_process: false,
+        of: |s| Some(s.memtrace.peak? - s.kernel.peak?),
+    },
+    Difference {
+        what: "attributed RSS",
+        against: "sum of /proc/PID/status",
+        by_process: true,
+        of: |s| Some(s.memtrace.attributed - s.kernel.attributed),
+    },
+    Difference {
+        what: "attributed RSS",
+        against: "sum of the processes it lists",
+        by_process: true,
+        of: |s| Some(s.memtrace.attributed - s.listed),
+    },
+    Difference {
+        what: "anonymous memory",
+        against: "memory.stat",
+        by_process: true,
+        of: |s| Some(s.memtrace.anon - s.kernel.anon),
+    },
+    Difference {
+        what: "rest, after growth",
+        against: "usage file less /proc",
+        by_process: true,
+        of: |s| s.grown.then(|| s.memtrace.rest() - s.kernel.rest()),
+    },
 ];
+
+impl Difference {
+    /// What one quantum each allows at this moment, in quanta.
+    fn allowed(&self, sample: &Sample) -> f64 {
+        if self.by_process { sample.processes.max(1) as f64 } else { 1.0 }
+    }
+}
 
 impl Side {
     /// What is used and is no process's resident memory.
@@ -149,29 +197,23 @@ impl Side {
     }
 }
 
-impl Sample {
-    /// Every process may be off by a quantum, and so may the cgroup's last reading.
-    fn tolerance(&self) -> f64 {
-        QUANTUM * (self.processes.max(1)) as f64
-    }
-}
-
 fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
     let seconds = samples.last().map_or(0.0, |last| last.seconds);
     let mut rows = Vec::new();
     let mut goals = Vec::new();
-    for (what, against, of) in DIFFERENCES {
+    for difference in &DIFFERENCES {
+        let Difference { what, against, of, .. } = difference;
         let found: Vec<(&Sample, f64)> = samples.iter().filter_map(|s| Some((s, of(s)?))).collect();
-        let points: Vec<(f64, f64)> = found.iter().map(|(s, value)| (s.seconds, *value)).collect();
+        let quanta = |(s, value): &(&Sample, f64)| value / QUANTUM / difference.allowed(s);
+        let points: Vec<(f64, f64)> = found.iter().map(|at| (at.0.seconds, quanta(at))).collect();
         let values: Vec<f64> = found.iter().map(|(_, value)| value / 1024.0).collect();
-        let within = found.iter().filter(|(s, value)| value.abs() <= s.tolerance()).count();
+        let within = points.iter().filter(|(_, quanta)| quanta.abs() <= 1.0).count();
         let line = fit(&points);
-        let slope = line
-            .map(|line| format!("{:+.2} ± {:.2}", line.per_s * 3600.0 / QUANTUM, line.error_per_s * 3600.0 / QUANTUM));
-        let stays = line.and_then(|line| line.stays(seconds, QUANTUM));
+        let slope = line.map(|line| format!("{:+.2} ± {:.2}", line.per_s * 3600.0, line.error_per_s * 3600.0));
+        let stays = line.and_then(|line| line.stays(seconds, 1.0));
         rows.push(vec![
-            what.into(),
-            against.into(),
+            (*what).into(),
+            (*against).into(),
             Figure::of(&values, "KiB").into(),
             format!("{within} of {}", values.len()).into(),
             slope.clone().map_or_else(|| Cell::Unknown("too few samples".to_owned()), Cell::from),
@@ -209,7 +251,8 @@ fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
                 seconds,
                 samples.len()
             ),
-            "A difference is memtrace's figure less the kernel's; each process may be off by a quantum (256 KiB). Usage and \
+            "A difference is memtrace's figure less the kernel's. Usage and peak may be off by a quantum (256 KiB), RSS and rest \
+             by one a process; drift is counted likewise. Usage and \
              peak are those of the agent's last reading of the cgroup, which it takes where resident memory moves, and where \
              the kernel has the hook `charge` also where anything is charged; so every second step ends with growth of \
              4 MiB, and those are told apart."
@@ -223,7 +266,7 @@ fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
         tables: vec![
             Table {
                 title: "Differences".to_owned(),
-                columns: titles(&["memtrace says", "against", "difference", "within a quantum a process", "drift, quanta an hour"]),
+                columns: titles(&["memtrace says", "against", "difference", "within a quantum", "drift, quanta an hour"]),
                 rows,
             },
             Table {

@@ -5,6 +5,9 @@ use crate::recorder::Reading;
 /// How far outside of a spike a reading may lie and still be of it: clocks are read beside the work, not in it.
 const SLACK_NS: u64 = 5_000_000;
 
+/// How near to its base the end of a spike has to come: kernels keep back 64 pages a CPU of what was uncharged.
+const NEAR_BYTES: u64 = 512 << 10;
+
 /// A spike as its maker recorded it: boot-clock nanoseconds and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Spike {
@@ -40,9 +43,9 @@ pub(super) struct Level {
 pub(super) struct Seen {
     /// Between the highest reading and the kernel's usage at the top.
     pub(super) peak_error_bytes: u64,
-    /// From the true start to the first reading above the mark; negative is too early.
+    /// From the true start to the first reading above it; negative is too early.
     pub(super) start_error_ns: i64,
-    /// From the true end to the first reading below the mark, which need not be there; negative is too early.
+    /// From the true end to the first reading near the base, which need not be there; negative is too early.
     pub(super) end_error_ns: Option<i64>,
 }
 
@@ -61,8 +64,9 @@ impl Level {
     }
 }
 
-/// Whether the curve rises by half the spike's height within its time, give or take 5 ms. The mark that start and end are
-/// taken at is an eighth of its height above the base, at least a quantum.
+/// Whether the curve rises by half the spike's height within its time, give or take 5 ms. It starts where the curve is a
+/// quantum above the base; it ends where after its highest reading the curve is within an eighth of its height, at least
+/// 512 KiB, of the base.
 pub(super) fn find(spike: &Spike, level: &Level, curve: &[Reading], quantum_bytes: u64) -> Option<Seen> {
     let (from, until) = (spike.start_ns.saturating_sub(SLACK_NS), spike.end_ns + SLACK_NS);
     let first = curve.partition_point(|reading| reading.boot_ns < from);
@@ -78,10 +82,10 @@ pub(super) fn find(spike: &Spike, level: &Level, curve: &[Reading], quantum_byte
         return None;
     }
     let highest = window().max_by_key(|reading| reading.bytes)?;
-    let mark = level.base_bytes + quantum_bytes.max(level.height() / 8);
-    let risen = window().find(|reading| reading.bytes >= mark)?;
+    let risen = window().find(|reading| reading.bytes >= level.base_bytes + quantum_bytes)?;
+    let near = level.base_bytes + NEAR_BYTES.max(level.height() / 8);
     // Also later than the window: late is an error to state, not a spike not found.
-    let fallen = curve.iter().skip(first).find(|r| r.boot_ns > highest.boot_ns && r.bytes <= mark);
+    let fallen = curve.iter().skip(first).find(|r| r.boot_ns > highest.boot_ns && r.bytes <= near);
     Some(Seen {
         peak_error_bytes: highest.bytes.abs_diff(level.top_bytes),
         start_error_ns: error_ns(risen.boot_ns, spike.start_ns),

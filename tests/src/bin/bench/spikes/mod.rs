@@ -24,6 +24,9 @@ const HOLDS_MS: [u64; 5] = [1, 5, 20, 100, 500];
 /// Quiet before the first spike of a recording and after the last.
 const QUIET: Duration = Duration::from_millis(100);
 
+/// The agent's tick is 100 ms: what is told later is not only waiting for it.
+const LATE_NS: i64 = 150_000_000;
+
 /// The settings that are recorded with, in turn.
 struct Setting {
     name: &'static str,
@@ -178,6 +181,15 @@ fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
     let losses = if losses.is_empty() { "nothing".to_owned() } else { losses.join(", ") };
     let lacking: Vec<&str> = run.lacking.iter().map(String::as_str).collect();
     let losses = format!("Lost, as the recordings state it: {losses}; without: {}.", lacking.join(", "));
+    let ends = run.judged.iter().filter_map(|judged| judged.by(0)?.end_error_ns);
+    let late = ends.clone().filter(|error_ns| *error_ns > LATE_NS).count();
+    let late = format!(
+        "Of {} spikes found by usage, {late} end there more than {} ms late. The kernel counts pages out of resident memory \
+         before it uncharges them: a reading at a fall has the usage from before it, and it stands until something moves \
+         again. A spike that begins below it does not rise.",
+        ends.count(),
+        LATE_NS / 1_000_000
+    );
     Chapter {
         title: "Spikes: found, how high, from when to when".to_owned(),
         text: vec![
@@ -196,6 +208,7 @@ fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
                  kill, a near miss, or a spike that reaches four fifths of a limit: here recordings show the curve. \
                  {thinned} {losses}"
             ),
+            late,
             "A poller that reads the kernel's watermark (memory.peak, memory.max_usage_in_bytes) learns the highest of all \
              spikes since the cgroup was made, without its time; nothing of the others."
                 .to_owned(),
@@ -283,8 +296,9 @@ fn errors(all: &[Judged]) -> Table {
         }
     }
     Table {
-        title: "Spikes memtrace found: how far off (median, smallest and largest). Start and end are where the column \
-                passes an eighth of the height, at least a quantum; below zero is too early"
+        title: "Spikes memtrace found: how far off (median, smallest and largest). The start is where the column is a \
+                quantum above the base, the end where it is near it again, within an eighth of the height or 512 KiB; below \
+                zero is too early"
             .to_owned(),
         columns: texts(&["spike", "quantum", "column", "peak off by", "start off by", "end off by", "end never told"]),
         rows,
