@@ -62,8 +62,8 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     let mut agent = Options::below(dir.path()).start()?;
     let cage = Cage::unlimited("mix")?;
     let text = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path that is not text");
-    let (seed, files, tmpfs) = (plan.seed.to_string(), (text(files.path())?, files), (text(tmpfs.path())?, tmpfs));
-    let arguments = ["mix", "--seed", &seed, "--dir", &files.0, "--tmpfs", &tmpfs.0];
+    let (seed, on_disk, on_tmpfs) = (plan.seed.to_string(), text(files.path())?, text(tmpfs.path())?);
+    let arguments = ["mix", "--seed", &seed, "--dir", &on_disk, "--tmpfs", &on_tmpfs];
     let mut mix = Actor::start(Some(&cage), &arguments)?;
     mix.until("ready")?;
 
@@ -251,16 +251,15 @@ fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
                 seconds,
                 samples.len()
             ),
-            "A difference is memtrace's figure less the kernel's. Usage and peak may be off by a quantum (256 KiB), RSS and rest \
-             by one a process; drift is counted likewise. Usage and \
-             peak are those of the agent's last reading of the cgroup, which it takes where resident memory moves, and where \
-             the kernel has the hook `charge` also where anything is charged; so every second step ends with growth of \
-             4 MiB, and those are told apart."
+            "A difference is memtrace's figure less the kernel's. Usage and peak may be off by a quantum (256 KiB), RSS and \
+             rest by one a process; drift is counted likewise. Usage and peak are those of the agent's last reading of the \
+             cgroup, which it takes where resident memory moves, and where the kernel has the hook `charge` also where \
+             anything is charged; so every second step ends with growth of 4 MiB, and those are told apart."
                 .to_owned(),
             "Drift is the slope of a line through the differences (least squares, ± its standard error), in quanta an hour. A \
-             difference does not grow when that line, two standard errors added, moves by less than a quantum over the run; \
-             it grows when even less two of them it moves by more; else it cannot be told, and a longer run \
-             (`bench reconcile --minutes 60`) can."
+             difference stays when that line, with two standard errors added, moves by less than a quantum over the run; it \
+             grows when the line moves by more with two of them taken away; else this run cannot tell, and a longer one can \
+             (`bench reconcile --minutes 60`)."
                 .to_owned(),
         ],
         tables: vec![

@@ -199,9 +199,9 @@ fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
                  own usage. A build runs beside it in another cgroup ({builds} builds were finished). Recorded by \
                  `memtrace record`, in turn at its own defaults (a reading whenever 64 KiB moved) and at the agent's \
                  (256 KiB); a spike is found when a column of the curve, usage or resident memory, rises by half of its \
-                 height within its time, ±5 ms. Both columns are of the same readings. On the \
-                 same run threads read the cgroup's usage file each 100 ms, 1 s, 5 s and 10 s, each beginning at a random \
-                 moment; a spike is seen when a reading within its time has half of its height."
+                 height within its time, ±5 ms. On the same run threads read the cgroup's usage file each 100 ms, 1 s, 5 s \
+                 and 10 s, each beginning at a random moment; a spike is seen when a reading within its time has half of its \
+                 height."
             ),
             format!(
                 "The agent itself keeps such a curve of every cgroup for 30 s, in full for 2 s, and writes it down with a \
