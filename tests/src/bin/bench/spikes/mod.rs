@@ -186,7 +186,7 @@ fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
     let late = format!(
         "Of {} spikes found by usage, {late} end there more than {} ms late. The kernel counts pages out of resident memory \
          before it uncharges them: a reading at a fall has the usage from before it, and it stands until something moves \
-         again. A spike that begins below it does not rise.",
+         again. A small spike after that does not rise, when its first reading was left out in favour of its top.",
         ends.count(),
         LATE_NS / 1_000_000
     );
