@@ -1,6 +1,6 @@
 //! A workload while it runs: it is started, listened to, and waited for.
 
-use std::io::{BufRead, BufReader, Lines};
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -64,6 +64,12 @@ impl Actor {
             }
         }
         anyhow::bail!("the workload ended before it said {event}; it said {:?}", self.said)
+    }
+
+    /// Tells it to go on: a line on its stdin.
+    pub fn tell(&mut self) -> anyhow::Result<()> {
+        let stdin = self.child.stdin.as_mut().context("its stdin is closed")?;
+        stdin.write_all(b"\n").context("failed to write to a workload")
     }
 
     /// Lets it end: closes its stdin, hears it out and waits.

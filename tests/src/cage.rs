@@ -35,6 +35,21 @@ pub struct Place {
     pub path: String,
 }
 
+impl Place {
+    /// The file that says its usage.
+    pub fn usage_file(&self) -> PathBuf {
+        self.dir.join(match self.version {
+            Version::V1 => "memory.usage_in_bytes",
+            Version::V2 => "memory.current",
+        })
+    }
+
+    /// Usage now, bytes.
+    pub fn usage(&self) -> anyhow::Result<u64> {
+        number_in(&self.usage_file())
+    }
+}
+
 /// A transient memory cgroup; removed when dropped.
 #[derive(Debug)]
 pub struct Cage {
@@ -132,10 +147,7 @@ impl Cage {
 
     /// Usage now.
     pub fn usage(&self) -> anyhow::Result<u64> {
-        self.number(match self.place.version {
-            Version::V1 => "memory.usage_in_bytes",
-            Version::V2 => "memory.current",
-        })
+        self.place.usage()
     }
 
     /// The kernel's watermark; `None` where v2 does not show it (before 5.19).
@@ -185,9 +197,7 @@ impl Cage {
     }
 
     fn number(&self, name: &str) -> anyhow::Result<u64> {
-        let file = self.file(name);
-        let text = fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
-        text.trim().parse().with_context(|| format!("{} is not a number", file.display()))
+        number_in(&self.file(name))
     }
 
     /// The number behind a key in one of its files.
@@ -232,9 +242,13 @@ pub fn own_peak() -> anyhow::Result<(Place, Option<u64>)> {
     if !file.exists() {
         return Ok((place, None));
     }
-    let text = fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
-    let peak = text.trim().parse().with_context(|| format!("{} is not a number", file.display()))?;
+    let peak = number_in(&file)?;
     Ok((place, Some(peak)))
+}
+
+fn number_in(file: &Path) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?;
+    text.trim().parse().with_context(|| format!("{} is not a number", file.display()))
 }
 
 fn place_of(membership: &str, mounts: &str) -> anyhow::Result<Place> {

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod cage;
 pub mod chapter;
 pub mod claims;
+pub mod dice;
 pub mod disk;
 pub mod figures;
 pub mod growth;

@@ -44,13 +44,22 @@ pub struct KernelLog {
 impl KernelLog {
     /// Opens the log at its end.
     pub fn open_at_end() -> anyhow::Result<Self> {
+        Self::open(SeekFrom::End(0))
+    }
+
+    /// Opens the log at the oldest line that it still holds.
+    pub fn open_at_start() -> anyhow::Result<Self> {
+        Self::open(SeekFrom::Start(0))
+    }
+
+    fn open(at: SeekFrom) -> anyhow::Result<Self> {
         let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits())?;
         let mut file = File::options()
             .read(true)
             .custom_flags(nonblocking)
             .open("/dev/kmsg")
             .context("failed to open /dev/kmsg")?;
-        file.seek(SeekFrom::End(0)).context("failed to seek to the end of /dev/kmsg")?;
+        file.seek(at).context("failed to seek in /dev/kmsg")?;
         Ok(Self { file, lines: Vec::new(), overruns: 0 })
     }
 
@@ -179,7 +188,8 @@ fn parse(record: &str) -> Option<Line> {
     Some(Line { seq, printk_ns: micros * 1000, text: body.lines().next().unwrap_or_default().to_owned() })
 }
 
-fn killed_pid(text: &str) -> Option<u32> {
+/// The process that a `Killed process` line is about.
+pub fn killed_pid(text: &str) -> Option<u32> {
     let (_, rest) = text.split_once("Killed process ")?;
     rest.split(' ').next()?.parse().ok()
 }

@@ -52,6 +52,12 @@ const TRUTH_PROGRAMS: [(&str, &str, &str); 9] = [
     ("python3", "python3", "a workload in Python"),
 ];
 
+/// What memtrace is compared with, likewise.
+const BENCH_PROGRAMS: [(&str, &str, &str); 2] = [
+    ("oomkill", "libbpf-tools", "a tracer of OOM kills"),
+    ("oomkill-bpfcc", "bpfcc-tools", "another one, that compiles its program when it starts"),
+];
+
 /// Runs the verb.
 pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     bpf(place)?;
@@ -91,6 +97,11 @@ pub(crate) fn machines() -> Result<()> {
 /// What the workloads with known truth take.
 pub(crate) fn truth() -> Result<()> {
     programs(&TRUTH_PROGRAMS, "the workloads with known truth")
+}
+
+/// What memtrace is compared with.
+pub(crate) fn bench() -> Result<()> {
+    programs(&BENCH_PROGRAMS, "the benchmarks")
 }
 
 fn programs(wanted: &[(&'static str, &'static str, &str)], whose: &str) -> Result<()> {

@@ -18,7 +18,12 @@ use crate::{build, host, setup};
 const DOCUMENT: &str = "docs/benchmarks.md";
 
 /// The benchmarks, in the order of the document, and the question each answers.
-const BENCHES: [(&str, &str); 0] = [];
+const BENCHES: [(&str, &str); 4] = [
+    ("spikes", "does the curve show every spike, how high, from when to when"),
+    ("peaks", "is the recorded peak of a cgroup the kernel's watermark"),
+    ("kills", "is each of many kills at once reported once, and rightly"),
+    ("reconcile", "does what is attributed and what is not add up, for long"),
+];
 
 /// Arguments of `cargo xtask bench`.
 #[derive(clap::Args)]
@@ -51,6 +56,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     }
     setup::bpf(place)?;
     setup::tests()?;
+    setup::bench()?;
     let profile = Profile::Release;
     let object = build::ebpf(place)?;
     build::agent(place, profile, &object)?;

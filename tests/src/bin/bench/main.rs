@@ -4,7 +4,14 @@ use std::io::Write;
 
 use clap::Parser;
 use memtrace_tests::chapter::Chapter;
-use memtrace_tests::programs;
+use memtrace_tests::{process, programs};
+
+mod kills;
+mod neighbour;
+mod peaks;
+mod reconcile;
+mod recorder;
+mod spikes;
 
 /// One benchmark.
 #[derive(Parser)]
@@ -14,16 +21,45 @@ struct Args {
     /// Fewer rounds: says less, and sooner
     #[arg(long)]
     quick: bool,
+    /// Of the random numbers [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Length of `reconcile` [default: 8, 20 s when quick]
+    #[arg(long)]
+    minutes: Option<u32>,
 }
 
 /// The benchmarks.
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum Name {}
+enum Name {
+    Spikes,
+    Peaks,
+    Kills,
+    Reconcile,
+}
+
+/// How a benchmark is to be run.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    /// Fewer rounds.
+    quick: bool,
+    /// Of the random numbers.
+    seed: u64,
+    /// Of `reconcile`.
+    minutes: Option<u32>,
+}
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     programs::require_root()?;
-    let chapter: Chapter = match args.name {};
+    let plan =
+        Plan { quick: args.quick, seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000), minutes: args.minutes };
+    let chapter: Chapter = match args.name {
+        Name::Spikes => spikes::run(&plan)?,
+        Name::Peaks => peaks::run(&plan)?,
+        Name::Kills => kills::run(&plan)?,
+        Name::Reconcile => reconcile::run(&plan)?,
+    };
     writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
     Ok(())
 }

@@ -19,6 +19,15 @@ pub(crate) fn sockets(mib: usize) -> anyhow::Result<()> {
         rustix::process::Rlimit { current: Some(4096), maximum: Some(4096) },
     )
     .context("failed to raise the limit of open files")?;
+    let (pairs, sent) = filled_sockets(mib)?;
+    crate::say("ready", &json!({ "sockets": pairs.len() * 2, "sent_bytes": sent }))?;
+    crate::wait_for_end_of_stdin()?;
+    drop(pairs);
+    Ok(())
+}
+
+/// Pairs of sockets whose buffers hold `mib` that nobody reads, and the bytes sent.
+pub(crate) fn filled_sockets(mib: usize) -> anyhow::Result<(Vec<(UnixStream, UnixStream)>, usize)> {
     let chunk = [1u8; 4096];
     let mut pairs = Vec::new();
     let mut sent = 0;
@@ -34,10 +43,7 @@ pub(crate) fn sockets(mib: usize) -> anyhow::Result<()> {
         }
         pairs.push((writer, reader));
     }
-    crate::say("ready", &json!({ "sockets": pairs.len() * 2, "sent_bytes": sent }))?;
-    crate::wait_for_end_of_stdin()?;
-    drop(pairs);
-    Ok(())
+    Ok((pairs, sent))
 }
 
 /// Reads the first `mib` of a file `rounds` times through the page cache, then touches `then_anon_mib` of its own.

@@ -15,8 +15,10 @@ mod change;
 mod family;
 mod kernel_side;
 mod memory;
+mod mix;
 mod raw;
 mod secret;
+mod spikes;
 
 #[derive(Parser)]
 #[command(about = "Programs the memtrace tests measure and kill")]
@@ -44,6 +46,9 @@ enum What {
         /// Touch page by page instead of asking the kernel to populate
         #[arg(long)]
         touch: bool,
+        /// Say `gated` and wait for a line on stdin, or its end, before
+        #[arg(long)]
+        gate: bool,
     },
     /// Many small processes: K copies that each touch some and wait
     Many {
@@ -118,6 +123,25 @@ enum What {
     Secret {
         #[arg(long)]
         mib: usize,
+    },
+    /// Over a base level, take memory, hold it for a moment, give it back; says when and how much
+    Spikes {
+        #[arg(long, default_value_t = 32)]
+        base_mib: usize,
+        /// One after the other: MIB:HOLD_MS:PAUSE_MS, the pause before it
+        #[arg(required = true)]
+        spikes: Vec<spikes::Spike>,
+    },
+    /// Mixed work (file cache, tmpfs, sockets, anonymous memory, children) in steps: one for every line on stdin
+    Mix {
+        #[arg(long)]
+        seed: u64,
+        /// Where files are kept
+        #[arg(long)]
+        dir: PathBuf,
+        /// Where files on tmpfs are kept
+        #[arg(long)]
+        tmpfs: PathBuf,
     },
     /// Touch one byte of every 2 MiB of memory that wants huge pages
     Huge {
@@ -202,7 +226,11 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
             wait_for_end_of_stdin()?;
             drop(held);
         }
-        What::Burst { mib, threads, touch } => {
+        What::Burst { mib, threads, touch, gate } => {
+            if gate {
+                say("gated", &json!({}))?;
+                wait_for_end_of_stdin()?;
+            }
             let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
             let begin = std::time::Instant::now();
             let held = memory::burst(mib, threads, touch)?;
@@ -227,6 +255,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Cache { file, mib, rounds, then_anon_mib } => kernel_side::cache(&file, mib, rounds, then_anon_mib)?,
         What::Churn { ms } => memory::churn(std::time::Duration::from_millis(ms))?,
         What::Secret { mib } => secret::keep(mib)?,
+        What::Spikes { base_mib, spikes } => spikes::run(base_mib, &spikes)?,
+        What::Mix { seed, dir, tmpfs } => mix::run(seed, &dir, &tmpfs)?,
         What::Huge { mib } => memory::huge(mib)?,
         What::ShareMm { mib } => change::share_mm(mib)?,
         What::ForkOnly { mib } => change::fork_only(mib)?,
