@@ -264,13 +264,14 @@ records! {
         /// Begin records of this CPU not sent since the last one (rate limit).
         suppressed: u32,
     }
-    /// SAMPLES. A charge batch moved a cgroup's usage by a quantum (page_counter_try_charge).
+    /// SAMPLES. A cgroup's usage moved by a quantum: a charge (page_counter_try_charge), or what was paid back
+    /// (page_counter_uncharge, or after a mapping call that gave as much back).
     4 Charge (KIND_CHARGE) 120 {
         /// The charging thread.
         task: Task,
         /// Counters of its memory cgroup, before this charge.
         memcg: Memcg,
-        /// Bytes being charged.
+        /// Bytes being charged; 0 when it was paid back.
         charge_bytes: u64,
     }
     /// LEDGER when the kernel sent SIGKILL, SAMPLES when somebody else did.
@@ -334,19 +335,17 @@ records! {
         mm_id: u64,
     }
     /// LEDGER. The last thread of a process exited.
-    20 Exit (KIND_EXIT) 80 {
+    20 Exit (KIND_EXIT) 128 {
         /// The process.
         task: Task,
-        /// kernfs id of its memory cgroup.
-        cgroup_id: u64,
+        /// Counters of its memory cgroup, after its memory was given back.
+        memcg: Memcg,
         /// `signal->maxrss`: the kernel's own peak RSS, what wait4 reports.
         max_rss_bytes: u64,
         /// `signal->group_exit_code` or `task->exit_code`: status in bits 8 to 15, signal in bits 0 to 6.
         exit_code: u32,
         /// Zero.
         reserved: u32,
-        /// Zero.
-        reserved2: u64,
     }
     /// LEDGER. An address space is gone (exit_mmap).
     21 MmGone (KIND_MM_GONE) 80 {

@@ -42,12 +42,36 @@ fn uncharge_kprobe(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// A cgroup pays back: where charges tell of address spaces, the one of who frees has become smaller.
+/// A cgroup pays back. Where charges tell of address spaces, the one of who frees has become smaller.
 #[inline(always)]
 fn uncharge(ctx: &impl EbpfContext, counter: u64) {
-    if control!(charges_tell) == 1 && of_current(counter) != 0 {
+    let memcg = of_current(counter);
+    if memcg == 0 {
+        return;
+    }
+    if control!(charges_tell) == 1 {
         rss::look(ctx);
     }
+    let Some(known) = CHARGED.get_ptr_mut(counter) else { return };
+    moved(memcg, counter, unsafe { &mut (*known).usage }, 0);
+}
+
+/// Reports when the usage moved by a quantum since it was told last.
+#[inline(always)]
+fn moved(memcg: u64, counter: u64, told: &mut u64, pages: u64) {
+    let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
+    let quantum = control!(quantum_bytes) >> control!(page_shift);
+    if usage.abs_diff(*told) >= quantum {
+        *told = usage;
+        report(memcg, pages);
+    }
+}
+
+/// Reports the usage of the running thread's cgroup after a call that gave memory back: what resident memory said came
+/// before the kernel paid back.
+#[inline(always)]
+pub fn given_back() {
+    report(kernel::memcg_of(current()), 0);
 }
 
 /// The running thread's memory cgroup when this is the counter that is compared with its limit, else 0: swap,
@@ -68,8 +92,8 @@ fn charge(ctx: &impl EbpfContext, counter: u64, pages: u64) {
     if control!(charges_tell) == 1 {
         rss::look(ctx);
     }
-    let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
     let Some(known) = CHARGED.get_ptr_mut(counter) else {
+        let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(0);
         let fresh = Charges { usage, charged: Pending::NOTHING };
         let _ = CHARGED.insert(counter, fresh, BPF_ANY as u64);
         report(memcg, pages);
@@ -93,11 +117,7 @@ fn charge(ctx: &impl EbpfContext, counter: u64, pages: u64) {
         };
         stack::sample(ctx, regs, pending, &growth);
     }
-    let quantum = control!(quantum_bytes) >> control!(page_shift);
-    if usage.abs_diff(known.usage) >= quantum {
-        known.usage = usage;
-        report(memcg, pages);
-    }
+    moved(memcg, counter, &mut known.usage, pages);
 }
 
 #[inline(always)]

@@ -313,13 +313,13 @@ fn resident(state: &MmState) -> i64 {
 /// Pages that make a record, by the cgroup's own quantum, else the one for all: of a large process a 256th of it, within
 /// four times the quantum.
 #[inline(always)]
-fn quantum_pages(cgroup_id: u64, peak_pages: i64) -> i64 {
+fn quantum_pages(cgroup_id: u64, resident_pages: i64) -> i64 {
     let own = unsafe { QUANTA.get(cgroup_id) };
     if let Some(own) = own {
         return ((*own >> control!(page_shift)) as i64).max(4);
     }
     let quantum = ((control!(quantum_bytes) >> control!(page_shift)) as i64).max(4);
-    (peak_pages >> 8).clamp(quantum, quantum << 2)
+    (resident_pages >> 8).clamp(quantum, quantum << 2)
 }
 
 /// Sends the state as a record and remembers what was sent.
@@ -342,7 +342,7 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
         if id != state.cgroup_id {
             state.cgroup_id = id;
         }
-        state.quantum_pages = quantum_pages(id, state.peak_pages);
+        state.quantum_pages = quantum_pages(id, resident(state));
     }
     emit::<RssChange>(Ring::Samples, at_ns, |record| unsafe {
         (*record).task = state.task;

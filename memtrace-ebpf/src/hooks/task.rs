@@ -70,11 +70,10 @@ fn process_exit(ctx: RawTracePointContext) -> i32 {
     let code = if group_code != 0 { group_code } else { read(task, layout!(task_exit_code)).unwrap_or(0) };
     emit::<Exit>(Ring::Ledger, boot_ns(), |record| unsafe {
         kernel::read_task(task, &raw mut (*record).task);
-        (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(task));
+        kernel::read_memcg(kernel::memcg_of(task), &raw mut (*record).memcg);
         (*record).max_rss_bytes = bytes(read(signal, layout!(signal_maxrss)).unwrap_or(UNKNOWN));
         (*record).exit_code = code as u32;
         (*record).reserved = 0;
-        (*record).reserved2 = 0;
     });
     0
 }

@@ -284,8 +284,8 @@ mod tests {
         let report = report(&facts, &[Hook::Charge]);
         assert_ne!(report.verdict, Verdict::Full);
         let json = serde_json::to_value(&report).unwrap();
-        assert_eq!(json["hooks"][15]["hook"], "charge");
-        assert_eq!(json["hooks"][15]["state"], "left_out");
+        assert_eq!(json["hooks"][14]["hook"], "charge");
+        assert_eq!(json["hooks"][14]["state"], "left_out");
         assert!(json["layout"].is_object() && json["fatal"].is_array());
         assert!(report.text(false).contains("off  charge         left out on request"));
     }

@@ -178,6 +178,10 @@ impl Engine {
                 let key = self.book.exit(r);
                 self.victim_exited((r.task.tgid, r.task.start_boot_ns), r.header.boot_ns);
                 self.learnt(key);
+                let reading = Reading::from(&r.memcg);
+                if reading.usage.is_some() {
+                    self.reading(r.header.boot_ns, &reading, effects);
+                }
             }
             Record::MmGone(r) => {
                 let key = self.book.mm_gone(r);

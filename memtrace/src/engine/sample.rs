@@ -43,6 +43,20 @@ pub(super) fn memcg(id: u64, usage: u64) -> Memcg {
     }
 }
 
+/// A cgroup of which nothing could be read.
+fn unread(id: u64) -> Memcg {
+    Memcg {
+        cgroup_id: id,
+        usage_bytes: UNKNOWN,
+        limit_bytes: UNKNOWN,
+        watermark_bytes: UNKNOWN,
+        failcnt: UNKNOWN,
+        swap_usage_bytes: UNKNOWN,
+        swap_limit_bytes: UNKNOWN,
+        high_bytes: UNKNOWN,
+    }
+}
+
 pub(super) fn limited(id: u64, usage: u64, limit: u64) -> Memcg {
     Memcg { limit_bytes: limit, ..memcg(id, usage) }
 }
@@ -98,11 +112,10 @@ pub(super) fn exit(boot_ns: u64, pid: u32, cgroup_id: u64, exit_code: u32) -> Ex
     Exit {
         header: header::<Exit>(boot_ns),
         task: task(pid),
-        cgroup_id,
+        memcg: unread(cgroup_id),
         max_rss_bytes: 123 * MIB,
         exit_code,
         reserved: 0,
-        reserved2: 0,
     }
 }
 

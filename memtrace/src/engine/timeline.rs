@@ -146,16 +146,23 @@ impl Point {
     }
 }
 
-/// Readings in order of time, at most one per bucket of `spacing_ns` (0: all of them).
+/// Readings in order of time: of each bucket of `spacing_ns` the highest, with a spacing of 0 all of them.
 #[derive(Clone, Debug, Default)]
 struct Tier {
     spacing_ns: u64,
+    /// Also the last of each bucket: a curve that falls and then rests would rest on its peak.
+    and_last: bool,
     points: VecDeque<Point>,
 }
 
 impl Tier {
     fn new(spacing_ns: u64) -> Self {
-        Self { spacing_ns, points: VecDeque::new() }
+        Self { spacing_ns, and_last: true, points: VecDeque::new() }
+    }
+
+    /// As many readings as buckets.
+    fn of_peaks(spacing_ns: u64) -> Self {
+        Self { and_last: false, ..Self::new(spacing_ns) }
     }
 
     fn same_bucket(&self, a: u64, b: u64) -> bool {
@@ -170,16 +177,28 @@ impl Tier {
             Some(last) if last.boot_ns > point.boot_ns => self.points.partition_point(|p| p.boot_ns <= point.boot_ns),
             _ => self.points.len(),
         };
-        for neighbour in [at.checked_sub(1), Some(at)].into_iter().flatten() {
-            let Some(found) = self.points.get(neighbour).copied() else { continue };
-            if self.same_bucket(found.boot_ns, point.boot_ns) {
-                if let Some(slot) = self.points.get_mut(neighbour) {
-                    *slot = found.merge(point);
-                }
+        self.points.insert(at, point);
+        let mut first = at;
+        while let Some(before) = first.checked_sub(1).filter(|i| self.shares_bucket(*i, point.boot_ns)) {
+            first = before;
+        }
+        while self.shares_bucket(first + 1, point.boot_ns) {
+            let (Some(one), Some(two)) = (self.points.get(first).copied(), self.points.get(first + 1).copied()) else {
+                return;
+            };
+            if self.and_last && one.height() > two.height() && !self.shares_bucket(first + 2, point.boot_ns) {
                 return;
             }
+            self.points.remove(first + 1);
+            if let Some(slot) = self.points.get_mut(first) {
+                *slot = one.merge(two);
+            }
         }
-        self.points.insert(at, point);
+    }
+
+    /// Whether there is a reading at this place, in the same bucket as that moment.
+    fn shares_bucket(&self, index: usize, boot_ns: u64) -> bool {
+        self.points.get(index).is_some_and(|p| self.same_bucket(p.boot_ns, boot_ns))
     }
 
     fn newest(&self) -> Option<u64> {
@@ -211,7 +230,7 @@ impl Default for Timeline {
             fine: Tier::new(0),
             mid: Tier::new(MID_SPACING_NS),
             coarse: Tier::new(COARSE_SPACING_NS),
-            old: Tier::new(OLD_SPACING_NS),
+            old: Tier::of_peaks(OLD_SPACING_NS),
             newest_ns: 0,
         }
     }
@@ -372,7 +391,8 @@ mod tests {
             // Buckets are aligned, so neighbours of two buckets may be closer; two buckets on they are not.
             assert!(gap > 0 && (age > FINE_NS || gap == 1_000_000), "{age} {gap}");
         }
-        assert!(points.len() < 2001 + 802 + 202, "{}", points.len());
+        // Where the curve falls within a bucket it has two.
+        assert!(points.len() < 2001 + 802 + 202 + 30_000 / 977, "{}", points.len());
         assert_eq!(columns(points.iter()).1 + points.len() as u64, 30_000);
         assert_eq!(points.iter().filter_map(Point::usage).max(), Some(976));
     }
@@ -387,6 +407,22 @@ mod tests {
             t.insert(at(1_100_000_000 + i * 100_000_000, 20), BEFORE);
             assert_eq!(rows(&t).iter().filter_map(Point::usage).max(), Some(999));
         }
+    }
+
+    #[test]
+    fn a_curve_that_falls_and_rests_does_not_rest_on_its_peak() {
+        let (mut t, mut curve) = (Timeline::default(), Curve::default());
+        for i in 0..10_000u64 {
+            curve.insert(at(i * 10_000, 10));
+        }
+        for (ns, usage) in [(1_000_000_000, 10), (1_000_100_000, 999), (1_000_200_000, 500), (1_000_300_000, 20)] {
+            t.insert(at(ns, usage), BEFORE);
+            curve.insert(at(ns, usage));
+        }
+        t.insert(at(9_000_000_000, 20), BEFORE);
+        let told = |points: Vec<Point>| points.iter().filter_map(Point::usage).collect::<Vec<_>>();
+        assert_eq!(told(rows(&t)), [999, 20, 20]);
+        assert!(told(curve.rows().copied().collect()).ends_with(&[999, 20]));
     }
 
     #[test]

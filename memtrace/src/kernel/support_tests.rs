@@ -78,8 +78,9 @@ fn hook_names_are_unique_and_agree_everywhere() {
         });
         assert!(hook.fields().iter().flat_map(|set| set.iter()).all(|field| known.contains(field)), "{hook}");
     }
-    let programs: BTreeSet<_> = Hook::ALL.into_iter().flat_map(|h| h.programs()).map(|p| p.name).collect();
-    assert_eq!(programs.len(), 17);
+    let programs: BTreeSet<_> =
+        Hook::ALL.into_iter().flat_map(|h| h.programs()).flat_map(Program::all).map(|p| p.name).collect();
+    assert_eq!(programs.len(), 25);
 }
 
 #[test]
@@ -109,6 +110,21 @@ fn a_static_function_missing_from_btf_leaves_the_kprobe() {
     facts.functions.insert("page_counter_try_charge", 4);
     let reason = "page_counter_try_charge takes 4 arguments here, not 3";
     assert_eq!(refusal(&plan(&facts, &[]), Hook::Charge), Some(reason));
+}
+
+#[test]
+fn charges_tell_of_memory_in_place_of_the_rss_hook() {
+    let without = plan(&full(), &[Hook::Rss]);
+    assert!(without.fatal.is_empty() && without.left_out == [Hook::Rss]);
+    assert!(Status::new(&without, &[]).can_run());
+    let failed = Status::new(&without, &[(Hook::Charge, AttachResult::Failed("EPERM".into()))]);
+    assert!(failed.fatal[0].what.contains("charge hook is needed"));
+    let mut facts = full();
+    facts.functions.remove("page_counter_uncharge");
+    let kprobe = plan(&facts, &[]);
+    assert_eq!(names(&kprobe, Hook::Charge), ["charge_kprobe"], "what is attached together is planned together");
+    facts.functions.insert("page_counter_uncharge", 3);
+    assert_eq!(plan(&facts, &[Hook::Rss]).fatal.len(), 1);
 }
 
 #[test]
@@ -204,10 +220,10 @@ fn the_status_joins_plan_and_results() {
     let broken = Status::new(&plan, &[(Hook::Kill, AttachResult::Failed("EINVAL".into()))]);
     assert!(!broken.can_run());
     let json = serde_json::to_value(&status).unwrap();
-    assert_eq!(json["hooks"][14]["state"], "attached");
-    assert_eq!(json["hooks"][14]["verified_instructions"], 3323);
-    assert!(json["hooks"][14]["jited_bytes"].is_null());
-    assert_eq!(json["hooks"][14]["program"]["attach"]["kind"], "kprobe");
-    assert_eq!(json["hooks"][14]["program"]["attach"]["target"], "oom_kill_process");
-    assert_eq!(json["hooks"][15]["error"], "EPERM");
+    assert_eq!(json["hooks"][13]["state"], "attached");
+    assert_eq!(json["hooks"][13]["verified_instructions"], 3323);
+    assert!(json["hooks"][13]["jited_bytes"].is_null());
+    assert_eq!(json["hooks"][13]["program"]["attach"]["kind"], "kprobe");
+    assert_eq!(json["hooks"][13]["program"]["attach"]["target"], "oom_kill_process");
+    assert_eq!(json["hooks"][14]["error"], "EPERM");
 }

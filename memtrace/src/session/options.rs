@@ -90,7 +90,9 @@ impl Options {
         {
             return Err("journal_size: at least 1M".to_owned());
         }
-        match self.without.iter().find(|hook| matches!(hook.need(), Need::Required)) {
+        // Charges can tell of memory in place of the rss hook, where they can be hooked.
+        let replaced = |hook: &Hook| *hook == Hook::Rss && !self.without.contains(&Hook::Charge);
+        match self.without.iter().find(|hook| matches!(hook.need(), Need::Required) && !replaced(hook)) {
             Some(hook) => Err(format!("without: {hook} is needed, memtrace cannot run without it")),
             None => Ok(()),
         }
