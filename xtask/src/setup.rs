@@ -52,6 +52,16 @@ const TRUTH_PROGRAMS: [(&str, &str, &str); 9] = [
     ("python3", "python3", "a workload in Python"),
 ];
 
+/// What benchmarks compare with, and what they load.
+const BENCH_PROGRAMS: &[(&str, &str, &str)] = &[
+    ("bpftrace", "bpftrace", "one-line counters of page faults"),
+    ("heaptrack", "heaptrack", "a recorder of every allocation"),
+    ("memleak-bpfcc", "bpfcc-tools", "a tracer of allocations that are not freed"),
+    ("perf", "linux-perf", "page faults with their stacks, and a trace of each"),
+    ("redis-benchmark", "redis-tools", "load for a server"),
+    ("redis-server", "redis-server", "a server under load"),
+];
+
 /// Runs the verb.
 pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     bpf(place)?;
@@ -91,6 +101,11 @@ pub(crate) fn machines() -> Result<()> {
 /// What the workloads with known truth take.
 pub(crate) fn truth() -> Result<()> {
     programs(&TRUTH_PROGRAMS, "the workloads with known truth")
+}
+
+/// What benchmarks compare with.
+pub(crate) fn bench() -> Result<()> {
+    programs(BENCH_PROGRAMS, "the benchmarks")
 }
 
 fn programs(wanted: &[(&'static str, &'static str, &str)], whose: &str) -> Result<()> {

@@ -18,7 +18,12 @@ use crate::{build, host, setup};
 const DOCUMENT: &str = "docs/benchmarks.md";
 
 /// The benchmarks, in the order of the document, and the question each answers.
-const BENCHES: [(&str, &str); 0] = [];
+const BENCHES: &[(&str, &str)] = &[
+    ("programs", "what does each eBPF program cost, beside an empty one on the same hook"),
+    ("slowdown", "what does work lose while it is traced, beside other tracers"),
+    ("agent", "what CPU and memory does the agent take, and does it count what it loses"),
+    ("durable", "how soon after a kill is it on disk"),
+];
 
 /// Arguments of `cargo xtask bench`.
 #[derive(clap::Args)]
@@ -51,6 +56,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     }
     setup::bpf(place)?;
     setup::tests()?;
+    setup::bench()?;
     let profile = Profile::Release;
     let object = build::ebpf(place)?;
     build::agent(place, profile, &object)?;

@@ -4,7 +4,14 @@ use std::io::Write;
 
 use clap::Parser;
 use memtrace_tests::chapter::Chapter;
-use memtrace_tests::programs;
+use memtrace_tests::programs as paths;
+
+mod bpf;
+mod fdinfo;
+mod loops;
+mod programs;
+mod rounds;
+mod usage;
 
 /// One benchmark.
 #[derive(Parser)]
@@ -18,12 +25,16 @@ struct Args {
 
 /// The benchmarks.
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum Name {}
+enum Name {
+    Programs,
+}
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    programs::require_root()?;
-    let chapter: Chapter = match args.name {};
+    paths::require_root()?;
+    let chapter: Chapter = match args.name {
+        Name::Programs => programs::run(args.quick)?,
+    };
     writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
     Ok(())
 }
