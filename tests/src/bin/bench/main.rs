@@ -11,6 +11,7 @@ mod fdinfo;
 mod loops;
 mod programs;
 mod rounds;
+mod slowdown;
 mod usage;
 
 /// One benchmark.
@@ -27,6 +28,7 @@ struct Args {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Name {
     Programs,
+    Slowdown,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -34,6 +36,7 @@ fn main() -> anyhow::Result<()> {
     paths::require_root()?;
     let chapter: Chapter = match args.name {
         Name::Programs => programs::run(args.quick)?,
+        Name::Slowdown => slowdown::run(args.quick)?,
     };
     writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
     Ok(())
