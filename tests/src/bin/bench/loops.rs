@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use memtrace_tests::{json, programs};
 use serde_json::Value;
 
@@ -34,6 +34,14 @@ pub(crate) fn run(words: &[&str], ms: u64) -> anyhow::Result<Looped> {
     let mut command = Command::new(programs::path("workload")?);
     command.args(arguments(words, ms));
     of_command(command)
+}
+
+/// As many at once.
+pub(crate) fn run_many(count: usize, words: &[&str], ms: u64) -> anyhow::Result<Vec<Looped>> {
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..count).map(|_| scope.spawn(|| run(words, ms))).collect();
+        running.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?).collect()
+    })
 }
 
 /// The arguments of `workload` for that.

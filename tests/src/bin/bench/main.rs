@@ -7,6 +7,7 @@ use memtrace_tests::chapter::Chapter;
 use memtrace_tests::programs as paths;
 
 mod bpf;
+mod burden;
 mod fdinfo;
 mod loops;
 mod programs;
@@ -29,6 +30,7 @@ struct Args {
 enum Name {
     Programs,
     Slowdown,
+    Agent,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,6 +39,7 @@ fn main() -> anyhow::Result<()> {
     let chapter: Chapter = match args.name {
         Name::Programs => programs::run(args.quick)?,
         Name::Slowdown => slowdown::run(args.quick)?,
+        Name::Agent => burden::run(args.quick)?,
     };
     writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
     Ok(())

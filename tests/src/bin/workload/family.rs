@@ -9,7 +9,7 @@ use memtrace_tests::process;
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::{memory, raw, say, wait_for_end_of_stdin};
+use crate::{loops, memory, raw, say, wait_for_end_of_stdin};
 
 /// Starts a member of the family; one that waits does so until its stdin closes, and is listened to meanwhile.
 fn member(comm: &str, mib: usize, wait: bool) -> anyhow::Result<Child> {
@@ -73,12 +73,18 @@ pub(crate) fn forked(mib: usize) -> anyhow::Result<()> {
 }
 
 /// Children that share this small program's memory until one writes: cheap enough for tens of thousands.
-pub(crate) fn crowd(processes: usize) -> anyhow::Result<()> {
+pub(crate) fn crowd(processes: usize, swing: bool) -> anyhow::Result<()> {
     let mut children = Vec::with_capacity(processes);
     let forked = (0..processes).try_for_each(|_| match raw::fork()? {
         0 => {
             // None stays behind when this process is killed.
             let _ = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
+            while swing {
+                std::thread::sleep(std::time::Duration::from_secs(1));
+                if loops::swing().is_err() {
+                    raw::leave();
+                }
+            }
             raw::wait_for_the_end()
         }
         child => {

@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Units a second and thread at most
     #[arg(long)]
     per_s: Option<u32>,
+    /// Name of the process and its children, 15 bytes at most
+    #[arg(long)]
+    comm: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -54,6 +57,9 @@ pub(crate) enum Kind {
 
 /// Runs it in each thread and says how many units came of it.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    if let Some(comm) = &args.comm {
+        std::fs::write("/proc/self/comm", comm).context("failed to set the process name")?;
+    }
     let (begin, cpu) = (Instant::now(), raw::cpu_ns());
     let units = if args.threads <= 1 {
         // No thread: a child may only be forked from the only one.
@@ -93,7 +99,7 @@ fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>
     Ok(match args.what {
         Kind::Fresh => Box::new(move || touch_region(bytes)),
         Kind::Small => Box::new(|| (0..16).map(|_| touch_region(64 << 10)).sum()),
-        Kind::Swing => Box::new(|| touch_region(1 << 20).map(|_| 1)),
+        Kind::Swing => Box::new(|| swing().map(|()| 1)),
         Kind::Map => Box::new(|| {
             for _ in 0..64 {
                 black_box(map(64 << 10)?);
@@ -142,6 +148,11 @@ fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>
             })
         }
     })
+}
+
+/// Up and down by 1 MiB.
+pub(crate) fn swing() -> anyhow::Result<()> {
+    touch_region(1 << 20).map(drop)
 }
 
 fn map(bytes: usize) -> anyhow::Result<MmapMut> {

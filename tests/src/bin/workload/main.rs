@@ -173,6 +173,9 @@ enum What {
     Crowd {
         #[arg(long)]
         processes: usize,
+        /// Each maps, touches and gives back 1 MiB every second
+        #[arg(long)]
+        swing: bool,
     },
     /// Print the kernel's watermark of the memory cgroup this runs in
     OwnPeak,
@@ -245,7 +248,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,
-        What::Crowd { processes } => family::crowd(processes)?,
+        What::Crowd { processes, swing } => family::crowd(processes, swing)?,
         What::OwnPeak => {
             let (place, peak) = memtrace_tests::cage::own_peak()?;
             say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;
