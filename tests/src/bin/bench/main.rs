@@ -8,6 +8,7 @@ use memtrace_tests::programs as paths;
 
 mod bpf;
 mod burden;
+mod durable;
 mod fdinfo;
 mod loops;
 mod programs;
@@ -31,6 +32,7 @@ enum Name {
     Programs,
     Slowdown,
     Agent,
+    Durable,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -40,6 +42,7 @@ fn main() -> anyhow::Result<()> {
         Name::Programs => programs::run(args.quick)?,
         Name::Slowdown => slowdown::run(args.quick)?,
         Name::Agent => burden::run(args.quick)?,
+        Name::Durable => durable::run(args.quick)?,
     };
     writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
     Ok(())

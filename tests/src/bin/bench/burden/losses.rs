@@ -1,5 +1,6 @@
 //! Records lost: at what rate it begins, and whether what is counted as lost is what is missing.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -27,13 +28,14 @@ const FRAME_BYTES: usize = 9;
 const HEADER_BYTES: usize = 8;
 const KIND_RECORD: u8 = 1;
 /// Kinds of records that tell of a child: fork, exit, end of its address space (memtrace-common/src/event.rs).
-const OF_CHILDREN: [u16; 3] = [18, 20, 21];
+const OF_CHILDREN: [u16; 3] = [FORK, 20, 21];
+const FORK: u16 = 18;
 const STORM: usize = 2;
 
 /// Throughput up to the first loss, and how exact the counters are.
 pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<(Table, Table, Goal)> {
     let throughput = throughput(dir, if quick { 700 } else { 2000 })?;
-    let storm = Storm::make(dir, if quick { 700 } else { 2000 })?;
+    let storm = Storm::make(dir, if quick { 2000 } else { 3000 })?;
     Ok((throughput, storm.table(), storm.goal()))
 }
 
@@ -90,13 +92,9 @@ impl Storm {
         let mut agent = options.start()?;
         let comm = format!("storm-{}", std::process::id());
         let stop = Stopped::now(agent.pid())?;
-        let mut forked = 0;
-        std::thread::scope(|scope| -> anyhow::Result<()> {
-            let grown = scope.spawn(|| loops::run_many(STORM, &["swing"], ms));
-            forked = loops::run_many(STORM, &["fork", "--comm", &comm], ms)?.iter().map(|looped| looped.units).sum();
-            grown.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
-            Ok(())
-        })?;
+        let forked: u64 =
+            loops::run_many(STORM, &["fork", "--comm", &comm], ms)?.iter().map(|looped| looped.units).sum();
+        loops::run_many(STORM, &["swing"], ms / 2)?;
         drop(stop);
         std::thread::sleep(SETTLE * 2);
         let begin = boot_ns();
@@ -104,13 +102,11 @@ impl Storm {
         let end = boot_ns();
         agent.stop()?;
         let journal = Journal::read(&options.journal_dir, &comm, begin, end)?;
-        // The forking processes end, too.
-        let own = STORM as u64 * 2;
         Ok(Self {
             sent,
             lost,
             received: (journal.before, journal.until),
-            children: (forked * OF_CHILDREN.len() as u64 + own, journal.of_children),
+            children: (forked * OF_CHILDREN.len() as u64, journal.of_children),
         })
     }
 
@@ -180,8 +176,10 @@ struct Journal {
     before: u64,
     /// And before a later one.
     until: u64,
-    /// Records of a name's children.
+    /// Records of the children of processes of a name.
     of_children: u64,
+    /// Those processes: what tells of themselves is not counted.
+    parents: BTreeSet<u32>,
 }
 
 impl Journal {
@@ -213,7 +211,13 @@ impl Journal {
                 self.until += u64::from(boot_ns < end);
                 let name = payload.get(32..48).unwrap_or_default();
                 let ours = name.strip_prefix(comm.as_bytes()).is_some_and(|rest| rest.first().is_none_or(|b| *b == 0));
-                self.of_children += u64::from(ours && OF_CHILDREN.contains(&kind));
+                if ours && OF_CHILDREN.contains(&kind) {
+                    let pid = u32::from_ne_bytes(bytes(payload, 16)?);
+                    if kind == FORK {
+                        self.parents.insert(pid);
+                    }
+                    self.of_children += u64::from(kind == FORK || !self.parents.contains(&pid));
+                }
             }
             rest = rest.get(FRAME_BYTES + length..)?;
         }
@@ -231,10 +235,12 @@ mod tests {
 
     #[test]
     fn records_of_a_journal_are_counted_by_time_and_name() {
-        let record = |kind: u16, boot_ns: u64, name: &str| {
+        let record = |kind: u16, boot_ns: u64, pid: u32, name: &str| {
             let mut payload = kind.to_ne_bytes().to_vec();
             payload.resize(8, 0);
             payload.extend(boot_ns.to_ne_bytes());
+            payload.resize(16, 0);
+            payload.extend(pid.to_ne_bytes());
             payload.resize(32, 0);
             payload.extend(name.as_bytes());
             payload.resize(96, 0);
@@ -248,15 +254,17 @@ mod tests {
             frame
         };
         let frames = [
-            frame(1, &record(18, 10, "storm-1")),
+            frame(1, &record(FORK, 10, 7, "storm-1")),
             frame(2, b"{}"),
-            frame(1, &record(20, 20, "storm-12")),
-            frame(1, &record(1, 30, "storm-1")),
+            frame(1, &record(20, 15, 8, "storm-1")),
+            frame(1, &record(20, 15, 7, "storm-1")),
+            frame(1, &record(20, 20, 9, "storm-12")),
+            frame(1, &record(1, 30, 8, "storm-1")),
         ];
         let segment = [b"MTJR\x01\0\0\0".to_vec(), frames.concat()].concat();
         let mut found = Journal::default();
         assert_eq!(found.add(&segment, "storm-1", 20, 30), Some(()));
-        assert_eq!(found, Journal { before: 1, until: 2, of_children: 1 });
+        assert_eq!(found, Journal { before: 3, until: 4, of_children: 2, parents: BTreeSet::from([7]) });
         assert_eq!(Journal::default().add(&segment[..segment.len() - 1], "x", 0, 0), None);
     }
 }
