@@ -48,10 +48,10 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     Ok(Chapter {
         title: "What the agent takes itself".to_owned(),
         text: vec![
-            "CPU is that of the agent's threads (/proc/PID/task/*/schedstat) over some seconds, records are those its \
-             own metrics say the kernel side sent (memtrace_records_total, all rings). Records are made by processes \
-             that map, touch and give back 1 MiB at a rate, and by processes that fork children as fast as they can; \
-             the last column is CPU divided by records, times ten thousand."
+            "CPU is that of the agent's threads (/proc/PID/task/*/schedstat) over some seconds, records are those \
+             its own metrics say the kernel side sent (memtrace_records_total, all rings). Records are made by \
+             processes that map, touch and give back 1 MiB at a rate, and by processes that fork children as fast as \
+             they can; the last column is CPU divided by records, times ten thousand."
                 .to_owned(),
             "What the eBPF programs cost is not in here: whoever runs them pays for it (see the chapters on programs \
              and on work while it is traced)."

@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const RAW_NS: f64 = 10e6;
 /// To the full incident.
 const FULL_NS: f64 = 1e9;
+/// No window after the kill, and stacks of every kill, though they come one after the other.
+const AT_ONCE: [&str; 4] = ["--after", "0s", "--stack-budget", "10"];
 /// As long as a line of the ledger.
 const LINE: [u8; 320] = [b'x'; 320];
 
@@ -31,23 +33,24 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     let on_disk = disk::is_on_disk(dir.path());
     let (many, few) = if quick { (30, 5) } else { (200, 20) };
     let default = Kills::make(dir.path(), few, &[])?;
-    let at_once = Kills::make(dir.path(), many, &["--after", "0s"])?;
+    let at_once = Kills::make(dir.path(), many, &AT_ONCE)?;
     let disk_ns = disk_alone(dir.path(), many)?;
     let mut text = vec![
         format!(
-            "Processes outgrow a cgroup of {} MiB one after the other, each in its own, the next when everything about the \
-             one before is on disk. Time is counted from the kernel's kill (`boot_ns` in the ledger) to the moment a \
-             reader of the agent's log hears of it, each line being written after what it tells of is synced: `OOM kill` \
-             after the ledger's line (append, fdatasync), `saved an incident` after the incident with its curve and its \
-             stacks as modules and offsets (write, fsync, rename, fsync of the directory), `named functions` after the \
-             same with the names of functions. So each figure is an upper bound.",
+            "Processes outgrow a cgroup of {} MiB one after the other, each in its own, the next when everything \
+             about the one before is on disk. Time is counted from the kernel's kill (`boot_ns` in the ledger) to \
+             the moment a reader of the agent's log hears of it, each line being written after what it tells of is \
+             synced: `OOM kill` after the ledger's line (append, fdatasync), `saved an incident` after the incident \
+             with its curve and its stacks as modules and offsets (write, fsync, rename, fsync of the directory), \
+             `named functions` after the same with the names of functions. So each figure is an upper bound.",
             LIMIT_BYTES >> 20
         ),
-        "The journal has the raw record before the ledger has its line, in the same turn of the agent, but is on tmpfs and \
-         is not synced: it outlives the agent, not the machine. The first row of each table is what the disk takes for such a line alone."
+        "The journal has the raw record before the ledger has its line, in the same turn of the agent, but is on \
+         tmpfs and is not synced: it outlives the agent, not the machine. The first row of each table is what the \
+         disk takes for such a line alone."
             .to_owned(),
-        "An incident is written when its window has closed, `--after` the kill: one second by default, none in the second \
-         table."
+        "An incident is written when its window has closed, `--after` the kill: one second by default, none in the \
+         second table. The budget for stacks is ten times the default there, as kills one after the other use it up."
             .to_owned(),
     ];
     if !on_disk {
@@ -58,7 +61,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
         text,
         tables: vec![
             default.table("At the defaults (the window closes 1 s after the kill)", &disk_ns),
-            at_once.table("With --after 0s", &disk_ns),
+            at_once.table("With --after 0s --stack-budget 10", &disk_ns),
         ],
         goals: goals(&default, &at_once, on_disk),
     })
@@ -160,7 +163,7 @@ impl Kills {
             row("incident with names, synced", &self.named_ns),
         ];
         let without = [
-            (self.stackless, "no stack to name: the budget for stacks was used up"),
+            (self.stackless, "no stack of it was taken: its losses say why"),
             (self.nameless, "stacks that got no names"),
         ];
         for (count, why) in without.into_iter().filter(|(count, _)| *count > 0) {

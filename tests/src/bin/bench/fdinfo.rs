@@ -1,4 +1,4 @@
-//! What /proc says of the BPF programs, links and maps a process holds: who runs how often and how long, what they take.
+//! What /proc says of the BPF programs and maps of a process: how often and how long they run, what they take.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;

@@ -1,4 +1,4 @@
-//! What each eBPF program costs a call, beside an empty one on the same hook; and what work pays for it, seen from outside.
+//! What each eBPF program costs a call, beside an empty one on the same hook; and what work pays for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -46,17 +46,18 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     let mut chapter = Chapter {
         title: "Nanoseconds a call of each eBPF program".to_owned(),
         text: vec![
-            "The agent and, on each of its tracepoints, an empty program (`r0 = 0; exit`) run at the same time, clocked \
-             by the kernel itself (BPF_ENABLE_STATS) while a loop does one thing. Of each program the calls and the \
-             nanoseconds that came on during the loop are taken. The kernel's clock is in both figures, which is why an \
-             empty program costs anything at all: the ratio is smaller than that of the programs alone, the \
-             difference is not."
+            "The agent and, on each of its tracepoints, an empty program (`r0 = 0; exit`) run at the same time, \
+             clocked by the kernel itself (BPF_ENABLE_STATS) while a loop does one thing. Of each program the calls \
+             and the nanoseconds that came on during the loop are taken. The kernel's clock is in both figures, \
+             which is why an empty program costs anything at all: the ratio is smaller than that of the programs \
+             alone, the difference is not."
                 .to_owned(),
-            "Seen from outside, with that clock off: the same loops with nothing attached, with empty programs (which \
-             is what the tracepoints themselves cost, once somebody listens), with the agent and only the hooks it \
-             cannot do without, and with the whole agent, in a new order each round. What is told is the CPU time of \
-             the loop and its children, which is what the work itself pays; the agent's own CPU is not in it. What is \
-             added is held against the loop with nothing of the same round. Programs on functions (fentry, kprobe) have no empty twin here."
+            "Seen from outside, with that clock off: the same loops with nothing attached, with empty programs \
+             (which is what the tracepoints themselves cost, once somebody listens), with the agent and only the \
+             hooks it cannot do without, and with the whole agent, in a new order each round. What is told is the \
+             CPU time of the loop and its children, which is what the work itself pays; the agent's own CPU is not \
+             in it. What is added is held against the loop with nothing of the same round. Programs on functions \
+             (fentry, kprobe) have no empty twin here."
                 .to_owned(),
         ],
         ..Chapter::default()

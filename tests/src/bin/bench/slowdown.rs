@@ -53,10 +53,10 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
         title: "Work while it is traced".to_owned(),
         text: vec![
             "Each round has every tracer once, memtrace and a tracer that is none twice, in a new order. A tracer is \
-             started and given time to attach, all work is done under it, it is stopped, and all work is done without \
-             one. A figure is the throughput under the tracer as a share of the mean of the untraced runs before and \
-             after it; for the server's latencies likewise, and there more is worse. \"Nothing\" is that share where \
-             nothing was started: what differs from 100 % there is noise, and so is as much elsewhere."
+             started and given time to attach, all work is done under it, it is stopped, and all work is done \
+             without one. A figure is the throughput under the tracer as a share of the mean of the untraced runs \
+             before and after it; for the server's latencies likewise, and there more is worse. \"Nothing\" is that \
+             share where nothing was started: what differs from 100 % there is noise, and so is as much elsewhere."
                 .to_owned(),
             format!("The work: {}.", works::described()),
             "Tracers run on all CPUs and processes, and print to a file or nowhere. Debian's libbpf-tools have no \

@@ -76,17 +76,7 @@ pub(crate) fn forked(mib: usize) -> anyhow::Result<()> {
 pub(crate) fn crowd(processes: usize, swing: bool) -> anyhow::Result<()> {
     let mut children = Vec::with_capacity(processes);
     let forked = (0..processes).try_for_each(|_| match raw::fork()? {
-        0 => {
-            // None stays behind when this process is killed.
-            let _ = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
-            while swing {
-                std::thread::sleep(std::time::Duration::from_secs(1));
-                if loops::swing().is_err() {
-                    raw::leave();
-                }
-            }
-            raw::wait_for_the_end()
-        }
+        0 => stand(swing),
         child => {
             children.push(child);
             anyhow::Ok(())
@@ -101,4 +91,19 @@ pub(crate) fn crowd(processes: usize, swing: bool) -> anyhow::Result<()> {
         raw::wait(child)?;
     }
     waited
+}
+
+/// What each child of a crowd does.
+fn stand(swing: bool) -> ! {
+    // None stays behind when its parent is killed.
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
+    if !swing {
+        raw::wait_for_the_end();
+    }
+    loop {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        if loops::swing().is_err() {
+            raw::leave();
+        }
+    }
 }

@@ -14,12 +14,13 @@ use super::{Rate, SETTLE};
 use crate::loops;
 
 /// What the text says of it.
-pub(super) const ABOUT: &str = "Losses: with the finest quantum (16 KiB) two processes make readings faster and faster, \
-     until the ring is full once. Then the agent is stopped (SIGSTOP) amid a storm of forks and growth, so that its rings \
-     overflow, and goes on. Its journal, with room for everything, has every record that it received; the kernel side's \
-     counter of sent records is read while the journal's boot clock goes by, so both must agree but for what was sent \
-     during the reading. And the storm knows how many children it had: each is told of by three records (fork, exit, end \
-     of the address space), and those missing from the journal must be among what is counted as lost.";
+pub(super) const ABOUT: &str = "Losses: with the finest quantum (16 KiB) two processes make readings faster and \
+     faster. Then the agent is stopped (SIGSTOP) during a storm of forks and one of growth, so that its rings \
+     overflow, and goes on. Its journal, with room for everything, has every record that it received; the kernel \
+     side's counter of sent records is read while the journal's boot clock goes by, so both must agree but for what \
+     was sent during the reading. And the storm knows how many children it had: each is told of by three records \
+     (fork, exit, end of the address space), and those missing from the journal must be among what is counted as \
+     lost.";
 
 /// Stands for everything that found no room in its ring.
 const LOST: [&str; 2] = ["ledger/ring_full", "samples/ring_full"];
@@ -139,8 +140,8 @@ impl Storm {
         let received = (self.received.0 as f64..=self.received.1 as f64).contains(&sent);
         let missing = self.missing() as f64;
         let found = format!(
-            "{sent:.0} sent, {} to {} received; {missing:.0} records of children missing, {ledger:.0} counted as lost, \
-             the {:.0} more being of other processes",
+            "{sent:.0} sent, {} to {} received; {missing:.0} records of children missing, {ledger:.0} counted as \
+             lost, the {:.0} more being of other processes",
             self.received.0,
             self.received.1,
             ledger - missing

@@ -13,10 +13,10 @@ use memtrace_tests::json;
 use crate::{fdinfo, usage};
 
 /// What the text says of it.
-pub(super) const ABOUT: &str = "Memory is the resident memory of the agent without its mappings of rings (which /proc \
-     counts twice, as they are mapped twice), and what the kernel says its programs and maps take (`memlock` in \
-     /proc/PID/fdinfo), rings included, each once. Every cgroup has a process that maps, touches and gives back 1 MiB \
-     a second; the 20,000 processes are forked at once and then do nothing.";
+pub(super) const ABOUT: &str = "Memory is the resident memory of the agent without its mappings of rings (which \
+     /proc counts twice, as they are mapped twice), and what the kernel says its programs and maps take (`memlock` \
+     in /proc/PID/fdinfo), rings included, each once. Every cgroup has a process that maps, touches and gives back 1 \
+     MiB a second; the processes more are forked at once and then do nothing.";
 
 /// Bytes of everything at a thousand cgroups.
 const GOAL_BYTES: u64 = 64 << 20;

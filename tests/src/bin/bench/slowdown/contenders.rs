@@ -226,7 +226,7 @@ fn complaint(said: &str) -> String {
     let sounds =
         |line: &&str| ["ERROR: tr", "Unable", "not found", "Failed", "failed"].iter().any(|word| line.contains(word));
     let lines = || said.lines().map(str::trim).filter(|line| !line.is_empty());
-    let line = lines().filter(|line| !line.contains("modprobe")).find(sounds).or_else(|| lines().last());
+    let line = lines().filter(|line| !line.contains("modprobe")).find(sounds).or_else(|| lines().next_back());
     line.unwrap_or("it said nothing").chars().take(200).collect()
 }
 
