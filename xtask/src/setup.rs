@@ -59,7 +59,7 @@ const BENCH_PROGRAMS: &[(&str, &str, &str)] = &[
     ("memleak-bpfcc", "bpfcc-tools", "a tracer of allocations that are not freed"),
     ("perf", "linux-perf", "page faults with their stacks, and a trace of each"),
     ("redis-benchmark", "redis-tools", "load for a server"),
-    ("redis-server", "redis-server", "a server under load"),
+    ("redis-check-rdb", "redis-tools", "the server itself by another name, without one that is started for good"),
 ];
 
 /// Runs the verb.

@@ -5,6 +5,7 @@ mod recorders;
 mod works;
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use memtrace_tests::chapter::{Cell, Chapter, Figure, Goal, Table};
@@ -18,10 +19,13 @@ use crate::rounds::{Shuffle, share};
 const FAULT_HEAVY: f64 = 97.0;
 /// What ordinary work has to keep.
 const ORDINARY: f64 = 99.5;
+/// A slow or busy machine has fewer rounds.
+const BUDGET: Duration = Duration::from_secs(450);
 
 /// Runs the benchmark.
 pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
-    let rounds = if quick { 1 } else { 5 };
+    let (most, budget) = if quick { (1, Duration::ZERO) } else { (5, BUDGET) };
+    let begin = Instant::now();
     let dir = tempfile::tempdir().context("failed to make a directory for what tracers print")?;
     let bench = Bench::prepare(quick)?;
     let mut all = contenders::all();
@@ -30,7 +34,13 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     }
     let mut found = Found::default();
     let mut order = Shuffle::new(boot_ns());
-    for _ in 0..rounds {
+    let mut rounds = 0u32;
+    while rounds < most {
+        // No round that would end too late, going by those there were.
+        if rounds > 0 && begin.elapsed() * (rounds + 1) / rounds > budget {
+            break;
+        }
+        rounds += 1;
         let mut turns: Vec<usize> = all.iter().enumerate().flat_map(|(index, c)| vec![index; c.turns()]).collect();
         order.shuffle(&mut turns);
         let mut before = found.untraced(&bench)?;
@@ -52,12 +62,14 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     Ok(Chapter {
         title: "Work while it is traced".to_owned(),
         text: vec![
-            "Each round has every tracer once, memtrace and a tracer that is none twice, in a new order. A tracer is \
-             started and given time to attach, all work is done under it, it is stopped, and all work is done \
-             without one. A figure is the throughput under the tracer as a share of the mean of the untraced runs \
-             before and after it; for the server's latencies likewise, and there more is worse. \"Nothing\" is that \
-             share where nothing was started: what differs from 100 % there is noise, and so is as much elsewhere."
-                .to_owned(),
+            format!(
+                "{rounds} rounds, each with every tracer once, memtrace and a tracer that is none twice, in a new \
+                 order. A tracer is started and given time to attach, all work is done under it, it is stopped, and \
+                 all work is done without one. A figure is the throughput under the tracer as a share of the mean of \
+                 the untraced runs before and after it; for the server's latencies likewise, and there more is \
+                 worse. \"Nothing\" is that share where nothing was started: what differs from 100 % there is noise, \
+                 and so is as much elsewhere."
+            ),
             format!("The work: {}.", works::described()),
             "Tracers run on all CPUs and processes, and print to a file or nowhere. Debian's libbpf-tools have no \
              memleak, so it is bcc's, from bpfcc-tools. Two CPUs: a tracer that reads much takes them from the work, \

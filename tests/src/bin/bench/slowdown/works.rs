@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::net::TcpStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +12,10 @@ use memtrace_tests::agent::{free_port, successful};
 use tempfile::TempDir;
 
 use crate::loops;
+
+/// Redis is one program of many names, and does what it is called. Debian's package of the server's name would start
+/// one for good, this one is in the package of the tools.
+const SERVER: &str = "redis-check-rdb";
 
 /// A kind of work, and where its figures stand.
 #[derive(Clone, Copy, Debug)]
@@ -115,8 +120,17 @@ impl Bench {
         std::fs::write(&source, generic_code(modules))
             .with_context(|| format!("failed to write {}", source.display()))?;
         let port = free_port()?;
-        let mut server = Command::new("redis-server");
-        server.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
+        let mut server = Command::new(SERVER);
+        server.arg0("redis-server").args([
+            "--port",
+            &port.to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]);
         server.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let server = server.spawn().context("failed to start redis-server")?;
         let bench = Self { dir, server, port, loop_ms, requests };
