@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Units a second and thread at most
     #[arg(long)]
     per_s: Option<u32>,
+    /// Units a thread at most
+    #[arg(long, default_value_t = u64::MAX)]
+    most: u64,
     /// Name of the process and its children, 15 bytes at most
     #[arg(long)]
     comm: Option<String>,
@@ -80,7 +83,7 @@ fn repeat(args: &Args, begin: Instant) -> anyhow::Result<u64> {
     let end = begin + Duration::from_millis(args.ms);
     let mut step = stepper(args)?;
     let mut units = 0;
-    while Instant::now() < end {
+    while units < args.most && Instant::now() < end {
         units += step()?;
         if let Some(per_s) = args.per_s {
             let due = begin + Duration::from_secs_f64(units as f64 / f64::from(per_s.max(1)));
