@@ -59,8 +59,8 @@ impl Options {
         let listener = Arc::clone(&said);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
-                let line = String::from_utf8_lossy(&line).into_owned();
-                listener.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                let (heard_ns, line) = (process::boot_ns(), String::from_utf8_lossy(&line).into_owned());
+                listener.lock().unwrap_or_else(PoisonError::into_inner).push((heard_ns, line));
             }
         });
         let mut agent = Agent { child, said, port, options: self.clone() };
@@ -117,7 +117,8 @@ impl Options {
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
-    said: Arc<Mutex<Vec<String>>>,
+    /// Lines of its stderr, and when they were heard, boot clock.
+    said: Arc<Mutex<Vec<(u64, String)>>>,
     port: u16,
     options: Options,
 }
@@ -140,12 +141,19 @@ impl Agent {
 
     /// What it said on stderr so far.
     pub fn stderr(&self) -> String {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
 
     /// A line of its stderr contains `text`.
     pub fn says(&self, text: &str) -> bool {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|line| line.contains(text))
+        self.heard(&[text]).is_some()
+    }
+
+    /// When the first line was heard that contains each of these, boot clock in nanoseconds.
+    pub fn heard(&self, texts: &[&str]) -> Option<u64> {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.iter().find(|(_, line)| texts.iter().all(|text| line.contains(text))).map(|(heard_ns, _)| *heard_ns)
     }
 
     /// It still runs.

@@ -32,11 +32,15 @@ impl Readable {
     }
 }
 
+/// Whether what is written there leaves memory.
+pub fn is_on_disk(dir: &Path) -> bool {
+    rustix::fs::statfs(dir).is_ok_and(|fs| !IN_MEMORY.contains(&fs.f_type))
+}
+
 /// Makes or finds one of `mib`; nothing of it is in the page cache for sure only where it was not just written.
 pub fn readable(mib: usize) -> anyhow::Result<Readable> {
     let dir = Path::new("/var/tmp");
-    let on_disk = rustix::fs::statfs(dir).is_ok_and(|fs| !IN_MEMORY.contains(&fs.f_type));
-    if !on_disk {
+    if !is_on_disk(dir) {
         let device = PathBuf::from(DISK);
         ensure!(device.exists(), "{} is in memory and there is no {DISK}: nothing to read from", dir.display());
         return Ok(Readable::Device(device));

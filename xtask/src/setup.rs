@@ -52,8 +52,14 @@ const TRUTH_PROGRAMS: [(&str, &str, &str); 9] = [
     ("python3", "python3", "a workload in Python"),
 ];
 
-/// What memtrace is compared with, likewise.
-const BENCH_PROGRAMS: [(&str, &str, &str); 2] = [
+/// What benchmarks compare with, and what they load, likewise.
+const BENCH_PROGRAMS: &[(&str, &str, &str)] = &[
+    ("bpftrace", "bpftrace", "one-line counters of page faults"),
+    ("heaptrack", "heaptrack", "a recorder of every allocation"),
+    ("memleak-bpfcc", "bpfcc-tools", "a tracer of allocations that are not freed"),
+    ("perf", "linux-perf", "page faults with their stacks, and a trace of each"),
+    ("redis-benchmark", "redis-tools", "load for a server"),
+    ("redis-check-rdb", "redis-tools", "the server itself by another name, without one that is started for good"),
     ("oomkill", "libbpf-tools", "a tracer of OOM kills"),
     ("oomkill-bpfcc", "bpfcc-tools", "another one, that compiles its program when it starts"),
 ];
@@ -99,9 +105,9 @@ pub(crate) fn truth() -> Result<()> {
     programs(&TRUTH_PROGRAMS, "the workloads with known truth")
 }
 
-/// What memtrace is compared with.
+/// What benchmarks compare with.
 pub(crate) fn bench() -> Result<()> {
-    programs(&BENCH_PROGRAMS, "the benchmarks")
+    programs(BENCH_PROGRAMS, "the benchmarks")
 }
 
 fn programs(wanted: &[(&'static str, &'static str, &str)], whose: &str) -> Result<()> {

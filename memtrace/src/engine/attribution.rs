@@ -147,6 +147,8 @@ pub(super) struct Attribution {
     samples: VecDeque<Sample>,
     /// Samples joined with a neighbour since the last of them was forgotten.
     joined: u64,
+    /// Samples that there was no room for, and that could not be joined.
+    pub(super) dropped: u64,
 }
 
 impl Attribution {
@@ -314,14 +316,21 @@ impl Attribution {
         let at = self.samples.len().saturating_sub(later);
         self.samples.insert(at, sample);
         if self.samples.len() >= SAMPLES_CAP {
-            self.join();
+            self.make_room();
         }
     }
 
-    /// Joins samples of one path that are close in time, closer to the end of history than to now.
-    fn join(&mut self) {
+    /// Joins samples of one path that are close in time. Where there are too many paths and processes for that to help,
+    /// as in a storm of forks, history becomes shorter, or every further sample would be looked for such neighbours.
+    fn make_room(&mut self) {
         let mut samples: Vec<Sample> = std::mem::take(&mut self.samples).into();
         self.joined = self.joined.saturating_add(join(&mut samples, SAMPLES_CAP / 2));
+        let most = SAMPLES_CAP / 4 * 3;
+        if samples.len() > most {
+            let oldest = samples.len() - most;
+            samples.drain(..oldest);
+            self.dropped = self.dropped.saturating_add(oldest as u64);
+        }
         self.samples = samples.into();
     }
 
@@ -432,6 +441,8 @@ impl Space {
 /// only one of each. Sorted by time before and after; no byte is lost. How many were joined.
 fn join(samples: &mut Vec<Sample>, most: usize) -> u64 {
     let before = samples.len();
+    let ns = |sample: Option<&Sample>| sample.map_or(0, |sample| sample.boot_ns);
+    let span_ns = ns(samples.last()).saturating_sub(ns(samples.first()));
     let mut width_ns = JOIN_NS;
     while samples.len() > most {
         let mut last: BTreeMap<(u64, u32, Result<Place, Why>, u64), usize> = BTreeMap::new();
@@ -447,10 +458,11 @@ fn join(samples: &mut Vec<Sample>, most: usize) -> u64 {
             }
         }
         *samples = kept;
+        // Stretches begin at multiples of their width: one that is wider than the span may still end inside it.
         if width_ns == u64::MAX {
             break;
         }
-        width_ns = width_ns.saturating_mul(8);
+        width_ns = if width_ns > span_ns { u64::MAX } else { width_ns.saturating_mul(8) };
     }
     (before.saturating_sub(samples.len())) as u64
 }

@@ -71,7 +71,7 @@ pub struct Engine {
     unknown_kinds: u64,
     losses: losses::Losses,
     /// Evictions already counted as losses: processes, cgroups, curves, detectors.
-    told: [u64; 4],
+    told: [u64; 5],
     book: book::Book,
     ledger: kills::Ledger,
     sigkills: sigkills::Sigkills,
@@ -295,17 +295,28 @@ impl Engine {
 
     fn count_evictions(&mut self) {
         let now = self.evictions();
-        let names =
-            ["engine/processes evicted", "engine/cgroups evicted", "engine/curves dropped", "engine/detectors refused"];
+        let names = [
+            "engine/processes evicted",
+            "engine/cgroups evicted",
+            "engine/curves dropped",
+            "engine/detectors refused",
+            "engine/samples of growth dropped",
+        ];
         for ((name, total), told) in names.iter().zip(now).zip(self.told) {
             self.losses.add(name, total.saturating_sub(told));
         }
         self.told = now;
     }
 
-    fn evictions(&self) -> [u64; 4] {
+    fn evictions(&self) -> [u64; 5] {
         let cgroups = &self.book.cgroups;
-        [self.book.processes.evicted, cgroups.evicted, cgroups.curves_dropped, self.detectors.refused]
+        [
+            self.book.processes.evicted,
+            cgroups.evicted,
+            cgroups.curves_dropped,
+            self.detectors.refused,
+            self.attribution.dropped,
+        ]
     }
 
     /// A reading that does not come with resident memory: onto the curve, then as [`Engine::watch`].

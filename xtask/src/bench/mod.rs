@@ -18,11 +18,15 @@ use crate::{build, host, setup};
 const DOCUMENT: &str = "docs/benchmarks.md";
 
 /// The benchmarks, in the order of the document, and the question each answers.
-const BENCHES: [(&str, &str); 4] = [
+const BENCHES: &[(&str, &str)] = &[
     ("spikes", "does the curve show every spike, how high, from when to when"),
     ("peaks", "is the recorded peak of a cgroup the kernel's watermark"),
     ("kills", "is each of many kills at once reported once, and rightly"),
     ("reconcile", "does what is attributed and what is not add up, for long"),
+    ("programs", "what does each eBPF program cost, beside an empty one on the same hook"),
+    ("slowdown", "what does work lose while it is traced, beside other tracers"),
+    ("agent", "what CPU and memory does the agent take, and does it count what it loses"),
+    ("durable", "how soon after a kill is it on disk"),
 ];
 
 /// Arguments of `cargo xtask bench`.

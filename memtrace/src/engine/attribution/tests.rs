@@ -294,3 +294,18 @@ fn more_than_there_is_room_for_is_joined_or_let_go() {
     assert_eq!(told.growth_bytes, (SAMPLES_CAP as u64 + 100) * 4096);
     assert_eq!(paths.len(), 50);
 }
+
+/// More processes than there is room for samples: none of them can be joined with another's. (Looking for neighbours at
+/// every sample would take hours here.)
+#[test]
+fn a_storm_of_processes_costs_history_and_is_counted() {
+    let mut engine = Attribution::default();
+    let storm = 2 * SAMPLES_CAP as u64;
+    for at in 0..storm {
+        let pid = u32::try_from(at + 1).unwrap();
+        engine.push(Sample { boot_ns: at * 1000, cgroup: CGROUP, task: pid, of: Err(Why::Pending), weight: 4096 });
+        assert!(engine.samples.len() < SAMPLES_CAP);
+    }
+    assert_eq!(engine.samples.len() as u64 + engine.dropped, storm);
+    assert!(engine.dropped > 0 && engine.samples.back().unwrap().boot_ns == (storm - 1) * 1000);
+}

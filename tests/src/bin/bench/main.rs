@@ -4,14 +4,23 @@ use std::io::Write;
 
 use clap::Parser;
 use memtrace_tests::chapter::Chapter;
-use memtrace_tests::{process, programs};
+use memtrace_tests::{process, programs as paths};
 
+mod bpf;
+mod burden;
+mod durable;
+mod fdinfo;
 mod kills;
+mod loops;
 mod neighbour;
 mod peaks;
+mod programs;
 mod reconcile;
 mod recorder;
+mod rounds;
+mod slowdown;
 mod spikes;
+mod usage;
 
 /// One benchmark.
 #[derive(Parser)]
@@ -36,6 +45,10 @@ enum Name {
     Peaks,
     Kills,
     Reconcile,
+    Programs,
+    Slowdown,
+    Agent,
+    Durable,
 }
 
 /// How a benchmark is to be run.
@@ -51,7 +64,7 @@ struct Plan {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    programs::require_root()?;
+    paths::require_root()?;
     let plan =
         Plan { quick: args.quick, seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000), minutes: args.minutes };
     let chapter: Chapter = match args.name {
@@ -59,6 +72,10 @@ fn main() -> anyhow::Result<()> {
         Name::Peaks => peaks::run(&plan)?,
         Name::Kills => kills::run(&plan)?,
         Name::Reconcile => reconcile::run(&plan)?,
+        Name::Programs => programs::run(args.quick)?,
+        Name::Slowdown => slowdown::run(args.quick)?,
+        Name::Agent => burden::run(args.quick)?,
+        Name::Durable => durable::run(args.quick)?,
     };
     writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
     Ok(())

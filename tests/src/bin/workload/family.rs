@@ -5,9 +5,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
+use memtrace_tests::process;
+use rustix::process::Signal;
 use serde_json::json;
 
-use crate::{memory, say, wait_for_end_of_stdin};
+use crate::{loops, memory, raw, say, wait_for_end_of_stdin};
 
 /// Starts a member of the family; one that waits does so until its stdin closes, and is listened to meanwhile.
 fn member(comm: &str, mib: usize, wait: bool) -> anyhow::Result<Child> {
@@ -68,4 +70,40 @@ pub(crate) fn forked(mib: usize) -> anyhow::Result<()> {
     reap(child)?;
     drop(held);
     Ok(())
+}
+
+/// Children that share this small program's memory until one writes: cheap enough for tens of thousands.
+pub(crate) fn crowd(processes: usize, swing: bool) -> anyhow::Result<()> {
+    let mut children = Vec::with_capacity(processes);
+    let forked = (0..processes).try_for_each(|_| match raw::fork()? {
+        0 => stand(swing),
+        child => {
+            children.push(child);
+            anyhow::Ok(())
+        }
+    });
+    let waited =
+        forked.and_then(|()| say("ready", &json!({ "children": children }))).and_then(|()| wait_for_end_of_stdin());
+    for child in &children {
+        process::signal(*child, Signal::TERM)?;
+    }
+    for child in children {
+        raw::wait(child)?;
+    }
+    waited
+}
+
+/// What each child of a crowd does.
+fn stand(swing: bool) -> ! {
+    // None stays behind when its parent is killed.
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
+    if !swing {
+        raw::wait_for_the_end();
+    }
+    loop {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        if loops::swing().is_err() {
+            raw::leave();
+        }
+    }
 }

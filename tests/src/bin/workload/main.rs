@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 mod change;
 mod family;
 mod kernel_side;
+mod loops;
 mod memory;
 mod mix;
 mod raw;
@@ -190,6 +191,16 @@ enum What {
     },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
+    /// One thing over and over for a time; says how often
+    Loop(loops::Args),
+    /// Children that are forked and wait, until the end of stdin; says who they are
+    Crowd {
+        #[arg(long)]
+        processes: usize,
+        /// Each maps, touches and gives back 1 MiB every second
+        #[arg(long)]
+        swing: bool,
+    },
     /// Print the kernel's watermark of the memory cgroup this runs in
     OwnPeak,
     /// What the families spawn: take memory under another name, then wait for the end of stdin or exit
@@ -266,6 +277,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
+        What::Loop(args) => loops::run(&args)?,
+        What::Crowd { processes, swing } => family::crowd(processes, swing)?,
         What::OwnPeak => {
             let (place, peak) = memtrace_tests::cage::own_peak()?;
             say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;

@@ -9,18 +9,14 @@ use anyhow::{Context, ensure};
 
 /// Starts a process in this one's address space (CLONE_VM, no CLONE_THREAD) that waits until it is killed.
 pub(crate) fn sharer() -> anyhow::Result<u32> {
-    extern "C" fn wait_for_the_end(_: *mut libc::c_void) -> libc::c_int {
-        loop {
-            // SAFETY: pause takes nothing and touches nothing but this thread's errno.
-            unsafe { libc::pause() };
-        }
+    extern "C" fn pause(_: *mut libc::c_void) -> libc::c_int {
+        wait_for_the_end()
     }
     let stack = Box::leak(vec![0u128; 4096].into_boxed_slice());
     let top = stack.as_mut_ptr_range().end;
     // SAFETY: the stack is never freed and grows down from its end, which is aligned; the function it runs only pauses,
     // so that nothing of the runtime it shares with its parent is used.
-    let child =
-        unsafe { libc::clone(wait_for_the_end, top.cast(), libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut()) };
+    let child = unsafe { libc::clone(pause, top.cast(), libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut()) };
     ensure!(child > 0, "failed to clone: {}", std::io::Error::last_os_error());
     u32::try_from(child).context("not a process id")
 }
@@ -31,6 +27,37 @@ pub(crate) fn fork() -> anyhow::Result<u32> {
     let child = unsafe { libc::fork() };
     ensure!(child >= 0, "failed to fork: {}", std::io::Error::last_os_error());
     u32::try_from(child).context("not a process id")
+}
+
+/// Ends a forked child at once: nothing of what its parent registered is run.
+pub(crate) fn leave() -> ! {
+    // SAFETY: takes a number and never comes back.
+    unsafe { libc::_exit(0) }
+}
+
+/// Waits until a signal ends this process.
+pub(crate) fn wait_for_the_end() -> ! {
+    loop {
+        // SAFETY: pause takes nothing and touches nothing but this thread's errno.
+        unsafe { libc::pause() };
+    }
+}
+
+/// CPU this process and the children it has waited for have used, nanoseconds in steps of a microsecond.
+pub(crate) fn cpu_ns() -> u64 {
+    let of = |who| {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: `usage` outlives the call, and all zeros is a valid one should the call fail.
+        let usage = unsafe {
+            libc::getrusage(who, usage.as_mut_ptr());
+            usage.assume_init()
+        };
+        let ns = |time: libc::timeval| {
+            u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_usec).unwrap_or(0) * 1000
+        };
+        ns(usage.ru_utime) + ns(usage.ru_stime)
+    };
+    of(libc::RUSAGE_SELF) + of(libc::RUSAGE_CHILDREN)
 }
 
 /// Waits for a child.
