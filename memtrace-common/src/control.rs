@@ -98,6 +98,8 @@ pub struct StackBudget {
     pub taken: u64,
     /// Stacks left out since the budget was used up: the next one stands for their bytes too.
     pub thinned: u64,
+    /// As `tokens_ns`, of an eighth of the budget that is kept for those who have grown by many steps without a stack.
+    pub large_tokens_ns: i64,
 }
 
 /// Number of [`Loss`] reasons.

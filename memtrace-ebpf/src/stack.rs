@@ -27,6 +27,9 @@ use crate::{control, layout};
 
 /// Unused time is saved up for this long: a spike after a quiet while is sampled in full.
 const BURST_S: u64 = 1;
+/// An eighth of the budget is for who has grown by so many steps without a stack: many small processes, a build, must not
+/// use up what a leak or a spike beside them needs to be told of.
+const LARGE_STEPS: u64 = 16;
 /// Pages a slice is copied in at most: with a stack pointer in mid-page one more than it has.
 const SLICE_PAGES: usize = MAX_SLICE_BYTES / 4096 + 1;
 /// The two privilege bits of a code segment: 3 in user mode.
@@ -102,7 +105,9 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut Pending, growth: 
     }
     let now = boot_ns();
     let Some(budget) = STACK_BUDGET.get_ptr_mut(0) else { return };
-    if !afford(unsafe { &mut *budget }, now) {
+    let large = Pending::grown(pending) as u64 >= step * LARGE_STEPS;
+    let account = afford(unsafe { &mut *budget }, now, large);
+    if account == Account::None {
         // What is pending stays pending: the next sample has its weight.
         Pending::set_next(pending, Pending::grown(pending) + jittered);
         return;
@@ -165,18 +170,33 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut Pending, growth: 
     let spent = boot_ns() - now;
     budget.spent_ns += spent;
     budget.taken += 1;
-    budget.tokens_ns -= spent as i64;
+    if account == Account::Large {
+        budget.large_tokens_ns -= spent as i64;
+    } else {
+        budget.tokens_ns -= spent as i64;
+    }
 }
 
-/// Fills up the budget; whether there is any. CPUs may do so at once: what one overwrites of another's is little.
+/// What a stack is paid from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Account {
+    None,
+    All,
+    Large,
+}
+
+/// Fills up the budget; what there is of it. CPUs may do so at once: what one overwrites of another's is little.
 #[inline(always)]
-fn afford(budget: &mut StackBudget, now: u64) -> bool {
+fn afford(budget: &mut StackBudget, now: u64, large: bool) -> Account {
     let elapsed_us = now.saturating_sub(budget.filled_ns).min(BURST_S * 1_000_000_000) / 1000;
     if elapsed_us != 0 {
         budget.filled_ns = now;
         let full = (BURST_S * 1000 * control!(stack_budget_ppm)) as i64;
-        let tokens = budget.tokens_ns + (elapsed_us * control!(stack_budget_ppm) / 1000) as i64;
+        let more = (elapsed_us * control!(stack_budget_ppm) / 1000) as i64;
+        let tokens = budget.tokens_ns + more - (more >> 3);
         budget.tokens_ns = if tokens > full { full } else { tokens };
+        let tokens = budget.large_tokens_ns + (more >> 3);
+        budget.large_tokens_ns = if tokens > full >> 3 { full >> 3 } else { tokens };
     }
     // What userspace spends is known a little later: a spike is not cut short by it, what follows pays.
     let user_spent_ns = USER_SPENT.get(0).copied().unwrap_or(0);
@@ -184,11 +204,14 @@ fn afford(budget: &mut StackBudget, now: u64) -> bool {
         budget.tokens_ns -= (user_spent_ns - budget.user_spent_ns) as i64;
         budget.user_spent_ns = user_spent_ns;
     }
-    if budget.tokens_ns <= 0 {
-        budget.thinned += 1;
-        return false;
+    if budget.tokens_ns > 0 {
+        return Account::All;
     }
-    true
+    if large && budget.large_tokens_ns > 0 {
+        return Account::Large;
+    }
+    budget.thinned += 1;
+    Account::None
 }
 
 /// User registers and the stack they point to, as far as it can be read.
