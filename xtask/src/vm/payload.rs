@@ -27,6 +27,9 @@ pub(crate) const LEFT_OUT: [(&str, &str); 6] = [
     ("kernel_record", "records gcc and python3, and the machines have no userland"),
 ];
 
+/// Programs of this machine that go in: where to, and from where.
+const BORROWED: [(&str, &str); 1] = [("bin/true", "/bin/true")];
+
 /// A file of the archive: where it goes, where it is, its permissions.
 struct Entry {
     to: String,
@@ -44,6 +47,7 @@ pub(crate) fn pack(place: &Place, agent: &Path, built: &Built, dir: &Path, kerne
         let to = if name == "guest" { "init".to_owned() } else { format!("memtrace/{name}") };
         programs.push((to, path.clone()));
     }
+    programs.extend(BORROWED.map(|(to, from)| (to.to_owned(), PathBuf::from(from))));
     programs.extend(built.tests.iter().map(|(name, path)| (format!("memtrace/tests/{name}"), path.clone())));
 
     let mut libraries = BTreeSet::new();
@@ -83,10 +87,19 @@ pub(crate) struct Built {
 }
 
 impl Built {
-    /// Builds it.
-    pub(crate) fn make(place: &Place, profile: Profile) -> Result<Self> {
+    /// Builds all of it.
+    pub(crate) fn with_tests(place: &Place, profile: Profile) -> Result<Self> {
+        Self::make(place, profile, &["test", "--no-run"])
+    }
+
+    /// Builds the programs alone.
+    pub(crate) fn programs(place: &Place, profile: Profile) -> Result<Self> {
+        Self::make(place, profile, &["build", "--bins"])
+    }
+
+    fn make(place: &Place, profile: Profile, how: &[&str]) -> Result<Self> {
         let mut build = cargo(place);
-        build.args(["test", "--no-run", "--package", "memtrace-tests", "--message-format=json-render-diagnostics"]);
+        build.args(how).args(["--package", "memtrace-tests", "--message-format=json-render-diagnostics"]);
         build.args(profile.args());
         say(format_args!("running {}", shown(&build)));
         let output = build.stderr(Stdio::inherit()).output().context("failed to start cargo")?;
@@ -94,7 +107,7 @@ impl Built {
             bail!("{} ended with {}", shown(&build), output.status);
         }
         let built = executables(&String::from_utf8_lossy(&output.stdout));
-        for needed in ["guest", "oomcage", "workload"] {
+        for needed in ["bench", "guest", "oomcage", "workload"] {
             if !built.programs.contains_key(needed) {
                 bail!("cargo built no program {needed} in memtrace-tests");
             }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 mod change;
 mod family;
 mod kernel_side;
+mod loops;
 mod memory;
 mod raw;
 mod secret;
@@ -74,6 +75,9 @@ enum What {
         shmem_mib: usize,
         #[arg(long, default_value_t = 1)]
         threads: usize,
+        /// Each thread on a processor of its own, as far as there are some
+        #[arg(long)]
+        pinned: bool,
         /// Where the mapped file is made
         #[arg(long, default_value = "/var/tmp")]
         dir: PathBuf,
@@ -166,6 +170,21 @@ enum What {
     },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
+    /// Do one thing over and over, and say how long it took, round by round
+    Loop {
+        #[arg(value_enum)]
+        operation: loops::Operation,
+        #[arg(long, default_value_t = 20)]
+        rounds: usize,
+        /// Where the file to read is made
+        #[arg(long, default_value = "/var/tmp/memtrace-tests.page")]
+        file: PathBuf,
+    },
+    /// Take memory page by page until killed, and keep in a file when the last page was there
+    UntilKilled {
+        #[arg(long)]
+        stamp: PathBuf,
+    },
     /// Print the kernel's watermark of the memory cgroup this runs in
     OwnPeak,
     /// What the families spawn: take memory under another name, then wait for the end of stdin or exit
@@ -213,8 +232,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Many { processes, mib_each } => family::many(processes, mib_each)?,
         What::Tmpfs { mib, dir } => memory::fill_tmpfs(mib, &dir)?,
         What::ForkChild { mib } => family::fork_child(mib)?,
-        What::Hold { anon_mib, file_mib, shmem_mib, threads, dir } => {
-            memory::hold(anon_mib, file_mib, shmem_mib, threads, &dir)?;
+        What::Hold { anon_mib, file_mib, shmem_mib, threads, pinned, dir } => {
+            memory::hold(anon_mib, file_mib, shmem_mib, memory::Threads { count: threads, pinned }, &dir)?;
         }
         What::Forked { mib } => family::forked(mib)?,
         What::ExitAfter { ms, mib, code } => {
@@ -236,6 +255,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
+        What::Loop { operation, rounds, file } => loops::rounds(operation, rounds, &file)?,
+        What::UntilKilled { stamp } => loops::until_killed(&stamp)?,
         What::OwnPeak => {
             let (place, peak) = memtrace_tests::cage::own_peak()?;
             say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;

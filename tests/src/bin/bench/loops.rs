@@ -1,0 +1,156 @@
+//! Loops in every configuration of the agent: what `cargo xtask bench instructions` runs in its machines. Prints figures,
+//! no chapter: that is made of all machines'.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, ensure};
+use memtrace_tests::agent::{Agent, Options, json_of};
+use memtrace_tests::cage::Cage;
+use memtrace_tests::{json, process, programs};
+use serde_json::{Map, Value, json};
+
+/// Names of the loops, as `workload loop` has them, and how many rounds each takes.
+const LOOPS: [(&str, usize); 6] =
+    [("fault", 80), ("map", 40), ("syscall", 40), ("fork", 60), ("exec", 40), ("read", 40)];
+/// Kills in a configuration.
+const KILLS: usize = 15;
+/// What a process may hold before it is killed, bytes.
+const CAGE: u64 = 8 << 20;
+
+/// A way to run the agent, or not to.
+struct Configuration {
+    name: String,
+    /// `None` for no agent.
+    arguments: Option<Vec<String>>,
+}
+
+/// All loops in all configurations; when it has to be quick, without those that leave one hook out.
+pub(crate) fn run(quick: bool) -> anyhow::Result<Value> {
+    let mut doctor = programs::memtrace_command()?;
+    doctor.args(["doctor", "--json"]);
+    let doctor = json_of(doctor)?;
+    let mut found = Map::new();
+    for Configuration { name, arguments } in configurations(&doctor, quick)? {
+        let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
+        let mut agent = match arguments {
+            Some(arguments) => {
+                let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+                let mut options = Options::below(dir.path()).with(&arguments);
+                // as by default: in memory
+                options.journal_dir = "/run/memtrace".into();
+                Some(options.start()?)
+            }
+            None => None,
+        };
+        let begin = process::boot_ns();
+        let loops = measured(quick).with_context(|| format!("with the agent as {name}"))?;
+        if let Some(agent) = &mut agent {
+            end(agent)?;
+        }
+        eprintln!("{name}: {} ms", (process::boot_ns() - begin) / 1_000_000);
+        found.insert(name, loops);
+    }
+    Ok(json!({ "hooks": doctor.get("hooks"), "configurations": found }))
+}
+
+fn end(agent: &mut Agent) -> anyhow::Result<()> {
+    ensure!(agent.is_running()?, "the agent did not live to the end; it said:\n{}", agent.stderr());
+    agent.stop()?;
+    Ok(())
+}
+
+/// Without the agent, at defaults, without stacks, without each hook that is not required, with the required ones
+/// alone; at last without the agent once more, which says how far the machine itself has drifted.
+fn configurations(doctor: &Value, quick: bool) -> anyhow::Result<Vec<Configuration>> {
+    let agent = |name: &str, arguments: &[&str]| Configuration {
+        name: name.to_owned(),
+        arguments: Some(arguments.iter().map(|argument| (*argument).to_owned()).collect()),
+    };
+    let nobody = |name: &str| Configuration { name: name.to_owned(), arguments: None };
+    let is_spare = |hook: &&Value| {
+        let has = |key: &str, value: &str| hook.get(key).and_then(Value::as_str) == Some(value);
+        has("state", "attached") && has("need", "optional")
+    };
+    let spare = json::list(doctor, "/hooks")?.iter().filter(is_spare).map(|hook| json::text(hook, "/hook"));
+    let spare = spare.collect::<anyhow::Result<Vec<&str>>>()?;
+    let mut all = vec![nobody("none"), agent("full", &[]), agent("no-stacks", &["--stack-budget", "0"])];
+    let one_by_one = if quick { &[] } else { spare.as_slice() };
+    all.extend(one_by_one.iter().map(|hook| agent(&format!("without-{hook}"), &["--without", hook])));
+    all.extend([agent("required", &["--without", &spare.join(",")]), nobody("none-again")]);
+    Ok(all)
+}
+
+fn measured(quick: bool) -> anyhow::Result<Value> {
+    let mut loops = Map::new();
+    for (name, rounds) in LOOPS {
+        let rounds = if quick { rounds / 2 } else { rounds };
+        loops.insert(name.to_owned(), middle(&rounds_of(name, rounds)?, name)?);
+    }
+    let kills = if quick { KILLS / 3 } else { KILLS };
+    let kills: Vec<f64> = (0..kills).map(|_| kill()).collect::<anyhow::Result<_>>()?;
+    loops.insert("kill".to_owned(), middle(&kills, "kill")?);
+    Ok(Value::Object(loops))
+}
+
+/// The mean of the middle half of the rounds: the agent's own turns fall into few rounds, and make those the longest.
+fn middle(rounds: &[f64], name: &str) -> anyhow::Result<Value> {
+    let mut sorted = rounds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let quarter = sorted.len() / 4;
+    let middle = sorted.get(quarter..sorted.len() - quarter).filter(|middle| !middle.is_empty());
+    let middle = middle.with_context(|| format!("no rounds of {name}"))?;
+    let mean = middle.iter().sum::<f64>() / middle.len() as f64;
+    Ok(json!({ "mean": mean, "first": middle.first(), "third": middle.last(), "rounds": rounds.len() }))
+}
+
+fn rounds_of(operation: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
+    let mut command = Command::new(programs::path("workload")?);
+    command.args(["loop", operation, "--rounds"]).arg(rounds.to_string());
+    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("failed to run a loop")?;
+    ensure!(output.status.success(), "the loop {operation} ended with {}", output.status);
+    let said = String::from_utf8_lossy(&output.stdout);
+    let last: Value = serde_json::from_str(said.lines().last().context("the loop said nothing")?)?;
+    json::list(&last, "/ns")?.iter().map(|ns| ns.as_f64().context("a round is no number")).collect()
+}
+
+/// A cgroup that kills a process: nanoseconds from its last page to when its parent knows of its end.
+fn kill() -> anyhow::Result<f64> {
+    let stamp = tempfile::Builder::new().prefix("memtrace-stamp").tempfile_in("/dev/shm").context("no stamp file")?;
+    // its page is there before, and not the victim's
+    std::fs::write(stamp.path(), [0; 8]).context("failed to write the stamp file")?;
+    let cage = Cage::new("loops", CAGE)?;
+    let mut command = cage.command(programs::path("workload")?)?;
+    command.arg("until-killed").arg("--stamp").arg(stamp.path()).stdin(Stdio::null()).stdout(Stdio::null());
+    let ended = command.status().context("failed to run a process to be killed")?;
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    ensure!(process::shell_code(ended) == 137, "nobody killed the process, it ended with {ended}");
+    let bytes = std::fs::read(stamp.path()).context("failed to read the stamp file")?;
+    let last = bytes.first_chunk::<8>().map(|bytes| u64::from_ne_bytes(*bytes)).context("no stamp")?;
+    let now = u64::try_from(now.tv_sec)? * 1_000_000_000 + u64::try_from(now.tv_nsec)?;
+    Ok(now.saturating_sub(last) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_with_a_turn_of_the_agent_in_them_do_not_count() {
+        let found = middle(&[11.0, 10.0, 12.0, 900.0, 13.0, 9.0, 12.0, 10.0], "x").unwrap();
+        assert_eq!(found, json!({ "mean": 11.25, "first": 10.0, "third": 12.0, "rounds": 8 }));
+        assert!(middle(&[], "x").is_err());
+    }
+
+    #[test]
+    fn every_spare_hook_is_left_out_once() {
+        let hook = |name: &str, need: &str, state: &str| json!({ "hook": name, "need": need, "state": state });
+        let hooks = [hook("rss", "required", "attached"), hook("fault", "optional", "attached"), hook("map", "optional", "attached")];
+        let doctor = json!({ "hooks": [hooks.as_slice(), &[hook("charge", "optional", "failed")]].concat() });
+        let all = configurations(&doctor, false).unwrap();
+        let names: Vec<&str> = all.iter().map(|configuration| configuration.name.as_str()).collect();
+        let without = ["without-fault", "without-map"];
+        assert_eq!(names, [["none", "full", "no-stacks"].as_slice(), &without, &["required", "none-again"]].concat());
+        assert_eq!(configurations(&doctor, true).unwrap().len(), names.len() - without.len());
+        assert_eq!(all[5].arguments.as_deref(), Some(["--without".to_owned(), "fault,map".to_owned()].as_slice()));
+    }
+}
