@@ -58,7 +58,8 @@ impl Rss {
     pub fn walked(pid: u32) -> anyhow::Result<u64> {
         let path = format!("/proc/{pid}/smaps_rollup");
         let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Rss:")).with_context(|| format!("{path} has no Rss"))?;
+        let line =
+            text.lines().find_map(|line| line.strip_prefix("Rss:")).with_context(|| format!("{path} has no Rss"))?;
         let kib = line.split_ascii_whitespace().next().and_then(|number| number.parse::<u64>().ok());
         Ok(kib.with_context(|| format!("{path}: Rss is not a number"))? * 1024)
     }

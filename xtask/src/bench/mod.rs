@@ -19,9 +19,10 @@ use crate::{build, host, setup, vm};
 const DOCUMENT: &str = "docs/benchmarks.md";
 
 /// The benchmarks, in the order of the document, and the question each answers.
-const BENCHES: [(&str, &str); 2] = [
+const BENCHES: [(&str, &str); 3] = [
     ("instructions", "which operations take how many instructions more, on each kernel, hook by hook (in machines)"),
     ("cpus", "is resident memory summed right over 8 and 64 processors (in machines)"),
+    ("oomkill", "is every OOM kill reported, beside oomkill on a kernel where it runs (in a machine)"),
 ];
 
 /// Arguments of `cargo xtask bench`.
@@ -67,7 +68,8 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     let (mut chapters, mut complaints) = (Vec::new(), Vec::new());
     for name in chosen {
         say(format_args!("bench {name}, after {} s", begin.elapsed().as_secs()));
-        let found = measure(place, profile, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
+        let found =
+            measure(place, profile, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
         say(format_args!("\n{}", page::chapter(&found)));
         chapters.push((name, found));
     }
@@ -123,6 +125,10 @@ fn measure(place: &Place, profile: Profile, name: &str, args: &Args, complaints:
         "cpus" => {
             setup::machines()?;
             Chapter::read(vm::cpus::chapter(place, profile, args.quick)?)
+        }
+        "oomkill" => {
+            setup::machines()?;
+            Chapter::read(vm::oomkill::chapter(place, profile)?)
         }
         _ => native(place, profile, name, args.quick),
     }

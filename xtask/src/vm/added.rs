@@ -61,6 +61,20 @@ impl Count for Added {
     }
 }
 
+/// The agent, whole and in part.
+pub(super) const PARTS: [(&str, &str); 3] = [
+    ("full", "memtrace at defaults"),
+    ("no-stacks", "memtrace without stacks"),
+    ("required", "its required hooks alone"),
+];
+
+/// Others that trace page faults.
+pub(super) const PEERS: [(&str, &str); 3] = [
+    ("bpftrace-tracepoint", "bpftrace, page faults by name (tracepoint)"),
+    ("bpftrace-software", "bpftrace, page faults by name (every one)"),
+    ("perf-record", "perf record -e page-faults -c 1 -g -a"),
+];
+
 /// What one loop took in one configuration.
 #[derive(Debug, Clone, Copy)]
 struct Took {
@@ -79,7 +93,7 @@ pub(crate) struct Loops {
 }
 
 impl Loops {
-    /// Of what `bench loops` printed.
+    /// Of what `bench counted` printed.
     pub(crate) fn of(figures: &Value) -> Self {
         let mut loops = Self::default();
         let Some(none) = figures.pointer("/configurations/none").and_then(Value::as_object) else { return loops };
@@ -94,11 +108,10 @@ impl Loops {
                 let added = Added { instructions: more.mean - less.mean, noise };
                 loops.added.insert(format!("{operation} {what}"), added);
             };
-            let Some(full) = with("full") else { continue };
-            add("full", full, alone);
-            for what in ["no-stacks", "required"] {
+            for (what, _) in PARTS.iter().chain(&PEERS) {
                 with(what).into_iter().for_each(|more| add(what, more, alone));
             }
+            let Some(full) = with("full") else { continue };
             for hook in hooks(figures) {
                 with(&format!("without-{hook}")).into_iter().for_each(|without| add(hook, full, without));
             }
@@ -108,7 +121,8 @@ impl Loops {
 
     /// What is held against the snapshot.
     pub(crate) fn steady(&self) -> BTreeMap<String, Added> {
-        let is_steady = |name: &&String| !name.starts_with(UNSTEADY);
+        let ours = |name: &str| PEERS.iter().all(|(peer, _)| !name.ends_with(peer));
+        let is_steady = |name: &&String| !name.starts_with(UNSTEADY) && ours(name);
         self.added.iter().filter(|(name, _)| is_steady(name)).map(|(name, added)| (name.clone(), *added)).collect()
     }
 
@@ -143,10 +157,12 @@ mod tests {
     use super::*;
 
     fn figures() -> Value {
-        let took = |fault: f64, kill: f64| json!({
-            "fault": { "mean": fault, "first": fault, "third": fault, "rounds": 16 },
-            "kill": { "mean": kill, "first": kill - 135.0, "third": kill + 135.0, "rounds": 4 },
-        });
+        let took = |fault: f64, kill: f64| {
+            json!({
+                "fault": { "mean": fault, "first": fault, "third": fault, "rounds": 16 },
+                "kill": { "mean": kill, "first": kill - 135.0, "third": kill + 135.0, "rounds": 4 },
+            })
+        };
         json!({
             "hooks": [{ "hook": "rss" }, { "hook": "fault" }],
             "configurations": {

@@ -1,5 +1,6 @@
 //! Machines that run one benchmark each, and the figures that it prints there.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,8 @@ pub(super) struct Task<'a> {
     pub(super) arguments: &'a str,
     /// Kernels, by their names in the matrix; each is booted with the newest version of cgroups that it can have.
     pub(super) kernels: &'a [&'a str],
+    /// Programs of this machine that it runs there.
+    pub(super) borrowed: &'a [&'a str],
     /// Processors of a machine.
     pub(super) processors: Processors,
     /// Memory of a machine, MiB.
@@ -64,7 +67,9 @@ pub(super) fn run(place: &Place, profile: Profile, task: &Task<'_>) -> Result<Al
     let machines = fetch(&chosen, &base, &mut absent);
     let kernels: Vec<&Ready> = machines.iter().map(|machine| &machine.ready).collect();
     machine::make_disks(&dir)?;
-    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels)?;
+    // what is not here, the benchmark says it has not found
+    let borrowed: Vec<&str> = task.borrowed.iter().copied().filter(|program| Path::new(program).is_file()).collect();
+    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels, &borrowed)?;
     // addresses that are the same at each boot: how many page tables a fork copies depends on them
     let append = format!("nokaslr norandmaps memtrace.bench={}", task.arguments);
     let (processors, memory, limit) = (task.processors, task.memory, task.limit);
@@ -77,8 +82,7 @@ pub(super) fn run(place: &Place, profile: Profile, task: &Task<'_>) -> Result<Al
                 bail!("{}\n{}", outcome.said.troubles.join("; "), outcome.said.tail.join("\n"));
             }
             let path = machine.out(&parts).join("bench.json");
-            let text =
-                std::fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+            let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
             let figures = serde_json::from_str(&text).context("the benchmark printed something that is not JSON")?;
             let (kernel, cgroup) = (machine.kernel.to_owned(), machine.cgroup.to_string());
             Ok(Found { kernel, cgroup, version: machine.ready.version.clone(), figures, took: outcome.took })

@@ -23,6 +23,7 @@ pub(crate) fn chapter(place: &Place, profile: Profile, quick: bool) -> Result<Va
             name: &name,
             arguments: "spread",
             kernels: &KERNELS,
+            borrowed: &[],
             processors: Processors::Many(processors),
             memory,
             limit: Duration::from_secs(20 * 60),

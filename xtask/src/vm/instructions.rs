@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::added::{Added, Loops, UNSTEADY, hooks};
+use super::added::{Added, Loops, PARTS, PEERS, UNSTEADY, hooks};
 use super::bench::{self, Found, Task};
 use super::kernels::KERNELS;
 use super::machine::Processors;
@@ -14,8 +14,8 @@ use crate::libtest::Tally;
 use crate::place::{Place, Profile};
 use crate::run::say;
 
-/// What is measured whatever is left out.
-const ALWAYS: [&str; 3] = ["full", "no-stacks", "required"];
+/// What is run in a loop, and what else traces page faults.
+const BORROWED: [&str; 3] = ["/bin/true", "/usr/bin/bpftrace", "/usr/bin/perf"];
 
 /// How much is wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,8 +53,9 @@ pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) 
     let whole = extent == Extent::Whole;
     let task = Task {
         name: "instructions",
-        arguments: if whole { "loops" } else { "loops,--quick" },
+        arguments: if whole { "counted" } else { "counted,--quick" },
         kernels,
+        borrowed: if whole { &BORROWED } else { BORROWED.get(..1).unwrap_or_default() },
         processors: Processors::Counted,
         memory: 1024,
         limit: Duration::from_secs(20 * 60),
@@ -79,7 +80,7 @@ pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) 
             snapshot.bless(&found.kernel, &found.cgroup, measured);
             continue;
         }
-        let expected = |name: &str| whole || ALWAYS.iter().any(|what| name.ends_with(&format!(" {what}")));
+        let expected = |name: &str| whole || PARTS.iter().any(|(what, _)| name.ends_with(&format!(" {what}")));
         let Compared { worse, note } = snapshot.compare(&found.kernel, &found.cgroup, &measured, expected);
         remarks.extend(note.map(|note| format!("{}: {note}", found.kernel)));
         failures.extend(worse.into_iter().map(|what| format!("{}: {what}", found.kernel)));
@@ -90,7 +91,7 @@ pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) 
     }
     let failed = failures.len() as u64;
     let tally = Tally { passed: counts.saturating_sub(failed), failed, skipped: 0 };
-    Ok(Instructions { chapter: chapter(&machines, &failures, bless), tally, failures, remarks })
+    Ok(Instructions { chapter: chapter(&machines, &failures, bless, whole), tally, failures, remarks })
 }
 
 const TEXT: [&str; 3] = [
@@ -108,22 +109,32 @@ const TEXT: [&str; 3] = [
      hooks, which would share the cost of entering them.",
 ];
 
-fn chapter(machines: &[Machine], failures: &[String], bless: bool) -> Value {
+fn chapter(machines: &[Machine], failures: &[String], bless: bool, whole: bool) -> Value {
     let mut operations: Vec<String> = machines.iter().flat_map(|machine| machine.loops.alone.keys().cloned()).collect();
     operations.sort();
     operations.dedup();
-    let head = |first: &[&str]| first.iter().map(|text| (*text).to_owned()).chain(operations.clone()).collect::<Vec<_>>();
+    let head =
+        |first: &[&str]| first.iter().map(|text| (*text).to_owned()).chain(operations.clone()).collect::<Vec<_>>();
     let mut rows = Vec::new();
     for Machine { found, loops } in machines {
         let alone = operations.iter().map(|operation| match loops.alone.get(operation) {
             Some(alone) => format!("{alone:.0}"),
             None => "not measured".to_owned(),
         });
-        let row = |what: &str, cells: Vec<String>| [vec![found.kernel.clone(), what.to_owned()], cells].concat();
+        let row = |what: &str, cells: Vec<String>| {
+            [found.kernel.clone(), what.to_owned()].into_iter().chain(cells).map(Value::String).collect::<Vec<_>>()
+        };
         rows.push(row("the operation, untraced", alone.collect()));
-        rows.push(row("added at defaults", loops.row("full", &operations)));
-        rows.push(row("added without stacks", loops.row("no-stacks", &operations)));
-        rows.push(row("added by the required hooks", loops.row("required", &operations)));
+        for (name, what) in PARTS {
+            rows.push(row(&format!("added by {what}"), loops.row(name, &operations)));
+        }
+        for (name, what) in PEERS.iter().filter(|_| whole) {
+            let cells = match found.figures.pointer(&format!("/configurations/{name}/unknown")) {
+                Some(why) => vec![json!({ "unknown": why }); operations.len()],
+                None => loops.row(name, &operations).into_iter().map(Value::String).collect(),
+            };
+            rows.push([vec![json!(found.kernel), json!(format!("added by {what}"))], cells].concat());
+        }
     }
     let mut tables = vec![json!({
         "title": "Instructions an operation", "columns": head(&["kernel", "instructions"]), "rows": rows,

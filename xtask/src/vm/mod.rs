@@ -8,6 +8,7 @@ pub(crate) mod cpus;
 pub(crate) mod instructions;
 mod kernels;
 mod machine;
+pub(crate) mod oomkill;
 mod payload;
 mod snapshot;
 mod table;
@@ -136,7 +137,7 @@ pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Opt
     }
     let kernels: Vec<&Ready> = machines.iter().map(|machine| &machine.ready).collect();
     machine::make_disks(&dir)?;
-    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels)?;
+    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels, &[])?;
     let append = args.filter.as_ref().map(|filter| format!("memtrace.filter={filter}")).unwrap_or_default();
     let (memory, processors, keep) = (args.memory, Processors::Nodes, args.keep);
     let parts = Parts { dir, initramfs, memory, processors, append, limit: LIMIT, keep };
@@ -194,7 +195,12 @@ fn fetch(chosen: &[(&'static Kernel, Vec<Cgroup>)], dir: &Path, reports: &mut Ve
 }
 
 /// Joins what the console said with the files that the machine left.
-fn report(machine: &Machine, outcome: Result<Outcome>, parts: &Parts, against: Option<&Snapshot<Cost>>) -> Result<Report> {
+fn report(
+    machine: &Machine,
+    outcome: Result<Outcome>,
+    parts: &Parts,
+    against: Option<&Snapshot<Cost>>,
+) -> Result<Report> {
     let name = machine.name();
     let Outcome { said, took } = match outcome {
         Ok(outcome) => outcome,

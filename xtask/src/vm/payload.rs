@@ -27,9 +27,6 @@ pub(crate) const LEFT_OUT: [(&str, &str); 6] = [
     ("kernel_record", "records gcc and python3, and the machines have no userland"),
 ];
 
-/// Programs of this machine that go in: where to, and from where.
-const BORROWED: [(&str, &str); 1] = [("bin/true", "/bin/true")];
-
 /// A file of the archive: where it goes, where it is, its permissions.
 struct Entry {
     to: String,
@@ -37,8 +34,16 @@ struct Entry {
     mode: u32,
 }
 
-/// Makes the archive `dir/initramfs.cpio` of the agent, what was built of the tests, and these kernels' modules.
-pub(crate) fn pack(place: &Place, agent: &Path, built: &Built, dir: &Path, kernels: &[&Ready]) -> Result<PathBuf> {
+/// Makes the archive `dir/initramfs.cpio` of the agent, what was built of the tests, these kernels' modules, and programs
+/// of this machine, which have the same place there.
+pub(crate) fn pack(
+    place: &Place,
+    agent: &Path,
+    built: &Built,
+    dir: &Path,
+    kernels: &[&Ready],
+    borrowed: &[&str],
+) -> Result<PathBuf> {
     let stage = dir.join("stage");
     std::fs::create_dir_all(&stage).with_context(|| format!("failed to create {}", stage.display()))?;
 
@@ -47,7 +52,7 @@ pub(crate) fn pack(place: &Place, agent: &Path, built: &Built, dir: &Path, kerne
         let to = if name == "guest" { "init".to_owned() } else { format!("memtrace/{name}") };
         programs.push((to, path.clone()));
     }
-    programs.extend(BORROWED.map(|(to, from)| (to.to_owned(), PathBuf::from(from))));
+    programs.extend(borrowed.iter().map(|from| (from.trim_start_matches('/').to_owned(), PathBuf::from(from))));
     programs.extend(built.tests.iter().map(|(name, path)| (format!("memtrace/tests/{name}"), path.clone())));
 
     let mut libraries = BTreeSet::new();

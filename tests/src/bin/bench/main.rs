@@ -1,13 +1,14 @@
 //! The benchmarks that run on this machine, one a call: prints its chapter as JSON. `cargo xtask bench` calls it.
 //! What is for emulated machines prints figures, of which `cargo xtask bench` makes a chapter.
 
-mod loops;
-mod spread;
-
 use std::io::Write;
 
 use clap::Parser;
 use memtrace_tests::programs;
+use serde_json::Value;
+
+mod counted;
+mod spread;
 
 /// One benchmark.
 #[derive(Parser)]
@@ -23,7 +24,7 @@ struct Args {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Name {
     /// In a machine whose clock counts instructions: what the agent adds to each of some operations
-    Loops,
+    Counted,
     /// In a machine of many processors: what the agent knows of threads on all of them
     Spread,
 }
@@ -31,10 +32,12 @@ enum Name {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     programs::require_root()?;
-    let found = match args.name {
-        Name::Loops => loops::run(args.quick)?,
-        Name::Spread => spread::run()?,
-    };
-    writeln!(std::io::stdout(), "{found:#}")?;
-    Ok(())
+    match args.name {
+        Name::Counted => print(&counted::run(args.quick)?),
+        Name::Spread => print(&spread::run()?),
+    }
+}
+
+fn print(found: &Value) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{found:#}")?)
 }

@@ -39,7 +39,9 @@ pub(crate) fn run() -> anyhow::Result<Value> {
     let memory = memory(&agent)?;
     ensure!(agent.is_running()?, "the agent did not live to the end; it said:\n{}", agent.stderr());
     agent.stop()?;
-    Ok(json!({ "cpus": cpus, "looks": looks, "worst_off_walked": walked, "worst_off_status": counted, "agent": memory }))
+    Ok(
+        json!({ "cpus": cpus, "looks": looks, "worst_off_walked": walked, "worst_off_status": counted, "agent": memory }),
+    )
 }
 
 /// What the agent holds: resident memory, and its maps as the kernel counts them.

@@ -12,9 +12,9 @@ use memtrace_tests::process;
 use serde_json::{Value, json};
 
 mod change;
+mod counted;
 mod family;
 mod kernel_side;
-mod loops;
 mod memory;
 mod raw;
 mod secret;
@@ -170,10 +170,10 @@ enum What {
     },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
-    /// Do one thing over and over, and say how long it took, round by round
-    Loop {
+    /// Rounds of one operation, and how long it took in each
+    Rounds {
         #[arg(value_enum)]
-        operation: loops::Operation,
+        operation: counted::Operation,
         #[arg(long, default_value_t = 20)]
         rounds: usize,
         /// Where the file to read is made
@@ -255,8 +255,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
-        What::Loop { operation, rounds, file } => loops::rounds(operation, rounds, &file)?,
-        What::UntilKilled { stamp } => loops::until_killed(&stamp)?,
+        What::Rounds { operation, rounds, file } => counted::rounds(operation, rounds, &file)?,
+        What::UntilKilled { stamp } => counted::until_killed(&stamp)?,
         What::OwnPeak => {
             let (place, peak) = memtrace_tests::cage::own_peak()?;
             say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;

@@ -33,9 +33,9 @@ pub(crate) fn fork() -> anyhow::Result<u32> {
     u32::try_from(child).context("not a process id")
 }
 
-/// Ends this process, and does nothing else.
-pub(crate) fn exit() -> ! {
-    // SAFETY: takes a number and does not return.
+/// Ends a forked child at once: nothing of what its parent registered is run.
+pub(crate) fn leave() -> ! {
+    // SAFETY: takes a number and never comes back.
     unsafe { libc::_exit(0) }
 }
 

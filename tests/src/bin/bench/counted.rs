@@ -1,15 +1,18 @@
 //! Loops in every configuration of the agent: what `cargo xtask bench instructions` runs in its machines. Prints figures,
 //! no chapter: that is made of all machines'.
 
-use std::process::{Command, Stdio};
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use memtrace_tests::agent::{Agent, Options, json_of};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::{json, process, programs};
 use serde_json::{Map, Value, json};
+use tempfile::TempDir;
 
-/// Names of the loops, as `workload loop` has them, and how many rounds each takes.
+/// Names of the loops, as `workload rounds` has them, and how many rounds each takes.
 const LOOPS: [(&str, usize); 6] =
     [("fault", 80), ("map", 40), ("syscall", 40), ("fork", 60), ("exec", 40), ("read", 40)];
 /// Kills in a configuration.
@@ -17,11 +20,34 @@ const KILLS: usize = 15;
 /// What a process may hold before it is killed, bytes.
 const CAGE: u64 = 8 << 20;
 
-/// A way to run the agent, or not to.
+/// Other tracers of page faults, where this machine has them.
+const PEERS: [(&str, &[&str]); 3] = [
+    ("bpftrace-tracepoint", &["bpftrace", "-e", "tracepoint:exceptions:page_fault_user { @[comm] = count(); }"]),
+    ("bpftrace-software", &["bpftrace", "-e", "software:page-faults:1 { @[comm] = count(); }"]),
+    ("perf-record", &["perf", "record", "-e", "page-faults", "-c", "1", "-g", "-a", "-o", "-"]),
+];
+/// A peer that is still there after that has attached: one of them compiles its program first.
+const ATTACHED: Duration = Duration::from_secs(20);
+
+/// Who traces.
 struct Configuration {
     name: String,
-    /// `None` for no agent.
-    arguments: Option<Vec<String>>,
+    who: Who,
+}
+
+#[derive(Debug, PartialEq)]
+enum Who {
+    Nobody,
+    /// The agent, with these arguments.
+    Agent(Vec<String>),
+    /// A program and its arguments.
+    Peer(&'static [&'static str]),
+}
+
+/// One that traces; ended when dropped.
+enum Tracer {
+    Agent { agent: Agent, _dir: TempDir },
+    Peer(Child),
 }
 
 /// All loops in all configurations; when it has to be quick, without those that leave one hook out.
@@ -30,43 +56,85 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Value> {
     doctor.args(["doctor", "--json"]);
     let doctor = json_of(doctor)?;
     let mut found = Map::new();
-    for Configuration { name, arguments } in configurations(&doctor, quick)? {
-        let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-        let mut agent = match arguments {
-            Some(arguments) => {
-                let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-                let mut options = Options::below(dir.path()).with(&arguments);
-                // as by default: in memory
-                options.journal_dir = "/run/memtrace".into();
-                Some(options.start()?)
+    for Configuration { name, who } in configurations(&doctor, quick)? {
+        let tracer = match Tracer::start(&who) {
+            Ok(tracer) => tracer,
+            Err(error) if matches!(who, Who::Peer(_)) => {
+                found.insert(name, json!({ "unknown": format!("{error:#}") }));
+                continue;
             }
-            None => None,
+            Err(error) => return Err(error),
         };
-        let begin = process::boot_ns();
-        let loops = measured(quick).with_context(|| format!("with the agent as {name}"))?;
-        if let Some(agent) = &mut agent {
-            end(agent)?;
-        }
-        eprintln!("{name}: {} ms", (process::boot_ns() - begin) / 1_000_000);
+        let loops = measured(quick).with_context(|| format!("with {name}"))?;
+        tracer.map_or(Ok(()), Tracer::end).with_context(|| format!("after {name}"))?;
         found.insert(name, loops);
     }
     Ok(json!({ "hooks": doctor.get("hooks"), "configurations": found }))
 }
 
-fn end(agent: &mut Agent) -> anyhow::Result<()> {
-    ensure!(agent.is_running()?, "the agent did not live to the end; it said:\n{}", agent.stderr());
-    agent.stop()?;
-    Ok(())
+impl Tracer {
+    fn start(who: &Who) -> anyhow::Result<Option<Self>> {
+        Ok(match who {
+            Who::Nobody => None,
+            Who::Agent(arguments) => {
+                let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+                let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
+                let mut options = Options::below(dir.path()).with(&arguments);
+                // as by default: in memory
+                options.journal_dir = "/run/memtrace".into();
+                Some(Self::Agent { agent: options.start()?, _dir: dir })
+            }
+            Who::Peer(words) => {
+                let (program, arguments) = words.split_first().context("no program")?;
+                let mut command = Command::new(program);
+                command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+                let mut peer = Self::Peer(command.spawn().with_context(|| format!("failed to start {program}"))?);
+                std::thread::sleep(ATTACHED);
+                if let Self::Peer(child) = &mut peer
+                    && let Some(status) = child.try_wait().context("failed to look at a peer")?
+                {
+                    let mut said = String::new();
+                    child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said)).transpose()?;
+                    bail!("{program} ended with {status}: {}", said.trim());
+                }
+                Some(peer)
+            }
+        })
+    }
+
+    /// Ends it, if it lived until now.
+    fn end(mut self) -> anyhow::Result<()> {
+        match &mut self {
+            Self::Agent { agent, .. } => {
+                ensure!(agent.is_running()?, "the agent did not live to the end; it said:\n{}", agent.stderr());
+                agent.stop()?;
+            }
+            Self::Peer(child) => {
+                ensure!(child.try_wait().context("failed to look at a peer")?.is_none(), "it did not live to the end");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        if let Self::Peer(child) = self {
+            // Already ended is fine.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 /// Without the agent, at defaults, without stacks, without each hook that is not required, with the required ones
-/// alone; at last without the agent once more, which says how far the machine itself has drifted.
+/// alone; then others; at last without the agent once more, which says how far the machine itself has drifted.
 fn configurations(doctor: &Value, quick: bool) -> anyhow::Result<Vec<Configuration>> {
-    let agent = |name: &str, arguments: &[&str]| Configuration {
-        name: name.to_owned(),
-        arguments: Some(arguments.iter().map(|argument| (*argument).to_owned()).collect()),
+    let configuration = |name: &str, who| Configuration { name: name.to_owned(), who };
+    let agent = |name: &str, arguments: &[&str]| {
+        configuration(name, Who::Agent(arguments.iter().map(|argument| (*argument).to_owned()).collect()))
     };
-    let nobody = |name: &str| Configuration { name: name.to_owned(), arguments: None };
+    let nobody = |name: &str| configuration(name, Who::Nobody);
     let is_spare = |hook: &&Value| {
         let has = |key: &str, value: &str| hook.get(key).and_then(Value::as_str) == Some(value);
         has("state", "attached") && has("need", "optional")
@@ -76,7 +144,11 @@ fn configurations(doctor: &Value, quick: bool) -> anyhow::Result<Vec<Configurati
     let mut all = vec![nobody("none"), agent("full", &[]), agent("no-stacks", &["--stack-budget", "0"])];
     let one_by_one = if quick { &[] } else { spare.as_slice() };
     all.extend(one_by_one.iter().map(|hook| agent(&format!("without-{hook}"), &["--without", hook])));
-    all.extend([agent("required", &["--without", &spare.join(",")]), nobody("none-again")]);
+    all.push(agent("required", &["--without", &spare.join(",")]));
+    if !quick {
+        all.extend(PEERS.map(|(name, words)| configuration(name, Who::Peer(words))));
+    }
+    all.push(nobody("none-again"));
     Ok(all)
 }
 
@@ -105,7 +177,7 @@ fn middle(rounds: &[f64], name: &str) -> anyhow::Result<Value> {
 
 fn rounds_of(operation: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
     let mut command = Command::new(programs::path("workload")?);
-    command.args(["loop", operation, "--rounds"]).arg(rounds.to_string());
+    command.args(["rounds", operation, "--rounds"]).arg(rounds.to_string());
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("failed to run a loop")?;
     ensure!(output.status.success(), "the loop {operation} ended with {}", output.status);
     let said = String::from_utf8_lossy(&output.stdout);
@@ -144,13 +216,18 @@ mod tests {
     #[test]
     fn every_spare_hook_is_left_out_once() {
         let hook = |name: &str, need: &str, state: &str| json!({ "hook": name, "need": need, "state": state });
-        let hooks = [hook("rss", "required", "attached"), hook("fault", "optional", "attached"), hook("map", "optional", "attached")];
+        let hooks = [
+            hook("rss", "required", "attached"),
+            hook("fault", "optional", "attached"),
+            hook("map", "optional", "attached"),
+        ];
         let doctor = json!({ "hooks": [hooks.as_slice(), &[hook("charge", "optional", "failed")]].concat() });
         let all = configurations(&doctor, false).unwrap();
         let names: Vec<&str> = all.iter().map(|configuration| configuration.name.as_str()).collect();
         let without = ["without-fault", "without-map"];
-        assert_eq!(names, [["none", "full", "no-stacks"].as_slice(), &without, &["required", "none-again"]].concat());
-        assert_eq!(configurations(&doctor, true).unwrap().len(), names.len() - without.len());
-        assert_eq!(all[5].arguments.as_deref(), Some(["--without".to_owned(), "fault,map".to_owned()].as_slice()));
+        assert!(names.starts_with(&[["none", "full", "no-stacks"].as_slice(), &without, &["required"]].concat()));
+        assert_eq!(names.last(), Some(&"none-again"));
+        assert_eq!(configurations(&doctor, true).unwrap().len(), names.len() - without.len() - PEERS.len());
+        assert_eq!(all[5].who, Who::Agent(vec!["--without".to_owned(), "fault,map".to_owned()]));
     }
 }

@@ -1,4 +1,4 @@
-//! Loops of one operation each, timed round by round: where the clock counts instructions, it counts theirs.
+//! Rounds of one operation, each timed: where the clock counts instructions, it counts theirs.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -85,7 +85,7 @@ fn once(operation: Operation, file: Option<&File>, page: &mut [u8]) -> anyhow::R
         Operation::Syscall => drop(black_box(rustix::process::getpid())),
         Operation::Fork => match raw::fork()? {
             // at once: what would run at exit belongs to the parent
-            0 => raw::exit(),
+            0 => raw::leave(),
             child => drop(raw::wait(child)?),
         },
         Operation::Exec => {
