@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::added::{Added, Loops, PARTS, PEERS, UNSTEADY, hooks};
+use super::added::{Added, HOOK, Loops, PARTS, PEERS, UNSTEADY, hooks};
 use super::bench::{self, Found, Task};
 use super::kernels::KERNELS;
 use super::machine::Processors;
@@ -102,9 +102,10 @@ const TEXT: [&str; 3] = [
      8 MiB takes memory until it is killed, from its last page to when its parent knows.",
     "A cell is the mean of the middle half of the rounds with the agent less the same without: rounds are short, so that the \
      agent's own turns, ten a second, fall into few of them, and cost on the path of the operation is what is left. After ± is \
-     what may be noise: four standard errors, or how far the loop differs from itself before and after all else. A kill \
+     what may be noise: three standard errors, or how far the loop differs from itself before and after all else. A kill \
      wakes the agent, which runs on the same processor: its own work on the incident is in that column. A hook's row is \
-     the agent at defaults less the agent without that hook; required hooks cannot be left out.",
+     the agent without stacks less the same without that hook: stacks are taken at random, and would blur it. Required hooks \
+     cannot be left out.",
     "An instruction is no unit of time: a cache miss costs a hundred of them. What is left out: tracing by others on the same \
      hooks, which would share the cost of entering them.",
 ];
@@ -141,8 +142,9 @@ fn chapter(machines: &[Machine], failures: &[String], bless: bool, whole: bool) 
     })];
     for Machine { found, loops } in machines {
         let row = |hook: &&str| {
-            let measured = operations.iter().any(|operation| loops.added.contains_key(&format!("{operation} {hook}")));
-            measured.then(|| [vec![(*hook).to_owned()], loops.row(hook, &operations)].concat())
+            let what = format!("{HOOK}{hook}");
+            let measured = operations.iter().any(|operation| loops.added.contains_key(&format!("{operation} {what}")));
+            measured.then(|| [vec![(*hook).to_owned()], loops.row(&what, &operations)].concat())
         };
         let rows: Vec<Vec<String>> = hooks(&found.figures).iter().filter_map(row).collect();
         if !rows.is_empty() {

@@ -75,6 +75,8 @@ fn benchmark(arguments: &str) -> anyhow::Result<()> {
     say(format_args!("begin bench"));
     let mut command = Command::new(BENCH);
     command.args(arguments.split(',')).env("MEMTRACE_BIN", MEMTRACE).env("TMPDIR", "/tmp").stdout(file);
+    // the kernel gives its first process none
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let begin = Instant::now();
     let ended = run(&mut command, BENCH_LIMIT)?;
     say(format_args!("end bench after {} s: {}", begin.elapsed().as_secs(), how(ended)));

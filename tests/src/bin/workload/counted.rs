@@ -37,17 +37,16 @@ const TINY: &str = "/bin/true";
 const WARM_UP: usize = 2;
 
 impl Operation {
-    /// How many make a round: enough that what happens once in 64 pages is in each in its share, and few enough that a
-    /// round is over in some milliseconds at a nanosecond an instruction, and the agent, which is woken ten times a
-    /// second, falls into few of them.
+    /// How many make a round. A round is over before the next turn of the agent, which has ten a second, and but for
+    /// faults mostly before the next timer tick, 250 a second, at a nanosecond an instruction; of faults it has many, as
+    /// the agent, and the kernel's own accounting, do something once in 64.
     fn count(self) -> u32 {
         match self {
             Self::Fault => 512,
-            Self::Map => 200,
-            Self::Syscall => 5000,
-            Self::Fork => 4,
-            Self::Exec => 2,
-            Self::Read => 400,
+            Self::Map => 40,
+            Self::Syscall => 2000,
+            Self::Fork | Self::Exec => 1,
+            Self::Read => 100,
         }
     }
 }
