@@ -149,10 +149,7 @@ pub(super) fn hooks(figures: &Value) -> Vec<&str> {
 
 fn took(found: &Value) -> Option<Took> {
     let number = |key: &str| found.get(key).and_then(Value::as_f64);
-    let (first, third) = (number("first")?, number("third")?);
-    // of a normal distribution, quartiles are 1.35 standard deviations apart
-    let error = (third - first) / 1.35 / number("rounds")?.sqrt();
-    Some(Took { mean: number("mean")?, error })
+    Some(Took { mean: number("mean")?, error: number("error")? })
 }
 
 #[cfg(test)]
@@ -164,8 +161,8 @@ mod tests {
     fn figures() -> Value {
         let took = |fault: f64, kill: f64| {
             json!({
-                "fault": { "mean": fault, "first": fault, "third": fault, "rounds": 16 },
-                "kill": { "mean": kill, "first": kill - 135.0, "third": kill + 135.0, "rounds": 4 },
+                "fault": { "mean": fault, "error": 0.0 },
+                "kill": { "mean": kill, "error": 100.0 },
             })
         };
         json!({

@@ -168,3 +168,37 @@ fn chapter(machines: &[Machine], failures: &[String], bless: bool, whole: bool) 
         }],
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_its_rows_and_a_table_of_its_hooks() {
+        let took = |fault: f64| json!({ "fault": { "mean": fault, "error": 1.0 } });
+        let figures = json!({
+            "hooks": [{ "hook": "rss" }, { "hook": "fault" }],
+            "configurations": {
+                "none": took(7000.0), "full": took(7300.0), "no-stacks": took(7250.0), "required": took(7200.0),
+                "without-fault": took(7210.0), "none-again": took(7000.0), "perf-record": { "unknown": "not here" },
+            },
+        });
+        let found = Found {
+            kernel: "6.1".to_owned(),
+            cgroup: "v2".to_owned(),
+            version: "6.1.192-2".to_owned(),
+            took: Duration::ZERO,
+            figures,
+        };
+        let machines = [Machine { loops: Loops::of(&found.figures), found }];
+        let chapter = chapter(&machines, &["6.1: fault full: more".to_owned()], false, true);
+        let at = |pointer: &str| chapter.pointer(pointer).cloned().unwrap_or_default();
+        assert_eq!(at("/tables/0/columns"), json!(["kernel", "instructions", "fault"]));
+        assert_eq!(at("/tables/0/rows/0"), json!(["6.1", "the operation, untraced", "7000"]));
+        assert_eq!(at("/tables/0/rows/1"), json!(["6.1", "added by memtrace at defaults", "+300 ± 4"]));
+        assert_eq!(at("/tables/0/rows/4/2"), json!("not measured"));
+        assert_eq!(at("/tables/0/rows/6/2/unknown"), json!("not here"));
+        assert_eq!(at("/tables/1/rows"), json!([["fault", "+40 ± 4"]]));
+        assert_eq!(at("/goals/0/met"), json!(false));
+    }
+}

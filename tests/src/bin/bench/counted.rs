@@ -168,23 +168,35 @@ fn measured(quick: bool) -> anyhow::Result<Value> {
     let mut loops = Map::new();
     for (name, rounds) in LOOPS {
         let rounds = if quick { rounds / 2 } else { rounds };
-        loops.insert(name.to_owned(), middle(&rounds_of(name, rounds)?, name)?);
+        loops.insert(name.to_owned(), summed_up(&rounds_of(name, rounds)?, name)?);
     }
     let kills = if quick { KILLS / 3 } else { KILLS };
     let kills: Vec<f64> = (0..kills).map(|_| kill()).collect::<anyhow::Result<_>>()?;
-    loops.insert("kill".to_owned(), middle(&kills, "kill")?);
+    loops.insert("kill".to_owned(), summed_up(&kills, "kill")?);
     Ok(Value::Object(loops))
 }
 
+/// Parts of the rounds, the means of which say how sure the mean of all is.
+const PARTS: usize = 5;
+
+/// The mean and its standard error.
+fn summed_up(rounds: &[f64], name: &str) -> anyhow::Result<Value> {
+    let mean = middle(rounds).with_context(|| format!("no rounds of {name}"))?;
+    let parts: Vec<f64> = rounds.chunks(rounds.len().div_ceil(PARTS)).filter_map(middle).collect();
+    let count = parts.len() as f64;
+    let center = parts.iter().sum::<f64>() / count;
+    let squares: f64 = parts.iter().map(|part| (part - center).powi(2)).sum();
+    let error = (squares / (count - 1.0).max(1.0) / count).sqrt();
+    Ok(json!({ "mean": mean, "error": error, "rounds": rounds.len() }))
+}
+
 /// The mean of the middle half of the rounds: the agent's own turns fall into few rounds, and make those the longest.
-fn middle(rounds: &[f64], name: &str) -> anyhow::Result<Value> {
+fn middle(rounds: &[f64]) -> Option<f64> {
     let mut sorted = rounds.to_vec();
     sorted.sort_by(f64::total_cmp);
     let quarter = sorted.len() / 4;
-    let middle = sorted.get(quarter..sorted.len() - quarter).filter(|middle| !middle.is_empty());
-    let middle = middle.with_context(|| format!("no rounds of {name}"))?;
-    let mean = middle.iter().sum::<f64>() / middle.len() as f64;
-    Ok(json!({ "mean": mean, "first": middle.first(), "third": middle.last(), "rounds": rounds.len() }))
+    let middle = sorted.get(quarter..sorted.len() - quarter).filter(|middle| !middle.is_empty())?;
+    Some(middle.iter().sum::<f64>() / middle.len() as f64)
 }
 
 fn rounds_of(operation: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
@@ -220,9 +232,19 @@ mod tests {
 
     #[test]
     fn rounds_with_a_turn_of_the_agent_in_them_do_not_count() {
-        let found = middle(&[11.0, 10.0, 12.0, 900.0, 13.0, 9.0, 12.0, 10.0], "x").unwrap();
-        assert_eq!(found, json!({ "mean": 11.25, "first": 10.0, "third": 12.0, "rounds": 8 }));
-        assert!(middle(&[], "x").is_err());
+        assert_eq!(middle(&[11.0, 10.0, 12.0, 900.0, 13.0, 9.0, 12.0, 10.0]), Some(11.25));
+        assert_eq!(middle(&[]), None);
+    }
+
+    #[test]
+    fn rounds_that_drift_are_less_sure() {
+        let error = |rounds: &[f64]| summed_up(rounds, "x").unwrap().pointer("/error").and_then(Value::as_f64).unwrap();
+        assert_eq!(error(&[3.0; 20]), 0.0);
+        let drifting: Vec<f64> = (0..20).map(f64::from).collect();
+        let steady: Vec<f64> = (0..20).map(|round| f64::from(round % 4)).collect();
+        assert_eq!(error(&steady), 0.0);
+        assert!(error(&drifting) > 2.0);
+        assert!(summed_up(&[], "x").is_err());
     }
 
     #[test]
