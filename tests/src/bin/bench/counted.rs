@@ -255,7 +255,8 @@ mod tests {
             hook("fault", "optional", "attached"),
             hook("map", "optional", "attached"),
         ];
-        let doctor = json!({ "hooks": [hooks.as_slice(), &[hook("charge", "optional", "failed")]].concat() });
+        let hooks = [hooks.as_slice(), &[hook("charge", "optional", "failed")]].concat();
+        let doctor = json!({ "hooks": hooks });
         let all = configurations(&doctor, false).unwrap();
         let names: Vec<&str> = all.iter().map(|configuration| configuration.name.as_str()).collect();
         let without = ["without-fault", "without-map"];
