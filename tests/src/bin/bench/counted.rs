@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 /// Names of the loops, as `workload rounds` has them, and how many rounds each takes.
 const LOOPS: [(&str, usize); 6] =
-    [("fault", 80), ("map", 60), ("syscall", 40), ("fork", 120), ("exec", 80), ("read", 60)];
+    [("fault", 80), ("map", 200), ("syscall", 200), ("fork", 200), ("exec", 100), ("read", 200)];
 /// Kills in a configuration.
 const KILLS: usize = 15;
 /// What a process may hold before it is killed, bytes.
@@ -73,7 +73,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Value> {
             Err(error) => return Err(error),
         };
         std::thread::sleep(SETTLE);
-        let loops = measured(quick).with_context(|| format!("with {name}"))?;
+        let loops = measured().with_context(|| format!("with {name}"))?;
         tracer.map_or(Ok(()), Tracer::end).with_context(|| format!("after {name}"))?;
         found.insert(name, loops);
     }
@@ -164,14 +164,12 @@ fn configurations(doctor: &Value, quick: bool) -> anyhow::Result<Vec<Configurati
     Ok(all)
 }
 
-fn measured(quick: bool) -> anyhow::Result<Value> {
+fn measured() -> anyhow::Result<Value> {
     let mut loops = Map::new();
     for (name, rounds) in LOOPS {
-        let rounds = if quick { rounds / 2 } else { rounds };
         loops.insert(name.to_owned(), summed_up(&rounds_of(name, rounds)?, name)?);
     }
-    let kills = if quick { KILLS / 3 } else { KILLS };
-    let kills: Vec<f64> = (0..kills).map(|_| kill()).collect::<anyhow::Result<_>>()?;
+    let kills: Vec<f64> = (0..KILLS).map(|_| kill()).collect::<anyhow::Result<_>>()?;
     loops.insert("kill".to_owned(), summed_up(&kills, "kill")?);
     Ok(Value::Object(loops))
 }
