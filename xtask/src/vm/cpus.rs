@@ -54,7 +54,8 @@ pub(crate) fn chapter(place: &Place, profile: Profile, quick: bool) -> Result<Va
              thread its share, and stands still; then a parent and its forked child, each of its own. Three times in each \
              of three rounds, the agent's view of the process is held against a walk of its page tables \
              (/proc/PID/smaps_rollup), and for comparison against the counts of /proc/PID/status, which kernels 6.2 to 6.16 \
-             give without what each processor has yet to add. Maps are as the kernel counts them \
+             give without what each processor has yet to add. Up to 6.1 each thread keeps up to 64 faults to itself, which neither \
+             the kernel's counts nor the agent's have. Maps are as the kernel counts them \
              (`memlock` in /proc/PID/fdinfo), those that the agent holds open.",
         ],
         "tables": [{ "title": "", "columns": COLUMNS, "rows": rows }],
