@@ -13,5 +13,6 @@ pub mod json;
 pub mod printk;
 pub mod process;
 pub mod programs;
+pub mod quiet;
 pub mod sample;
 pub mod trial;

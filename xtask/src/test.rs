@@ -10,6 +10,7 @@ use crate::build::{self, OBJECT_VARIABLE};
 use crate::libtest::{Reader, Tally};
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{cargo, say, shown};
+use crate::vm::instructions::Extent;
 use crate::{setup, vm};
 
 /// Names the built agent for the black-box tests, which run it and never link it.
@@ -109,6 +110,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         }
     }
     layers.extend(kernel_matrix(place, profile, args));
+    layers.push(instructions(place, profile, args));
     let summary = sum_up(&layers, std::env::var("CI").is_ok_and(|ci| ci == "true"));
     say(format_args!("summary"));
     for line in &summary.lines {
@@ -141,6 +143,27 @@ fn kernel_matrix(place: &Place, profile: Profile, args: &Args) -> Vec<Layer> {
         Ok(Some(reports)) => reports.into_iter().map(Layer::of_machine).collect(),
         Ok(None) => vec![Layer::without_tests(name, Ended::LeftOut { why: "none of its tests has that in its name" })],
         Err(error) => vec![Layer::without_tests(name, Ended::Impossible { why: format!("{error:#}") })],
+    }
+}
+
+/// What the agent adds to each operation, on every kernel, held against what is committed.
+fn instructions(place: &Place, profile: Profile, args: &Args) -> Layer {
+    let name = "instructions";
+    if args.no_vm {
+        return Layer::without_tests(name, Ended::LeftOut { why: "as was asked for (--no-vm)" });
+    }
+    if args.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
+        return Layer::without_tests(name, Ended::LeftOut { why: "it has not that in its name" });
+    }
+    match vm::instructions::run(place, profile, Extent::Together, false) {
+        Ok(found) => {
+            for failure in &found.failures {
+                say(format_args!("{name}: FAILED {failure}"));
+            }
+            let ended = Ended::Ran { tally: found.tally, success: found.failures.is_empty() };
+            Layer { name: name.to_owned(), ended, remarks: found.remarks }
+        }
+        Err(error) => Layer::without_tests(name, Ended::Impossible { why: format!("{error:#}") }),
     }
 }
 

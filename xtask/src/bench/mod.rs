@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use self::page::Chapter;
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{output, say};
-use crate::{build, host, setup};
+use crate::vm::instructions::Extent;
+use crate::{build, host, setup, vm};
 
 /// The document that `--markdown` writes.
 const DOCUMENT: &str = "docs/benchmarks.md";
@@ -27,6 +28,9 @@ const BENCHES: &[(&str, &str)] = &[
     ("slowdown", "what does work lose while it is traced, beside other tracers"),
     ("agent", "what CPU and memory does the agent take, and does it count what it loses"),
     ("durable", "how soon after a kill is it on disk"),
+    ("instructions", "which operations take how many instructions more, on each kernel, hook by hook (in machines)"),
+    ("cpus", "is resident memory summed right over 8 and 64 processors (in machines)"),
+    ("oomkill", "is every OOM kill reported, beside oomkill on a kernel where it runs (in a machine)"),
 ];
 
 /// Arguments of `cargo xtask bench`.
@@ -47,6 +51,9 @@ pub(crate) struct Args {
     /// Write docs/benchmarks.md, as it came out
     #[arg(long, conflicts_with = "names")]
     markdown: bool,
+    /// Take the counts of `instructions` into tests/kernels/instructions.txt
+    #[arg(long, conflicts_with = "quick")]
+    bless: bool,
 }
 
 /// Runs the verb.
@@ -67,10 +74,11 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     build::workloads(place, profile)?;
 
     let begin = Instant::now();
-    let mut chapters = Vec::new();
+    let (mut chapters, mut complaints) = (Vec::new(), Vec::new());
     for name in chosen {
         say(format_args!("bench {name}, after {} s", begin.elapsed().as_secs()));
-        let found = native(place, profile, name, args.quick).unwrap_or_else(|error| Chapter::broken(name, &error));
+        let found =
+            measure(place, profile, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
         say(format_args!("\n{}", page::chapter(&found)));
         chapters.push((name, found));
     }
@@ -94,6 +102,9 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
             .with_context(|| format!("failed to write {}", file.display()))?;
         say(format_args!("wrote {DOCUMENT}"));
     }
+    if !complaints.is_empty() {
+        bail!("worse than before:\n{}", complaints.join("\n"));
+    }
     let broken: Vec<&str> = chapters.iter().filter(|c| c.is_broken).map(|c| c.title.as_str()).collect();
     if !broken.is_empty() {
         bail!("could not be measured: {}", broken.join(", "));
@@ -108,6 +119,28 @@ fn choose(names: &[String]) -> Result<Vec<&'static str>> {
         bail!("no benchmark {unknown}; there are:\n{}", list.join("\n"));
     }
     Ok(known().into_iter().filter(|known| names.is_empty() || names.iter().any(|name| name == known)).collect())
+}
+
+/// Runs one: in machines of its own, or on this one. What makes the whole run a failure goes to the complaints.
+fn measure(place: &Place, profile: Profile, name: &str, args: &Args, complaints: &mut Vec<String>) -> Result<Chapter> {
+    match name {
+        "instructions" => {
+            setup::machines()?;
+            let extent = if args.quick { Extent::Two } else { Extent::Whole };
+            let found = vm::instructions::run(place, profile, extent, args.bless)?;
+            complaints.extend(found.failures);
+            Chapter::read(found.chapter)
+        }
+        "cpus" => {
+            setup::machines()?;
+            Chapter::read(vm::cpus::chapter(place, profile, args.quick)?)
+        }
+        "oomkill" => {
+            setup::machines()?;
+            Chapter::read(vm::oomkill::chapter(place, profile)?)
+        }
+        _ => native(place, profile, name, args.quick),
+    }
 }
 
 /// Runs one on this machine.

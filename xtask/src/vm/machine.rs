@@ -17,8 +17,41 @@ use crate::run::{output, say, shown};
 /// QEMU.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 
-/// A machine that has not ended by then is killed.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+/// What a machine's processors are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Processors {
+    /// Two, each a node of its own, so that a cpuset can be given one of them.
+    Nodes,
+    /// One, of which the clock counts instructions: a nanosecond each, and none while it waits.
+    Counted,
+    /// So many, in one node.
+    Many(u32),
+}
+
+impl Processors {
+    /// QEMU's arguments for them, and for so many MiB of memory.
+    fn arguments(self, memory: u32) -> Vec<String> {
+        let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let mut arguments = words("-cpu max");
+        match self {
+            Self::Nodes => {
+                let half = memory / 2;
+                arguments.extend(words(&format!("-accel tcg,thread=multi -smp 2 -m {}M", half * 2)));
+                for node in 0..2 {
+                    arguments.extend(words(&format!("-object memory-backend-ram,id=memory{node},size={half}M")));
+                    arguments.extend(words(&format!("-numa node,nodeid={node},cpus={node},memdev=memory{node}")));
+                }
+            }
+            Self::Counted => arguments.extend(words(&format!(
+                "-accel tcg,thread=single -icount shift=0,sleep=off -smp 1 -rtc clock=vm -seed 1 -m {memory}M"
+            ))),
+            Self::Many(count) => {
+                arguments.extend(words(&format!("-accel tcg,thread=multi -smp {count} -m {memory}M")));
+            }
+        }
+        arguments
+    }
+}
 
 /// What every machine has.
 pub(crate) struct Parts {
@@ -28,8 +61,12 @@ pub(crate) struct Parts {
     pub(crate) initramfs: PathBuf,
     /// Memory, MiB.
     pub(crate) memory: u32,
-    /// Only tests whose name contains this.
-    pub(crate) filter: Option<String>,
+    /// Its processors.
+    pub(crate) processors: Processors,
+    /// More of the kernel's command line: what the guest is to do.
+    pub(crate) append: String,
+    /// A machine that has not ended by then is killed.
+    pub(crate) limit: Duration,
     /// Keep the disk that the tests wrote to.
     pub(crate) keep: bool,
 }
@@ -82,7 +119,7 @@ impl Machine {
         let mut child = qemu.spawn().with_context(|| format!("failed to start {QEMU}"))?;
         let stdout = child.stdout.take().context("failed to take the console")?;
         let mut console = Console::default();
-        let late = guarded(&mut child, LIMIT, || {
+        let late = guarded(&mut child, parts.limit, || {
             for line in BufReader::new(stdout).split(b'\n').map_while(std::result::Result::ok) {
                 let line = String::from_utf8_lossy(&line);
                 let _ = writeln!(log, "{}", line.trim_end_matches('\r'));
@@ -93,7 +130,7 @@ impl Machine {
         });
         let status = child.wait().with_context(|| format!("failed to wait for {QEMU}"))?;
         let cut_off = match (late, status.success()) {
-            (true, _) => Some(format!("cut off after {} s", LIMIT.as_secs())),
+            (true, _) => Some(format!("cut off after {} s", parts.limit.as_secs())),
             (false, false) => Some(format!("{QEMU} ended with {status}")),
             (false, true) => None,
         };
@@ -101,24 +138,15 @@ impl Machine {
     }
 
     fn qemu(&self, parts: &Parts, out: &Path, disks: &[String; 2]) -> Command {
-        // two nodes, so that a cpuset can be given one of them
-        let half = parts.memory / 2;
         // the root is ramfs for the same reason that /tmp is a disk; all processors have one clock here, and a kernel
         // that does not trust it has a log that drifts
-        let mut append = format!(
+        let append = format!(
             "console=ttyS0 quiet loglevel=1 panic=-1 rootfstype=ramfs tsc=reliable \
-             cgroup_enable=memory swapaccount=1 memtrace.cgroup={}",
-            self.cgroup
+             cgroup_enable=memory swapaccount=1 memtrace.cgroup={} {}",
+            self.cgroup, parts.append
         );
-        if let Some(filter) = &parts.filter {
-            append.push_str(&format!(" memtrace.filter={filter}"));
-        }
         let mut qemu = Command::new(QEMU);
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m"]).arg(format!("{}M", half * 2));
-        for node in 0..2 {
-            qemu.arg("-object").arg(format!("memory-backend-ram,id=memory{node},size={half}M"));
-            qemu.arg("-numa").arg(format!("node,nodeid={node},cpus={node},memdev=memory{node}"));
-        }
+        qemu.args(parts.processors.arguments(parts.memory));
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
         qemu.arg("-kernel").arg(&self.ready.image).arg("-initrd").arg(&parts.initramfs).arg("-append").arg(append);
         for disk in disks {
@@ -190,4 +218,20 @@ fn guarded(child: &mut Child, limit: Duration, work: impl FnOnce()) -> bool {
         drop(finished);
         guard.join().unwrap_or(false)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counted_processor_is_one_and_its_clock_stands_for_nothing_but_instructions() {
+        let line = Processors::Counted.arguments(1024).join(" ");
+        for part in ["-icount shift=0,sleep=off", "thread=single", "-smp 1 ", "-m 1024M", "-rtc clock=vm"] {
+            assert!(line.contains(part), "{line}");
+        }
+        let line = Processors::Many(64).arguments(4096).join(" ");
+        assert!(line.contains("-smp 64 ") && line.contains("thread=multi") && !line.contains("-numa"), "{line}");
+        assert!(Processors::Nodes.arguments(1024).join(" ").contains("-numa node,nodeid=1,cpus=1,memdev=memory1"));
+    }
 }

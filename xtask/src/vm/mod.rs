@@ -1,10 +1,16 @@
 //! `cargo xtask vm`: the tests that need a kernel, on the kernels that memtrace is for, in emulated machines.
 
+mod added;
 mod apt;
+mod bench;
 mod console;
+pub(crate) mod cpus;
+pub(crate) mod instructions;
 mod kernels;
 mod machine;
+pub(crate) mod oomkill;
 mod payload;
+mod snapshot;
 mod table;
 mod verifier;
 
@@ -19,10 +25,11 @@ use serde_json::Value;
 
 use self::apt::Apt;
 use self::kernels::{Cgroup, KERNELS, Kernel, Ready};
-use self::machine::{Machine, Outcome, Parts};
+use self::machine::{Machine, Outcome, Parts, Processors};
 use self::payload::Built;
+use self::snapshot::{Count, Measured, Snapshot};
 use self::table::{Plan, Row};
-use self::verifier::{Measured, SNAPSHOT, Snapshot};
+use self::verifier::Cost;
 use crate::libtest::Tally;
 use crate::place::{Place, Profile};
 use crate::run::say;
@@ -74,7 +81,7 @@ pub(crate) struct Report {
     /// How long it took.
     pub(crate) took: Duration,
     row: Option<Row>,
-    measured: Option<Measured>,
+    measured: Option<Measured<Cost>>,
     notes: Vec<String>,
 }
 
@@ -117,7 +124,7 @@ pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Opt
     let chosen = choose(args)?;
     let dir = place.target.join("vm");
     std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-    let built = Built::make(place, profile)?;
+    let built = Built::with_tests(place, profile)?;
     if let Some(filter) = &args.filter
         && !built.has_test(filter)?
     {
@@ -130,13 +137,14 @@ pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Opt
     }
     let kernels: Vec<&Ready> = machines.iter().map(|machine| &machine.ready).collect();
     machine::make_disks(&dir)?;
-    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels)?;
-    let filter = args.filter.clone();
-    let parts = Parts { dir, initramfs, memory: args.memory, filter, keep: args.keep };
+    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels, &[])?;
+    let append = args.filter.as_ref().map(|filter| format!("memtrace.filter={filter}")).unwrap_or_default();
+    let (memory, processors, keep) = (args.memory, Processors::Nodes, args.keep);
+    let parts = Parts { dir, initramfs, memory, processors, append, limit: LIMIT, keep };
     let jobs = args.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let outcomes = boot(&machines, &parts, jobs);
 
-    let path = place.root.join(SNAPSHOT);
+    let path = place.root.join(Cost::FILE);
     let text = std::fs::read_to_string(&path).unwrap_or_default();
     let mut snapshot = Snapshot::read(&text)?;
     for (machine, outcome) in machines.iter().zip(outcomes) {
@@ -145,7 +153,7 @@ pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Opt
     }
     let rows: Vec<Row> = reports.iter().filter_map(|report| report.row.clone()).collect();
     let _ = writeln!(std::io::stdout(), "{}", table::render(&rows));
-    let costs = reports.iter().filter_map(|report| Some((report.name.as_str(), &report.measured.as_ref()?.costs)));
+    let costs = reports.iter().filter_map(|report| Some((report.name.as_str(), &report.measured.as_ref()?.counts)));
     let costs = verifier::render(&costs.collect::<Vec<_>>());
     let _ = writeln!(std::io::stdout(), "verifier instructions / bytes of machine code\n{costs}\n");
     for (test, why) in payload::LEFT_OUT {
@@ -187,7 +195,12 @@ fn fetch(chosen: &[(&'static Kernel, Vec<Cgroup>)], dir: &Path, reports: &mut Ve
 }
 
 /// Joins what the console said with the files that the machine left.
-fn report(machine: &Machine, outcome: Result<Outcome>, parts: &Parts, against: Option<&Snapshot>) -> Result<Report> {
+fn report(
+    machine: &Machine,
+    outcome: Result<Outcome>,
+    parts: &Parts,
+    against: Option<&Snapshot<Cost>>,
+) -> Result<Report> {
     let name = machine.name();
     let Outcome { said, took } = match outcome {
         Ok(outcome) => outcome,
@@ -205,9 +218,9 @@ fn report(machine: &Machine, outcome: Result<Outcome>, parts: &Parts, against: O
     let doctor: Option<Value> = read("doctor.json").and_then(|text| serde_json::from_str(&text).ok());
     let version = machine.ready.version.clone();
     if let (Some(doctor), Some(log)) = (&doctor, read("verifier.log")) {
-        let measured = Measured { version: version.clone(), costs: verifier::costs(&log, doctor) };
+        let measured = Measured { version: version.clone(), counts: verifier::costs(&log, doctor) };
         if let Some(snapshot) = against {
-            let compared = snapshot.compare(machine.kernel, &machine.cgroup.to_string(), &measured);
+            let compared = snapshot.compare(machine.kernel, &machine.cgroup.to_string(), &measured, |_| true);
             report.notes.extend(compared.note.map(|note| format!("{name}: {note}")));
             report.tally.failed += compared.worse.len() as u64;
             report.failures.extend(compared.worse);
@@ -223,19 +236,19 @@ fn report(machine: &Machine, outcome: Result<Outcome>, parts: &Parts, against: O
         cgroup: machine.cgroup.to_string(),
         plan: Plan::of(&doctor.unwrap_or_default()),
         tally: report.tally,
-        cost: report.measured.as_ref().map(|measured| verifier::sum(&measured.costs)),
+        cost: report.measured.as_ref().map(|measured| verifier::sum(&measured.counts)),
         date: host::today()?,
     });
     Ok(report)
 }
 
 /// Writes what was measured into the tree.
-fn bless(place: &Place, snapshot: &Snapshot, rows: &[Row], filtered: bool) -> Result<()> {
+fn bless(place: &Place, snapshot: &Snapshot<Cost>, rows: &[Row], filtered: bool) -> Result<()> {
     let write = |path: &Path, text: &str| {
         std::fs::write(path, text).with_context(|| format!("failed to write {}", path.display()))
     };
-    write(&place.root.join(SNAPSHOT), &snapshot.text())?;
-    say(format_args!("wrote {SNAPSHOT}"));
+    write(&place.root.join(Cost::FILE), &snapshot.text())?;
+    say(format_args!("wrote {}", Cost::FILE));
     if filtered {
         say(format_args!("the table of {} stays: not all tests ran", table::FILE));
         return Ok(());
@@ -281,6 +294,9 @@ fn choose(args: &Args) -> Result<Vec<(&'static Kernel, Vec<Cgroup>)>> {
     }
     Ok(chosen)
 }
+
+/// A machine of tests that has not ended by then is killed.
+const LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// How often a machine is booted at most, when its emulator ends it.
 const BOOTS: usize = 3;

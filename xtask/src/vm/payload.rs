@@ -34,8 +34,16 @@ struct Entry {
     mode: u32,
 }
 
-/// Makes the archive `dir/initramfs.cpio` of the agent, what was built of the tests, and these kernels' modules.
-pub(crate) fn pack(place: &Place, agent: &Path, built: &Built, dir: &Path, kernels: &[&Ready]) -> Result<PathBuf> {
+/// Makes the archive `dir/initramfs.cpio` of the agent, what was built of the tests, these kernels' modules, and programs
+/// of this machine, which have the same place there.
+pub(crate) fn pack(
+    place: &Place,
+    agent: &Path,
+    built: &Built,
+    dir: &Path,
+    kernels: &[&Ready],
+    borrowed: &[&str],
+) -> Result<PathBuf> {
     let stage = dir.join("stage");
     std::fs::create_dir_all(&stage).with_context(|| format!("failed to create {}", stage.display()))?;
 
@@ -44,6 +52,7 @@ pub(crate) fn pack(place: &Place, agent: &Path, built: &Built, dir: &Path, kerne
         let to = if name == "guest" { "init".to_owned() } else { format!("memtrace/{name}") };
         programs.push((to, path.clone()));
     }
+    programs.extend(borrowed.iter().map(|from| (from.trim_start_matches('/').to_owned(), PathBuf::from(from))));
     programs.extend(built.tests.iter().map(|(name, path)| (format!("memtrace/tests/{name}"), path.clone())));
 
     let mut libraries = BTreeSet::new();
@@ -83,10 +92,19 @@ pub(crate) struct Built {
 }
 
 impl Built {
-    /// Builds it.
-    pub(crate) fn make(place: &Place, profile: Profile) -> Result<Self> {
+    /// Builds all of it.
+    pub(crate) fn with_tests(place: &Place, profile: Profile) -> Result<Self> {
+        Self::make(place, profile, &["test", "--no-run"])
+    }
+
+    /// Builds the programs alone.
+    pub(crate) fn programs(place: &Place, profile: Profile) -> Result<Self> {
+        Self::make(place, profile, &["build", "--bins"])
+    }
+
+    fn make(place: &Place, profile: Profile, how: &[&str]) -> Result<Self> {
         let mut build = cargo(place);
-        build.args(["test", "--no-run", "--package", "memtrace-tests", "--message-format=json-render-diagnostics"]);
+        build.args(how).args(["--package", "memtrace-tests", "--message-format=json-render-diagnostics"]);
         build.args(profile.args());
         say(format_args!("running {}", shown(&build)));
         let output = build.stderr(Stdio::inherit()).output().context("failed to start cargo")?;
@@ -94,7 +112,7 @@ impl Built {
             bail!("{} ended with {}", shown(&build), output.status);
         }
         let built = executables(&String::from_utf8_lossy(&output.stdout));
-        for needed in ["guest", "oomcage", "workload"] {
+        for needed in ["bench", "guest", "oomcage", "workload"] {
             if !built.programs.contains_key(needed) {
                 bail!("cargo built no program {needed} in memtrace-tests");
             }

@@ -2,11 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// The snapshot, in the repository.
-pub(crate) const SNAPSHOT: &str = "tests/kernels/verifier.txt";
+use super::snapshot::Count;
 
 /// A count may grow by so much, in percent, before that is a failure.
 const TOLERANCE: u64 = 2;
@@ -29,19 +27,6 @@ pub(crate) struct Cost {
 
 /// By program.
 pub(crate) type Costs = BTreeMap<String, Cost>;
-
-/// What was measured on one machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Measured {
-    /// Version of Debian's package.
-    pub(crate) version: String,
-    /// By program.
-    pub(crate) costs: Costs,
-}
-
-/// By kernel of the matrix and cgroup version.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(crate) struct Snapshot(BTreeMap<(String, String), Measured>);
 
 /// Joins the verifier's log of a run of doctor with what doctor said.
 ///
@@ -95,94 +80,36 @@ impl std::fmt::Display for Cost {
     }
 }
 
-/// What became of a comparison.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Compared {
-    /// Programs that grew too much or are gone, one sentence each.
-    pub(crate) worse: Vec<String>,
-    /// What else is to be said.
-    pub(crate) note: Option<String>,
-}
+impl Count for Cost {
+    const FILE: &'static str = "tests/kernels/verifier.txt";
+    const HEADER: &'static str = HEADER;
+    const BLESS: &'static str = "cargo xtask vm --bless";
+    const NAME_WORDS: usize = 1;
 
-impl Snapshot {
-    /// Reads it from its file's text.
-    pub(crate) fn read(text: &str) -> Result<Self> {
-        let mut snapshot = Self::default();
-        for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
-            snapshot.entry(line).with_context(|| format!("bad line in {SNAPSHOT}: {line}"))?;
-        }
-        Ok(snapshot)
+    fn read(words: &[&str]) -> Option<Self> {
+        let [instructions, bytes] = words else { return None };
+        Some(Self { instructions: instructions.parse().ok()?, bytes: bytes.parse().ok() })
     }
 
-    fn entry(&mut self, line: &str) -> Option<()> {
-        let words: Vec<&str> = line.split_ascii_whitespace().collect();
-        let [kernel, cgroup, version, program, instructions, bytes] = words.as_slice() else { return None };
-        let cost = Cost { instructions: instructions.parse().ok()?, bytes: bytes.parse().ok() };
-        let key = ((*kernel).to_owned(), (*cgroup).to_owned());
-        let fresh = || Measured { version: (*version).to_owned(), costs: Costs::new() };
-        self.0.entry(key).or_insert_with(fresh).costs.insert((*program).to_owned(), cost);
-        Some(())
+    fn write(&self) -> String {
+        let bytes = self.bytes.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string());
+        format!("{} {bytes}", self.instructions)
     }
 
-    /// The text of its file.
-    pub(crate) fn text(&self) -> String {
-        let mut text = HEADER.to_owned();
-        for ((kernel, cgroup), Measured { version, costs }) in &self.0 {
-            text.push('\n');
-            for (program, cost) in costs {
-                let bytes = cost.bytes.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string());
-                text.push_str(&format!("{kernel} {cgroup} {version} {program} {} {bytes}\n", cost.instructions));
-            }
-        }
-        text
+    fn grown(&self, name: &str, new: &Self, same_version: bool) -> Option<String> {
+        let tolerance = if same_version { TOLERANCE } else { TOLERANCE_OTHER };
+        let (old, new) = (self.instructions, new.instructions);
+        (new * 100 > old * (100 + tolerance))
+            .then(|| format!("{name}: the verifier processes {new} instructions, {old} before"))
     }
-
-    /// Takes in what was measured.
-    pub(crate) fn bless(&mut self, kernel: &str, cgroup: &str, measured: Measured) {
-        self.0.insert((kernel.to_owned(), cgroup.to_owned()), measured);
-    }
-
-    /// Holds what was measured against it.
-    pub(crate) fn compare(&self, kernel: &str, cgroup: &str, measured: &Measured) -> Compared {
-        let (version, costs) = (&measured.version, &measured.costs);
-        let mut compared = Compared::default();
-        let old = self.0.get(&(kernel.to_owned(), cgroup.to_owned()));
-        let Some(old) = old.filter(|old| series(&old.version) == series(version)) else {
-            compared.note = Some(format!("{SNAPSHOT} has nothing of the series of {version} to compare with"));
-            return compared;
-        };
-        let tolerance = if old.version == *version { TOLERANCE } else { TOLERANCE_OTHER };
-        if old.version != *version {
-            compared.note = Some(format!("{version} is compared with the verifier counts of {}", old.version));
-        }
-        for (program, old) in &old.costs {
-            let what = match costs.get(program) {
-                None => format!("{program} was loaded before, and is not any more"),
-                Some(new) if new.instructions * 100 > old.instructions * (100 + tolerance) => format!(
-                    "{program}: the verifier processes {} instructions, {} before",
-                    new.instructions, old.instructions
-                ),
-                Some(_) => continue,
-            };
-            compared.worse.push(format!("{what}; if it is meant to be so, run `cargo xtask vm --bless`"));
-        }
-        compared
-    }
-}
-
-/// 5.10 of 5.10.262-1.
-fn series(version: &str) -> &str {
-    let end = version.match_indices(|c: char| !c.is_ascii_digit()).nth(1).map_or(version.len(), |(at, _)| at);
-    version.get(..end).unwrap_or(version)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn measured(version: &str, program: &str, instructions: u64) -> Measured {
-        let costs = Costs::from([(program.to_owned(), Cost { instructions, bytes: Some(10) })]);
-        Measured { version: version.to_owned(), costs }
+    fn costs_of(program: &str, instructions: u64) -> Costs {
+        Costs::from([(program.to_owned(), Cost { instructions, bytes: Some(10) })])
     }
 
     #[test]
@@ -203,22 +130,8 @@ mod tests {
     }
 
     #[test]
-    fn it_is_written_as_it_is_read() {
-        let mut snapshot = Snapshot::default();
-        snapshot.bless("6.1", "v2", measured("6.1.192-2", "rss_stat", 100));
-        snapshot.bless("5.10", "v1", measured("5.10.262-1", "percpu_init", 7));
-        let text = snapshot.text();
-        assert!(
-            text.ends_with("\n\n5.10 v1 5.10.262-1 percpu_init 7 10\n\n6.1 v2 6.1.192-2 rss_stat 100 10\n"),
-            "{text}"
-        );
-        assert_eq!(Snapshot::read(&text).unwrap(), snapshot);
-        assert!(Snapshot::read("6.1 v2 rss_stat 100\n").is_err());
-    }
-
-    #[test]
     fn programs_are_rows_and_machines_columns() {
-        let (one, two) = (measured("6.1", "rss_stat", 100).costs, measured("6.1", "mark_victim", 7).costs);
+        let (one, two) = (costs_of("rss_stat", 100), costs_of("mark_victim", 7));
         let table = render(&[("6.1-v1", &one), ("6.1-v2", &two)]);
         let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(
@@ -230,32 +143,5 @@ mod tests {
             ]
         );
         assert_eq!(sum(&one), Cost { instructions: 100, bytes: Some(10) });
-    }
-
-    #[test]
-    fn two_percent_more_are_borne_and_no_more() {
-        let mut snapshot = Snapshot::default();
-        snapshot.bless("6.1", "v2", measured("6.1.192-2", "rss_stat", 1000));
-        let worse = |now: u64| snapshot.compare("6.1", "v2", &measured("6.1.192-2", "rss_stat", now)).worse;
-        assert!(worse(1020).is_empty() && worse(900).is_empty());
-        let said = worse(1021);
-        let [said] = said.as_slice() else { panic!("{said:?}") };
-        for part in ["rss_stat", "1021", "1000", "--bless"] {
-            assert!(said.contains(part), "{said}");
-        }
-        let gone = snapshot.compare("6.1", "v2", &measured("6.1.192-2", "other", 1)).worse;
-        assert!(gone.len() == 1 && gone[0].contains("not any more"), "{gone:?}");
-    }
-
-    #[test]
-    fn another_version_of_the_series_is_compared_and_said() {
-        let mut snapshot = Snapshot::default();
-        snapshot.bless("sid", "v2", measured("7.2.13-1", "rss_stat", 1000));
-        assert!(snapshot.compare("sid", "v2", &measured("7.2.20-1", "rss_stat", 1100)).worse.is_empty());
-        let compared = snapshot.compare("sid", "v2", &measured("7.2.20-1", "rss_stat", 1101));
-        assert_eq!(compared.worse.len(), 1);
-        assert!(compared.note.is_some_and(|note| note.contains("7.2.20-1") && note.contains("7.2.13-1")));
-        let compared = snapshot.compare("sid", "v2", &measured("7.20.1-1", "rss_stat", 2000));
-        assert!(compared.worse.is_empty() && compared.note.is_some());
     }
 }

@@ -1,13 +1,15 @@
 //! The benchmarks that run on this machine, one a call: prints its chapter as JSON. `cargo xtask bench` calls it.
+//! What is for emulated machines prints figures, of which `cargo xtask bench` makes a chapter.
 
 use std::io::Write;
 
 use clap::Parser;
-use memtrace_tests::chapter::Chapter;
 use memtrace_tests::{process, programs as paths};
+use serde_json::Value;
 
 mod bpf;
 mod burden;
+mod counted;
 mod durable;
 mod fdinfo;
 mod kills;
@@ -20,6 +22,7 @@ mod recorder;
 mod rounds;
 mod slowdown;
 mod spikes;
+mod spread;
 mod usage;
 
 /// One benchmark.
@@ -49,6 +52,10 @@ enum Name {
     Slowdown,
     Agent,
     Durable,
+    /// In a machine whose clock counts instructions: what the agent adds to each of some operations
+    Counted,
+    /// In a machine of many processors: what the agent knows of threads on all of them
+    Spread,
 }
 
 /// How a benchmark is to be run.
@@ -67,7 +74,7 @@ fn main() -> anyhow::Result<()> {
     paths::require_root()?;
     let plan =
         Plan { quick: args.quick, seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000), minutes: args.minutes };
-    let chapter: Chapter = match args.name {
+    let chapter = match args.name {
         Name::Spikes => spikes::run(&plan)?,
         Name::Peaks => peaks::run(&plan)?,
         Name::Kills => kills::run(&plan)?,
@@ -76,7 +83,12 @@ fn main() -> anyhow::Result<()> {
         Name::Slowdown => slowdown::run(args.quick)?,
         Name::Agent => burden::run(args.quick)?,
         Name::Durable => durable::run(args.quick)?,
+        Name::Counted => return print(&counted::run(args.quick)?),
+        Name::Spread => return print(&spread::run()?),
     };
-    writeln!(std::io::stdout(), "{:#}", chapter.to_json())?;
-    Ok(())
+    print(&chapter.to_json())
+}
+
+fn print(found: &Value) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{found:#}")?)
 }

@@ -1,4 +1,4 @@
-//! The runner: one test executable after another, then what `memtrace doctor` says.
+//! The runner: one test executable after another, then what `memtrace doctor` says; or a benchmark.
 
 use std::fs;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -15,6 +15,8 @@ use crate::{prepare, say};
 const MEMTRACE: &str = "/memtrace/memtrace";
 /// Where the test executables are.
 const TESTS: &str = "/memtrace/tests";
+/// The benchmarks.
+const BENCH: &str = "/memtrace/bench";
 /// Preloaded into doctor, it makes the verifier say how many instructions it processed for each program.
 const VERIFIER_LOG: &str = "/memtrace/verifier_log.so";
 /// What is put there, the host finds.
@@ -23,6 +25,8 @@ const OUT: &str = "/tmp/out";
 const HARMFUL: &str = "vm_";
 /// How long an executable may take.
 const LIMIT: Duration = Duration::from_secs(300);
+/// How long a benchmark may take; where the clock counts instructions, these are not the host's seconds.
+const BENCH_LIMIT: Duration = Duration::from_secs(3600);
 /// How long doctor may take.
 const DOCTOR_LIMIT: Duration = Duration::from_secs(90);
 /// Rounds of tests that repeat themselves: everything takes many times longer here.
@@ -33,6 +37,11 @@ pub(crate) fn everything() -> anyhow::Result<()> {
     prepare::enter_tests()?;
     // a test may use up the machine's memory, and what tells of it has to survive that
     fs::write("/proc/self/oom_score_adj", "-1000").context("failed to protect the runner")?;
+    if let Some(bench) = argument("bench") {
+        benchmark(&bench)?;
+        say(format_args!("done"));
+        return Ok(());
+    }
     for test in executables()? {
         let name = test.file_name().unwrap_or_default().to_string_lossy().into_owned();
         say(format_args!("begin {name}"));
@@ -56,6 +65,21 @@ pub(crate) fn everything() -> anyhow::Result<()> {
     }
     doctor()?;
     say(format_args!("done"));
+    Ok(())
+}
+
+/// Runs a benchmark, of which the arguments are given with commas between them; what it prints, the host finds.
+fn benchmark(arguments: &str) -> anyhow::Result<()> {
+    let path = Path::new(OUT).join("bench.json");
+    let file = fs::File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
+    say(format_args!("begin bench"));
+    let mut command = Command::new(BENCH);
+    command.args(arguments.split(',')).env("MEMTRACE_BIN", MEMTRACE).env("TMPDIR", "/tmp").stdout(file);
+    // the kernel gives its first process none
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    let begin = Instant::now();
+    let ended = run(&mut command, BENCH_LIMIT)?;
+    say(format_args!("end bench after {} s: {}", begin.elapsed().as_secs(), how(ended)));
     Ok(())
 }
 

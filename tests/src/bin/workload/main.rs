@@ -12,6 +12,7 @@ use memtrace_tests::process;
 use serde_json::{Value, json};
 
 mod change;
+mod counted;
 mod family;
 mod kernel_side;
 mod loops;
@@ -80,6 +81,9 @@ enum What {
         shmem_mib: usize,
         #[arg(long, default_value_t = 1)]
         threads: usize,
+        /// Each thread on a processor of its own, as far as there are some
+        #[arg(long)]
+        pinned: bool,
         /// Where the mapped file is made
         #[arg(long, default_value = "/var/tmp")]
         dir: PathBuf,
@@ -201,6 +205,21 @@ enum What {
         #[arg(long)]
         swing: bool,
     },
+    /// Rounds of one operation, and how long it took in each
+    Rounds {
+        #[arg(value_enum)]
+        operation: counted::Operation,
+        #[arg(long, default_value_t = 20)]
+        rounds: usize,
+        /// Where the file to read is made
+        #[arg(long, default_value = "/var/tmp/memtrace-tests.page")]
+        file: PathBuf,
+    },
+    /// Take memory page by page until killed, and keep in a file when the last page was there
+    UntilKilled {
+        #[arg(long)]
+        stamp: PathBuf,
+    },
     /// Print the kernel's watermark of the memory cgroup this runs in
     OwnPeak,
     /// What the families spawn: take memory under another name, then wait for the end of stdin or exit
@@ -252,8 +271,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Many { processes, mib_each } => family::many(processes, mib_each)?,
         What::Tmpfs { mib, dir } => memory::fill_tmpfs(mib, &dir)?,
         What::ForkChild { mib } => family::fork_child(mib)?,
-        What::Hold { anon_mib, file_mib, shmem_mib, threads, dir } => {
-            memory::hold(anon_mib, file_mib, shmem_mib, threads, &dir)?;
+        What::Hold { anon_mib, file_mib, shmem_mib, threads, pinned, dir } => {
+            memory::hold(anon_mib, file_mib, shmem_mib, memory::Threads { count: threads, pinned }, &dir)?;
         }
         What::Forked { mib } => family::forked(mib)?,
         What::ExitAfter { ms, mib, code } => {
@@ -279,6 +298,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,
         What::Crowd { processes, swing } => family::crowd(processes, swing)?,
+        What::Rounds { operation, rounds, file } => counted::rounds(operation, rounds, &file)?,
+        What::UntilKilled { stamp } => counted::until_killed(&stamp)?,
         What::OwnPeak => {
             let (place, peak) = memtrace_tests::cage::own_peak()?;
             say("own_peak", &json!({ "path": place.path, "peak_bytes": peak }))?;

@@ -126,8 +126,28 @@ struct Share {
     maps: Vec<MmapRaw>,
 }
 
-/// Reaches the asked state with `threads` threads that stay alive, then waits for the end of stdin.
-pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: usize, dir: &Path) -> anyhow::Result<()> {
+/// Who takes memory in `hold`.
+pub(crate) struct Threads {
+    /// How many.
+    pub(crate) count: usize,
+    /// Whether each has a processor of its own.
+    pub(crate) pinned: bool,
+}
+
+/// Binds the calling thread to one of the processors that it may run on.
+fn pin(index: usize) -> anyhow::Result<()> {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let allowed = sched_getaffinity(None).context("failed to ask for processors")?;
+    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
+    let cpu = cpus.get(index % cpus.len().max(1)).context("no processor to run on")?;
+    let mut one = CpuSet::new();
+    one.set(*cpu);
+    sched_setaffinity(None, &one).with_context(|| format!("failed to run on processor {cpu}"))
+}
+
+/// Reaches the asked state with threads that stay alive, then waits for the end of stdin.
+pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: Threads, dir: &Path) -> anyhow::Result<()> {
+    let Threads { count: threads, pinned } = threads;
     let threads = threads.max(1);
     let page = rustix::param::page_size();
     // Shares in whole pages, the last thread takes the rest: the sums are what was asked for.
@@ -138,6 +158,9 @@ pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: usize, dir: 
     let reached = Barrier::new(threads + 1);
     let leave = Barrier::new(threads + 1);
     let take = |index: usize| -> anyhow::Result<Share> {
+        if pinned {
+            pin(index)?;
+        }
         let mut anon = vec![0u8; share(anon, index)];
         touch(&mut anon);
         let mut maps = Vec::new();

@@ -1,0 +1,78 @@
+//! Threads on every processor of this machine, and whether the agent adds up what each holds. Prints figures, no chapter:
+//! that is made of all machines'.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::process::Rss;
+use memtrace_tests::quiet::{Quiet, recorded};
+use serde_json::{Value, json};
+
+/// How often each quiet moment is looked at.
+const LOOKS: usize = 3;
+/// Rounds, each with processes of its own.
+const ROUNDS: usize = 3;
+/// With more threads than processors, an emulated machine takes its time to end.
+const END_LIMIT: Duration = Duration::from_secs(120);
+
+/// One machine's figures.
+pub(crate) fn run() -> anyhow::Result<Value> {
+    let cpus = std::thread::available_parallelism().context("failed to count processors")?.get();
+    let threads = cpus.to_string();
+    let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
+    let mut agent = Options::below(dir.path()).start()?;
+    let hold = ["hold", "--anon-mib", "40", "--file-mib", "16", "--shmem-mib", "8", "--pinned", "--threads", &threads];
+    let (mut walked, mut counted, mut looks) = (0, 0, 0);
+    for _ in 0..ROUNDS {
+        for arguments in [hold.as_slice(), &["forked", "--mib", "24"]] {
+            let quiet = Quiet::start(arguments)?;
+            for &(pid, start) in quiet.processes().iter().cycle().take(LOOKS * quiet.processes().len()) {
+                let said = recorded(&agent, pid, start)?.total();
+                walked = said.abs_diff(Rss::walked(pid)?).max(walked);
+                counted = said.abs_diff(Rss::read(pid)?.total()).max(counted);
+                looks += 1;
+            }
+            quiet.end(END_LIMIT)?;
+        }
+    }
+    let memory = memory(&agent)?;
+    ensure!(agent.is_running()?, "the agent did not live to the end; it said:\n{}", agent.stderr());
+    agent.stop()?;
+    Ok(
+        json!({ "cpus": cpus, "looks": looks, "worst_off_walked": walked, "worst_off_status": counted, "agent": memory }),
+    )
+}
+
+/// What the agent holds: resident memory, and its maps as the kernel counts them.
+fn memory(agent: &Agent) -> anyhow::Result<Value> {
+    let dir = format!("/proc/{}/fdinfo", agent.pid());
+    let mut maps = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(&dir).with_context(|| format!("failed to read {dir}"))? {
+        // one that was closed meanwhile is no map
+        let text = std::fs::read_to_string(entry?.path()).unwrap_or_default();
+        maps.extend(map_of(&text));
+    }
+    Ok(json!({
+        "rss_bytes": Rss::read(agent.pid())?.total(),
+        "maps": maps.len(),
+        "map_bytes": maps.values().sum::<u64>(),
+    }))
+}
+
+/// Id and bytes, if what /proc/PID/fdinfo/FD says is of a BPF map.
+fn map_of(fdinfo: &str) -> Option<(u64, u64)> {
+    let number = |key: &str| fdinfo.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok());
+    Some((number("map_id:")?, number("memlock:")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_are_told_by_their_id() {
+        assert_eq!(map_of("pos:\t0\nmap_type:\t27\nmemlock:\t4096\nmap_id:\t7\nfrozen:\t0\n"), Some((7, 4096)));
+        assert_eq!(map_of("pos:\t0\nprog_type:\t17\nmemlock:\t4096\nprog_id:\t7\n"), None);
+    }
+}

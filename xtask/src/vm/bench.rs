@@ -1,0 +1,94 @@
+//! Machines that run one benchmark each, and the figures that it prints there.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::kernels::{Cgroup, KERNELS, Kernel, Ready};
+use super::machine::{self, Parts, Processors};
+use super::payload::{self, Built};
+use super::{boot, fetch};
+use crate::place::{Place, Profile};
+
+/// What the machines are to do.
+pub(super) struct Task<'a> {
+    /// Its name, which is that of the directory for consoles and figures.
+    pub(super) name: &'a str,
+    /// Arguments of `bench`, commas between them.
+    pub(super) arguments: &'a str,
+    /// Kernels, by their names in the matrix; each is booted with the newest version of cgroups that it can have.
+    pub(super) kernels: &'a [&'a str],
+    /// Programs of this machine that it runs there.
+    pub(super) borrowed: &'a [&'a str],
+    /// Processors of a machine.
+    pub(super) processors: Processors,
+    /// Memory of a machine, MiB.
+    pub(super) memory: u32,
+    /// A machine that has not ended by then is killed.
+    pub(super) limit: Duration,
+    /// Machines at a time.
+    pub(super) jobs: usize,
+}
+
+/// What came of one machine.
+pub(super) struct Found {
+    /// Its kernel's name in the matrix.
+    pub(super) kernel: String,
+    /// Its version of cgroups.
+    pub(super) cgroup: String,
+    /// Version of the kernel's package.
+    pub(super) version: String,
+    /// What `bench` printed.
+    pub(super) figures: Value,
+    /// How long the machine ran.
+    pub(super) took: Duration,
+}
+
+/// By the names of the machines.
+pub(super) type All = Vec<(String, Result<Found>)>;
+
+/// Boots the machines and gathers what they found.
+pub(super) fn run(place: &Place, profile: Profile, task: &Task<'_>) -> Result<All> {
+    if std::env::consts::ARCH != "x86_64" {
+        bail!("the machines are x86_64, and run what is built for this one");
+    }
+    let chosen: Vec<(&'static Kernel, Vec<Cgroup>)> = KERNELS
+        .iter()
+        .filter(|kernel| task.kernels.contains(&kernel.name))
+        .filter_map(|kernel| Some((kernel, vec![*kernel.cgroups.last()?])))
+        .collect();
+    let base = place.target.join("vm");
+    let dir = base.join(task.name);
+    std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
+    let built = Built::programs(place, profile)?;
+    let mut absent = Vec::new();
+    let machines = fetch(&chosen, &base, &mut absent);
+    let kernels: Vec<&Ready> = machines.iter().map(|machine| &machine.ready).collect();
+    machine::make_disks(&dir)?;
+    // what is not here, the benchmark says it has not found
+    let borrowed: Vec<&str> = task.borrowed.iter().copied().filter(|program| Path::new(program).is_file()).collect();
+    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels, &borrowed)?;
+    // addresses that are the same at each boot: how many page tables a fork copies depends on them
+    let append = format!("nokaslr norandmaps memtrace.bench={}", task.arguments);
+    let (processors, memory, limit) = (task.processors, task.memory, task.limit);
+    let parts = Parts { dir, initramfs, memory, processors, append, limit, keep: false };
+    let outcomes = boot(&machines, &parts, task.jobs);
+    let mut all: All = Vec::new();
+    for (machine, outcome) in machines.iter().zip(outcomes) {
+        let found = outcome.and_then(|outcome| {
+            if !outcome.said.troubles.is_empty() || outcome.said.tally.failed > 0 {
+                bail!("{}\n{}", outcome.said.troubles.join("; "), outcome.said.tail.join("\n"));
+            }
+            let path = machine.out(&parts).join("bench.json");
+            let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+            let figures = serde_json::from_str(&text).context("the benchmark printed something that is not JSON")?;
+            let (kernel, cgroup) = (machine.kernel.to_owned(), machine.cgroup.to_string());
+            Ok(Found { kernel, cgroup, version: machine.ready.version.clone(), figures, took: outcome.took })
+        });
+        all.push((machine.name(), found));
+    }
+    all.extend(absent.into_iter().map(|report| (report.name, Err(anyhow::anyhow!(report.failures.join("; "))))));
+    Ok(all)
+}

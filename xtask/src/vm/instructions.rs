@@ -1,0 +1,204 @@
+//! Instructions that the agent adds to an operation, counted in machines whose clock counts them, on every kernel.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::added::{Added, HOOK, Loops, PARTS, PEERS, UNSTEADY, hooks};
+use super::bench::{self, Found, Task};
+use super::kernels::KERNELS;
+use super::machine::Processors;
+use super::snapshot::{Compared, Count, Measured, Snapshot};
+use crate::libtest::Tally;
+use crate::place::{Place, Profile};
+use crate::run::say;
+
+/// What is run in a loop, and what else traces page faults.
+const BORROWED: [&str; 3] = ["/bin/true", "/usr/bin/bpftrace", "/usr/bin/perf"];
+
+/// How much is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Every kernel, hook by hook, as it is kept.
+    Whole,
+    /// Every kernel, all hooks together.
+    Together,
+    /// A new and an old kernel, all hooks together.
+    Two,
+}
+
+/// What was found.
+pub(crate) struct Instructions {
+    /// As a chapter.
+    pub(crate) chapter: Value,
+    /// Counts held against the snapshot.
+    pub(crate) tally: Tally,
+    /// What grew, what could not be measured; a line each.
+    pub(crate) failures: Vec<String>,
+    /// What else is to be said.
+    pub(crate) remarks: Vec<String>,
+}
+
+/// One machine, measured.
+struct Machine {
+    found: Found,
+    loops: Loops,
+}
+
+/// Boots the machines; with `bless`, what they find becomes the snapshot.
+pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) -> Result<Instructions> {
+    let all = KERNELS.map(|kernel| kernel.name);
+    let kernels: &[&str] = if extent == Extent::Two { &["6.1", "sid"] } else { &all };
+    let whole = extent == Extent::Whole;
+    let task = Task {
+        name: "instructions",
+        arguments: if whole { "counted" } else { "counted,--quick" },
+        kernels,
+        borrowed: if whole { &BORROWED } else { BORROWED.get(..1).unwrap_or_default() },
+        processors: Processors::Counted,
+        memory: 1024,
+        limit: Duration::from_secs(20 * 60),
+        jobs: std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let mut failures = Vec::new();
+    let mut machines = Vec::new();
+    for (name, found) in bench::run(place, profile, &task)? {
+        match found {
+            Ok(found) => machines.push(Machine { loops: Loops::of(&found.figures), found }),
+            Err(error) => failures.push(format!("{name}: {error:#}")),
+        }
+    }
+    let path = place.root.join(Added::FILE);
+    let mut snapshot = Snapshot::<Added>::read(&std::fs::read_to_string(&path).unwrap_or_default())?;
+    let mut remarks = Vec::new();
+    let mut counts = 0;
+    for Machine { found, loops } in &machines {
+        let measured = Measured { version: found.version.clone(), counts: loops.steady() };
+        counts += measured.counts.len() as u64;
+        if bless {
+            snapshot.bless(&found.kernel, &found.cgroup, measured);
+            continue;
+        }
+        let expected = |name: &str| whole || PARTS.iter().any(|(what, _)| name.ends_with(&format!(" {what}")));
+        let Compared { worse, note } = snapshot.compare(&found.kernel, &found.cgroup, &measured, expected);
+        remarks.extend(note.map(|note| format!("{}: {note}", found.kernel)));
+        failures.extend(worse.into_iter().map(|what| format!("{}: {what}", found.kernel)));
+    }
+    if bless {
+        std::fs::write(&path, snapshot.text()).with_context(|| format!("failed to write {}", path.display()))?;
+        say(format_args!("wrote {}", Added::FILE));
+    }
+    let failed = failures.len() as u64;
+    let tally = Tally { passed: counts.saturating_sub(failed), failed, skipped: 0 };
+    Ok(Instructions { chapter: chapter(&machines, &failures, bless, whole), tally, failures, remarks })
+}
+
+const TEXT: [&str; 3] = [
+    "Emulated machines of one processor whose clock advances by a nanosecond an instruction (QEMU, `-icount \
+     shift=0,sleep=off`): what a program measures in nanoseconds are the instructions that were executed, in the kernel and \
+     outside, whatever the host is and does. Each loop does one operation over and over: touch a fresh page (4 KiB), map and \
+     unmap 64 KiB, getpid, fork a child that exits, run /bin/true, read a page of a cached file; and a process in a cgroup of \
+     8 MiB takes memory until it is killed, from its last page to when its parent knows.",
+    "A cell is the mean of the middle half of the rounds with the agent less the same without: rounds are short, so that the \
+     agent's own turns, ten a second, fall into few of them, and cost on the path of the operation is what is left. After ± is \
+     what may be noise: three standard errors, or how far the loop differs from itself before and after all else. A kill \
+     wakes the agent, which runs on the same processor: its own work on the incident is in that column. A hook's row is \
+     the agent without stacks less the same without that hook: stacks are taken at random, and would blur it. Required hooks \
+     cannot be left out.",
+    "An instruction is no unit of time: a cache miss costs a hundred of them. What is left out: tracing by others on the same \
+     hooks, which would share the cost of entering them.",
+];
+
+fn chapter(machines: &[Machine], failures: &[String], bless: bool, whole: bool) -> Value {
+    let mut operations: Vec<String> = machines.iter().flat_map(|machine| machine.loops.alone.keys().cloned()).collect();
+    operations.sort();
+    operations.dedup();
+    let head =
+        |first: &[&str]| first.iter().map(|text| (*text).to_owned()).chain(operations.clone()).collect::<Vec<_>>();
+    let mut rows = Vec::new();
+    for Machine { found, loops } in machines {
+        let alone = operations.iter().map(|operation| match loops.alone.get(operation) {
+            Some(alone) => format!("{alone:.0}"),
+            None => "not measured".to_owned(),
+        });
+        let row = |what: &str, cells: Vec<String>| {
+            [found.kernel.clone(), what.to_owned()].into_iter().chain(cells).map(Value::String).collect::<Vec<_>>()
+        };
+        rows.push(row("the operation, untraced", alone.collect()));
+        for (name, what) in PARTS {
+            rows.push(row(&format!("added by {what}"), loops.row(name, &operations)));
+        }
+        for (name, what) in PEERS.iter().filter(|_| whole) {
+            let cells = match found.figures.pointer(&format!("/configurations/{name}/unknown")) {
+                Some(why) => vec![json!({ "unknown": why }); operations.len()],
+                None => loops.row(name, &operations).into_iter().map(Value::String).collect(),
+            };
+            rows.push([vec![json!(found.kernel), json!(format!("added by {what}"))], cells].concat());
+        }
+    }
+    let mut tables = vec![json!({
+        "title": "Instructions an operation", "columns": head(&["kernel", "instructions"]), "rows": rows,
+    })];
+    for Machine { found, loops } in machines {
+        let row = |hook: &&str| {
+            let what = format!("{HOOK}{hook}");
+            let measured = operations.iter().any(|operation| loops.added.contains_key(&format!("{operation} {what}")));
+            measured.then(|| [vec![(*hook).to_owned()], loops.row(&what, &operations)].concat())
+        };
+        let rows: Vec<Vec<String>> = hooks(&found.figures).iter().filter_map(row).collect();
+        if !rows.is_empty() {
+            let title = format!("Hook by hook, Linux {} of Debian ({})", found.version, found.kernel);
+            tables.push(json!({ "title": title, "columns": head(&["hook"]), "rows": rows }));
+        }
+    }
+    let found = match (bless, failures) {
+        (true, _) => "this run became the snapshot".to_owned(),
+        (false, []) => "none".to_owned(),
+        (false, some) => some.join("; "),
+    };
+    json!({
+        "title": "Instructions that the agent adds, counted exactly",
+        "text": TEXT,
+        "tables": tables,
+        "goals": [{
+            "what": format!("No operation but `{UNSTEADY}` takes more instructions than {} says", Added::FILE),
+            "found": found,
+            "met": if bless { Value::Null } else { json!(failures.is_empty()) },
+        }],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_its_rows_and_a_table_of_its_hooks() {
+        let took = |fault: f64| json!({ "fault": { "mean": fault, "error": 1.0 } });
+        let figures = json!({
+            "hooks": [{ "hook": "rss" }, { "hook": "fault" }],
+            "configurations": {
+                "none": took(7000.0), "full": took(7300.0), "no-stacks": took(7250.0), "required": took(7200.0),
+                "without-fault": took(7210.0), "none-again": took(7000.0), "perf-record": { "unknown": "not here" },
+            },
+        });
+        let found = Found {
+            kernel: "6.1".to_owned(),
+            cgroup: "v2".to_owned(),
+            version: "6.1.192-2".to_owned(),
+            took: Duration::ZERO,
+            figures,
+        };
+        let machines = [Machine { loops: Loops::of(&found.figures), found }];
+        let chapter = chapter(&machines, &["6.1: fault full: more".to_owned()], false, true);
+        let at = |pointer: &str| chapter.pointer(pointer).cloned().unwrap_or_default();
+        assert_eq!(at("/tables/0/columns"), json!(["kernel", "instructions", "fault"]));
+        assert_eq!(at("/tables/0/rows/0"), json!(["6.1", "the operation, untraced", "7000"]));
+        assert_eq!(at("/tables/0/rows/1"), json!(["6.1", "added by memtrace at defaults", "+300 ± 4"]));
+        assert_eq!(at("/tables/0/rows/4/2"), json!("not measured"));
+        assert_eq!(at("/tables/0/rows/6/2/unknown"), json!("not here"));
+        assert_eq!(at("/tables/1/rows"), json!([["fault", "+40 ± 4"]]));
+        assert_eq!(at("/goals/0/met"), json!(false));
+    }
+}

@@ -1,0 +1,43 @@
+//! The benchmark `kills` once more, in a machine whose kernel lets `oomkill` attach.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::bench::{self, Task};
+use super::machine::Processors;
+use crate::place::{Place, Profile};
+
+/// The kernel that the peer is of the same suite as.
+const KERNEL: &str = "6.1";
+
+/// Boots it, and takes over the chapter that the benchmark printed there.
+pub(crate) fn chapter(place: &Place, profile: Profile) -> Result<Value> {
+    let task = Task {
+        name: "oomkill",
+        arguments: "kills,--quick",
+        kernels: &[KERNEL],
+        borrowed: &["/usr/sbin/oomkill"],
+        processors: Processors::Nodes,
+        memory: 2048,
+        limit: Duration::from_secs(15 * 60),
+        jobs: 1,
+    };
+    let (_, found) = bench::run(place, profile, &task)?.into_iter().next().context("no machine was booted")?;
+    let found = found?;
+    let mut chapter = found.figures;
+    let where_it_ran = format!(
+        "The benchmark of kill recall in an emulated machine of two processors, as kprobes work there: Linux {} of Debian, \
+         cgroup {}.",
+        found.version, found.cgroup
+    );
+    let fields = chapter.as_object_mut().context("the benchmark printed no chapter")?;
+    let title = fields.get("title").and_then(Value::as_str).unwrap_or("Kill recall");
+    let title = format!("{title}, where oomkill can attach");
+    fields.insert("title".to_owned(), json!(title));
+    if let Some(text) = fields.get_mut("text").and_then(Value::as_array_mut) {
+        text.insert(0, json!(where_it_ran));
+    }
+    Ok(chapter)
+}
