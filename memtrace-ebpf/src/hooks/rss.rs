@@ -181,7 +181,9 @@ fn tell(mm: u64, reported: u32, state: &mut MmState) {
 /// no loop of the program can keep in step with.
 #[inline(always)]
 fn grant(seen: &mut Seen, quantum_pages: i64) {
-    let most = (quantum_pages as u32 >> 4).min(MOST_LEFT);
+    // All CPUs together may let go of half a quantum: on a large machine only large processes have any to let go of.
+    let share = (quantum_pages as u32 >> 1).checked_div(control!(cpus)).unwrap_or(0);
+    let most = (quantum_pages as u32 >> 4).min(MOST_LEFT).min(share);
     // The last page of an address space must not be among them where it tells its end.
     let granted =
         if most < 2 || control!(exit_mmap) == 0 { 0 } else { (most >> 1) + unsafe { bpf_get_prandom_u32() } % most };

@@ -40,8 +40,8 @@ impl Count for Added {
     const FILE: &'static str = "tests/kernels/instructions.txt";
     const HEADER: &'static str = "\
 # Instructions that the agent adds to one operation on each kernel, and what of that may be noise. `full` is the agent at
-# defaults, `no-stacks` without stacks, `required` without those and with its required hooks alone, `hook:NAME` what
-# `no-stacks` takes more than without that hook.
+# defaults, `no-stacks` without stacks, `required` without those and with its required hooks alone, `charges` without
+# stacks and with charges in place of the rss hook, `hook:NAME` what `no-stacks` takes more than without that hook.
 # `cargo xtask test` and `cargo xtask bench instructions` compare with it, the latter with --bless writes it.
 # kernel, cgroup version, package version, operation, what, instructions, noise
 ";
@@ -66,10 +66,11 @@ impl Count for Added {
 }
 
 /// The agent, whole and in part.
-pub(super) const PARTS: [(&str, &str); 3] = [
+pub(super) const PARTS: [(&str, &str); 4] = [
     ("full", "memtrace at defaults"),
     ("no-stacks", "memtrace without stacks"),
     ("required", "its required hooks alone, without stacks"),
+    ("charges", "memtrace without stacks, charges in place of rss"),
 ];
 
 /// Others that trace page faults.

@@ -61,29 +61,45 @@ pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) 
         limit: Duration::from_secs(20 * 60),
         jobs: std::thread::available_parallelism().map_or(1, usize::from),
     };
-    let mut failures = Vec::new();
-    let mut machines = Vec::new();
-    for (name, found) in bench::run(place, profile, &task)? {
-        match found {
-            Ok(found) => machines.push(Machine { loops: Loops::of(&found.figures), found }),
-            Err(error) => failures.push(format!("{name}: {error:#}")),
-        }
-    }
     let path = place.root.join(Added::FILE);
     let mut snapshot = Snapshot::<Added>::read(&std::fs::read_to_string(&path).unwrap_or_default())?;
+    let mut all = bench::run(place, profile, &task)?;
     let mut remarks = Vec::new();
-    let mut counts = 0;
-    for Machine { found, loops } in &machines {
-        let measured = Measured { version: found.version.clone(), counts: loops.steady() };
-        counts += measured.counts.len() as u64;
-        if bless {
-            snapshot.bless(&found.kernel, &found.cgroup, measured);
-            continue;
+    if !bless {
+        // Rounds are few and the agent's own turns fall where they like: what has grown, has grown twice.
+        let bad: Vec<String> =
+            all.iter().filter_map(|one| complaints(&snapshot, one, whole).0.into_iter().next()).collect();
+        let again: Vec<&str> =
+            kernels.iter().copied().filter(|kernel| bad.iter().any(|why| is_of(why, kernel))).collect();
+        if !again.is_empty() {
+            remarks.extend(bad.iter().map(|why| format!("second try of {why}")));
+            let second = bench::run(place, profile, &Task { kernels: &again, ..task })?;
+            all.retain(|(name, _)| second.iter().all(|(other, _)| other != name));
+            all.extend(second);
         }
-        let expected = |name: &str| whole || PARTS.iter().any(|(what, _)| name.ends_with(&format!(" {what}")));
-        let Compared { worse, note } = snapshot.compare(&found.kernel, &found.cgroup, &measured, expected);
-        remarks.extend(note.map(|note| format!("{}: {note}", found.kernel)));
-        failures.extend(worse.into_iter().map(|what| format!("{}: {what}", found.kernel)));
+    }
+    let mut failures = Vec::new();
+    let mut machines = Vec::new();
+    let mut counts = 0;
+    for one in all {
+        if !bless {
+            let (worse, note) = complaints(&snapshot, &one, whole);
+            failures.extend(worse);
+            remarks.extend(note);
+        }
+        match one {
+            (_, Ok(found)) => {
+                let loops = Loops::of(&found.figures);
+                let measured = Measured { version: found.version.clone(), counts: loops.steady() };
+                counts += measured.counts.len() as u64;
+                if bless {
+                    snapshot.bless(&found.kernel, &found.cgroup, measured);
+                }
+                machines.push(Machine { loops, found });
+            }
+            (name, Err(error)) if bless => failures.push(format!("{name}: {error:#}")),
+            (_, Err(_)) => {}
+        }
     }
     if bless {
         std::fs::write(&path, snapshot.text()).with_context(|| format!("failed to write {}", path.display()))?;
@@ -92,6 +108,28 @@ pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) 
     let failed = failures.len() as u64;
     let tally = Tally { passed: counts.saturating_sub(failed), failed, skipped: 0 };
     Ok(Instructions { chapter: chapter(&machines, &failures, bless, whole), tally, failures, remarks })
+}
+
+/// What is wrong with what one machine found, a line each that begins with its name, and what else is to be said of it.
+fn complaints(
+    snapshot: &Snapshot<Added>,
+    (name, found): &(String, Result<Found>),
+    whole: bool,
+) -> (Vec<String>, Option<String>) {
+    let found = match found {
+        Ok(found) => found,
+        Err(error) => return (vec![format!("{name}: {error:#}")], None),
+    };
+    let measured = Measured { version: found.version.clone(), counts: Loops::of(&found.figures).steady() };
+    let expected = |name: &str| whole || PARTS.iter().any(|(what, _)| name.ends_with(&format!(" {what}")));
+    let Compared { worse, note } = snapshot.compare(&found.kernel, &found.cgroup, &measured, expected);
+    (worse.into_iter().map(|what| format!("{name}: {what}")).collect(), note.map(|note| format!("{name}: {note}")))
+}
+
+/// Whether a complaint is about this kernel of the matrix.
+fn is_of(complaint: &str, kernel: &str) -> bool {
+    let rest = complaint.strip_prefix(kernel);
+    rest.is_some_and(|rest| rest.starts_with(": ") || rest.starts_with("-v1: ") || rest.starts_with("-v2: "))
 }
 
 const TEXT: [&str; 3] = [
@@ -172,6 +210,12 @@ fn chapter(machines: &[Machine], failures: &[String], bless: bool, whole: bool) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_complaint_names_its_kernel() {
+        assert!(is_of("6.1-v2: fault full: +9", "6.1") && is_of("sid: not to be had", "sid"));
+        assert!(!is_of("5.10-old-v1: x", "5.10") && !is_of("6.12-v2: x", "6.1"));
+    }
 
     #[test]
     fn a_machine_has_its_rows_and_a_table_of_its_hooks() {

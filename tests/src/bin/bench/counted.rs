@@ -157,6 +157,9 @@ fn configurations(doctor: &Value, quick: bool) -> anyhow::Result<Vec<Configurati
             .map(|hook| agent(&format!("without-{hook}"), &[NO_STACKS.as_slice(), &["--without", hook]].concat())),
     );
     all.push(agent("required", &[NO_STACKS.as_slice(), &["--without", &spare.join(",")]].concat()));
+    if spare.contains(&"charge") {
+        all.push(agent("charges", &[NO_STACKS.as_slice(), &["--without", "rss"]].concat()));
+    }
     if !quick {
         all.extend(PEERS.map(|(name, words)| configuration(name, Who::Peer(words))));
     }
@@ -202,12 +205,15 @@ fn middle(rounds: &[f64]) -> Option<f64> {
 }
 
 fn rounds_of(operation: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
-    let mut command = Command::new(programs::path("workload")?);
+    // The root cgroup is charged nothing: where nobody has one, charges would seem to cost nothing.
+    let cage = Cage::unlimited("loop")?;
+    let mut command = cage.command(programs::path("workload")?)?;
     command.args(["rounds", operation, "--rounds"]).arg(rounds.to_string());
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output().context("failed to run a loop")?;
     ensure!(output.status.success(), "the loop {operation} ended with {}", output.status);
     let said = String::from_utf8_lossy(&output.stdout);
     let last: Value = serde_json::from_str(said.lines().last().context("the loop said nothing")?)?;
+    cage.remove()?;
     json::list(&last, "/ns")?.iter().map(|ns| ns.as_f64().context("a round is no number")).collect()
 }
 
