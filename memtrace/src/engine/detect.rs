@@ -14,7 +14,7 @@ const RISE_NS: u64 = SEC;
 const LOW_BUCKET_NS: u64 = 50_000_000;
 /// What stays high longer is no spike.
 const PLATEAU_NS: u64 = 10 * SEC;
-/// A kill this soon after the fall explains it, and so it does reclaim this soon after the kill.
+/// A kill this soon after the fall explains it, and so it does a rise or reclaim this soon after the kill.
 const KILL_EXPLAINS_NS: u64 = SEC;
 /// One spike, and one near miss, of a cgroup in this time.
 const COOL_DOWN_NS: u64 = 60 * SEC;
@@ -122,8 +122,12 @@ impl Detector {
     fn reading(&mut self, cgroup: u64, ns: u64, usage: u64, limit: u64) {
         let (base_ns, base) = self.low(ns, usage);
         match &mut self.phase {
+            // What comes right after a kill is its end: victims that die one by one, or go on until they do.
             Phase::Quiet => {
-                if u128::from(usage) * 5 >= u128::from(limit) * 4 && usage.saturating_sub(base) >= limit / 4 {
+                if ns >= self.explained_until_ns
+                    && u128::from(usage) * 5 >= u128::from(limit) * 4
+                    && usage.saturating_sub(base) >= limit / 4
+                {
                     self.phase = Phase::High(Spike { cgroup, base_ns, base, peak_ns: ns, peak: usage, limit });
                 }
             }
@@ -320,6 +324,20 @@ mod tests {
             d.reclaim_began(hit_ms * MS, &reading, PressureLimit::Max, 1);
             let found = d.tick(3000 * MS, near_misses);
             assert_eq!(found.len(), spikes, "told {near_misses}, hit at {hit_ms} ms: {found:?}");
+        }
+    }
+
+    /// Seen on 5.10 under emulation: of two processes with one address space the second went on until it died.
+    #[test]
+    fn a_rise_while_victims_die_is_no_spike() {
+        for (killed_ms, expected) in [(1100, 0), (400, 1)] {
+            let mut d = Detectors::default();
+            d.reading(7, killed_ms * MS, 999, LIMIT);
+            d.killed(killed_ms * MS, |id| id == 7);
+            for (ms, usage) in [(1200, 10), (1450, 850), (1500, 20)] {
+                d.reading(7, ms * MS, usage, LIMIT);
+            }
+            assert_eq!(d.tick(3000 * MS, true).len(), expected, "killed at {killed_ms} ms");
         }
     }
 

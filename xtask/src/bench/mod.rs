@@ -81,6 +81,10 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
             measure(place, profile, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
         say(format_args!("\n{}", page::chapter(&found)));
         chapters.push((name, found));
+        if args.markdown {
+            // as far as it is: a run that is cut off has not measured for nothing
+            write_document(place, args, begin, chapters.iter().map(|(_, chapter)| chapter))?;
+        }
     }
     if let Some(file) = &args.json {
         let all: serde_json::Map<String, Value> =
@@ -90,16 +94,6 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     }
     let chapters: Vec<Chapter> = chapters.into_iter().map(|(_, chapter)| chapter).collect();
     if args.markdown {
-        let file = place.root.join(DOCUMENT);
-        let quick = if args.quick { " --quick" } else { "" };
-        let head = page::Head {
-            command: format!("cargo xtask bench{quick} --markdown"),
-            date: host::today()?,
-            machine: format!("{}, Linux {}", host::machine()?, host::kernel()?),
-            seconds: begin.elapsed().as_secs(),
-        };
-        std::fs::write(&file, page::document(&head, &chapters))
-            .with_context(|| format!("failed to write {}", file.display()))?;
         say(format_args!("wrote {DOCUMENT}"));
     }
     if !complaints.is_empty() {
@@ -110,6 +104,25 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         bail!("could not be measured: {}", broken.join(", "));
     }
     Ok(())
+}
+
+fn write_document<'a>(
+    place: &Place,
+    args: &Args,
+    begin: Instant,
+    chapters: impl Iterator<Item = &'a Chapter>,
+) -> Result<()> {
+    let file = place.root.join(DOCUMENT);
+    let quick = if args.quick { " --quick" } else { "" };
+    let bless = if args.bless { " --bless" } else { "" };
+    let head = page::Head {
+        command: format!("cargo xtask bench{quick}{bless} --markdown"),
+        date: host::today()?,
+        machine: format!("{}, Linux {}", host::machine()?, host::kernel()?),
+        seconds: begin.elapsed().as_secs(),
+    };
+    std::fs::write(&file, page::document(&head, chapters))
+        .with_context(|| format!("failed to write {}", file.display()))
 }
 
 fn choose(names: &[String]) -> Result<Vec<&'static str>> {

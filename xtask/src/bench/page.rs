@@ -51,7 +51,8 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 }
 
 /// The document: the goals of all chapters first, for that is what is asked first.
-pub(crate) fn document(head: &Head, chapters: &[Chapter]) -> String {
+pub(crate) fn document<'a>(head: &Head, chapters: impl Iterator<Item = &'a Chapter>) -> String {
+    let chapters: Vec<&Chapter> = chapters.collect();
     let Head { command, date, machine, seconds } = head;
     let mut out = format!(
         "# Benchmarks\n\nWritten by `{command}` in {} min on {date}, as it came out. {machine}.\n\nA figure is the median \
@@ -160,7 +161,7 @@ mod tests {
     fn a_missed_goal_says_so() {
         let json = json!({ "title": "T", "goals": [{ "what": "w", "found": "f", "met": false }] });
         let head = Head { command: "c".into(), date: "d".into(), machine: "m".into(), seconds: 61 };
-        let found = document(&head, &[Chapter::read(json).unwrap()]);
+        let found = document(&head, [Chapter::read(json).unwrap()].iter());
         assert!(found.contains("| w | f | **no** |"), "{found}");
         assert!(found.contains("in 2 min"), "{found}");
     }

@@ -7,11 +7,11 @@ use serde_json::Value;
 use super::snapshot::Count;
 
 /// A count may grow by so much, in percent, before that is a failure.
-const TOLERANCE: f64 = 3.0;
+const TOLERANCE: f64 = 8.0;
 /// The same where it is another version of the kernel.
-const TOLERANCE_OTHER: f64 = 10.0;
+const TOLERANCE_OTHER: f64 = 20.0;
 /// The same with stacks, which are taken at random, and as often as a share of the processor allows.
-const TOLERANCE_STACKS: f64 = 20.0;
+const TOLERANCE_STACKS: f64 = 30.0;
 /// And by so many instructions in any case.
 const ALWAYS: f64 = 10.0;
 
@@ -194,17 +194,17 @@ mod tests {
     }
 
     #[test]
-    fn growth_counts_beyond_ten_instructions_three_percent_and_noise() {
+    fn growth_counts_beyond_ten_instructions_eight_percent_and_noise() {
         let grown = |old: (f64, f64), new: (f64, f64), same: bool| {
             let added = |(instructions, noise)| Added { instructions, noise };
             added(old).grown("fault no-stacks", &added(new), same)
         };
         assert_eq!(grown((100.0, 1.0), (110.0, 1.0), true), None);
         assert_eq!(grown((100.0, 1.0), (130.0, 40.0), true), None);
-        assert_eq!(grown((1000.0, 1.0), (1030.0, 1.0), true), None);
-        let said = grown((1000.0, 1.0), (1031.0, 1.0), true).unwrap();
-        assert_eq!(said, "fault no-stacks: +1031 ± 1 instructions, +1000 ± 1 before");
-        assert_eq!(grown((1000.0, 1.0), (1031.0, 1.0), false), None);
+        assert_eq!(grown((1000.0, 1.0), (1080.0, 1.0), true), None);
+        let said = grown((1000.0, 1.0), (1081.0, 1.0), true).unwrap();
+        assert_eq!(said, "fault no-stacks: +1081 ± 1 instructions, +1000 ± 1 before");
+        assert_eq!(grown((1000.0, 1.0), (1081.0, 1.0), false), None);
         assert_eq!(grown((1000.0, 1.0), (200.0, 1.0), true), None);
         let added = |instructions| Added { instructions, noise: 1.0 };
         assert_eq!(added(1000.0).grown("fault full", &added(1190.0), true), None);
