@@ -140,6 +140,8 @@ pub struct MmState {
     pub brk: u64,
     /// `event::RSS_DYING` once the owner is gone.
     pub flags: u64,
+    /// 1: it was told to have fallen, and its cgroup was not read since.
+    pub fell: u64,
     /// Every step up of resident memory, pages; added to as [`Pending`] is.
     pub grown_pages: i64,
     /// Pages the process itself has touched since its last sample.

@@ -15,7 +15,7 @@ use memtrace_common::layout::ABSENT;
 
 use super::charge::given_back;
 use crate::emit::{boot_ns, emit, lose};
-use crate::kernel::{self, bytes, current, pointer, read};
+use crate::kernel::{self, current, pointer, read};
 use crate::maps::{MMS, MmState, Pending};
 use crate::stack::{self, Growth};
 use crate::{control, layout};
@@ -213,7 +213,9 @@ fn note(ctx: &impl EbpfContext, regs: u64, x86: bool, call: u32, ret: u64, mm: u
         grown(ctx, regs, call, address, size, mm, state);
     } else {
         state.unmapped_bytes = state.unmapped_bytes.wrapping_add(size);
-        if size >= bytes(state.quantum_pages as u64) {
+        // Only after a fall that was told: address space that was never touched gives nothing back.
+        if state.fell != 0 {
+            state.fell = 0;
             given_back();
         }
     }

@@ -361,7 +361,11 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
         (*record).grown_bytes = grown_bytes(state);
     });
     // Also when the ring was full: the loss is counted, and the next quantum tells the sum anyway.
-    state.sent_pages = resident(state);
+    let sum = resident(state);
+    if sum < state.sent_pages {
+        state.fell = 1;
+    }
+    state.sent_pages = sum;
     state.sent_swap_pages = member_pages(state, layout!(mm_swapents));
 }
 

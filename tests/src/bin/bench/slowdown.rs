@@ -20,7 +20,7 @@ const FAULT_HEAVY: f64 = 97.0;
 /// What ordinary work has to keep.
 const ORDINARY: f64 = 99.5;
 /// A slow or busy machine has fewer rounds.
-const BUDGET: Duration = Duration::from_secs(330);
+const BUDGET: Duration = Duration::from_secs(270);
 
 /// Runs the benchmark.
 pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {

@@ -54,7 +54,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     let (length, period) = match plan.minutes {
         Some(minutes) => (Duration::from_secs(60 * u64::from(minutes)), PERIOD),
         None if plan.quick => (Duration::from_secs(20), QUICK_PERIOD),
-        None => (Duration::from_secs(240), PERIOD),
+        None => (Duration::from_secs(180), PERIOD),
     };
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
     let files = tempfile::tempdir_in("/var/tmp").context("failed to make a directory for files")?;

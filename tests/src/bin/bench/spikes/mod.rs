@@ -86,7 +86,7 @@ struct Run {
 /// Runs the benchmark.
 pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     let mut dice = Dice::new(plan.seed);
-    let rounds = if plan.quick { 2 } else { 8 };
+    let rounds = if plan.quick { 2 } else { 6 };
     let neighbour = Neighbour::start()?;
     let mut run = Run::default();
     for round in 0..rounds {
