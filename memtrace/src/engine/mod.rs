@@ -40,7 +40,7 @@ mod tests;
 mod timeline;
 mod verdict;
 
-use decode::{DecodeError, Reading, Record};
+use decode::{DecodeError, Reading, Record, known};
 use incident::Host;
 use input::{CgroupFound, Effect, Fact, Finding, Input, ProcessFound, Settings};
 use memtrace_common::event as wire;
@@ -178,9 +178,8 @@ impl Engine {
                 let key = self.book.exit(r);
                 self.victim_exited((r.task.tgid, r.task.start_boot_ns), r.header.boot_ns);
                 self.learnt(key);
-                let reading = Reading::from(&r.memcg);
-                if reading.usage.is_some() {
-                    self.reading(r.header.boot_ns, &reading, effects);
+                if known(r.memcg.usage_bytes).is_some() {
+                    self.reading(r.header.boot_ns, &Reading::from(&r.memcg), effects);
                 }
             }
             Record::MmGone(r) => {
@@ -295,15 +294,9 @@ impl Engine {
 
     fn count_evictions(&mut self) {
         let now = self.evictions();
-        let names = [
-            "engine/processes evicted",
-            "engine/cgroups evicted",
-            "engine/curves dropped",
-            "engine/detectors refused",
-            "engine/samples of growth dropped",
-        ];
+        let names = ["processes evicted", "cgroups evicted", "curves dropped", "detectors refused", "growth dropped"];
         for ((name, total), told) in names.iter().zip(now).zip(self.told) {
-            self.losses.add(name, total.saturating_sub(told));
+            self.losses.add(&format!("engine/{name}"), total.saturating_sub(told));
         }
         self.told = now;
     }
