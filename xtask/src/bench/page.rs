@@ -100,7 +100,8 @@ pub(crate) fn chapter(chapter: &Chapter) -> String {
 
 fn cell(cell: &Value) -> String {
     if let Some(text) = cell.as_str() {
-        return text.replace('|', "\\|");
+        // a row is one line
+        return text.trim().replace('|', "\\|").replace('\n', " ");
     }
     if let Some(why) = cell.get("unknown").and_then(Value::as_str) {
         return format!("– ({why})");
@@ -154,7 +155,7 @@ mod tests {
         assert_eq!(one(0.0, 0.0, 0.0, ""), "0");
         assert_eq!(one(3_145_728.0, 1_048_576.0, 4_194_304.0, "bytes"), "3.0 MiB (1.0 to 4.0)");
         assert_eq!(cell(&json!({ "unknown": "no kprobes" })), "– (no kprobes)");
-        assert_eq!(cell(&json!("a|b")), "a\\|b");
+        assert_eq!(cell(&json!("a|b\nc\n")), "a\\|b c");
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(crate) fn chapter(place: &Place, profile: Profile, quick: bool) -> Result<Va
             name: &name,
             arguments: "spread",
             // Hours of processor time go into 64 emulated ones: the newest kernel stands for the others.
-            kernels: if processors > 8 { KERNELS.get(2..).unwrap_or_default() } else { &KERNELS },
+            kernels: if processors > 8 || quick { KERNELS.get(2..).unwrap_or_default() } else { &KERNELS },
             borrowed: &[],
             processors: Processors::Many(processors),
             memory,
