@@ -207,8 +207,8 @@ mod tests {
         assert_eq!(grown((1000.0, 1.0), (1081.0, 1.0), false), None);
         assert_eq!(grown((1000.0, 1.0), (200.0, 1.0), true), None);
         let added = |instructions| Added { instructions, noise: 1.0 };
-        assert_eq!(added(1000.0).grown("fault full", &added(1190.0), true), None);
-        assert!(added(1000.0).grown("fault full", &added(1210.0), true).is_some());
+        assert_eq!(added(1000.0).grown("fault full", &added(1290.0), true), None);
+        assert!(added(1000.0).grown("fault full", &added(1310.0), true).is_some());
     }
 
     #[test]

@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(at("/tables/0/rows/0"), json!(["6.1", "the operation, untraced", "7000"]));
         assert_eq!(at("/tables/0/rows/1"), json!(["6.1", "added by memtrace at defaults", "+300 ± 4"]));
         assert_eq!(at("/tables/0/rows/4/2"), json!("not measured"));
-        assert_eq!(at("/tables/0/rows/6/2/unknown"), json!("not here"));
+        assert_eq!(at("/tables/0/rows/7/2/unknown"), json!("not here"));
         assert_eq!(at("/tables/1/rows"), json!([["fault", "+40 ± 4"]]));
         assert_eq!(at("/goals/0/met"), json!(false));
     }
