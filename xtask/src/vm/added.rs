@@ -18,8 +18,9 @@ const ALWAYS: f64 = 10.0;
 /// Standard errors of a difference that are taken for noise.
 const ERRORS: f64 = 3.0;
 
-/// The loop whose operation has the agent's own work in it, so that it is as steady as that: told, and held against nothing.
-pub(super) const UNSTEADY: &str = "kill";
+/// Loops whose operations are so long that the agent's own turns fall into them, or that make work for it: told, and held
+/// against nothing.
+pub(super) const UNSTEADY: [&str; 3] = ["kill", "fork", "exec"];
 
 /// What the agent adds to an operation, and what of that may be noise.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -128,7 +129,7 @@ impl Loops {
     /// What is held against the snapshot.
     pub(crate) fn steady(&self) -> BTreeMap<String, Added> {
         let ours = |name: &str| PEERS.iter().all(|(peer, _)| !name.ends_with(peer));
-        let is_steady = |name: &&String| !name.starts_with(UNSTEADY) && ours(name);
+        let is_steady = |name: &&String| UNSTEADY.iter().all(|what| !name.starts_with(what)) && ours(name);
         self.added.iter().filter(|(name, _)| is_steady(name)).map(|(name, added)| (name.clone(), *added)).collect()
     }
 

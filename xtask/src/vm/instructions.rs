@@ -200,7 +200,7 @@ fn chapter(machines: &[Machine], failures: &[String], bless: bool, whole: bool) 
         "text": TEXT,
         "tables": tables,
         "goals": [{
-            "what": format!("No operation but `{UNSTEADY}` takes more instructions than {} says", Added::FILE),
+            "what": format!("No operation but {} takes more instructions than {} says", UNSTEADY.join(", "), Added::FILE),
             "found": found,
             "met": if bless { Value::Null } else { json!(failures.is_empty()) },
         }],
