@@ -57,3 +57,11 @@ pub fn readable(mib: usize) -> anyhow::Result<Readable> {
 fn drop_cached(file: &File) -> anyhow::Result<()> {
     rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).context("failed to drop a file from the cache")
 }
+
+/// A new file that is gone from its directory at once, and lives as long as it is open.
+pub fn unlinked(path: &Path) -> anyhow::Result<File> {
+    let made = File::options().create_new(true).read(true).write(true).open(path);
+    let file = made.with_context(|| format!("failed to create {}", path.display()))?;
+    std::fs::remove_file(path).with_context(|| format!("failed to remove {}", path.display()))?;
+    Ok(file)
+}

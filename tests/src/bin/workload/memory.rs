@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use memtrace_tests::disk;
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
@@ -199,13 +200,7 @@ pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: Threads, dir
 /// A new file in `dir`, already unlinked, mapped shared and read-only, every page present.
 fn map_new_file(bytes: usize, index: usize, dir: &Path) -> anyhow::Result<MmapRaw> {
     let path = dir.join(format!("memtrace-tests-{}-{index}.map", std::process::id()));
-    let mut file = File::options()
-        .create_new(true)
-        .read(true)
-        .write(true)
-        .open(&path)
-        .with_context(|| format!("failed to create {}", path.display()))?;
-    std::fs::remove_file(&path).with_context(|| format!("failed to remove {}", path.display()))?;
+    let mut file = disk::unlinked(&path)?;
     let chunk = vec![1u8; 64 << 10];
     let mut left = bytes;
     while left > 0 {

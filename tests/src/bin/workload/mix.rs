@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::Context;
 use memmap2::MmapMut;
 use memtrace_tests::dice::Dice;
+use memtrace_tests::disk;
 use serde_json::json;
 
 use crate::{kernel_side, memory};
@@ -106,13 +107,7 @@ impl Held {
     fn write(&mut self, dir: &Path, mib: usize) -> anyhow::Result<File> {
         self.serial += 1;
         let path: PathBuf = dir.join(format!("mix-{}-{}", std::process::id(), self.serial));
-        let mut file = File::options()
-            .create_new(true)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("failed to create {}", path.display()))?;
-        std::fs::remove_file(&path).with_context(|| format!("failed to remove {}", path.display()))?;
+        let mut file = disk::unlinked(&path)?;
         let chunk = vec![1u8; MIB];
         (0..mib).try_for_each(|_| file.write_all(&chunk)).context("failed to fill a file")?;
         Ok(file)
