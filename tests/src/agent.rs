@@ -1,5 +1,6 @@
 //! Drives `memtrace agent` from outside: start, readiness, stop, kill, what it lists and what it serves.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -234,6 +235,25 @@ pub fn json_of(command: Command) -> anyhow::Result<Value> {
     let output = successful(command)?;
     serde_json::from_slice(&output.stdout)
         .with_context(|| format!("{shown} did not print JSON but {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Runs a command under `memtrace record` as root: what came of it, and the recording as JSON, which stays in the file.
+pub fn record<S: AsRef<OsStr>>(
+    file: &Path,
+    options: &[&str],
+    command: &[S],
+    env: &[(&str, &str)],
+) -> anyhow::Result<(Output, Value)> {
+    let mut record = programs::memtrace_command()?;
+    record.env_remove("SUDO_UID").env_remove("SUDO_GID").env_remove("SUDO_USER").envs(env.iter().copied());
+    record.arg("record").args(options).arg("-o").arg(file).arg("--").args(command);
+    let output = record.stdin(Stdio::null()).output().context("failed to run memtrace record")?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(file.is_file(), "no recording after {}; it said:\n{said}", output.status);
+    let mut report = programs::memtrace_command()?;
+    report.arg("report").arg(file).args(["--format", "json"]);
+    let incident = json_of(report)?;
+    Ok((output, incident))
 }
 
 fn parse_answer(answer: &str) -> anyhow::Result<(u16, String)> {

@@ -6,10 +6,10 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{json_of, successful};
+use memtrace_tests::agent::{self, successful};
 use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::growth;
 use memtrace_tests::programs::{self, require_root};
@@ -79,15 +79,8 @@ impl Bench {
 
     fn record_with(&self, options: &[&str], command: &[&OsStr]) -> anyhow::Result<Recorded> {
         let file = self.path("recording.memtrace");
-        let mut record = programs::memtrace_command()?;
-        record.env_remove("SUDO_UID").env_remove("SUDO_GID").env_remove("SUDO_USER");
-        record.arg("record").args(options).arg("-o").arg(&file).arg("--").args(command);
-        let output = record.stdin(Stdio::null()).output().context("failed to run memtrace record")?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(file.is_file(), "no recording after {}; it said:\n{said}", output.status);
-        let mut report = programs::memtrace_command()?;
-        report.arg("report").arg(&file).args(["--format", "json"]);
-        Ok(Recorded { output, incident: json_of(report)?, file })
+        let (output, incident) = agent::record(&file, options, command, &[])?;
+        Ok(Recorded { output, incident, file })
     }
 }
 

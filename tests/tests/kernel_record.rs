@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::json_of;
+use memtrace_tests::agent;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::process;
@@ -27,15 +27,7 @@ struct Recorded {
 /// Runs `memtrace record` with more options before the command.
 fn record(dir: &Path, options: &[&str], command: &[&str], env: &[(&str, &str)]) -> anyhow::Result<Recorded> {
     let file = dir.join("recording.memtrace");
-    let mut record = programs::memtrace_command()?;
-    record.env_remove("SUDO_UID").env_remove("SUDO_GID").env_remove("SUDO_USER").envs(env.iter().copied());
-    record.arg("record").args(options).arg("-o").arg(&file).arg("--").args(command);
-    let output = record.stdin(Stdio::null()).output().context("failed to run memtrace record")?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(file.is_file(), "no recording after {}; it said:\n{said}", output.status);
-    let mut report = programs::memtrace_command()?;
-    report.arg("report").arg(&file).args(["--format", "json"]);
-    let incident = json_of(report)?;
+    let (output, incident) = agent::record(&file, options, command, env)?;
     std::fs::remove_file(&file)?;
     Ok(Recorded { output, incident })
 }
