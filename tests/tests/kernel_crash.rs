@@ -227,7 +227,7 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
         let both = |listed: &[Value]| count(listed, &kills).values().all(|n| *n == 1);
         let listed = options.incidents_when(Duration::from_secs(30), both)?;
         ensure!(both(&listed), "the kills were not listed; it said:\n{}", agent.stderr());
-        agent.kill_9()?;
+        agent.kill_9_at_rest()?;
         let segment = last_segment(&options.journal_dir)?;
         let mut file = std::fs::File::options().write(true).read(true).open(&segment)?;
         let length = file.metadata()?.len();
