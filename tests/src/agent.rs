@@ -181,7 +181,8 @@ impl Agent {
         process::signal(self.child.id(), Signal::STOP)?;
         let pid = Pid::from_child(&self.child);
         // Told once every thread has stopped.
-        let stopped = waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).context("failed to wait for the agent's stop")?;
+        let stopped =
+            waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).context("failed to wait for the agent's stop")?;
         ensure!(stopped.is_some_and(|status| status.stopped()), "the agent ended where it should have stopped");
         self.kill_9()
     }

@@ -2,7 +2,8 @@
 
 mod page;
 
-use std::path::PathBuf;
+use std::fmt::{Display, Formatter};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use crate::run::{output, say};
 use crate::vm::instructions::Extent;
 use crate::{build, host, setup, vm};
 
-/// The document that `--markdown` writes.
+/// The document that `--markdown` writes when it is not told another.
 const DOCUMENT: &str = "docs/benchmarks.md";
 
 /// The benchmarks, in the order of the document, and the question each answers.
@@ -37,7 +38,8 @@ const BENCHES: &[(&str, &str)] = &[
 #[derive(clap::Args)]
 #[command(after_help = "\
 Needs root, as the agent does; the tools it compares with are installed by apt when they are missing. Every result is a \
-ratio or a difference inside one run. `cargo xtask bench --markdown` writes docs/benchmarks.md.")]
+ratio or a difference inside one run. `cargo xtask bench --markdown` writes docs/benchmarks.md, and \
+`cargo xtask bench reconcile --minutes 60 --markdown=docs/reconciliation.md` what an hour has to say.")]
 pub(crate) struct Args {
     /// Only these benchmarks [default: all]
     #[arg(value_name = "NAME")]
@@ -48,9 +50,12 @@ pub(crate) struct Args {
     /// Write what was found here, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write docs/benchmarks.md, as it came out
-    #[arg(long, conflicts_with = "names")]
-    markdown: bool,
+    /// Write the document, as it came out [default: docs/benchmarks.md, of all benchmarks]
+    #[arg(long, value_name = "FILE", require_equals = true, num_args = 0..=1, default_missing_value = DOCUMENT)]
+    markdown: Option<PathBuf>,
+    /// How long `reconcile` runs [default: 3, quick 20 s]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    minutes: Option<u32>,
     /// Take the counts of `instructions` into tests/kernels/instructions.txt
     #[arg(long, conflicts_with = "quick")]
     bless: bool,
@@ -59,6 +64,9 @@ pub(crate) struct Args {
 /// Runs the verb.
 pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     let chosen = choose(&args.names)?;
+    if !args.names.is_empty() && args.markdown.as_deref() == Some(Path::new(DOCUMENT)) {
+        bail!("{DOCUMENT} is of all benchmarks: --markdown=FILE writes some of them to another file");
+    }
     if !is_root() {
         bail!("the agent needs root: sudo -E env PATH=$PATH cargo xtask bench");
     }
@@ -81,9 +89,9 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
             measure(place, profile, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
         say(format_args!("\n{}", page::chapter(&found)));
         chapters.push((name, found));
-        if args.markdown {
+        if let Some(document) = &args.markdown {
             // as far as it is: a run that is cut off has not measured for nothing
-            write_document(place, args, begin, chapters.iter().map(|(_, chapter)| chapter))?;
+            write_document(&place.root.join(document), args, begin, chapters.iter().map(|(_, chapter)| chapter))?;
         }
     }
     if let Some(file) = &args.json {
@@ -93,8 +101,8 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         std::fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))?;
     }
     let chapters: Vec<Chapter> = chapters.into_iter().map(|(_, chapter)| chapter).collect();
-    if args.markdown {
-        say(format_args!("wrote {DOCUMENT}"));
+    if let Some(document) = &args.markdown {
+        say(format_args!("wrote {}", document.display()));
     }
     if !complaints.is_empty() {
         bail!("worse than before:\n{}", complaints.join("\n"));
@@ -107,22 +115,36 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
 }
 
 fn write_document<'a>(
-    place: &Place,
+    file: &Path,
     args: &Args,
     begin: Instant,
     chapters: impl Iterator<Item = &'a Chapter>,
 ) -> Result<()> {
-    let file = place.root.join(DOCUMENT);
-    let quick = if args.quick { " --quick" } else { "" };
-    let bless = if args.bless { " --bless" } else { "" };
     let head = page::Head {
-        command: format!("cargo xtask bench{quick}{bless} --markdown"),
+        command: args.to_string(),
         date: host::today()?,
         machine: format!("{}, Linux {}", host::machine()?, host::kernel()?),
         seconds: begin.elapsed().as_secs(),
     };
-    std::fs::write(&file, page::document(&head, chapters))
-        .with_context(|| format!("failed to write {}", file.display()))
+    std::fs::write(file, page::document(&head, chapters)).with_context(|| format!("failed to write {}", file.display()))
+}
+
+/// As it is typed, but for where JSON goes.
+impl Display for Args {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cargo xtask bench")?;
+        self.names.iter().try_for_each(|name| write!(f, " {name}"))?;
+        self.minutes.iter().try_for_each(|minutes| write!(f, " --minutes {minutes}"))?;
+        for (given, flag) in
+            [(self.quick, " --quick"), (self.bless, " --bless"), (self.markdown.is_some(), " --markdown")]
+        {
+            if given {
+                f.write_str(flag)?;
+            }
+        }
+        let other = self.markdown.iter().filter(|file| file.as_path() != Path::new(DOCUMENT));
+        other.into_iter().try_for_each(|file| write!(f, "={}", file.display()))
+    }
 }
 
 fn choose(names: &[String]) -> Result<Vec<&'static str>> {
@@ -152,14 +174,17 @@ fn measure(place: &Place, profile: Profile, name: &str, args: &Args, complaints:
             setup::machines()?;
             Chapter::read(vm::oomkill::chapter(place, profile)?)
         }
-        _ => native(place, profile, name, args.quick),
+        _ => native(place, profile, name, args),
     }
 }
 
 /// Runs one on this machine.
-fn native(place: &Place, profile: Profile, name: &str, quick: bool) -> Result<Chapter> {
+fn native(place: &Place, profile: Profile, name: &str, args: &Args) -> Result<Chapter> {
     let mut bench = Command::new(place.bin(profile, "bench"));
-    bench.arg(name).args(quick.then_some("--quick")).env("MEMTRACE_BIN", place.bin(profile, "memtrace"));
+    bench.arg(name).args(args.quick.then_some("--quick")).env("MEMTRACE_BIN", place.bin(profile, "memtrace"));
+    if let Some(minutes) = args.minutes.filter(|_| name == "reconcile") {
+        bench.args(["--minutes", &minutes.to_string()]);
+    }
     bench.stdin(Stdio::null()).stderr(Stdio::inherit());
     let printed = output(&mut bench)?;
     Chapter::read(serde_json::from_str(&printed).with_context(|| format!("bench {name} printed something else"))?)
@@ -168,6 +193,24 @@ fn native(place: &Place, profile: Profile, name: &str, quick: bool) -> Result<Ch
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_document_says_how_it_was_asked_for() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let typed = |line: &str| Line::try_parse_from(line.split(' ').skip(2)).unwrap().args.to_string();
+        for line in [
+            "cargo xtask bench --quick --markdown",
+            "cargo xtask bench --bless --markdown",
+            "cargo xtask bench reconcile --minutes 60 --markdown=a.md",
+        ] {
+            assert_eq!(typed(line), line);
+        }
+    }
 
     #[test]
     fn benches_are_chosen_by_name() {

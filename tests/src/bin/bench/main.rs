@@ -36,7 +36,7 @@ struct Args {
     /// Of the random numbers [default: another one each time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Length of `reconcile` [default: 8, 20 s when quick]
+    /// Length of `reconcile` [default: 3, 20 s when quick]
     #[arg(long)]
     minutes: Option<u32>,
 }

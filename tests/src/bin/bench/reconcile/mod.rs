@@ -259,7 +259,7 @@ fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
             "Drift is the slope of a line through the differences (least squares, ± its standard error), in quanta an hour. A \
              difference stays when that line, with two standard errors added, moves by less than a quantum over the run; it \
              grows when the line moves by more with two of them taken away; else this run cannot tell, and a longer one can \
-             (`bench reconcile --minutes 60`)."
+             (`cargo xtask bench reconcile --minutes 60`; docs/reconciliation.md is what one wrote)."
                 .to_owned(),
         ],
         tables: vec![
