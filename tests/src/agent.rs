@@ -14,7 +14,8 @@ use serde_json::Value;
 
 use crate::{process, programs};
 
-const START_LIMIT: Duration = Duration::from_secs(30);
+/// 64 emulated processors on two real ones take over half a minute to load the programs.
+const START_LIMIT: Duration = Duration::from_secs(120);
 /// A machine that is emulated, and in a storm, takes its time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);

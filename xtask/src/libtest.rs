@@ -42,6 +42,8 @@ pub(crate) struct Ended {
 pub(crate) struct Reader {
     /// By the closing lines, less the tests that did not run.
     closed: Tally,
+    /// Executables that have begun and not said how they ended.
+    open: u64,
     /// The test whose name was printed, and not yet how it ended.
     running: Option<String>,
     /// Who has said NOT RUN HERE since the last closing line.
@@ -56,6 +58,9 @@ impl Reader {
     /// Takes a line; tells of a test that ended with it.
     pub(crate) fn line(&mut self, line: &str) -> Option<Ended> {
         let line = line.trim_end_matches(['\r', '\n']);
+        if line.strip_prefix("running ").is_some_and(|rest| rest.ends_with(" tests") || rest == "1 test") {
+            self.open += 1;
+        }
         if let Some((_, said)) = line.split_once(NOT_RUN_HERE) {
             self.not_run.push(said.to_owned());
             let test = self.started(line).or_else(|| self.running.clone());
@@ -67,6 +72,7 @@ impl Reader {
             tally.passed -= idle;
             tally.skipped += idle;
             self.closed = self.closed.plus(tally);
+            self.open = self.open.saturating_sub(1);
             self.running = None;
             return None;
         }
@@ -97,6 +103,12 @@ impl Reader {
     /// What it all came to.
     pub(crate) fn tally(&self) -> Tally {
         self.closed
+    }
+
+    /// The tests that failed, when they are all that went wrong and no more than `most`.
+    pub(crate) fn few_failed(&self, most: usize) -> Option<&BTreeSet<String>> {
+        let told = self.open == 0 && self.failed.len() as u64 == self.closed.failed;
+        (told && (1..=most).contains(&self.failed.len())).then_some(&self.failed)
     }
 
     fn started(&self, line: &str) -> Option<String> {
@@ -164,6 +176,21 @@ mod tests {
         assert_eq!(ended, ["a not run", "b ok", "d ignored"]);
         assert_eq!(reader.tally(), Tally { passed: 1, failed: 0, skipped: 2 });
         assert_eq!(reader.not_run, ["group kills: no cgroup v2", "more: no cgroup v2"]);
+    }
+
+    #[test]
+    fn a_few_failures_are_told_unless_more_went_wrong() {
+        let failed =
+            "running 2 tests\ntest a ... ok\ntest b ... FAILED\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n";
+        assert_eq!(read(failed).0.few_failed(1).map(BTreeSet::len), Some(1));
+        assert_eq!(read(failed).0.few_failed(0), None);
+        assert_eq!(
+            read("running 1 test\ntest a ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored\n").0.few_failed(1),
+            None
+        );
+        let crashed = format!("{failed}running 1 test\ntest c ... \n");
+        assert_eq!(read(&crashed).0.few_failed(1), None, "an executable did not come to its end");
+        assert_eq!(read(&format!("{failed}{failed}")).0.few_failed(1), None, "one name, two tests");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every layer that this machine can run, and a plain word about the others.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -24,6 +25,9 @@ const IN_BROWSER: &str = "browser_";
 
 /// Those that would hurt this machine: they only run in machines of their own.
 const HARMFUL: &str = "vm_";
+
+/// Failed tests that run once more; of more the machine is not the cause.
+const MOST_AGAIN: usize = 3;
 
 /// Arguments of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -82,30 +86,35 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     let mut layers = Vec::new();
     let mut units = command();
     units.args(["--workspace", "--exclude", "memtrace-ebpf", "--exclude", "memtrace-tests"]);
-    layers.push(layer("unit and property tests", units, filter, false)?);
+    layers.push(layer("unit and property tests", units, filter)?);
 
     let mut shared = command();
     shared.args(["--package", "memtrace-tests", "--lib", "--bins"]);
-    layers.push(layer("the tests' own programs", shared, filter, false)?);
+    layers.push(layer("the tests' own programs", shared, filter)?);
 
     if !unprivileged.is_empty() {
         let mut black_box = command();
         black_box.args(["--package", "memtrace-tests"]).args(select(&unprivileged));
-        layers.push(layer("black box, no privileges", black_box, filter, false)?);
+        layers.push(layer("black box, no privileges", black_box, filter)?);
     }
     if !in_browser.is_empty() {
         let mut browser = command();
         browser.args(["--package", "memtrace-tests"]).args(select(&in_browser));
-        layers.push(layer("black box, in a browser", browser, filter, false)?);
+        layers.push(layer("black box, in a browser", browser, filter)?);
     }
     if !in_kernel.is_empty() {
         let name = "black box, in this kernel";
         match cannot_trace() {
             Some(why) => layers.push(Layer::without_tests(name, Ended::Impossible { why: why.to_owned() })),
             None => {
-                let mut kernel = command();
-                kernel.args(["--package", "memtrace-tests"]).args(select(&in_kernel));
-                layers.push(layer(name, kernel, filter, true)?);
+                let kernel = || {
+                    let mut kernel = command();
+                    kernel.args(["--package", "memtrace-tests"]).args(select(&in_kernel));
+                    // They share one kernel: a second agent's view of the first one's workload would be noise.
+                    kernel.args(["--", "--test-threads=1"]);
+                    kernel
+                };
+                layers.push(kernel_layer(name, kernel, filter)?);
             }
         }
     }
@@ -172,6 +181,29 @@ impl Layer {
         Self { name: name.to_owned(), ended, remarks: Vec::new() }
     }
 
+    fn heard(name: &str, reader: &Reader, success: bool) -> Self {
+        let remarks = reader.not_run.iter().map(|what| format!("not run: {what}")).collect();
+        Self { name: name.to_owned(), ended: Ended::Ran { tally: reader.tally(), success }, remarks }
+    }
+
+    /// Takes in how the tests that had failed, all that went wrong, went when they ran once more.
+    fn tried_again(&mut self, failed: &BTreeSet<String>, again: &Reader, went_well: bool) {
+        let passed = failed.len() as u64 - (again.tally().failed).min(failed.len() as u64);
+        // All of them must have run: a test that is not found passes by not being there.
+        let all_ran = again.tally().passed + again.tally().failed == failed.len() as u64;
+        if let Ended::Ran { tally, success } = &mut self.ended
+            && all_ran
+        {
+            tally.passed += passed;
+            tally.failed -= passed;
+            *success = went_well;
+        }
+        self.remarks.extend(failed.iter().map(|test| {
+            let ended = if all_ran && !again.failed.contains(test) { "passed" } else { "failed again" };
+            format!("second try of {test}, which had failed: {ended}")
+        }));
+    }
+
     fn of_machine(report: vm::Report) -> Self {
         for failure in &report.failures {
             say(format_args!("{}: FAILED {failure}", report.name));
@@ -181,13 +213,29 @@ impl Layer {
     }
 }
 
-fn layer(name: &'static str, mut command: Command, filter: Option<&str>, one_by_one: bool) -> Result<Layer> {
-    command.arg("--");
-    if one_by_one {
-        // they share one kernel: a second agent's view of the first one's workload would be noise
-        command.arg("--test-threads=1");
-    }
-    command.args(filter);
+fn layer(name: &str, mut command: Command, filter: Option<&str>) -> Result<Layer> {
+    command.arg("--").args(filter);
+    let (reader, success) = hear(name, command)?;
+    Ok(Layer::heard(name, &reader, success))
+}
+
+/// What else goes on in a shared machine can come between a real kernel and a test: as in the machines of the matrix, a
+/// few that failed run once more, alone, and the summary says which.
+fn kernel_layer(name: &str, command: impl Fn() -> Command, filter: Option<&str>) -> Result<Layer> {
+    let mut first = command();
+    first.args(filter);
+    let (reader, success) = hear(name, first)?;
+    let mut layer = Layer::heard(name, &reader, success);
+    let Some(failed) = reader.few_failed(MOST_AGAIN) else { return Ok(layer) };
+    let mut second = command();
+    second.arg("--exact").args(failed);
+    let (again, success) = hear(name, second)?;
+    layer.tried_again(failed, &again, success);
+    Ok(layer)
+}
+
+/// Runs a layer's tests, shows what they print and reads it; and whether all went well.
+fn hear(name: &str, mut command: Command) -> Result<(Reader, bool)> {
     say(format_args!("{name}: {}", shown(&command)));
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("failed to start {name}"))?;
     let stdout = child.stdout.take().context("failed to take the output of cargo test")?;
@@ -199,9 +247,7 @@ fn layer(name: &'static str, mut command: Command, filter: Option<&str>, one_by_
         reader.line(&line);
     }
     let success = child.wait().with_context(|| format!("failed to wait for {name}"))?.success();
-    let ended = Ended::Ran { tally: reader.tally(), success };
-    let remarks = reader.not_run.iter().map(|what| format!("not run: {what}")).collect();
-    Ok(Layer { name: name.to_owned(), ended, remarks })
+    Ok((reader, success))
 }
 
 /// What all layers came to.
@@ -320,6 +366,31 @@ mod tests {
         let ended = Ended::Ran { tally: Tally { passed: 1, failed: 0, skipped: 1 }, success: true };
         let layer = Layer { name: "units".to_owned(), ended, remarks: vec!["not run: swap: no disk".to_owned()] };
         assert_eq!(sum_up(&[layer], true).lines, ["units: 1 passed, 0 failed, 1 skipped", "  not run: swap: no disk"]);
+    }
+
+    #[test]
+    fn a_second_try_counts_where_it_ran_and_is_told() {
+        let heard = |lines: &str| {
+            let mut reader = Reader::default();
+            lines.lines().for_each(|line| drop(reader.line(line)));
+            reader
+        };
+        let closing =
+            |passed: u32, failed: u32| format!("test result: ok. {passed} passed; {failed} failed; 0 ignored\n");
+        let first = format!("test a ... ok\ntest b ... FAILED\ntest c ... FAILED\n{}", closing(1, 2));
+        let cases = [
+            (format!("test b ... ok\ntest c ... ok\n{}", closing(2, 0)), true, (3, 0, true)),
+            (format!("test b ... ok\ntest c ... FAILED\n{}", closing(1, 1)), false, (2, 1, false)),
+            (closing(0, 0), true, (1, 2, false)),
+        ];
+        for (again, went_well, (passed, failed, success)) in cases {
+            let first = heard(&first);
+            let mut layer = Layer::heard("kernel", &first, false);
+            layer.tried_again(&first.failed, &heard(&again), went_well);
+            let Ended::Ran { tally, success: found } = layer.ended else { panic!("it ran") };
+            assert_eq!((tally.passed, tally.failed, found), (passed, failed, success), "{again}");
+            assert_eq!(layer.remarks.len(), 2);
+        }
     }
 
     #[test]
