@@ -28,7 +28,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     let begin = Instant::now();
     let dir = tempfile::tempdir().context("failed to make a directory for what tracers print")?;
     let bench = Bench::prepare(quick)?;
-    let mut all = contenders::all();
+    let mut all = contenders::all(quick);
     for contender in &mut all {
         contender.probe(dir.path())?;
     }
@@ -41,7 +41,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
             break;
         }
         rounds += 1;
-        let mut turns: Vec<usize> = all.iter().enumerate().flat_map(|(index, c)| vec![index; c.turns()]).collect();
+        let mut turns: Vec<usize> = all.iter().enumerate().flat_map(|(index, c)| vec![index; c.turns(quick)]).collect();
         order.shuffle(&mut turns);
         let mut before = found.untraced(&bench)?;
         for index in turns {

@@ -30,9 +30,13 @@ pub(super) struct Contender {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum How {
     Nothing,
-    Memtrace,
+    /// The agent, with these arguments.
+    Memtrace(&'static [&'static str]),
     Program(&'static [&'static str]),
 }
+
+/// Programs of others that stand for the rest where it has to be quick: a probe takes seconds.
+const QUICK: [&str; 2] = ["bpftrace, page faults by name (every one)", "perf record -e page-faults -g -a"];
 
 /// What one took in a round.
 #[derive(Clone, Copy, Debug)]
@@ -45,8 +49,8 @@ pub(super) struct Usage {
     pub(super) peak_bytes: u64,
 }
 
-/// All of them, in the order of the rows.
-pub(super) fn all() -> Vec<Contender> {
+/// All of them, in the order of the rows; a few when it has to be quick.
+pub(super) fn all(quick: bool) -> Vec<Contender> {
     let programs: [(&str, &[&str]); 8] = [
         ("memleak (bcc)", &["memleak-bpfcc", "5"]),
         (
@@ -74,8 +78,10 @@ pub(super) fn all() -> Vec<Contender> {
     ];
     let mut all = vec![
         Contender { name: "nothing", how: How::Nothing, refusal: None },
-        Contender { name: "memtrace agent", how: How::Memtrace, refusal: None },
+        Contender { name: "memtrace agent", how: How::Memtrace(&[]), refusal: None },
+        Contender { name: "memtrace agent --without map", how: How::Memtrace(&["--without", "map"]), refusal: None },
     ];
+    let programs = programs.into_iter().filter(|(name, _)| !quick || QUICK.contains(name));
     all.extend(programs.map(|(name, words)| Contender { name, how: How::Program(words), refusal: None }));
     all
 }
@@ -86,17 +92,17 @@ impl Contender {
         self.name
     }
 
-    /// Whether it is ours.
+    /// Whether it is ours, at its defaults.
     pub(super) fn is_memtrace(&self) -> bool {
-        self.how == How::Memtrace
+        self.how == How::Memtrace(&[])
     }
 
     /// How often a round has it.
-    pub(super) fn turns(&self) -> usize {
+    pub(super) fn turns(&self, quick: bool) -> usize {
         match (&self.how, &self.refusal) {
             (_, Some(_)) => 0,
-            (How::Nothing | How::Memtrace, None) => 2,
-            (How::Program(_), None) => 1,
+            (How::Nothing | How::Memtrace([]), None) if !quick => 2,
+            (_, None) => 1,
         }
     }
 
@@ -133,7 +139,7 @@ impl Contender {
         let begin = Instant::now();
         let what = match self.how {
             How::Nothing => Kind::Nothing,
-            How::Memtrace => Kind::Agent(Options::below(dir).start()?),
+            How::Memtrace(arguments) => Kind::Agent(Options::below(dir).with(arguments).start()?),
             How::Program(words) => {
                 let tracer = Tracer::start(words, dir, false)?;
                 std::thread::sleep(SETTLE);
@@ -247,9 +253,15 @@ mod tests {
 
     #[test]
     fn who_does_not_run_has_no_turn() {
-        let mut contender = Contender { name: "x", how: How::Memtrace, refusal: None };
-        assert_eq!(contender.turns(), 2);
+        let mut contender = Contender { name: "x", how: How::Memtrace(&[]), refusal: None };
+        assert_eq!((contender.turns(false), contender.turns(true)), (2, 1));
         contender.refuse("y".to_owned());
-        assert_eq!(contender.turns(), 0);
+        assert_eq!(contender.turns(false), 0);
+    }
+
+    #[test]
+    fn who_stands_for_the_rest_is_one_of_them() {
+        let names: Vec<&str> = all(true).iter().map(Contender::name).collect();
+        assert!(QUICK.iter().all(|name| names.contains(name)), "{names:?}");
     }
 }

@@ -103,7 +103,7 @@ impl Run {
         let mut spikes: Vec<(u64, u64)> =
             SIZES_MIB.iter().flat_map(|mib| HOLDS_MS.map(|hold_ms| (*mib, hold_ms))).collect();
         dice.shuffle(&mut spikes);
-        spikes.truncate(if quick { 20 } else { spikes.len() });
+        spikes.truncate(if quick { 14 } else { spikes.len() });
         let longest_pause_ms = if quick { 700 } else { 1550 };
         let words: Vec<String> = spikes
             .iter()
