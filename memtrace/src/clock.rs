@@ -1,8 +1,14 @@
-//! The clocks: boot-clock nanoseconds inside, one anchor to wall time.
+//! The clocks: boot-clock nanoseconds inside, one anchor to wall time, and what ticks.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime, timerfd_create,
+    timerfd_settime,
+};
+use tokio::io::unix::AsyncFd;
 
 use crate::engine::input::Fact;
 
@@ -34,7 +40,56 @@ pub fn anchor() -> Fact {
     }
 }
 
+/// Ticks at a steady pace; ticks that were missed are one.
+///
+/// A timer of the kernel's: the runtime's own takes a wake-up of itself and two of this thread for one in 100 ms, which is
+/// most of what an idle agent costs.
+#[derive(Debug)]
+pub struct Ticker(AsyncFd<OwnedFd>);
+
+impl Ticker {
+    /// The first tick comes after one period. Must run inside a tokio runtime.
+    pub fn every(period: Duration) -> io::Result<Self> {
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+        let period = Timespec::try_from(period).map_err(io::Error::other)?;
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval: period, it_value: period })?;
+        // SAFETY: the timer is owned, open as long as it is registered, and always the same one.
+        #[expect(unsafe_code, reason = "the one call that makes the timer pollable")]
+        let timer = unsafe { AsyncFd::register(timer) };
+        Ok(Self(timer.map_err(io::Error::from)?))
+    }
+
+    /// Waits for the next tick.
+    pub async fn tick(&mut self) {
+        let mut expirations = [0; 8];
+        loop {
+            // Only a runtime that is shut down has no answer, and then nobody waits.
+            let Ok(mut guard) = self.0.readable().await else { return std::future::pending().await };
+            let read = rustix::io::read(guard.get_inner(), &mut expirations);
+            guard.clear_ready();
+            if read.is_ok() {
+                return;
+            }
+        }
+    }
+}
+
 fn nanoseconds(clock: ClockId) -> i128 {
     let now = clock_gettime(clock);
     i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn ticks_come_again_also_after_some_were_missed() {
+        let mut ticker = Ticker::every(Duration::from_millis(1)).unwrap();
+        ticker.tick().await;
+        std::thread::sleep(Duration::from_millis(10));
+        for _ in 0..3 {
+            ticker.tick().await;
+        }
+    }
 }

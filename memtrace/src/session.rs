@@ -7,12 +7,11 @@ use std::time::Duration;
 use anyhow::Context;
 use memtrace_common::control::{Control, MAX_CPUS};
 use memtrace_common::layout::{ABSENT, KernelLayout};
-use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
 use crate::cgroup::questions::Questions;
-use crate::clock;
+use crate::clock::{self, Ticker};
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Input, OVER_BUDGET, Settings};
 use crate::kernel::hooks::Hook;
@@ -61,7 +60,7 @@ pub struct Session {
     status: Status,
     journal: Option<journal::Writer>,
     kernel_log: Option<log::Reader>,
-    ticker: Interval,
+    ticker: Ticker,
     ticks: u32,
     /// A tick that made way for a kill.
     owed: bool,
@@ -107,8 +106,7 @@ impl Session {
                     .with_context(|| format!("failed to open the journal in {}", dir.display()))?,
             ),
         };
-        let mut ticker = interval(TICK);
-        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let ticker = Ticker::every(TICK).context("failed to make a timer")?;
         let mut session = Self {
             probe,
             engine: Engine::new(),
@@ -201,7 +199,7 @@ impl Session {
         let mut tick = false;
         tokio::select! {
             () = self.probe.ready() => {}
-            _ = self.ticker.tick() => tick = true,
+            () = self.ticker.tick() => tick = true,
         }
         self.pump(tick)
     }
