@@ -64,7 +64,7 @@ struct Flags {
     /// History kept before an incident, at most 10m [default: 30s]
     #[arg(long, value_name = "SPAN")]
     before: Option<Span>,
-    /// How long an incident gathers after its kill [default: 1s]
+    /// How long an incident gathers after its kill [default: 500ms]
     #[arg(long, value_name = "SPAN")]
     after: Option<Span>,
     /// Processes followed at most, up to 32768 [default: 32768]

@@ -164,7 +164,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             before_ns: 30_000_000_000,
-            after_ns: 1_000_000_000,
+            after_ns: 500_000_000,
             quantum_bytes: 256 * 1024,
             cgroup_version: 2,
             ticks_per_second: 100,

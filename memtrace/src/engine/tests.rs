@@ -46,9 +46,10 @@ fn a_burst_to_the_limit_makes_one_incident_that_ends_at_the_kill() {
     assert_eq!(entry[0].cgroup_path.as_deref(), Some("/app"));
     b.feed(&sample::exit(T + 5 * MS, 100, OWN, 9));
     b.feed(&sample::rss(T + 6 * MS, 101, OWN, 8, MIB).reading(sample::limited(OWN, 2 * MIB, LIMIT)));
-    b.tick(T + SEC - 1);
+    let closes = T + Settings::default().after_ns;
+    b.tick(closes - 1);
     assert!(b.saved().is_empty());
-    b.tick(T + SEC);
+    b.tick(closes);
     let i = &b.saved()[0];
     assert_eq!((i.kind, i.at.boot_ns, i.at.wall.as_str()), (Kind::OomKill, T, "2023-11-14T22:30:00.000000000Z"));
     assert_eq!(i.id, entry[0].incident);

@@ -33,12 +33,15 @@ impl Session {
 
     /// Unwinds what the stacks ring holds; addresses stay in memory, only what they mean becomes an input.
     pub(super) fn drain_stacks(&mut self) {
-        let begin = clock::cpu_time();
         let (stacks, steps) = (&mut self.stacks, &mut self.steps);
+        // The clock is a system call: most turns have no stack.
+        let mut begin = None;
+        let since = |begin: Option<Duration>| begin.map_or(Duration::ZERO, |b| clock::cpu_time().saturating_sub(b));
         let mut owed = true;
         // A new process costs a millisecond: kills and readings get their turn in between.
-        while owed && clock::cpu_time().saturating_sub(begin) < TURN {
+        while owed && since(begin) < TURN {
             owed = self.probe.drain_stacks(STACKS_AT_ONCE, |record| {
+                begin.get_or_insert_with(clock::cpu_time);
                 if let Some(cgroup) = stacks.push(record) {
                     steps.taken(cgroup);
                 }
@@ -50,7 +53,7 @@ impl Session {
                 debug!("stack slices of process {pid}: {error}");
             }
         }
-        self.stacks.spent(clock::cpu_time().saturating_sub(begin));
+        self.stacks.spent(since(begin));
         let (unwound, spent) = self.stacks.cost();
         if unwound > self.unwound {
             self.unwound = unwound;

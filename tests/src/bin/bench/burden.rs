@@ -26,7 +26,7 @@ const MAKERS: usize = 4;
 
 /// Runs the benchmark.
 pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
-    let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
+    let dir = tempfile::tempdir_in("/dev/shm").context("failed to make a directory for the agent")?;
     let mut chapter = Chapter {
         title: "What the agent takes itself".to_owned(),
         text: vec![
@@ -38,6 +38,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
             "What the eBPF programs cost is not in here: whoever runs them pays for it (see the chapters on programs \
              and on work while it is traced)."
                 .to_owned(),
+            "Its journal is on tmpfs, as it is by default (/run/memtrace).".to_owned(),
             memory::ABOUT.to_owned(),
             losses::ABOUT.to_owned(),
         ],

@@ -49,7 +49,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
          tmpfs and is not synced: it outlives the agent, not the machine. The first row of each table is what the \
          disk takes for such a line alone."
             .to_owned(),
-        "An incident is written when its window has closed, `--after` the kill: one second by default, none in the \
+        "An incident is written when its window has closed, `--after` the kill: half a second by default, none in the \
          second table. The budget for stacks is ten times the default there, as kills one after the other use it up."
             .to_owned(),
     ];
@@ -60,7 +60,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
         title: "From a kill to what is on disk".to_owned(),
         text,
         tables: vec![
-            default.table("At the defaults (the window closes 1 s after the kill)", &disk_ns),
+            default.table("At the defaults (the window closes 500 ms after the kill)", &disk_ns),
             at_once.table("With --after 0s --stack-budget 10", &disk_ns),
         ],
         goals: goals(&default, &at_once, on_disk),
