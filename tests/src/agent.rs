@@ -236,8 +236,10 @@ pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
 /// Runs a command that has to succeed.
 pub fn successful(mut command: Command) -> anyhow::Result<Output> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("failed to run {command:?}"))?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?} ended with {}; it said:\n{stderr}", output.status);
+    // Some say on stdout what is wrong: `doctor` does.
+    let said = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
+    let said = String::from_utf8_lossy(said);
+    ensure!(output.status.success(), "{command:?} ended with {}; it said:\n{said}", output.status);
     Ok(output)
 }
 
