@@ -273,10 +273,15 @@ pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
     }
 }
 
-/// Adds up the per-CPU slots of a counter. A function of its own: the verifier walks its loop once a call site.
+/// Adds up every CPU's slots of the counter that keeps them here, and of one that keeps its own right behind: the first in
+/// the low half, the second in the high one. A slot holds less than a batch, which no number of CPUs takes out of 32 bits.
+///
+/// A global function to the verifier, which looks at it once, for itself: as part of its callers, whose every path would
+/// walk this loop, the programs are too large on a machine of 64 CPUs.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn sum_slots(counters: u64) -> i64 {
-    let mut sum = 0i64;
+pub extern "C" fn sum_slots(counters: u64) -> u64 {
+    let (mut first, mut second) = (0i32, 0i32);
     let cpus = control!(cpus);
     for cpu in 0..MAX_CPUS {
         if cpu >= cpus {
@@ -284,10 +289,19 @@ fn sum_slots(counters: u64) -> i64 {
         }
         if let Some(offset) = PERCPU_OFFSETS.get(cpu) {
             let address = counters.wrapping_add(*offset);
-            sum += unsafe { bpf_probe_read_kernel(address as *const i32) }.unwrap_or(0) as i64;
+            let Ok(slots) = (unsafe { bpf_probe_read_kernel(address as *const [i32; 2]) }) else { continue };
+            first = first.wrapping_add(slots[0]);
+            second = second.wrapping_add(slots[1]);
         }
     }
-    sum
+    first as u32 as u64 | (second as u32 as u64) << 32
+}
+
+/// The two sums of [`sum_slots`].
+#[inline(always)]
+fn sums(counters: u64) -> [i64; 2] {
+    let both = sum_slots(counters);
+    [both as u32 as i32 as i64, (both >> 32) as u32 as i32 as i64]
 }
 
 /// No member is being reported: see [`rss_pages`].
@@ -306,7 +320,7 @@ pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
             return count;
         }
         let counters = pointer(counter, layout!(percpu_counter_counters));
-        if counters == 0 { count } else { count + sum_slots(counters) }
+        if counters == 0 { count } else { count + sums(counters)[0] }
     } else {
         let count: i64 = read(counter, 0).unwrap_or(0);
         // 6.1 and older: the running thread's own cache is not yet in the counter.
@@ -320,27 +334,8 @@ pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
     }
 }
 
-/// Adds every CPU's slots of four counters that lie side by side, in the order of the members.
-#[inline(never)]
-fn sum_side_by_side(counters: u64, pages: *mut [i64; 4]) -> i64 {
-    let cpus = control!(cpus);
-    for cpu in 0..MAX_CPUS {
-        if cpu >= cpus {
-            break;
-        }
-        if let Some(offset) = PERCPU_OFFSETS.get(cpu) {
-            let address = counters.wrapping_add(*offset);
-            let Ok(slots) = (unsafe { bpf_probe_read_kernel(address as *const [i32; 4]) }) else { continue };
-            for (sum, slot) in unsafe { &mut *pages }.iter_mut().zip(slots) {
-                *sum += slot as i64;
-            }
-        }
-    }
-    0
-}
-
 /// Pages of every member, as [`rss_pages`] has them, and the global parts they were read with. Where the kernel keeps the
-/// slots of the four counters side by side (lib/percpu_counter.c __percpu_counter_init_many, 6.6), with one read a CPU.
+/// slots of the four counters side by side (lib/percpu_counter.c __percpu_counter_init_many, 6.6), with two reads a CPU.
 #[inline(always)]
 pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
     let approximate = [0, 1, 2, 3].map(|member| rss_approximate(mm, member));
@@ -348,8 +343,10 @@ pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
         let slots = |member| pointer(rss_counter(mm, member), layout!(percpu_counter_counters));
         let (first, last) = (slots(0), slots(3));
         if first != 0 && last.wrapping_sub(first) == 12 {
+            let ([zero, one], [two, three]) = (sums(first), sums(first + 8));
+            let slots = [zero, one, two, three];
             let mut pages = approximate;
-            sum_side_by_side(first, &raw mut pages);
+            pages.iter_mut().zip(slots).for_each(|(sum, slot)| *sum += slot);
             return (pages, approximate);
         }
     }

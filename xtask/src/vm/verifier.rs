@@ -40,7 +40,9 @@ pub(crate) fn costs(log: &str, doctor: &Value) -> Costs {
     }
     let line = |line: &str| {
         let (name, rest) = line.split_once(" processed ")?;
-        let instructions = rest.split_ascii_whitespace().next()?.parse().ok()?;
+        // 7.2 tells of global functions apart: `72024+131`.
+        let parts = rest.split_ascii_whitespace().next()?.split('+').map(|part| part.parse::<u64>().ok());
+        let instructions = parts.sum::<Option<u64>>()?;
         let known = !name.is_empty() && !name.starts_with("aya_");
         let whole = attached.keys().copied().find(|whole| whole.get(..15).unwrap_or(whole) == name).unwrap_or(name);
         let bytes = attached.get(whole).copied().flatten();
@@ -120,7 +122,7 @@ mod tests {
             {"hook": "map", "state": "left_out"},
         ]});
         let log = "aya_name_check processed 2 insns (limit 1000000)\n processed 2 insns\npercpu_init processed 30 insns\n\
-            rss_stat processed 4000 insns (limit 1000000) max\noom_decision_fe processed 50 insns\nnoise\n";
+            rss_stat processed 3900+100 insns (limit 1000000) max\noom_decision_fe processed 50 insns\nnoise\n";
         let costs = costs(log, &doctor);
         let of = |program: &str| costs.get(program).map(|cost| (cost.instructions, cost.bytes));
         assert_eq!(of("oom_decision_fentry"), Some((50, Some(900))));
