@@ -22,8 +22,9 @@ pub(crate) const QEMU: &str = "qemu-system-x86_64";
 pub(crate) enum Processors {
     /// Two, each a node of its own, so that a cpuset can be given one of them.
     Nodes,
-    /// One, of which the clock counts instructions: a nanosecond each, and none while it waits.
-    Counted,
+    /// One, of which the clock counts instructions: a nanosecond each, and none while it waits. The kernel believes that
+    /// there may come to be so many.
+    Counted { possible: u32 },
     /// So many, in one node.
     Many(u32),
 }
@@ -42,9 +43,21 @@ impl Processors {
                     arguments.extend(words(&format!("-numa node,nodeid={node},cpus={node},memdev=memory{node}")));
                 }
             }
-            Self::Counted => arguments.extend(words(&format!(
-                "-accel tcg,thread=single -icount shift=0,sleep=off -smp 1 -rtc clock=vm -seed 1 -m {memory}M"
-            ))),
+            Self::Counted { possible } => {
+                arguments.extend(words(&format!(
+                    "-accel tcg,thread=single -icount shift=0,sleep=off -smp 1,maxcpus={possible} -rtc clock=vm -seed 1 \
+                     -m {memory}M"
+                )));
+                if possible > 1 {
+                    // From 6.9 on the kernel makes room for processors to come only as a guest of a hypervisor that it
+                    // knows (arch/x86/kernel/cpu/topology.c). Of those QEMU can look like VMware's when it only emulates:
+                    // by a serial number and a port (arch/x86/kernel/cpu/vmware.c).
+                    arguments.extend(words("-smbios type=1,serial=VMware-56"));
+                    if let Some(cpu) = arguments.iter_mut().find(|argument| *argument == "max") {
+                        cpu.push_str(",-hypervisor");
+                    }
+                }
+            }
             Self::Many(count) => {
                 arguments.extend(words(&format!("-accel tcg,thread=multi -smp {count} -m {memory}M")));
             }
@@ -226,10 +239,12 @@ mod tests {
 
     #[test]
     fn a_counted_processor_is_one_and_its_clock_stands_for_nothing_but_instructions() {
-        let line = Processors::Counted.arguments(1024).join(" ");
-        for part in ["-icount shift=0,sleep=off", "thread=single", "-smp 1 ", "-m 1024M", "-rtc clock=vm"] {
+        let line = Processors::Counted { possible: 1 }.arguments(1024).join(" ");
+        for part in ["-icount shift=0,sleep=off", "thread=single", "-smp 1,maxcpus=1 ", "-m 1024M", "-rtc clock=vm"] {
             assert!(line.contains(part), "{line}");
         }
+        let line = Processors::Counted { possible: 64 }.arguments(1024).join(" ");
+        assert!(line.contains("-cpu max,-hypervisor ") && line.contains("-smp 1,maxcpus=64 "), "{line}");
         let line = Processors::Many(64).arguments(4096).join(" ");
         assert!(line.contains("-smp 64 ") && line.contains("thread=multi") && !line.contains("-numa"), "{line}");
         assert!(Processors::Nodes.arguments(1024).join(" ").contains("-numa node,nodeid=1,cpus=1,memdev=memory1"));
