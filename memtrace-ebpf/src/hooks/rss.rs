@@ -47,11 +47,12 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     let Some(seen) = SEEN.get_ptr_mut(0) else { return 0 };
     let seen = unsafe { &mut *seen };
     let Some(known) = seen.approximate.get_mut((member & 3) as usize) else { return 0 };
-    if seen.mm == mm && *known == approximate && seen.left != 0 {
+    // Of anonymous memory alone: an update of the others can be the 16 pages around a fault.
+    if seen.mm == mm && *known == approximate && seen.left != 0 && member == layout!(mm_anonpages) {
         seen.left -= 1;
         return 0;
     }
-    let updates = if seen.mm == mm { seen.granted - seen.left + 1 } else { 1 };
+    let let_go = if seen.mm == mm { seen.granted - seen.left } else { 0 };
     if seen.mm != mm {
         *seen = Seen { mm, approximate: [NOT_SEEN; 4], left: 0, granted: 0 };
     }
@@ -67,9 +68,12 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     let Some(known) = seen.approximate.get_mut((member & 3) as usize) else { return 0 };
     *known = approximate;
     grant(seen, state.quantum_pages);
+    if let Some(anon) = state.members.get_mut((layout!(mm_anonpages) & 3) as usize) {
+        anon.updates += let_go as i64;
+    }
     // One masked look-up, and its pointer from there on: older verifiers lose a bound that was checked on a copy.
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
-    known.updates += updates as i64;
+    known.updates += 1;
     // Three members can each be a step behind: with the threshold below less than a quantum stays untold.
     let step = state.quantum_pages >> 3;
     // Without the exit_mmap hook the last page of an address space nobody owns tells its end.
@@ -84,8 +88,14 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
             return 0;
         }
     }
+    let dying = state.flags & RSS_DYING as u64 != 0;
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
     read_one(mm, member, member, approximate, known);
+    // What is torn down does not grow again: its falls need no second reading.
+    if dying {
+        tell(mm, member, state);
+        return 0;
+    }
     // Only at its own event: before 6.2 a reading at another member's event holds the running thread's cache, and no
     // other's.
     let grown = count(mm, member, member, known, step.max(2));
@@ -173,7 +183,7 @@ fn tell(mm: u64, reported: u32, state: &mut MmState) {
     if state.flags & RSS_DYING as u64 != 0 && sum != 0 && moved < state.peak_pages >> 4 {
         return;
     }
-    read_all(mm, reported, state);
+    read_rest(mm, reported, state);
     emit_change(mm, state, RSS_QUANTUM, boot_ns());
 }
 
@@ -181,9 +191,9 @@ fn tell(mm: u64, reported: u32, state: &mut MmState) {
 /// no loop of the program can keep in step with.
 #[inline(always)]
 fn grant(seen: &mut Seen, quantum_pages: i64) {
-    // All CPUs together may let go of half a quantum: on a large machine only large processes have any to let go of.
+    // All CPUs together let go of half a quantum on average: on a large machine only large processes have any to let go of.
     let share = (quantum_pages as u32 >> 1).checked_div(control!(cpus)).unwrap_or(0);
-    let most = (quantum_pages as u32 >> 4).min(MOST_LEFT).min(share);
+    let most = (quantum_pages as u32 >> 3).min(MOST_LEFT).min(share);
     // The last page of an address space must not be among them where it tells its end.
     let granted =
         if most < 2 || control!(exit_mmap) == 0 { 0 } else { (most >> 1) + unsafe { bpf_get_prandom_u32() } % most };
@@ -276,6 +286,25 @@ fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, known: &mut M
     known.exact = kernel::rss_pages(mm, member, reported);
     known.approximate = approximate;
     known.updates = 0;
+}
+
+/// Reads the members that may have changed since they were read. On a machine of many CPUs every reading is dear, and most
+/// of the time only one member moves.
+#[inline(always)]
+fn read_rest(mm: u64, reported: u32, state: &mut MmState) {
+    // Before 6.2 threads keep some to themselves, of which the counter knows nothing.
+    if layout!(rss_is_percpu) == 0 {
+        return read_all(mm, reported, state);
+    }
+    for (member, known) in state.members.iter_mut().enumerate() {
+        if known.updates > 0 {
+            read_one(mm, member as u32, reported, kernel::rss_approximate(mm, member as u32), known);
+        }
+    }
+    let sum = resident(state);
+    if sum > state.peak_pages {
+        state.peak_pages = sum;
+    }
 }
 
 /// Reads all members exactly into the state.
