@@ -1,14 +1,13 @@
 //! The clocks: boot-clock nanoseconds inside, one anchor to wall time, and what ticks.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime, timerfd_create,
     timerfd_settime,
 };
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe::Receiver;
 
 use crate::engine::input::Fact;
 
@@ -45,7 +44,7 @@ pub fn anchor() -> Fact {
 /// A timer of the kernel's: the runtime's own takes a wake-up of itself and two of this thread for one in 100 ms, which is
 /// most of what an idle agent costs.
 #[derive(Debug)]
-pub struct Ticker(AsyncFd<OwnedFd>);
+pub struct Ticker(Receiver);
 
 impl Ticker {
     /// The first tick comes after one period. Must run inside a tokio runtime.
@@ -53,10 +52,8 @@ impl Ticker {
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         let period = Timespec::try_from(period).map_err(io::Error::other)?;
         timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval: period, it_value: period })?;
-        // SAFETY: the timer is owned, open as long as it is registered, and always the same one.
-        #[expect(unsafe_code, reason = "the one call that makes the timer pollable")]
-        let timer = unsafe { AsyncFd::register(timer) };
-        Ok(Self(timer.map_err(io::Error::from)?))
+        // Polled and read as the reading end of a pipe is, which is all that this type does with it.
+        Ok(Self(Receiver::from_owned_fd_unchecked(timer)?))
     }
 
     /// Waits for the next tick.
@@ -64,10 +61,10 @@ impl Ticker {
         let mut expirations = [0; 8];
         loop {
             // Only a runtime that is shut down has no answer, and then nobody waits.
-            let Ok(mut guard) = self.0.readable().await else { return std::future::pending().await };
-            let read = rustix::io::read(guard.get_inner(), &mut expirations);
-            guard.clear_ready();
-            if read.is_ok() {
+            if self.0.readable().await.is_err() {
+                return std::future::pending().await;
+            }
+            if self.0.try_read(&mut expirations).is_ok() {
                 return;
             }
         }
