@@ -91,14 +91,9 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     let dying = state.flags & RSS_DYING as u64 != 0;
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
     read_one(mm, member, member, approximate, known);
-    // What is torn down does not grow again: its falls need no second reading.
-    if dying {
-        tell(mm, member, state);
-        return 0;
-    }
     // Only at its own event: before 6.2 a reading at another member's event holds the running thread's cache, and no
-    // other's.
-    let grown = count(mm, member, member, known, step.max(2));
+    // other's. What is torn down does not grow again: its falls need no second reading.
+    let grown = if dying { 0 } else { count(mm, member, member, known, step.max(2)) };
     if grown > 0 && member != layout!(mm_swapents) {
         atomic_add(&raw mut state.grown_pages, grown);
         touched(ctx, mm, grown, state);
@@ -183,7 +178,12 @@ fn tell(mm: u64, reported: u32, state: &mut MmState) {
     if state.flags & RSS_DYING as u64 != 0 && sum != 0 && moved < state.peak_pages >> 4 {
         return;
     }
-    read_rest(mm, reported, state);
+    // On a machine of many CPUs every reading is dear, and most of the time only one member moves. Before 6.2 threads keep
+    // some to themselves, of which no update tells.
+    let moved_since = state.members.iter().fold(0, |all, known| all | known.updates);
+    if layout!(rss_is_percpu) == 0 || moved_since != 0 {
+        read_all(mm, reported, state);
+    }
     emit_change(mm, state, RSS_QUANTUM, boot_ns());
 }
 
@@ -286,25 +286,6 @@ fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, known: &mut M
     known.exact = kernel::rss_pages(mm, member, reported);
     known.approximate = approximate;
     known.updates = 0;
-}
-
-/// Reads the members that may have changed since they were read. On a machine of many CPUs every reading is dear, and most
-/// of the time only one member moves.
-#[inline(always)]
-fn read_rest(mm: u64, reported: u32, state: &mut MmState) {
-    // Before 6.2 threads keep some to themselves, of which the counter knows nothing.
-    if layout!(rss_is_percpu) == 0 {
-        return read_all(mm, reported, state);
-    }
-    for (member, known) in state.members.iter_mut().enumerate() {
-        if known.updates > 0 {
-            read_one(mm, member as u32, reported, kernel::rss_approximate(mm, member as u32), known);
-        }
-    }
-    let sum = resident(state);
-    if sum > state.peak_pages {
-        state.peak_pages = sum;
-    }
 }
 
 /// Reads all members exactly into the state.
