@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{process, programs};
@@ -179,12 +179,7 @@ impl Agent {
 
     /// SIGKILL between two writes: SIGSTOP lets a write end that SIGKILL would cut off at a page's end.
     pub fn kill_9_at_rest(&mut self) -> anyhow::Result<()> {
-        process::signal(self.child.id(), Signal::STOP)?;
-        let pid = Pid::from_child(&self.child);
-        // Told once every thread has stopped.
-        let stopped =
-            waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).context("failed to wait for the agent's stop")?;
-        ensure!(stopped.is_some_and(|status| status.stopped()), "the agent ended where it should have stopped");
+        process::stop(self.child.id())?;
         self.kill_9()
     }
 

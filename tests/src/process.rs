@@ -3,8 +3,8 @@
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use rustix::process::{Pid, Signal};
+use anyhow::{Context, bail, ensure};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
 /// Boot clock, nanoseconds.
 pub fn boot_ns() -> u64 {
@@ -72,8 +72,20 @@ impl Rss {
 
 /// Sends a signal.
 pub fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
-    let target = i32::try_from(pid).ok().and_then(Pid::from_raw).context("not a process id")?;
-    rustix::process::kill_process(target, signal).with_context(|| format!("failed to signal process {pid}"))
+    rustix::process::kill_process(target(pid)?, signal).with_context(|| format!("failed to signal process {pid}"))
+}
+
+fn target(pid: u32) -> anyhow::Result<Pid> {
+    i32::try_from(pid).ok().and_then(Pid::from_raw).context("not a process id")
+}
+
+/// SIGSTOP to a child; every thread has stopped when this returns, and what it was writing is written.
+pub fn stop(pid: u32) -> anyhow::Result<()> {
+    signal(pid, Signal::STOP)?;
+    let state = waitid(WaitId::Pid(target(pid)?), WaitIdOptions::STOPPED);
+    let state = state.with_context(|| format!("failed to wait for process {pid} to stop"))?;
+    ensure!(state.is_some_and(|state| state.stopped()), "process {pid} ended where it should have stopped");
+    Ok(())
 }
 
 /// Waits for a child with an end.

@@ -20,9 +20,9 @@ const BORROWED: [&str; 3] = ["/bin/true", "/usr/bin/bpftrace", "/usr/bin/perf"];
 /// How much is wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Extent {
-    /// Every kernel, hook by hook, as it is kept.
+    /// Every kernel, hook by hook, as it is kept; and one of many processors.
     Whole,
-    /// Every kernel, all hooks together.
+    /// The same, all hooks together.
     Together,
     /// A new and an old kernel, all hooks together.
     Two,
@@ -110,17 +110,17 @@ impl Lot<'_> {
 pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) -> Result<Instructions> {
     let every = KERNELS.map(|kernel| kernel.name);
     let whole = extent == Extent::Whole;
-    let quick = extent == Extent::Two;
-    let lots = [
-        Lot { kernels: if quick { &["6.1", "sid"] } else { &every }, possible: 1, whole },
-        Lot { kernels: if quick { &[] } else { &["sid"] }, possible: MANY, whole: false },
-    ];
+    let of_many = Lot { kernels: &["sid"], possible: MANY, whole: false };
+    let lots = match extent {
+        Extent::Two => vec![Lot { kernels: &["6.1", "sid"], possible: 1, whole }],
+        Extent::Together | Extent::Whole => vec![Lot { kernels: &every, possible: 1, whole }, of_many],
+    };
     let path = place.root.join(Added::FILE);
     let mut snapshot = Snapshot::<Added>::read(&std::fs::read_to_string(&path).unwrap_or_default())?;
     let (mut failures, mut remarks) = (Vec::new(), Vec::new());
     let mut machines = Vec::new();
     let mut counts = 0;
-    for lot in lots.iter().filter(|lot| !lot.kernels.is_empty()) {
+    for lot in &lots {
         let all = if bless {
             lot.boot(place, profile, lot.kernels)?
         } else {

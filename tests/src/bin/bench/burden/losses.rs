@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::{Agent, Options};
@@ -161,8 +160,7 @@ struct Stopped(u32);
 
 impl Stopped {
     fn now(pid: u32) -> anyhow::Result<Self> {
-        process::signal(pid, Signal::STOP)?;
-        std::thread::sleep(Duration::from_millis(20));
+        process::stop(pid)?;
         Ok(Self(pid))
     }
 }
