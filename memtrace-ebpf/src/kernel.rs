@@ -289,9 +289,17 @@ pub extern "C" fn sum_slots(counters: u64) -> u64 {
         }
         if let Some(offset) = PERCPU_OFFSETS.get(cpu) {
             let address = counters.wrapping_add(*offset);
-            let Ok(slots) = (unsafe { bpf_probe_read_kernel(address as *const [i32; 2]) }) else { continue };
-            first = first.wrapping_add(slots[0]);
-            second = second.wrapping_add(slots[1]);
+            match unsafe { bpf_probe_read_kernel(address as *const [i32; 2]) } {
+                Ok(slots) => {
+                    first = first.wrapping_add(slots[0]);
+                    second = second.wrapping_add(slots[1]);
+                }
+                // What is behind the last counter of a page may not be there.
+                Err(_) => {
+                    let slot = unsafe { bpf_probe_read_kernel(address as *const i32) };
+                    first = first.wrapping_add(slot.unwrap_or(0));
+                }
+            }
         }
     }
     first as u32 as u64 | (second as u32 as u64) << 32
