@@ -5,8 +5,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::built::Built;
 use crate::place::{Place, Profile};
-use crate::run::{cargo, run as run_command, say};
+use crate::run::{run as run_command, say};
 use crate::setup;
 use crate::toolchain::{self, BPF_TARGET, Compiler, Toolchain};
 
@@ -26,8 +27,8 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     setup::bpf(place)?;
     let profile = Profile::of(args.release);
     let object = ebpf(place)?;
-    agent(place, profile, &object)?;
-    say(format_args!("built {}", place.bin(profile, "memtrace").display()));
+    let built = Built::programs(place, profile, &object)?;
+    say(format_args!("built {}", built.program("memtrace")?.display()));
     Ok(())
 }
 
@@ -39,20 +40,6 @@ pub(crate) fn ebpf(place: &Place) -> Result<PathBuf> {
     let object = place.ebpf_object();
     check_object(&object)?;
     Ok(object)
-}
-
-/// Builds the agent around the object.
-pub(crate) fn agent(place: &Place, profile: Profile, object: &Path) -> Result<()> {
-    let mut build = cargo(place);
-    build.args(["build", "--package", "memtrace"]).args(profile.args()).env(OBJECT_VARIABLE, object);
-    run_command(&mut build).context("failed to build the agent")
-}
-
-/// Builds the programs of the tests: workloads and the cage they die in.
-pub(crate) fn workloads(place: &Place, profile: Profile) -> Result<()> {
-    let mut build = cargo(place);
-    build.args(["build", "--package", "memtrace-tests", "--bins"]).args(profile.args());
-    run_command(&mut build).context("failed to build the workloads")
 }
 
 /// The flags are those of aya-build: BTF out of debug info, and the CPU whose registers hooks read.

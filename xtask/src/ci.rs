@@ -4,15 +4,10 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
+use crate::built::USERSPACE;
 use crate::place::Place;
 use crate::run::{cargo, run as run_command, say};
 use crate::{setup, tidy};
-
-/// The version of cargo-deny that `ci` installs.
-const CARGO_DENY_VERSION: &str = "0.20.2";
-
-/// Every member but the eBPF programs, which only compile for the BPF target.
-const USERSPACE: [&str; 3] = ["--workspace", "--exclude", "memtrace-ebpf"];
 
 /// Arguments of `cargo xtask ci`.
 #[derive(clap::Args)]
@@ -28,10 +23,10 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
             failed.push(name);
         }
     };
-    check("format", run_command(cargo(place).args(["fmt", "--all", "--check"])));
+    check("format", format(place));
     check("house rules", tidy::check(place));
-    check("lints", lints(place));
     check("licences, bans and sources of dependencies", deny(place));
+    check("lints", lints(place));
     check("docs", docs(place));
     if !failed.is_empty() {
         bail!("{}", failed.join(", "));
@@ -39,14 +34,26 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn lints(place: &Place) -> Result<()> {
+/// The checks that take seconds, up to the first that fails.
+pub(crate) fn quick(place: &Place) -> Result<()> {
+    format(place)?;
+    tidy::check(place)?;
+    deny(place)
+}
+
+fn format(place: &Place) -> Result<()> {
+    run_command(cargo(place).args(["fmt", "--all", "--check"]))
+}
+
+/// Lints, as errors.
+pub(crate) fn lints(place: &Place) -> Result<()> {
     let mut clippy = cargo(place);
     clippy.arg("clippy").args(USERSPACE).args(["--all-targets", "--locked", "--", "-D", "warnings"]);
     run_command(&mut clippy)
 }
 
 /// With private items: this is a program, and its docs are for who works on it.
-fn docs(place: &Place) -> Result<()> {
+pub(crate) fn docs(place: &Place) -> Result<()> {
     let mut doc = cargo(place);
     doc.arg("doc")
         .args(USERSPACE)
@@ -58,7 +65,7 @@ fn docs(place: &Place) -> Result<()> {
 /// Advisories are left out: they need a database from the network, and the same tree must give the
 /// same answer tomorrow. `cargo deny check advisories` is for a scheduled job.
 fn deny(place: &Place) -> Result<()> {
-    setup::cargo_tool(place, "cargo-deny", CARGO_DENY_VERSION)?;
+    setup::cargo_deny(place)?;
     let mut deny = Command::new(place.tool("cargo-deny"));
     deny.current_dir(&place.root).args(["--locked", "check", "bans", "licenses", "sources"]);
     run_command(&mut deny)

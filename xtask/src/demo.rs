@@ -2,13 +2,14 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::built::Built;
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{output, say, shown};
 use crate::{build, setup};
@@ -37,21 +38,19 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
         bail!("this kernel publishes no BTF at /sys/kernel/btf/vmlinux, so memtrace cannot run here");
     }
     setup::bpf(place)?;
-    let profile = Profile::Release;
     let object = build::ebpf(place)?;
-    build::agent(place, profile, &object)?;
-    build::workloads(place, profile)?;
-    let memtrace = place.bin(profile, "memtrace");
+    let built = Built::programs(place, Profile::Release, &object)?;
+    let memtrace = built.program("memtrace")?;
 
     let state = Scratch::new()?;
-    let mut agent = Agent::start(&memtrace, &state)?;
+    let mut agent = Agent::start(memtrace, &state)?;
     agent.wait_ready()?;
-    kill_something(place, profile)?;
-    let id = wait_for_incident(&memtrace, &state, &mut agent)?;
+    kill_something(&built)?;
+    let id = wait_for_incident(memtrace, &state, &mut agent)?;
     agent.wait_named(&id);
 
     say(format_args!("memtrace report {id}"));
-    let mut report = Command::new(&memtrace);
+    let mut report = Command::new(memtrace);
     report.args(["report", &id, "--state-dir"]).arg(&state.0);
     let text = output(&mut report)?;
     let _ = write!(std::io::stdout(), "\n{text}\n");
@@ -59,9 +58,9 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
 }
 
 /// The workload in its cage. It is meant to die, so its exit code proves nothing: the incident does.
-fn kill_something(place: &Place, profile: Profile) -> Result<()> {
-    let mut cage = Command::new(place.bin(profile, "oomcage"));
-    cage.args(["--limit", LIMIT, "--"]).arg(place.bin(profile, "workload")).args(["burst", "--mib", WANT_MIB]);
+fn kill_something(built: &Built) -> Result<()> {
+    let mut cage = Command::new(built.program("oomcage")?);
+    cage.args(["--limit", LIMIT, "--"]).arg(built.program("workload")?).args(["burst", "--mib", WANT_MIB]);
     say(format_args!("{}: a program that wants {WANT_MIB} MiB under a limit of {LIMIT}", shown(&cage)));
     let status = cage.status().context("failed to start oomcage")?;
     say(format_args!("the program ended with {status}"));
@@ -74,7 +73,7 @@ fn kill_something(place: &Place, profile: Profile) -> Result<()> {
     Ok(())
 }
 
-fn wait_for_incident(memtrace: &PathBuf, state: &Scratch, agent: &mut Agent) -> Result<String> {
+fn wait_for_incident(memtrace: &Path, state: &Scratch, agent: &mut Agent) -> Result<String> {
     say(format_args!("waiting for the incident to close"));
     let deadline = Instant::now() + INCIDENT_WITHIN;
     loop {
@@ -130,7 +129,7 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(memtrace: &PathBuf, state: &Scratch) -> Result<Self> {
+    fn start(memtrace: &Path, state: &Scratch) -> Result<Self> {
         let port =
             TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).context("failed to find a free port")?;
         let mut command = Command::new(memtrace);

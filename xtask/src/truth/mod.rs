@@ -17,6 +17,7 @@ use self::compare::Agreement;
 use self::recording::{Recording, Truth};
 use self::table::{Row, Run};
 use self::workloads::{Shop, WORKLOADS, Workload};
+use crate::built::Built;
 use crate::place::{Place, Profile, has_btf, is_root};
 use crate::run::{output, say, shown};
 use crate::{build, host, setup};
@@ -79,7 +80,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     setup::truth()?;
     let profile = Profile::of(!args.dev);
     let object = build::ebpf(place)?;
-    build::agent(place, profile, &object)?;
+    let built = Built::programs(place, profile, &object)?;
     let shop = Shop::open(place)?;
     let mut unbuilt = BTreeMap::new();
     for workload in &chosen {
@@ -88,7 +89,7 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
             unbuilt.insert(workload.name, format!("{error:#}"));
         }
     }
-    let tracer = Tracer { memtrace: place.bin(profile, "memtrace"), options: &args.options };
+    let tracer = Tracer { memtrace: built.program("memtrace")?.to_path_buf(), options: &args.options };
 
     let mut rows = Vec::new();
     for workload in &chosen {

@@ -8,9 +8,11 @@ use serde_json::Value;
 
 use super::kernels::{Cgroup, KERNELS, Kernel, Ready};
 use super::machine::{self, Parts, Processors};
-use super::payload::{self, Built};
-use super::{boot, fetch};
-use crate::place::{Place, Profile};
+use super::payload;
+use super::selection::Selection;
+use super::{Slots, boot, fetch};
+use crate::built::Built;
+use crate::place::Place;
 
 /// What the machines are to do.
 pub(super) struct Task<'a> {
@@ -26,10 +28,8 @@ pub(super) struct Task<'a> {
     pub(super) processors: Processors,
     /// Memory of a machine, MiB.
     pub(super) memory: u32,
-    /// A machine that has not ended by then is killed.
-    pub(super) limit: Duration,
     /// Machines at a time.
-    pub(super) jobs: usize,
+    pub(super) slots: &'a Slots,
 }
 
 /// What came of one machine.
@@ -50,7 +50,7 @@ pub(super) struct Found {
 pub(super) type All = Vec<(String, Result<Found>)>;
 
 /// Boots the machines and gathers what they found.
-pub(super) fn run(place: &Place, profile: Profile, task: &Task<'_>) -> Result<All> {
+pub(super) fn run(place: &Place, built: &Built, task: &Task<'_>) -> Result<All> {
     if std::env::consts::ARCH != "x86_64" {
         bail!("the machines are x86_64, and run what is built for this one");
     }
@@ -62,19 +62,18 @@ pub(super) fn run(place: &Place, profile: Profile, task: &Task<'_>) -> Result<Al
     let base = place.target.join("vm");
     let dir = base.join(task.name);
     std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-    let built = Built::programs(place, profile)?;
     let mut absent = Vec::new();
     let machines = fetch(&chosen, &base, &mut absent);
     let kernels: Vec<&Ready> = machines.iter().map(|machine| &machine.ready).collect();
     machine::make_disks(&dir)?;
     // what is not here, the benchmark says it has not found
     let borrowed: Vec<&str> = task.borrowed.iter().copied().filter(|program| Path::new(program).is_file()).collect();
-    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels, &borrowed)?;
+    let initramfs = payload::pack(place, built, &dir, &kernels, &borrowed)?;
     // addresses that are the same at each boot: how many page tables a fork copies depends on them
     let append = format!("nokaslr norandmaps memtrace.bench={}", task.arguments);
-    let (processors, memory, limit) = (task.processors, task.memory, task.limit);
-    let parts = Parts { dir, initramfs, memory, processors, append, limit, keep: false };
-    let outcomes = boot(&machines, &parts, task.jobs);
+    let (processors, memory) = (task.processors, task.memory);
+    let parts = Parts { dir, initramfs, memory, processors, append, keep: false, selection: Selection::All };
+    let outcomes = boot(&machines, &parts, task.slots);
     let mut all: All = Vec::new();
     for (machine, outcome) in machines.iter().zip(outcomes) {
         let found = outcome.and_then(|outcome| {

@@ -1,9 +1,13 @@
 //! What a machine's console says: the guest's own lines, and between them what its test executables print. Pure.
 
-use crate::libtest::{Reader, Tally};
+use super::watch::Sign;
+use crate::libtest::{Reader, SecondTry, Tally, retried};
 
 /// How the guest's own lines begin: see tests/src/bin/guest.
 const OWN: &str = "@memtrace ";
+
+/// What the guest says now and then, so that its silence means something.
+const ALIVE: &str = "alive";
 
 /// Lines of the console kept for an error.
 const TAIL: usize = 25;
@@ -11,17 +15,35 @@ const TAIL: usize = 25;
 /// Reads a console line by line.
 #[derive(Debug, Default)]
 pub(crate) struct Console {
-    reader: Reader,
-    executable: Option<String>,
-    /// As it was when the executable at hand began, for when it runs once more.
-    before: (Reader, Vec<String>),
-    second_tries: Vec<String>,
+    /// The executable that runs.
+    running: Option<Running>,
+    /// Executables that have ended.
     ran: u64,
+    tally: Tally,
+    not_run: Vec<String>,
     done: bool,
     troubles: Vec<String>,
     failed: Vec<String>,
+    second_tries: Vec<SecondTry>,
     tail: Vec<String>,
     emulator_at_fault: bool,
+}
+
+/// An executable from when it begins to when it ends.
+#[derive(Debug, Default)]
+struct Running {
+    executable: String,
+    reader: Reader,
+    /// Its first run, and whether only what failed in that runs once more.
+    first: Option<(Reader, bool)>,
+}
+
+/// What a line shows.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Heard {
+    pub(crate) sign: Sign,
+    /// A line of progress for people.
+    pub(crate) shown: Option<String>,
 }
 
 /// What a whole console came to.
@@ -29,7 +51,7 @@ pub(crate) struct Console {
 pub(crate) struct Said {
     /// Tests, and each trouble as one failure more.
     pub(crate) tally: Tally,
-    /// `EXECUTABLE::TEST` of tests that failed.
+    /// `EXECUTABLE::TEST` of tests that failed, with what they said.
     pub(crate) failed: Vec<String>,
     /// What else went wrong, one sentence each.
     pub(crate) troubles: Vec<String>,
@@ -37,56 +59,53 @@ pub(crate) struct Said {
     pub(crate) not_a_test: bool,
     /// What could not run here, and why.
     pub(crate) not_run: Vec<String>,
-    /// Executables that ran once more, and what had failed in them; only the second try counts.
-    pub(crate) second_tries: Vec<String>,
+    /// Tests that failed and ran once more; how the second try went counts.
+    pub(crate) second_tries: Vec<SecondTry>,
     /// The end of the console; empty when nothing went wrong with the machine itself.
     pub(crate) tail: Vec<String>,
 }
 
 impl Console {
-    /// Takes a line; a line of progress may come of it.
-    pub(crate) fn line(&mut self, line: &str) -> Option<String> {
+    /// Takes a line; says what it shows, if it does.
+    pub(crate) fn line(&mut self, line: &str) -> Option<Heard> {
         let line = line.trim_end_matches(['\r', '\n']);
-        if !line.is_empty() {
+        // A kernel patches its own code by way of int3 (arch/x86/kernel/alternative.c); an emulator of several processors
+        // now and then runs one that is there no more.
+        self.emulator_at_fault |= line.contains("Oops: int3");
+        let own = line.split_once(OWN).map(|(_, own)| own);
+        if !line.is_empty() && own != Some(ALIVE) {
             self.tail.push(line.to_owned());
             if self.tail.len() > TAIL {
                 self.tail.remove(0);
             }
         }
-        // A kernel patches its own code by way of int3 (arch/x86/kernel/alternative.c); an emulator of several processors
-        // now and then runs one that is there no more.
-        self.emulator_at_fault |= line.contains("Oops: int3");
-        if let Some((_, own)) = line.split_once(OWN) {
-            return self.own(own);
+        match own {
+            Some(ALIVE) => Some(Heard { sign: Sign::Alive, shown: None }),
+            Some(own) => Some(Heard { sign: Sign::Progress, shown: self.own(own) }),
+            None => {
+                let running = self.running.as_mut()?;
+                let ended = running.reader.line(line)?;
+                let shown = Some(format!("{}::{} {}", running.executable, ended.test, ended.word));
+                Some(Heard { sign: Sign::Progress, shown })
+            }
         }
-        let ended = self.reader.line(line)?;
-        let executable = self.executable.as_deref().unwrap_or("?");
-        if ended.word == "FAILED" {
-            self.failed.push(format!("{executable}::{}", ended.test));
-        }
-        Some(format!("{executable}::{} {}", ended.test, ended.word))
     }
 
     fn own(&mut self, line: &str) -> Option<String> {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         match word {
-            "begin" => {
-                self.executable = Some(rest.to_owned());
-                self.before = (self.reader.clone(), self.failed.clone());
-            }
+            "begin" => self.running = Some(Running { executable: rest.to_owned(), ..Running::default() }),
             "again" => {
-                let failed = self.failed.split_off(self.before.1.len().min(self.failed.len()));
-                let torn: Vec<&str> =
-                    self.reader.failed.difference(&self.before.0.failed).map(String::as_str).collect();
-                let what = if failed.is_empty() { torn.join(", ") } else { failed.join(", ") };
-                self.second_tries.push(format!("{rest}, in which failed: {what}"));
-                (self.reader, self.failed) = self.before.clone();
-                return Some(format!("{rest} once more"));
+                let running = self.running.as_mut()?;
+                let (executable, failed) = rest.split_once(' ').unwrap_or((rest, ""));
+                let first = std::mem::take(&mut running.reader);
+                running.first = Some((first, !failed.is_empty()));
+                return Some(format!("{executable} once more {failed}").trim_end().to_owned());
             }
             "end" => {
-                self.executable = None;
-                self.ran += 1;
                 let (executable, how) = rest.split_once(": ").unwrap_or((rest, ""));
+                let running = self.running.take().unwrap_or_default();
+                self.ended(running);
                 if !["passed", "failed"].contains(&how) {
                     self.troubles.push(format!("{executable}: {how}"));
                     return Some(format!("{executable}: {how}"));
@@ -102,31 +121,60 @@ impl Console {
         None
     }
 
+    /// Takes in what an executable came to.
+    fn ended(&mut self, running: Running) {
+        self.ran += 1;
+        let Running { executable, reader, first } = running;
+        let named = |test: &String| format!("{executable}::{test}");
+        let mut tally = reader.tally();
+        if let Some((first, failed_alone)) = first {
+            let passed = |test: &String| reader.few_failed(usize::MAX).is_none_or(|failed| !failed.contains(test));
+            let mut tests: Vec<(String, bool)> = first.failed.iter().map(|test| (test.clone(), passed(test))).collect();
+            if failed_alone {
+                let joined = retried(&first, &reader);
+                (tally, tests) = (joined.tally, joined.tests);
+                self.not_run.extend(first.not_run.iter().cloned());
+            }
+            let one = |test: &String, passed| {
+                let said = first.said.get(test).cloned().unwrap_or_default();
+                SecondTry { test: named(test), place: String::new(), said, passed }
+            };
+            self.second_tries.extend(tests.iter().map(|(test, passed)| one(test, *passed)));
+            if tests.is_empty() {
+                let passed = reader.failed.is_empty();
+                let said = vec!["it died before its end".to_owned()];
+                self.second_tries.push(SecondTry { test: executable.clone(), place: String::new(), said, passed });
+            }
+        }
+        self.tally = self.tally.plus(tally);
+        self.not_run.extend(reader.not_run);
+        self.failed.extend(reader.failed.iter().map(|test| {
+            let said = reader.said.get(test).map(|lines| lines.join("\n      ")).unwrap_or_default();
+            format!("{}: {said}", named(test))
+        }));
+    }
+
     /// The console has ended; `cut_off` says why before its time.
     pub(crate) fn end(mut self, cut_off: Option<String>) -> Said {
         let mut tail = Vec::new();
+        let never_began = self.ran == 0 && self.running.is_none();
         if cut_off.is_some() || (!self.done && self.troubles.is_empty()) {
-            let during = match (&self.executable, self.ran) {
-                (Some(executable), _) => format!("during {executable}"),
+            let during = match (&self.running, self.ran) {
+                (Some(running), _) => format!("during {}", running.executable),
                 (None, 0) => "before the first test".to_owned(),
                 (None, _) => "after the tests".to_owned(),
             };
             let how = cut_off.unwrap_or_else(|| "the machine ended".to_owned());
             self.troubles.push(format!("{how} {during}"));
-            tail = self.tail;
+            tail = std::mem::take(&mut self.tail);
         }
-        let mut failed = self.failed;
-        // a failure whose own line was torn by what its test printed
-        for test in &self.reader.failed {
-            if !failed.iter().any(|have| have.ends_with(&format!("::{test}"))) {
-                failed.push(test.clone());
-            }
+        if let Some(running) = self.running.take() {
+            self.ended(running);
         }
-        let mut tally = self.reader.tally();
+        let mut tally = self.tally;
         tally.failed += self.troubles.len() as u64;
-        let never_began = self.ran == 0 && self.executable.is_none();
         let not_a_test = !tail.is_empty() && (never_began || self.emulator_at_fault);
-        let (troubles, not_run, second_tries) = (self.troubles, self.reader.not_run, self.second_tries);
+        let (failed, troubles, not_run, second_tries) = (self.failed, self.troubles, self.not_run, self.second_tries);
         Said { tally, failed, troubles, not_run, second_tries, tail, not_a_test }
     }
 }
@@ -137,7 +185,7 @@ mod tests {
 
     fn said(text: &str, cut_off: Option<&str>) -> (Said, Vec<String>) {
         let mut console = Console::default();
-        let progress = text.lines().filter_map(|line| console.line(line)).collect();
+        let progress = text.lines().filter_map(|line| console.line(line)?.shown).collect();
         (console.end(cut_off.map(str::to_owned)), progress)
     }
 
@@ -157,29 +205,58 @@ mod tests {
     #[test]
     fn failures_are_named_with_their_executable() {
         let (said, _) = said(
-            "@memtrace begin vm_x\ntest a ... FAILED\ntest b ...   | torn\nchatterFAILED\n---- a stdout ----\n\
+            "@memtrace begin vm_x\ntest a ... FAILED\ntest b ...   | torn\nchatterFAILED\n---- a stdout ----\nno\n\
              ---- b stdout ----\ntest result: FAILED. 0 passed; 2 failed; 0 ignored\n\
              @memtrace end vm_x after 1 s: failed\n@memtrace done\n",
             None,
         );
-        assert_eq!(said.failed, ["vm_x::a", "b"]);
+        assert_eq!(said.failed, ["vm_x::a: no", "vm_x::b: "]);
         assert_eq!(said.tally.failed, 2);
         assert!(said.troubles.is_empty());
     }
 
     #[test]
     fn of_two_tries_the_second_counts_and_the_first_is_told() {
-        let first = "@memtrace begin vm_x\ntest a ... FAILED\n---- a stdout ----\n\
-             test result: FAILED. 1 passed; 1 failed; 0 ignored\n@memtrace again vm_x\n";
+        let first = "@memtrace begin vm_x\ntest a ... FAILED\n---- a stdout ----\nError: late\n\
+             test result: FAILED. 1 passed; 1 failed; 0 ignored\n@memtrace again vm_x a\n";
         let good =
-            "test a ... ok\ntest result: ok. 2 passed; 0 failed; 0 ignored\n@memtrace end vm_x after 1 s: passed\n";
-        let bad = "test a ... FAILED\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n@memtrace end vm_x after 1 s: failed\n";
-        let (told, _) = said(&format!("{GOOD}{first}{good}@memtrace done\n"), None);
+            "test a ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored\n@memtrace end vm_x after 1 s: passed\n";
+        let bad = "test a ... FAILED\n---- a stdout ----\nError: no\ntest result: FAILED. 0 passed; 1 failed; 0 ignored\n\
+            @memtrace end vm_x after 1 s: failed\n";
+        let (told, progress) = said(&format!("{GOOD}{first}{good}@memtrace done\n"), None);
         assert_eq!(told.tally, Tally { passed: 3, failed: 0, skipped: 1 });
-        assert_eq!(told.second_tries, ["vm_x, in which failed: vm_x::a"]);
+        let second = |passed| SecondTry {
+            test: "vm_x::a".to_owned(),
+            place: String::new(),
+            said: vec!["Error: late".to_owned()],
+            passed,
+        };
+        assert_eq!(told.second_tries, [second(true)]);
         assert!(told.failed.is_empty() && told.troubles.is_empty(), "{told:?}");
+        assert!(progress.contains(&"vm_x once more a".to_owned()), "{progress:?}");
         let (told, _) = said(&format!("{GOOD}{first}{bad}@memtrace done\n"), None);
-        assert_eq!((told.tally.failed, told.failed), (1, vec!["vm_x::a".to_owned()]));
+        assert_eq!((told.tally.failed, told.failed), (1, vec!["vm_x::a: Error: no".to_owned()]));
+        assert_eq!(told.second_tries, [second(false)]);
+    }
+
+    #[test]
+    fn an_executable_that_died_runs_once_more_as_a_whole() {
+        let died = "@memtrace begin vm_x\nrunning 2 tests\ntest a ... ok\ntest b ... \n@memtrace again vm_x\n";
+        let good = "running 2 tests\ntest a ... ok\ntest b ... ok\ntest result: ok. 2 passed; 0 failed; 0 ignored\n\
+            @memtrace end vm_x after 1 s: passed\n";
+        let (told, _) = said(&format!("{GOOD}{died}{good}@memtrace done\n"), None);
+        assert_eq!(told.tally, Tally { passed: 3, failed: 0, skipped: 1 });
+        assert_eq!(told.second_tries.iter().map(|t| (t.test.as_str(), t.passed)).collect::<Vec<_>>(), [("vm_x", true)]);
+    }
+
+    #[test]
+    fn that_the_guest_is_there_is_no_progress() {
+        let mut console = Console::default();
+        assert_eq!(console.line("@memtrace alive\r").map(|heard| heard.sign), Some(Sign::Alive));
+        assert_eq!(console.line("@memtrace begin a").map(|heard| heard.sign), Some(Sign::Progress));
+        assert_eq!(console.line("  | chatter"), None);
+        assert_eq!(console.line("test a ... ok").map(|heard| heard.sign), Some(Sign::Progress));
+        assert!(!console.end(Some("given up".to_owned())).tail.iter().any(|line| line.contains("alive")));
     }
 
     #[test]
@@ -200,8 +277,8 @@ mod tests {
         assert_eq!(said.troubles, ["the machine ended before the first test"]);
         assert_eq!(said.tail, ["Kernel panic"]);
         assert!(said.not_a_test);
-        let (said, _) = self::said(&format!("{GOOD}@memtrace begin b\n"), Some("cut off after 900 s"));
-        assert_eq!(said.troubles, ["cut off after 900 s during b"]);
+        let (said, _) = self::said(&format!("{GOOD}@memtrace begin b\n"), Some("given up after 900 s"));
+        assert_eq!(said.troubles, ["given up after 900 s during b"]);
         assert!(!said.not_a_test);
         let oops = "[ 231.5] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI";
         let (said, _) = self::said(&format!("{GOOD}@memtrace begin b\n{oops}\n"), None);

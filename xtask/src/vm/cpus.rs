@@ -1,13 +1,13 @@
 //! Machines of many processors: whether the agent's sum over all of them is right, and what it holds.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::Slots;
 use super::bench::{self, Found, Task};
 use super::machine::Processors;
-use crate::place::{Place, Profile};
+use crate::built::Built;
+use crate::place::Place;
 
 /// A kernel that counts resident memory a thread, and two that count it a processor.
 const KERNELS: [&str; 3] = ["6.1", "6.12", "sid"];
@@ -15,7 +15,7 @@ const KERNELS: [&str; 3] = ["6.1", "6.12", "sid"];
 const QUANTUM: u64 = 256 << 10;
 
 /// Boots them, and makes the chapter.
-pub(crate) fn chapter(place: &Place, profile: Profile, quick: bool) -> Result<Value> {
+pub(crate) fn chapter(place: &Place, built: &Built, quick: bool) -> Result<Value> {
     let (mut rows, mut off) = (Vec::new(), Vec::new());
     for (processors, memory) in [(8, 2048), (64, 4096)].into_iter().take(if quick { 1 } else { 2 }) {
         let name = format!("cpus-{processors}");
@@ -27,10 +27,9 @@ pub(crate) fn chapter(place: &Place, profile: Profile, quick: bool) -> Result<Va
             borrowed: &[],
             processors: Processors::Many(processors),
             memory,
-            limit: Duration::from_secs(20 * 60),
-            jobs: 1,
+            slots: &Slots::new(Some(1)),
         };
-        for (name, found) in bench::run(place, profile, &task)? {
+        for (name, found) in bench::run(place, built, &task)? {
             match found {
                 Ok(found) => {
                     off.push(found.figures.get("worst_off_walked").and_then(Value::as_u64));
@@ -101,6 +100,8 @@ fn row(found: &Found) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

@@ -1,17 +1,17 @@
 //! Instructions that the agent adds to an operation, counted in machines whose clock counts them, on every kernel.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::Slots;
 use super::added::{Added, HOOK, Loops, PARTS, PEERS, UNSTEADY, hooks};
 use super::bench::{self, Found, Task};
 use super::kernels::KERNELS;
 use super::machine::Processors;
 use super::snapshot::{Compared, Count, Measured, Snapshot};
+use crate::built::Built;
 use crate::libtest::Tally;
-use crate::place::{Place, Profile};
+use crate::place::Place;
 use crate::run::say;
 
 /// What is run in a loop, and what else traces page faults.
@@ -24,6 +24,8 @@ pub(crate) enum Extent {
     Whole,
     /// The same, all hooks together.
     Together,
+    /// The oldest and the newest kernel and the one of many processors, all hooks together.
+    Ends,
     /// A new and an old kernel, all hooks together.
     Two,
 }
@@ -61,7 +63,7 @@ struct Lot<'a> {
 
 impl Lot<'_> {
     /// Boots those of these kernels.
-    fn boot(&self, place: &Place, profile: Profile, kernels: &[&str]) -> Result<bench::All> {
+    fn boot(&self, place: &Place, built: &Built, slots: &Slots, kernels: &[&str]) -> Result<bench::All> {
         let task = Task {
             name: "instructions",
             arguments: if self.whole { "counted" } else { "counted,--quick" },
@@ -69,10 +71,9 @@ impl Lot<'_> {
             borrowed: if self.whole { &BORROWED } else { BORROWED.get(..1).unwrap_or_default() },
             processors: Processors::Counted { possible: self.possible },
             memory: 1024,
-            limit: Duration::from_secs(20 * 60),
-            jobs: std::thread::available_parallelism().map_or(1, usize::from),
+            slots,
         };
-        let mut all = bench::run(place, profile, &task)?;
+        let mut all = bench::run(place, built, &task)?;
         if self.possible > 1 {
             for (name, found) in &mut all {
                 name.push_str(&format!(" of {}", self.possible));
@@ -89,16 +90,17 @@ impl Lot<'_> {
     fn measure(
         &self,
         place: &Place,
-        profile: Profile,
+        built: &Built,
+        slots: &Slots,
         snapshot: &Snapshot<Added>,
     ) -> Result<(bench::All, Vec<String>)> {
-        let mut all = self.boot(place, profile, self.kernels)?;
+        let mut all = self.boot(place, built, slots, self.kernels)?;
         let bad: Vec<String> =
             all.iter().filter_map(|one| complaints(snapshot, one, self.whole).0.into_iter().next()).collect();
         let again: Vec<&str> =
             self.kernels.iter().copied().filter(|kernel| bad.iter().any(|why| is_of(why, kernel))).collect();
         if !again.is_empty() {
-            let second = self.boot(place, profile, &again)?;
+            let second = self.boot(place, built, slots, &again)?;
             all.retain(|(name, _)| second.iter().all(|(other, _)| other != name));
             all.extend(second);
         }
@@ -107,11 +109,12 @@ impl Lot<'_> {
 }
 
 /// Boots the machines; with `bless`, what they find becomes the snapshot.
-pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) -> Result<Instructions> {
+pub(crate) fn run(place: &Place, built: &Built, slots: &Slots, extent: Extent, bless: bool) -> Result<Instructions> {
     let every = KERNELS.map(|kernel| kernel.name);
     let whole = extent == Extent::Whole;
     let of_many = Lot { kernels: &["sid"], possible: MANY, whole: false };
     let lots = match extent {
+        Extent::Ends => vec![Lot { kernels: &["5.10", "backports"], possible: 1, whole }, of_many],
         Extent::Two => vec![Lot { kernels: &["6.1", "sid"], possible: 1, whole }],
         Extent::Together | Extent::Whole => vec![Lot { kernels: &every, possible: 1, whole }, of_many],
     };
@@ -122,9 +125,9 @@ pub(crate) fn run(place: &Place, profile: Profile, extent: Extent, bless: bool) 
     let mut counts = 0;
     for lot in &lots {
         let all = if bless {
-            lot.boot(place, profile, lot.kernels)?
+            lot.boot(place, built, slots, lot.kernels)?
         } else {
-            let (all, tries) = lot.measure(place, profile, &snapshot)?;
+            let (all, tries) = lot.measure(place, built, slots, &snapshot)?;
             remarks.extend(tries);
             all
         };
@@ -265,6 +268,8 @@ fn chapter(machines: &[Machine], failures: &[String], bless: bool) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]

@@ -3,19 +3,24 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::console::{Console, Said};
 use super::kernels::{Cgroup, Ready};
+use super::selection::Selection;
+use super::watch::{Sign, Threads, Watch};
 use crate::place::administrators;
 use crate::run::{output, say, shown};
 
 /// QEMU.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
+/// Tells the guest which tests it leaves out: see tests/src/bin/guest.
+const LEFT_OUT: &str = "left-out";
 
 /// What a machine's processors are like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,10 +83,10 @@ pub(crate) struct Parts {
     pub(crate) processors: Processors,
     /// More of the kernel's command line: what the guest is to do.
     pub(crate) append: String,
-    /// A machine that has not ended by then is killed.
-    pub(crate) limit: Duration,
     /// Keep the disk that the tests wrote to.
     pub(crate) keep: bool,
+    /// Which tests run.
+    pub(crate) selection: Selection,
 }
 
 /// A machine to boot.
@@ -99,8 +104,10 @@ pub(crate) struct Machine {
 pub(crate) struct Outcome {
     /// What the console said.
     pub(crate) said: Said,
-    /// How long it ran.
+    /// How long it ran, by the host's clock.
     pub(crate) took: Duration,
+    /// How long by its own: see [`Watch`].
+    pub(crate) own: Duration,
 }
 
 impl Machine {
@@ -122,6 +129,10 @@ impl Machine {
             std::fs::remove_dir_all(&out).with_context(|| format!("failed to remove {}", out.display()))?;
         }
         std::fs::create_dir_all(&out).with_context(|| format!("failed to create {}", out.display()))?;
+        let left_out = parts.selection.left_out(self.kernel, self.cgroup);
+        let left_out: String = left_out.iter().map(|slow| slow.named() + "\n").collect();
+        let plan = out.join(LEFT_OUT);
+        std::fs::write(&plan, left_out).with_context(|| format!("failed to write {}", plan.display()))?;
         let log_path = parts.dir.join(format!("{name}.log"));
         let mut log = File::create(&log_path).with_context(|| format!("failed to create {}", log_path.display()))?;
         let disks = disks(&parts.dir, parts.keep.then_some(name.as_str()))?;
@@ -131,23 +142,18 @@ impl Machine {
         let begin = Instant::now();
         let mut child = qemu.spawn().with_context(|| format!("failed to start {QEMU}"))?;
         let stdout = child.stdout.take().context("failed to take the console")?;
-        let mut console = Console::default();
-        let late = guarded(&mut child, parts.limit, || {
-            for line in BufReader::new(stdout).split(b'\n').map_while(std::result::Result::ok) {
-                let line = String::from_utf8_lossy(&line);
-                let _ = writeln!(log, "{}", line.trim_end_matches('\r'));
-                if let Some(progress) = console.line(&line) {
-                    say(format_args!("{name}: {:>4} s  {progress}", begin.elapsed().as_secs()));
-                }
+        let (mut console, mut watch) = (Console::default(), Watch::default());
+        let given_up = follow(&mut child, lines_of(stdout), &mut watch, |line| {
+            let _ = writeln!(log, "{}", line.trim_end_matches('\r'));
+            let heard = console.line(line)?;
+            if let Some(shown) = &heard.shown {
+                say(format_args!("{name}: {:>4} s  {shown}", begin.elapsed().as_secs()));
             }
+            Some(heard.sign)
         });
         let status = child.wait().with_context(|| format!("failed to wait for {QEMU}"))?;
-        let cut_off = match (late, status.success()) {
-            (true, _) => Some(format!("cut off after {} s", parts.limit.as_secs())),
-            (false, false) => Some(format!("{QEMU} ended with {status}")),
-            (false, true) => None,
-        };
-        Ok(Outcome { said: console.end(cut_off), took: begin.elapsed() })
+        let cut_off = given_up.or_else(|| (!status.success()).then(|| format!("{QEMU} ended with {status}")));
+        Ok(Outcome { said: console.end(cut_off), took: begin.elapsed(), own: watch.own_time() })
     }
 
     fn qemu(&self, parts: &Parts, out: &Path, disks: &[String; 2]) -> Command {
@@ -158,7 +164,9 @@ impl Machine {
              cgroup_enable=memory swapaccount=1 memtrace.cgroup={} {}",
             self.cgroup, parts.append
         );
-        let mut qemu = Command::new(QEMU);
+        // whoever waits for this run has the processors first
+        let mut qemu = Command::new("nice");
+        qemu.args(["-n", "10", QEMU]);
         qemu.args(parts.processors.arguments(parts.memory));
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
         qemu.arg("-kernel").arg(&self.ready.image).arg("-initrd").arg(&parts.initramfs).arg("-append").arg(append);
@@ -216,21 +224,50 @@ fn disk(path: &Path, mib: u64, format: &mut Command) -> Result<()> {
     std::fs::rename(&making, path).with_context(|| format!("failed to create {}", path.display()))
 }
 
-/// Does `work`, which ends with the child, and kills the child when that takes too long; whether it did.
-fn guarded(child: &mut Child, limit: Duration, work: impl FnOnce()) -> bool {
-    let (finished, waiting) = channel::<()>();
-    std::thread::scope(|scope| {
-        let guard = scope.spawn(move || {
-            let late = waiting.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
-            if late {
-                let _ = child.kill();
+/// Time between two looks at a machine.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Lines that wait to be read; a guest that prints faster waits for us.
+const MOST_LINES: usize = 1024;
+
+/// The lines of a console as they come, until it closes.
+fn lines_of(stdout: ChildStdout) -> Receiver<String> {
+    let (sender, lines) = sync_channel(MOST_LINES);
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).split(b'\n').map_while(std::result::Result::ok) {
+            if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                return;
             }
-            late
-        });
-        work();
-        drop(finished);
-        guard.join().unwrap_or(false)
-    })
+        }
+    });
+    lines
+}
+
+/// Takes lines until the console closes, or until the machine is given up and killed: why it was.
+fn follow(
+    child: &mut Child,
+    lines: Receiver<String>,
+    watch: &mut Watch,
+    mut take: impl FnMut(&str) -> Option<Sign>,
+) -> Option<String> {
+    let mut threads = Threads::of(child.id());
+    let mut looked = Instant::now();
+    loop {
+        match lines.recv_timeout(LOOK) {
+            Ok(line) => take(&line).into_iter().for_each(|sign| watch.hear(sign)),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
+        }
+        let since = looked.elapsed();
+        if since >= LOOK {
+            looked += since;
+            watch.pass(threads.own(since));
+            if let Some(why) = watch.verdict() {
+                let _ = child.kill();
+                return Some(why);
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -10,14 +10,15 @@ mod kernels;
 mod machine;
 pub(crate) mod oomkill;
 mod payload;
+pub(crate) mod selection;
 mod snapshot;
 mod table;
 mod verifier;
+mod watch;
 
-use std::collections::VecDeque;
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -26,11 +27,12 @@ use serde_json::Value;
 use self::apt::Apt;
 use self::kernels::{Cgroup, KERNELS, Kernel, Ready};
 use self::machine::{Machine, Outcome, Parts, Processors};
-use self::payload::Built;
+use self::selection::Selection;
 use self::snapshot::{Count, Measured, Snapshot};
 use self::table::{Plan, Row};
 use self::verifier::Cost;
-use crate::libtest::Tally;
+use crate::built::Built;
+use crate::libtest::{SecondTry, Tally};
 use crate::place::{Place, Profile};
 use crate::run::say;
 use crate::{build, host, setup};
@@ -61,10 +63,10 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// All of the matrix, as `cargo xtask test` runs it.
-    pub(crate) fn whole(filter: Option<String>) -> Self {
+    /// All machines of the matrix, as `cargo xtask test` boots them.
+    pub(crate) fn whole(filter: Option<String>, bless: bool) -> Self {
         let (kernels, cgroup, jobs) = (Vec::new(), None, None);
-        Self { kernels, cgroup, memory: 1024, filter, bless: false, jobs, keep: false }
+        Self { kernels, cgroup, memory: 1024, filter, bless, jobs, keep: false }
     }
 }
 
@@ -76,8 +78,10 @@ pub(crate) struct Report {
     pub(crate) tally: Tally,
     /// Tests that failed and what else went wrong.
     pub(crate) failures: Vec<String>,
-    /// What could not run on it, and why, and what ran once more.
+    /// What could not run on it or is left out, and why.
     pub(crate) remarks: Vec<String>,
+    /// What ran once more.
+    pub(crate) second_tries: Vec<SecondTry>,
     /// How long it took.
     pub(crate) took: Duration,
     row: Option<Row>,
@@ -91,8 +95,8 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     setup::bpf(place)?;
     setup::machines()?;
     let object = build::ebpf(place)?;
-    build::agent(place, Profile::Dev, &object)?;
-    let Some(reports) = matrix(place, Profile::Dev, args)? else {
+    let built = Built::with_tests(place, Profile::Dev, &object)?;
+    let Some(reports) = matrix(place, &built, args, Selection::All, &Slots::new(args.jobs))? else {
         bail!("no test of the machines has `{}` in its name", args.filter.as_deref().unwrap_or(""));
     };
     say(format_args!("summary"));
@@ -105,6 +109,9 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         for remark in &report.remarks {
             say(format_args!("    {remark}"));
         }
+        for second_try in &report.second_tries {
+            say(format_args!("    {second_try}"));
+        }
         total = total.plus(report.tally);
     }
     let _ = writeln!(std::io::stdout(), "memtrace in machines: {total}");
@@ -115,18 +122,22 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Boots the machines asked for and runs their tests; `None` when none of the tests is asked for. The agent must have
-/// been built.
-pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Option<Vec<Report>>> {
+/// Boots the machines asked for and runs their tests; `None` when none of the tests is asked for.
+pub(crate) fn matrix(
+    place: &Place,
+    built: &Built,
+    args: &Args,
+    selection: Selection,
+    slots: &Slots,
+) -> Result<Option<Vec<Report>>> {
     if std::env::consts::ARCH != "x86_64" {
         bail!("the machines are x86_64, and run what is built for this one");
     }
     let chosen = choose(args)?;
     let dir = place.target.join("vm");
     std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-    let built = Built::with_tests(place, profile)?;
     if let Some(filter) = &args.filter
-        && !built.has_test(filter)?
+        && !payload::has_test(built, filter)?
     {
         return Ok(None);
     }
@@ -137,12 +148,11 @@ pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Opt
     }
     let kernels: Vec<&Ready> = machines.iter().map(|machine| &machine.ready).collect();
     machine::make_disks(&dir)?;
-    let initramfs = payload::pack(place, &place.bin(profile, "memtrace"), &built, &dir, &kernels, &[])?;
+    let initramfs = payload::pack(place, built, &dir, &kernels, &[])?;
     let append = args.filter.as_ref().map(|filter| format!("memtrace.filter={filter}")).unwrap_or_default();
     let (memory, processors, keep) = (args.memory, Processors::Nodes, args.keep);
-    let parts = Parts { dir, initramfs, memory, processors, append, limit: LIMIT, keep };
-    let jobs = args.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    let outcomes = boot(&machines, &parts, jobs);
+    let parts = Parts { dir, initramfs, memory, processors, append, keep, selection };
+    let outcomes = boot(&machines, &parts, slots);
 
     let path = place.root.join(Cost::FILE);
     let text = std::fs::read_to_string(&path).unwrap_or_default();
@@ -174,8 +184,21 @@ pub(crate) fn matrix(place: &Place, profile: Profile, args: &Args) -> Result<Opt
     Ok(Some(reports))
 }
 
+/// Fetches all kernels of the matrix, so that they are there when machines are to boot. What cannot be had is said then.
+pub(crate) fn prefetch(place: &Place) -> Result<()> {
+    let all: Vec<_> = KERNELS.iter().map(|kernel| (kernel, kernel.cgroups.to_vec())).collect();
+    let dir = place.target.join("vm");
+    std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
+    fetch(&all, &dir, &mut Vec::new());
+    Ok(())
+}
+
+/// One at a time gets kernels: the directories are the same for all.
+static FETCHING: Mutex<()> = Mutex::new(());
+
 /// Makes the kernels ready; one that cannot be had is a failure with its name.
 fn fetch(chosen: &[(&'static Kernel, Vec<Cgroup>)], dir: &Path, reports: &mut Vec<Report>) -> Vec<Machine> {
+    let _alone = FETCHING.lock().unwrap_or_else(PoisonError::into_inner);
     let mut suites: Vec<&str> = KERNELS.iter().flat_map(|kernel| kernel.suites.iter().copied()).collect();
     suites.sort_unstable();
     suites.dedup();
@@ -202,13 +225,17 @@ fn report(
     against: Option<&Snapshot<Cost>>,
 ) -> Result<Report> {
     let name = machine.name();
-    let Outcome { said, took } = match outcome {
+    let Outcome { said, took, own } = match outcome {
         Ok(outcome) => outcome,
         Err(error) => return Ok(Report::failed(&name, format!("{error:#}"))),
     };
+    say(format_args!("{name}: {} s, {} s by its own clock", took.as_secs(), own.as_secs()));
     let mut report = Report { tally: said.tally, took, ..Report::named(&name) };
     report.remarks.extend(said.not_run.iter().map(|what| format!("not run: {what}")));
-    report.remarks.extend(said.second_tries.iter().map(|what| format!("second try of {what}")));
+    let left_out = parts.selection.left_out(machine.kernel, machine.cgroup);
+    report.remarks.extend(left_out.iter().map(|slow| format!("left out: {slow}")));
+    report.second_tries = said.second_tries;
+    report.second_tries.iter_mut().for_each(|second_try| second_try.place.clone_from(&name));
     report.failures.extend(said.failed);
     report.failures.extend(said.troubles);
     report.failures.extend((!said.tail.is_empty()).then(|| format!("the console ends with\n{}", said.tail.join("\n"))));
@@ -263,8 +290,8 @@ fn bless(place: &Place, snapshot: &Snapshot<Cost>, rows: &[Row], filtered: bool)
 impl Report {
     fn named(name: &str) -> Self {
         let (tally, took) = (Tally::default(), Duration::ZERO);
-        let (failures, remarks, notes) = (Vec::new(), Vec::new(), Vec::new());
-        Self { name: name.to_owned(), tally, failures, remarks, took, row: None, measured: None, notes }
+        let (failures, remarks, second_tries, notes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { name: name.to_owned(), tally, failures, remarks, second_tries, took, row: None, measured: None, notes }
     }
 
     fn failed(name: &str, why: String) -> Self {
@@ -295,44 +322,60 @@ fn choose(args: &Args) -> Result<Vec<(&'static Kernel, Vec<Cgroup>)>> {
     Ok(chosen)
 }
 
-/// A machine of tests that has not ended by then is killed.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
-
 /// How often a machine is booted at most, when its emulator ends it.
 const BOOTS: usize = 3;
 
-/// Runs so many machines at a time; the outcomes in the order of the machines.
-fn boot(machines: &[Machine], parts: &Parts, jobs: usize) -> Vec<Result<Outcome>> {
-    let waiting: Mutex<VecDeque<usize>> = Mutex::new((0..machines.len()).collect());
-    let ended = Mutex::new(Vec::new());
+/// How many machines run at a time, whoever boots them.
+pub(crate) struct Slots {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Slots {
+    /// So many, or as many as there are processors.
+    pub(crate) fn new(count: Option<usize>) -> Self {
+        let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        Self { free: Mutex::new(count.max(1)), freed: Condvar::new() }
+    }
+
+    /// Does something when one is free.
+    fn with<T>(&self, work: impl FnOnce() -> T) -> T {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.freed.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        *free -= 1;
+        drop(free);
+        let done = work();
+        *self.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.freed.notify_one();
+        done
+    }
+}
+
+/// Runs the machines as slots become free; the outcomes in the order of the machines.
+fn boot(machines: &[Machine], parts: &Parts, slots: &Slots) -> Vec<Result<Outcome>> {
     std::thread::scope(|scope| {
-        for _ in 0..jobs.clamp(1, machines.len().max(1)) {
-            scope.spawn(|| {
-                loop {
-                    let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-                    let Some((index, machine)) = next.and_then(|index| Some((index, machines.get(index)?))) else {
-                        return;
-                    };
-                    say(format_args!("{}: booting Linux {}", machine.name(), machine.ready.release));
-                    let mut outcome = machine.run(parts);
-                    for _ in 1..BOOTS {
-                        // What ended like this says nothing about the tests.
-                        let Some(why) = outcome.as_ref().ok().filter(|outcome| outcome.said.not_a_test) else { break };
-                        let why = why.said.troubles.join("; ");
-                        say(format_args!("{}: {why}; no fault of the tests: booting once more", machine.name()));
-                        outcome = machine.run(parts).map(|mut outcome| {
-                            outcome.said.second_tries.push(format!("the machine, of which {why}"));
-                            outcome
-                        });
-                    }
-                    ended.lock().unwrap_or_else(PoisonError::into_inner).push((index, outcome));
-                }
-            });
-        }
-    });
-    let mut ended = ended.into_inner().unwrap_or_else(PoisonError::into_inner);
-    ended.sort_by_key(|(index, _)| *index);
-    ended.into_iter().map(|(_, outcome)| outcome).collect()
+        let running: Vec<_> =
+            machines.iter().map(|machine| scope.spawn(|| slots.with(|| booted(machine, parts)))).collect();
+        let ended = running.into_iter().map(|thread| thread.join());
+        ended.map(|ended| ended.unwrap_or_else(|_| Err(anyhow::anyhow!("its thread panicked")))).collect()
+    })
+}
+
+/// Runs one, once more when its emulator ended it.
+fn booted(machine: &Machine, parts: &Parts) -> Result<Outcome> {
+    say(format_args!("{}: booting Linux {}", machine.name(), machine.ready.release));
+    let mut outcome = machine.run(parts)?;
+    let mut tries = Vec::new();
+    // What ended like this says nothing about the tests.
+    while outcome.said.not_a_test && tries.len() + 1 < BOOTS {
+        let why = outcome.said.troubles.join("; ");
+        say(format_args!("{}: {why}; no fault of the tests: booting once more", machine.name()));
+        outcome = machine.run(parts)?;
+        let (test, place, passed) = ("the machine itself".to_owned(), String::new(), !outcome.said.not_a_test);
+        tries.push(SecondTry { test, place, said: vec![why], passed });
+    }
+    outcome.said.second_tries.extend(tries);
+    Ok(outcome)
 }
 
 fn mebibytes(text: &str) -> Result<u32, String> {
@@ -351,7 +394,7 @@ mod tests {
 
     fn chosen(kernels: &[&str], cgroup: Option<Cgroup>) -> Result<Vec<String>> {
         let kernels = kernels.iter().map(|name| (*name).to_owned()).collect();
-        let chosen = choose(&Args { kernels, cgroup, ..Args::whole(None) })?;
+        let chosen = choose(&Args { kernels, cgroup, ..Args::whole(None, false) })?;
         let names = chosen.iter().flat_map(|(kernel, on)| on.iter().map(move |on| format!("{}-{on}", kernel.name)));
         Ok(names.collect())
     }

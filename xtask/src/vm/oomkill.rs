@@ -1,19 +1,19 @@
 //! The benchmark `kills` once more, in a machine whose kernel lets `oomkill` attach.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::Slots;
 use super::bench::{self, Task};
 use super::machine::Processors;
-use crate::place::{Place, Profile};
+use crate::built::Built;
+use crate::place::Place;
 
 /// The kernel that the peer is of the same suite as.
 const KERNEL: &str = "6.1";
 
 /// Boots it, and takes over the chapter that the benchmark printed there.
-pub(crate) fn chapter(place: &Place, profile: Profile) -> Result<Value> {
+pub(crate) fn chapter(place: &Place, built: &Built) -> Result<Value> {
     let task = Task {
         name: "oomkill",
         arguments: "kills,--quick",
@@ -21,10 +21,9 @@ pub(crate) fn chapter(place: &Place, profile: Profile) -> Result<Value> {
         borrowed: &["/usr/sbin/oomkill"],
         processors: Processors::Nodes,
         memory: 2048,
-        limit: Duration::from_secs(15 * 60),
-        jobs: 1,
+        slots: &Slots::new(Some(1)),
     };
-    let (_, found) = bench::run(place, profile, &task)?.into_iter().next().context("no machine was booted")?;
+    let (_, found) = bench::run(place, built, &task)?.into_iter().next().context("no machine was booted")?;
     let found = found?;
     let mut chapter = found.figures;
     let where_it_ran = format!(

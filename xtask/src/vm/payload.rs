@@ -1,18 +1,18 @@
 //! What goes into the machines: one archive for all of them, unpacked by the kernel into its memory at boot.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use cpio::newc::{Builder, ModeFileType, trailer};
-use serde_json::Value;
 
 use super::kernels::Ready;
-use crate::place::{Place, Profile};
-use crate::run::{cargo, output, say, shown};
+use crate::built::{Built, TestExecutable};
+use crate::place::Place;
+use crate::run::{output, say};
 
 /// Test targets that run in the machines, by the start of their names.
 const TARGETS: [&str; 2] = ["kernel_", "vm_"];
@@ -34,26 +34,46 @@ struct Entry {
     mode: u32,
 }
 
-/// Makes the archive `dir/initramfs.cpio` of the agent, what was built of the tests, these kernels' modules, and programs
-/// of this machine, which have the same place there.
-pub(crate) fn pack(
-    place: &Place,
-    agent: &Path,
-    built: &Built,
-    dir: &Path,
-    kernels: &[&Ready],
-    borrowed: &[&str],
-) -> Result<PathBuf> {
+/// Programs that every machine has, and where; `init` is its first process.
+const PROGRAMS: [(&str, &str); 5] = [
+    ("memtrace", "memtrace/memtrace"),
+    ("bench", "memtrace/bench"),
+    ("guest", "init"),
+    ("oomcage", "memtrace/oomcage"),
+    ("workload", "memtrace/workload"),
+];
+
+/// The test executables that are for the machines.
+pub(crate) fn tests(built: &Built) -> Vec<&TestExecutable> {
+    let is_ours = |name: &str| {
+        TARGETS.iter().any(|start| name.starts_with(start)) && LEFT_OUT.iter().all(|(out, _)| *out != name)
+    };
+    built.tests.iter().filter(|test| test.is_black_box() && is_ours(&test.name)).collect()
+}
+
+/// Whether a test for the machines has this in its name.
+pub(crate) fn has_test(built: &Built, filter: &str) -> Result<bool> {
+    for test in tests(built) {
+        if output(Command::new(&test.path).args(["--list", "--format=terse", filter]))?.contains(": test") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Makes the archive `dir/initramfs.cpio` of what was built, these kernels' modules, and programs of this machine, which
+/// have the same place there.
+pub(crate) fn pack(place: &Place, built: &Built, dir: &Path, kernels: &[&Ready], borrowed: &[&str]) -> Result<PathBuf> {
     let stage = dir.join("stage");
     std::fs::create_dir_all(&stage).with_context(|| format!("failed to create {}", stage.display()))?;
 
-    let mut programs = vec![("memtrace/memtrace".to_owned(), agent.to_path_buf())];
-    for (name, path) in &built.programs {
-        let to = if name == "guest" { "init".to_owned() } else { format!("memtrace/{name}") };
-        programs.push((to, path.clone()));
+    let mut programs = Vec::new();
+    for (name, to) in PROGRAMS {
+        programs.push((to.to_owned(), built.program(name)?.to_path_buf()));
     }
     programs.extend(borrowed.iter().map(|from| (from.trim_start_matches('/').to_owned(), PathBuf::from(from))));
-    programs.extend(built.tests.iter().map(|(name, path)| (format!("memtrace/tests/{name}"), path.clone())));
+    let tests = tests(built);
+    programs.extend(tests.iter().map(|test| (format!("memtrace/tests/{}", test.name), test.path.clone())));
 
     let mut libraries = BTreeSet::new();
     let mut entries = Vec::new();
@@ -80,75 +100,8 @@ pub(crate) fn pack(
     let archive = dir.join("initramfs.cpio");
     write(&archive, &entries).with_context(|| format!("failed to write {}", archive.display()))?;
     let size = std::fs::metadata(&archive).map_or(0, |meta| meta.len());
-    say(format_args!("initramfs: {} test executables, {} MiB", built.tests.len(), size >> 20));
+    say(format_args!("initramfs: {} test executables, {} MiB", tests.len(), size >> 20));
     Ok(archive)
-}
-
-/// What cargo built of the tests' package.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Built {
-    programs: BTreeMap<String, PathBuf>,
-    tests: BTreeMap<String, PathBuf>,
-}
-
-impl Built {
-    /// Builds all of it.
-    pub(crate) fn with_tests(place: &Place, profile: Profile) -> Result<Self> {
-        Self::make(place, profile, &["test", "--no-run"])
-    }
-
-    /// Builds the programs alone.
-    pub(crate) fn programs(place: &Place, profile: Profile) -> Result<Self> {
-        Self::make(place, profile, &["build", "--bins"])
-    }
-
-    fn make(place: &Place, profile: Profile, how: &[&str]) -> Result<Self> {
-        let mut build = cargo(place);
-        build.args(how).args(["--package", "memtrace-tests", "--message-format=json-render-diagnostics"]);
-        build.args(profile.args());
-        say(format_args!("running {}", shown(&build)));
-        let output = build.stderr(Stdio::inherit()).output().context("failed to start cargo")?;
-        if !output.status.success() {
-            bail!("{} ended with {}", shown(&build), output.status);
-        }
-        let built = executables(&String::from_utf8_lossy(&output.stdout));
-        for needed in ["bench", "guest", "oomcage", "workload"] {
-            if !built.programs.contains_key(needed) {
-                bail!("cargo built no program {needed} in memtrace-tests");
-            }
-        }
-        Ok(built)
-    }
-
-    /// Whether a test for the machines has this in its name.
-    pub(crate) fn has_test(&self, filter: &str) -> Result<bool> {
-        for test in self.tests.values() {
-            if output(Command::new(test).args(["--list", "--format=terse", filter]))?.contains(": test") {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-}
-
-/// Reads cargo's messages: programs, and the test targets that are for the machines.
-fn executables(messages: &str) -> Built {
-    let mut built = Built::default();
-    for message in messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
-        let text = |pointer: &str| message.pointer(pointer).and_then(Value::as_str);
-        let (Some(kind), Some(name), Some(path)) = (text("/target/kind/0"), text("/target/name"), text("/executable"))
-        else {
-            continue;
-        };
-        let harness = message.pointer("/profile/test").and_then(Value::as_bool) == Some(true);
-        let ours = TARGETS.iter().any(|start| name.starts_with(start)) && LEFT_OUT.iter().all(|(out, _)| *out != name);
-        match (kind, harness) {
-            ("bin", false) => drop(built.programs.insert(name.to_owned(), path.into())),
-            ("test", true) if ours => drop(built.tests.insert(name.to_owned(), path.into())),
-            _ => {}
-        }
-    }
-    built
 }
 
 /// The files a program needs to start, of what `ldd` says: `NAME => PATH (ADDRESS)`, `PATH (ADDRESS)`.
@@ -192,19 +145,13 @@ fn write(archive: &Path, entries: &[Entry]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::built::tests::built;
 
     #[test]
     fn targets_are_taken_by_the_start_of_their_name() {
-        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"workload"},"profile":{"test":false},"executable":"/t/workload"}
-{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"workload"},"profile":{"test":true},"executable":"/t/deps/workload-1"}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"kernel_kills"},"profile":{"test":true},"executable":"/t/deps/kernel_kills-2"}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"kernel_record"},"profile":{"test":true},"executable":"/t/deps/kernel_record-2"}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"cli"},"profile":{"test":true},"executable":"/t/deps/cli-2"}
-{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"x"},"profile":{"test":false},"executable":null}
-not json"#;
-        let built = executables(messages);
-        assert_eq!(built.programs, BTreeMap::from([("workload".to_owned(), "/t/workload".into())]));
-        assert_eq!(built.tests, BTreeMap::from([("kernel_kills".to_owned(), "/t/deps/kernel_kills-2".into())]));
+        let built = built();
+        let names: Vec<&str> = tests(&built).iter().map(|test| test.name.as_str()).collect();
+        assert_eq!(names, ["kernel_kills"]);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! The runner: one test executable after another, then what `memtrace doctor` says; or a benchmark.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -21,18 +23,18 @@ const BENCH: &str = "/memtrace/bench";
 const VERIFIER_LOG: &str = "/memtrace/verifier_log.so";
 /// What is put there, the host finds.
 const OUT: &str = "/tmp/out";
+/// What the host has put there: tests that do not run on this machine, `EXECUTABLE` or `EXECUTABLE TEST` a line.
+const LEFT_OUT: &str = "/tmp/out/left-out";
 /// Tests that hurt the machine, which therefore come last.
 const HARMFUL: &str = "vm_";
-/// How long an executable may take.
-const LIMIT: Duration = Duration::from_secs(300);
-/// How long a benchmark may take; where the clock counts instructions, these are not the host's seconds.
-const BENCH_LIMIT: Duration = Duration::from_secs(3600);
-/// How long doctor may take.
-const DOCTOR_LIMIT: Duration = Duration::from_secs(90);
+/// Failed tests of an executable that run once more; of more the machine is not the cause.
+const MOST_AGAIN: usize = 3;
 /// Rounds of tests that repeat themselves: everything takes many times longer here.
 const ROUNDS: &str = "3";
+/// How often the host is told that this machine is there.
+const ALIVE: Duration = Duration::from_secs(5);
 
-/// Runs what there is to run.
+/// Runs what there is to run. Nothing here has a limit in time: the host gives a machine up that makes no progress.
 pub(crate) fn everything() -> anyhow::Result<()> {
     prepare::enter_tests()?;
     // a test may use up the machine's memory, and what tells of it has to survive that
@@ -42,30 +44,75 @@ pub(crate) fn everything() -> anyhow::Result<()> {
         say(format_args!("done"));
         return Ok(());
     }
+    std::thread::spawn(|| {
+        loop {
+            say(format_args!("alive"));
+            std::thread::sleep(ALIVE);
+        }
+    });
+    let left_out = fs::read_to_string(LEFT_OUT).unwrap_or_default();
     for test in executables()? {
         let name = test.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if left_out.lines().any(|line| line == name) {
+            continue;
+        }
         say(format_args!("begin {name}"));
-        let mut command = Command::new(&test);
-        command.arg("--test-threads=1").args(argument("filter"));
-        command.envs([("MEMTRACE_BIN", MEMTRACE), ("TMPDIR", "/tmp")]);
-        command.envs([
-            ("MEMTRACE_TESTS_VM", "1"),
-            ("MEMTRACE_TESTS_OUT", OUT),
-            ("MEMTRACE_TESTS_ROUNDS", ROUNDS),
-            ("RUST_BACKTRACE", "0"),
-        ]);
         let begin = Instant::now();
-        let mut ended = run(&mut command, LIMIT)?;
-        if ended.is_some_and(|status| !status.success()) {
-            // An emulated CPU may stand still for longer than a test waits. Once more, and the host tells of it.
+        let skipped: Vec<&str> =
+            left_out.lines().filter_map(|line| line.strip_prefix(&name)?.strip_prefix(' ')).collect();
+        let filter = argument("filter");
+        let chosen = filter.iter().map(String::as_str).chain(skipped.iter().flat_map(|test| ["--skip", *test]));
+        let chosen: Vec<&str> = chosen.collect();
+        let (mut ended, failed) = run_tests(&test, &chosen)?;
+        // An emulated CPU may stand still for longer than a test waits. Once more, and the host tells of it.
+        if ended.code() == Some(FAILED) && (1..=MOST_AGAIN).contains(&failed.len()) {
+            let failed: Vec<&str> = failed.iter().map(String::as_str).collect();
+            say(format_args!("again {name} {}", failed.join(" ")));
+            (ended, _) = run_tests(&test, &[&["--exact"], failed.as_slice()].concat())?;
+        } else if ended.signal().is_some() {
             say(format_args!("again {name}"));
-            ended = run(&mut command, LIMIT)?;
+            (ended, _) = run_tests(&test, &chosen)?;
         }
         say(format_args!("end {name} after {} s: {}", begin.elapsed().as_secs(), how(ended)));
     }
     doctor()?;
     say(format_args!("done"));
     Ok(())
+}
+
+/// What libtest ends with when tests failed, which it has told of.
+const FAILED: i32 = 101;
+
+/// Runs a test executable: how it ended, and the tests that failed. What it prints goes on to the console.
+fn run_tests(test: &Path, arguments: &[&str]) -> anyhow::Result<(ExitStatus, BTreeSet<String>)> {
+    let mut command = Command::new(test);
+    command.arg("--test-threads=1").args(arguments);
+    command.envs([("MEMTRACE_BIN", MEMTRACE), ("TMPDIR", "/tmp")]);
+    command.envs([
+        ("MEMTRACE_TESTS_VM", "1"),
+        ("MEMTRACE_TESTS_OUT", OUT),
+        ("MEMTRACE_TESTS_ROUNDS", ROUNDS),
+        ("RUST_BACKTRACE", "0"),
+    ]);
+    let mut child = start(command.stdout(Stdio::piped()))?;
+    let stdout = child.stdout.take().context("a test has no stdout")?;
+    // Whoever a test left behind may hold the pipe open: it is read until it closes, which is when they are killed.
+    let reader = std::thread::spawn(move || {
+        let mut failed = BTreeSet::new();
+        for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line);
+            if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+                failed.insert(test.to_owned());
+            }
+            // Nobody is left to tell that the console is gone.
+            let _ = writeln!(std::io::stdout().lock(), "{line}");
+        }
+        failed
+    });
+    let ended = child.wait().context("failed to wait for a program")?;
+    kill_the_rest();
+    let failed = reader.join().unwrap_or_default();
+    Ok((ended, failed))
 }
 
 /// Runs a benchmark, of which the arguments are given with commas between them; what it prints, the host finds.
@@ -78,7 +125,7 @@ fn benchmark(arguments: &str) -> anyhow::Result<()> {
     // the kernel gives its first process none
     command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let begin = Instant::now();
-    let ended = run(&mut command, BENCH_LIMIT)?;
+    let ended = run(&mut command)?;
     say(format_args!("end bench after {} s: {}", begin.elapsed().as_secs(), how(ended)));
     Ok(())
 }
@@ -103,21 +150,17 @@ fn executables() -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Waits for its end, at most so long; `None` when it had to be killed. Leaves no process behind.
-fn run(command: &mut Command, limit: Duration) -> anyhow::Result<Option<ExitStatus>> {
-    let mut child = command.stdin(Stdio::null()).process_group(0).spawn().context("failed to start a program")?;
-    // unlike the runner, it is as any other process to the OOM killer
+/// Starts a program that is, unlike the runner, as any other process to the OOM killer.
+fn start(command: &mut Command) -> anyhow::Result<Child> {
+    let child = command.stdin(Stdio::null()).process_group(0).spawn().context("failed to start a program")?;
     let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), "0");
-    let begin = Instant::now();
-    let mut ended = child.try_wait().context("failed to wait for a program")?;
-    while ended.is_none() && begin.elapsed() < limit {
-        std::thread::sleep(Duration::from_millis(50));
-        ended = child.try_wait().context("failed to wait for a program")?;
-    }
+    Ok(child)
+}
+
+/// Waits for its end; leaves no process behind.
+fn run(command: &mut Command) -> anyhow::Result<ExitStatus> {
+    let ended = start(command)?.wait().context("failed to wait for a program")?;
     kill_the_rest();
-    if ended.is_none() {
-        child.wait().context("failed to wait for a program")?;
-    }
     Ok(ended)
 }
 
@@ -134,16 +177,12 @@ fn kill_the_rest() {
     }
 }
 
-fn how(ended: Option<ExitStatus>) -> String {
-    match ended {
-        None => "killed, it took too long".to_owned(),
-        Some(status) => match (status.code(), status.signal()) {
-            (Some(0), _) => "passed".to_owned(),
-            // what libtest ends with when tests failed, which it has told of
-            (Some(101), _) => "failed".to_owned(),
-            (_, Some(signal)) => format!("died of signal {signal}"),
-            (code, _) => format!("exit code {code:?}"),
-        },
+fn how(ended: ExitStatus) -> String {
+    match (ended.code(), ended.signal()) {
+        (Some(0), _) => "passed".to_owned(),
+        (Some(FAILED), _) => "failed".to_owned(),
+        (_, Some(signal)) => format!("died of signal {signal}"),
+        (code, _) => format!("exit code {code:?}"),
     }
 }
 
@@ -154,8 +193,8 @@ fn doctor() -> anyhow::Result<()> {
     let mut command = Command::new(MEMTRACE);
     command.args(["doctor", "--json"]).stdout(file);
     command.env("LD_PRELOAD", VERIFIER_LOG).env("MEMTRACE_VERIFIER_LOG", log);
-    let ended = run(&mut command, DOCTOR_LIMIT).context("failed to run doctor")?;
-    if ended.is_none_or(|status| !status.success()) {
+    let ended = run(&mut command).context("failed to run doctor")?;
+    if !ended.success() {
         say(format_args!("trouble doctor: {}", how(ended)));
     }
     Ok(())

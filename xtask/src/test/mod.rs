@@ -1,0 +1,246 @@
+//! `cargo xtask test`: every layer that this machine can run, and a plain word about the others.
+//!
+//! Everything is built once. Then the emulated machines boot, at a low priority, and the layers of this machine run beside
+//! them, from the quick ones to those that take long.
+
+mod history;
+mod layer;
+mod summary;
+
+use std::io::Write;
+use std::time::Instant;
+
+use anyhow::{Result, anyhow, bail};
+
+use self::layer::{Ended, Layer, Runner};
+use crate::built::{Built, TestExecutable};
+use crate::libtest::SecondTry;
+use crate::place::{Place, Profile, has_btf, is_root};
+use crate::run::say;
+use crate::vm::Slots;
+use crate::vm::instructions::Extent;
+use crate::vm::selection::Selection;
+use crate::{build, ci, host, setup, vm};
+
+/// Test targets of memtrace-tests, by the start of their name, that need neither root nor eBPF.
+const UNPRIVILEGED: [&str; 4] = ["cli", "golden", "replay", "report"];
+
+/// Those that need a browser, and nothing of the kernel.
+const IN_BROWSER: &str = "browser_";
+
+/// Those that would hurt this machine: they only run in machines of their own.
+const HARMFUL: &str = "vm_";
+
+/// Arguments of `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Test the optimized build
+    #[arg(long)]
+    release: bool,
+    /// Leave out the emulated machines, which take the longest
+    #[arg(long)]
+    no_vm: bool,
+    /// Every test in every emulated machine, also where it is slow and hardly ever tells one kernel from another
+    #[arg(long, conflicts_with = "no_vm")]
+    all: bool,
+    /// Take the verifier's counts into tests/kernels/verifier.txt and the table of kernels into the README
+    #[arg(long, requires = "all", conflicts_with = "filter")]
+    bless: bool,
+    /// Only tests whose name contains this, and no checks
+    filter: Option<String>,
+}
+
+/// Runs the verb.
+pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
+    let begin = Instant::now();
+    let checks = args.filter.is_none();
+    let mut layers = Vec::new();
+    if checks {
+        layers.push(Layer::of_work("format, house rules, licences", || ci::quick(place)));
+    }
+    layers.extend(std::thread::scope(|scope| {
+        let setting_up = Instant::now();
+        setup::tests()?;
+        let machines = if args.no_vm { Ok(()) } else { setup::machines() };
+        if machines.is_ok() && !args.no_vm {
+            // while the rest is built; who boots them says what is missing
+            scope.spawn(|| vm::prefetch(place));
+        }
+        setup::bpf(place)?;
+        let setup = Layer { took: setting_up.elapsed(), ..Layer::ended("set-up", Ended::Done) };
+        let building = Instant::now();
+        let object = build::ebpf(place)?;
+        let built = Built::with_tests(place, Profile::of(args.release), &object)?;
+        let build = Layer { took: building.elapsed(), ..Layer::ended("build", Ended::Done) };
+        let machines = scope.spawn({
+            let built = built.clone();
+            move || in_machines(place, &built, args, machines)
+        });
+        let here = here(place, &built, args.filter.as_deref(), checks);
+        let machines = machines.join().map_err(|_| anyhow!("the machines' thread panicked"))?;
+        Ok::<_, anyhow::Error>([vec![setup, build], here?, machines].into_iter().flatten())
+    })?);
+
+    let mut summary = summary::sum_up(&layers, std::env::var("CI").is_ok_and(|ci| ci == "true"));
+    if checks {
+        let second_tries: Vec<SecondTry> = layers.iter().flat_map(|layer| layer.second_tries.clone()).collect();
+        summary.troubles.extend(history::add(&history::file(place), &host::today()?, &second_tries)?);
+    }
+    say(format_args!("summary, {} s in all; layers in machines run beside the others", begin.elapsed().as_secs()));
+    for line in &summary.lines {
+        say(format_args!("{line}"));
+    }
+    let _ = writeln!(std::io::stdout(), "memtrace: {}", summary.total);
+    if !summary.troubles.is_empty() {
+        bail!("{}", summary.troubles.join("; "));
+    }
+    Ok(())
+}
+
+/// The layers of this machine.
+fn here(place: &Place, built: &Built, filter: Option<&str>, checks: bool) -> Result<Vec<Layer>> {
+    let runner = Runner { memtrace: built.program("memtrace")?, filter };
+    let Targets { units, programs, unprivileged, in_browser, in_kernel } = Targets::of(&built.tests);
+    let mut layers = vec![
+        runner.layer("unit and property tests", &units)?,
+        runner.layer("the tests' own programs", &programs)?,
+        runner.layer("black box, no privileges", &unprivileged)?,
+        runner.layer("black box, in a browser", &in_browser)?,
+    ];
+    if checks {
+        layers.push(Layer::of_work("lints", || ci::lints(place)));
+        layers.push(Layer::of_work("docs", || ci::docs(place)));
+    }
+    let name = "black box, in this kernel";
+    layers.push(match cannot_trace() {
+        Some(why) => Layer::ended(name, Ended::Impossible { why: why.to_owned() }),
+        None => runner.kernel_layer(name, &in_kernel)?,
+    });
+    Ok(layers)
+}
+
+fn cannot_trace() -> Option<&'static str> {
+    if !is_root() {
+        Some("not root: run it as `sudo -E env PATH=$PATH cargo xtask test`")
+    } else if !has_btf() {
+        Some("this kernel has no BTF at /sys/kernel/btf/vmlinux")
+    } else {
+        None
+    }
+}
+
+/// The layers of emulated machines: the matrix of kernels, and the machines that count instructions.
+fn in_machines(place: &Place, built: &Built, args: &Args, set_up: Result<()>) -> Vec<Layer> {
+    let [matrix, counted] = ["the kernel matrix", "instructions"];
+    if args.no_vm {
+        let left_out = |name| Layer::ended(name, Ended::LeftOut { why: "as was asked for (--no-vm)" });
+        return [matrix, counted].map(left_out).into();
+    }
+    if let Err(error) = set_up {
+        let why = format!("{error:#}");
+        return [matrix, counted].map(|name| Layer::ended(name, Ended::Impossible { why: why.clone() })).into();
+    }
+    let slots = Slots::new(None);
+    std::thread::scope(|scope| {
+        let matrix = scope.spawn(|| kernel_matrix(matrix, place, built, &slots, args));
+        let counted = scope.spawn(|| instructions(counted, place, built, &slots, args));
+        let failed = |_| vec![Layer::of_work("machines", || bail!("their thread panicked"))];
+        let mut layers = matrix.join().unwrap_or_else(failed);
+        layers.extend(counted.join().unwrap_or_else(failed));
+        layers
+    })
+}
+
+/// The machines of the matrix, each a layer.
+fn kernel_matrix(name: &str, place: &Place, built: &Built, slots: &Slots, args: &Args) -> Vec<Layer> {
+    let selection = if args.all { Selection::All } else { Selection::Usual };
+    let machines = vm::Args::whole(args.filter.clone(), args.bless);
+    match vm::matrix(place, built, &machines, selection, slots) {
+        Ok(Some(reports)) => reports.into_iter().map(Layer::of_machine).collect(),
+        Ok(None) => vec![Layer::ended(name, Ended::LeftOut { why: "none of its tests has that in its name" })],
+        Err(error) => vec![Layer::ended(name, Ended::Impossible { why: format!("{error:#}") })],
+    }
+}
+
+/// What the agent adds to each operation, held against what is committed.
+fn instructions(name: &str, place: &Place, built: &Built, slots: &Slots, args: &Args) -> Vec<Layer> {
+    if args.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
+        return vec![Layer::ended(name, Ended::LeftOut { why: "its name does not contain the filter" })];
+    }
+    let extent = if args.all { Extent::Together } else { Extent::Ends };
+    let begin = Instant::now();
+    let mut layer = match vm::instructions::run(place, built, slots, extent, false) {
+        Ok(found) => {
+            for failure in &found.failures {
+                say(format_args!("{name}: FAILED {failure}"));
+            }
+            let ended = Ended::Ran { tally: found.tally, success: found.failures.is_empty() };
+            Layer { remarks: found.remarks, ..Layer::ended(name, ended) }
+        }
+        Err(error) => Layer::ended(name, Ended::Impossible { why: format!("{error:#}") }),
+    };
+    layer.took = begin.elapsed();
+    if extent == Extent::Ends {
+        layer.remarks.push("left out: the kernels between the oldest and the newest (--all)".to_owned());
+    }
+    vec![layer]
+}
+
+/// Test executables by what they need.
+#[derive(Debug, Default)]
+struct Targets<'a> {
+    units: Vec<&'a TestExecutable>,
+    /// Unit tests of the black-box tests' own library and programs.
+    programs: Vec<&'a TestExecutable>,
+    unprivileged: Vec<&'a TestExecutable>,
+    in_browser: Vec<&'a TestExecutable>,
+    in_kernel: Vec<&'a TestExecutable>,
+}
+
+impl<'a> Targets<'a> {
+    fn of(tests: &'a [TestExecutable]) -> Self {
+        let mut targets = Self::default();
+        for test in tests {
+            let starts = |prefix: &str| test.name.starts_with(prefix);
+            let group = match test.is_black_box() {
+                false if test.is_of(crate::built::TESTS_DIR) => &mut targets.programs,
+                false => &mut targets.units,
+                true if starts(HARMFUL) => continue,
+                true if starts(IN_BROWSER) => &mut targets.in_browser,
+                true if UNPRIVILEGED.iter().any(|prefix| starts(prefix)) => &mut targets.unprivileged,
+                true => &mut targets.in_kernel,
+            };
+            group.push(test);
+        }
+        targets
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_targets_need_the_kernel_and_harmful_ones_a_machine_of_their_own() {
+        let test = |dir: &str, name: &str, is_target| TestExecutable {
+            dir: format!("/r/{dir}").into(),
+            name: name.to_owned(),
+            is_target,
+            path: format!("/t/{name}").into(),
+        };
+        let names = ["browser_page", "cli", "golden_v1", "kernel_oom", "something", "vm_machine"];
+        let mut tests: Vec<TestExecutable> = names.iter().map(|name| test("tests", name, true)).collect();
+        tests.extend([
+            test("tests", "workload", false),
+            test("memtrace", "memtrace", false),
+            test("memtrace", "replay", true),
+        ]);
+        let targets = Targets::of(&tests);
+        let names = |group: &[&TestExecutable]| group.iter().map(|test| test.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&targets.unprivileged), ["cli", "golden_v1"]);
+        assert_eq!(names(&targets.in_browser), ["browser_page"]);
+        assert_eq!(names(&targets.in_kernel), ["kernel_oom", "something"]);
+        assert_eq!(names(&targets.programs), ["workload"]);
+        assert_eq!(names(&targets.units), ["memtrace", "replay"]);
+    }
+}
