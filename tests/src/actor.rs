@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::cage::Cage;
 use crate::{json, process, programs};
 
-/// How long a workload may take to end; emulated machines are slow.
+/// How long a workload may take to end.
 const END_LIMIT: Duration = Duration::from_secs(180);
 
 /// A running workload; killed when dropped.

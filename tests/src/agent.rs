@@ -6,12 +6,13 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::patience::Patience;
 use crate::{process, programs};
 
 /// 64 emulated processors on two real ones take over half a minute to load the programs.
@@ -66,15 +67,16 @@ impl Options {
             }
         });
         let mut agent = Agent { child, said, port, options: self.clone() };
-        let begin = Instant::now();
+        let patience = Patience::of(START_LIMIT);
         while !agent.says("ready") {
             if let Some(status) = agent.child.try_wait().context("failed to look at the agent")? {
                 std::thread::sleep(Duration::from_millis(100));
                 bail!("the agent ended with {status} before it was ready; it said:\n{}", agent.stderr());
             }
             ensure!(
-                begin.elapsed() < START_LIMIT,
-                "the agent was not ready after {START_LIMIT:?}; it said:\n{}",
+                !patience.is_over(),
+                "the agent was not ready after {:?}; it said:\n{}",
+                patience.limit(),
                 agent.stderr()
             );
             std::thread::sleep(Duration::from_millis(10));
@@ -104,10 +106,10 @@ impl Options {
 
     /// Lists incidents until `enough` says so or the time is up; returns the last list either way.
     pub fn incidents_when(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<Vec<Value>> {
-        let begin = Instant::now();
+        let patience = Patience::of(limit);
         loop {
             let listed = self.incidents()?;
-            if enough(&listed) || begin.elapsed() > limit {
+            if enough(&listed) || patience.is_over() {
                 return Ok(listed);
             }
             std::thread::sleep(Duration::from_millis(250));
@@ -220,7 +222,7 @@ pub fn free_port() -> anyhow::Result<u16> {
 /// HTTP/1.1 GET on the loopback address: status and body.
 pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("failed to connect to {port}"))?;
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).context("failed to set a read timeout")?;
+    stream.set_read_timeout(Some(Patience::of(ANSWER_LIMIT).limit())).context("failed to set a read timeout")?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n")
         .with_context(|| format!("failed to ask for {path}"))?;
     let mut answer = Vec::new();

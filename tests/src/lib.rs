@@ -10,6 +10,7 @@ pub mod disk;
 pub mod figures;
 pub mod growth;
 pub mod json;
+pub mod patience;
 pub mod printk;
 pub mod process;
 pub mod programs;

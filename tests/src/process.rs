@@ -1,10 +1,12 @@
 //! What /proc says about a process, and signals without a C library.
 
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
+
+use crate::patience::Patience;
 
 /// Boot clock, nanoseconds.
 pub fn boot_ns() -> u64 {
@@ -90,13 +92,13 @@ pub fn stop(pid: u32) -> anyhow::Result<()> {
 
 /// Waits for a child with an end.
 pub fn wait_at_most(child: &mut std::process::Child, limit: Duration) -> anyhow::Result<ExitStatus> {
-    let start = Instant::now();
+    let patience = Patience::of(limit);
     loop {
         if let Some(status) = child.try_wait().context("failed to wait for a child")? {
             return Ok(status);
         }
-        if start.elapsed() > limit {
-            bail!("process {} did not end within {limit:?}", child.id());
+        if patience.is_over() {
+            bail!("process {} did not end within {:?}", child.id(), patience.limit());
         }
         std::thread::sleep(Duration::from_millis(5));
     }

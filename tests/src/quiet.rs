@@ -2,17 +2,21 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 use crate::agent::Agent;
+use crate::patience::Patience;
 use crate::process::{self, Rss};
 use crate::{json, programs};
 
 /// A quiet moment is one a while after the last change.
 const QUIET: Duration = Duration::from_millis(500);
+
+/// How long the agent may take to know a process.
+const KNOWN_LIMIT: Duration = Duration::from_secs(20);
 
 /// A workload that said `ready` and stays as it is until its stdin closes.
 #[derive(Debug)]
@@ -63,7 +67,7 @@ impl Quiet {
 
 /// What the agent knows about a process; waits a little for it to be there.
 pub fn recorded(agent: &Agent, pid: u32, start_ticks: u64) -> anyhow::Result<Rss> {
-    let begin = Instant::now();
+    let patience = Patience::of(KNOWN_LIMIT);
     loop {
         let answer = agent.get_json(&format!("/api/processes?pid={pid}"))?;
         let known = json::list(&answer, "")?.iter().find(|process| {
@@ -77,7 +81,7 @@ pub fn recorded(agent: &Agent, pid: u32, start_ticks: u64) -> anyhow::Result<Rss
                 shmem: json::number(known, "/shmem_bytes")?,
             });
         }
-        ensure!(begin.elapsed() < Duration::from_secs(5), "the agent does not know process {pid}: {answer}");
+        ensure!(!patience.is_over(), "the agent does not know process {pid}: {answer}");
         std::thread::sleep(Duration::from_millis(100));
     }
 }

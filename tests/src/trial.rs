@@ -1,6 +1,6 @@
 //! One trial: an agent of its own, what is done under its eyes, and the incidents that come of it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -8,9 +8,10 @@ use tempfile::TempDir;
 
 use crate::agent::{Agent, Options, json_of};
 use crate::cage::Cage;
+use crate::patience::Patience;
 use crate::{json, programs};
 
-/// How long incidents may take to appear; emulated machines are slow.
+/// How long incidents may take to appear.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
@@ -69,7 +70,7 @@ impl Trial {
     /// Waits until the incidents the agent lists over HTTP are enough, or the time is up. Looks at them only when it has
     /// saved one: to list them means to read each.
     pub fn wait_for(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<()> {
-        let begin = Instant::now();
+        let patience = Patience::of(limit);
         let mut seen = None;
         loop {
             let saved = self.agent.metric("memtrace_incidents_saved_total")?;
@@ -80,7 +81,7 @@ impl Trial {
                 }
                 seen = saved;
             }
-            if begin.elapsed() > limit {
+            if patience.is_over() {
                 return Ok(());
             }
             std::thread::sleep(LOOK);

@@ -5,12 +5,13 @@
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::{Options, free_port};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::json;
+use memtrace_tests::patience::Patience;
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
@@ -185,10 +186,10 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
     let filler = disk.0.path().join("filler");
     let _full = std::fs::write(&filler, vec![0u8; 64 << 10]);
     oom_kill("full")?;
-    let begin = Instant::now();
+    let patience = Patience::of(Duration::from_secs(30));
     let failures = loop {
         let failures = agent.metric("memtrace_incident_write_failures_total")?.unwrap_or_default();
-        if failures > 0.0 || begin.elapsed() > Duration::from_secs(30) {
+        if failures > 0.0 || patience.is_over() {
             break failures;
         }
         std::thread::sleep(Duration::from_millis(200));

@@ -2,7 +2,7 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
@@ -10,6 +10,7 @@ use memtrace_tests::agent::{Options, json_of};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::{self, MIB};
 use memtrace_tests::figures::{not_run_here, say};
+use memtrace_tests::patience::Patience;
 use memtrace_tests::process::Rss;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, programs};
@@ -70,7 +71,7 @@ fn what_is_held_and_what_is_given_back_is_known_by_charges_alone() -> anyhow::Re
     let mut actor = Actor::start(Some(&cage), &hold)?;
     actor.until("ready")?;
     let truth = Rss::read(actor.pid())?;
-    let begin = Instant::now();
+    let patience = Patience::of(Duration::from_secs(60));
     loop {
         let answer = trial.agent.get_json(&format!("/api/processes?pid={}", actor.pid()))?;
         let known = json::list(&answer, "")?.first().cloned().unwrap_or_default();
@@ -79,7 +80,7 @@ fn what_is_held_and_what_is_given_back_is_known_by_charges_alone() -> anyhow::Re
             say(format_args!("anon {anon}, /proc {}", truth.anon));
             break;
         }
-        ensure!(begin.elapsed() < Duration::from_secs(20), "anon is {} in /proc; told was {known}", truth.anon);
+        ensure!(!patience.is_over(), "anon is {} in /proc; told was {known}", truth.anon);
         std::thread::sleep(Duration::from_millis(100));
     }
     actor.finish()?;

@@ -11,6 +11,7 @@ use anyhow::{Context, ensure};
 use memtrace_tests::cage;
 use memtrace_tests::claims::{self, MIB};
 use memtrace_tests::figures::say;
+use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, programs};
 use serde_json::{Value, json};
@@ -110,9 +111,12 @@ fn a_container_that_dies_at_once_is_named_with_its_pod() -> anyhow::Result<()> {
     trial.end()
 }
 
+/// Names come a moment after the incident.
+const NAMING: Duration = Duration::from_secs(60);
+
 /// The frame of the workload's own code that took the memory, once it has a name.
 fn named(trial: &Trial, id: &str) -> anyhow::Result<Value> {
-    let begin = Instant::now();
+    let patience = Patience::of(NAMING);
     loop {
         let incident = trial.options().report(id)?;
         let frames = json::list(&incident, "/allocation_paths")?.iter().filter_map(|path| path["frames"].as_array());
@@ -123,11 +127,7 @@ fn named(trial: &Trial, id: &str) -> anyhow::Result<Value> {
         if let Some(own) = own.filter(|own| own["line"].is_u64()) {
             return Ok(own.clone());
         }
-        ensure!(
-            begin.elapsed() < Duration::from_secs(60),
-            "no name in {}",
-            json::excerpt(&incident["allocation_paths"])
-        );
+        ensure!(!patience.is_over(), "no name in {}", json::excerpt(&incident["allocation_paths"]));
         std::thread::sleep(Duration::from_millis(100));
     }
 }

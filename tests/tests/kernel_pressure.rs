@@ -9,6 +9,7 @@ use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::{Cage, Version};
 use memtrace_tests::claims::{self, MIB};
 use memtrace_tests::figures::{not_run_here, say};
+use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{disk, json};
 
@@ -16,9 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until something holds.
 fn until(what: &str, holds: impl Fn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let begin = Instant::now();
+    let patience = Patience::of(PATIENCE);
     while !holds()? {
-        ensure!(begin.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        ensure!(!patience.is_over(), "{what}: not within {:?}", patience.limit());
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())

@@ -3,23 +3,24 @@
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::{Actor, Ended};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::figures::not_run_here;
+use memtrace_tests::patience::Patience;
 use memtrace_tests::process;
 use memtrace_tests::trial::Trial;
 use rustix::process::Signal;
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The line about a process among those about SIGKILLs.
 fn line_about(trial: &Trial, pid: u32) -> anyhow::Result<Value> {
-    let begin = Instant::now();
+    let patience = Patience::of(PATIENCE);
     loop {
         let lines = trial.sigkills()?;
         let mut about = lines.iter().filter(|line| line["pid"] == pid);
@@ -27,7 +28,7 @@ fn line_about(trial: &Trial, pid: u32) -> anyhow::Result<Value> {
             ensure!(about.next().is_none(), "{pid} is told of twice in {lines:?}");
             return Ok(line.clone());
         }
-        ensure!(begin.elapsed() < PATIENCE, "nobody tells who killed {pid}: {lines:?}");
+        ensure!(!patience.is_over(), "nobody tells who killed {pid}: {lines:?}");
         std::thread::sleep(Duration::from_millis(200));
     }
 }

@@ -10,6 +10,7 @@ use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::json;
+use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use serde_json::Value;
 
@@ -17,7 +18,7 @@ use serde_json::Value;
 /// agent gets a CPU: this is about what is told, not what it costs.
 const FINE: [&str; 4] = ["--sample", "256K", "--stack-budget", "100%"];
 /// Names come a moment after the incident.
-const NAMING: Duration = Duration::from_secs(20);
+const NAMING: Duration = Duration::from_secs(120);
 
 #[test]
 fn a_kill_names_the_code_that_touched_the_memory_and_the_code_that_mapped_it() -> anyhow::Result<()> {
@@ -98,13 +99,13 @@ fn without_a_budget_there_are_no_stacks_and_nothing_else_is_missing() -> anyhow:
 fn named(trial: &Trial, cage: &Cage) -> anyhow::Result<Value> {
     let incident = trial.incident(cage)?;
     let id = json::text(&incident, "/id")?;
-    let begin = std::time::Instant::now();
+    let patience = Patience::of(NAMING);
     loop {
         let incident = trial.options().report(id)?;
         let paths = json::list(&incident, "/allocation_paths")?;
         let nameless = |frame: &Value| frame["kernel"] != true && frame["symbol"].is_null();
         let unnamed = paths.iter().filter(|path| path["frames"].as_array().is_some_and(|f| f.iter().all(nameless)));
-        if (!paths.is_empty() && unnamed.count() == 0) || begin.elapsed() > NAMING {
+        if (!paths.is_empty() && unnamed.count() == 0) || patience.is_over() {
             return Ok(incident);
         }
         std::thread::sleep(Duration::from_millis(100));

@@ -9,6 +9,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use memtrace_tests::patience::SLOWNESS;
+use memtrace_tests::process;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{prepare, say};
@@ -31,6 +33,10 @@ const HARMFUL: &str = "vm_";
 const MOST_AGAIN: usize = 3;
 /// Rounds of tests that repeat themselves: everything takes many times longer here.
 const ROUNDS: &str = "3";
+/// Seconds that a machine takes to boot where its emulator has a processor to itself.
+const QUIET_BOOT_S: f64 = 2.0;
+/// How much slower than it booted a machine may become: others boot beside it, and the host has more to do.
+const MARGIN: f64 = 4.0;
 /// How often the host is told that this machine is there.
 const ALIVE: Duration = Duration::from_secs(5);
 
@@ -50,6 +56,8 @@ pub(crate) fn everything() -> anyhow::Result<()> {
             std::thread::sleep(ALIVE);
         }
     });
+    // the whole boot is the kernel's own work, and takes two seconds on an emulator that nothing disturbs
+    let slowness = (process::boot_ns() as f64 / 1e9 / QUIET_BOOT_S * MARGIN).to_string();
     let left_out = fs::read_to_string(LEFT_OUT).unwrap_or_default();
     for test in executables()? {
         let name = test.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -63,15 +71,15 @@ pub(crate) fn everything() -> anyhow::Result<()> {
         let filter = argument("filter");
         let chosen = filter.iter().map(String::as_str).chain(skipped.iter().flat_map(|test| ["--skip", *test]));
         let chosen: Vec<&str> = chosen.collect();
-        let (mut ended, failed) = run_tests(&test, &chosen)?;
+        let (mut ended, failed) = run_tests(&test, &slowness, &chosen)?;
         // An emulated CPU may stand still for longer than a test waits. Once more, and the host tells of it.
         if ended.code() == Some(FAILED) && (1..=MOST_AGAIN).contains(&failed.len()) {
             let failed: Vec<&str> = failed.iter().map(String::as_str).collect();
             say(format_args!("again {name} {}", failed.join(" ")));
-            (ended, _) = run_tests(&test, &[&["--exact"], failed.as_slice()].concat())?;
+            (ended, _) = run_tests(&test, &slowness, &[&["--exact"], failed.as_slice()].concat())?;
         } else if ended.signal().is_some() {
             say(format_args!("again {name}"));
-            (ended, _) = run_tests(&test, &chosen)?;
+            (ended, _) = run_tests(&test, &slowness, &chosen)?;
         }
         say(format_args!("end {name} after {} s: {}", begin.elapsed().as_secs(), how(ended)));
     }
@@ -84,13 +92,14 @@ pub(crate) fn everything() -> anyhow::Result<()> {
 const FAILED: i32 = 101;
 
 /// Runs a test executable: how it ended, and the tests that failed. What it prints goes on to the console.
-fn run_tests(test: &Path, arguments: &[&str]) -> anyhow::Result<(ExitStatus, BTreeSet<String>)> {
+fn run_tests(test: &Path, slowness: &str, arguments: &[&str]) -> anyhow::Result<(ExitStatus, BTreeSet<String>)> {
     let mut command = Command::new(test);
     command.arg("--test-threads=1").args(arguments);
     command.envs([("MEMTRACE_BIN", MEMTRACE), ("TMPDIR", "/tmp")]);
     command.envs([
         ("MEMTRACE_TESTS_VM", "1"),
         ("MEMTRACE_TESTS_OUT", OUT),
+        (SLOWNESS, slowness),
         ("MEMTRACE_TESTS_ROUNDS", ROUNDS),
         ("RUST_BACKTRACE", "0"),
     ]);
