@@ -166,7 +166,7 @@ impl Machine {
         );
         // whoever waits for this run has the processors first
         let mut qemu = Command::new("nice");
-        qemu.args(["-n", "10", QEMU]);
+        qemu.args(["-n", "5", QEMU]);
         qemu.args(parts.processors.arguments(parts.memory));
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
         qemu.arg("-kernel").arg(&self.ready.image).arg("-initrd").arg(&parts.initramfs).arg("-append").arg(append);
