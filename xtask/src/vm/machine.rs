@@ -130,7 +130,7 @@ impl Machine {
         }
         std::fs::create_dir_all(&out).with_context(|| format!("failed to create {}", out.display()))?;
         let left_out = parts.selection.left_out(self.kernel, self.cgroup);
-        let left_out: String = left_out.iter().map(|slow| slow.named() + "\n").collect();
+        let left_out: String = left_out.iter().map(|rare| format!("{}\n", rare.executable)).collect();
         let plan = out.join(LEFT_OUT);
         std::fs::write(&plan, left_out).with_context(|| format!("failed to write {}", plan.display()))?;
         let log_path = parts.dir.join(format!("{name}.log"));

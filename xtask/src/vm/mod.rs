@@ -166,6 +166,9 @@ pub(crate) fn matrix(
     let costs = reports.iter().filter_map(|report| Some((report.name.as_str(), &report.measured.as_ref()?.counts)));
     let costs = verifier::render(&costs.collect::<Vec<_>>());
     let _ = writeln!(std::io::stdout(), "verifier instructions / bytes of machine code\n{costs}\n");
+    for rare in selection.rare() {
+        say(format_args!("not in all machines: {rare} (--all)"));
+    }
     for (test, why) in payload::LEFT_OUT {
         say(format_args!("not in the machines: {test}, {why}"));
     }
@@ -233,7 +236,10 @@ fn report(
     let mut report = Report { tally: said.tally, took, ..Report::named(&name) };
     report.remarks.extend(said.not_run.iter().map(|what| format!("not run: {what}")));
     let left_out = parts.selection.left_out(machine.kernel, machine.cgroup);
-    report.remarks.extend(left_out.iter().map(|slow| format!("left out: {slow}")));
+    let left_out: Vec<&str> = left_out.iter().map(|rare| rare.executable).collect();
+    if !left_out.is_empty() {
+        report.remarks.push(format!("left out unless --all: {}", left_out.join(", ")));
+    }
     report.second_tries = said.second_tries;
     report.second_tries.iter_mut().for_each(|second_try| second_try.place.clone_from(&name));
     report.failures.extend(said.failed);

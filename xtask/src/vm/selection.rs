@@ -1,8 +1,9 @@
 //! Which tests run in which machine.
 //!
-//! Every test of the machines has an answer that can differ by kernel. Most are quick, and run in each of them. Those that
-//! are slow by design run at the ends of the matrix, unless all is wanted: on the oldest and the newest kernel of each
-//! version of cgroups. What breaks in between without breaking at one of the ends is what `--all` is for.
+//! Every test of the machines has an answer that can differ by kernel. Some run in each of them: what loads and attaches
+//! there, what a kill, a reading and a stack are made of. The others run at the ends of the matrix, unless all is wanted:
+//! on the oldest and the newest kernel of each version of cgroups. What breaks in between without breaking at one of the
+//! ends is what `--all` is for.
 
 use super::kernels::{Cgroup, KERNELS};
 
@@ -15,37 +16,54 @@ pub(crate) enum Selection {
     All,
 }
 
-/// A test of the machines that is slow by design, and why it is.
-pub(crate) struct Slow {
-    executable: &'static str,
-    /// All of the executable's without.
-    test: Option<&'static str>,
+/// An executable of tests that does not run in every machine, and why.
+#[derive(Debug)]
+pub(crate) struct Rare {
+    /// Its name.
+    pub(crate) executable: &'static str,
+    place: Place,
     why: &'static str,
 }
 
-const SLOW: [Slow; 0] = [];
-
-impl Selection {
-    /// What is left out in a machine.
-    pub(crate) fn left_out(self, kernel: &str, cgroup: Cgroup) -> &'static [Slow] {
-        if self == Self::All || is_at_an_end(kernel, cgroup) { &[] } else { &SLOW }
-    }
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// The oldest and the newest kernel of each version of cgroups.
+    Ends,
+    /// The newest kernel.
+    Newest,
 }
 
-impl Slow {
-    /// `EXECUTABLE`, or `EXECUTABLE TEST`: how the guest is told.
-    pub(crate) fn named(&self) -> String {
-        match self.test {
-            Some(test) => format!("{} {test}", self.executable),
-            None => self.executable.to_owned(),
-        }
+const RARE: [Rare; 8] = [
+    Rare { executable: "kernel_change", place: Place::Ends, why: "fork, exec and moves between cgroups" },
+    Rare { executable: "kernel_degraded", place: Place::Newest, why: "an agent for each hook that is left out" },
+    Rare { executable: "kernel_kills", place: Place::Ends, why: "many kills" },
+    Rare { executable: "kernel_pressure", place: Place::Ends, why: "shortages that last" },
+    Rare { executable: "kernel_scope", place: Place::Ends, why: "every shape of a cgroup tree" },
+    Rare { executable: "kernel_secret", place: Place::Ends, why: "searches all that the agent has" },
+    Rare { executable: "kernel_sigkill", place: Place::Ends, why: "every sender of a SIGKILL" },
+    Rare { executable: "kernel_storm", place: Place::Ends, why: "many kills at once" },
+];
+
+impl Selection {
+    /// What does not run in every machine.
+    pub(crate) fn rare(self) -> &'static [Rare] {
+        if self == Self::Usual { &RARE } else { &[] }
+    }
+
+    /// What is left out in a machine.
+    pub(crate) fn left_out(self, kernel: &str, cgroup: Cgroup) -> Vec<&'static Rare> {
+        let has_place = |rare: &&Rare| match rare.place {
+            Place::Ends => is_at_an_end(kernel, cgroup),
+            Place::Newest => KERNELS.last().is_some_and(|newest| newest.name == kernel),
+        };
+        self.rare().iter().filter(|rare| !has_place(rare)).collect()
     }
 }
 
 /// For people.
-impl std::fmt::Display for Slow {
+impl std::fmt::Display for Rare {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}, {} (--all)", self.named().replace(' ', "::"), self.why)
+        write!(f, "{}: {}", self.executable, self.why)
     }
 }
 
@@ -60,29 +78,28 @@ fn is_at_an_end(kernel: &str, cgroup: Cgroup) -> bool {
 mod tests {
     use super::*;
 
+    fn names(selection: Selection, kernel: &str, cgroup: Cgroup) -> Vec<&'static str> {
+        selection.left_out(kernel, cgroup).iter().map(|rare| rare.executable).collect()
+    }
+
     #[test]
-    fn the_ends_of_the_matrix_run_everything() {
-        for (kernel, cgroup) in
-            [("5.10-old", Cgroup::V1), ("6.1", Cgroup::V1), ("5.10", Cgroup::V2), ("backports", Cgroup::V2)]
-        {
-            assert!(is_at_an_end(kernel, cgroup), "{kernel}-{cgroup}");
-            assert!(Selection::Usual.left_out(kernel, cgroup).is_empty());
+    fn the_ends_of_the_matrix_run_nearly_everything_and_the_newest_kernel_all() {
+        for (kernel, cgroup) in [("5.10-old", Cgroup::V1), ("6.1", Cgroup::V1), ("5.10", Cgroup::V2)] {
+            assert_eq!(names(Selection::Usual, kernel, cgroup), ["kernel_degraded"], "{kernel}-{cgroup}");
         }
+        assert!(names(Selection::Usual, "backports", Cgroup::V2).is_empty());
         for (kernel, cgroup) in [("5.10", Cgroup::V1), ("6.1", Cgroup::V2), ("6.12", Cgroup::V2), ("sid", Cgroup::V2)] {
-            assert!(!is_at_an_end(kernel, cgroup), "{kernel}-{cgroup}");
-            assert_eq!(Selection::Usual.left_out(kernel, cgroup).len(), SLOW.len());
-            assert!(Selection::All.left_out(kernel, cgroup).is_empty());
+            assert_eq!(names(Selection::Usual, kernel, cgroup).len(), RARE.len(), "{kernel}-{cgroup}");
+            assert!(names(Selection::All, kernel, cgroup).is_empty());
         }
     }
 
     #[test]
-    fn a_test_is_named_for_the_guest_and_for_people() {
-        let mut slow = Slow { executable: "kernel_x", test: Some("a_test"), why: "many kills" };
-        assert_eq!(
-            (slow.named().as_str(), slow.to_string().as_str()),
-            ("kernel_x a_test", "kernel_x::a_test, many kills (--all)")
-        );
-        slow.test = None;
-        assert_eq!(slow.named(), "kernel_x");
+    fn what_is_left_out_is_there_and_runs_in_machines() {
+        let tests = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tests");
+        for rare in &RARE {
+            assert!(tests.join(format!("{}.rs", rare.executable)).is_file(), "{rare}");
+            assert!(super::super::payload::LEFT_OUT.iter().all(|(name, _)| *name != rare.executable), "{rare}");
+        }
     }
 }

@@ -25,7 +25,7 @@ const BENCH: &str = "/memtrace/bench";
 const VERIFIER_LOG: &str = "/memtrace/verifier_log.so";
 /// What is put there, the host finds.
 const OUT: &str = "/tmp/out";
-/// What the host has put there: tests that do not run on this machine, `EXECUTABLE` or `EXECUTABLE TEST` a line.
+/// What the host has put there: executables that do not run on this machine, one a line.
 const LEFT_OUT: &str = "/tmp/out/left-out";
 /// Tests that hurt the machine, which therefore come last.
 const HARMFUL: &str = "vm_";
@@ -66,11 +66,8 @@ pub(crate) fn everything() -> anyhow::Result<()> {
         }
         say(format_args!("begin {name}"));
         let begin = Instant::now();
-        let skipped: Vec<&str> =
-            left_out.lines().filter_map(|line| line.strip_prefix(&name)?.strip_prefix(' ')).collect();
         let filter = argument("filter");
-        let chosen = filter.iter().map(String::as_str).chain(skipped.iter().flat_map(|test| ["--skip", *test]));
-        let chosen: Vec<&str> = chosen.collect();
+        let chosen: Vec<&str> = filter.iter().map(String::as_str).collect();
         let (mut ended, failed) = run_tests(&test, &slowness, &chosen)?;
         // An emulated CPU may stand still for longer than a test waits. Once more, and the host tells of it.
         if ended.code() == Some(FAILED) && (1..=MOST_AGAIN).contains(&failed.len()) {
