@@ -13,16 +13,20 @@ use memtrace_common::layout::ABSENT;
 use crate::kernel::{copy, pointer, read};
 use crate::layout;
 use crate::maps::{FRAME_WORDS, FRAMES};
+use crate::stack::user_registers;
 
 /// Kernel addresses have their highest bit set, user addresses have not.
 const KERNEL: u64 = 1 << 63;
 /// Bits below a page: `vm_fault.address` has none of them.
 const IN_PAGE: u64 = 4095;
 
-/// Address of the page, [`UNKNOWN`] where none is found. `regs` are the user registers of the running thread, which must
-/// have come into the kernel by a fault.
+/// Address of the page, [`UNKNOWN`] where none is found. The running thread must have come into the kernel by a fault.
+///
+/// Global, as [`crate::kernel::sum_slots`]; so it looks for the registers itself: a typed pointer is nothing to pass.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn address(regs: u64, mm: u64) -> u64 {
+pub extern "C" fn fault_address(mm: u64) -> u64 {
+    let regs = user_registers();
     if layout!(fault_vma) == ABSENT || layout!(fault_address) == ABSENT || layout!(vma_mm) == ABSENT || regs == 0 {
         return UNKNOWN;
     }
@@ -40,12 +44,18 @@ pub fn address(regs: u64, mm: u64) -> u64 {
         if at + apart >= FRAME_WORDS || vma & KERNEL == 0 || address & (KERNEL | IN_PAGE) != 0 || address == 0 {
             continue;
         }
-        if pointer(vma, layout!(vma_mm)) == mm
-            && read(vma, layout!(vma_start)).unwrap_or(u64::MAX) <= address
-            && address < read(vma, layout!(vma_end)).unwrap_or(0)
-        {
+        if is_in_mapping(vma, address, mm) {
             return address;
         }
     }
     UNKNOWN
+}
+
+/// Whether `vma` is a mapping of that address space and has the address in it. Global too: the loop above is long.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn is_in_mapping(vma: u64, address: u64, mm: u64) -> bool {
+    pointer(vma, layout!(vma_mm)) == mm
+        && read(vma, layout!(vma_start)).unwrap_or(u64::MAX) <= address
+        && address < read(vma, layout!(vma_end)).unwrap_or(0)
 }

@@ -84,9 +84,26 @@ pub fn read_task(task: u64, into: *mut Task) {
         (*into).tgid = read(task, layout!(task_tgid)).unwrap_or(0);
         (*into).tid = read(task, layout!(task_pid)).unwrap_or(0);
         (*into).start_boot_ns = read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN);
-        (*into).comm = read(task, layout!(task_comm)).unwrap_or([0; 16]);
+        // As words: as bytes they are set and moved one by one, in loops that every path of a program is verified with.
+        let comm = read::<[u64; 2]>(task, layout!(task_comm)).unwrap_or([0; 2]);
+        (&raw mut (*into).comm).cast::<[u64; 2]>().write(comm);
     }
 }
+
+/// Copies the identity of a task, word by word as [`read_task`] does.
+#[inline(always)]
+pub fn copy_task(from: &Task, into: *mut Task) {
+    let from: *const u64 = (&raw const *from).cast();
+    let into: *mut u64 = into.cast();
+    unsafe {
+        let words = [*from, *from.add(1), *from.add(2), *from.add(3)];
+        into.write(words[0]);
+        into.add(1).write(words[1]);
+        into.add(2).write(words[2]);
+        into.add(3).write(words[3]);
+    }
+}
+const _: () = assert!(size_of::<Task>() == 32 && align_of::<Task>() == 8 && core::mem::offset_of!(Task, comm) == 16);
 
 /// The memory cgroup of a task (its effective css on v2): mem_cgroup address, whose first member is the css.
 #[inline(always)]
@@ -124,18 +141,18 @@ fn limit_bytes(pages: Option<u64>) -> u64 {
     }
 }
 
-/// Fills `into` with all unknown.
+/// Fills `into` with all unknown. Written one by one: what the compiler makes one of is set byte by byte.
 #[inline(always)]
 pub fn unknown_memcg(into: *mut Memcg) {
     unsafe {
-        (*into).cgroup_id = UNKNOWN;
-        (*into).usage_bytes = UNKNOWN;
-        (*into).limit_bytes = UNKNOWN;
-        (*into).watermark_bytes = UNKNOWN;
-        (*into).failcnt = UNKNOWN;
-        (*into).swap_usage_bytes = UNKNOWN;
-        (*into).swap_limit_bytes = UNKNOWN;
-        (*into).high_bytes = UNKNOWN;
+        write_volatile(&raw mut (*into).cgroup_id, UNKNOWN);
+        write_volatile(&raw mut (*into).usage_bytes, UNKNOWN);
+        write_volatile(&raw mut (*into).limit_bytes, UNKNOWN);
+        write_volatile(&raw mut (*into).watermark_bytes, UNKNOWN);
+        write_volatile(&raw mut (*into).failcnt, UNKNOWN);
+        write_volatile(&raw mut (*into).swap_usage_bytes, UNKNOWN);
+        write_volatile(&raw mut (*into).swap_limit_bytes, UNKNOWN);
+        write_volatile(&raw mut (*into).high_bytes, UNKNOWN);
     }
 }
 
@@ -177,9 +194,11 @@ pub fn read_known_memcg(memcg: u64, id: u64, into: *mut Memcg) {
 /// Unless it is `certain` that one did, it must be at its limit: within a charge batch per CPU, which the stock can hold
 /// back, and, as on many CPUs that is more than a small cgroup has, within an eighth of it.
 ///
-/// To be called where nobody else on this CPU can do so in between: under the victim's task_lock.
-#[inline(always)]
-pub fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
+/// To be called where nobody else on this CPU can do so in between: under the victim's task_lock. Global, as
+/// [`sum_slots`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
     let Some(walk) = WALK.get_ptr_mut(0) else { return 0 };
     let near = CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1;
     unsafe {
@@ -214,9 +233,10 @@ fn consider(counter: u64, walk: *mut Walk) {
     }
 }
 
-/// Whether memory.oom.group is set on the path from `memcg` up to `top` (0: up to the root).
-#[inline(always)]
-pub fn oom_group(memcg: u64, top: u64) -> bool {
+/// Whether memory.oom.group is set on the path from `memcg` up to `top` (0: up to the root). Global, as [`sum_slots`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn oom_group(memcg: u64, top: u64) -> bool {
     if memcg == 0 || layout!(memcg_oom_group) == ABSENT {
         return false;
     }
@@ -346,19 +366,18 @@ pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
 /// slots of the four counters side by side (lib/percpu_counter.c __percpu_counter_init_many, 6.6), with two reads a CPU.
 #[inline(always)]
 pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
-    let approximate = [0, 1, 2, 3].map(|member| rss_approximate(mm, member));
+    let approximate = [rss_approximate(mm, 0), rss_approximate(mm, 1), rss_approximate(mm, 2), rss_approximate(mm, 3)];
     if layout!(rss_is_percpu) == 1 && control!(percpu_lookup) == 1 {
         let slots = |member| pointer(rss_counter(mm, member), layout!(percpu_counter_counters));
         let (first, last) = (slots(0), slots(3));
         if first != 0 && last.wrapping_sub(first) == 12 {
             let ([zero, one], [two, three]) = (sums(first), sums(first + 8));
-            let slots = [zero, one, two, three];
-            let mut pages = approximate;
-            pages.iter_mut().zip(slots).for_each(|(sum, slot)| *sum += slot);
-            return (pages, approximate);
+            let [a, b, c, d] = approximate;
+            return ([a + zero, b + one, c + two, d + three], approximate);
         }
     }
-    ([0, 1, 2, 3].map(|member| rss_pages(mm, member, reported)), approximate)
+    let pages = |member| rss_pages(mm, member, reported);
+    ([pages(0), pages(1), pages(2), pages(3)], approximate)
 }
 
 /// Whether [`rss_pages`] is exact on this kernel: not where other threads' caches or CPUs' slots stay unseen.

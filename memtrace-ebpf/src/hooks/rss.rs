@@ -222,7 +222,7 @@ fn touched(ctx: &impl EbpfContext, mm: u64, pages: i64, state: &mut MmState) {
         memcg: 0,
         grown_bytes: grown_bytes(state),
         // A system call that faults on the program's memory does so unseen.
-        address: if stack::in_system_call(regs) { UNKNOWN } else { fault::address(regs, mm) },
+        address: if stack::in_system_call(regs) { UNKNOWN } else { fault::fault_address(mm) },
         size_bytes: 0,
         shift: control!(page_shift),
     };
@@ -292,8 +292,8 @@ fn read_one(mm: u64, member: u32, reported: u32, approximate: i64, known: &mut M
 #[inline(always)]
 fn read_all(mm: u64, reported: u32, state: &mut MmState) {
     let (exact, approximate) = kernel::all_rss_pages(mm, reported);
-    for (known, (exact, approximate)) in state.members.iter_mut().zip(exact.into_iter().zip(approximate)) {
-        (known.exact, known.approximate, known.updates) = (exact, approximate, 0);
+    for (member, known) in state.members.iter_mut().enumerate() {
+        (known.exact, known.approximate, known.updates) = (exact[member], approximate[member], 0);
     }
     let sum = resident(state);
     if sum > state.peak_pages {
@@ -357,7 +357,7 @@ fn emit_change(mm: u64, state: &mut MmState, reason: u32, at_ns: u64) {
         state.quantum_pages = quantum_pages(id, resident(state));
     }
     emit::<RssChange>(Ring::Samples, at_ns, |record| unsafe {
-        (*record).task = state.task;
+        kernel::copy_task(&state.task, &raw mut (*record).task);
         (*record).mm_id = mm ^ control!(mm_salt);
         kernel::read_known_memcg(memcg, state.cgroup_id, &raw mut (*record).memcg);
         (*record).rss.anon_bytes = bytes(member_pages(state, layout!(mm_anonpages)) as u64);
@@ -395,7 +395,7 @@ fn forget(mm: u64) {
     let high_water = read::<u64>(mm, layout!(mm_hiwater_rss)).unwrap_or(0);
     let peak = if kernel::rss_is_exact() { state.peak_pages as u64 } else { high_water.max(state.peak_pages as u64) };
     emit::<MmGone>(Ring::Ledger, boot_ns(), |record| unsafe {
-        (*record).task = state.task;
+        kernel::copy_task(&state.task, &raw mut (*record).task);
         (*record).mm_id = mm ^ control!(mm_salt);
         (*record).cgroup_id = state.cgroup_id;
         (*record).peak_bytes = bytes(peak);
