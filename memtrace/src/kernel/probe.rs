@@ -1,6 +1,6 @@
 //! With `object` the only file that names aya: loads the programs, attaches them one by one, drains the rings, reads the counters.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::hooks::{Attach, Hook, Program};
+use super::misses::Misses;
 use super::support::{AttachResult, Cost, Plan};
 
 /// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
@@ -74,6 +75,7 @@ pub struct Probe {
     ebpf: Ebpf,
     messages: Option<EbpfLogger<&'static dyn log::Log>>,
     rings: Vec<(Ring, AsyncFd<RingBuf<MapData>>)>,
+    misses: Misses,
     arena: Vec<u8>,
     slots: Vec<Slot>,
 }
@@ -127,7 +129,7 @@ impl Probe {
                 .map_err(|error| ProbeError::Load(format!("failed to poll a ring: {error}")))?;
             rings.push((ring, buffer));
         }
-        let results = plan
+        let results: Vec<(Hook, AttachResult)> = plan
             .steps
             .iter()
             .map(|step| match attach_first(&mut ebpf, &step.programs, &btf) {
@@ -135,7 +137,8 @@ impl Probe {
                 Err(reason) => (step.hook, AttachResult::Failed(reason)),
             })
             .collect();
-        Ok((Self { ebpf, messages, rings, arena: Vec::new(), slots: Vec::new() }, results))
+        let misses = Misses::of(descriptors(&ebpf, &results).into_iter());
+        Ok((Self { ebpf, messages, rings, misses, arena: Vec::new(), slots: Vec::new() }, results))
     }
 
     /// Waits until a ring wants to be drained.
@@ -201,7 +204,8 @@ impl Probe {
         }
     }
 
-    /// Totals of what the kernel side lost, by `ring/reason`; only those that are not 0.
+    /// Totals of what the kernel side lost, by `ring/reason` and, of calls that our programs were not run for, by
+    /// `hook/not_run`; only those that are not 0.
     pub fn losses(&self) -> Vec<(String, u64)> {
         let Some(Ok(losses)) = self.ebpf.map("LOSSES").map(PerCpuArray::<_, u64>::try_from) else {
             return vec![("counters unreadable".to_owned(), 1)];
@@ -216,6 +220,7 @@ impl Probe {
                 }
             }
         }
+        totals.extend(self.misses.totals());
         totals
     }
 
@@ -370,6 +375,17 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
         _ => return Err("is of another kind in the eBPF object".to_owned()),
     };
     result.map_err(|error| chain(&error))
+}
+
+/// Descriptors of the programs that are attached, by hook.
+fn descriptors(ebpf: &Ebpf, results: &[(Hook, AttachResult)]) -> Vec<(Hook, RawFd)> {
+    let mut found = Vec::new();
+    for (hook, result) in results {
+        let AttachResult::Attached(program, _) = result else { continue };
+        let fds = program.all().filter_map(|one| Some(ebpf.program(one.name)?.fd().ok()?.as_fd().as_raw_fd()));
+        found.extend(fds.map(|fd| (*hook, fd)));
+    }
+    found
 }
 
 /// Of a program with what is attached with it. Nothing hangs on it: what the kernel does not tell is unknown.

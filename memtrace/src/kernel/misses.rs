@@ -1,0 +1,77 @@
+//! Calls that the kernel did not show to our programs.
+//!
+//! A program does not run for a task that comes to it on a CPU where another task, or the same one, is in the middle of it:
+//! a hook on a function can be preempted, and is guarded by CPU (kernel/bpf/trampoline.c, `__bpf_prog_enter_recur`;
+//! kernel/trace/bpf_trace.c for the others). Nothing of ours can notice. From Linux 5.12 on the kernel counts it, and says
+//! so in the fdinfo of the program (`recursion_misses`).
+
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
+
+use super::hooks::Hook;
+
+/// What the kernel calls it.
+const FIELD: &str = "recursion_misses:";
+/// An fdinfo file is a dozen short lines.
+const MAX_BYTES: usize = 1024;
+
+/// The programs of the attached hooks.
+#[derive(Debug, Default)]
+pub(super) struct Misses {
+    programs: Vec<(Hook, File)>,
+}
+
+impl Misses {
+    /// Those of these programs, by hook and descriptor, whose misses the kernel counts.
+    pub(super) fn of(programs: impl Iterator<Item = (Hook, RawFd)>) -> Self {
+        let open = |(hook, fd)| {
+            let file = File::open(format!("/proc/self/fdinfo/{fd}")).ok()?;
+            read(&file).map(|_| (hook, file))
+        };
+        Self { programs: programs.filter_map(open).collect() }
+    }
+
+    /// Totals by hook, of those that are not 0.
+    pub(super) fn totals(&self) -> Vec<(String, u64)> {
+        let of_hook = |hook: Hook| {
+            let counts = self.programs.iter().filter(|(of, _)| *of == hook).filter_map(|(_, file)| read(file));
+            counts.fold(0, u64::saturating_add)
+        };
+        let totals = Hook::ALL.into_iter().map(|hook| (hook, of_hook(hook)));
+        totals
+            .filter(|(_, total)| *total > 0)
+            .map(|(hook, total)| (format!("{}/not_run", hook.name()), total))
+            .collect()
+    }
+}
+
+fn read(file: &File) -> Option<u64> {
+    let mut bytes = [0; MAX_BYTES];
+    let read = file.read_at(&mut bytes, 0).ok()?;
+    parse(&String::from_utf8_lossy(bytes.get(..read)?))
+}
+
+fn parse(fdinfo: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix(FIELD))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_field_is_found_where_there_is_one() {
+        let fdinfo = "pos:\t0\nflags:\t02000002\nprog_type:\t26\nrun_time_ns:\t0\nrun_cnt:\t0\nrecursion_misses:\t7\n";
+        assert_eq!(parse(fdinfo), Some(7));
+        assert_eq!(parse("pos:\t0\nprog_type:\t26\n"), None);
+        assert_eq!(parse("recursion_misses:\tmany\n"), None);
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_program_is_left_out() {
+        let file = File::open("/dev/null").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        assert!(Misses::of([(Hook::Map, fd), (Hook::Map, -1)].into_iter()).totals().is_empty());
+    }
+}
