@@ -64,7 +64,8 @@ impl Trial {
                 self.agent.stderr()
             );
         }
-        found.into_iter().map(|incident| self.options().report(json::text(incident, "/id")?)).collect()
+        let whole = |id: &str| self.agent.get_json(&format!("/api/incidents/{id}"));
+        found.into_iter().map(|incident| whole(json::text(incident, "/id")?)).collect()
     }
 
     /// Waits until the incidents the agent lists over HTTP are enough, or the time is up. Looks at them only when it has
