@@ -61,13 +61,11 @@ pub(crate) struct Reader {
     listed: Option<String>,
 }
 
-/// A test that failed and ran once more, alone.
+/// A test that failed and ran once more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SecondTry {
     /// `EXECUTABLE::TEST`, or the test alone where its executable is not known.
     pub(crate) test: String,
-    /// Where it ran.
-    pub(crate) place: String,
     /// What it said when it failed at first.
     pub(crate) said: Vec<String>,
     /// Whether it passed then.
@@ -81,26 +79,49 @@ impl std::fmt::Display for SecondTry {
     }
 }
 
-/// What tests come to of which some failed and ran once more.
-pub(crate) struct Retried {
-    /// The first run's, with how the second one went for those.
-    pub(crate) tally: Tally,
-    /// Those that failed, and whether they passed then.
-    pub(crate) tests: Vec<(String, bool)>,
+/// What ran once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// The tests that failed.
+    Failed,
+    /// The executable, which died.
+    Whole,
 }
 
-/// Joins a first run with the second one of what failed in it.
-pub(crate) fn retried(first: &Reader, again: &Reader) -> Retried {
+/// What an executable came to that ran once more.
+pub(crate) struct Retried {
+    /// The second run's; where only what failed ran again, the first one's with how the second went for those.
+    pub(crate) tally: Tally,
+    /// One for each test that failed, or for the executable when it died before any did.
+    pub(crate) second_tries: Vec<SecondTry>,
+}
+
+/// Joins a first run of an executable with the second one.
+pub(crate) fn retried(executable: &str, first: &Reader, again: &Reader, extent: Again) -> Retried {
     let (mut tally, second) = (first.tally(), again.tally());
-    // All of them must have run: a test that is not found passes by not being there.
-    let all_ran = second.passed + second.failed + second.skipped == first.failed.len() as u64;
-    if all_ran {
-        tally.failed = tally.failed.saturating_sub(second.passed + second.skipped);
-        tally.passed += second.passed;
-        tally.skipped += second.skipped;
+    let ran = second.passed + second.failed + second.skipped;
+    // A test that is not found passes by not being there, and so does one that nobody came to.
+    let ended = again.open == 0 && if extent == Again::Whole { ran > 0 } else { ran == first.failed.len() as u64 };
+    match extent {
+        Again::Whole => tally = second,
+        Again::Failed if ended => {
+            tally.failed = tally.failed.saturating_sub(second.passed + second.skipped);
+            tally.passed += second.passed;
+            tally.skipped += second.skipped;
+        }
+        Again::Failed => {}
     }
-    let passed = |test: &String| all_ran && again.open == 0 && !again.failed.contains(test);
-    Retried { tally, tests: first.failed.iter().map(|test| (test.clone(), passed(test))).collect() }
+    let second_try = |test: &String| SecondTry {
+        test: format!("{executable}::{test}"),
+        said: first.said.get(test).cloned().unwrap_or_default(),
+        passed: ended && !again.failed.contains(test),
+    };
+    let mut second_tries: Vec<SecondTry> = first.failed.iter().map(second_try).collect();
+    if second_tries.is_empty() {
+        let said = vec!["it died before its end".to_owned()];
+        second_tries.push(SecondTry { test: executable.to_owned(), said, passed: ended && again.failed.is_empty() });
+    }
+    Retried { tally, second_tries }
 }
 
 impl Reader {
@@ -273,14 +294,32 @@ mod tests {
             |passed: u32, failed: u32| format!("test result: ok. {passed} passed; {failed} failed; 0 ignored\n");
         let first = format!("test a ... ok\ntest b ... FAILED\ntest c ... FAILED\n{}", closing(1, 2));
         let came_to = |again: &str| {
-            let joined = retried(&read(&first).0, &read(again).0);
-            (joined.tally.passed, joined.tally.failed, joined.tests.iter().filter(|(_, passed)| *passed).count())
+            let joined = retried("x", &read(&first).0, &read(again).0, Again::Failed);
+            assert!(joined.second_tries.iter().all(|one| ["x::b", "x::c"].contains(&one.test.as_str())));
+            (joined.tally.passed, joined.tally.failed, joined.second_tries.iter().filter(|one| one.passed).count())
         };
         assert_eq!(came_to(&format!("test b ... ok\ntest c ... ok\n{}", closing(2, 0))), (3, 0, 2));
         assert_eq!(came_to(&format!("test b ... ok\ntest c ... FAILED\n{}", closing(1, 1))), (2, 1, 1));
         assert_eq!(came_to(&closing(0, 0)), (1, 2, 0), "what is not found does not pass");
         let crashed = "running 2 tests\ntest b ... ok\n";
         assert_eq!(came_to(crashed), (1, 2, 0));
+    }
+
+    #[test]
+    fn an_executable_that_died_passes_when_its_second_run_came_to_an_end() {
+        let came_to = |first: &str, again: &str| {
+            let joined = retried("x", &read(first).0, &read(again).0, Again::Whole);
+            joined.second_tries.into_iter().map(|one| (one.test, one.passed)).collect::<Vec<_>>()
+        };
+        let one = |test: &str, passed| vec![(test.to_owned(), passed)];
+        let died = "running 2 tests\ntest a ... ok\n";
+        let died_later = "running 2 tests\ntest a ... FAILED\n";
+        let good = "running 2 tests\ntest a ... ok\ntest b ... ok\ntest result: ok. 2 passed; 0 failed; 0 ignored\n";
+        assert_eq!(came_to(died, good), one("x", true));
+        assert_eq!(came_to(died, died), one("x", false));
+        assert_eq!(came_to(died, ""), one("x", false));
+        assert_eq!(came_to(died_later, good), one("x::a", true));
+        assert_eq!(came_to(died_later, died), one("x::a", false), "it was not told of again");
     }
 
     #[test]

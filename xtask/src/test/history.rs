@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     fn second_try(test: &str) -> SecondTry {
-        SecondTry { test: test.to_owned(), place: String::new(), said: Vec::new(), passed: true }
+        SecondTry { test: test.to_owned(), said: Vec::new(), passed: true }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::built::TestExecutable;
-use crate::libtest::{Reader, SecondTry, Tally, retried};
+use crate::libtest::{Again, Reader, SecondTry, Tally, retried};
 use crate::run::{say, shown};
 use crate::vm;
 
@@ -114,15 +114,10 @@ impl Runner<'_> {
             let exactly = [options, &["--exact"]].concat();
             let arguments: Vec<&str> = exactly.into_iter().chain(failed.iter().map(String::as_str)).collect();
             let (again, went_well) = self.hear(name, executable, &arguments)?;
-            let joined = retried(&reader, &again);
+            let joined = retried(&executable.name, &reader, &again, Again::Failed);
             tally = tally.plus(joined.tally);
-            success &= went_well && joined.tests.iter().all(|(_, passed)| *passed);
-            second_tries.extend(joined.tests.into_iter().map(|(test, passed)| SecondTry {
-                said: reader.said.get(&test).cloned().unwrap_or_default(),
-                test: format!("{}::{test}", executable.name),
-                place: name.to_owned(),
-                passed,
-            }));
+            success &= went_well && joined.second_tries.iter().all(|one| one.passed);
+            second_tries.extend(joined.second_tries);
         }
         let ended = Ended::Ran { tally, success };
         Ok(Layer { remarks, second_tries, took: begin.elapsed(), ..Layer::ended(name, ended) })

@@ -1,7 +1,8 @@
 //! `cargo xtask test`: every layer that this machine can run, and a plain word about the others.
 //!
-//! Everything is built once. Then the emulated machines boot, at a low priority, and the layers of this machine run beside
-//! them, from the quick ones to those that take long.
+//! While what is missing is installed and the eBPF programs are built, lints and docs go over the rest. Then everything is
+//! built once, the emulated machines boot, at a low priority, and the layers of this machine run beside them, from the quick
+//! ones to those that take long.
 
 mod history;
 mod layer;
@@ -59,6 +60,8 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         layers.push(Layer::of_work("format, house rules, licences", || ci::quick(place)));
     }
     layers.extend(std::thread::scope(|scope| {
+        // Installing waits for the network and the disk most of the time.
+        let read = scope.spawn(|| if checks { reading(place) } else { Vec::new() });
         let setting_up = Instant::now();
         setup::tests()?;
         let machines = if args.no_vm { Ok(()) } else { setup::machines() };
@@ -70,15 +73,18 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
         let setup = Layer { took: setting_up.elapsed(), ..Layer::ended("set-up", Ended::Done) };
         let building = Instant::now();
         let object = build::ebpf(place)?;
+        let ebpf = Layer { took: building.elapsed(), ..Layer::ended("build of the eBPF programs", Ended::Done) };
+        let read = read.join().map_err(|_| anyhow!("the thread of lints and docs panicked"))?;
+        let building = Instant::now();
         let built = Built::with_tests(place, Profile::of(args.release), &object)?;
         let build = Layer { took: building.elapsed(), ..Layer::ended("build", Ended::Done) };
         let machines = scope.spawn({
             let built = built.clone();
             move || in_machines(place, &built, args, machines)
         });
-        let here = here(place, &built, args.filter.as_deref(), checks);
+        let here = here(&built, args.filter.as_deref());
         let machines = machines.join().map_err(|_| anyhow!("the machines' thread panicked"))?;
-        Ok::<_, anyhow::Error>([vec![setup, build], here?, machines].into_iter().flatten())
+        Ok::<_, anyhow::Error>([vec![setup, ebpf], read, vec![build], here?, machines].into_iter().flatten())
     })?);
 
     let mut summary = summary::sum_up(&layers, std::env::var("CI").is_ok_and(|ci| ci == "true"));
@@ -97,8 +103,13 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The checks that read the sources with the compiler. They share one build, of metadata alone.
+fn reading(place: &Place) -> Vec<Layer> {
+    vec![Layer::of_work("lints", || ci::lints(place)), Layer::of_work("docs", || ci::docs(place))]
+}
+
 /// The layers of this machine.
-fn here(place: &Place, built: &Built, filter: Option<&str>, checks: bool) -> Result<Vec<Layer>> {
+fn here(built: &Built, filter: Option<&str>) -> Result<Vec<Layer>> {
     let runner = Runner { memtrace: built.program("memtrace")?, filter };
     let Targets { units, programs, unprivileged, in_browser, in_kernel } = Targets::of(&built.tests);
     let mut layers = vec![
@@ -107,10 +118,6 @@ fn here(place: &Place, built: &Built, filter: Option<&str>, checks: bool) -> Res
         runner.layer("black box, no privileges", &unprivileged)?,
         runner.layer("black box, in a browser", &in_browser)?,
     ];
-    if checks {
-        layers.push(Layer::of_work("lints", || ci::lints(place)));
-        layers.push(Layer::of_work("docs", || ci::docs(place)));
-    }
     let name = "black box, in this kernel";
     layers.push(match cannot_trace() {
         Some(why) => Layer::ended(name, Ended::Impossible { why: why.to_owned() }),
@@ -168,18 +175,16 @@ fn instructions(name: &str, place: &Place, built: &Built, slots: &Slots, args: &
         return vec![Layer::ended(name, Ended::LeftOut { why: "its name does not contain the filter" })];
     }
     let extent = if args.all { Extent::Together } else { Extent::Ends };
-    let begin = Instant::now();
     let mut layer = match vm::instructions::run(place, built, slots, extent, false) {
         Ok(found) => {
             for failure in &found.failures {
                 say(format_args!("{name}: FAILED {failure}"));
             }
             let ended = Ended::Ran { tally: found.tally, success: found.failures.is_empty() };
-            Layer { remarks: found.remarks, ..Layer::ended(name, ended) }
+            Layer { remarks: found.remarks, took: found.took, ..Layer::ended(name, ended) }
         }
         Err(error) => Layer::ended(name, Ended::Impossible { why: format!("{error:#}") }),
     };
-    layer.took = begin.elapsed();
     if extent == Extent::Ends {
         layer.remarks.push("left out: the kernels between the oldest and the newest (--all)".to_owned());
     }

@@ -79,12 +79,8 @@ mod tests {
 
     #[test]
     fn a_layer_is_told_with_its_seconds_what_did_not_run_and_what_ran_twice() {
-        let second_try = SecondTry {
-            test: "kernel_x::a".to_owned(),
-            place: "here".to_owned(),
-            said: vec!["Error: late".to_owned()],
-            passed: true,
-        };
+        let said = vec!["Error: late".to_owned()];
+        let second_try = SecondTry { test: "kernel_x::a".to_owned(), said, passed: true };
         let remarks = vec!["not run: swap: no disk".to_owned()];
         let layer = Layer { remarks, second_tries: vec![second_try], ..ran(1, 0, true) };
         let setup = Layer::of_work("set-up", || Ok(()));
@@ -104,8 +100,8 @@ mod tests {
     fn a_layer_that_failed_without_a_failed_test_fails() {
         assert_eq!(sum_up(&[ran(1, 0, false)], false).troubles, ["units was cut short"]);
         assert_eq!(sum_up(&[ran(1, 1, false)], false).troubles, ["units has failures"]);
-        let broken = Layer::of_work("lints", || Err(anyhow::anyhow!("two of them")));
-        assert_eq!(sum_up(&[ran(1, 0, true), broken], false).troubles, ["lints has failures"]);
+        let broken = Layer::of_work("a layer of a unit test", || Err(anyhow::anyhow!("as it should")));
+        assert_eq!(sum_up(&[ran(1, 0, true), broken], false).troubles, ["a layer of a unit test has failures"]);
     }
 
     #[test]

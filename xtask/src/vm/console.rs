@@ -1,7 +1,7 @@
 //! What a machine's console says: the guest's own lines, and between them what its test executables print. Pure.
 
 use super::watch::Sign;
-use crate::libtest::{Reader, SecondTry, Tally, retried};
+use crate::libtest::{Again, Reader, Retried, SecondTry, Tally, retried};
 
 /// How the guest's own lines begin: see tests/src/bin/guest.
 const OWN: &str = "@memtrace ";
@@ -34,8 +34,8 @@ pub(crate) struct Console {
 struct Running {
     executable: String,
     reader: Reader,
-    /// Its first run, and whether only what failed in that runs once more.
-    first: Option<(Reader, bool)>,
+    /// Its first run, and what of it runs once more.
+    first: Option<(Reader, Again)>,
 }
 
 /// What a line shows.
@@ -99,7 +99,7 @@ impl Console {
                 let running = self.running.as_mut()?;
                 let (executable, failed) = rest.split_once(' ').unwrap_or((rest, ""));
                 let first = std::mem::take(&mut running.reader);
-                running.first = Some((first, !failed.is_empty()));
+                running.first = Some((first, if failed.is_empty() { Again::Whole } else { Again::Failed }));
                 return Some(format!("{executable} once more {failed}").trim_end().to_owned());
             }
             "end" => {
@@ -125,32 +125,20 @@ impl Console {
     fn ended(&mut self, running: Running) {
         self.ran += 1;
         let Running { executable, reader, first } = running;
-        let named = |test: &String| format!("{executable}::{test}");
         let mut tally = reader.tally();
-        if let Some((first, failed_alone)) = first {
-            let passed = |test: &String| reader.few_failed(usize::MAX).is_none_or(|failed| !failed.contains(test));
-            let mut tests: Vec<(String, bool)> = first.failed.iter().map(|test| (test.clone(), passed(test))).collect();
-            if failed_alone {
-                let joined = retried(&first, &reader);
-                (tally, tests) = (joined.tally, joined.tests);
-                self.not_run.extend(first.not_run.iter().cloned());
-            }
-            let one = |test: &String, passed| {
-                let said = first.said.get(test).cloned().unwrap_or_default();
-                SecondTry { test: named(test), place: String::new(), said, passed }
-            };
-            self.second_tries.extend(tests.iter().map(|(test, passed)| one(test, *passed)));
-            if tests.is_empty() {
-                let passed = reader.failed.is_empty();
-                let said = vec!["it died before its end".to_owned()];
-                self.second_tries.push(SecondTry { test: executable.clone(), place: String::new(), said, passed });
+        if let Some((first, extent)) = first {
+            let Retried { tally: joined, second_tries } = retried(&executable, &first, &reader, extent);
+            tally = joined;
+            self.second_tries.extend(second_tries);
+            if extent == Again::Failed {
+                self.not_run.extend(first.not_run);
             }
         }
         self.tally = self.tally.plus(tally);
         self.not_run.extend(reader.not_run);
         self.failed.extend(reader.failed.iter().map(|test| {
             let said = reader.said.get(test).map(|lines| lines.join("\n      ")).unwrap_or_default();
-            format!("{}: {said}", named(test))
+            format!("{executable}::{test}: {said}")
         }));
     }
 
@@ -225,12 +213,7 @@ mod tests {
             @memtrace end vm_x after 1 s: failed\n";
         let (told, progress) = said(&format!("{GOOD}{first}{good}@memtrace done\n"), None);
         assert_eq!(told.tally, Tally { passed: 3, failed: 0, skipped: 1 });
-        let second = |passed| SecondTry {
-            test: "vm_x::a".to_owned(),
-            place: String::new(),
-            said: vec!["Error: late".to_owned()],
-            passed,
-        };
+        let second = |passed| SecondTry { test: "vm_x::a".to_owned(), said: vec!["Error: late".to_owned()], passed };
         assert_eq!(told.second_tries, [second(true)]);
         assert!(told.failed.is_empty() && told.troubles.is_empty(), "{told:?}");
         assert!(progress.contains(&"vm_x once more a".to_owned()), "{progress:?}");

@@ -1,6 +1,8 @@
 //! Instructions that the agent adds to an operation, counted in machines whose clock counts them, on every kernel.
 
-use anyhow::{Context, Result};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
 use super::Slots;
@@ -40,6 +42,8 @@ pub(crate) struct Instructions {
     pub(crate) failures: Vec<String>,
     /// What else is to be said.
     pub(crate) remarks: Vec<String>,
+    /// How long the machines ran, one after another.
+    pub(crate) took: Duration,
 }
 
 /// One machine, measured.
@@ -64,8 +68,11 @@ struct Lot<'a> {
 impl Lot<'_> {
     /// Boots those of these kernels.
     fn boot(&self, place: &Place, built: &Built, slots: &Slots, kernels: &[&str]) -> Result<bench::All> {
+        // lots boot at the same time
+        let name =
+            if self.possible > 1 { format!("instructions-of-{}", self.possible) } else { "instructions".to_owned() };
         let task = Task {
-            name: "instructions",
+            name: &name,
             arguments: if self.whole { "counted" } else { "counted,--quick" },
             kernels,
             borrowed: if self.whole { &BORROWED } else { BORROWED.get(..1).unwrap_or_default() },
@@ -120,17 +127,22 @@ pub(crate) fn run(place: &Place, built: &Built, slots: &Slots, extent: Extent, b
     };
     let path = place.root.join(Added::FILE);
     let mut snapshot = Snapshot::<Added>::read(&std::fs::read_to_string(&path).unwrap_or_default())?;
-    let (mut failures, mut remarks) = (Vec::new(), Vec::new());
+    let (mut failures, mut remarks, mut took) = (Vec::new(), Vec::new(), Duration::ZERO);
     let mut machines = Vec::new();
     let mut counts = 0;
-    for lot in &lots {
-        let all = if bless {
-            lot.boot(place, built, slots, lot.kernels)?
-        } else {
-            let (all, tries) = lot.measure(place, built, slots, &snapshot)?;
-            remarks.extend(tries);
-            all
-        };
+    let measure = |lot: &Lot<'_>| {
+        if bless {
+            return lot.boot(place, built, slots, lot.kernels).map(|all| (all, Vec::new()));
+        }
+        lot.measure(place, built, slots, &snapshot)
+    };
+    let measured = std::thread::scope(|scope| {
+        let running: Vec<_> = lots.iter().map(|lot| scope.spawn(move || measure(lot))).collect();
+        let ended = running.into_iter().map(|lot| lot.join().unwrap_or_else(|_| Err(anyhow!("its thread panicked"))));
+        ended.collect::<Result<Vec<_>>>()
+    })?;
+    for (lot, (all, tries)) in lots.iter().zip(measured) {
+        remarks.extend(tries);
         for one in all {
             if !bless {
                 let (worse, note) = complaints(&snapshot, &one, lot.whole);
@@ -142,6 +154,7 @@ pub(crate) fn run(place: &Place, built: &Built, slots: &Slots, extent: Extent, b
                     let loops = Loops::of(&found.figures);
                     let measured = Measured { version: found.version.clone(), counts: loops.steady() };
                     counts += measured.counts.len() as u64;
+                    took += found.took;
                     if bless {
                         snapshot.bless(&found.kernel, &found.cgroup, measured);
                     }
@@ -158,7 +171,7 @@ pub(crate) fn run(place: &Place, built: &Built, slots: &Slots, extent: Extent, b
     }
     let failed = failures.len() as u64;
     let tally = Tally { passed: counts.saturating_sub(failed), failed, skipped: 0 };
-    Ok(Instructions { chapter: chapter(&machines, &failures, bless), tally, failures, remarks })
+    Ok(Instructions { chapter: chapter(&machines, &failures, bless), tally, failures, remarks, took })
 }
 
 /// What is wrong with what one machine found, a line each that begins with its name, and what else is to be said of it.
@@ -268,8 +281,6 @@ fn chapter(machines: &[Machine], failures: &[String], bless: bool) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

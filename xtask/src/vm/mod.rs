@@ -16,9 +16,10 @@ mod table;
 mod verifier;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -241,7 +242,6 @@ fn report(
         report.remarks.push(format!("left out unless --all: {}", left_out.join(", ")));
     }
     report.second_tries = said.second_tries;
-    report.second_tries.iter_mut().for_each(|second_try| second_try.place.clone_from(&name));
     report.failures.extend(said.failed);
     report.failures.extend(said.troubles);
     report.failures.extend((!said.tail.is_empty()).then(|| format!("the console ends with\n{}", said.tail.join("\n"))));
@@ -331,37 +331,59 @@ fn choose(args: &Args) -> Result<Vec<(&'static Kernel, Vec<Cgroup>)>> {
 /// How often a machine is booted at most, when its emulator ends it.
 const BOOTS: usize = 3;
 
-/// How many machines run at a time, whoever boots them.
+/// How many machines run at a time, whoever boots them. Of those that wait the longest goes first, so that none of them
+/// is left to run alone.
 pub(crate) struct Slots {
-    free: Mutex<usize>,
-    freed: Condvar,
+    queue: Mutex<Queue>,
+    moved: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    free: usize,
+    /// Who waits: the rank, and a number of its own.
+    waiting: BTreeSet<(usize, u64)>,
+    /// Numbers that were given.
+    given: u64,
 }
 
 impl Slots {
     /// So many, or as many as there are processors.
     pub(crate) fn new(count: Option<usize>) -> Self {
         let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-        Self { free: Mutex::new(count.max(1)), freed: Condvar::new() }
+        Self { queue: Mutex::new(Queue { free: count.max(1), ..Queue::default() }), moved: Condvar::new() }
     }
 
-    /// Does something when one is free.
-    fn with<T>(&self, work: impl FnOnce() -> T) -> T {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut free = self.freed.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
-        *free -= 1;
-        drop(free);
+    /// Does something when one is free and nobody of a lower rank waits for it.
+    fn with<T>(&self, rank: usize, work: impl FnOnce() -> T) -> T {
+        let mut queue = self.lock();
+        queue.given += 1;
+        let turn = (rank, queue.given);
+        queue.waiting.insert(turn);
+        let not_yet = |queue: &mut Queue| queue.free == 0 || queue.waiting.first() != Some(&turn);
+        let mut queue = self.moved.wait_while(queue, not_yet).unwrap_or_else(PoisonError::into_inner);
+        queue.waiting.remove(&turn);
+        queue.free -= 1;
+        drop(queue);
+        self.moved.notify_all();
         let done = work();
-        *self.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        self.freed.notify_one();
+        self.lock().free += 1;
+        self.moved.notify_all();
         done
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Runs the machines as slots become free; the outcomes in the order of the machines.
 fn boot(machines: &[Machine], parts: &Parts, slots: &Slots) -> Vec<Result<Outcome>> {
     std::thread::scope(|scope| {
-        let running: Vec<_> =
-            machines.iter().map(|machine| scope.spawn(|| slots.with(|| booted(machine, parts)))).collect();
+        let running: Vec<_> = machines
+            .iter()
+            .map(|machine| scope.spawn(move || slots.with(parts.rank(machine), || booted(machine, parts))))
+            .collect();
         let ended = running.into_iter().map(|thread| thread.join());
         ended.map(|ended| ended.unwrap_or_else(|_| Err(anyhow::anyhow!("its thread panicked")))).collect()
     })
@@ -377,8 +399,8 @@ fn booted(machine: &Machine, parts: &Parts) -> Result<Outcome> {
         let why = outcome.said.troubles.join("; ");
         say(format_args!("{}: {why}; no fault of the tests: booting once more", machine.name()));
         outcome = machine.run(parts)?;
-        let (test, place, passed) = ("the machine itself".to_owned(), String::new(), !outcome.said.not_a_test);
-        tries.push(SecondTry { test, place, said: vec![why], passed });
+        let (test, passed) = (format!("the machine {} itself", machine.name()), !outcome.said.not_a_test);
+        tries.push(SecondTry { test, said: vec![why], passed });
     }
     outcome.said.second_tries.extend(tries);
     Ok(outcome)
@@ -413,6 +435,23 @@ mod tests {
         assert!(chosen(&["6.12"], Some(Cgroup::V1)).is_err());
         let error = chosen(&["4.4"], None).unwrap_err().to_string();
         assert!(error.contains("`4.4`") && error.contains("backports"), "{error}");
+    }
+
+    #[test]
+    fn of_the_machines_that_wait_the_one_of_the_lowest_rank_is_next() {
+        let (slots, order) = (Slots::new(Some(1)), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            let (slots, order) = (&slots, &order);
+            slots.with(0, || {
+                for (at, rank) in [3, 1, 2, 1].into_iter().enumerate() {
+                    scope.spawn(move || slots.with(rank, || order.lock().unwrap().push((rank, at))));
+                    while slots.lock().waiting.len() <= at {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+        });
+        assert_eq!(order.into_inner().unwrap(), [(1, 1), (1, 3), (2, 2), (3, 0)]);
     }
 
     #[test]
