@@ -255,9 +255,9 @@ records! {
         task: Task,
         /// Counters of that thread's memory cgroup.
         memcg: Memcg,
-        /// End only: how long the thread was held up, in nanoseconds.
+        /// End only: how long the thread was held up since its last end, in nanoseconds: short times have none of their own.
         duration_ns: u64,
-        /// End only: pages reclaimed, in bytes.
+        /// End only: pages reclaimed, in bytes, likewise.
         reclaimed_bytes: u64,
         /// [`RECLAIM_BEGIN`] or [`RECLAIM_END`].
         phase: u32,

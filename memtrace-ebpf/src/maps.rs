@@ -224,6 +224,18 @@ pub struct Walk {
     pub certain: u64,
 }
 
+/// What a thread has reclaimed for cgroups.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Reclaiming {
+    /// Begin of the last time.
+    pub begin_ns: u64,
+    /// How long it took it, all times since its last end record.
+    pub untold_ns: u64,
+    /// Bytes that were won, likewise.
+    pub untold_bytes: u64,
+}
+
 /// Rate limit of reclaim records, per CPU.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -269,9 +281,9 @@ pub static USER_SPENT: Array<u64> = Array::with_max_entries(1, 0);
 /// By CPU; userspace sets how many.
 #[map]
 pub static SCRATCH: Array<Scratch> = Array::with_max_entries(1, 0);
-/// Begin of the last reclaim a thread did for a cgroup, by thread id.
+/// By thread id.
 #[map]
-pub static RECLAIMING: LruHashMap<u32, u64> = LruHashMap::with_max_entries(4096, 0);
+pub static RECLAIMING: LruHashMap<u32, Reclaiming> = LruHashMap::with_max_entries(4096, 0);
 /// Address of each CPU's per-CPU area minus the allocation address, found once by `percpu_init`.
 #[map]
 pub static PERCPU_OFFSETS: Array<u64> = Array::with_max_entries(MAX_CPUS, 0);

@@ -10,9 +10,9 @@ use memtrace_common::event::{RECLAIM_BEGIN, RECLAIM_END, Reclaim};
 use crate::control;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current};
-use crate::maps::{RECLAIM_GATE, RECLAIMING};
+use crate::maps::{RECLAIM_GATE, RECLAIMING, Reclaiming};
 
-/// A reclaim shorter than this ends without a record.
+/// Reclaims shorter than this end without a record, until those of a thread add up to it.
 const WORTH_TELLING_NS: u64 = 1_000_000;
 /// See [`reclaimed_lately`].
 const LATELY_NS: u64 = 1_000_000_000;
@@ -22,7 +22,13 @@ const LATELY_NS: u64 = 1_000_000_000;
 fn reclaim_begin(_ctx: RawTracePointContext) -> i32 {
     let now = boot_ns();
     let tid = bpf_get_current_pid_tgid() as u32;
-    let _ = RECLAIMING.insert(tid, now, BPF_ANY as u64);
+    match RECLAIMING.get_ptr_mut(tid) {
+        Some(reclaiming) => unsafe { (*reclaiming).begin_ns = now },
+        None => {
+            let first = Reclaiming { begin_ns: now, untold_ns: 0, untold_bytes: 0 };
+            let _ = RECLAIMING.insert(tid, first, BPF_ANY as u64);
+        }
+    }
     let Some(gate) = RECLAIM_GATE.get_ptr_mut(0) else { return 0 };
     let gate = unsafe { &mut *gate };
     if now.saturating_sub(gate.sent_ns) < control!(reclaim_interval_ns) {
@@ -42,10 +48,14 @@ fn reclaim_end(ctx: RawTracePointContext) -> i32 {
     let now = boot_ns();
     let tid = bpf_get_current_pid_tgid() as u32;
     // Kept: an OOM kill that follows asks for it. Threads that are gone age out.
-    let Some(begin) = (unsafe { RECLAIMING.get(tid) }).copied() else { return 0 };
-    let took = now.saturating_sub(begin);
-    if took >= WORTH_TELLING_NS {
-        send(now, RECLAIM_END, took, bytes(ctx.arg(0)), 0);
+    let Some(reclaiming) = RECLAIMING.get_ptr_mut(tid) else { return 0 };
+    let reclaiming = unsafe { &mut *reclaiming };
+    reclaiming.untold_ns += now.saturating_sub(reclaiming.begin_ns);
+    reclaiming.untold_bytes += bytes(ctx.arg(0));
+    if reclaiming.untold_ns >= WORTH_TELLING_NS {
+        send(now, RECLAIM_END, reclaiming.untold_ns, reclaiming.untold_bytes, 0);
+        reclaiming.untold_ns = 0;
+        reclaiming.untold_bytes = 0;
     }
     0
 }
@@ -56,7 +66,7 @@ fn reclaim_end(ctx: RawTracePointContext) -> i32 {
 pub fn reclaimed_lately(now: u64) -> bool {
     let tid = bpf_get_current_pid_tgid() as u32;
     match unsafe { RECLAIMING.get(tid) } {
-        Some(begin) => now.saturating_sub(*begin) < LATELY_NS,
+        Some(reclaiming) => now.saturating_sub(reclaiming.begin_ns) < LATELY_NS,
         None => false,
     }
 }
