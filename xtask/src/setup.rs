@@ -197,7 +197,7 @@ fn apt(packages: &[&str], why: &str) -> Result<()> {
 /// Builds bpf-linker against one LLVM. Without LLVM_PREFIX it would pick whichever LLVM it meets first.
 fn linker(place: &Place, llvm: u32) -> Result<()> {
     say(format_args!(
-        "building bpf-linker {LINKER_VERSION} against LLVM {llvm} into target/tools; about a minute, once"
+        "building bpf-linker {LINKER_VERSION} against LLVM {llvm} into target/tools; half a minute, once"
     ));
     let prefix = toolchain::llvm_prefix(llvm);
     let mut path = OsString::from(prefix.join("bin"));
@@ -206,7 +206,8 @@ fn linker(place: &Place, llvm: u32) -> Result<()> {
         path.push(rest);
     }
     let mut install = cargo(place);
-    install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--force"]);
+    // Its own code is quick either way, LLVM does the work: unoptimized it is there in a third of the time.
+    install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--force", "--debug"]);
     install.args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"]).arg(place.tools());
     install.env("LLVM_PREFIX", prefix).env("PATH", path);
     run_command(&mut install).context("failed to build bpf-linker")

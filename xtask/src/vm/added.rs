@@ -61,7 +61,8 @@ impl Count for Added {
     fn grown(&self, name: &str, new: &Self, same_version: bool) -> Option<String> {
         let percent = if same_version { TOLERANCE } else { TOLERANCE_OTHER };
         let percent = if name.ends_with(" full") { TOLERANCE_STACKS } else { percent };
-        let allowed = ALWAYS.max(self.noise).max(new.noise).max(self.instructions * percent / 100.0);
+        // the difference of two has the noise of both
+        let allowed = ALWAYS.max(self.noise.hypot(new.noise)).max(self.instructions * percent / 100.0);
         (new.instructions - self.instructions > allowed).then(|| format!("{name}: {new} instructions, {self} before"))
     }
 }

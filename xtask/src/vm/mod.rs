@@ -338,11 +338,13 @@ pub(crate) struct Slots {
     moved: Condvar,
 }
 
+/// Who waits: the rank, and a number of its own.
+type Turn = (usize, u64);
+
 #[derive(Default)]
 struct Queue {
     free: usize,
-    /// Who waits: the rank, and a number of its own.
-    waiting: BTreeSet<(usize, u64)>,
+    waiting: BTreeSet<Turn>,
     /// Numbers that were given.
     given: u64,
 }
@@ -354,12 +356,18 @@ impl Slots {
         Self { queue: Mutex::new(Queue { free: count.max(1), ..Queue::default() }), moved: Condvar::new() }
     }
 
-    /// Does something when one is free and nobody of a lower rank waits for it.
-    fn with<T>(&self, rank: usize, work: impl FnOnce() -> T) -> T {
+    /// Begins to wait: whoever does must then take its turn.
+    fn line_up(&self, rank: usize) -> Turn {
         let mut queue = self.lock();
         queue.given += 1;
         let turn = (rank, queue.given);
         queue.waiting.insert(turn);
+        turn
+    }
+
+    /// Does something when one is free and nobody of a lower rank waits for it.
+    fn with<T>(&self, turn: Turn, work: impl FnOnce() -> T) -> T {
+        let queue = self.lock();
         let not_yet = |queue: &mut Queue| queue.free == 0 || queue.waiting.first() != Some(&turn);
         let mut queue = self.moved.wait_while(queue, not_yet).unwrap_or_else(PoisonError::into_inner);
         queue.waiting.remove(&turn);
@@ -379,10 +387,13 @@ impl Slots {
 
 /// Runs the machines as slots become free; the outcomes in the order of the machines.
 fn boot(machines: &[Machine], parts: &Parts, slots: &Slots) -> Vec<Result<Outcome>> {
+    // all of them first: those that wait are told apart by how long they take, not by which thread is up first
+    let turns: Vec<Turn> = machines.iter().map(|machine| slots.line_up(parts.rank(machine))).collect();
     std::thread::scope(|scope| {
         let running: Vec<_> = machines
             .iter()
-            .map(|machine| scope.spawn(move || slots.with(parts.rank(machine), || booted(machine, parts))))
+            .zip(turns)
+            .map(|(machine, turn)| scope.spawn(move || slots.with(turn, || booted(machine, parts))))
             .collect();
         let ended = running.into_iter().map(|thread| thread.join());
         ended.map(|ended| ended.unwrap_or_else(|_| Err(anyhow::anyhow!("its thread panicked")))).collect()
@@ -442,16 +453,11 @@ mod tests {
         let (slots, order) = (Slots::new(Some(1)), Mutex::new(Vec::new()));
         std::thread::scope(|scope| {
             let (slots, order) = (&slots, &order);
-            slots.with(0, || {
-                for (at, rank) in [3, 1, 2, 1].into_iter().enumerate() {
-                    scope.spawn(move || slots.with(rank, || order.lock().unwrap().push((rank, at))));
-                    while slots.lock().waiting.len() <= at {
-                        std::thread::yield_now();
-                    }
-                }
-            });
+            for turn in [3, 1, 2, 1].map(|rank| slots.line_up(rank)) {
+                scope.spawn(move || slots.with(turn, || order.lock().unwrap().push(turn)));
+            }
         });
-        assert_eq!(order.into_inner().unwrap(), [(1, 1), (1, 3), (2, 2), (3, 0)]);
+        assert_eq!(order.into_inner().unwrap(), [(1, 2), (1, 4), (2, 3), (3, 1)]);
     }
 
     #[test]
