@@ -50,21 +50,22 @@ fn a_kill_names_the_code_that_touched_the_memory_and_the_code_that_mapped_it() -
         say(format_args!(
             "{mapped} of {touched} bytes are joined with their mapping call, {skipped} calls were not seen"
         ));
-        ensure!(skipped > 0, "{mapped} of {touched} bytes are joined with the call that mapped them, and none is lost");
+        ensure!(
+            skipped > 0.0,
+            "{mapped} of {touched} bytes are joined with the call that mapped them, and none is lost"
+        );
     }
     cage.remove()?;
     trial.end()
 }
 
 /// Calls that the kernel did not run the map hook for, as the agent tells within a moment.
-fn map_calls_not_seen(trial: &Trial) -> anyhow::Result<u64> {
+fn map_calls_not_seen(trial: &Trial) -> anyhow::Result<f64> {
     let patience = Patience::of(TELLING);
     loop {
-        let (_, metrics) = trial.agent.get("/metrics")?;
-        let lost = metrics.lines().find_map(|line| line.strip_prefix("memtrace_lost_total{what=\"map/not_run\"} "));
-        match lost {
-            Some(count) => return count.trim().parse().with_context(|| format!("{count} calls are not a number")),
-            None if patience.is_over() => return Ok(0),
+        match trial.agent.metric("memtrace_lost_total{what=\"map/not_run\"}")? {
+            Some(count) => return Ok(count),
+            None if patience.is_over() => return Ok(0.0),
             None => std::thread::sleep(Duration::from_millis(100)),
         }
     }

@@ -11,8 +11,6 @@ use std::os::unix::fs::FileExt;
 
 use super::hooks::Hook;
 
-/// What the kernel calls it.
-const FIELD: &str = "recursion_misses:";
 /// An fdinfo file is a dozen short lines.
 const MAX_BYTES: usize = 1024;
 
@@ -49,11 +47,12 @@ impl Misses {
 fn read(file: &File) -> Option<u64> {
     let mut bytes = [0; MAX_BYTES];
     let read = file.read_at(&mut bytes, 0).ok()?;
-    parse(&String::from_utf8_lossy(bytes.get(..read)?))
+    field(&String::from_utf8_lossy(bytes.get(..read)?), "recursion_misses:")
 }
 
-fn parse(fdinfo: &str) -> Option<u64> {
-    fdinfo.lines().find_map(|line| line.strip_prefix(FIELD))?.trim().parse().ok()
+/// A number of an fdinfo file.
+pub(super) fn field(fdinfo: &str, name: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -63,9 +62,9 @@ mod tests {
     #[test]
     fn the_field_is_found_where_there_is_one() {
         let fdinfo = "pos:\t0\nflags:\t02000002\nprog_type:\t26\nrun_time_ns:\t0\nrun_cnt:\t0\nrecursion_misses:\t7\n";
-        assert_eq!(parse(fdinfo), Some(7));
-        assert_eq!(parse("pos:\t0\nprog_type:\t26\n"), None);
-        assert_eq!(parse("recursion_misses:\tmany\n"), None);
+        assert_eq!(field(fdinfo, "recursion_misses:"), Some(7));
+        assert_eq!(field("pos:\t0\nprog_type:\t26\n", "recursion_misses:"), None);
+        assert_eq!(field("recursion_misses:\tmany\n", "recursion_misses:"), None);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::hooks::{Attach, Hook, Program};
-use super::misses::Misses;
+use super::misses::{Misses, field};
 use super::support::{AttachResult, Cost, Plan};
 
 /// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
@@ -273,8 +273,7 @@ impl Probe {
         let rings = self.rings.iter().map(|(_, ring)| ring.get_ref().as_fd().as_raw_fd());
         for fd in maps.chain(rings) {
             let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
-            let memlock = info.lines().find_map(|line| line.strip_prefix("memlock:"))?;
-            total = total.saturating_add(memlock.trim().parse().ok()?);
+            total = total.saturating_add(field(&info, "memlock:")?);
         }
         Some(total)
     }

@@ -38,12 +38,9 @@ impl Processors {
     /// QEMU's arguments for them, and for so many MiB of memory.
     fn arguments(self, memory: u32) -> Vec<String> {
         let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
-        let mut arguments = words("-cpu max");
+        let mut arguments = words(&format!("-cpu {}", self.model()));
         match self {
             Self::Nodes => {
-                // The kernel clears and copies memory with one instruction where that is said to be fast (arch/x86/lib,
-                // clear_page_erms); the emulator does it byte by byte.
-                arguments = words("-cpu max,-erms,-fsrm");
                 let half = memory / 2;
                 // One thread for both: as many machines run as there are processors, and one that waits for a lock does
                 // not burn the other's time.
@@ -59,13 +56,7 @@ impl Processors {
                      -m {memory}M"
                 )));
                 if possible > 1 {
-                    // From 6.9 on the kernel makes room for processors to come only as a guest of a hypervisor that it
-                    // knows (arch/x86/kernel/cpu/topology.c). Of those QEMU can look like VMware's when it only emulates:
-                    // by a serial number and a port (arch/x86/kernel/cpu/vmware.c).
                     arguments.extend(words("-smbios type=1,serial=VMware-56"));
-                    if let Some(cpu) = arguments.iter_mut().find(|argument| *argument == "max") {
-                        cpu.push_str(",-hypervisor");
-                    }
                 }
             }
             Self::Many(count) => {
@@ -73,6 +64,20 @@ impl Processors {
             }
         }
         arguments
+    }
+
+    /// QEMU's name of the model, and what it is to lack.
+    fn model(self) -> &'static str {
+        match self {
+            // The kernel clears and copies memory with one instruction where that is said to be fast (arch/x86/lib,
+            // clear_page_erms); the emulator does it byte by byte.
+            Self::Nodes => "max,-erms,-fsrm",
+            // From 6.9 on the kernel makes room for processors to come only as a guest of a hypervisor that it knows
+            // (arch/x86/kernel/cpu/topology.c). Of those QEMU can look like VMware's when it only emulates: by a serial
+            // number and a port (arch/x86/kernel/cpu/vmware.c).
+            Self::Counted { possible } if possible > 1 => "max,-hypervisor",
+            Self::Counted { .. } | Self::Many(_) => "max",
+        }
     }
 
     /// What the kernel is told because of them.
