@@ -32,7 +32,7 @@ fn replay(cuts: &[usize]) -> Vec<Vec<u8>> {
     decoder.finish();
     assert_eq!((decoder.stopped(), decoder.torn_bytes()), (None, 0));
     engine.apply(&Input::Fact(Fact::Stop { boot_ns: last }), &mut out);
-    let file = |effect: &Effect| match effect {
+    let file = |output: &Output| match output {
         Output::Save(incident) => memtrace_incident::codec::encode(incident).ok(),
         _ => None,
     };
