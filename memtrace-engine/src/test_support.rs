@@ -5,7 +5,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::Engine;
 use crate::input::{Fact, Input, Settings};
-use crate::output::{Finding, KillEntry, Out, Output, Request};
+use crate::output::{Finding, Out, Output, Request};
+use memtrace_incident::KillEntry;
 use memtrace_incident::{Host, Incident};
 
 pub(crate) const MIB: u64 = 1 << 20;

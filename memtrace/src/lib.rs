@@ -9,7 +9,6 @@ pub mod kernel;
 pub mod machine;
 pub mod process;
 pub mod refusal;
-pub mod report;
 pub mod serve;
 pub mod session;
 pub mod store;

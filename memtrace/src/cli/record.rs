@@ -22,12 +22,12 @@ use crate::clock;
 use crate::process::symbolize::{Questions, Symbolizer};
 use crate::process::{apart, stock};
 use crate::refusal::Refusal;
-use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
 use memtrace_engine::input::Fact;
 use memtrace_engine::output::Output;
 use memtrace_incident::{Incident, Kind};
+use memtrace_report::text;
 
 /// What is still on its way when a process has ended: its last records, and the window of a kill.
 const SETTLE: Duration = Duration::from_millis(300);
