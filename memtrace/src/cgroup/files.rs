@@ -16,7 +16,7 @@ const UNLIMITED: u64 = 1 << 62;
 
 /// What a walk found.
 #[derive(Clone, Debug, Default)]
-pub struct Walk {
+pub struct CgroupWalk {
     /// The cgroups, parents before children.
     pub found: Vec<CgroupFound>,
     /// There were more than [`MAX_CGROUPS`] or deeper ones than [`MAX_DEPTH`].
@@ -45,8 +45,8 @@ impl Hierarchy {
     }
 
     /// Reads every cgroup there is, within the caps.
-    pub fn walk(&self, boot_ns: u64) -> Walk {
-        let mut walk = Walk::default();
+    pub fn walk(&self, boot_ns: u64) -> CgroupWalk {
+        let mut walk = CgroupWalk::default();
         let mut seen = 0;
         let complete = self.visit(self.root.clone(), &mut |dir, path, parent_id| {
             seen += 1;

@@ -2,5 +2,5 @@
 
 pub mod files;
 pub mod hierarchy;
-pub mod questions;
+pub mod queries;
 pub mod transient;

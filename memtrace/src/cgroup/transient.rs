@@ -26,7 +26,7 @@ pub enum Swap {
 
 /// A cgroup that lives as long as this value.
 #[derive(Debug)]
-pub struct Transient {
+pub struct TransientCgroup {
     hierarchy: Hierarchy,
     dir: PathBuf,
     path: String,
@@ -40,7 +40,7 @@ impl Hierarchy {
     /// On version 2 a cgroup that holds processes cannot hand out controllers, so the next place
     /// upwards that does is taken, and at last the root. Limits of cgroups passed over this way do
     /// not hold for the new one.
-    pub fn create_transient(&self, name: &str, limit: Option<u64>) -> anyhow::Result<Transient> {
+    pub fn create_transient(&self, name: &str, limit: Option<u64>) -> anyhow::Result<TransientCgroup> {
         let fit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.bytes().all(fit) {
             bail!("{name:?} is no name for a cgroup");
@@ -49,7 +49,7 @@ impl Hierarchy {
         self.create_below(&own, name, limit)
     }
 
-    fn create_below(&self, own: &str, name: &str, limit: Option<u64>) -> anyhow::Result<Transient> {
+    fn create_below(&self, own: &str, name: &str, limit: Option<u64>) -> anyhow::Result<TransientCgroup> {
         let mut refusal = anyhow::anyhow!("none of {own} and its ancestors is mounted at {}", self.mount.display());
         for parent in candidates(own) {
             let Some(dir) = self.dir_of(parent) else { continue };
@@ -70,7 +70,7 @@ impl Hierarchy {
         Err(refusal).with_context(|| format!("failed to create a memory cgroup {name}"))
     }
 
-    fn make(&self, parent: &Path, parent_path: &str, name: &str, may_enable: bool) -> anyhow::Result<Transient> {
+    fn make(&self, parent: &Path, parent_path: &str, name: &str, may_enable: bool) -> anyhow::Result<TransientCgroup> {
         if self.version != 1 {
             hand_out_memory(parent, may_enable)?;
         }
@@ -78,7 +78,7 @@ impl Hierarchy {
         fs::create_dir(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
         let path = format!("{}/{name}", parent_path.trim_end_matches('/'));
         let mut transient =
-            Transient { hierarchy: self.clone(), dir: dir.clone(), path: path.clone(), id: 0, removed: false };
+            TransientCgroup { hierarchy: self.clone(), dir: dir.clone(), path: path.clone(), id: 0, removed: false };
         match self.read(&path, 0) {
             Some(found) if found.usage_bytes.is_some() => transient.id = found.id,
             _ => bail!("{} has no memory controller", dir.display()),
@@ -109,7 +109,7 @@ fn hand_out_memory(dir: &Path, may_enable: bool) -> anyhow::Result<()> {
     fs::write(&file, "+memory").with_context(|| format!("failed to enable memory in {}", file.display()))
 }
 
-impl Transient {
+impl TransientCgroup {
     /// Path in the hierarchy.
     pub fn path(&self) -> &str {
         &self.path
@@ -178,7 +178,7 @@ impl Transient {
     }
 }
 
-impl Drop for Transient {
+impl Drop for TransientCgroup {
     fn drop(&mut self) {
         if !self.removed {
             let _ = remove_tree(&self.dir, REMOVE_FOR);

@@ -4,7 +4,7 @@
 //! is dropped once the layout has been taken. Nothing here trusts the file: every read is checked,
 //! every chain and every search is bounded.
 
-use memtrace_common::layout::{KernelLayout, Source};
+use memtrace_common::layout::{FieldSource, KernelLayout};
 
 /// Most types a file may hold; a distribution kernel has about 150 000.
 pub const MAX_TYPES: usize = 4 << 20;
@@ -107,7 +107,7 @@ mod kind {
 
 /// A field of the layout that this kernel's BTF does not have.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Missing {
+pub struct MissingField {
     /// Field of [`KernelLayout`].
     pub field: &'static str,
     /// What was looked for.
@@ -141,7 +141,7 @@ struct Type {
 
 /// A member that was found: its byte offset and its type.
 #[derive(Clone, Copy)]
-struct Found {
+struct FoundMember {
     offset: u32,
     id: u32,
 }
@@ -207,28 +207,28 @@ impl Btf {
     }
 
     /// The layout memtrace needs, with the required fields this kernel does not have.
-    pub fn layout(&self) -> (KernelLayout, Vec<Missing>) {
+    pub fn layout(&self) -> (KernelLayout, Vec<MissingField>) {
         let mut missing = Vec::new();
         let layout = KernelLayout::fill(
             |source| self.resolve(source),
-            |field, source| missing.push(Missing { field, source: format!("{source:?}") }),
+            |field, source| missing.push(MissingField { field, source: format!("{source:?}") }),
         );
         (layout, missing)
     }
 
     /// The value of one layout field.
-    pub fn resolve(&self, source: &Source) -> Option<u32> {
+    pub fn resolve(&self, source: &FieldSource) -> Option<u32> {
         match *source {
-            Source::Member(of, paths) => self.member(of, paths).map(|found| found.offset),
-            Source::Size(of) => self.aggregates(of).next().map(|t| t.size_or_type),
-            Source::Enumerator(name) => self.enumerator(name),
-            Source::IsArrayOf(of, paths, element) => {
+            FieldSource::Member(of, paths) => self.member(of, paths).map(|found| found.offset),
+            FieldSource::Size(of) => self.aggregates(of).next().map(|t| t.size_or_type),
+            FieldSource::Enumerator(name) => self.enumerator(name),
+            FieldSource::IsArrayOf(of, paths, element) => {
                 let found = self.member(of, paths)?;
                 let (_, t) = self.plain(found.id)?;
                 Some(u32::from(self.is_array_of(&t, element)))
             }
-            Source::TracepointArgs(name) => self.tracepoint(name)?.vlen.checked_sub(1).map(|args| args as u32),
-            Source::TracepointArgIsPointer(name, index) => {
+            FieldSource::TracepointArgs(name) => self.tracepoint(name)?.vlen.checked_sub(1).map(|args| args as u32),
+            FieldSource::TracepointArgIsPointer(name, index) => {
                 let proto = self.tracepoint(name)?;
                 let index = (index as usize).checked_add(1)?;
                 if index >= proto.vlen {
@@ -307,11 +307,11 @@ impl Btf {
     }
 
     /// The first of the paths (separated by `|`) that a struct or union of this name has.
-    fn member(&self, of: &str, paths: &str) -> Option<Found> {
+    fn member(&self, of: &str, paths: &str) -> Option<FoundMember> {
         paths.split('|').find_map(|path| self.aggregates(of).find_map(|t| self.follow(t, path)))
     }
 
-    fn follow(&self, mut t: Type, path: &str) -> Option<Found> {
+    fn follow(&self, mut t: Type, path: &str) -> Option<FoundMember> {
         let mut offset = 0u32;
         let mut budget = MAX_MEMBERS;
         let mut names = path.split('.').peekable();
@@ -319,14 +319,14 @@ impl Btf {
             let found = self.find_member(&t, name.as_bytes(), MAX_NESTING, &mut budget)?;
             offset = offset.checked_add(found.offset)?;
             if names.peek().is_none() {
-                return Some(Found { offset, id: found.id });
+                return Some(FoundMember { offset, id: found.id });
             }
             t = self.plain(found.id)?.1;
         }
         None
     }
 
-    fn find_member(&self, t: &Type, name: &[u8], nesting: u32, budget: &mut u32) -> Option<Found> {
+    fn find_member(&self, t: &Type, name: &[u8], nesting: u32, budget: &mut u32) -> Option<FoundMember> {
         if !matches!(t.kind, kind::STRUCT | kind::UNION) || name.is_empty() {
             return None;
         }
@@ -336,7 +336,7 @@ impl Btf {
             let (name_off, id, place) = (self.word(at)?, self.word(at + 4)?, self.word(at + 8)?);
             let Some(found) = self.string(name_off) else { continue };
             if found == name {
-                return Some(Found { offset: self.place(t, place, id)?, id });
+                return Some(FoundMember { offset: self.place(t, place, id)?, id });
             }
             if !found.is_empty() || nesting == 0 {
                 continue;
@@ -344,7 +344,7 @@ impl Btf {
             let Some((_, inner)) = self.plain(id) else { continue };
             if let Some(inside) = self.find_member(&inner, name, nesting - 1, budget) {
                 let offset = self.place(t, place, id)?.checked_add(inside.offset)?;
-                return Some(Found { offset, id: inside.id });
+                return Some(FoundMember { offset, id: inside.id });
             }
         }
         None

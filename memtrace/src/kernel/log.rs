@@ -25,7 +25,7 @@ const MAX_COMM: usize = 15;
 
 /// One record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct KmsgRecord {
     /// Its number; the next record has the next number.
     pub seq: u64,
     /// printk's clock, nanoseconds.
@@ -36,7 +36,7 @@ pub struct Record {
 
 /// Takes one record of /dev/kmsg apart: `priority,number,microseconds,flags;message`, then lines of
 /// key and value. `None` when it is not of this form.
-pub fn parse_kmsg(record: &str) -> Option<Record> {
+pub fn parse_kmsg(record: &str) -> Option<KmsgRecord> {
     let (head, rest) = record.split_once(';')?;
     let mut fields = head.split(',');
     let priority: u32 = fields.next()?.parse().ok()?;
@@ -45,7 +45,7 @@ pub fn parse_kmsg(record: &str) -> Option<Record> {
     let message = rest.split('\n').next().unwrap_or_default();
     // Facility 0 is the kernel.
     let event = if priority < 8 { parse_message(&unescape(message)) } else { None };
-    Some(Record { seq, printk_ns: micros.saturating_mul(1000), event })
+    Some(KmsgRecord { seq, printk_ns: micros.saturating_mul(1000), event })
 }
 
 /// What a message says about an OOM kill.
@@ -148,12 +148,12 @@ impl Sequence {
 
 /// Reads the kernel log from the moment it was opened.
 #[derive(Debug)]
-pub struct Reader {
+pub struct KmsgReader {
     file: File,
     sequence: Sequence,
 }
 
-impl Reader {
+impl KmsgReader {
     /// Opens /dev/kmsg at its end. Needs CAP_SYSLOG where kernel.dmesg_restrict is set.
     pub fn open() -> anyhow::Result<Self> {
         let mut file = File::options()
@@ -198,13 +198,13 @@ impl Reader {
     }
 }
 
-impl AsFd for Reader {
+impl AsFd for KmsgReader {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 }
 
-impl std::os::fd::AsRawFd for Reader {
+impl std::os::fd::AsRawFd for KmsgReader {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.file.as_raw_fd()
     }
@@ -239,7 +239,7 @@ mod tests {
     #[test]
     fn the_head_of_a_record() {
         let record = parse_kmsg("6,339,5140900,-;hello; world\n SUBSYSTEM=acpi\n").unwrap();
-        assert_eq!(record, Record { seq: 339, printk_ns: 5_140_900_000, event: None });
+        assert_eq!(record, KmsgRecord { seq: 339, printk_ns: 5_140_900_000, event: None });
         assert!(parse_kmsg("6,339,5140900,c,caller=T1;more").is_some());
         for bad in ["", ";", "6,339;x", "a,1,2,-;x", "6,1,2,-", "6,-1,2,-;x"] {
             assert_eq!(parse_kmsg(bad), None, "{bad}");
@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn the_reader_starts_at_the_end_and_never_waits() {
-        let Ok(mut reader) = Reader::open() else { return };
+        let Ok(mut reader) = KmsgReader::open() else { return };
         let lines = reader.read_available(1).unwrap();
         assert!(lines.len() < 1000);
     }

@@ -16,9 +16,9 @@ const MAX_WATCHED: usize = 64;
 /// A cgroup is watched for this long after it was asked for.
 const WATCH_NS: u64 = 5_000_000_000;
 
-/// Questions that wait for an answer.
+/// CgroupQueries that wait for an answer.
 #[derive(Debug, Default)]
-pub struct Questions {
+pub struct CgroupQueries {
     /// Cap: [`MAX_LOOKUPS`].
     lookups: VecDeque<u64>,
     /// Cap: [`MAX_WATCHED`].
@@ -41,7 +41,7 @@ struct OomControl {
     under_oom: bool,
 }
 
-impl Questions {
+impl CgroupQueries {
     /// Who is this?
     pub fn look_up(&mut self, id: u64) {
         if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&id) {
@@ -133,8 +133,8 @@ mod tests {
         let (a, file) = (dir.path().join("a"), dir.path().join("a/memory.oom_control"));
         fs::create_dir(&a).unwrap();
         let id = hierarchy.id_of("/a").unwrap();
-        let mut q = Questions::default();
-        let told = |q: &mut Questions, sec: u64| -> Vec<Option<(bool, bool)>> {
+        let mut q = CgroupQueries::default();
+        let told = |q: &mut CgroupQueries, sec: u64| -> Vec<Option<(bool, bool)>> {
             let facts = q.answer(&hierarchy, sec * SEC);
             facts
                 .into_iter()
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn both_lists_are_bounded() {
-        let mut q = Questions::default();
+        let mut q = CgroupQueries::default();
         for id in 0..5000u64 {
             q.look_up(id);
             q.look_up(id);
