@@ -5,7 +5,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Control {
-    /// Emit when resident memory, or a cgroup's usage, moved by this much. A cgroup can have a
+    /// RSS threshold (flag `--quantum`): emit when resident memory, or a cgroup's usage, moved by this much. A cgroup can have a
     /// threshold of its own.
     pub rss_threshold_bytes: u64,
     /// Emit a [`crate::event::Mapping`] when calls add up to this much.

@@ -11,8 +11,9 @@ use std::io::Read as _;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::debug;
 
+use memtrace_incident::Host;
+
 use crate::clock;
-use crate::engine::incident::Host;
 
 /// The limit of locked memory as it was; dropping this gives it back.
 #[derive(Debug)]

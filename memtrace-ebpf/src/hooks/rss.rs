@@ -112,7 +112,7 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     // One masked index, and its pointer from there on: older verifiers lose a bound that was checked on a copy.
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
     known.updates += 1;
-    // Three members can each be this far behind: see `report_if_moved` for what that leaves unreported.
+    // Three members can each be this far behind: see `emit_if_moved` for what that leaves unreported.
     let recheck = state.threshold_pages >> 3;
     // Without the exit_mmap hook an address space ends with its last page, once it has no owner.
     let ending = control!(exit_mmap) == 0 && approximate <= 0 && pointer(mm, layout!(mm_owner)) == 0;
@@ -137,7 +137,7 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
         atomic_add(&raw mut state.grown_pages, grown);
         sample_touch(ctx, mm, grown, state);
     }
-    report_if_moved(mm, member, state);
+    emit_if_moved(mm, member, state);
     0
 }
 
@@ -172,7 +172,7 @@ pub fn scan(ctx: &impl EbpfContext) {
         atomic_add(&raw mut state.grown_pages, grown);
         sample_touch(ctx, mm, grown, state);
     }
-    report_if_moved(mm, kernel::NOT_REPORTED, state);
+    emit_if_moved(mm, kernel::NOT_REPORTED, state);
 }
 
 /// Pages by which a member has grown since its growth was last counted; below 0 when it fell. A fall is
@@ -197,7 +197,7 @@ fn count_growth(mm: u64, member: u32, reported: u32, known: &mut MemberState, fa
 
 /// Sends a record when the sum has moved enough since the last one.
 #[inline(always)]
-fn report_if_moved(mm: u64, reported: u32, state: &mut MmState) {
+fn emit_if_moved(mm: u64, reported: u32, state: &mut MmState) {
     let recheck = state.threshold_pages >> 3;
     let sum = resident(state);
     // A new peak is sent in steps of half the threshold. Everything else when it moved by the threshold
