@@ -5,13 +5,13 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Control {
-    /// RSS threshold (flag `--quantum`): emit when resident memory, or a cgroup's usage, moved by this much. A cgroup can have a
-    /// threshold of its own.
+    /// RSS threshold (flag `--quantum`): emit when resident memory, or a cgroup's usage, moved by
+    /// this much. A cgroup can have a threshold of its own.
     pub rss_threshold_bytes: u64,
     /// Emit a [`crate::event::Mapping`] when calls add up to this much.
     pub mapping_bytes: u64,
-    /// XORed into addresses of `mm_struct`s that identify address spaces, so that records and the journal
-    /// hold no kernel addresses.
+    /// XORed into addresses of `mm_struct`s that identify address spaces, so that records and the
+    /// journal hold no kernel addresses.
     pub mm_salt: u64,
     /// Hierarchy of the memory controller: 0 on cgroup v2.
     pub memory_hierarchy_id: u32,
@@ -21,14 +21,15 @@ pub struct Control {
     pub page_shift: u32,
     /// 1 when the running kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
     pub percpu_lookup: u32,
-    /// 1 when the exit_mmap hook is planned: an address space ends with its call, else with its last page.
+    /// 1 when the exit_mmap hook is planned: an address space ends with its call, else with its
+    /// last page.
     pub exit_mmap: u32,
     /// 1 when the running kernel has bpf_task_pt_regs (5.15), by which user registers are found.
     pub task_pt_regs: u32,
     /// Minimum time between two reclaim-begin records of one CPU, in nanoseconds.
     pub reclaim_interval_ns: u64,
-    /// Take a stack when a process, or a cgroup, grew by this much; 0: take none. A cgroup can have an
-    /// interval of its own.
+    /// Take a stack when a process, or a cgroup, grew by this much; 0: take none. A cgroup can have
+    /// an interval of its own.
     pub sample_interval_bytes: u64,
     /// Parts per million of one CPU's time that taking and unwinding stacks may cost.
     pub stack_budget_ppm: u64,
@@ -54,8 +55,8 @@ pub const MAX_CPUS: u32 = 512;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Ring {
-    /// Kills, forks, execs, exits, cgroup life: not to be lost. A kill wakes the reader at once, and the
-    /// last quarter of the ring is kept free for kills.
+    /// Kills, forks, execs, exits, cgroup life: not to be lost. A kill wakes the reader at once,
+    /// and the last quarter of the ring is kept free for kills.
     Ledger = 0,
     /// Memory readings, mappings, reclaim, charges: a lost one makes a curve coarser.
     Samples = 1,
@@ -102,7 +103,8 @@ pub struct StackBudget {
     pub taken: u64,
     /// Stacks left out because the budget was used up: the next one stands for their bytes too.
     pub thinned: u64,
-    /// As `tokens_ns`, of the eighth of the budget that is kept for growth of many intervals without a stack.
+    /// As `tokens_ns`, of the eighth of the budget that is kept for growth of many intervals
+    /// without a stack.
     pub large_tokens_ns: i64,
 }
 

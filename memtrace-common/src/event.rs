@@ -224,8 +224,8 @@ records! {
         reason: u32,
         /// [`RSS_APPROXIMATE`], [`RSS_DYING`].
         flags: u32,
-        /// Every rise of the sum of anon, file and shmem since this address space is followed, added up. For one that
-        /// was made while the hook was on, what it began with is included.
+        /// Every rise of the sum of anon, file and shmem since this address space is followed,
+        /// added up. For one that was made while the hook was on, what it began with is included.
         grown_bytes: u64,
     }
     /// SAMPLES. A mapping call succeeded and was large, or many small ones added up.
@@ -255,8 +255,8 @@ records! {
         task: Task,
         /// Counters of that thread's memory cgroup.
         memcg: Memcg,
-        /// End only: how long the thread reclaimed since its last end record, nanoseconds. Short reclaims have no end
-        /// record of their own.
+        /// End only: how long the thread reclaimed since its last end record, nanoseconds. Short
+        /// reclaims have no end record of their own.
         duration_ns: u64,
         /// End only: what it reclaimed since its last end record.
         reclaimed_bytes: u64,
@@ -265,8 +265,8 @@ records! {
         /// Begin records of this CPU not sent since the last one (rate limit).
         suppressed: u32,
     }
-    /// SAMPLES. A cgroup's usage moved by the threshold: a charge (page_counter_try_charge), or what was paid back
-    /// (page_counter_uncharge, or after a mapping call that gave as much back).
+    /// SAMPLES. A cgroup's usage moved by the threshold: a charge (page_counter_try_charge), or
+    /// what was paid back (page_counter_uncharge, or after a mapping call that gave as much back).
     4 Charge (KIND_CHARGE) 120 {
         /// The charging thread.
         task: Task,
@@ -418,8 +418,9 @@ records! {
 /// Largest record in bytes, but for [`StackSample`].
 pub const MAX_RECORD_BYTES: usize = 616;
 
-/// STACKS, kind [`KIND_STACK_SAMPLE`]. A process, or a cgroup, grew by its sample interval: which code did it. Followed by
-/// `stack_copy_bytes` bytes of the thread's stack, from `sp` up: they hold secrets and are never to be written anywhere.
+/// STACKS, kind [`KIND_STACK_SAMPLE`]. A process, or a cgroup, grew by its sample interval: which
+/// code did it. Followed by `stack_copy_bytes` bytes of the thread's stack, from `sp` up: they hold
+/// secrets and are never to be written anywhere.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(feature = "user", derive(FromBytes, IntoBytes, Immutable, KnownLayout, PartialEq, Eq))]

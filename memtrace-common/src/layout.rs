@@ -23,7 +23,8 @@ macro_rules! layout {
 
             /// Fills every field through `find`; names the required ones that were not found.
             ///
-            /// `missing` is called once for each [`FieldNeed::Required`] field that stays [`ABSENT`].
+            /// `missing` is called once for each [`FieldNeed::Required`] field that stays
+            /// [`ABSENT`].
             pub fn fill(
                 mut find: impl FnMut(&FieldSource) -> Option<u32>,
                 mut missing: impl FnMut(&'static str, &FieldSource),

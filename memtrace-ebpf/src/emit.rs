@@ -49,8 +49,8 @@ pub fn emit<T: WireRecord + 'static>(ring: Ring, at_ns: u64, fill: impl FnOnce(*
     let header = Header { kind: T::KIND, size: size_of::<T>() as u16, cpu: cpu(), boot_ns: at_ns };
     unsafe { *record.cast::<Header>() = header };
     fill(record);
-    // A kill wakes the reader at once. Everything else waits for the reader's timer, unless the ring
-    // fills up: a wake-up costs the thread in the hook microseconds, and the reader a turn.
+    // A kill wakes the reader at once. Everything else waits for the reader's timer, unless the
+    // ring fills up: a wake-up costs the thread in the hook microseconds, and the reader a turn.
     let flags = if T::VITAL || waiting > size / 4 { FORCE_WAKEUP } else { NO_WAKEUP };
     entry.submit(flags);
     sent(ring);

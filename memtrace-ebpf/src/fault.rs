@@ -1,10 +1,11 @@
 //! Where the page fault that is being handled happened.
 //!
-//! The rss hook is called with an address space, not with an address, and few of its calls need one:
-//! only those that a stack is taken at. So the address is searched for instead of being noted at
-//! every fault. The kernel describes a fault in a `struct vm_fault` on its stack while it handles it
-//! (mm/memory.c `__handle_mm_fault`), a few frames below the user's registers. Words there are taken
-//! for one only when they name a mapping of this address space and an address inside of it.
+//! The rss hook is called with an address space, not with an address, and few of its calls need
+//! one: only those that a stack is taken at. So the address is searched for instead of being noted
+//! at every fault. The kernel describes a fault in a `struct vm_fault` on its stack while it
+//! handles it (mm/memory.c `__handle_mm_fault`), a few frames below the user's registers. Words
+//! there are taken for one only when they name a mapping of this address space and an address
+//! inside of it.
 
 use memtrace_common::event::UNKNOWN;
 use memtrace_common::layout::ABSENT;
@@ -52,7 +53,8 @@ pub extern "C" fn fault_address(mm: u64) -> u64 {
     UNKNOWN
 }
 
-/// Whether `vma` is a mapping of that address space that holds the address. Global too: the loop above is long.
+/// Whether `vma` is a mapping of that address space that holds the address. Global too: the loop
+/// above is long.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn is_in_mapping(vma: u64, address: u64, mm: u64) -> bool {

@@ -1,11 +1,11 @@
 //! The only reader of kernel memory: every field through the layout, every read checked.
 //!
 //! Addresses of kernel objects are plain `u64`; 0 is "none". A value that cannot be read is
-//! [`UNKNOWN`]. So `pointer(task, layout!(task_mm))` is the kernel's `task->mm`, wherever this kernel
-//! keeps it. Struct paths and fallbacks: ARCHITECTURE.md, Kernel layout.
+//! [`UNKNOWN`]. So `pointer(task, layout!(task_mm))` is the kernel's `task->mm`, wherever this
+//! kernel keeps it. Struct paths and fallbacks: ARCHITECTURE.md, Kernel layout.
 
-use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_kernel_str_bytes};
 use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_probe_read_kernel as bpf_probe_read_kernel_buffer};
+use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_kernel_str_bytes};
 use memtrace_common::control::MAX_CPUS;
 use memtrace_common::event::{Memcg, NO_LIMIT, Task, UNKNOWN, UNKNOWN_I32};
 use memtrace_common::layout::ABSENT;
@@ -23,8 +23,8 @@ const PF_EXITING: u32 = 0x0000_0004;
 const NO_LIMIT_PAGES: u64 = 1 << 46;
 /// Ancestors of a cgroup that are looked at, itself included.
 const MAX_DEPTH: u32 = 16;
-/// Largest charge batch of any kernel, pages (include/linux/memcontrol.h MEMCG_CHARGE_BATCH: 32 up to
-/// 5.10, 64 since).
+/// Largest charge batch of any kernel, pages (include/linux/memcontrol.h MEMCG_CHARGE_BATCH: 32 up
+/// to 5.10, 64 since).
 const CHARGE_BATCH_PAGES: u64 = 64;
 
 /// Reads a `T` at `base + offset`; `None` when the base is null, the field absent or the read fails.
@@ -95,7 +95,8 @@ pub fn read_task(task: u64, into: *mut Task) {
         tid: read(task, layout!(task_pid)).unwrap_or(0),
         start_boot_ns: read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN),
     });
-    // As words: bytes are set and moved one by one, in loops that every path of a program is verified with.
+    // As words: bytes are set and moved one by one, in loops that every path of a program is
+    // verified with.
     let comm = read::<[u64; 2]>(task, layout!(task_comm)).unwrap_or([0; 2]);
     let into_comm = field!(into.comm).cast::<[u64; 2]>();
     unsafe { into_comm.write(comm) };
@@ -200,14 +201,15 @@ pub fn read_known_memcg(memcg: u64, id: u64, into: *mut Memcg) {
     }
 }
 
-/// The mem_cgroup between `memcg` and the root that ran out: the one with the least room, 0 when none did.
+/// The mem_cgroup between `memcg` and the root that ran out: the one with the least room, 0 when
+/// none did.
 ///
-/// Unless it is `certain` that one did, it must be at its limit: within one charge batch a CPU, which
-/// per-CPU stocks can hold back (mm/memcontrol.c `refill_stock`), and within an eighth of the limit,
-/// since on many CPUs the batches are more than a small cgroup has.
+/// Unless it is `certain` that one did, it must be at its limit: within one charge batch a CPU,
+/// which per-CPU stocks can hold back (mm/memcontrol.c `refill_stock`), and within an eighth of the
+/// limit, since on many CPUs the batches are more than a small cgroup has.
 ///
-/// There is one walk a CPU. Callers hold the victim's task_lock, so no other one on this CPU can begin
-/// in between. Global, as [`sum_slots`].
+/// There is one walk a CPU. Callers hold the victim's task_lock, so no other one on this CPU can
+/// begin in between. Global, as [`sum_slots`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
@@ -290,9 +292,8 @@ pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
     } else {
         (8, 0)
     };
-    let at = |index: u32| {
-        load(mm.wrapping_add((layout!(mm_rss_stat) + index * stride + offset) as usize).cast::<i64>())
-    };
+    let at =
+        |index: u32| load(mm.wrapping_add((layout!(mm_rss_stat) + index * stride + offset) as usize).cast::<i64>());
     match member {
         0 => at(0),
         1 => at(1),
@@ -303,12 +304,12 @@ pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
 }
 
 /// Adds up the slots of all CPUs of two counters: the one whose slots are at `counters`, in the low
-/// half of the result, and the one whose slots lie right behind, in the high half. A slot holds less
-/// than a batch, so that no number of CPUs takes a sum out of 32 bits.
+/// half of the result, and the one whose slots lie right behind, in the high half. A slot holds
+/// less than a batch, so that no number of CPUs takes a sum out of 32 bits.
 ///
-/// A global function to the verifier (`no_mangle`, never inlined): it is verified once, by itself. As
-/// part of its callers this loop would be walked on every path of theirs, and on a machine of 64 CPUs
-/// the programs would be too large.
+/// A global function to the verifier (`no_mangle`, never inlined): it is verified once, by itself.
+/// As part of its callers this loop would be walked on every path of theirs, and on a machine of 64
+/// CPUs the programs would be too large.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn sum_slots(counters: u64) -> u64 {
@@ -348,8 +349,9 @@ pub const NOT_REPORTED: u32 = 4;
 
 /// Pages of one rss_stat member, exact where [`rss_is_exact`].
 ///
-/// `reported` is the member whose rss_stat event is being handled. Before 6.2 the counter then holds
-/// the running thread's cache already, which is emptied only afterwards (mm/memory.c `sync_mm_rss`).
+/// `reported` is the member whose rss_stat event is being handled. Before 6.2 the counter then
+/// holds the running thread's cache already, which is emptied only afterwards (mm/memory.c
+/// `sync_mm_rss`).
 #[inline(always)]
 pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
     let counter = rss_counter(mm, member);
@@ -392,8 +394,8 @@ pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
     ([pages(0), pages(1), pages(2), pages(3)], approximate)
 }
 
-/// Whether [`rss_pages`] is exact on this kernel: not where the caches of other threads (before 6.2)
-/// or the slots of CPUs (without `bpf_map_lookup_percpu_elem`) stay unseen.
+/// Whether [`rss_pages`] is exact on this kernel: not where the caches of other threads (before
+/// 6.2) or the slots of CPUs (without `bpf_map_lookup_percpu_elem`) stay unseen.
 #[inline(always)]
 pub fn rss_is_exact() -> bool {
     if layout!(rss_is_percpu) == 1 { control!(percpu_lookup) == 1 } else { layout!(task_rss_cache) == ABSENT }

@@ -80,8 +80,8 @@ pub fn atomic_add(to: *mut i64, amount: i64) {
 /// takes off just what that stack stands for, so nothing is lost or counted twice.
 #[repr(C)]
 pub struct PendingGrowth {
-    /// Since the last sample, in the unit of its owner: pages or bytes. Below 0 for a moment when two
-    /// CPUs took off the same.
+    /// Since the last sample, in the unit of its owner: pages or bytes. Below 0 for a moment when
+    /// two CPUs took off the same.
     grown: i64,
     /// Take a stack at this much; 0: not decided yet.
     next: i64,
@@ -166,7 +166,8 @@ pub struct ChargeState {
     pub charged: PendingGrowth,
 }
 
-/// Room for a stack copy: what the mask of its length allows, and one more page that begins at its end.
+/// Room for a stack copy: what the mask of its length allows, and one more page that begins at its
+/// end.
 const STACK_COPY_ROOM: usize = (1 << 16) + 4096;
 
 /// Where a sample is put together, one for each CPU: it is too large for a program's stack, and its
@@ -184,8 +185,8 @@ pub struct SampleScratch {
     pub stack_copy: [u8; STACK_COPY_ROOM],
 }
 
-/// The last update that the rss hook looked at on a CPU, by which it skips those that say nothing new
-/// without a look at the address space's record.
+/// The last update that the rss hook looked at on a CPU, by which it skips those that say nothing
+/// new without a look at the address space's record.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct LastUpdate {
@@ -219,9 +220,9 @@ pub struct LastKill {
     pub boot_ns: u64,
 }
 
-/// What a walk up a cgroup's ancestors has found so far. It is in a map because the verifier remembers
-/// nothing of a map's contents: paths through the walk that differ only in these become one, and the
-/// program loads in a tenth of the time.
+/// What a walk up a cgroup's ancestors has found so far. It is in a map because the verifier
+/// remembers nothing of a map's contents: paths through the walk that differ only in these become
+/// one, and the program loads in a tenth of the time.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct AncestorWalk {
@@ -269,8 +270,8 @@ pub static MMS: HashMap<u64, MmState> = HashMap::with_max_entries(32768, 0);
 /// One entry, all zero and never written: how the record of an address space begins.
 #[map]
 pub static BLANK: Array<MmState> = Array::with_max_entries(1, 0);
-/// Bytes that make a record in cgroups that have their own threshold, by cgroup id; set by userspace.
-/// Removed cgroups age out.
+/// Bytes that make a record in cgroups that have their own threshold, by cgroup id; set by
+/// userspace. Removed cgroups age out.
 #[map]
 pub static RSS_THRESHOLDS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 /// Charges by address of the page counter.

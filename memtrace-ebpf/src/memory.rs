@@ -1,8 +1,8 @@
 //! Typed access to what programs may write: map values and ring records.
 //!
-//! The verifier proves that a pointer stays inside its map value or record; it does not know fields.
-//! These helpers keep the types: a field is written by its name and with its own type. See the rule
-//! at the head of the crate.
+//! The verifier proves that a pointer stays inside its map value or record; it does not know
+//! fields. These helpers keep the types: a field is written by its name and with its own type. See
+//! the rule at the head of the crate.
 
 use core::ptr::{read_volatile, write_volatile};
 
@@ -49,7 +49,8 @@ pub fn lookup<K, V: Copy>(map: &LruHashMap<K, V>, key: K) -> Option<V> {
     unsafe { map.get(key) }.copied()
 }
 
-/// Reads anew from memory: what is there may be another CPU's, or must not be known to the verifier.
+/// Reads anew from memory: what is there may be another CPU's, or must not be known to the
+/// verifier.
 #[inline(always)]
 pub fn load<T: Copy>(from: *const T) -> T {
     unsafe { read_volatile(from) }

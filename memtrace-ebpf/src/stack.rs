@@ -3,8 +3,8 @@
 //! A growing process or cgroup is sampled by bytes. Each time another `sample_interval_bytes` have
 //! grown, with jitter so that a loop cannot hide between two samples, one stack is taken, and its
 //! weight is what has grown since the one before. So the weights add up to what grew, however many
-//! stacks the budget leaves out: with an interval of 1 MiB, a process that grew by 3.2 MiB since its
-//! last stack gives one sample of 3.2 MiB.
+//! stacks the budget leaves out: with an interval of 1 MiB, a process that grew by 3.2 MiB since
+//! its last stack gives one sample of 3.2 MiB.
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
@@ -14,9 +14,7 @@ use memtrace_common::event::{KernelStack, MAX_STACK_COPY_BYTES};
 use crate::arch::code_registers;
 use crate::emit::{boot_ns, emit, emit_sample, lose};
 use crate::kernel::{self, current, read, read_task};
-use crate::maps::{
-    PendingGrowth, SAMPLE_INTERVALS, SCRATCH, STACK_BUDGET, STACK_COPIES, SampleScratch, USER_SPENT,
-};
+use crate::maps::{PendingGrowth, SAMPLE_INTERVALS, SCRATCH, STACK_BUDGET, STACK_COPIES, SampleScratch, USER_SPENT};
 use crate::memory::{load, lookup, store};
 use crate::{control, field, helper, layout, set};
 

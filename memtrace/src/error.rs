@@ -1,7 +1,7 @@
 //! Errors with an exit code of their own.
 //!
-//! Whoever finds the cause returns one of these; everything else is an `anyhow` error and exit code 1.
-//! Only `cli` turns an error into a number, so the codes stand in one place.
+//! Whoever finds the cause returns one of these; everything else is an `anyhow` error and exit code
+//! 1. Only `cli` turns an error into a number, so the codes stand in one place.
 
 /// An error with its own exit code.
 #[derive(Debug, thiserror::Error)]

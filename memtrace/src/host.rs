@@ -1,30 +1,30 @@
 //! Facts of the host that an incident names, and what this process takes from it.
 //!
-//! Nothing here may depend on the limits of this process. `std::thread::available_parallelism` obeys CPU
-//! affinity and the cgroup's CPU quota: in a pod with a limit of one CPU it is 1 on a host of 64. But the
-//! kernel charges memory in batches a CPU, and a near miss is a cgroup whose usage is within those batches
-//! of its limit. So CPUs are counted as the kernel counts them.
+//! Nothing here may depend on the limits of this process. `std::thread::available_parallelism`
+//! obeys CPU affinity and the cgroup's CPU quota: in a pod with a limit of one CPU it is 1 on a
+//! host of 64. But the kernel charges memory in batches a CPU, and a near miss is a cgroup whose
+//! usage is within those batches of its limit. So CPUs are counted as the kernel counts them.
 
 use std::fs::File;
 use std::io::Read as _;
 
+use memtrace_incident::Host;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::debug;
 
-use memtrace_incident::Host;
-
 use crate::clock;
 
-/// The limit of locked memory as it was; dropping this gives it back.
+/// The limit of locked memory as it was before; it is set again when this is dropped.
 #[derive(Debug)]
-#[must_use = "the limit is given back when this is dropped"]
+#[must_use = "the limit is set again when this is dropped"]
 pub struct Memlock {
     before: Rlimit,
 }
 
-/// Lifts the limit of locked memory. 5.10 accounts BPF maps and programs to it when they are made; from 5.11 on
-/// they are charged to the memory cgroup (kernel/bpf/syscall.c `bpf_map_alloc`), so a failure only matters on
-/// older kernels. `None` when there was no limit, or it could not be lifted.
+/// Lifts the limit of locked memory. 5.10 accounts BPF maps and programs to it when they are made;
+/// from 5.11 on they are charged to the memory cgroup (kernel/bpf/syscall.c `bpf_map_alloc`), so a
+/// failure only matters on older kernels. `None` when there was no limit, or it could not be
+/// lifted.
 pub fn raise_memlock() -> Option<Memlock> {
     let before = getrlimit(Resource::Memlock);
     before.current?;
@@ -46,8 +46,8 @@ impl Drop for Memlock {
     }
 }
 
-/// A number to XOR kernel addresses with, so that identities of address spaces do not reveal them. It need not be
-/// a secret of high quality, only differ from run to run.
+/// A number to XOR kernel addresses with, so that identities of address spaces do not reveal them.
+/// It need not be a secret of high quality, only differ from run to run.
 pub fn salt() -> u64 {
     let mut bytes = [0u8; 8];
     match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
@@ -56,7 +56,8 @@ pub fn salt() -> u64 {
     }
 }
 
-/// Longest CPU list that is read, bytes: a file of sysfs is one page (4 KiB, on some machines 64 KiB).
+/// Longest CPU list that is read, bytes: a file of sysfs is one page (4 KiB, on some machines 64
+/// KiB).
 const MAX_LIST_BYTES: u64 = 64 << 10;
 /// Highest CPU number that is believed; NR_CPUS is 8192 at most (arch/x86/Kconfig).
 const MAX_CPU_NUMBER: u32 = (1 << 16) - 1;
@@ -73,8 +74,8 @@ struct CpuList {
 }
 
 impl CpuList {
-    /// `None` for an empty list and for anything that the kernel would not write: numbers that do not rise, or are
-    /// above [`MAX_CPU_NUMBER`].
+    /// `None` for an empty list and for anything that the kernel would not write: numbers that do
+    /// not rise, or are above [`MAX_CPU_NUMBER`].
     fn parse(text: &str) -> Option<Self> {
         let mut list: Option<Self> = None;
         for range in text.trim().split(',') {
@@ -107,15 +108,17 @@ fn read_head(path: &str, most: u64) -> Option<String> {
     Some(text)
 }
 
-/// CPUs that can ever come online, which is how many slots a per-CPU counter has; 1 when it cannot be read.
+/// CPUs that can ever come online, which is how many slots a per-CPU counter has; 1 when it cannot
+/// be read.
 pub fn possible_cpus() -> u32 {
     CpuList::read("/sys/devices/system/cpu/possible").map_or(1, |list| list.highest.saturating_add(1))
 }
 
 /// CPUs that are online on the host, whatever this process may use of them.
 ///
-/// From /sys/devices/system/cpu/online. Where sysfs is not mounted, the `cpuN` lines of /proc/stat are counted, one
-/// for each CPU that is online (fs/proc/stat.c `show_stat`); where that cannot be read either, it is 1.
+/// From /sys/devices/system/cpu/online. Where sysfs is not mounted, the `cpuN` lines of /proc/stat
+/// are counted, one for each CPU that is online (fs/proc/stat.c `show_stat`); where that cannot be
+/// read either, it is 1.
 pub fn online_cpus() -> u32 {
     CpuList::read("/sys/devices/system/cpu/online")
         .map(|list| list.count)
@@ -123,9 +126,11 @@ pub fn online_cpus() -> u32 {
         .unwrap_or(1)
 }
 
-/// The `cpuN` lines of /proc/stat; `None` when there is none. The line `cpu`, without a number, is their sum.
+/// The `cpuN` lines of /proc/stat; `None` when there is none. The line `cpu`, without a number, is
+/// their sum.
 fn count_stat_cpus(stat: &str) -> Option<u32> {
-    let is_cpu = |line: &&str| line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    let is_cpu =
+        |line: &&str| line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
     u32::try_from(stat.lines().filter(is_cpu).count()).ok().filter(|count| *count > 0)
 }
 
@@ -144,7 +149,8 @@ pub fn describe() -> Host {
         cpus: online_cpus(),
         memory_bytes: total_kib.unwrap_or(0).saturating_mul(1024),
         page_bytes,
-        // include/linux/memcontrol.h MEMCG_CHARGE_BATCH: 64 pages since 5.15, 32 before; the larger one bounds both.
+        // include/linux/memcontrol.h MEMCG_CHARGE_BATCH: 64 pages since 5.15, 32 before; the larger
+        // one bounds both.
         charge_batch_bytes: page_bytes.saturating_mul(64),
     }
 }
@@ -171,8 +177,28 @@ mod tests {
     #[test]
     fn what_is_no_cpu_list_is_not_believed() {
         for text in [
-            "", "\n", ",", "0,", ",0", "-", "0-", "-3", "+1", "a", "0x3", "0-3-5", "0 1", "3-0", "0-3,2", "2,1", "1,1", "0-65536",
-            "4294967296", "99999999999999999999", "0-4294967295", "\u{0661}",
+            "",
+            "\n",
+            ",",
+            "0,",
+            ",0",
+            "-",
+            "0-",
+            "-3",
+            "+1",
+            "a",
+            "0x3",
+            "0-3-5",
+            "0 1",
+            "3-0",
+            "0-3,2",
+            "2,1",
+            "1,1",
+            "0-65536",
+            "4294967296",
+            "99999999999999999999",
+            "0-4294967295",
+            "\u{0661}",
         ] {
             assert_eq!(CpuList::parse(text), None, "{text:?}");
         }

@@ -14,18 +14,18 @@ use crate::cgroup::queries::CgroupQueries;
 use crate::clock::{self, Ticker};
 use crate::engine::Engine;
 use crate::engine::input::{Effect, Fact, Input, Settings};
+use crate::error::CommandError;
+use crate::host;
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
 use crate::kernel::status::Status;
 use crate::kernel::support::{KernelFacts, MemoryController, plan};
 use crate::kernel::{facts, log, object};
-use crate::host;
 use crate::process::budget::{Cost, Steps};
 use crate::process::known::Processes;
 use crate::process::modules::OpenModule;
 use crate::process::stacks::Stacks;
 use crate::process::stock;
-use crate::error::CommandError;
 use crate::store::journal;
 
 /// How often time passes for the engine and the rings that do not wake are drained.
@@ -288,7 +288,7 @@ impl Session {
         if journal_lost > 0 {
             totals.push(("journal/not_written".to_owned(), journal_lost));
         }
-        let refused = self.queries.refused();
+        let refused = self.queries.not_watched();
         if refused > 0 {
             totals.push(("cgroup/not_watched".to_owned(), refused));
         }

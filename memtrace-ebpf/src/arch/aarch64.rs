@@ -39,8 +39,8 @@ pub fn is_compat(regs: u64) -> bool {
     read::<u64>(regs, layout!(regs_pstate)).unwrap_or(0) & PSR_MODE32_BIT != 0
 }
 
-/// Where the first argument of a system call is in `pt_regs`: the result is put into x0, so the kernel
-/// keeps it in `orig_x0`.
+/// Where the first argument of a system call is in `pt_regs`: the result is put into x0, so the
+/// kernel keeps it in `orig_x0`.
 #[inline(always)]
 pub fn first_argument_offset() -> u32 {
     layout!(regs_orig_x0)

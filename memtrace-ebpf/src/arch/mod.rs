@@ -1,9 +1,11 @@
-//! What differs between architectures: where a thread's user registers are, and system call numbers.
+//! What differs between architectures: where a thread's user registers are, and system call
+//! numbers.
 //!
 //! One object serves x86_64 and aarch64 alike, so nothing here is decided at compile time. The
-//! kernel's own BTF says which members `struct pt_regs` has (`layout.rs`), and the members are named
-//! differently: `orig_ax` and `ip` are x86_64's, `syscallno` and `pc` are aarch64's. A member that is
-//! absent is a constant to the verifier, so the other architecture's branch is dead code to it.
+//! kernel's own BTF says which members `struct pt_regs` has (`layout.rs`), and the members are
+//! named differently: `orig_ax` and `ip` are x86_64's, `syscallno` and `pc` are aarch64's. A member
+//! that is absent is a constant to the verifier, so the other architecture's branch is dead code to
+//! it.
 //!
 //! (What is decided when the object is built is how aya-ebpf takes a kprobe's arguments out of
 //! `pt_regs`: the build passes `bpf_target_arch`.)
@@ -42,7 +44,8 @@ impl Arch {
         Self { x86_64: layout!(regs_orig_ax) != ABSENT }
     }
 
-    /// Which of the mapping calls (`event::CALL_*`) the registers of a system call say, 0 for another.
+    /// Which of the mapping calls (`event::CALL_*`) the registers of a system call say, 0 for
+    /// another.
     #[inline(always)]
     pub fn mapping_call(self, regs: u64) -> u32 {
         if self.x86_64 {
@@ -91,8 +94,8 @@ pub fn user_registers() -> u64 {
     if layout!(regs_cs) != ABSENT && !plausible { 0 } else { regs }
 }
 
-/// Whether the running thread is in a system call, by its user registers; else it is in an exception,
-/// which has no system call number.
+/// Whether the running thread is in a system call, by its user registers; else it is in an
+/// exception, which has no system call number.
 #[inline(always)]
 pub fn in_system_call(regs: u64) -> bool {
     if layout!(regs_orig_ax) != ABSENT {

@@ -1,8 +1,8 @@
 //! Charges to a memory cgroup: its usage, also where no process' resident memory moves (page cache,
 //! sockets, the kernel's own).
 //!
-//! The kernel charges a page counter in batches (mm/page_counter.c `page_counter_try_charge`), so this
-//! hook runs far less often than pages are touched.
+//! The kernel charges a page counter in batches (mm/page_counter.c `page_counter_try_charge`), so
+//! this hook runs far less often than pages are touched.
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::BPF_ANY;
@@ -47,8 +47,8 @@ fn uncharge_kprobe(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// A cgroup pays back. Without the rss hook this is when the address space of the thread that frees is
-/// read again.
+/// A cgroup pays back. Without the rss hook this is when the address space of the thread that frees
+/// is read again.
 #[inline(always)]
 fn uncharge(ctx: &impl EbpfContext, counter: u64) {
     let memcg = of_current(counter);
@@ -73,23 +73,24 @@ fn moved(memcg: u64, counter: u64, reported: &mut u64, pages: u64) {
     }
 }
 
-/// Reports the usage of the running thread's cgroup after a call that gave memory back. The rss hook
-/// saw the pages go before the kernel uncharged them.
+/// Reports the usage of the running thread's cgroup after a call that gave memory back. The rss
+/// hook saw the pages go before the kernel uncharged them.
 #[inline(always)]
 pub fn given_back() {
     report(kernel::memcg_of(current()), 0);
 }
 
-/// The running thread's memory cgroup when this is the counter that the kernel compares with its limit,
-/// else 0: counters of swap, kernel memory and hugetlb pass here too, and those of other cgroups.
+/// The running thread's memory cgroup when this is the counter that the kernel compares with its
+/// limit, else 0: counters of swap, kernel memory and hugetlb pass here too, and those of other
+/// cgroups.
 #[inline(always)]
 fn of_current(counter: u64) -> u64 {
     let memcg = kernel::memcg_of(current());
     if memcg != 0 && memcg + layout!(memcg_memory) as u64 == counter { memcg } else { 0 }
 }
 
-/// Reports when the usage of the running thread's own cgroup moved by the threshold, and samples who
-/// charges it.
+/// Reports when the usage of the running thread's own cgroup moved by the threshold, and samples
+/// who charges it.
 #[inline(always)]
 fn charge(ctx: &impl EbpfContext, counter: u64, pages: u64) {
     let memcg = of_current(counter);

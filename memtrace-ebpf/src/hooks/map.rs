@@ -1,8 +1,8 @@
 //! Mapping calls that succeeded: mmap, munmap, mremap, brk, madvise.
 //!
-//! Where functions can be hooked, there is a program at the exit of each of the five, and other system
-//! calls pay nothing. Else one program is on sys_exit, where the registers still hold the arguments. It
-//! runs for every system call, so its guard is one read and one compare.
+//! Where functions can be hooked, there is a program at the exit of each of the five, and other
+//! system calls pay nothing. Else one program is on sys_exit, where the registers still hold the
+//! arguments. It runs for every system call, so its guard is one read and one compare.
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::macros::{fexit, raw_tracepoint};
@@ -44,8 +44,8 @@ fn sys_exit(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// `__x64_sys_mmap(regs)` has returned. Userspace attaches it to the function's name on this machine
-/// (`__arm64_sys_mmap`), and so the four below.
+/// `__x64_sys_mmap(regs)` has returned. Userspace attaches it to the function's name on this
+/// machine (`__arm64_sys_mmap`), and so the four below.
 #[fexit(function = "__x64_sys_mmap")]
 fn mmap_exit(ctx: FExitContext) -> i32 {
     returned(&ctx, ctx.arg(0), CALL_MMAP, ctx.arg(1));
@@ -117,8 +117,8 @@ fn grown(ctx: &impl EbpfContext, regs: u64, call: u32, address: u64, size: u64, 
     stack::sample(ctx, regs, pending, &subject);
 }
 
-/// Adds a successful call to the record of its address space. Sends one when it is large, or when many
-/// small ones add up.
+/// Adds a successful call to the record of its address space. Sends one when it is large, or when
+/// many small ones add up.
 #[inline(always)]
 fn note(ctx: &impl EbpfContext, regs: u64, arch: Arch, call: u32, ret: u64, mm: u64, state: &mut MmState) {
     let first = arch.argument(regs, 0);
@@ -156,7 +156,8 @@ fn note(ctx: &impl EbpfContext, regs: u64, arch: Arch, call: u32, ret: u64, mm: 
         grown(ctx, regs, call, address, size, mm, state);
     } else {
         state.unmapped_bytes = state.unmapped_bytes.wrapping_add(size);
-        // Only after a fall that was reported: address space that was never touched gives nothing back.
+        // Only after a fall that was reported: address space that was never touched gives nothing
+        // back.
         if state.fall_reported != 0 {
             state.fall_reported = 0;
             given_back();
@@ -168,7 +169,8 @@ fn note(ctx: &impl EbpfContext, regs: u64, arch: Arch, call: u32, ret: u64, mm: 
     {
         return;
     }
-    // A loop of large mappings adds up instead of flooding the ring; a huge one is reported at once.
+    // A loop of large mappings adds up instead of flooding the ring; a huge one is reported at
+    // once.
     let now = boot_ns();
     if now.saturating_sub(state.mapping_ns) < MAPPING_INTERVAL_NS && size < control!(mapping_bytes) << 6 {
         return;

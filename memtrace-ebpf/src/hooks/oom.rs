@@ -54,8 +54,8 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
         });
     }
     // The init of a pid namespace that exits kills the rest of it in the kernel's name
-    // (kernel/pid_namespace.c zap_pid_ns_processes); a parent that exits sends what its children asked
-    // for (prctl PR_SET_PDEATHSIG, kernel/exit.c forget_original_parent).
+    // (kernel/pid_namespace.c zap_pid_ns_processes); a parent that exits sends what its children
+    // asked for (prctl PR_SET_PDEATHSIG, kernel/exit.c forget_original_parent).
     let sender_code = match sender_code {
         SENDER_KERNEL if kernel::is_exiting(current()) => SENDER_EXITING,
         SENDER_NOINFO if kernel::is_exiting(current()) => SENDER_PARENT,
@@ -103,8 +103,8 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
 
     let trigger_memcg = kernel::memcg_of(current());
     let victim_memcg = kernel::memcg_of(victim);
-    // A thread that has just reclaimed for a cgroup hit a cgroup's limit, whatever others have given
-    // back meanwhile. When the machine itself runs short, reclaim takes another path.
+    // A thread that has just reclaimed for a cgroup hit a cgroup's limit, whatever others have
+    // given back meanwhile. When the machine itself runs short, reclaim takes another path.
     let at_limit = kernel::memcg_that_ran_out(trigger_memcg, reclaimed_lately(now));
     let mm = pointer(victim, layout!(task_mm));
     if mm == 0 {

@@ -61,7 +61,8 @@ fn reclaim_end(ctx: RawTracePointContext) -> i32 {
 }
 
 /// Whether the running thread has reclaimed for a memory cgroup within the last second. Between its
-/// reclaim and the mark of a victim lies only the kernel's report, which a slow console can draw out.
+/// reclaim and the mark of a victim lies only the kernel's report, which a slow console can draw
+/// out.
 #[inline(always)]
 pub fn reclaimed_lately(now: u64) -> bool {
     let tid = bpf_get_current_pid_tgid() as u32;

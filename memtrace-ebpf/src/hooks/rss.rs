@@ -1,7 +1,8 @@
 //! Resident memory: follows every address space and sends a record when it moved by its threshold.
 //!
 //! The kernel calls this hook for every page it counts, under the page-table lock. So: guard first,
-//! read little, emit rarely. What is known of an address space is its record in `MMS`, whose life is
+//! read little, emit rarely. What is known of an address space is its record in `MMS`, whose life
+//! is
 //!
 //! ```text
 //!            fork, exec (hooks/task.rs)      first update seen here, or first charge
@@ -32,13 +33,13 @@
 //!                                      that hook is off, the last page is gone
 //! ```
 //!
-//! An exec replaces a process' address space: the old one ends, the new one begins blank. `exit_mmap`
-//! ends a record from whatever state it is in.
+//! An exec replaces a process' address space: the old one ends, the new one begins blank.
+//! `exit_mmap` ends a record from whatever state it is in.
 //!
-//! Three numbers of pages bound what is not known yet, each far below the one before:
-//! the threshold (`rss_threshold_bytes`, or the cgroup's own), what makes a record; `recheck`, an
-//! eighth of it, after which a member's counter is read exactly; and skips, at most 16 updates of one
-//! page that a CPU lets pass without a look at the record ([`allow_skips`]).
+//! Three numbers of pages bound what is not known yet, each far below the one before: the threshold
+//! (`rss_threshold_bytes`, or the cgroup's own), what makes a record; `recheck`, an eighth of it,
+//! after which a member's counter is read exactly; and skips, at most 16 updates of one page that a
+//! CPU lets pass without a look at the record ([`allow_skips`]).
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::BPF_ANY;
@@ -78,9 +79,9 @@ fn rss_stat_btf(ctx: BtfTracePointContext) -> i32 {
 
 /// One counter of an address space was updated; `approximate` is its global part.
 ///
-/// Between two exact readings the global part shows the large changes. The small ones, of one page each,
-/// are bounded by the number of updates: a batch of them moves the global part (lib/percpu_counter.c
-/// `percpu_counter_add_batch`).
+/// Between two exact readings the global part shows the large changes. The small ones, of one page
+/// each, are bounded by the number of updates: a batch of them moves the global part
+/// (lib/percpu_counter.c `percpu_counter_add_batch`).
 #[inline(always)]
 fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32 {
     let Some(last) = value(LAST_UPDATE.get_ptr_mut(0)) else { return 0 };
@@ -109,10 +110,12 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     if let Some(anon) = state.members.get_mut((layout!(mm_anonpages) & 3) as usize) {
         anon.updates += skipped as i64;
     }
-    // One masked index, and its pointer from there on: older verifiers lose a bound that was checked on a copy.
+    // One masked index, and its pointer from there on: older verifiers lose a bound that was
+    // checked on a copy.
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
     known.updates += 1;
-    // Three members can each be this far behind: see `emit_if_moved` for what that leaves unreported.
+    // Three members can each be this far behind: see `emit_if_moved` for what that leaves
+    // unreported.
     let recheck = state.threshold_pages >> 3;
     // Without the exit_mmap hook an address space ends with its last page, once it has no owner.
     let ending = control!(exit_mmap) == 0 && approximate <= 0 && pointer(mm, layout!(mm_owner)) == 0;
@@ -129,9 +132,9 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     let dying = state.flags & RSS_DYING as u64 != 0;
     let Some(known) = state.members.get_mut((member & 3) as usize) else { return 0 };
     read_one(mm, member, member, approximate, known);
-    // Growth is counted at the member's own event only: before 6.2 a reading at another member's event
-    // holds the running thread's cache, but no other thread's. What is torn down does not grow again,
-    // so its falls need no second reading.
+    // Growth is counted at the member's own event only: before 6.2 a reading at another member's
+    // event holds the running thread's cache, but no other thread's. What is torn down does not
+    // grow again, so its falls need no second reading.
     let grown = if dying { 0 } else { count_growth(mm, member, member, known, recheck.max(2)) };
     if grown > 0 && member != layout!(mm_swapents) {
         atomic_add(&raw mut state.grown_pages, grown);
@@ -141,9 +144,9 @@ fn update(ctx: &impl EbpfContext, mm: u64, member: u32, approximate: i64) -> i32
     0
 }
 
-/// Reads the running thread's address space because its cgroup is charged or pays back: for kernels or
-/// runs without the rss hook. The page that is charged now is counted only afterwards, so a record is
-/// behind by up to a batch of charges a CPU.
+/// Reads the running thread's address space because its cgroup is charged or pays back: for kernels
+/// or runs without the rss hook. The page that is charged now is counted only afterwards, so a
+/// record is behind by up to a batch of charges a CPU.
 #[inline(always)]
 pub fn scan(ctx: &impl EbpfContext) {
     let task = current();
@@ -175,13 +178,13 @@ pub fn scan(ctx: &impl EbpfContext) {
     emit_if_moved(mm, kernel::NOT_REPORTED, state);
 }
 
-/// Pages by which a member has grown since its growth was last counted; below 0 when it fell. A fall is
-/// taken over when it is `fall` pages at least.
+/// Pages by which a member has grown since its growth was last counted; below 0 when it fell. A
+/// fall is taken over when it is `fall` pages at least.
 #[inline(always)]
 fn count_growth(mm: u64, member: u32, reported: u32, known: &mut MemberState, fall: i64) -> i64 {
-    // What looks like a fall may be a reading that another CPU has overtaken since. If it were taken
-    // over, the pages that come back would count as growth. So it is believed when a second reading
-    // says so too.
+    // What looks like a fall may be a reading that another CPU has overtaken since. If it were
+    // taken over, the pages that come back would count as growth. So it is believed when a second
+    // reading says so too.
     let counted = &raw mut known.counted;
     let mut exact = known.exact;
     if exact <= load(counted) - fall {
@@ -200,8 +203,9 @@ fn count_growth(mm: u64, member: u32, reported: u32, known: &mut MemberState, fa
 fn emit_if_moved(mm: u64, reported: u32, state: &mut MmState) {
     let recheck = state.threshold_pages >> 3;
     let sum = resident(state);
-    // A new peak is sent in steps of half the threshold. Everything else when it moved by the threshold
-    // less what three members may be behind, so that what is recorded is never off by more than it.
+    // A new peak is sent in steps of half the threshold. Everything else when it moved by the
+    // threshold less what three members may be behind, so that what is recorded is never off by
+    // more than it.
     let mut threshold = state.threshold_pages - 3 * recheck;
     if sum > state.peak_pages {
         state.peak_pages = sum;
@@ -219,8 +223,8 @@ fn emit_if_moved(mm: u64, reported: u32, state: &mut MmState) {
     if state.flags & RSS_DYING as u64 != 0 && sum != 0 && moved < state.peak_pages >> 4 {
         return;
     }
-    // A reading costs a look at every CPU, and most of the time only one member moves. Before 6.2 threads
-    // keep pages to themselves that no update shows, so everything is read.
+    // A reading costs a look at every CPU, and most of the time only one member moves. Before 6.2
+    // threads keep pages to themselves that no update shows, so everything is read.
     let moved_since = state.members.iter().fold(0, |all, known| all | known.updates);
     if layout!(rss_is_percpu) == 0 || moved_since != 0 {
         read_all(mm, reported, state);
@@ -236,14 +240,15 @@ fn allow_skips(last: &mut LastUpdate, threshold_pages: i64) {
     // have anything to skip.
     let share = (threshold_pages as u32 >> 1).checked_div(control!(cpus)).unwrap_or(0);
     let most = (threshold_pages as u32 >> 3).min(MAX_SKIPS).min(share);
-    // Without the exit_mmap hook the last page of an address space ends it, and must not be skipped.
+    // Without the exit_mmap hook the last page of an address space ends it, and must not be
+    // skipped.
     let skips = if most < 2 || control!(exit_mmap) == 0 { 0 } else { (most >> 1) + helper::random() % most };
     last.skips_left = skips;
     last.skips_allowed = skips;
 }
 
-/// Takes a stack when the process itself has touched enough since the last one. Pages that others count
-/// for it (reclaim, a debugger, khugepaged) have no stack of the process to show.
+/// Takes a stack when the process itself has touched enough since the last one. Pages that others
+/// count for it (reclaim, a debugger, khugepaged) have no stack of the process to show.
 #[inline(always)]
 fn sample_touch(ctx: &impl EbpfContext, mm: u64, pages: i64, state: &mut MmState) {
     let task = current();
@@ -262,7 +267,8 @@ fn sample_touch(ctx: &impl EbpfContext, mm: u64, pages: i64, state: &mut MmState
         cgroup_id: state.cgroup_id,
         memcg: 0,
         grown_bytes: grown_bytes(state),
-        // A system call that faults on the program's memory has no vm_fault next to the user registers.
+        // A system call that faults on the program's memory has no vm_fault next to the user
+        // registers.
         address: if arch::in_system_call(regs) { UNKNOWN } else { fault::fault_address(mm) },
         size_bytes: 0,
         shift: control!(page_shift),
@@ -270,7 +276,8 @@ fn sample_touch(ctx: &impl EbpfContext, mm: u64, pages: i64, state: &mut MmState
     stack::sample(ctx, regs, pending, &subject);
 }
 
-/// A page was counted for an address space that is not followed yet: follows it when its owner is known.
+/// A page was counted for an address space that is not followed yet: follows it when its owner is
+/// known.
 #[inline(always)]
 fn follow_unknown(mm: u64) -> i32 {
     let task = current();
@@ -282,8 +289,8 @@ fn follow_unknown(mm: u64) -> i32 {
     if owner != 0 && pointer(owner, layout!(task_mm)) == mm {
         follow(mm, owner, false);
     }
-    // Else fork or exec is building it, whose hooks follow it when it is ready; or it is torn down and was
-    // never seen to change, so nothing grows there.
+    // Else fork or exec is building it, whose hooks follow it when it is ready; or it is torn down
+    // and was never seen to change, so nothing grows there.
     0
 }
 
@@ -294,12 +301,13 @@ fn read_leader(task: u64, into: &mut Task) {
     kernel::read_task(if leader == 0 { task } else { leader }, into);
 }
 
-/// Starts to follow the address space of `task` and reports what it holds. What a `new` one holds has just
-/// grown, and counts as growth.
+/// Starts to follow the address space of `task` and reports what it holds. What a `new` one holds
+/// has just grown, and counts as growth.
 #[inline(always)]
 pub fn follow(mm: u64, task: u64, new: bool) {
-    // From a map that is never written: it is too large for a program's stack, and a per-CPU scratch could
-    // be taken over by another task in between. Until the threshold is set, other CPUs leave it alone.
+    // From a map that is never written: it is too large for a program's stack, and a per-CPU
+    // scratch could be taken over by another task in between. Until the threshold is set, other
+    // CPUs leave it alone.
     let Some(blank) = BLANK.get(0) else { return };
     if MMS.insert(mm, blank, BPF_ANY as u64).is_err() {
         lose(Ring::Samples, LossReason::TableFull);
@@ -363,8 +371,8 @@ fn resident(state: &MmState) -> i64 {
         + member_pages(state, layout!(mm_shmempages))
 }
 
-/// Pages that make a record: the cgroup's own threshold, else the one for all. For a large process a 256th
-/// of what it holds, within one and four times that threshold.
+/// Pages that make a record: the cgroup's own threshold, else the one for all. For a large process
+/// a 256th of what it holds, within one and four times that threshold.
 #[inline(always)]
 fn threshold_pages(cgroup_id: u64, resident_pages: i64) -> i64 {
     let own = lookup(&RSS_THRESHOLDS, cgroup_id);

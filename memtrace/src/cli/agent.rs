@@ -9,8 +9,8 @@ use serde::Deserialize;
 use super::Outcome;
 use super::values::{Share, Size, Span};
 use crate::agent;
-use crate::kernel::hooks::Hook;
 use crate::error::CommandError;
+use crate::kernel::hooks::Hook;
 use crate::session;
 
 /// Rows of the engine's table of processes: to follow more in the kernel would lose them here.
@@ -128,7 +128,8 @@ impl Flags {
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9469))),
             Some("off") => None,
             Some(text) => {
-                let wrong = |_| CommandError::Usage(format!("listen: `{text}` is not an address such as 127.0.0.1:9469"));
+                let wrong =
+                    |_| CommandError::Usage(format!("listen: `{text}` is not an address such as 127.0.0.1:9469"));
                 Some(text.parse().map_err(wrong)?)
             }
         };
@@ -181,7 +182,8 @@ pub fn run(args: Args) -> Outcome {
 fn read_config(path: &Path) -> anyhow::Result<Flags> {
     let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
     toml::from_str(&text).map_err(|error| {
-        CommandError::Usage(format!("{} is not a valid configuration: {}", path.display(), error.to_string().trim())).into()
+        CommandError::Usage(format!("{} is not a valid configuration: {}", path.display(), error.to_string().trim()))
+            .into()
     })
 }
 

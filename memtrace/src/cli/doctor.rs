@@ -1,7 +1,8 @@
 //! `memtrace doctor`: what this kernel and these privileges allow, and what is lost without the rest.
 //!
-//! As far as privileges allow it does what the agent does at its start, loads and attaches every hook, and
-//! detaches them again: whether a kernel takes a program is not to be known in another way.
+//! As far as privileges allow it does what the agent does at its start, loads and attaches every
+//! hook, and detaches them again: whether a kernel takes a program is not to be known in another
+//! way.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -89,7 +90,8 @@ pub fn run(args: &Args) -> Outcome {
     let facts = ground.facts.clone();
     let plan = support::plan(&facts, &args.without);
     let planned = Status::new(&plan, &[]);
-    // The plan names everything that stands in the way; trying would only name the first of it again.
+    // The plan names everything that stands in the way; trying would only name the first of it
+    // again.
     let status = if planned.can_run() { outcome(planned, tried(ground, args)) } else { planned };
     let report = DoctorReport::new(&facts, status);
     let mut out = std::io::stdout().lock();
@@ -257,7 +259,8 @@ mod tests {
 
     #[test]
     fn nothing_known_is_impossible_and_says_what_to_do() {
-        let facts = KernelFacts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..KernelFacts::default() };
+        let facts =
+            KernelFacts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..KernelFacts::default() };
         let report = report(&facts, &[]);
         assert_eq!(report.verdict, DoctorVerdict::Impossible);
         let text = report.text(false);

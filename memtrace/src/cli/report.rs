@@ -10,8 +10,8 @@ use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
 use super::{Outcome, STATE_DIR};
-use crate::process::symbolize::symbolize_file;
 use crate::error::CommandError;
+use crate::process::symbolize::symbolize_file;
 use crate::report::paths::Window;
 use crate::report::{firefox, folded, html, json, pprof, text};
 use crate::store::incidents::{self, FindError, Incidents};
@@ -117,7 +117,9 @@ pub fn run(args: &Args) -> Outcome {
         Format::Json => json::incident(&incident)?.into_bytes(),
         Format::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
         Format::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
-            return Err(CommandError::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into());
+            return Err(
+                CommandError::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into()
+            );
         }
         Format::Pprof => pprof::profile(&incident, &window, args.cause)?,
         Format::Firefox => firefox::profile(&incident)?.into_bytes(),

@@ -1,4 +1,5 @@
-//! Gathers the facts that a plan is made of: the only reader of the files that say what is possible here.
+//! Gathers the facts that a plan is made of: the only reader of the files that say what is possible
+//! here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,8 +13,9 @@ pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// Largest BTF file that is read.
 const MAX_BTF_FILE: u64 = 256 << 20;
 
-/// Gathers everything. `btf` is a file to read instead of the kernel's own types; `cgroup` is where the memory
-/// controller was found. Never fails: a fact that cannot be had is stored with the reason.
+/// Gathers everything. `btf` is a file to read instead of the kernel's own types; `cgroup` is where
+/// the memory controller was found. Never fails: a fact that cannot be had is stored with the
+/// reason.
 pub fn gather(btf: Option<&Path>, cgroup: Result<MemoryController, String>) -> KernelFacts {
     let uname = rustix::system::uname();
     let mut facts = KernelFacts {

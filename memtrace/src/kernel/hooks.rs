@@ -1,8 +1,9 @@
 //! The hooks: their stable names, the programs behind them, what each needs and what is lost without it.
 //!
-//! A hook has up to three programs in order of preference, of which one runs. `map`, for example, is best
-//! served by fexit programs on the five mapping calls, of x86_64 or of aarch64; where the kernel cannot
-//! attach to functions, one program on the tracepoint `sys_exit` sees the same calls among all others.
+//! A hook has up to three programs in order of preference, of which one runs. `map`, for example,
+//! is best served by fexit programs on the five mapping calls, of x86_64 or of aarch64; where the
+//! kernel cannot attach to functions, one program on the tracepoint `sys_exit` sees the same calls
+//! among all others.
 
 use serde::{Deserialize, Serialize};
 

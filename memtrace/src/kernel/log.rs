@@ -1,8 +1,17 @@
 //! The kernel log: what it says about OOM kills (pure), and the reader of /dev/kmsg.
 //!
+//! It is the second witness of a kill. The kernel writes two lines (mm/oom_kill.c
+//! `dump_oom_summary`, `__oom_kill_process`), for example
+//!
+//! ```text
+//! oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/a,task_memcg=/a/b,task=x,pid=7,uid=0
+//! Memory cgroup out of memory: Killed process 7 (x) total-vm:1kB, ..
+//! ```
+//!
 //! Names of tasks and cgroups are chosen by others and may hold any of the separators. What the
-//! kernel itself writes after them does not, so lines are taken apart from the end. Records that
-//! programs wrote to /dev/kmsg are told by their facility, which the kernel does not let them forge.
+//! kernel writes after them does not, so lines are parsed from the end. Records that programs wrote
+//! to /dev/kmsg are recognised by their facility, which the kernel does not let them set to its own
+//! (kernel/printk/printk.c `devkmsg_write`).
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -14,19 +23,19 @@ use rustix::io::Errno;
 
 use crate::engine::input::{KernelLogEvent, KernelLogLine};
 
-/// Where the records are.
+/// The device with the records of the kernel log.
 pub const KMSG: &str = "/dev/kmsg";
-/// Room for one record: the kernel's own limit, and then some.
+/// Room for one record, bytes; the kernel's own limit is below it (kernel/printk/printk.c).
 const RECORD: usize = 16 << 10;
-/// Most records taken in one go; the rest waits for the next.
+/// Most records that one call reads; the rest waits for the next.
 const MAX_RECORDS: usize = 1 << 16;
-/// A task's name is at most this long, bytes.
+/// Longest name of a task, bytes (TASK_COMM_LEN without its NUL).
 const MAX_COMM: usize = 15;
 
 /// One record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KmsgRecord {
-    /// Its number; the next record has the next number.
+    /// Sequence number: the next record has the next one.
     pub seq: u64,
     /// printk's clock, nanoseconds.
     pub printk_ns: u64,
@@ -34,8 +43,9 @@ pub struct KmsgRecord {
     pub event: Option<KernelLogEvent>,
 }
 
-/// Takes one record of /dev/kmsg apart: `priority,number,microseconds,flags;message`, then lines of
-/// key and value. `None` when it is not of this form.
+/// Parses one record of /dev/kmsg (Documentation/ABI/testing/dev-kmsg):
+/// `priority,number,microseconds,flags;message`, then lines of key and value. `None` when it is not
+/// of this form.
 pub fn parse_kmsg(record: &str) -> Option<KmsgRecord> {
     let (head, rest) = record.split_once(';')?;
     let mut fields = head.split(',');
@@ -48,7 +58,7 @@ pub fn parse_kmsg(record: &str) -> Option<KmsgRecord> {
     Some(KmsgRecord { seq, printk_ns: micros.saturating_mul(1000), event })
 }
 
-/// What a message says about an OOM kill.
+/// What a message says about an OOM kill; `None` when it is about something else.
 fn parse_message(message: &str) -> Option<KernelLogEvent> {
     match message.strip_prefix("oom-kill:constraint=") {
         Some(rest) => parse_oom_kill(rest),
@@ -128,7 +138,7 @@ fn unescape(message: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Follows the record numbers and tells how many records are missing.
+/// Follows the sequence numbers, and so knows how many records are missing.
 #[derive(Debug, Default)]
 struct Sequence {
     next: Option<u64>,
@@ -136,8 +146,8 @@ struct Sequence {
 }
 
 impl Sequence {
-    /// Records missing before this one.
-    fn step(&mut self, seq: u64) -> u64 {
+    /// Takes the number of the next record; how many are missing before it.
+    fn advance(&mut self, seq: u64) -> u64 {
         let jumped = self.next.map_or(0, |next| seq.saturating_sub(next));
         // Overrun before the first record was read: at least one is gone.
         let lost = if std::mem::take(&mut self.overrun) { jumped.max(1) } else { jumped };
@@ -186,7 +196,7 @@ impl KmsgReader {
             let mut push = |line| {
                 lines.push(KernelLogLine { printk_ns: record.printk_ns, read_boot_ns: boot_ns_now, line });
             };
-            let lost = self.sequence.step(record.seq);
+            let lost = self.sequence.advance(record.seq);
             if lost > 0 {
                 push(KernelLogEvent::Gap { lines: lost });
             }
@@ -318,12 +328,12 @@ mod tests {
     #[test]
     fn gaps_are_counted() {
         let mut sequence = Sequence::default();
-        assert_eq!([sequence.step(10), sequence.step(11), sequence.step(15)], [0, 0, 3]);
+        assert_eq!([sequence.advance(10), sequence.advance(11), sequence.advance(15)], [0, 0, 3]);
         sequence.overrun = true;
-        assert_eq!([sequence.step(20), sequence.step(21)], [4, 0]);
-        assert_eq!(sequence.step(3), 0, "numbers that go back are no gap");
+        assert_eq!([sequence.advance(20), sequence.advance(21)], [4, 0]);
+        assert_eq!(sequence.advance(3), 0, "numbers that go back are no gap");
         let mut fresh = Sequence { overrun: true, next: None };
-        assert_eq!(fresh.step(99), 1);
+        assert_eq!(fresh.advance(99), 1);
     }
 
     #[test]

@@ -88,7 +88,8 @@ pub struct Probe {
 impl Probe {
     /// Loads `object` and tries every step of the plan, each by the first of its programs the kernel takes.
     ///
-    /// Returns what came of each step; `status::Status` says whether it is enough. Must run inside a tokio runtime.
+    /// Returns what came of each step; `status::Status` says whether it is enough. Must run inside
+    /// a tokio runtime.
     pub fn load(
         object: &[u8],
         layout: &KernelLayout,
@@ -133,11 +134,8 @@ impl Probe {
                 .map_err(|error| ProbeError::Load(format!("failed to poll a ring: {error}")))?;
             rings.push((ring, buffer));
         }
-        let results: Vec<(Hook, AttachResult)> = plan
-            .steps
-            .iter()
-            .map(|step| (step.hook, attach_first(&mut ebpf, &step.programs, &btf)))
-            .collect();
+        let results: Vec<(Hook, AttachResult)> =
+            plan.steps.iter().map(|step| (step.hook, attach_first(&mut ebpf, &step.programs, &btf))).collect();
         let misses = Misses::of(descriptors(&ebpf, &results).into_iter());
         Ok((Self { ebpf, messages, rings, misses, arena: Vec::new(), slots: Vec::new() }, results))
     }
@@ -186,8 +184,9 @@ impl Probe {
         (records, more)
     }
 
-    /// Lends records of the stacks ring to `take`, at most `most` of them, in the ring's own memory: they hold stacks of
-    /// other programs, secrets included, which must not be copied. Returns whether more is waiting.
+    /// Lends records of the stacks ring to `take`, at most `most` of them, in the ring's own
+    /// memory: they hold stacks of other programs, secrets included, which must not be copied.
+    /// Returns whether more is waiting.
     pub fn drain_stacks(&mut self, most: usize, mut take: impl FnMut(&[u8])) -> bool {
         let Some((_, buffer)) = self.rings.iter_mut().find(|(ring, _)| *ring == Ring::Stacks) else { return false };
         let buffer = buffer.get_mut();
@@ -205,8 +204,8 @@ impl Probe {
         }
     }
 
-    /// Totals of what the kernel side lost since the start, without those that are 0: records by `ring/reason`, and calls
-    /// that a program was not run for by `hook/not_run`.
+    /// Totals of what the kernel side lost since the start, without those that are 0: records by
+    /// `ring/reason`, and calls that a program was not run for by `hook/not_run`.
     pub fn losses(&self) -> Vec<(String, u64)> {
         let Some(Ok(losses)) = self.ebpf.map("LOSSES").map(PerCpuArray::<_, u64>::try_from) else {
             return vec![("counters unreadable".to_owned(), 1)];
@@ -260,14 +259,16 @@ impl Probe {
         StackBudget::read_from_bytes(&map.get(&0, 0).ok()?).ok()
     }
 
-    /// Sets what userspace has spent on stacks since the start, nanoseconds: it counts against the kernel side's budget.
+    /// Sets what userspace has spent on stacks since the start, nanoseconds: it counts against the
+    /// kernel side's budget.
     pub fn set_user_spent(&mut self, spent_ns: u64) -> Result<(), String> {
         let map = self.ebpf.map_mut("USER_SPENT").ok_or("no map USER_SPENT")?;
         let mut map: Array<_, u64> = Array::try_from(map).map_err(|error| error.to_string())?;
         map.set(0, spent_ns, 0).map_err(|error| error.to_string())
     }
 
-    /// Memory of all maps in bytes, rings included, as the kernel accounts it; `None` when it does not say.
+    /// Memory of all maps in bytes, rings included, as the kernel accounts it; `None` when it does
+    /// not say.
     pub fn map_bytes(&self) -> Option<u64> {
         let mut total = 0u64;
         let maps = self.ebpf.maps().filter_map(|(_, map)| map_fd(map));
@@ -346,7 +347,8 @@ fn attach_first(ebpf: &mut Ebpf, programs: &[Program], btf: &Btf) -> AttachResul
     AttachResult::Failed(reasons.join("; "))
 }
 
-/// A reason cut to [`MAX_REASON_BYTES`] in the middle: what was tried stands first, what the kernel said last.
+/// A reason cut to [`MAX_REASON_BYTES`] in the middle: what was tried stands first, what the kernel
+/// said last.
 fn bounded(reason: &str) -> String {
     let half = MAX_REASON_BYTES / 2;
     if reason.len() <= MAX_REASON_BYTES {
@@ -402,8 +404,8 @@ fn descriptors(ebpf: &Ebpf, results: &[(Hook, AttachResult)]) -> Vec<(Hook, RawF
     found
 }
 
-/// Verifier and JIT cost of a program and of what is attached with it. Best effort: what the kernel does not say stays
-/// `None`.
+/// Verifier and JIT cost of a program and of what is attached with it. Best effort: what the kernel
+/// does not say stays `None`.
 fn cost(ebpf: &Ebpf, program: &Program) -> ProgramCost {
     let infos: Option<Vec<_>> = program.all().map(|one| ebpf.program(one.name)?.info().ok()).collect();
     let Some(infos) = infos else { return ProgramCost::default() };
@@ -414,8 +416,8 @@ fn cost(ebpf: &Ebpf, program: &Program) -> ProgramCost {
     }
 }
 
-/// An error with its causes on one line. Of a verifier log the first line and the last three that are no statistics: what
-/// the verifier objects to is at the end.
+/// An error with its causes on one line. Of a verifier log the first line and the last three that
+/// are no statistics: what the verifier objects to is at the end.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut next = Some(error);

@@ -1,7 +1,8 @@
-//! What became of a plan: which hooks are on and by which program, what is lost without the others. Pure.
+//! What became of a plan: which hooks are on and by which program, what is lost without the others.
+//! Pure.
 //!
-//! The one thing that is shown everywhere: `doctor` prints it, the agent logs it at its start, and every
-//! incident file repeats what was not attached.
+//! The one thing that is shown everywhere: `doctor` prints it, the agent logs it at its start, and
+//! every incident file repeats what was not attached.
 
 use serde::Serialize;
 
@@ -24,11 +25,12 @@ pub enum AttachResult {
     Failed(String),
 }
 
-/// Verifier and JIT cost of a program and of what is attached with it. Best effort: what the kernel does not say stays
-/// `None`.
+/// Verifier and JIT cost of a program and of what is attached with it. Best effort: what the kernel
+/// does not say stays `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ProgramCost {
-    /// Instructions that the verifier walked through; it allows a million a program. `None` before 5.16.
+    /// Instructions that the verifier walked through; it allows a million a program. `None` before
+    /// 5.16.
     pub verified_instructions: Option<u32>,
     /// Size of the machine code, bytes; `None` where programs are interpreted.
     pub jited_bytes: Option<u32>,
@@ -91,7 +93,8 @@ impl HookStatus {
     /// One sentence, when a preferred program cannot run here and another one does.
     fn fallback(&self) -> Option<String> {
         let HookState::Attached { program, refused, .. } = &self.state else { return None };
-        let refused: Vec<_> = refused.iter().map(|refusal| format!("{}: {}", refusal.program, refusal.reason)).collect();
+        let refused: Vec<_> =
+            refused.iter().map(|refusal| format!("{}: {}", refusal.program, refusal.reason)).collect();
         (!refused.is_empty()).then(|| {
             format!("the {} hook runs by {program}, not by the preferred program: {}", self.hook, refused.join("; "))
         })
@@ -145,12 +148,14 @@ impl Status {
         self.hooks.iter().any(|status| status.hook == hook && status.on())
     }
 
-    /// A sentence for each hook that runs by another program than the preferred one: which, and why.
+    /// A sentence for each hook that runs by another program than the preferred one: which, and
+    /// why.
     pub fn fallbacks(&self) -> Vec<String> {
         self.hooks.iter().filter_map(HookStatus::fallback).collect()
     }
 
-    /// The hooks that are off with what is lost, and the notes: one sentence each, for the incident file.
+    /// The hooks that are off with what is lost, and the notes: one sentence each, for the incident
+    /// file.
     pub fn degraded(&self) -> Vec<String> {
         let hooks = self.hooks.iter().filter_map(|status| Some(format!("{}: {}", status.hook, status.lost?)));
         hooks.chain(self.notes.iter().map(|note| note.what.clone())).collect()
@@ -165,11 +170,9 @@ fn state(plan: &AttachPlan, results: &[(Hook, AttachResult)], hook: Hook) -> Hoo
         return HookState::Refused { reason: reason.clone() };
     }
     match results.iter().find(|(tried, _)| *tried == hook) {
-        Some((_, AttachResult::Attached { program, cost, refused })) => HookState::Attached {
-            program: *program,
-            cost: *cost,
-            refused: preferred(plan, hook, program, refused),
-        },
+        Some((_, AttachResult::Attached { program, cost, refused })) => {
+            HookState::Attached { program: *program, cost: *cost, refused: preferred(plan, hook, program, refused) }
+        }
         Some((_, AttachResult::Failed(error))) => HookState::Failed { error: error.clone() },
         None => {
             let step = plan.steps.iter().find(|step| step.hook == hook);
@@ -178,7 +181,8 @@ fn state(plan: &AttachPlan, results: &[(Hook, AttachResult)], hook: Hook) -> Hoo
     }
 }
 
-/// The programs that are preferred to the one that runs and cannot run here, from the plan and from trying.
+/// The programs that are preferred to the one that runs and cannot run here, from the plan and from
+/// trying.
 fn preferred(plan: &AttachPlan, hook: Hook, used: &Program, tried: &[ProgramRefusal]) -> Vec<ProgramRefusal> {
     let step = plan.steps.iter().find(|step| step.hook == hook);
     let refused = || step.into_iter().flat_map(|step| &step.passed_over).chain(tried);

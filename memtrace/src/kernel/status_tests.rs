@@ -95,10 +95,8 @@ fn a_fallback_says_which_program_runs_and_which_was_refused_why() {
 
 #[test]
 fn a_fallback_is_one_sentence_and_additive_in_json() {
-    let results = [
-        attached(Hook::Rss, "rss_stat", &[("rss_stat_btf", "EACCES")]),
-        attached(Hook::Oom, "mark_victim", &[]),
-    ];
+    let results =
+        [attached(Hook::Rss, "rss_stat", &[("rss_stat_btf", "EACCES")]), attached(Hook::Oom, "mark_victim", &[])];
     let status = Status::new(&plan(&full(), &[]), &results);
     let sentence = "the rss hook runs by raw tracepoint rss_stat, not by the preferred program: \
                     typed tracepoint rss_stat: EACCES";

@@ -1,10 +1,10 @@
 //! What this kernel and these privileges allow: facts in, a plan out. Pure.
 //!
-//! Nothing is decided by kernel version. A hook is planned when the facts it needs are there; whether
-//! the kernel then takes its programs is found out by trying them, one by one, in order of preference.
-//! Take `oom_decision`: a kernel whose BTF has `oom_kill_process` gets fentry first and a kprobe second;
-//! one whose BTF lacks the function (it is static) gets the kprobe alone, and the plan remembers why
-//! fentry was passed over. What became of a plan is in `status`.
+//! Nothing is decided by kernel version. A hook is planned when the facts it needs are there;
+//! whether the kernel then takes its programs is found out by trying them, one by one, in order of
+//! preference. Take `oom_decision`: a kernel whose BTF has `oom_kill_process` gets fentry first and
+//! a kprobe second; one whose BTF lacks the function (it is static) gets the kprobe alone, and the
+//! plan remembers why fentry was passed over. What became of a plan is in `status`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -269,7 +269,8 @@ enum Unfit {
     NotMeant(String),
 }
 
-/// The programs worth trying for a hook and those that were passed over, or why there are none to try.
+/// The programs worth trying for a hook and those that were passed over, or why there are none to
+/// try.
 fn programs(facts: &KernelFacts, hook: Hook) -> Result<(Vec<Program>, Vec<ProgramRefusal>), String> {
     let Some(layout) = &facts.layout else {
         return Err("the kernel's types (BTF) are not known".into());
@@ -315,7 +316,8 @@ fn absent_fields(layout: &KernelLayout, hook: Hook) -> Vec<&'static str> {
 
 fn fits(facts: &KernelFacts, program: &Program) -> Result<(), Unfit> {
     match program.attach {
-        // It makes every update of a per-CPU counter cheaper. Before 6.2 there are none, and few updates.
+        // It makes every update of a per-CPU counter cheaper. Before 6.2 there are none, and few
+        // updates.
         Attach::TypedTracepoint(name) if facts.layout.is_none_or(|layout| layout.rss_is_percpu != 1) => {
             Err(Unfit::NotMeant(format!("{name} needs no types here")))
         }

@@ -231,12 +231,17 @@ fn which_programs_are_tried_and_which_are_passed_over() {
     let mut other_signature = x86();
     other_signature.functions.insert("oom_kill_process", 3);
     let trampoline = |name: &'static str, reason: String| vec![(name, reason)];
-    // Facts, hook, programs that are tried, programs that were passed over. What belongs to the other architecture, or is
-    // no better here, is not passed over: nothing is lost without it.
+    // Facts, hook, programs that are tried, programs that were passed over. What belongs to the
+    // other architecture, or is no better here, is not passed over: nothing is lost without it.
     let table = [
         (x86(), Hook::Map, vec!["mmap_exit", "sys_exit"], vec![]),
         (arm, Hook::Map, vec!["mmap_exit", "sys_exit"], vec![]),
-        (lacking("__x64_sys_brk"), Hook::Map, vec!["sys_exit"], trampoline("mmap_exit", without_types("__x64_sys_brk"))),
+        (
+            lacking("__x64_sys_brk"),
+            Hook::Map,
+            vec!["sys_exit"],
+            trampoline("mmap_exit", without_types("__x64_sys_brk")),
+        ),
         (arm_without, Hook::Map, vec!["sys_exit"], trampoline("mmap_exit", without_types("__arm64_sys_brk"))),
         (x86(), Hook::Rss, vec!["rss_stat_btf", "rss_stat"], vec![]),
         (atomics, Hook::Rss, vec!["rss_stat"], vec![]),

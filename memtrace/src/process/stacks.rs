@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use memtrace_common::event::{
     CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, CGROUP_MADE, CgroupChange, Exec, Exit, Header, KIND_CGROUP,
-    KIND_EXEC, KIND_EXIT, KIND_KERNEL_STACK, KIND_RECLAIM, KIND_STACK_SAMPLE, MAX_STACK_COPY_BYTES, RECLAIM_BEGIN, Reclaim,
-    StackSample, UNKNOWN,
+    KIND_EXEC, KIND_EXIT, KIND_KERNEL_STACK, KIND_RECLAIM, KIND_STACK_SAMPLE, MAX_STACK_COPY_BYTES, RECLAIM_BEGIN,
+    Reclaim, StackSample, UNKNOWN,
 };
 use zerocopy::FromBytes;
 
