@@ -14,7 +14,7 @@ use rustix::time::{
 };
 use tokio::net::unix::pipe::Receiver;
 
-use crate::engine::input::Fact;
+use memtrace_engine::input::Fact;
 
 /// Readings of both clocks, of which the one with the least uncertainty becomes the anchor.
 const ATTEMPTS: usize = 5;

@@ -4,7 +4,6 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;
-pub mod engine;
 pub mod error;
 pub mod host;
 pub mod kernel;

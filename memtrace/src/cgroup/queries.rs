@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::fs;
 
 use super::hierarchy::Hierarchy;
-use crate::engine::input::Fact;
+use memtrace_engine::input::Fact;
 
 /// Cgroups looked up in one tick.
 const LOOKUPS_AT_ONCE: usize = 16;

@@ -21,7 +21,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::Context;
 use rustix::io::Errno;
 
-use crate::engine::input::{KernelLogEvent, KernelLogLine};
+use memtrace_engine::input::{KernelLogEvent, KernelLogLine};
 
 /// The device with the records of the kernel log.
 pub const KMSG: &str = "/dev/kmsg";
