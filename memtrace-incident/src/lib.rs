@@ -26,6 +26,7 @@ mod incident;
 mod kind;
 mod ledger;
 mod loss;
+#[cfg(feature = "schema")]
 mod schema;
 pub mod units;
 
@@ -34,4 +35,5 @@ pub use incident::*;
 pub use kind::Kind;
 pub use ledger::{KillEntry, SigkillCause, SigkillEntry};
 pub use loss::Loss;
+#[cfg(feature = "schema")]
 pub use schema::json_schema;
