@@ -84,6 +84,8 @@ pub enum LossReason {
     RateLimited = 4,
     /// A 32-bit caller's mapping call, whose arguments are not read.
     Compat = 5,
+    /// Two threads mapped at once: the stack of one stands for the bytes of both, the other mapping has none.
+    Merged = 6,
 }
 
 /// What taking stacks has cost, and may: the value of the STACK_BUDGET map.
@@ -109,11 +111,11 @@ pub struct StackBudget {
 }
 
 /// How many [`LossReason`]s there are.
-pub const LOSS_REASONS: u32 = 6;
+pub const LOSS_REASONS: u32 = 7;
 
 /// Labels of [`LossReason`], by its number.
 pub const LOSS_LABELS: [&str; LOSS_REASONS as usize] =
-    ["ring_full", "table_full", "no_owner", "unreadable", "rate_limited", "compat"];
+    ["ring_full", "table_full", "no_owner", "unreadable", "rate_limited", "compat", "merged"];
 
 /// Index into the LOSSES per-CPU array.
 pub const fn loss_index(ring: Ring, reason: LossReason) -> u32 {

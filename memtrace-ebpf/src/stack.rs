@@ -52,6 +52,13 @@ pub fn due(pending: *mut PendingGrowth) -> bool {
     control!(sample_interval_bytes) != 0 && PendingGrowth::grown(pending) >= PendingGrowth::next(pending)
 }
 
+/// Whether this much alone would have been enough: another CPU's stack stands for it too.
+#[inline(always)]
+pub fn taken_by_another(pending: *mut PendingGrowth, bytes: u64) -> bool {
+    let next = PendingGrowth::next(pending);
+    next > 0 && bytes >= next as u64
+}
+
 /// Takes a stack for `pending` when it is due and the budget allows it.
 #[inline(always)]
 pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, subject: &SampleSubject) {
@@ -90,6 +97,9 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
     // Taken off first: what other threads add meanwhile is for the next sample.
     let weight = PendingGrowth::grown(pending);
     if weight <= 0 {
+        if subject.size_bytes != 0 {
+            lose(Ring::Stacks, LossReason::Merged);
+        }
         store(owner, 0);
         return;
     }

@@ -101,6 +101,9 @@ fn grown(ctx: &impl EbpfContext, regs: u64, call: u32, address: u64, size: u64, 
         (CAUSE_MAP, pending, size)
     };
     if !stack::due(pending) {
+        if stack::taken_by_another(pending, size_bytes) {
+            lose(Ring::Stacks, LossReason::Merged);
+        }
         return;
     }
     let subject = SampleSubject {
