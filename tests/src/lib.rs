@@ -3,7 +3,6 @@
 pub mod actor;
 pub mod agent;
 pub mod cage;
-pub mod chapter;
 pub mod claims;
 pub mod dice;
 pub mod disk;

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::built::Built;
-use crate::place::{Place, Profile, has_btf, is_root};
-use crate::run::{output, say, shown};
-use crate::{build, setup};
+use memtrace_harness::built::Built;
+use memtrace_harness::checkout::{Checkout, Profile, has_btf, is_root};
+use memtrace_harness::run::{output, say, shown};
+use memtrace_harness::{build, setup};
 
 /// The limit of the demo's cgroup, and what the workload wants of it.
 const LIMIT: &str = "120M";
@@ -28,7 +28,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(15);
 pub(crate) struct Args {}
 
 /// Runs the verb.
-pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
+pub(crate) fn run(checkout: &Checkout, _args: &Args) -> Result<()> {
     if !is_root() {
         bail!(
             "the demo loads eBPF programs and makes a cgroup, so it needs root: sudo -E env PATH=$PATH cargo xtask demo"
@@ -37,9 +37,9 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
     if !has_btf() {
         bail!("this kernel publishes no BTF at /sys/kernel/btf/vmlinux, so memtrace cannot run here");
     }
-    setup::bpf(place)?;
-    let object = build::ebpf(place)?;
-    let built = Built::programs(place, Profile::Release, &object)?;
+    setup::bpf(checkout)?;
+    let object = build::ebpf(checkout)?;
+    let built = Built::programs(checkout, Profile::Release, &object)?;
     let memtrace = built.program("memtrace")?;
 
     let state = Scratch::new()?;

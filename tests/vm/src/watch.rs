@@ -1,0 +1,209 @@
+//! When a machine is given up: when it makes no progress, by its own time.
+//!
+//! A second of a machine's own time is one in which the host gave its emulator the processors that it asked for. On a
+//! host of which others take half, and in one that stands still, a machine's time goes slower or not at all: so no verdict
+//! depends on how fast the host is. How fast the emulation is shows in how long the kernel takes to boot, and what a
+//! machine may take in all is a multiple of that.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Until its first words a machine is only given so much: nothing is known about it yet.
+const BOOT: Duration = Duration::from_secs(300);
+
+/// A machine that says nothing for so many times what it took to boot, and at least for so long, has stopped. A guest
+/// that runs tests says every few seconds that it is there.
+const SILENT_BOOTS: u32 = 30;
+const SILENT_LEAST: Duration = Duration::from_secs(180);
+
+/// The same where no test begins or ends.
+const STUCK_BOOTS: u32 = 100;
+const STUCK_LEAST: Duration = Duration::from_secs(600);
+
+/// The same for a machine in all.
+const ALL_BOOTS: u32 = 600;
+const ALL_LEAST: Duration = Duration::from_secs(60 * 60);
+
+/// What a line of the console shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sign {
+    /// The guest is there.
+    Alive,
+    /// A test, an executable or a benchmark began or ended.
+    Progress,
+}
+
+/// Follows one machine.
+#[derive(Debug, Default)]
+pub(crate) struct ProgressWatch {
+    /// Its own time since it was started, as are the others.
+    now: Duration,
+    booted: Option<Duration>,
+    heard: Duration,
+    progressed: Duration,
+    /// It has said that it is there without being asked: so its silence means something.
+    ticks: bool,
+}
+
+impl ProgressWatch {
+    /// So much of the machine's own time has passed.
+    pub(crate) fn pass(&mut self, own: Duration) {
+        self.now = self.now.saturating_add(own);
+    }
+
+    /// It said something.
+    pub(crate) fn hear(&mut self, sign: Sign) {
+        self.booted.get_or_insert(self.now);
+        self.heard = self.now;
+        match sign {
+            Sign::Alive => self.ticks = true,
+            Sign::Progress => self.progressed = self.now,
+        }
+    }
+
+    /// Its own time since it was started.
+    pub(crate) fn own_time(&self) -> Duration {
+        self.now
+    }
+
+    /// Why it is to be given up, if it is.
+    pub(crate) fn verdict(&self) -> Option<String> {
+        let Some(boot) = self.booted else {
+            return (self.now > BOOT).then(|| format!("given up after {} s of its own time", BOOT.as_secs()));
+        };
+        let over = |since: Duration, boots: u32, least: Duration| {
+            let limit = boot.saturating_mul(boots).max(least);
+            (self.now.saturating_sub(since) > limit).then_some(limit.as_secs())
+        };
+        if let Some(limit) = over(self.heard, SILENT_BOOTS, SILENT_LEAST).filter(|_| self.ticks) {
+            return Some(format!("given up after {limit} s of its own time without a word"));
+        }
+        if let Some(limit) = over(self.progressed, STUCK_BOOTS, STUCK_LEAST).filter(|_| self.ticks) {
+            return Some(format!("given up after {limit} s of its own time in which no test began or ended"));
+        }
+        let limit = over(Duration::ZERO, ALL_BOOTS, ALL_LEAST)?;
+        Some(format!("given up after {limit} s of its own time in all"))
+    }
+}
+
+/// What the threads of a process have had of the host, of `/proc/PID/task/TID/schedstat`: nanoseconds that each ran and
+/// nanoseconds that each waited for a processor (Documentation/scheduler/sched-stats.rst).
+#[derive(Debug)]
+pub(crate) struct EmulatorThreads {
+    dir: PathBuf,
+    seen: BTreeMap<String, (u64, u64)>,
+}
+
+impl EmulatorThreads {
+    /// Of a process.
+    pub(crate) fn of(pid: u32) -> Self {
+        Self { dir: PathBuf::from(format!("/proc/{pid}/task")), seen: BTreeMap::new() }
+    }
+
+    /// How much of an interval since the last call was the process' own: the share of the processor time it asked for that
+    /// it was given. All of it, where it asked for none or the kernel does not count.
+    pub(crate) fn own(&mut self, interval: Duration) -> Duration {
+        let mut now = BTreeMap::new();
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten().filter_map(Result::ok) {
+            let text = std::fs::read_to_string(entry.path().join("schedstat")).unwrap_or_default();
+            let mut numbers = text.split_ascii_whitespace().map(str::parse::<u64>);
+            if let (Some(Ok(ran)), Some(Ok(waited))) = (numbers.next(), numbers.next()) {
+                now.insert(entry.file_name().to_string_lossy().into_owned(), (ran, waited));
+            }
+        }
+        let (mut ran, mut waited) = (0_u64, 0_u64);
+        for (thread, after) in &now {
+            let before = self.seen.get(thread).copied().unwrap_or_default();
+            ran = ran.saturating_add(after.0.saturating_sub(before.0));
+            waited = waited.saturating_add(after.1.saturating_sub(before.1));
+        }
+        self.seen = now;
+        share(interval, ran, waited)
+    }
+}
+
+fn share(interval: Duration, ran: u64, waited: u64) -> Duration {
+    match ran.saturating_add(waited) {
+        0 => interval,
+        asked => interval.mul_f64(ran as f64 / asked as f64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// A machine that took so long to boot.
+    fn booted(boot: u64) -> ProgressWatch {
+        let mut watch = ProgressWatch::default();
+        watch.pass(s(boot));
+        watch.hear(Sign::Progress);
+        watch
+    }
+
+    #[test]
+    fn a_machine_that_never_speaks_is_given_up() {
+        let mut watch = ProgressWatch::default();
+        watch.pass(BOOT);
+        assert_eq!(watch.verdict(), None);
+        watch.pass(s(1));
+        assert!(watch.verdict().is_some_and(|why| why.contains("300 s")));
+    }
+
+    #[test]
+    fn silence_counts_where_a_guest_says_that_it_is_there_and_longer_where_it_booted_slowly() {
+        for (boot, silent) in [(1, 180), (20, 600)] {
+            let mut watch = booted(boot);
+            watch.hear(Sign::Alive);
+            watch.pass(s(silent));
+            assert_eq!(watch.verdict(), None);
+            watch.pass(s(1));
+            assert!(watch.verdict().is_some_and(|why| why.contains("without a word")));
+        }
+        let mut benchmark = booted(1);
+        benchmark.pass(s(1000));
+        assert_eq!(benchmark.verdict(), None, "a benchmark says nothing until it ends");
+    }
+
+    #[test]
+    fn a_guest_that_is_there_and_a_test_that_is_not_is_given_up() {
+        let mut watch = booted(2);
+        for _ in 0..60 {
+            watch.pass(s(10));
+            watch.hear(Sign::Alive);
+            assert_eq!(watch.verdict(), None);
+        }
+        watch.pass(s(1));
+        assert!(watch.verdict().is_some_and(|why| why.contains("no test")));
+        watch.hear(Sign::Progress);
+        assert_eq!(watch.verdict(), None);
+    }
+
+    #[test]
+    fn there_is_an_end_to_everything() {
+        let mut watch = booted(10);
+        for _ in 0..600 {
+            watch.pass(s(10));
+            watch.hear(Sign::Progress);
+        }
+        assert!(watch.verdict().is_some_and(|why| why.contains("in all")));
+    }
+
+    #[test]
+    fn time_is_a_machines_own_as_far_as_it_got_what_it_asked_for() {
+        assert_eq!(share(s(10), 0, 0), s(10));
+        assert_eq!(share(s(10), 5, 0), s(10));
+        assert_eq!(share(s(10), 5, 5), s(5));
+        assert_eq!(share(s(10), 0, 5), s(0));
+        let mut threads = EmulatorThreads::of(std::process::id());
+        threads.own(s(1));
+        assert!(!threads.seen.is_empty(), "this kernel counts no time of threads");
+        assert!(threads.own(s(1)) <= s(1));
+        assert_eq!(EmulatorThreads::of(u32::MAX).own(s(1)), s(1));
+    }
+}
