@@ -23,7 +23,7 @@ pub struct Actor {
 
 /// A workload that has ended.
 #[derive(Debug)]
-pub struct Ended {
+pub struct EndedWorkload {
     /// Process id of the program that was started.
     pub pid: u32,
     /// How it ended.
@@ -73,11 +73,11 @@ impl Actor {
     }
 
     /// Lets it end: closes its stdin, hears it out and waits.
-    pub fn finish(mut self) -> anyhow::Result<Ended> {
+    pub fn finish(mut self) -> anyhow::Result<EndedWorkload> {
         drop(self.child.stdin.take());
         while self.hear()? {}
         let status = process::wait_at_most(&mut self.child, END_LIMIT)?;
-        Ok(Ended { pid: self.child.id(), status, said: std::mem::take(&mut self.said) })
+        Ok(EndedWorkload { pid: self.child.id(), status, said: std::mem::take(&mut self.said) })
     }
 
     fn hear(&mut self) -> anyhow::Result<bool> {
@@ -97,7 +97,7 @@ impl Drop for Actor {
     }
 }
 
-impl Ended {
+impl EndedWorkload {
     /// What it said of this name, first one first.
     pub fn all(&self, event: &str) -> impl Iterator<Item = &Value> {
         self.said.iter().filter(move |said| said.get("event").is_some_and(|name| name == event))

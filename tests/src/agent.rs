@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::patience::Patience;
+use crate::deadline::Deadline;
 use crate::{process, programs};
 
 /// 64 emulated processors on two real ones take over half a minute to load the programs.
@@ -23,7 +23,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 
 /// How to start the agent.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct AgentOptions {
     /// `--state-dir`.
     pub state_dir: PathBuf,
     /// `--journal-dir`.
@@ -32,7 +32,7 @@ pub struct Options {
     pub extra: Vec<String>,
 }
 
-impl Options {
+impl AgentOptions {
     /// State and journal below one directory.
     pub fn below(dir: &Path) -> Self {
         Self { state_dir: dir.join("state"), journal_dir: dir.join("journal"), extra: Vec::new() }
@@ -67,16 +67,16 @@ impl Options {
             }
         });
         let mut agent = Agent { child, said, port, options: self.clone() };
-        let patience = Patience::of(START_LIMIT);
+        let deadline = Deadline::after(START_LIMIT);
         while !agent.says("ready") {
             if let Some(status) = agent.child.try_wait().context("failed to look at the agent")? {
                 std::thread::sleep(Duration::from_millis(100));
                 bail!("the agent ended with {status} before it was ready; it said:\n{}", agent.stderr());
             }
             ensure!(
-                !patience.is_over(),
+                !deadline.has_passed(),
                 "the agent was not ready after {:?}; it said:\n{}",
-                patience.limit(),
+                deadline.limit(),
                 agent.stderr()
             );
             std::thread::sleep(Duration::from_millis(10));
@@ -106,10 +106,10 @@ impl Options {
 
     /// Lists incidents until `enough` says so or the time is up; returns the last list either way.
     pub fn incidents_when(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<Vec<Value>> {
-        let patience = Patience::of(limit);
+        let deadline = Deadline::after(limit);
         loop {
             let listed = self.incidents()?;
-            if enough(&listed) || patience.is_over() {
+            if enough(&listed) || deadline.has_passed() {
                 return Ok(listed);
             }
             std::thread::sleep(Duration::from_millis(250));
@@ -124,7 +124,7 @@ pub struct Agent {
     /// Lines of its stderr, and when they were heard, boot clock.
     said: Arc<Mutex<Vec<(u64, String)>>>,
     port: u16,
-    options: Options,
+    options: AgentOptions,
 }
 
 impl Agent {
@@ -139,7 +139,7 @@ impl Agent {
     }
 
     /// How it was started.
-    pub fn options(&self) -> &Options {
+    pub fn options(&self) -> &AgentOptions {
         &self.options
     }
 
@@ -222,7 +222,7 @@ pub fn free_port() -> anyhow::Result<u16> {
 /// HTTP/1.1 GET on the loopback address: status and body.
 pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("failed to connect to {port}"))?;
-    stream.set_read_timeout(Some(Patience::of(ANSWER_LIMIT).limit())).context("failed to set a read timeout")?;
+    stream.set_read_timeout(Some(Deadline::after(ANSWER_LIMIT).limit())).context("failed to set a read timeout")?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n")
         .with_context(|| format!("failed to ask for {path}"))?;
     let mut answer = Vec::new();

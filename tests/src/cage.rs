@@ -26,7 +26,7 @@ pub enum Version {
 
 /// A directory of the memory hierarchy and its path inside that hierarchy.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct CgroupDir {
     /// Version of the hierarchy.
     pub version: Version,
     /// Directory.
@@ -35,7 +35,7 @@ pub struct Place {
     pub path: String,
 }
 
-impl Place {
+impl CgroupDir {
     /// The file that says its usage.
     pub fn usage_file(&self) -> PathBuf {
         self.dir.join(match self.version {
@@ -53,7 +53,7 @@ impl Place {
 /// A transient memory cgroup; removed when dropped.
 #[derive(Debug)]
 pub struct Cage {
-    place: Place,
+    place: CgroupDir,
     limit: u64,
     id: u64,
     removed: bool,
@@ -85,12 +85,12 @@ impl Cage {
         Self::make(&self.place, name)
     }
 
-    fn make(parent: &Place, name: &str) -> anyhow::Result<Self> {
+    fn make(parent: &CgroupDir, name: &str) -> anyhow::Result<Self> {
         let dir = parent.dir.join(name);
         fs::create_dir(&dir).with_context(|| format!("failed to make cgroup {}", dir.display()))?;
         let path = format!("{}/{name}", parent.path.trim_end_matches('/'));
         let id = fs::metadata(&dir).with_context(|| format!("failed to stat {}", dir.display()))?.ino();
-        let place = Place { version: parent.version, dir, path };
+        let place = CgroupDir { version: parent.version, dir, path };
         Ok(Self { place, limit: u64::MAX, id, removed: false })
     }
 
@@ -226,14 +226,14 @@ pub fn enter(dir: &Path) -> anyhow::Result<()> {
 }
 
 /// The memory cgroup this process runs in.
-pub fn own_place() -> anyhow::Result<Place> {
+pub fn own_place() -> anyhow::Result<CgroupDir> {
     let membership = fs::read_to_string("/proc/self/cgroup").context("failed to read /proc/self/cgroup")?;
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("failed to read /proc/self/mountinfo")?;
     place_of(&membership, &mounts)
 }
 
 /// The kernel's watermark of the memory cgroup this process runs in; `None` where v2 does not show it (before 5.19).
-pub fn own_peak() -> anyhow::Result<(Place, Option<u64>)> {
+pub fn own_peak() -> anyhow::Result<(CgroupDir, Option<u64>)> {
     let place = own_place()?;
     let file = place.dir.join(match place.version {
         Version::V1 => "memory.max_usage_in_bytes",
@@ -251,7 +251,7 @@ fn number_in(file: &Path) -> anyhow::Result<u64> {
     text.trim().parse().with_context(|| format!("{} is not a number", file.display()))
 }
 
-fn place_of(membership: &str, mounts: &str) -> anyhow::Result<Place> {
+fn place_of(membership: &str, mounts: &str) -> anyhow::Result<CgroupDir> {
     let mut unified = None;
     let mut memory = None;
     for line in membership.lines() {
@@ -281,14 +281,14 @@ fn place_of(membership: &str, mounts: &str) -> anyhow::Result<Place> {
         let below = if root == "/" { Some(path) } else { path.strip_prefix(root) };
         if let (true, Some(below)) = (matches, below) {
             let dir = Path::new(mount).join(below.trim_start_matches('/'));
-            return Ok(Place { version, dir, path: path.to_owned() });
+            return Ok(CgroupDir { version, dir, path: path.to_owned() });
         }
     }
     bail!("the memory cgroup hierarchy of {path} is not mounted")
 }
 
 /// Where a cage can be made: the caller's own memory cgroup, on v2 the nearest one that hands memory down.
-fn parent_place() -> anyhow::Result<Place> {
+fn parent_place() -> anyhow::Result<CgroupDir> {
     let mut place = own_place()?;
     if place.version == Version::V1 {
         return Ok(place);
@@ -308,7 +308,7 @@ fn parent_place() -> anyhow::Result<Place> {
             bail!("no cgroup above this process hands the memory controller down");
         };
         ensure!(!place.path.trim_matches('/').is_empty(), "no cgroup above this process hands memory down");
-        place = Place { version: place.version, dir: dir.to_owned(), path: path.to_owned() };
+        place = CgroupDir { version: place.version, dir: dir.to_owned(), path: path.to_owned() };
     }
 }
 

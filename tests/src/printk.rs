@@ -15,7 +15,7 @@ use crate::process::boot_ns;
 
 /// One record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
+pub struct KernelLogRecord {
     /// Sequence number.
     pub seq: u64,
     /// printk's clock, nanoseconds (microsecond resolution).
@@ -35,13 +35,13 @@ pub struct KillLines {
 
 /// A reader of /dev/kmsg from the moment it was opened; keeps what it read.
 #[derive(Debug)]
-pub struct KernelLog {
+pub struct KernelLogTail {
     file: File,
-    lines: Vec<Line>,
+    lines: Vec<KernelLogRecord>,
     overruns: u64,
 }
 
-impl KernelLog {
+impl KernelLogTail {
     /// Opens the log at its end.
     pub fn open_at_end() -> anyhow::Result<Self> {
         Self::open(SeekFrom::End(0))
@@ -64,7 +64,7 @@ impl KernelLog {
     }
 
     /// Reads what is there now and returns everything read since the log was opened.
-    pub fn drain(&mut self) -> anyhow::Result<&[Line]> {
+    pub fn drain(&mut self) -> anyhow::Result<&[KernelLogRecord]> {
         let mut record = [0u8; 8192];
         loop {
             match self.file.read(&mut record) {
@@ -89,7 +89,7 @@ impl KernelLog {
     }
 
     /// Everything read so far.
-    pub fn lines(&self) -> &[Line] {
+    pub fn lines(&self) -> &[KernelLogRecord] {
         &self.lines
     }
 
@@ -109,9 +109,9 @@ impl KernelLog {
     }
 
     /// Measures the offset between the two clocks with `markers` lines written to the log and read back.
-    pub fn anchor(&mut self, markers: u32) -> anyhow::Result<Anchor> {
+    pub fn anchor(&mut self, markers: u32) -> anyhow::Result<PrintkAnchor> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let mut best: Option<Anchor> = None;
+        let mut best: Option<PrintkAnchor> = None;
         for _ in 0..markers {
             let serial = COUNT.fetch_add(1, Ordering::Relaxed);
             let marker = format!("memtrace-tests: clock anchor {}-{serial}", std::process::id());
@@ -126,7 +126,7 @@ impl KernelLog {
             let from = self.lines.len();
             let read = self.drain()?.get(from..).unwrap_or_default();
             let Some(line) = read.iter().find(|line| line.text == marker) else { continue };
-            let anchor = Anchor::between(before, after, line.printk_ns)?;
+            let anchor = PrintkAnchor::between(before, after, line.printk_ns)?;
             if best.is_none_or(|b| anchor.uncertainty_ns < b.uncertainty_ns) {
                 best = Some(anchor);
             }
@@ -137,7 +137,7 @@ impl KernelLog {
 
 /// The offset from printk's clock to the boot clock, as measured at one moment.
 #[derive(Clone, Copy, Debug)]
-pub struct Anchor {
+pub struct PrintkAnchor {
     /// When, boot clock.
     pub at_boot_ns: u64,
     /// To add to printk's clock to get the boot clock.
@@ -146,7 +146,7 @@ pub struct Anchor {
     pub uncertainty_ns: u64,
 }
 
-impl Anchor {
+impl PrintkAnchor {
     /// A line stamped `printk_ns` (cut to microseconds) was written between two readings of the boot clock.
     fn between(before: u64, after: u64, printk_ns: u64) -> anyhow::Result<Self> {
         const STAMP_NS: u64 = 1000;
@@ -164,13 +164,13 @@ impl Anchor {
 }
 
 /// The anchor nearest to a boot-clock moment.
-pub fn nearest(anchors: &[Anchor], boot_ns: u64) -> anyhow::Result<Anchor> {
+pub fn nearest(anchors: &[PrintkAnchor], boot_ns: u64) -> anyhow::Result<PrintkAnchor> {
     let nearest = anchors.iter().min_by_key(|anchor| anchor.at_boot_ns.abs_diff(boot_ns));
     nearest.copied().context("no clock anchor was taken")
 }
 
 /// How much the offset moved over all anchors, nanoseconds, and the largest uncertainty among them.
-pub fn drift(anchors: &[Anchor]) -> anyhow::Result<(u64, u64)> {
+pub fn drift(anchors: &[PrintkAnchor]) -> anyhow::Result<(u64, u64)> {
     ensure!(!anchors.is_empty(), "no clock anchor was taken");
     let (mut low, mut high, mut unsure) = (i64::MAX, i64::MIN, 0);
     for anchor in anchors {
@@ -180,12 +180,12 @@ pub fn drift(anchors: &[Anchor]) -> anyhow::Result<(u64, u64)> {
     Ok((high.abs_diff(low), unsure))
 }
 
-fn parse(record: &str) -> Option<Line> {
+fn parse(record: &str) -> Option<KernelLogRecord> {
     let (head, body) = record.split_once(';')?;
     let mut fields = head.split(',').skip(1);
     let seq = fields.next()?.parse().ok()?;
     let micros: u64 = fields.next()?.parse().ok()?;
-    Some(Line { seq, printk_ns: micros * 1000, text: body.lines().next().unwrap_or_default().to_owned() })
+    Some(KernelLogRecord { seq, printk_ns: micros * 1000, text: body.lines().next().unwrap_or_default().to_owned() })
 }
 
 /// The process that a `Killed process` line is about.
@@ -194,7 +194,7 @@ pub fn killed_pid(text: &str) -> Option<u32> {
     rest.split(' ').next()?.parse().ok()
 }
 
-fn kill_of(lines: &[Line], pid: u32, from: u64) -> Option<KillLines> {
+fn kill_of(lines: &[KernelLogRecord], pid: u32, from: u64) -> Option<KillLines> {
     let killed = lines.iter().position(|line| line.seq >= from && killed_pid(&line.text) == Some(pid))?;
     let field = format!(",pid={pid},");
     let before = lines.get(..killed)?.iter().rev().take_while(|line| line.seq >= from);
@@ -206,7 +206,7 @@ fn kill_of(lines: &[Line], pid: u32, from: u64) -> Option<KillLines> {
 mod tests {
     use super::*;
 
-    fn line(seq: u64, text: &str) -> Line {
+    fn line(seq: u64, text: &str) -> KernelLogRecord {
         parse(&format!("6,{seq},{},-;{text}\n SUBSYSTEM=x\n", seq * 10)).unwrap()
     }
 
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn an_anchor_holds_the_true_offset() {
         // True offset 500: the line was stamped at printk 9_700, shown as 9_000, boot clock 10_200.
-        let anchor = Anchor::between(10_000, 10_400, 9_000).unwrap();
+        let anchor = PrintkAnchor::between(10_000, 10_400, 9_000).unwrap();
         assert!(anchor.offset_ns.abs_diff(500) <= anchor.uncertainty_ns, "{anchor:?}");
         assert_eq!(anchor.uncertainty_ns, 700);
     }

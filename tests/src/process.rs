@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
-use crate::patience::Patience;
+use crate::deadline::Deadline;
 
 /// Boot clock, nanoseconds.
 pub fn boot_ns() -> u64 {
@@ -32,7 +32,7 @@ pub fn ticks_of_ns(boot_ns: u64) -> u64 {
 
 /// Resident memory of a process, bytes by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Rss {
+pub struct ProcRss {
     /// RssAnon.
     pub anon: u64,
     /// RssFile.
@@ -41,7 +41,7 @@ pub struct Rss {
     pub shmem: u64,
 }
 
-impl Rss {
+impl ProcRss {
     /// Reads /proc/PID/status.
     pub fn read(pid: u32) -> anyhow::Result<Self> {
         let path = format!("/proc/{pid}/status");
@@ -92,13 +92,13 @@ pub fn stop(pid: u32) -> anyhow::Result<()> {
 
 /// Waits for a child with an end.
 pub fn wait_at_most(child: &mut std::process::Child, limit: Duration) -> anyhow::Result<ExitStatus> {
-    let patience = Patience::of(limit);
+    let deadline = Deadline::after(limit);
     loop {
         if let Some(status) = child.try_wait().context("failed to wait for a child")? {
             return Ok(status);
         }
-        if patience.is_over() {
-            bail!("process {} did not end within {:?}", child.id(), patience.limit());
+        if deadline.has_passed() {
+            bail!("process {} did not end within {:?}", child.id(), deadline.limit());
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -6,13 +6,13 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::agent::{Agent, Options, json_of};
+use crate::agent::{Agent, AgentOptions, json_of};
 use crate::cage::Cage;
-use crate::patience::Patience;
+use crate::deadline::Deadline;
 use crate::{json, programs};
 
 /// How long incidents may take to appear.
-const PATIENCE: Duration = Duration::from_secs(90);
+const WAIT_LIMIT: Duration = Duration::from_secs(90);
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
 /// Time for one incident too many to show up.
@@ -31,12 +31,12 @@ impl Trial {
     pub fn begin(arguments: &[&str]) -> anyhow::Result<Self> {
         programs::require_root()?;
         let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-        let agent = Options::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
+        let agent = AgentOptions::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
         Ok(Self { agent, dir })
     }
 
     /// How the agent was started.
-    pub fn options(&self) -> &Options {
+    pub fn options(&self) -> &AgentOptions {
         self.agent.options()
     }
 
@@ -51,7 +51,7 @@ impl Trial {
             let id = incident.pointer("/cgroup/id").and_then(Value::as_u64);
             cages.iter().any(|cage| Some(cage.id()) == id)
         };
-        self.wait_for(PATIENCE, |listed| listed.iter().filter(ours).count() >= count)?;
+        self.wait_for(WAIT_LIMIT, |listed| listed.iter().filter(ours).count() >= count)?;
         std::thread::sleep(SETTLE);
         let listed = self.options().incidents()?;
         let found: Vec<&Value> = listed.iter().filter(ours).collect();
@@ -71,7 +71,7 @@ impl Trial {
     /// Waits until the incidents the agent lists over HTTP are enough, or the time is up. Looks at them only when it has
     /// saved one: to list them means to read each.
     pub fn wait_for(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<()> {
-        let patience = Patience::of(limit);
+        let deadline = Deadline::after(limit);
         let mut seen = None;
         loop {
             let saved = self.agent.metric("memtrace_incidents_saved_total")?;
@@ -82,7 +82,7 @@ impl Trial {
                 }
                 seen = saved;
             }
-            if patience.is_over() {
+            if deadline.has_passed() {
                 return Ok(());
             }
             std::thread::sleep(LOOK);

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use memtrace_tests::cage;
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::say;
-use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, programs};
 use serde_json::{Value, json};
@@ -86,8 +86,8 @@ fn a_container_that_dies_at_once_is_named_with_its_pod() -> anyhow::Result<()> {
     ensure!(output.status.code() == Some(137), "runc ended with {}; it said {said}", output.status);
 
     let about = |i: &&Value| i["cgroup"]["container"]["id"] == id.as_str();
-    let patience = Duration::from_secs(60);
-    trial.wait_for(patience, |listed| listed.iter().any(|i| about(&i)))?;
+    let deadline = Duration::from_secs(60);
+    trial.wait_for(deadline, |listed| listed.iter().any(|i| about(&i)))?;
     let listed = trial.options().incidents()?;
     let mut of_it = listed.iter().filter(about);
     let (Some(listed), None) = (of_it.next(), of_it.next()) else {
@@ -116,7 +116,7 @@ const NAMING: Duration = Duration::from_secs(60);
 
 /// The frame of the workload's own code that took the memory, once it has a name.
 fn named(trial: &Trial, id: &str) -> anyhow::Result<Value> {
-    let patience = Patience::of(NAMING);
+    let deadline = Deadline::after(NAMING);
     loop {
         let incident = trial.options().report(id)?;
         let frames = json::list(&incident, "/allocation_paths")?.iter().filter_map(|path| path["frames"].as_array());
@@ -127,7 +127,7 @@ fn named(trial: &Trial, id: &str) -> anyhow::Result<Value> {
         if let Some(own) = own.filter(|own| own["line"].is_u64()) {
             return Ok(own.clone());
         }
-        ensure!(!patience.is_over(), "no name in {}", json::excerpt(&incident["allocation_paths"]));
+        ensure!(!deadline.has_passed(), "no name in {}", json::excerpt(&incident["allocation_paths"]));
         std::thread::sleep(Duration::from_millis(100));
     }
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Options, successful};
+use memtrace_tests::agent::{AgentOptions, successful};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
@@ -71,7 +71,7 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     require_root()?;
     let _alone = ONE_AT_A_TIME.lock();
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     // Not a secret and not repeatable on purpose: another moment every run, printed so that a failure can be told.
     let mut seed = u64::from(SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos()) | 1;
     say(format_args!("seed {seed}"));
@@ -149,7 +149,7 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
 }
 
 /// The kills of our cgroups in the ledger: how often each, and each only once by what tells kills apart.
-fn ledger(options: &Options, kills: &[Kill], listed: &[Value]) -> anyhow::Result<BTreeMap<u64, usize>> {
+fn ledger(options: &AgentOptions, kills: &[Kill], listed: &[Value]) -> anyhow::Result<BTreeMap<u64, usize>> {
     let text = std::fs::read_to_string(options.state_dir.join("kills.jsonl")).context("failed to read the ledger")?;
     let lines = text.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
     let mut told = BTreeSet::new();
@@ -173,7 +173,7 @@ fn the_ledger_is_completed_from_the_journal_and_only_once() -> anyhow::Result<()
     require_root()?;
     let _alone = ONE_AT_A_TIME.lock();
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     for lost in [false, true] {
         let mut agent = options.start()?;
         let kills = [kill_one()?, kill_one()?];
@@ -221,7 +221,7 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
     let _alone = ONE_AT_A_TIME.lock();
     for damage in ["garbage", "truncated"] {
         let dir = tempfile::tempdir()?;
-        let options = Options::below(dir.path());
+        let options = AgentOptions::below(dir.path());
         let mut agent = options.start()?;
         let kills = [kill_one()?, kill_one()?];
         let both = |listed: &[Value]| count(listed, &kills).values().all(|n| *n == 1);
@@ -271,7 +271,7 @@ fn a_replay_of_the_journal_gives_the_same_incidents() -> anyhow::Result<()> {
     require_root()?;
     let _alone = ONE_AT_A_TIME.lock();
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     let mut agent = options.start()?;
     let kills = (0..5).map(|_| kill_one()).collect::<anyhow::Result<Vec<_>>>()?;
     let all = |listed: &[Value]| count(listed, &kills).values().all(|n| *n == 1);

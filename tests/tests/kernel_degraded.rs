@@ -100,8 +100,8 @@ fn facts(without: Option<&str>, expected_losses: &[String]) -> anyhow::Result<Fa
     cage.remove()?;
     victim.was_killed()?;
     let ours = |i: &&Value| i["cgroup"]["id"] == id;
-    let patience = std::time::Duration::from_secs(60);
-    trial.wait_for(patience, |listed| listed.iter().any(|i| ours(&i)))?;
+    let deadline = std::time::Duration::from_secs(60);
+    trial.wait_for(deadline, |listed| listed.iter().any(|i| ours(&i)))?;
     let listed = trial.options().incidents()?;
     let listed = listed.iter().find(ours).context("no incident of the kill")?;
     let whole = trial.options().report(json::text(listed, "/id")?)?;
@@ -109,11 +109,11 @@ fn facts(without: Option<&str>, expected_losses: &[String]) -> anyhow::Result<Fa
     ensure!(told.is_none_or(|told| told == path), "the path is {told:?}, not {path}");
 
     // Nothing comes of it where reclaim is not seen; elsewhere within the detector's five seconds.
-    let patience = std::time::Duration::from_secs(if without == Some("reclaim_begin") { 8 } else { 60 });
+    let deadline = std::time::Duration::from_secs(if without == Some("reclaim_begin") { 8 } else { 60 });
     // Where no near miss is told of it, the rise may be a spike.
     let spike = without == Some("reclaim_begin");
     let of_near = |i: &&Value| i["cgroup"]["id"] == near.id() && !(spike && i["kind"] == "spike");
-    trial.wait_for(patience, |listed| listed.iter().any(|i| of_near(&i)))?;
+    trial.wait_for(deadline, |listed| listed.iter().any(|i| of_near(&i)))?;
     let all = trial.options().incidents()?;
     let near_miss = all.iter().find(of_near);
     ensure!(near_miss.is_none_or(|i| i["kind"] == "near_miss"), "{near_miss:?}");

@@ -9,11 +9,11 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::Options;
+use memtrace_tests::agent::AgentOptions;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
-use memtrace_tests::printk::{self, Anchor, KernelLog, KillLines};
+use memtrace_tests::printk::{self, KernelLogTail, KillLines, PrintkAnchor};
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
@@ -112,11 +112,11 @@ fn a_hundred_kills_are_a_hundred_true_incidents() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
     let fill = tempfile::tempdir_in("/dev/shm")?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     let mut agent = options.start()?;
     let burst_us = fastest_burst_us()?;
 
-    let mut log = KernelLog::open_at_end()?;
+    let mut log = KernelLogTail::open_at_end()?;
     let mut anchors = vec![log.anchor(20)?];
     let mut runs = Vec::new();
     let rounds = std::env::var("MEMTRACE_TESTS_ROUNDS").map_or(Ok(RUNS_EACH), |rounds| rounds.parse())?;
@@ -184,7 +184,7 @@ fn events(stdout: &[u8]) -> anyhow::Result<Vec<Value>> {
         .collect()
 }
 
-fn run_once(kind: usize, fill: &Path, log: &mut KernelLog) -> anyhow::Result<Run> {
+fn run_once(kind: usize, fill: &Path, log: &mut KernelLogTail) -> anyhow::Result<Run> {
     let Kind { name, limit, arguments, .. } = KINDS[kind];
     let from = log.next_seq()?;
     let cage = Cage::new(name, limit)?;
@@ -233,8 +233,8 @@ fn run_once(kind: usize, fill: &Path, log: &mut KernelLog) -> anyhow::Result<Run
 fn check_run(
     run: &Run,
     incidents: &[Value],
-    anchors: &[Anchor],
-    options: &Options,
+    anchors: &[PrintkAnchor],
+    options: &AgentOptions,
     m: &mut Measured,
 ) -> anyhow::Result<Vec<String>> {
     let kind = &KINDS[run.kind];
@@ -269,7 +269,7 @@ fn check_incident(
     run: &Run,
     victim: &Victim,
     incident: &Value,
-    anchors: &[Anchor],
+    anchors: &[PrintkAnchor],
     m: &mut Measured,
 ) -> anyhow::Result<Vec<String>> {
     let mut problems = Vec::new();
@@ -343,7 +343,7 @@ fn check_incident(
     Ok(problems)
 }
 
-fn print_table(measured: &mut [Measured], anchors: &[Anchor], burst_us: u64) -> anyhow::Result<()> {
+fn print_table(measured: &mut [Measured], anchors: &[PrintkAnchor], burst_us: u64) -> anyhow::Result<()> {
     let (drift, unsure) = printk::drift(anchors)?;
     let offset = anchors.first().context("no anchor")?.offset_ns;
     say(format_args!("200 MB without a limit: {burst_us} us at best"));

@@ -8,18 +8,18 @@ use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::{Cage, Version};
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::{not_run_here, say};
-use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{disk, json};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until something holds.
 fn until(what: &str, holds: impl Fn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let patience = Patience::of(PATIENCE);
+    let deadline = Deadline::after(WAIT_LIMIT);
     while !holds()? {
-        ensure!(!patience.is_over(), "{what}: not within {:?}", patience.limit());
+        ensure!(!deadline.has_passed(), "{what}: not within {:?}", deadline.limit());
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())

@@ -8,9 +8,9 @@ use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::json;
-use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use serde_json::Value;
 
@@ -61,11 +61,11 @@ fn a_kill_names_the_code_that_touched_the_memory_and_the_code_that_mapped_it() -
 
 /// Calls that the kernel did not run the map hook for, as the agent tells within a moment.
 fn map_calls_not_seen(trial: &Trial) -> anyhow::Result<f64> {
-    let patience = Patience::of(TELLING);
+    let deadline = Deadline::after(TELLING);
     loop {
         match trial.agent.metric("memtrace_lost_total{what=\"map/not_run\"}")? {
             Some(count) => return Ok(count),
-            None if patience.is_over() => return Ok(0.0),
+            None if deadline.has_passed() => return Ok(0.0),
             None => std::thread::sleep(Duration::from_millis(100)),
         }
     }
@@ -124,13 +124,13 @@ fn without_a_budget_there_are_no_stacks_and_nothing_else_is_missing() -> anyhow:
 fn named(trial: &Trial, cage: &Cage) -> anyhow::Result<Value> {
     let incident = trial.incident(cage)?;
     let id = json::text(&incident, "/id")?;
-    let patience = Patience::of(NAMING);
+    let deadline = Deadline::after(NAMING);
     loop {
         let incident = trial.options().report(id)?;
         let paths = json::list(&incident, "/allocation_paths")?;
         let nameless = |frame: &Value| frame["kernel"] != true && frame["symbol"].is_null();
         let unnamed = paths.iter().filter(|path| path["frames"].as_array().is_some_and(|f| f.iter().all(nameless)));
-        if (!paths.is_empty() && unnamed.count() == 0) || patience.is_over() {
+        if (!paths.is_empty() && unnamed.count() == 0) || deadline.has_passed() {
             return Ok(incident);
         }
         std::thread::sleep(Duration::from_millis(100));

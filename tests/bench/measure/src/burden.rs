@@ -6,9 +6,9 @@ mod memory;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::Context;
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 
 use crate::rounds::median;
 use crate::{loops, usage};
@@ -59,7 +59,11 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
             }
             Err(error) => {
                 let rows = vec![vec![unanswered(&error)]];
-                chapter.tables.push(Table { title: name.to_owned(), columns: vec!["not measured".to_owned()], rows });
+                chapter.tables.push(ChapterTable {
+                    title: name.to_owned(),
+                    columns: vec!["not measured".to_owned()],
+                    rows,
+                });
             }
         }
     }
@@ -72,7 +76,7 @@ fn unanswered(error: &anyhow::Error) -> Cell {
 }
 
 /// CPU, idle and not.
-fn cpu(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<Goal>)> {
+fn cpu(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let idle = idle(dir, if quick { 4 } else { 20 })?;
     let (busy, at_rate) = busy(dir, quick)?;
     let what = format!("the agent takes less than {IDLE} % of a CPU when nothing happens");
@@ -89,7 +93,7 @@ fn cpu(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<Goal>)> {
     let columns = ["what goes on", "records", "CPU of the agent, of one", "CPU at 10,000 records a second"];
     let rows = [vec![idle_row], busy].concat();
     let title = "CPU of the agent, at its defaults but where said".to_owned();
-    Ok((Table { title, columns: columns.map(str::to_owned).into(), rows }, vec![idle_goal, at_rate]))
+    Ok((ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }, vec![idle_goal, at_rate]))
 }
 
 /// CPU and records over a time.
@@ -118,7 +122,7 @@ fn records(agent: &Agent) -> anyhow::Result<f64> {
 }
 
 fn idle(dir: &Path, seconds: u64) -> anyhow::Result<Rate> {
-    let mut agent = Options::below(dir).start()?;
+    let mut agent = AgentOptions::below(dir).start()?;
     std::thread::sleep(SETTLE * 2);
     let found = Rate::of(&agent, || {
         std::thread::sleep(Duration::from_secs(seconds));
@@ -137,7 +141,7 @@ fn busy(dir: &Path, quick: bool) -> anyhow::Result<(Rows, Goal)> {
     let mut rows = Vec::new();
     let mut goal = (None, None);
     for (name, extra) in settings {
-        let mut agent = Options::below(dir).with(extra).start()?;
+        let mut agent = AgentOptions::below(dir).with(extra).start()?;
         let each = records_a_swing(&agent)?;
         let rate = |target: f64| (target / each / MAKERS as f64).round().max(1.0).to_string();
         let (slow, fast) = (rate(PER / 10.0), rate(PER));

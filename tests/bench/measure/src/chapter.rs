@@ -10,14 +10,14 @@ pub(crate) struct Chapter {
     /// Paragraphs: how it was measured, what the figures mean, what was left out and why.
     pub(crate) text: Vec<String>,
     /// Tables.
-    pub(crate) tables: Vec<Table>,
+    pub(crate) tables: Vec<ChapterTable>,
     /// Goals and whether they are met.
     pub(crate) goals: Vec<Goal>,
 }
 
 /// A table.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Table {
+pub(crate) struct ChapterTable {
     /// What it is of.
     pub(crate) title: String,
     /// Headings.
@@ -113,7 +113,7 @@ impl Chapter {
             Cell::Figure(f) => json!({ "median": f.median, "least": f.least, "most": f.most, "unit": f.unit }),
         };
         let row = |row: &Vec<Cell>| Value::Array(row.iter().map(cell).collect());
-        let table = |table: &Table| {
+        let table = |table: &ChapterTable| {
             let rows: Vec<Value> = table.rows.iter().map(row).collect();
             json!({ "title": table.title, "columns": table.columns, "rows": rows })
         };
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn an_unknown_is_not_zero_in_json() {
         let row = vec![Cell::from("x"), Cell::from(None), Cell::from(Figure::exactly(1.5, "ms"))];
-        let table = Table { rows: vec![row], ..Table::default() };
+        let table = ChapterTable { rows: vec![row], ..ChapterTable::default() };
         let found = Chapter { tables: vec![table], ..Chapter::default() }.to_json();
         assert_eq!(found.pointer("/tables/0/rows/0/0"), Some(&json!("x")));
         assert_eq!(found.pointer("/tables/0/rows/0/1/unknown"), Some(&json!("not measured")));

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use memtrace_tests::agent::{Agent, Options, json_of};
+use memtrace_tests::agent::{Agent, AgentOptions, json_of};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::{json, process, programs};
 use serde_json::{Map, Value, json};
@@ -87,7 +87,7 @@ impl Tracer {
             Who::Agent(arguments) => {
                 let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
                 let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-                let mut options = Options::below(dir.path()).with(&arguments);
+                let mut options = AgentOptions::below(dir.path()).with(&arguments);
                 // as by default: in memory
                 options.journal_dir = "/run/memtrace".into();
                 Some(Self::Agent { agent: options.start()?, _dir: dir })

@@ -5,10 +5,10 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::{disk, json};
 use serde_json::Value;
@@ -17,7 +17,7 @@ use serde_json::Value;
 const ON_DISK: &str = "/var/tmp";
 const LIMIT_BYTES: u64 = 24 << 20;
 /// Everything about a kill is on disk by then, or something is wrong.
-const PATIENCE: Duration = Duration::from_secs(20);
+const WAIT_LIMIT: Duration = Duration::from_secs(20);
 /// To the durable line of the ledger, nanoseconds.
 const RAW_NS: f64 = 10e6;
 /// To the full incident.
@@ -112,7 +112,7 @@ struct Kills {
 impl Kills {
     fn make(dir: &Path, count: usize, arguments: &[&str]) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir_in(dir).context("failed to make a directory for the agent")?;
-        let mut agent = Options::below(dir.path()).with(arguments).start()?;
+        let mut agent = AgentOptions::below(dir.path()).with(arguments).start()?;
         let mut found = Self::default();
         for _ in 0..count {
             found.add(&agent)?;
@@ -149,7 +149,7 @@ impl Kills {
         cage.remove()
     }
 
-    fn table(&self, title: &str, disk_ns: &[f64]) -> Table {
+    fn table(&self, title: &str, disk_ns: &[f64]) -> ChapterTable {
         let ms = |ns: &[f64]| Figure::of(&ns.iter().map(|ns| ns / 1e6).collect::<Vec<_>>(), "ms");
         let row = |what: &str, ns: &[f64]| {
             let figure = ms(ns);
@@ -171,7 +171,7 @@ impl Kills {
             rows.push(vec!["incident with names".into(), Cell::Unknown(why.to_owned()), "".into(), count]);
         }
         let columns = ["from the kill to", "median (least to most)", "worst", "kills"];
-        Table { title: title.to_owned(), columns: columns.map(str::to_owned).into(), rows }
+        ChapterTable { title: title.to_owned(), columns: columns.map(str::to_owned).into(), rows }
     }
 }
 
@@ -189,7 +189,7 @@ fn patient<T>(look: impl Fn() -> Option<T>) -> Option<T> {
         if let Some(found) = look() {
             return Some(found);
         }
-        if begin.elapsed() > PATIENCE {
+        if begin.elapsed() > WAIT_LIMIT {
             return None;
         }
         std::thread::sleep(Duration::from_millis(5));

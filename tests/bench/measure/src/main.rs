@@ -61,7 +61,7 @@ enum Name {
 
 /// How a benchmark is to be run.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+struct BenchPlan {
     /// Fewer rounds.
     quick: bool,
     /// Of the random numbers.
@@ -73,8 +73,11 @@ struct Plan {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     paths::require_root()?;
-    let plan =
-        Plan { quick: args.quick, seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000), minutes: args.minutes };
+    let plan = BenchPlan {
+        quick: args.quick,
+        seed: args.seed.unwrap_or_else(|| process::boot_ns() / 1000),
+        minutes: args.minutes,
+    };
     let chapter = match args.name {
         Name::Spikes => spikes::run(&plan)?,
         Name::Peaks => peaks::run(&plan)?,

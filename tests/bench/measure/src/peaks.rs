@@ -5,17 +5,17 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::cage::Cage;
-use memtrace_tests::dice::Dice;
+use memtrace_tests::random::SeededRandom;
 use memtrace_tests::{json, programs};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::Plan;
-use crate::recorder::{Curve, Recorder};
+use crate::BenchPlan;
+use crate::recorder::{RecordedCurve, Recorder};
 
 /// Cgroups that are kept before the agent is asked about all of them and they are removed.
 const BATCH: usize = 25;
@@ -76,13 +76,13 @@ struct Tally {
 }
 
 /// Runs the benchmark.
-pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
+pub(crate) fn run(plan: &BenchPlan) -> anyhow::Result<Chapter> {
     let (lifetimes, recordings) = if plan.quick { (150, 14) } else { (1000, 84) };
     let files = Files::new()?;
-    let mut dice = Dice::new(plan.seed);
-    let (by_agent, still_listed) = agent_lives(lifetimes, &files, &mut dice)?;
+    let mut random = SeededRandom::new(plan.seed);
+    let (by_agent, still_listed) = agent_lives(lifetimes, &files, &mut random)?;
     let recorded: Vec<(Life, Life)> = (0..recordings)
-        .map(|at| record(SHAPES.iter().cycle().nth(at).context("no shapes")?.0, &files, &mut dice))
+        .map(|at| record(SHAPES.iter().cycle().nth(at).context("no shapes")?.0, &files, &mut random))
         .collect::<anyhow::Result<_>>()?;
     Ok(chapter(plan.seed, &by_agent, still_listed, &recorded))
 }
@@ -109,14 +109,14 @@ impl Files {
     }
 
     /// Program and arguments of a shape, of a random size.
-    fn command(&self, shape: Shape, dice: &mut Dice) -> anyhow::Result<Vec<String>> {
+    fn command(&self, shape: Shape, random: &mut SeededRandom) -> anyhow::Result<Vec<String>> {
         let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not text");
         let file = text(&self.on_disk())?;
         let mib = match shape {
-            Shape::Moment => dice.between(1, 8),
-            Shape::Burst => dice.between(8, 96),
-            Shape::Sockets => dice.between(1, 8),
-            Shape::Forked | Shape::FileCache | Shape::Tmpfs | Shape::Buffer => dice.between(4, FILE_MIB),
+            Shape::Moment => random.between(1, 8),
+            Shape::Burst => random.between(8, 96),
+            Shape::Sockets => random.between(1, 8),
+            Shape::Forked | Shape::FileCache | Shape::Tmpfs | Shape::Buffer => random.between(4, FILE_MIB),
         };
         let words = match shape {
             Shape::Moment => format!("exit-after --ms 1 --mib {mib}"),
@@ -134,17 +134,17 @@ impl Files {
 }
 
 /// Lifetimes under the eyes of an agent at its defaults, and how many of the removed cgroups it still lists at the end.
-fn agent_lives(count: usize, files: &Files, dice: &mut Dice) -> anyhow::Result<(Vec<Life>, usize)> {
+fn agent_lives(count: usize, files: &Files, random: &mut SeededRandom) -> anyhow::Result<(Vec<Life>, usize)> {
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-    let mut agent = Options::below(dir.path()).start()?;
+    let mut agent = AgentOptions::below(dir.path()).start()?;
     let (mut lives, mut ids) = (Vec::new(), Vec::new());
     while lives.len() < count {
         let mut ended = Vec::new();
         for _ in 0..BATCH.min(count - lives.len()) {
-            let at = usize::try_from(dice.between(0, SHAPES.len() as u64 - 1))?;
+            let at = usize::try_from(random.between(0, SHAPES.len() as u64 - 1))?;
             let (shape, _) = *SHAPES.get(at).context("no such shape")?;
             files.evict()?;
-            let words = files.command(shape, dice)?;
+            let words = files.command(shape, random)?;
             let (program, arguments) = words.split_first().context("no program")?;
             let cage = Cage::unlimited("peak")?;
             let mut command = cage.command(program)?;
@@ -179,9 +179,9 @@ fn peaks_said(agent: &Agent) -> anyhow::Result<Vec<(u64, Option<u64>)>> {
 }
 
 /// One lifetime as a recording of its own: the peak that the file says, and the highest reading of its curve.
-fn record(shape: Shape, files: &Files, dice: &mut Dice) -> anyhow::Result<(Life, Life)> {
+fn record(shape: Shape, files: &Files, random: &mut SeededRandom) -> anyhow::Result<(Life, Life)> {
     files.evict()?;
-    let words = files.command(shape, dice)?;
+    let words = files.command(shape, random)?;
     let workload = programs::path("workload")?;
     // The watermark is asked for from inside: the cgroup is gone with the recording.
     let script = r#"workload=$1; shift; "$@" >/dev/null </dev/null && exec "$workload" own-peak"#;
@@ -195,7 +195,7 @@ fn record(shape: Shape, files: &Files, dice: &mut Dice) -> anyhow::Result<(Life,
     let truth_bytes = json::number(truth, "/peak_bytes")?;
     let (_, recording) = recorder.finish()?;
     let said_bytes = recording.pointer("/cgroup/peak_bytes").and_then(Value::as_u64);
-    let highest = Curve::of(&recording)?.usage.iter().map(|reading| reading.bytes).max();
+    let highest = RecordedCurve::of(&recording)?.usage.iter().map(|reading| reading.bytes).max();
     let life = |said_bytes| Life { shape, lived, truth_bytes, said_bytes };
     Ok((life(said_bytes), life(highest)))
 }
@@ -216,7 +216,7 @@ fn tally<'a>(lives: impl Iterator<Item = &'a Life>, quantum_bytes: u64) -> Tally
     tally
 }
 
-fn table(title: &str, lives: &[Life], quantum_bytes: u64, with_time: bool) -> Table {
+fn table(title: &str, lives: &[Life], quantum_bytes: u64, with_time: bool) -> ChapterTable {
     let mut columns = vec!["what ran", "lifetimes"];
     columns.extend(with_time.then_some("lived"));
     columns.extend(["exact", "within one quantum", "nothing said", "worst error"]);
@@ -237,7 +237,7 @@ fn table(title: &str, lives: &[Life], quantum_bytes: u64, with_time: bool) -> Ta
         .map(|(shape, name)| row(name, lives.iter().filter(|life| life.shape == *shape).collect()))
         .collect();
     rows.push(row("all", lives.iter().collect()));
-    Table { title: title.to_owned(), columns: columns.into_iter().map(str::to_owned).collect(), rows }
+    ChapterTable { title: title.to_owned(), columns: columns.into_iter().map(str::to_owned).collect(), rows }
 }
 
 fn chapter(seed: u64, by_agent: &[Life], still_listed: usize, recorded: &[(Life, Life)]) -> Chapter {

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::Context;
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::process::boot_ns;
 
 use crate::bpf::{self, Empty};
@@ -92,7 +92,7 @@ fn inside(dir: &Path, extent: &Extent) -> anyhow::Result<Inside> {
     let _clock = bpf::clock_programs()?;
     for _ in 0..extent.rounds {
         for plain in [true, false] {
-            let options = Options::below(dir).with(if plain { &[] } else { &NO_STACKS });
+            let options = AgentOptions::below(dir).with(if plain { &[] } else { &NO_STACKS });
             let mut agent = options.start()?;
             let tracepoints = fdinfo::of_process(agent.pid())?.tracepoints;
             let empty = empties(&tracepoints)?;
@@ -153,7 +153,7 @@ fn clock(
 
 impl Inside {
     /// The program of resident memory, when it emits and when it does not.
-    fn emitting(&self) -> Table {
+    fn emitting(&self) -> ChapterTable {
         let mut rows = Vec::new();
         for (settings, found) in [("defaults", &self.default), ("--stack-budget 0 --without map", &self.no_stacks)] {
             for (work, (name, what, _)) in WORKS.iter().enumerate() {
@@ -174,14 +174,14 @@ impl Inside {
         }
         let columns =
             ["agent", "work", "a call", "of an empty one", "ratio", "records in 1,000 calls", "stacks in 1,000 calls"];
-        Table {
+        ChapterTable {
             title: format!("The program on {RSS}, whether it has something to emit or not"),
             columns: columns.map(str::to_owned).into(),
             rows,
         }
     }
 
-    fn table(&self) -> Table {
+    fn table(&self) -> ChapterTable {
         let mut rows = Vec::new();
         for (work, (name, ..)) in WORKS.iter().enumerate() {
             for ((_, hook), rounds) in self.default.iter().filter(|((of, _), _)| *of == work) {
@@ -200,7 +200,7 @@ impl Inside {
         }
         let columns = ["work", "tracepoint", "calls a unit of work", "a call", "of an empty one", "ratio"];
         let title = format!("Every program that runs at least {RARE} times a unit of work, agent at its defaults");
-        Table { title, columns: columns.map(str::to_owned).into(), rows }
+        ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }
     }
 
     fn goal(&self) -> Goal {
@@ -277,8 +277,8 @@ fn outside(dir: &Path, extent: &Extent, tracepoints: &BTreeSet<String>) -> anyho
             };
             let empty = empties(&on)?;
             let agent = match load {
-                Load::Agent => Some(Options::below(dir).start()?),
-                Load::Required => Some(Options::below(dir).with(&["--without", &optional]).start()?),
+                Load::Agent => Some(AgentOptions::below(dir).start()?),
+                Load::Required => Some(AgentOptions::below(dir).with(&["--without", &optional]).start()?),
                 _ => None,
             };
             for (work, (_, what, through)) in WORKS.iter().enumerate() {
@@ -305,7 +305,7 @@ fn optional_hooks() -> anyhow::Result<String> {
 }
 
 impl Outside {
-    fn table(&self) -> Table {
+    fn table(&self) -> ChapterTable {
         let mut rows = Vec::new();
         for (work, (name, ..)) in WORKS.iter().enumerate() {
             let Some(nothing) = self.0.get(&(work, Load::Nothing)) else { continue };
@@ -330,7 +330,7 @@ impl Outside {
         }
         let columns = ["work", "attached", "a unit of work", "added", "ratio"];
         let title = "The same from outside: what a unit of work takes, and what is added to it".to_owned();
-        Table { title, columns: columns.map(str::to_owned).into(), rows }
+        ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use memtrace_tests::actor::{Actor, Ended};
+use memtrace_tests::actor::{Actor, EndedWorkload};
 use memtrace_tests::agent::json_of;
 use memtrace_tests::{json, process, programs};
 use rustix::process::Signal;
@@ -19,7 +19,7 @@ pub(crate) struct Recorder {
 
 /// One reading of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Reading {
+pub(crate) struct CgroupReading {
     /// Boot clock.
     pub(crate) boot_ns: u64,
     /// How much.
@@ -28,11 +28,11 @@ pub(crate) struct Reading {
 
 /// What a recording tells over time, oldest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Curve {
+pub(crate) struct RecordedCurve {
     /// Usage of the cgroup, where it is known.
-    pub(crate) usage: Vec<Reading>,
+    pub(crate) usage: Vec<CgroupReading>,
     /// Anonymous, file and shared memory of its processes.
-    pub(crate) resident: Vec<Reading>,
+    pub(crate) resident: Vec<CgroupReading>,
 }
 
 impl Recorder {
@@ -51,7 +51,7 @@ impl Recorder {
     }
 
     /// Waits for the end of both; what the command said, and the recording.
-    pub(crate) fn finish(mut self) -> anyhow::Result<(Ended, Value)> {
+    pub(crate) fn finish(mut self) -> anyhow::Result<(EndedWorkload, Value)> {
         let ended = self.actor.take().context("the recording has ended")?.finish()?;
         ensure!(self.file.is_file(), "no recording: memtrace record ended with {}", ended.status);
         let mut report = programs::memtrace_command()?;
@@ -72,7 +72,7 @@ impl Drop for Recorder {
     }
 }
 
-impl Curve {
+impl RecordedCurve {
     /// The timeline of a file.
     pub(crate) fn of(incident: &Value) -> anyhow::Result<Self> {
         let column = |name: &str| json::list(incident, &format!("/timeline/columns/{name}"));
@@ -83,10 +83,10 @@ impl Curve {
         for (at, time) in times.iter().enumerate() {
             let boot_ns = time.as_u64().context("a time that is not a number")?;
             let number = |column: &[Value]| column.get(at).and_then(Value::as_u64);
-            curve.usage.extend(number(usage).map(|bytes| Reading { boot_ns, bytes }));
+            curve.usage.extend(number(usage).map(|bytes| CgroupReading { boot_ns, bytes }));
             let resident = number(anon).zip(number(file)).zip(number(shmem));
             let ((anon, file), shmem) = resident.context("a reading without resident memory")?;
-            curve.resident.push(Reading { boot_ns, bytes: anon + file + shmem });
+            curve.resident.push(CgroupReading { boot_ns, bytes: anon + file + shmem });
         }
         Ok(curve)
     }
@@ -102,8 +102,8 @@ mod tests {
             "boot_ns": [1, 2], "usage_bytes": [null, 9], "anon_bytes": [1, 2], "file_bytes": [3, 3],
             "shmem_bytes": [0, 1],
         });
-        let curve = Curve::of(&serde_json::json!({ "timeline": { "columns": columns } })).unwrap();
-        assert_eq!(curve.usage, [Reading { boot_ns: 2, bytes: 9 }]);
-        assert_eq!(curve.resident, [Reading { boot_ns: 1, bytes: 4 }, Reading { boot_ns: 2, bytes: 6 }]);
+        let curve = RecordedCurve::of(&serde_json::json!({ "timeline": { "columns": columns } })).unwrap();
+        assert_eq!(curve.usage, [CgroupReading { boot_ns: 2, bytes: 9 }]);
+        assert_eq!(curve.resident, [CgroupReading { boot_ns: 1, bytes: 4 }, CgroupReading { boot_ns: 2, bytes: 6 }]);
     }
 }

@@ -7,12 +7,12 @@ mod works;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::Context;
 use memtrace_tests::process::boot_ns;
 
 use self::contenders::{Contender, Usage};
-use self::works::{Bench, Score, WORKS};
+use self::works::{PreparedWork, WORKS, WorkResult};
 use crate::rounds::{Shuffle, share};
 
 /// What fault-heavy work has to keep of its untraced throughput, percent.
@@ -27,7 +27,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     let (most, budget) = if quick { (1, Duration::ZERO) } else { (5, BUDGET) };
     let begin = Instant::now();
     let dir = tempfile::tempdir().context("failed to make a directory for what tracers print")?;
-    let bench = Bench::prepare(quick)?;
+    let bench = PreparedWork::prepare(quick)?;
     let mut all = contenders::all(quick);
     for contender in &mut all {
         contender.probe(dir.path())?;
@@ -87,18 +87,25 @@ struct Found {
     /// By contender and column.
     shares: BTreeMap<(usize, usize), Vec<f64>>,
     /// By column, what untraced runs gave.
-    untraced: Vec<Vec<Score>>,
+    untraced: Vec<Vec<WorkResult>>,
     used: BTreeMap<usize, Vec<Usage>>,
 }
 
 impl Found {
-    fn untraced(&mut self, bench: &Bench) -> anyhow::Result<Vec<Score>> {
+    fn untraced(&mut self, bench: &PreparedWork) -> anyhow::Result<Vec<WorkResult>> {
         let scores = bench.run_all()?;
         self.untraced.push(scores.clone());
         Ok(scores)
     }
 
-    fn add(&mut self, contender: usize, traced: &[Score], before: &[Score], after: &[Score], used: Option<Usage>) {
+    fn add(
+        &mut self,
+        contender: usize,
+        traced: &[WorkResult],
+        before: &[WorkResult],
+        after: &[WorkResult],
+        used: Option<Usage>,
+    ) {
         for (column, ((traced, before), after)) in traced.iter().zip(before).zip(after).enumerate() {
             if let Some(share) = share(traced.value, before.value, after.value) {
                 self.shares.entry((contender, column)).or_default().push(share * 100.0);
@@ -107,7 +114,7 @@ impl Found {
         self.used.entry(contender).or_default().extend(used);
     }
 
-    fn throughput(&self, all: &[Contender]) -> Table {
+    fn throughput(&self, all: &[Contender]) -> ChapterTable {
         let columns = works::columns();
         let rows = all.iter().enumerate().map(|(index, contender)| {
             let cells = (0..columns.len()).map(|column| match contender.refusal() {
@@ -117,7 +124,7 @@ impl Found {
             });
             [Cell::from(contender.name())].into_iter().chain(cells).collect()
         });
-        Table {
+        ChapterTable {
             title: "Throughput under each tracer, and latency, in percent of untraced".to_owned(),
             rows: rows.collect(),
             columns: ["tracer".to_owned()].into_iter().chain(columns.iter().map(|c| (*c).to_owned())).collect(),
@@ -128,7 +135,7 @@ impl Found {
         Figure::of(self.shares.get(&(contender, column))?, "%")
     }
 
-    fn usage(&self, all: &[Contender]) -> Table {
+    fn usage(&self, all: &[Contender]) -> ChapterTable {
         let rows = all.iter().enumerate().filter_map(|(index, contender)| {
             let used = self.used.get(&index).filter(|used| !used.is_empty())?;
             let figure =
@@ -138,22 +145,22 @@ impl Found {
             Some(vec![contender.name().into(), cpu, share, figure(|used| used.peak_bytes as f64, "bytes")])
         });
         let columns = ["tracer", "CPU from its start to the end of the work", "of one CPU", "peak resident memory"];
-        Table {
+        ChapterTable {
             title: "What the tracers take themselves".to_owned(),
             rows: rows.collect(),
             columns: columns.map(str::to_owned).into(),
         }
     }
 
-    fn plain(&self) -> Table {
+    fn plain(&self) -> ChapterTable {
         let columns = works::columns();
         let rows = columns.iter().enumerate().map(|(column, name)| {
-            let scores: Vec<Score> = self.untraced.iter().filter_map(|round| round.get(column)).copied().collect();
+            let scores: Vec<WorkResult> = self.untraced.iter().filter_map(|round| round.get(column)).copied().collect();
             let values: Vec<f64> = scores.iter().map(|score| score.value).collect();
             let unit = scores.first().map_or("", |score| score.unit);
             vec![(*name).into(), Figure::of(&values, unit).into()]
         });
-        Table {
+        ChapterTable {
             title: "Untraced, for the scale and the noise".to_owned(),
             rows: rows.collect(),
             columns: vec!["work".to_owned(), "untraced".to_owned()],

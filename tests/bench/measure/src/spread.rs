@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Agent, Options};
-use memtrace_tests::process::Rss;
-use memtrace_tests::quiet::{Quiet, recorded};
+use memtrace_tests::agent::{Agent, AgentOptions};
+use memtrace_tests::idle::{IdleWorkload, recorded};
+use memtrace_tests::process::ProcRss;
 use serde_json::{Value, json};
 
 /// How often each quiet moment is looked at.
@@ -21,16 +21,16 @@ pub(crate) fn run() -> anyhow::Result<Value> {
     let cpus = std::thread::available_parallelism().context("failed to count processors")?.get();
     let threads = cpus.to_string();
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-    let mut agent = Options::below(dir.path()).start()?;
+    let mut agent = AgentOptions::below(dir.path()).start()?;
     let hold = ["hold", "--anon-mib", "40", "--file-mib", "16", "--shmem-mib", "8", "--pinned", "--threads", &threads];
     let (mut walked, mut counted, mut looks) = (0, 0, 0);
     for _ in 0..ROUNDS {
         for arguments in [hold.as_slice(), &["forked", "--mib", "24"]] {
-            let quiet = Quiet::start(arguments)?;
+            let quiet = IdleWorkload::start(arguments)?;
             for &(pid, start) in quiet.processes().iter().cycle().take(LOOKS * quiet.processes().len()) {
                 let said = recorded(&agent, pid, start)?.total();
-                walked = said.abs_diff(Rss::walked(pid)?).max(walked);
-                counted = said.abs_diff(Rss::read(pid)?.total()).max(counted);
+                walked = said.abs_diff(ProcRss::walked(pid)?).max(walked);
+                counted = said.abs_diff(ProcRss::read(pid)?.total()).max(counted);
                 looks += 1;
             }
             quiet.end(END_LIMIT)?;
@@ -54,7 +54,7 @@ fn memory(agent: &Agent) -> anyhow::Result<Value> {
         maps.extend(map_of(&text));
     }
     Ok(json!({
-        "rss_bytes": Rss::read(agent.pid())?.total(),
+        "rss_bytes": ProcRss::read(agent.pid())?.total(),
         "maps": maps.len(),
         "map_bytes": maps.values().sum::<u64>(),
     }))

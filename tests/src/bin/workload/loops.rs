@@ -16,8 +16,8 @@ use crate::{memory, raw, say};
 const AHEAD: Duration = Duration::from_millis(1);
 
 #[derive(clap::Args)]
-pub(crate) struct Args {
-    what: Kind,
+pub(crate) struct LoopArgs {
+    what: LoopKind,
     #[arg(long)]
     ms: u64,
     #[arg(long, default_value_t = 1)]
@@ -37,7 +37,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
-pub(crate) enum Kind {
+pub(crate) enum LoopKind {
     /// Map a region, touch every page, give it back; a unit is a page
     Fresh,
     /// Map 64 KiB, touch every page, give it back; a unit is a page
@@ -59,7 +59,7 @@ pub(crate) enum Kind {
 }
 
 /// Runs it in each thread and says how many units came of it.
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+pub(crate) fn run(args: &LoopArgs) -> anyhow::Result<()> {
     if let Some(comm) = &args.comm {
         std::fs::write("/proc/self/comm", comm).context("failed to set the process name")?;
     }
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     say("looped", &json!({ "units": units, "elapsed_ns": elapsed_ns, "cpu_ns": cpu_ns }))
 }
 
-fn repeat(args: &Args, begin: Instant) -> anyhow::Result<u64> {
+fn repeat(args: &LoopArgs, begin: Instant) -> anyhow::Result<u64> {
     let end = begin + Duration::from_millis(args.ms);
     let mut step = stepper(args)?;
     let mut units = 0;
@@ -97,25 +97,25 @@ fn repeat(args: &Args, begin: Instant) -> anyhow::Result<u64> {
 }
 
 /// A closure that does some units and says how many; enough of them that looking at the clock costs nothing beside.
-fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>>> {
+fn stepper(args: &LoopArgs) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>>> {
     let bytes = args.mib << 20;
     Ok(match args.what {
-        Kind::Fresh => Box::new(move || touch_region(bytes)),
-        Kind::Small => Box::new(|| (0..16).map(|_| touch_region(64 << 10)).sum()),
-        Kind::Swing => Box::new(|| swing().map(|()| 1)),
-        Kind::Map => Box::new(|| {
+        LoopKind::Fresh => Box::new(move || touch_region(bytes)),
+        LoopKind::Small => Box::new(|| (0..16).map(|_| touch_region(64 << 10)).sum()),
+        LoopKind::Swing => Box::new(|| swing().map(|()| 1)),
+        LoopKind::Map => Box::new(|| {
             for _ in 0..64 {
                 black_box(map(64 << 10)?);
             }
             Ok(64)
         }),
-        Kind::Getpid => Box::new(|| {
+        LoopKind::Getpid => Box::new(|| {
             for _ in 0..256 {
                 black_box(rustix::process::getpid());
             }
             Ok(256)
         }),
-        Kind::Read => {
+        LoopKind::Read => {
             let mut zeros = File::open("/dev/zero").context("failed to open /dev/zero")?;
             let mut byte = [1u8];
             Box::new(move || {
@@ -125,16 +125,16 @@ fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>
                 Ok(256)
             })
         }
-        Kind::Fork => Box::new(|| match raw::fork()? {
+        LoopKind::Fork => Box::new(|| match raw::fork()? {
             0 => raw::leave(),
             child => raw::wait(child).map(|_| 1),
         }),
-        Kind::Exec => Box::new(|| {
+        LoopKind::Exec => Box::new(|| {
             let mut command = Command::new("/bin/true");
             command.stdin(Stdio::null()).stdout(Stdio::null());
             command.status().context("failed to run /bin/true").map(|_| 1)
         }),
-        Kind::Malloc => {
+        LoopKind::Malloc => {
             let mut kept: Vec<Vec<u8>> = Vec::new();
             kept.resize_with(1000, Vec::new);
             let mut random = 0x9e37_79b9_7f4a_7c15_u64;

@@ -135,7 +135,7 @@ enum What {
         base_mib: usize,
         /// One after the other: MIB:HOLD_MS:PAUSE_MS, the pause before it
         #[arg(required = true)]
-        spikes: Vec<spikes::Spike>,
+        spikes: Vec<spikes::SpikeShape>,
     },
     /// Mixed work (file cache, tmpfs, sockets, anonymous memory, children) in steps: one for every line on stdin
     Mix {
@@ -196,7 +196,7 @@ enum What {
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
     /// One thing over and over for a time; says how often
-    Loop(loops::Args),
+    Loop(loops::LoopArgs),
     /// Children that are forked and wait, until the end of stdin; says who they are
     Crowd {
         #[arg(long)]
@@ -272,7 +272,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Tmpfs { mib, dir } => memory::fill_tmpfs(mib, &dir)?,
         What::ForkChild { mib } => family::fork_child(mib)?,
         What::Hold { anon_mib, file_mib, shmem_mib, threads, pinned, dir } => {
-            memory::hold(anon_mib, file_mib, shmem_mib, memory::Threads { count: threads, pinned }, &dir)?;
+            memory::hold(anon_mib, file_mib, shmem_mib, memory::HoldThreads { count: threads, pinned }, &dir)?;
         }
         What::Forked { mib } => family::forked(mib)?,
         What::ExitAfter { ms, mib, code } => {

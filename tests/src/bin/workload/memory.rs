@@ -128,7 +128,7 @@ struct Share {
 }
 
 /// Who takes memory in `hold`.
-pub(crate) struct Threads {
+pub(crate) struct HoldThreads {
     /// How many.
     pub(crate) count: usize,
     /// Whether each has a processor of its own.
@@ -147,8 +147,8 @@ fn pin(index: usize) -> anyhow::Result<()> {
 }
 
 /// Reaches the asked state with threads that stay alive, then waits for the end of stdin.
-pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: Threads, dir: &Path) -> anyhow::Result<()> {
-    let Threads { count: threads, pinned } = threads;
+pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: HoldThreads, dir: &Path) -> anyhow::Result<()> {
+    let HoldThreads { count: threads, pinned } = threads;
     let threads = threads.max(1);
     let page = rustix::param::page_size();
     // Shares in whole pages, the last thread takes the rest: the sums are what was asked for.

@@ -9,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
 use memmap2::MmapMut;
-use memtrace_tests::dice::Dice;
 use memtrace_tests::disk;
+use memtrace_tests::random::SeededRandom;
 use serde_json::json;
 
 use crate::{kernel_side, memory};
@@ -49,7 +49,7 @@ impl Drop for Grown {
 /// Makes one step for every line on stdin, until that ends; says `quiet` after each, and whether the last thing in it was
 /// growth of its own resident memory, as it is in every second step.
 pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
-    let mut dice = Dice::new(seed);
+    let mut random = SeededRandom::new(seed);
     let mut held = Held {
         files: VecDeque::new(),
         shmem: VecDeque::new(),
@@ -63,7 +63,7 @@ pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
     for (step, line) in std::io::stdin().lock().lines().enumerate() {
         line.context("failed to read stdin")?;
         for _ in 0..DEEDS {
-            held.change(&mut dice, dir, tmpfs)?;
+            held.change(&mut random, dir, tmpfs)?;
         }
         let grown = step % 2 == 1;
         if grown {
@@ -77,9 +77,9 @@ pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
 }
 
 impl Held {
-    fn change(&mut self, dice: &mut Dice, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
-        let mib = usize::try_from(dice.between(1, THING_MIB))?;
-        match dice.between(0, 9) {
+    fn change(&mut self, random: &mut SeededRandom, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
+        let mib = usize::try_from(random.between(1, THING_MIB))?;
+        match random.between(0, 9) {
             0 => {
                 let file = self.write(dir, mib)?;
                 push(&mut self.files, (file, mib));

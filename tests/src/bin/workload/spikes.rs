@@ -13,7 +13,7 @@ use crate::memory;
 
 /// One spike: `MIB:HOLD_MS:PAUSE_MS`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Spike {
+pub(crate) struct SpikeShape {
     mib: usize,
     /// At the top.
     hold: Duration,
@@ -21,7 +21,7 @@ pub(crate) struct Spike {
     pause: Duration,
 }
 
-impl FromStr for Spike {
+impl FromStr for SpikeShape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -34,7 +34,7 @@ impl FromStr for Spike {
 }
 
 /// Makes the spikes one after the other; waits for the end of stdin before the first and after the last pause.
-pub(crate) fn run(base_mib: usize, spikes: &[Spike]) -> anyhow::Result<()> {
+pub(crate) fn run(base_mib: usize, spikes: &[SpikeShape]) -> anyhow::Result<()> {
     let base = memory::touched(base_mib);
     let place = cage::own_place()?;
     crate::say("ready", &json!({ "path": place.path, "usage_file": place.usage_file() }))?;

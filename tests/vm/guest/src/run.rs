@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use memtrace_tests::patience::SLOWNESS;
+use memtrace_tests::deadline::SLOWNESS;
 use memtrace_tests::process;
 use rustix::process::{Pid, Signal, kill_process};
 

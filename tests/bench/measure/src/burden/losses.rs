@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::chapter::{Figure, Goal, Table};
+use crate::chapter::{ChapterTable, Figure, Goal};
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::process::{self, boot_ns};
 use rustix::process::Signal;
 
@@ -36,9 +36,9 @@ const CHILDREN: &str = "4000";
 const STORM_MS: u64 = 20_000;
 
 /// Up to the first loss, if there is one.
-pub(super) fn throughput(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<Goal>)> {
+pub(super) fn throughput(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let ms = if quick { 700 } else { 2000 };
-    let mut agent = Options::below(dir).with(&["--quantum", "16K"]).start()?;
+    let mut agent = AgentOptions::below(dir).with(&["--quantum", "16K"]).start()?;
     let mut rows = Vec::new();
     for per_s in [Some(100), Some(300), Some(1000), Some(3000), None] {
         let rate = per_s.map(|per_s: u32| per_s.to_string());
@@ -57,11 +57,11 @@ pub(super) fn throughput(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<
     agent.stop()?;
     let columns = ["two processes", "records sent", "CPU of the agent, of one", "records lost for want of room"];
     let title = "Throughput of the rings, with --quantum 16K".to_owned();
-    Ok((Table { title, columns: columns.map(str::to_owned).into(), rows }, Vec::new()))
+    Ok((ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }, Vec::new()))
 }
 
 /// How exact the counters are.
-pub(super) fn exactness(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<Goal>)> {
+pub(super) fn exactness(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let storm = Storm::make(dir, if quick { 700 } else { 1500 })?;
     Ok((storm.table(), vec![storm.goal()]))
 }
@@ -92,7 +92,7 @@ struct Storm {
 impl Storm {
     fn make(dir: &Path, ms: u64) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir_in(dir).context("failed to make a directory for the agent")?;
-        let options = Options::below(dir.path()).with(&["--journal-size", "1G"]);
+        let options = AgentOptions::below(dir.path()).with(&["--journal-size", "1G"]);
         let mut agent = options.start()?;
         let comm = format!("storm-{}", std::process::id());
         let stop = Stopped::now(agent.pid())?;
@@ -118,7 +118,7 @@ impl Storm {
         self.children.0.saturating_sub(self.children.1)
     }
 
-    fn table(&self) -> Table {
+    fn table(&self) -> ChapterTable {
         let count = |value: f64| Figure::exactly(value, "").into();
         let row = |what: &str, value| vec![what.into(), count(value)];
         let [ledger, samples] = self.lost;
@@ -133,7 +133,7 @@ impl Storm {
         ];
         let columns = ["", "count"];
         let title = "The agent stopped amid a storm: sent, received, lost".to_owned();
-        Table { title, columns: columns.map(str::to_owned).into(), rows }
+        ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }
     }
 
     fn goal(&self) -> Goal {

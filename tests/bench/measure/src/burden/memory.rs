@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::chapter::{Figure, Goal, Table};
+use crate::chapter::{ChapterTable, Figure, Goal};
 use anyhow::Context;
 use memtrace_tests::actor::Actor;
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::json;
 
@@ -53,10 +53,10 @@ impl Memory {
 }
 
 /// Its table, and the goal at a thousand cgroups.
-pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<Goal>)> {
+pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let (stages, crowd, dwell) =
         if quick { ([10, 100, GOAL_CGROUPS], 2000, 2) } else { ([10, 100, GOAL_CGROUPS], 20_000, 8) };
-    let mut agent = Options::below(dir).start()?;
+    let mut agent = AgentOptions::below(dir).start()?;
     let mut rows = vec![row(&agent, "as it starts")?.0];
     let mut goal = None;
     let mut cages = Vec::new();
@@ -98,7 +98,7 @@ pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<(Table, Vec<Goa
         "programs",
         "VmLck",
     ];
-    let table = Table {
+    let table = ChapterTable {
         title: "Memory of the agent, at its defaults".to_owned(),
         columns: columns.map(str::to_owned).into(),
         rows,

@@ -2,19 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use crate::chapter::{Cell, Chapter, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Goal};
 use anyhow::Context;
 use memtrace_tests::actor::Actor;
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
-use memtrace_tests::printk::KernelLog;
+use memtrace_tests::printk::KernelLogTail;
 use memtrace_tests::{json, process};
 use serde_json::Value;
 
 use self::oomkill::{PEERS, Peers};
-use self::score::{Kill, Report, Score, of_kernel_log, of_oomkill, score};
-use crate::Plan;
+use self::score::{Kill, KillScore, ReportedKill, of_kernel_log, of_oomkill, score};
+use crate::BenchPlan;
 
 mod oomkill;
 mod score;
@@ -23,7 +23,7 @@ mod score;
 const STORMS: [usize; 7] = [1, 2, 5, 10, 20, 50, 100];
 const LIMIT: u64 = 8 * MIB;
 /// How long incidents may take to be saved, and how long nothing may come.
-const PATIENCE: Duration = Duration::from_secs(120);
+const WAIT_LIMIT: Duration = Duration::from_secs(120);
 const STILL: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -37,16 +37,16 @@ struct Storms {
 }
 
 /// Runs the benchmark.
-pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
+pub(crate) fn run(plan: &BenchPlan) -> anyhow::Result<Chapter> {
     let wanted = if plan.quick { 100 } else { 1000 };
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-    let mut agent = Options::below(dir.path()).start()?;
+    let mut agent = AgentOptions::below(dir.path()).start()?;
     let peers = Peers::start();
-    let mut log = KernelLog::open_at_end()?;
+    let mut log = KernelLogTail::open_at_end()?;
     let from = log.next_seq()?;
     let storms = all_storms(wanted, &mut log)?;
     let followed = of_kernel_log(log.drain()?);
-    let mut afterwards = KernelLog::open_at_start()?;
+    let mut afterwards = KernelLogTail::open_at_start()?;
     let kept: Vec<_> = afterwards.drain()?.iter().filter(|line| line.seq >= from).cloned().collect();
     let kept = of_kernel_log(&kept);
     let printed = peers.finish();
@@ -56,7 +56,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     let ledger = of_ledger(&agent.options().state_dir)?;
     agent.stop()?;
 
-    let of = |reports: &[Report]| score(&storms.truth, reports);
+    let of = |reports: &[ReportedKill]| score(&storms.truth, reports);
     let mut rows = vec![
         ("memtrace, incidents".to_owned(), Ok(of(&incidents))),
         ("memtrace, kill ledger".to_owned(), Ok(of(&ledger))),
@@ -69,7 +69,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     Ok(chapter(&storms, log.overruns(), &rows))
 }
 
-fn all_storms(wanted: usize, log: &mut KernelLog) -> anyhow::Result<Storms> {
+fn all_storms(wanted: usize, log: &mut KernelLogTail) -> anyhow::Result<Storms> {
     let begin = Instant::now();
     let mut storms = Storms { truth: Vec::new(), counted: 0, count: 0, took: Duration::ZERO };
     for size in STORMS.iter().cycle() {
@@ -111,7 +111,7 @@ impl Storms {
 fn wait_for_incidents(agent: &Agent, wanted: usize) -> anyhow::Result<()> {
     let begin = Instant::now();
     let (mut seen, mut since) = (None, Instant::now());
-    while begin.elapsed() < PATIENCE && since.elapsed() < STILL {
+    while begin.elapsed() < WAIT_LIMIT && since.elapsed() < STILL {
         let saved = agent.metric("memtrace_incidents_saved_total")?;
         let enough = saved.is_some_and(|saved| saved >= wanted as f64);
         if saved != seen {
@@ -125,7 +125,7 @@ fn wait_for_incidents(agent: &Agent, wanted: usize) -> anyhow::Result<()> {
 }
 
 /// The victims of all incidents that are kills.
-fn of_incidents(listed: &[Value]) -> anyhow::Result<Vec<Report>> {
+fn of_incidents(listed: &[Value]) -> anyhow::Result<Vec<ReportedKill>> {
     let mut reports = Vec::new();
     for incident in listed.iter().filter(|incident| incident.get("kind").is_some_and(|kind| kind == "oom_kill")) {
         for victim in json::list(incident, "/oom/victims")? {
@@ -138,7 +138,7 @@ fn of_incidents(listed: &[Value]) -> anyhow::Result<Vec<Report>> {
 }
 
 /// The lines of `kills.jsonl`.
-fn of_ledger(state_dir: &std::path::Path) -> anyhow::Result<Vec<Report>> {
+fn of_ledger(state_dir: &std::path::Path) -> anyhow::Result<Vec<ReportedKill>> {
     let file = state_dir.join("kills.jsonl");
     let text = std::fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
     let lines = text.lines().map(|line| serde_json::from_str(line).context("a line of kills.jsonl is not JSON"));
@@ -146,15 +146,15 @@ fn of_ledger(state_dir: &std::path::Path) -> anyhow::Result<Vec<Report>> {
     entries.iter().filter(|entry| entry.get("killed") == Some(&Value::Bool(true))).map(report).collect()
 }
 
-fn report(victim: &Value) -> anyhow::Result<Report> {
-    Ok(Report {
+fn report(victim: &Value) -> anyhow::Result<ReportedKill> {
+    Ok(ReportedKill {
         pid: u32::try_from(json::number(victim, "/pid")?).context("not a process id")?,
         start_ticks: Some(process::ticks_of_ns(json::number(victim, "/start_boot_ns")?)),
         path: victim.get("cgroup_path").and_then(Value::as_str).map(str::to_owned),
     })
 }
 
-type Row = (String, Result<Score, String>);
+type Row = (String, Result<KillScore, String>);
 
 fn chapter(storms: &Storms, overruns: u64, rows: &[Row]) -> Chapter {
     let kills = storms.truth.len();
@@ -199,7 +199,7 @@ fn chapter(storms: &Storms, overruns: u64, rows: &[Row]) -> Chapter {
                  it at the end. memtrace's agent runs at its defaults."
             ),
         ],
-        tables: vec![Table {
+        tables: vec![ChapterTable {
             title: String::new(),
             columns: columns.map(str::to_owned).to_vec(),
             rows: rows.iter().map(cells).collect(),

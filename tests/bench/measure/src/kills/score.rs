@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use memtrace_tests::printk::{Line, killed_pid};
+use memtrace_tests::printk::{KernelLogRecord, killed_pid};
 
 /// A kill that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub(super) struct Kill {
 
 /// A kill that somebody reports; what is `None` the report does not say.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Report {
+pub(super) struct ReportedKill {
     /// Process id of the victim.
     pub(super) pid: u32,
     /// Its start, clock ticks since boot.
@@ -28,7 +28,7 @@ pub(super) struct Report {
 
 /// How good reports are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Score {
+pub(super) struct KillScore {
     /// Kills with exactly one report.
     pub(super) found: usize,
     /// Kills without one.
@@ -45,13 +45,13 @@ pub(super) struct Score {
 
 /// Others may be killed on this machine meanwhile: what is neither about a process nor about a cgroup of ours does not
 /// count.
-pub(super) fn score(truth: &[Kill], reports: &[Report]) -> Score {
+pub(super) fn score(truth: &[Kill], reports: &[ReportedKill]) -> KillScore {
     // A pid can be used again: then its kills differ by start.
     let mut by_pid: BTreeMap<u32, Vec<(&Kill, usize)>> = BTreeMap::new();
     for kill in truth {
         by_pid.entry(kill.pid).or_default().push((kill, 0));
     }
-    let mut score = Score::default();
+    let mut score = KillScore::default();
     for report in reports {
         let fits = |kill: &Kill| {
             report.start_ticks.is_none_or(|start| start == kill.start_ticks)
@@ -80,14 +80,14 @@ pub(super) fn score(truth: &[Kill], reports: &[Report]) -> Score {
 }
 
 /// What the kernel log reports: the victim, and its cgroup where the line that says so was not left out.
-pub(super) fn of_kernel_log(lines: &[Line]) -> Vec<Report> {
+pub(super) fn of_kernel_log(lines: &[KernelLogRecord]) -> Vec<ReportedKill> {
     let mut paths: BTreeMap<u32, String> = BTreeMap::new();
     let mut reports = Vec::new();
     for line in lines {
         if let Some((pid, path)) = oom_kill_line(&line.text) {
             paths.insert(pid, path);
         } else if let Some(pid) = killed_pid(&line.text) {
-            reports.push(Report { pid, start_ticks: None, path: paths.remove(&pid) });
+            reports.push(ReportedKill { pid, start_ticks: None, path: paths.remove(&pid) });
         }
     }
     reports
@@ -103,12 +103,12 @@ fn oom_kill_line(text: &str) -> Option<(u32, String)> {
 }
 
 /// What `oomkill` prints: `.. OOM kill of PID 22516 ("perl"), ..`.
-pub(super) fn of_oomkill(printed: &str) -> Vec<Report> {
+pub(super) fn of_oomkill(printed: &str) -> Vec<ReportedKill> {
     let pid = |line: &str| {
         let (_, rest) = line.split_once("OOM kill of PID ")?;
         rest.split(' ').next()?.parse().ok()
     };
-    printed.lines().filter_map(pid).map(|pid| Report { pid, start_ticks: None, path: None }).collect()
+    printed.lines().filter_map(pid).map(|pid| ReportedKill { pid, start_ticks: None, path: None }).collect()
 }
 
 #[cfg(test)]
@@ -119,8 +119,8 @@ mod tests {
         Kill { pid, start_ticks, path: path.to_owned() }
     }
 
-    fn report(pid: u32, start: u64, path: &str) -> Report {
-        Report { pid, start_ticks: Some(start), path: Some(path.to_owned()) }
+    fn report(pid: u32, start: u64, path: &str) -> ReportedKill {
+        ReportedKill { pid, start_ticks: Some(start), path: Some(path.to_owned()) }
     }
 
     #[test]
@@ -135,13 +135,13 @@ mod tests {
             report(8, 10, "/elsewhere"),
         ];
         let found = score(&truth, &reports);
-        assert_eq!(found, Score { found: 1, missed: 2, double: 1, wrong: 2, with_start: 3, with_path: 3 });
+        assert_eq!(found, KillScore { found: 1, missed: 2, double: 1, wrong: 2, with_start: 3, with_path: 3 });
     }
 
     #[test]
     fn a_pid_that_is_used_again_is_two_kills() {
         let truth = [kill(1, 10, "/a"), kill(1, 20, "/a")];
-        let bare = Report { pid: 1, start_ticks: None, path: None };
+        let bare = ReportedKill { pid: 1, start_ticks: None, path: None };
         assert_eq!(score(&truth, &[bare.clone(), bare.clone()]).found, 2);
         assert_eq!(score(&truth, std::slice::from_ref(&bare)).missed, 1);
         assert_eq!(score(&truth, &[report(1, 20, "/a"), report(1, 20, "/a")]).double, 1);
@@ -149,15 +149,15 @@ mod tests {
 
     #[test]
     fn the_kernel_log_tells_the_cgroup_while_it_may() {
-        let line = |text: &str| Line { seq: 0, printk_ns: 0, text: text.to_owned() };
+        let line = |text: &str| KernelLogRecord { seq: 0, printk_ns: 0, text: text.to_owned() };
         let lines = [
             line("oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,task_memcg=/a/b,task=w,pid=7,uid=0"),
             line("Memory cgroup out of memory: Killed process 7 (w) total-vm:1kB"),
             line("Memory cgroup out of memory: Killed process 8 (w) total-vm:1kB"),
         ];
         let expected = [
-            Report { pid: 7, start_ticks: None, path: Some("/a/b".to_owned()) },
-            Report { pid: 8, start_ticks: None, path: None },
+            ReportedKill { pid: 7, start_ticks: None, path: Some("/a/b".to_owned()) },
+            ReportedKill { pid: 8, start_ticks: None, path: None },
         ];
         assert_eq!(of_kernel_log(&lines), expected);
     }
@@ -166,6 +166,6 @@ mod tests {
     fn oomkill_names_the_victim() {
         let printed = "Tracing OOM kills... Ctrl-C to stop.\n21:03:39 Triggered by PID 3297 (\"ntpd\"), OOM kill of PID \
                        22516 (\"perl\"), 3850642 pages, loadavg: 0.9 0.4\n";
-        assert_eq!(of_oomkill(printed), [Report { pid: 22516, start_ticks: None, path: None }]);
+        assert_eq!(of_oomkill(printed), [ReportedKill { pid: 22516, start_ticks: None, path: None }]);
     }
 }

@@ -2,7 +2,7 @@
 
 /// A line through points by least squares.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Line {
+pub(super) struct FittedLine {
     /// How much it rises in a second.
     pub(super) per_s: f64,
     /// Standard error of that.
@@ -10,7 +10,7 @@ pub(super) struct Line {
 }
 
 /// The line through (seconds, value); `None` of fewer than three points, or of points at one time.
-pub(super) fn fit(points: &[(f64, f64)]) -> Option<Line> {
+pub(super) fn fit(points: &[(f64, f64)]) -> Option<FittedLine> {
     let count = points.len() as f64;
     if points.len() < 3 {
         return None;
@@ -23,10 +23,10 @@ pub(super) fn fit(points: &[(f64, f64)]) -> Option<Line> {
     }
     let per_s = points.iter().map(|(s, value)| (s - middle_s) * (value - middle)).sum::<f64>() / spread;
     let left: f64 = points.iter().map(|(s, value)| (value - middle - per_s * (s - middle_s)).powi(2)).sum();
-    Some(Line { per_s, error_per_s: (left / (count - 2.0) / spread).sqrt() })
+    Some(FittedLine { per_s, error_per_s: (left / (count - 2.0) / spread).sqrt() })
 }
 
-impl Line {
+impl FittedLine {
     /// Whether the values stay where they are: what they move away by in `seconds` is no more than `quantum`. `None`
     /// when two standard errors leave that open.
     pub(super) fn stays(&self, seconds: f64, quantum: f64) -> Option<bool> {

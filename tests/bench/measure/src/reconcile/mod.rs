@@ -2,17 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::cage::{Cage, Version};
 use memtrace_tests::json;
-use memtrace_tests::process::Rss;
+use memtrace_tests::process::ProcRss;
 use serde_json::Value;
 
 use self::drift::fit;
-use crate::Plan;
+use crate::BenchPlan;
 
 mod drift;
 
@@ -50,7 +50,7 @@ struct Sample {
 }
 
 /// Runs the benchmark.
-pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
+pub(crate) fn run(plan: &BenchPlan) -> anyhow::Result<Chapter> {
     let (length, period) = match plan.minutes {
         Some(minutes) => (Duration::from_secs(60 * u64::from(minutes)), PERIOD),
         None if plan.quick => (Duration::from_secs(20), QUICK_PERIOD),
@@ -59,7 +59,7 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
     let files = tempfile::tempdir_in("/var/tmp").context("failed to make a directory for files")?;
     let tmpfs = tempfile::tempdir_in("/dev/shm").context("failed to make a directory on tmpfs")?;
-    let mut agent = Options::below(dir.path()).start()?;
+    let mut agent = AgentOptions::below(dir.path()).start()?;
     let cage = Cage::unlimited("mix")?;
     let text = |path: &std::path::Path| path.to_str().map(str::to_owned).context("a path that is not text");
     let (seed, on_disk, on_tmpfs) = (plan.seed.to_string(), text(files.path())?, text(tmpfs.path())?);
@@ -98,7 +98,7 @@ fn sample(seconds: f64, grown: bool, agent: &Agent, cage: &Cage) -> anyhow::Resu
     let members = std::fs::read_to_string(cage.dir().join("cgroup.procs")).context("failed to read cgroup.procs")?;
     let mut by_process = Vec::new();
     for pid in members.lines() {
-        by_process.push(Rss::read(pid.trim().parse().context("not a process id")?)?.total());
+        by_process.push(ProcRss::read(pid.trim().parse().context("not a process id")?)?.total());
     }
     let of_cage = |row: &&Value, key: &str| row.get(key).and_then(Value::as_u64) == Some(cage.id());
     let ours = cgroups.as_array().into_iter().flatten().find(|row| of_cage(row, "id"));
@@ -263,12 +263,12 @@ fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
                 .to_owned(),
         ],
         tables: vec![
-            Table {
+            ChapterTable {
                 title: "Differences".to_owned(),
                 columns: titles(&["memtrace says", "against", "difference", "within a quantum", "drift, quanta an hour"]),
                 rows,
             },
-            Table {
+            ChapterTable {
                 title: "What there was".to_owned(),
                 columns: titles(&["", "memtrace", "kernel"]),
                 rows: shares,

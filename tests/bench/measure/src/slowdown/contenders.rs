@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use memtrace_tests::agent::{Agent, Options};
+use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::process;
 use rustix::process::Signal;
 
@@ -139,7 +139,7 @@ impl Contender {
         let begin = Instant::now();
         let what = match self.how {
             How::Nothing => Kind::Nothing,
-            How::Memtrace(arguments) => Kind::Agent(Options::below(dir).with(arguments).start()?),
+            How::Memtrace(arguments) => Kind::Agent(AgentOptions::below(dir).with(arguments).start()?),
             How::Program(words) => {
                 let tracer = Tracer::start(words, dir, false)?;
                 std::thread::sleep(SETTLE);

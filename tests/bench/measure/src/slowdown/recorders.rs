@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::chapter::{Figure, Table};
+use crate::chapter::{ChapterTable, Figure};
 use memtrace_tests::programs;
 
 use crate::loops;
@@ -21,7 +21,7 @@ enum Recorder {
 }
 
 /// Each recorder and loop between two runs of the loop alone.
-pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<Table> {
+pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<ChapterTable> {
     let (rounds, ms) = if quick { (2, 100) } else { (7, 300) };
     let mut rows = Vec::new();
     for (name, words) in LOOPS {
@@ -52,7 +52,7 @@ pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<Table> {
         ]);
     }
     let columns = ["loop", "memtrace record", "heaptrack", "unrecorded"];
-    Ok(Table {
+    Ok(ChapterTable {
         title: "Recording one program: its throughput in percent of unrecorded, without what is done when it has ended"
             .to_owned(),
         columns: columns.map(str::to_owned).into(),

@@ -72,7 +72,7 @@ pub(super) const WORKS: [Work; 6] = [
 
 /// What a run gave.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Score {
+pub(super) struct WorkResult {
     /// Throughput, or a latency.
     pub(super) value: f64,
     /// Of what.
@@ -103,7 +103,7 @@ impl Work {
 }
 
 /// What the work needs; the server ends with it.
-pub(super) struct Bench {
+pub(super) struct PreparedWork {
     dir: TempDir,
     server: Child,
     port: u16,
@@ -111,7 +111,7 @@ pub(super) struct Bench {
     requests: u32,
 }
 
-impl Bench {
+impl PreparedWork {
     /// Generates, starts, and warms up.
     pub(super) fn prepare(quick: bool) -> anyhow::Result<Self> {
         let (loop_ms, modules, requests) = if quick { (100, 2, 10_000) } else { (300, 8, 60_000) };
@@ -144,15 +144,15 @@ impl Bench {
     }
 
     /// Each work once: a score a column.
-    pub(super) fn run_all(&self) -> anyhow::Result<Vec<Score>> {
+    pub(super) fn run_all(&self) -> anyhow::Result<Vec<WorkResult>> {
         let mut scores = Vec::new();
         for work in WORKS {
             match work.what {
                 What::Loop(words) => {
                     let value = loops::run(words, self.loop_ms)?.per_second();
-                    scores.push(Score { value, unit: "/s" });
+                    scores.push(WorkResult { value, unit: "/s" });
                 }
-                What::Build => scores.push(Score { value: 1.0 / self.build()?.as_secs_f64(), unit: "/s" }),
+                What::Build => scores.push(WorkResult { value: 1.0 / self.build()?.as_secs_f64(), unit: "/s" }),
                 What::Server => scores.extend(self.serve()?),
             }
         }
@@ -167,17 +167,21 @@ impl Bench {
         Ok(begin.elapsed())
     }
 
-    fn serve(&self) -> anyhow::Result<[Score; 3]> {
+    fn serve(&self) -> anyhow::Result<[WorkResult; 3]> {
         let mut load = Command::new("redis-benchmark");
         load.args(["-p", &self.port.to_string(), "-n", &self.requests.to_string()]);
         load.args(["-c", "20", "-d", "64", "-r", "10000", "-t", "set", "--csv"]);
         let printed = successful(load)?.stdout;
         let [rate, p50, p99] = latencies(&String::from_utf8_lossy(&printed))?;
-        Ok([Score { value: rate, unit: "/s" }, Score { value: p50, unit: "ms" }, Score { value: p99, unit: "ms" }])
+        Ok([
+            WorkResult { value: rate, unit: "/s" },
+            WorkResult { value: p50, unit: "ms" },
+            WorkResult { value: p99, unit: "ms" },
+        ])
     }
 }
 
-impl Drop for Bench {
+impl Drop for PreparedWork {
     fn drop(&mut self) {
         // Already ended is fine.
         let _ = self.server.kill();

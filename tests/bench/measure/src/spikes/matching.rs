@@ -1,6 +1,6 @@
 //! Which spikes a curve, or a poller's readings, show, and how truly. Pure.
 
-use crate::recorder::Reading;
+use crate::recorder::CgroupReading;
 
 /// How far outside of a spike a reading may lie and still be of it: clocks are read beside the work, not in it.
 const SLACK_NS: u64 = 5_000_000;
@@ -10,7 +10,7 @@ const NEAR_BYTES: u64 = 512 << 10;
 
 /// A spike as its maker recorded it: boot-clock nanoseconds and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Spike {
+pub(super) struct TrueSpike {
     /// How much was taken.
     pub(super) mib: u64,
     /// How long it was to be held.
@@ -24,14 +24,14 @@ pub(super) struct Spike {
     /// After that.
     pub(super) end_ns: u64,
     /// Usage, as the kernel says it.
-    pub(super) usage: Level,
+    pub(super) usage: SpikeLevel,
     /// Resident memory: before as the kernel counts it page by page, at the top as much more as was taken.
-    pub(super) resident: Level,
+    pub(super) resident: SpikeLevel,
 }
 
 /// How high a spike is in one column of a curve.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Level {
+pub(super) struct SpikeLevel {
     /// Before it.
     pub(super) base_bytes: u64,
     /// At the top.
@@ -40,7 +40,7 @@ pub(super) struct Level {
 
 /// What a curve says of a spike it shows.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Seen {
+pub(super) struct SeenSpike {
     /// Between the highest reading and the kernel's usage at the top.
     pub(super) peak_error_bytes: u64,
     /// From the true start to the first reading above it; negative is too early.
@@ -51,14 +51,14 @@ pub(super) struct Seen {
 
 /// What a poller says of a spike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Polled {
+pub(super) struct PolledSpike {
     /// A reading in it was at least half as high.
     pub(super) seen: bool,
     /// What its highest reading lacks to the top; all of the spike when it read nothing in it.
     pub(super) peak_error_bytes: u64,
 }
 
-impl Level {
+impl SpikeLevel {
     fn height(&self) -> u64 {
         self.top_bytes.saturating_sub(self.base_bytes)
     }
@@ -67,7 +67,12 @@ impl Level {
 /// Whether the curve rises by half the spike's height within its time, give or take 5 ms. It starts where the curve is a
 /// quantum above the base; it ends where after its highest reading the curve is within an eighth of its height, at least
 /// 512 KiB, of the base.
-pub(super) fn find(spike: &Spike, level: &Level, curve: &[Reading], quantum_bytes: u64) -> Option<Seen> {
+pub(super) fn find(
+    spike: &TrueSpike,
+    level: &SpikeLevel,
+    curve: &[CgroupReading],
+    quantum_bytes: u64,
+) -> Option<SeenSpike> {
     let (from, until) = (spike.start_ns.saturating_sub(SLACK_NS), spike.end_ns + SLACK_NS);
     let first = curve.partition_point(|reading| reading.boot_ns < from);
     let window = || curve.iter().skip(first).take_while(|reading| reading.boot_ns <= until);
@@ -86,7 +91,7 @@ pub(super) fn find(spike: &Spike, level: &Level, curve: &[Reading], quantum_byte
     let near = level.base_bytes + NEAR_BYTES.max(level.height() / 8);
     // Also later than the window: late is an error to state, not a spike not found.
     let fallen = curve.iter().skip(first).find(|r| r.boot_ns > highest.boot_ns && r.bytes <= near);
-    Some(Seen {
+    Some(SeenSpike {
         peak_error_bytes: highest.bytes.abs_diff(level.top_bytes),
         start_error_ns: error_ns(risen.boot_ns, spike.start_ns),
         end_error_ns: fallen.map(|fallen| error_ns(fallen.boot_ns, spike.end_ns)),
@@ -94,12 +99,12 @@ pub(super) fn find(spike: &Spike, level: &Level, curve: &[Reading], quantum_byte
 }
 
 /// What readings after a fixed time say of a spike.
-pub(super) fn polled(spike: &Spike, readings: &[Reading]) -> Polled {
+pub(super) fn polled(spike: &TrueSpike, readings: &[CgroupReading]) -> PolledSpike {
     let level = &spike.usage;
     let within = readings.iter().filter(|r| (spike.start_ns..=spike.end_ns).contains(&r.boot_ns));
     let highest = within.map(|reading| reading.bytes).max().unwrap_or(0).max(level.base_bytes);
     let seen = highest - level.base_bytes >= level.height().div_ceil(2).max(1);
-    Polled { seen, peak_error_bytes: level.top_bytes.abs_diff(highest) }
+    PolledSpike { seen, peak_error_bytes: level.top_bytes.abs_diff(highest) }
 }
 
 fn error_ns(said: u64, truth: u64) -> i64 {
@@ -114,10 +119,10 @@ mod tests {
     const MS: u64 = 1_000_000;
     const MIB: u64 = 1 << 20;
     const QUANTUM: u64 = 64 << 10;
-    const LEVEL: Level = Level { base_bytes: 32 * MIB, top_bytes: 36 * MIB };
+    const LEVEL: SpikeLevel = SpikeLevel { base_bytes: 32 * MIB, top_bytes: 36 * MIB };
 
-    fn spike() -> Spike {
-        Spike {
+    fn spike() -> TrueSpike {
+        TrueSpike {
             mib: 4,
             hold_ms: 5,
             start_ns: 100 * MS,
@@ -125,12 +130,12 @@ mod tests {
             fall_ns: 107 * MS,
             end_ns: 108 * MS,
             usage: LEVEL,
-            resident: Level::default(),
+            resident: SpikeLevel::default(),
         }
     }
 
-    fn curve(readings: &[(u64, u64)]) -> Vec<Reading> {
-        readings.iter().map(|(ms, kib)| Reading { boot_ns: ms * MS, bytes: kib << 10 }).collect()
+    fn curve(readings: &[(u64, u64)]) -> Vec<CgroupReading> {
+        readings.iter().map(|(ms, kib)| CgroupReading { boot_ns: ms * MS, bytes: kib << 10 }).collect()
     }
 
     #[test]
@@ -164,11 +169,11 @@ mod tests {
     #[test]
     fn a_poller_sees_what_it_reads_while_it_lasts() {
         let whole = 4 * MIB;
-        let missed = Polled { seen: false, peak_error_bytes: whole };
+        let missed = PolledSpike { seen: false, peak_error_bytes: whole };
         assert_eq!(polled(&spike(), &curve(&[(99, 32 << 10), (109, 32 << 10)])), missed);
-        let half = Polled { seen: true, peak_error_bytes: whole / 2 };
+        let half = PolledSpike { seen: true, peak_error_bytes: whole / 2 };
         assert_eq!(polled(&spike(), &curve(&[(99, 32 << 10), (103, 34 << 10)])), half);
-        let below = Polled { seen: false, peak_error_bytes: whole - 1024 };
+        let below = PolledSpike { seen: false, peak_error_bytes: whole - 1024 };
         assert_eq!(polled(&spike(), &curve(&[(103, (32 << 10) + 1)])), below);
     }
 }

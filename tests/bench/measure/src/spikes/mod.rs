@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::chapter::{Cell, Chapter, Figure, Goal, Table};
+use crate::chapter::{Cell, Chapter, ChapterTable, Figure, Goal};
 use anyhow::{Context, ensure};
-use memtrace_tests::dice::Dice;
 use memtrace_tests::json;
+use memtrace_tests::random::SeededRandom;
 use serde_json::Value;
 
-use self::matching::{Level, Polled, Seen, Spike, find, polled};
+use self::matching::{PolledSpike, SeenSpike, SpikeLevel, TrueSpike, find, polled};
 use self::pollers::{PERIODS, Pollers};
-use crate::Plan;
+use crate::BenchPlan;
 use crate::neighbour::Neighbour;
-use crate::recorder::{Curve, Reading, Recorder};
+use crate::recorder::{CgroupReading, RecordedCurve, Recorder};
 
 mod matching;
 mod pollers;
@@ -55,18 +55,18 @@ const COLUMNS: [&str; 2] = ["usage", "resident"];
 
 /// One spike and what everybody says of it.
 struct Judged {
-    spike: Spike,
+    spike: TrueSpike,
     /// Index of the setting it was recorded with.
     setting: usize,
     /// By the column of usage, by that of resident memory.
-    seen: [Option<Seen>; 2],
+    seen: [Option<SeenSpike>; 2],
     /// In the order of [`PERIODS`].
-    polled: Vec<Polled>,
+    polled: Vec<PolledSpike>,
 }
 
 impl Judged {
     /// What the column of this index in [`COLUMNS`] says.
-    fn by(&self, column: usize) -> Option<Seen> {
+    fn by(&self, column: usize) -> Option<SeenSpike> {
         *self.seen.get(column)?
     }
 }
@@ -84,13 +84,13 @@ struct Run {
 }
 
 /// Runs the benchmark.
-pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
-    let mut dice = Dice::new(plan.seed);
+pub(crate) fn run(plan: &BenchPlan) -> anyhow::Result<Chapter> {
+    let mut random = SeededRandom::new(plan.seed);
     let rounds = if plan.quick { 2 } else { 6 };
     let neighbour = Neighbour::start()?;
     let mut run = Run::default();
     for round in 0..rounds {
-        run.record(round % SETTINGS.len(), plan.quick, &mut dice)?;
+        run.record(round % SETTINGS.len(), plan.quick, &mut random)?;
     }
     let builds = neighbour.finish()?;
     Ok(chapter(&run, plan.seed, builds))
@@ -98,16 +98,16 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Chapter> {
 
 impl Run {
     /// One recording: every size for every time, once; in a quick run most of them.
-    fn record(&mut self, index: usize, quick: bool, dice: &mut Dice) -> anyhow::Result<()> {
+    fn record(&mut self, index: usize, quick: bool, random: &mut SeededRandom) -> anyhow::Result<()> {
         let setting = SETTINGS.get(index).context("no such setting")?;
         let mut spikes: Vec<(u64, u64)> =
             SIZES_MIB.iter().flat_map(|mib| HOLDS_MS.map(|hold_ms| (*mib, hold_ms))).collect();
-        dice.shuffle(&mut spikes);
+        random.shuffle(&mut spikes);
         spikes.truncate(if quick { 14 } else { spikes.len() });
         let longest_pause_ms = if quick { 700 } else { 1550 };
         let words: Vec<String> = spikes
             .iter()
-            .map(|(mib, hold_ms)| format!("{mib}:{hold_ms}:{}", dice.between(50, longest_pause_ms)))
+            .map(|(mib, hold_ms)| format!("{mib}:{hold_ms}:{}", random.between(50, longest_pause_ms)))
             .collect();
         let workload = memtrace_tests::programs::path("workload")?;
         let mut command = vec![workload.to_str().context("a path that is not text")?, "spikes"];
@@ -116,7 +116,7 @@ impl Run {
         let dir = tempfile::tempdir().context("failed to make a directory for the recording")?;
         let mut recorder = Recorder::start(dir.path(), setting.options, &command)?;
         let file = PathBuf::from(json::text(recorder.command()?.until("ready")?, "/usage_file")?);
-        let pollers = Pollers::start(&file, dice);
+        let pollers = Pollers::start(&file, random);
         std::thread::sleep(QUIET);
         recorder.command()?.tell()?;
         for _ in 0..spikes.len() {
@@ -126,7 +126,7 @@ impl Run {
         std::thread::sleep(QUIET);
         let (ended, recording) = recorder.finish()?;
         ensure!(ended.status.success(), "the spikes ended with {}", ended.status);
-        let curve = Curve::of(&recording)?;
+        let curve = RecordedCurve::of(&recording)?;
         self.readings += curve.resident.len() as u64;
         self.thinned += json::number(&recording, "/timeline/thinned")?;
         for lost in json::list(&recording, "/losses")? {
@@ -144,7 +144,13 @@ impl Run {
     }
 }
 
-fn judge(spike: Spike, index: usize, setting: &Setting, curve: &Curve, polls: &[Vec<Reading>]) -> Judged {
+fn judge(
+    spike: TrueSpike,
+    index: usize,
+    setting: &Setting,
+    curve: &RecordedCurve,
+    polls: &[Vec<CgroupReading>],
+) -> Judged {
     Judged {
         spike,
         setting: index,
@@ -156,18 +162,18 @@ fn judge(spike: Spike, index: usize, setting: &Setting, curve: &Curve, polls: &[
     }
 }
 
-fn spike(told: &Value) -> anyhow::Result<Spike> {
+fn spike(told: &Value) -> anyhow::Result<TrueSpike> {
     let number = |name: &str| json::number(told, name);
     let (mib, base_resident) = (number("/mib")?, number("/base_resident_bytes")?);
-    Ok(Spike {
+    Ok(TrueSpike {
         mib,
         hold_ms: number("/hold_ms")?,
         start_ns: number("/start_ns")?,
         top_ns: number("/top_ns")?,
         fall_ns: number("/fall_ns")?,
         end_ns: number("/end_ns")?,
-        usage: Level { base_bytes: number("/base_bytes")?, top_bytes: number("/top_bytes")? },
-        resident: Level { base_bytes: base_resident, top_bytes: base_resident + (mib << 20) },
+        usage: SpikeLevel { base_bytes: number("/base_bytes")?, top_bytes: number("/top_bytes")? },
+        resident: SpikeLevel { base_bytes: base_resident, top_bytes: base_resident + (mib << 20) },
     })
 }
 
@@ -244,7 +250,7 @@ fn share<'a>(of: impl Iterator<Item = &'a Judged>, is: impl Fn(&Judged) -> bool)
 }
 
 /// How many were found, in rows of one key.
-fn found(title: &str, all: &[Judged], key: fn(&Spike) -> u64, keys: &[u64], unit: &str) -> Table {
+fn found(title: &str, all: &[Judged], key: fn(&TrueSpike) -> u64, keys: &[u64], unit: &str) -> ChapterTable {
     let mut columns = vec!["spike".to_owned()];
     for setting in &SETTINGS {
         columns.extend(COLUMNS.map(|column| format!("{}: {column}", setting.name)));
@@ -268,7 +274,7 @@ fn found(title: &str, all: &[Judged], key: fn(&Spike) -> u64, keys: &[u64], unit
         .map(|value| row(format!("{value} {unit}"), all.iter().filter(|judged| key(&judged.spike) == *value).collect()))
         .collect();
     rows.push(row("all".to_owned(), all.iter().collect()));
-    Table { title: title.to_owned(), columns, rows }
+    ChapterTable { title: title.to_owned(), columns, rows }
 }
 
 fn kib(bytes: u64) -> f64 {
@@ -280,14 +286,14 @@ fn ms(ns: i64) -> f64 {
 }
 
 /// Errors of what memtrace found, by size, setting and column.
-fn errors(all: &[Judged]) -> Table {
+fn errors(all: &[Judged]) -> ChapterTable {
     let mut rows = Vec::new();
     for mib in SIZES_MIB {
         for (index, setting) in SETTINGS.iter().enumerate() {
             for (at, column) in COLUMNS.iter().enumerate() {
                 let of = all.iter().filter(|judged| judged.spike.mib == mib && judged.setting == index);
-                let seen: Vec<Seen> = of.filter_map(|judged| judged.by(at)).collect();
-                let figure = |value: &dyn Fn(&Seen) -> Option<f64>, unit| {
+                let seen: Vec<SeenSpike> = of.filter_map(|judged| judged.by(at)).collect();
+                let figure = |value: &dyn Fn(&SeenSpike) -> Option<f64>, unit| {
                     Cell::from(Figure::of(&seen.iter().filter_map(value).collect::<Vec<f64>>(), unit))
                 };
                 rows.push(vec![
@@ -302,7 +308,7 @@ fn errors(all: &[Judged]) -> Table {
             }
         }
     }
-    Table {
+    ChapterTable {
         title: "Spikes memtrace found: how far off (median, smallest and largest). The start is where the column is a \
                 quantum above the base, the end where it is near it again, within an eighth of the height or 512 KiB; below \
                 zero is too early"
@@ -313,7 +319,7 @@ fn errors(all: &[Judged]) -> Table {
 }
 
 /// Errors of the pollers, by size; who reads nothing in a spike is off by all of it.
-fn polled_errors(all: &[Judged]) -> Table {
+fn polled_errors(all: &[Judged]) -> ChapterTable {
     let mut columns = vec!["spike".to_owned()];
     columns.extend(PERIODS.iter().map(|(_, name)| (*name).to_owned()));
     let row = |mib: &u64| {
@@ -324,7 +330,7 @@ fn polled_errors(all: &[Judged]) -> Table {
         };
         std::iter::once(format!("{mib} MiB").into()).chain((0..PERIODS.len()).map(cell)).collect()
     };
-    Table {
+    ChapterTable {
         title: "Pollers: what their highest reading within a spike lacks to its top".to_owned(),
         columns,
         rows: SIZES_MIB.iter().map(row).collect(),

@@ -6,10 +6,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use memtrace_tests::dice::Dice;
 use memtrace_tests::process::boot_ns;
+use memtrace_tests::random::SeededRandom;
 
-use crate::recorder::Reading;
+use crate::recorder::CgroupReading;
 
 /// Time between two readings, and who reads so seldom.
 pub(super) const PERIODS: [(Duration, &str); 4] = [
@@ -22,14 +22,14 @@ pub(super) const PERIODS: [(Duration, &str); 4] = [
 /// A poller for each period; they end when dropped.
 pub(super) struct Pollers {
     /// Nothing is ever sent to a thread: that the sender is gone is the sign to end.
-    threads: Vec<(Sender<()>, JoinHandle<Vec<Reading>>)>,
+    threads: Vec<(Sender<()>, JoinHandle<Vec<CgroupReading>>)>,
 }
 
 impl Pollers {
     /// Starts them, each at a random moment of its first period.
-    pub(super) fn start(usage_file: &Path, dice: &mut Dice) -> Self {
+    pub(super) fn start(usage_file: &Path, random: &mut SeededRandom) -> Self {
         let threads = PERIODS.map(|(period, _)| {
-            let first = Duration::from_micros(dice.between(0, u64::try_from(period.as_micros()).unwrap_or(u64::MAX)));
+            let first = Duration::from_micros(random.between(0, u64::try_from(period.as_micros()).unwrap_or(u64::MAX)));
             let (end, ended) = channel::<()>();
             let file = usage_file.to_owned();
             let poll = move || {
@@ -41,7 +41,7 @@ impl Pollers {
                     let bytes = std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok());
                     // Gone with its cgroup: nothing more is to be read.
                     let Some(bytes) = bytes else { break };
-                    readings.push(Reading { boot_ns: boot_ns(), bytes });
+                    readings.push(CgroupReading { boot_ns: boot_ns(), bytes });
                 }
                 readings
             };
@@ -51,8 +51,8 @@ impl Pollers {
     }
 
     /// Ends them: what each read, in the order of [`PERIODS`].
-    pub(super) fn finish(self) -> anyhow::Result<Vec<Vec<Reading>>> {
-        let join = |(end, thread): (Sender<()>, JoinHandle<Vec<Reading>>)| {
+    pub(super) fn finish(self) -> anyhow::Result<Vec<Vec<CgroupReading>>> {
+        let join = |(end, thread): (Sender<()>, JoinHandle<Vec<CgroupReading>>)| {
             drop(end);
             thread.join().ok().context("a poller panicked")
         };

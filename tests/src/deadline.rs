@@ -1,33 +1,34 @@
-//! How long a test waits for what has to come. It only says when a test that fails gives up: what comes is seen at once.
+//! How long a test waits for an event before it fails. A passing test never waits this long: it polls and continues at
+//! once when the event comes. Limits are scaled up on slow (emulated) machines.
 
 use std::time::{Duration, Instant};
 
-/// How many times slower this machine is than one that tests were written on: set by the first process of an emulated
-/// machine, by how long it took to boot.
+/// Environment variable: how many times slower this machine is than the one that limits were chosen on. Set by process 1
+/// of an emulated machine from the time it took to boot.
 pub const SLOWNESS: &str = "MEMTRACE_TESTS_SLOWNESS";
 
-/// Of a slower machine than that nothing is waited for.
+/// Largest factor by which limits are scaled.
 const MOST: f64 = 100.0;
 
-/// A wait with an end.
+/// A point in time after which a test gives up.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
+pub struct Deadline {
     begin: Instant,
     limit: Duration,
 }
 
-impl Patience {
-    /// So long on the machine that tests were written on.
-    pub fn of(limit: Duration) -> Self {
+impl Deadline {
+    /// `limit` from now, scaled by [`SLOWNESS`].
+    pub fn after(limit: Duration) -> Self {
         Self { begin: Instant::now(), limit: scaled(limit, std::env::var(SLOWNESS).ok().as_deref()) }
     }
 
-    /// Nothing more is to be waited for.
-    pub fn is_over(&self) -> bool {
+    /// Whether the time is up.
+    pub fn has_passed(&self) -> bool {
         self.begin.elapsed() > self.limit
     }
 
-    /// All of the wait.
+    /// The whole time allowed, scaled.
     pub fn limit(&self) -> Duration {
         self.limit
     }
@@ -43,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slow_machine_is_waited_for_longer_and_none_shorter() {
+    fn limits_grow_on_slow_machines_and_never_shrink() {
         let ten = Duration::from_secs(10);
         assert_eq!(scaled(ten, None), ten);
         assert_eq!(scaled(ten, Some("2.5")), Duration::from_secs(25));
@@ -51,6 +52,6 @@ mod tests {
             assert_eq!(scaled(ten, Some(nonsense)), ten);
         }
         assert_eq!(scaled(ten, Some("1e9")), ten.mul_f64(MOST));
-        assert!(Patience::of(Duration::ZERO).limit().is_zero() && !Patience::of(ten).is_over());
+        assert!(Deadline::after(Duration::ZERO).limit().is_zero() && !Deadline::after(ten).has_passed());
     }
 }

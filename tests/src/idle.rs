@@ -1,4 +1,4 @@
-//! Workloads that stand still, and what the agent knows of them then.
+//! Workloads that hold memory and do nothing, and what the agent reports about them.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -8,27 +8,27 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 use crate::agent::Agent;
-use crate::patience::Patience;
-use crate::process::{self, Rss};
+use crate::deadline::Deadline;
+use crate::process::{self, ProcRss};
 use crate::{json, programs};
 
-/// A quiet moment is one a while after the last change.
-const QUIET: Duration = Duration::from_millis(500);
+/// Time after `ready` until counters have settled.
+const SETTLE_TIME: Duration = Duration::from_millis(500);
 
-/// How long the agent may take to know a process.
+/// How long the agent may take to list a process.
 const KNOWN_LIMIT: Duration = Duration::from_secs(20);
 
-/// A workload that said `ready` and stays as it is until its stdin closes.
+/// A workload that has printed `ready` and does not change until its stdin closes.
 #[derive(Debug)]
-pub struct Quiet {
+pub struct IdleWorkload {
     child: Child,
-    /// Open until the workload has ended: it speaks once more then.
+    /// Kept open until the end: the workload prints once more then.
     stdout: BufReader<ChildStdout>,
     processes: Vec<(u32, u64)>,
 }
 
-impl Quiet {
-    /// Starts `workload` with these arguments and waits until it is quiet.
+impl IdleWorkload {
+    /// Starts `workload` with these arguments and waits until it is ready and its counters have settled.
     pub fn start(arguments: &[&str]) -> anyhow::Result<Self> {
         let mut command = Command::new(programs::path("workload")?);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -43,19 +43,19 @@ impl Quiet {
                 processes.push((speaker, json::number(&event, "/start_ticks")?));
             }
             if what == "ready" && speaker == pid {
-                std::thread::sleep(QUIET);
+                std::thread::sleep(SETTLE_TIME);
                 return Ok(Self { child, stdout, processes });
             }
         }
         bail!("{arguments:?} was never ready")
     }
 
-    /// Its processes: pid and start in clock ticks.
+    /// Pid and start time (clock ticks since boot) of each of its processes.
     pub fn processes(&self) -> &[(u32, u64)] {
         &self.processes
     }
 
-    /// Lets it end, which it has to within `limit`.
+    /// Closes its stdin; fails unless it exits successfully within `limit`.
     pub fn end(mut self, limit: Duration) -> anyhow::Result<()> {
         drop(self.child.stdin.take());
         std::io::copy(&mut self.stdout, &mut std::io::sink())?;
@@ -65,9 +65,9 @@ impl Quiet {
     }
 }
 
-/// What the agent knows about a process; waits a little for it to be there.
-pub fn recorded(agent: &Agent, pid: u32, start_ticks: u64) -> anyhow::Result<Rss> {
-    let patience = Patience::of(KNOWN_LIMIT);
+/// Resident memory of a process as the agent's API reports it; waits until the agent lists the process.
+pub fn recorded(agent: &Agent, pid: u32, start_ticks: u64) -> anyhow::Result<ProcRss> {
+    let deadline = Deadline::after(KNOWN_LIMIT);
     loop {
         let answer = agent.get_json(&format!("/api/processes?pid={pid}"))?;
         let known = json::list(&answer, "")?.iter().find(|process| {
@@ -75,13 +75,13 @@ pub fn recorded(agent: &Agent, pid: u32, start_ticks: u64) -> anyhow::Result<Rss
             process.get("pid").and_then(Value::as_u64) == Some(u64::from(pid)) && start == Some(start_ticks)
         });
         if let Some(known) = known {
-            return Ok(Rss {
+            return Ok(ProcRss {
                 anon: json::number(known, "/anon_bytes")?,
                 file: json::number(known, "/file_bytes")?,
                 shmem: json::number(known, "/shmem_bytes")?,
             });
         }
-        ensure!(!patience.is_over(), "the agent does not know process {pid}: {answer}");
+        ensure!(!deadline.has_passed(), "the agent does not know process {pid}: {answer}");
         std::thread::sleep(Duration::from_millis(100));
     }
 }
