@@ -19,7 +19,6 @@ use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
-use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
 use crate::process::symbolize::{Questions, Symbolizer};
 use crate::process::{apart, stock};
@@ -27,6 +26,7 @@ use crate::refusal::Refusal;
 use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
+use memtrace_incident::{Incident, Kind};
 
 /// What is still on its way when a process has ended: its last records, and the window of a kill.
 const SETTLE: Duration = Duration::from_millis(300);
