@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: one fuzz target, or each in turn, for a bounded time.
+//! `cargo xtask fuzz`: runs one fuzz target, or all in turn, for a limited time.
 
 use std::ffi::OsString;
 use std::process::Command;
@@ -9,7 +9,7 @@ use memtrace_harness::checkout::Checkout;
 use memtrace_harness::run::{run as run_command, say, succeeds};
 use memtrace_harness::setup;
 
-/// The version of cargo-fuzz that `fuzz` installs.
+/// Version of cargo-fuzz that is installed.
 const CARGO_FUZZ_VERSION: &str = "0.13.2";
 
 /// Arguments of `cargo xtask fuzz`.
@@ -52,7 +52,7 @@ pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         std::fs::create_dir_all(&corpus).with_context(|| format!("failed to create {}", corpus.display()))?;
         let seeds = checkout.root.join("fuzz/seeds").join(&target);
         let mut run = fuzz("run", &target);
-        // what it finds of interest goes into the first directory; the seeds are only read
+        // the fuzzer writes new inputs into the first directory and only reads the seeds
         run.arg(corpus).args(seeds.is_dir().then_some(seeds));
         run.arg("--").arg(format!("-max_total_time={}", args.seconds));
         run_command(&mut run).with_context(|| format!("{target} found something: see fuzz/artifacts/{target}"))?;

@@ -1,4 +1,6 @@
-//! `cargo xtask VERB`: set-up, build, demo, tests and checks of memtrace; one file per verb.
+//! `cargo xtask VERB`: the entry point to set-up, build, demo, tests and checks of memtrace.
+//! Dispatch only: each verb has its home in a crate below tests/, apart from `demo` and `fuzz`,
+//! which are short and here.
 
 mod demo;
 mod fuzz;

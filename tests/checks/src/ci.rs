@@ -15,7 +15,8 @@ use crate::tidy;
 #[derive(clap::Args)]
 pub struct Args {}
 
-/// Runs every check, then fails if any did: one run shows all there is to mend.
+/// Runs every check and fails at the end if any did, so that one run shows everything there is to
+/// fix.
 pub fn run(checkout: &Checkout, _args: &Args) -> Result<()> {
     let mut failed = Vec::new();
     let mut check = |name: &'static str, outcome: Result<()>| match outcome {
@@ -36,7 +37,7 @@ pub fn run(checkout: &Checkout, _args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The checks that take seconds, up to the first that fails.
+/// Runs the checks that take seconds; stops at the first failure.
 pub fn quick(checkout: &Checkout) -> Result<()> {
     format(checkout)?;
     tidy::check(checkout)?;
@@ -47,14 +48,15 @@ fn format(checkout: &Checkout) -> Result<()> {
     run_command(cargo(checkout).args(["fmt", "--all", "--check"]))
 }
 
-/// Lints, as errors.
+/// Runs clippy with warnings as errors.
 pub fn lints(checkout: &Checkout) -> Result<()> {
     let mut clippy = cargo(checkout);
     clippy.arg("clippy").args(USERSPACE).args(["--all-targets", "--locked", "--", "-D", "warnings"]);
     run_command(&mut clippy)
 }
 
-/// With private items: this is a program, and its docs are for who works on it.
+/// Builds the docs with warnings as errors, private items included: readers of these docs work on
+/// the code.
 pub fn docs(checkout: &Checkout) -> Result<()> {
     let mut doc = cargo(checkout);
     doc.arg("doc")
@@ -64,8 +66,9 @@ pub fn docs(checkout: &Checkout) -> Result<()> {
     run_command(&mut doc)
 }
 
-/// Advisories are left out: they need a database from the network, and the same tree must give the
-/// same answer tomorrow. `cargo deny check advisories` is for a scheduled job.
+/// Checks licences, bans and sources. Advisories are left out: they need a database from the
+/// network, and the same tree must give the same answer tomorrow. `cargo deny check advisories` is
+/// for a scheduled job.
 fn deny(checkout: &Checkout) -> Result<()> {
     setup::cargo_deny(checkout)?;
     let mut deny = Command::new(checkout.tool("cargo-deny"));

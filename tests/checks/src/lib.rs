@@ -1,4 +1,4 @@
-//! Checks of the sources, before anything is run: format, lints, house rules, licences, docs.
+//! Checks of the source tree that run no test: format, lints, house rules, licences, docs.
 
 pub mod ci;
 pub mod tidy;

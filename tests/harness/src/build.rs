@@ -11,7 +11,8 @@ use crate::run::{run as run_command, say};
 use crate::setup;
 use crate::toolchain::{self, BPF_TARGET, Compiler, Toolchain};
 
-/// Tells `memtrace/build.rs` which object to take in; without it the agent is built with none.
+/// Environment variable that tells `memtrace/build.rs` which eBPF object to embed; unset, the agent
+/// is built without one.
 pub const OBJECT_VARIABLE: &str = "MEMTRACE_EBPF_OBJECT";
 
 /// Arguments of `cargo xtask build`.
@@ -32,7 +33,7 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds the eBPF object.
+/// Builds the eBPF object and returns its path.
 pub fn ebpf(checkout: &Checkout) -> Result<PathBuf> {
     let toolchain = toolchain::find(checkout)?;
     say(format_args!("building the eBPF programs with {}", toolchain.shown()));
@@ -42,7 +43,8 @@ pub fn ebpf(checkout: &Checkout) -> Result<PathBuf> {
     Ok(object)
 }
 
-/// The flags are those of aya-build: BTF out of debug info, and the CPU whose registers hooks read.
+/// The flags aya-build uses: BTF generated from debug info, and the CPU architecture whose
+/// registers hooks read.
 fn ebpf_command(checkout: &Checkout, toolchain: &Toolchain) -> Result<Command> {
     let root = checkout.root.to_str().context("the repository's path is not UTF-8")?;
     let linker = toolchain.linker.to_str().context("the linker's path is not UTF-8")?;
@@ -51,7 +53,7 @@ fn ebpf_command(checkout: &Checkout, toolchain: &Toolchain) -> Result<Command> {
         "-Cdebuginfo=2".to_owned(),
         "-Clink-arg=--btf".to_owned(),
         format!("-Clinker={linker}"),
-        // no path of this checkout goes into the object
+        // keep the path of this checkout out of the object
         format!("--remap-path-prefix={root}=."),
     ];
     let mut build = toolchain.cargo(checkout);
@@ -61,7 +63,8 @@ fn ebpf_command(checkout: &Checkout, toolchain: &Toolchain) -> Result<Command> {
         build.args(["-Z", "build-std=core"]);
     }
     if matches!(toolchain.compiler, Compiler::Debian { .. }) {
-        // aya-ebpf turns on `asm_experimental_arch`, which a stable compiler refuses otherwise
+        // aya-ebpf enables the feature `asm_experimental_arch`, which a stable compiler refuses
+        // otherwise
         build.env("RUSTC_BOOTSTRAP", "1");
     }
     build.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));

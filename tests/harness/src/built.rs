@@ -1,5 +1,5 @@
-//! What cargo built of the workspace: programs and test executables, from one build, so that nothing is compiled twice
-//! with other features.
+//! The programs and test executables that one cargo build of the workspace produced. One build for
+//! everything, so that nothing is compiled twice with different features.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,58 +12,61 @@ use crate::build::OBJECT_VARIABLE;
 use crate::checkout::{Checkout, Profile};
 use crate::run::{cargo, say, shown};
 
-/// Every member but the eBPF programs, which only compile for the BPF target.
+/// Cargo arguments for every member except the eBPF programs, which only compile for the BPF
+/// target.
 pub const USERSPACE: [&str; 3] = ["--workspace", "--exclude", "memtrace-ebpf"];
 
-/// The package of black-box tests, by its directory; below it are those of the harnesses.
+/// Directory of the package of black-box tests. The harness packages are in directories below it.
 const TESTS_DIR: &str = "tests";
 
-/// Packages whose programs a verb may run: the agent, workloads, process 1 of a machine, benchmarks.
+/// Packages whose programs the verbs run: the agent, the workloads, process 1 of a machine, the
+/// benchmarks.
 const PROGRAM_PACKAGES: [&str; 4] = ["memtrace", "memtrace-tests", "memtrace-guest", "memtrace-measure"];
 
-/// What one build made.
+/// Executables that one build produced.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Built {
-    /// Programs by name.
+    /// Paths by program name.
     programs: BTreeMap<String, PathBuf>,
-    /// Test executables.
+    /// Sorted by package directory, unit tests before test targets, then by name.
     pub tests: Vec<TestExecutable>,
 }
 
-/// An executable of tests.
+/// A test executable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TestExecutable {
-    /// The package's directory, in which cargo runs its tests.
+    /// Absolute directory of its package: cargo's working directory for its tests.
     pub dir: PathBuf,
-    /// The same, relative to the repository.
+    /// The same directory, relative to the repository.
     pub package: PathBuf,
-    /// Of a test target its name; of unit tests that of the library or program.
+    /// Name of the test target; for unit tests, name of the library or program.
     pub name: String,
-    /// A test target, as against unit tests.
+    /// True for a test target (`tests/*.rs`), false for unit tests.
     pub is_target: bool,
-    /// The file.
+    /// Path of the executable.
     pub path: PathBuf,
 }
 
 impl TestExecutable {
-    /// Whether it is of the package of black-box tests.
+    /// Whether it is a test target of the black-box package.
     pub fn is_black_box(&self) -> bool {
         self.is_target && self.package == Path::new(TESTS_DIR)
     }
 
-    /// Whether it is of the black-box tests' own library and programs, or of a harness.
+    /// Whether it holds unit tests of the black-box package or of a harness.
     pub fn is_of_harness(&self) -> bool {
         !self.is_black_box() && self.package.starts_with(TESTS_DIR)
     }
 }
 
 impl Built {
-    /// Builds programs and tests.
+    /// Builds every userspace program and test; `object` is the eBPF object to embed.
     pub fn with_tests(checkout: &Checkout, profile: Profile, object: &Path) -> Result<Self> {
         Self::make(checkout, profile, object, &[&["test", "--no-run"], USERSPACE.as_slice()].concat())
     }
 
-    /// Builds the agent and the programs of the tests alone.
+    /// Builds the agent and the programs that verbs run, without tests; `object` is the eBPF object
+    /// to embed.
     pub fn programs(checkout: &Checkout, profile: Profile, object: &Path) -> Result<Self> {
         let packages = PROGRAM_PACKAGES.iter().flat_map(|package| ["--package", package]);
         Self::make(checkout, profile, object, &["build", "--bins"].into_iter().chain(packages).collect::<Vec<_>>())
@@ -81,7 +84,8 @@ impl Built {
         Ok(Self::read(&String::from_utf8_lossy(&output.stdout), &checkout.root))
     }
 
-    /// Reads cargo's messages about the repository at `root`.
+    /// Reads cargo's JSON messages, one a line, from a build of the repository at `root`. Other
+    /// lines are ignored.
     pub fn read(messages: &str, root: &Path) -> Self {
         let mut built = Self::default();
         for message in messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
@@ -111,7 +115,7 @@ impl Built {
         built
     }
 
-    /// A program that has to be there.
+    /// Path of a program. Fails when the build did not produce it.
     pub fn program(&self, name: &str) -> Result<&Path> {
         self.programs.get(name).map(PathBuf::as_path).with_context(|| format!("cargo built no program {name}"))
     }

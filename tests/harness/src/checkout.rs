@@ -1,4 +1,5 @@
-//! Where things are: the repository, its target directory, the tools installed there; and who runs us.
+//! Paths of the repository, its target directory and the tools installed there; privileges of this
+//! process.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -6,30 +7,30 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-/// The paths every verb starts from.
+/// The repository and its target directory: what every verb starts from.
 pub struct Checkout {
-    /// The repository.
+    /// Root directory of the repository.
     pub root: PathBuf,
     /// Cargo's target directory.
     pub target: PathBuf,
 }
 
-/// The two ways to build userspace.
+/// How userspace is built.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Profile {
-    /// Quick to build.
+    /// Cargo's dev profile: quick to build.
     Dev,
-    /// What ships.
+    /// Cargo's release profile: what ships.
     Release,
 }
 
 impl Profile {
-    /// `Release` when asked for.
+    /// [`Profile::Release`] if `release`, else [`Profile::Dev`].
     pub fn of(release: bool) -> Self {
         if release { Self::Release } else { Self::Dev }
     }
 
-    /// The arguments cargo takes for it.
+    /// Cargo's arguments for this profile.
     pub fn args(self) -> &'static [&'static str] {
         match self {
             Self::Dev => &[],
@@ -39,7 +40,7 @@ impl Profile {
 }
 
 impl Checkout {
-    /// Finds the repository that this xtask was built from.
+    /// Finds the repository that this program was built from.
     pub fn find() -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"))
             .ancestors()
@@ -53,45 +54,46 @@ impl Checkout {
         Ok(Self { root, target })
     }
 
-    /// Where `setup` installs cargo programs: never in the user's own cargo home.
+    /// Root of the cargo programs that `setup` installs. Below the target directory, so that the
+    /// user's cargo home is left alone.
     pub fn tools(&self) -> PathBuf {
         self.target.join("tools")
     }
 
-    /// A program that `setup` installs.
+    /// Path of a program that `setup` installs.
     pub fn tool(&self, name: &str) -> PathBuf {
         self.tools().join("bin").join(name)
     }
 
-    /// The target directory of the eBPF build.
+    /// Target directory of the eBPF build.
     pub fn bpf_target(&self) -> PathBuf {
         self.target.join("bpf")
     }
 
-    /// The eBPF object that `build` makes.
+    /// Path of the eBPF object that `build` makes.
     pub fn ebpf_object(&self) -> PathBuf {
         self.bpf_target().join(crate::toolchain::BPF_TARGET).join("release").join("memtrace-ebpf")
     }
 }
 
-/// Whether this process is root's.
+/// Whether this process runs as root.
 pub fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
 }
 
-/// Whether the kernel publishes its types, which the eBPF programs need.
+/// Whether the kernel publishes its BTF, which the eBPF programs need.
 pub fn has_btf() -> bool {
     Path::new("/sys/kernel/btf/vmlinux").exists()
 }
 
-/// The first program of that name in PATH, or where administrators' programs are.
+/// Path of the first program of that name in PATH, /usr/sbin or /sbin.
 pub fn in_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let administrators = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&path).chain(administrators).map(|dir| dir.join(program)).find(|file| file.is_file())
 }
 
-/// A program that may be where only administrators look for programs.
+/// A command for a program that may be in /usr/sbin or /sbin.
 pub fn administrators(program: &str) -> Command {
     Command::new(in_path(program).unwrap_or_else(|| PathBuf::from(program)))
 }

@@ -1,4 +1,4 @@
-//! The machine that a document was written on, and the day.
+//! Hardware, kernel and date, as written into generated documents.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::run::output;
 
-/// Processors, their model, memory.
+/// Number of CPUs, their model, and memory in GiB, from /proc.
 pub fn machine() -> Result<String> {
     let (cpus, memory) = (read("/proc/cpuinfo")?, read("/proc/meminfo")?);
     let model = cpus.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown CPU");
@@ -16,12 +16,12 @@ pub fn machine() -> Result<String> {
     Ok(format!("{count} CPUs ({}), {gib} GiB", model.trim_start_matches([' ', '\t', ':'])))
 }
 
-/// Release of the running kernel.
+/// Release of the running kernel (`uname -r`).
 pub fn kernel() -> Result<String> {
     Ok(read("/proc/sys/kernel/osrelease")?.trim().to_owned())
 }
 
-/// The date, UTC, as YYYY-MM-DD.
+/// Today's date in UTC, YYYY-MM-DD.
 pub fn today() -> Result<String> {
     Ok(output(Command::new("date").args(["-u", "+%F"]))?.trim().to_owned())
 }

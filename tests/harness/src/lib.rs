@@ -1,5 +1,6 @@
-//! What every harness stands on: where the checkout is, which toolchain builds the eBPF programs, what one build made,
-//! and what libtest printed. Knows no test, machine or benchmark by name.
+//! The ground that all harnesses share: paths of the checkout, the eBPF toolchain, the one cargo
+//! build, and a reader of libtest's output. Nothing here knows a particular test, machine or
+//! benchmark.
 
 pub mod build;
 pub mod built;

@@ -1,21 +1,24 @@
-//! What libtest prints, read line by line: how many tests passed, which failed, which said they could not run.
+//! Reads libtest's output line by line: how many tests passed, which failed, which reported that
+//! they could not run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a test prints before what and why, when it passes without having tested: see figures.rs of the tests.
+/// Prefix of the line by which a passing test reports that it tested nothing, before `WHAT: WHY`.
+/// Printed by `figures::not_run_here` of the tests.
 const NOT_RUN_HERE: &str = "  | NOT RUN HERE ";
 
-/// Lines kept of what a failed test said.
+/// Most lines kept of a failed test's output.
 const MOST_SAID: usize = 15;
 
-/// What a run of tests came to.
+/// Numbers of tests by result.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Tally {
-    /// Ran and passed.
+    /// Tests that ran and passed.
     pub passed: u64,
-    /// Ran and failed.
+    /// Tests that ran and failed.
     pub failed: u64,
-    /// Ignored, or passed without having tested: this machine cannot run them.
+    /// Tests that were ignored, or passed without having tested because this machine cannot run
+    /// them.
     pub skipped: u64,
 }
 
@@ -36,7 +39,7 @@ impl std::fmt::Display for Tally {
     }
 }
 
-/// A test that has ended.
+/// One test and its result.
 #[derive(Debug, PartialEq, Eq)]
 pub struct EndedTest {
     /// The test's path in its executable.
@@ -45,35 +48,35 @@ pub struct EndedTest {
     pub word: String,
 }
 
-/// Reads the output of any number of test executables, one after another.
+/// Reads the output of test executables, any number of them in sequence.
 #[derive(Debug, Default, Clone)]
 pub struct LibtestReader {
-    /// By the closing lines, less the tests that did not run.
+    /// Sum of the closing lines, with tests that did not run moved from passed to skipped.
     closed: Tally,
-    /// Executables that have begun and not said how they ended.
+    /// Executables that have printed `running N tests` and no closing line yet.
     open: u64,
-    /// The test whose name was printed, and not yet how it ended.
+    /// The test whose name was printed without a result so far.
     running: Option<String>,
-    /// Who has said NOT RUN HERE since the last closing line.
+    /// Tests that printed NOT RUN HERE since the last closing line.
     idle: BTreeSet<String>,
-    /// `WHAT: WHY` of what did not run, in the order they said so.
+    /// `WHAT: WHY` of everything that did not run, in order of appearance.
     pub not_run: Vec<String>,
-    /// Names of tests that failed.
+    /// Names of the failed tests.
     pub failed: BTreeSet<String>,
-    /// What they said, as far as it is kept.
+    /// Output of each failed test, at most [`MOST_SAID`] lines.
     pub said: BTreeMap<String, Vec<String>>,
-    /// The failed test whose words are being listed.
+    /// The failed test whose output is being read.
     listed: Option<String>,
 }
 
-/// A test that failed and ran once more.
+/// A failed test that was run once more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SecondTry {
-    /// `EXECUTABLE::TEST`, or the test alone where its executable is not known.
+    /// `EXECUTABLE::TEST`, or the test's name alone where the executable is not known.
     pub test: String,
-    /// What it said when it failed at first.
+    /// Its output when it failed first, or the reason why the executable was repeated.
     pub said: Vec<String>,
-    /// Whether it passed then.
+    /// Whether it passed the second time.
     pub passed: bool,
 }
 
@@ -84,28 +87,30 @@ impl std::fmt::Display for SecondTry {
     }
 }
 
-/// What ran once more.
+/// What part of an executable is run once more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RetryExtent {
-    /// The tests that failed.
+    /// Only the tests that failed.
     Failed,
-    /// The executable, which died.
+    /// All of it, because the executable died.
     Whole,
 }
 
-/// What an executable came to that ran once more.
+/// Result of an executable that was run once more.
 pub struct RetriedRun {
-    /// The second run's; where only what failed ran again, the first one's with how the second went for those.
+    /// The second run's tally. If only failed tests were repeated: the first run's tally, corrected
+    /// by the second's results.
     pub tally: Tally,
-    /// One for each test that failed, or for the executable when it died before any did.
+    /// One entry for each failed test; one for the executable if it died before any test failed.
     pub second_tries: Vec<SecondTry>,
 }
 
-/// Joins a first run of an executable with the second one.
+/// Combines the first and the second run of an executable.
 pub fn retried(executable: &str, first: &LibtestReader, again: &LibtestReader, extent: RetryExtent) -> RetriedRun {
     let (mut tally, second) = (first.tally(), again.tally());
     let ran = second.passed + second.failed + second.skipped;
-    // A test that is not found passes by not being there, and so does one that nobody came to.
+    // A filter that matches no test makes libtest succeed, so success alone proves nothing: the
+    // tests must have run.
     let ended =
         again.open == 0 && if extent == RetryExtent::Whole { ran > 0 } else { ran == first.failed.len() as u64 };
     match extent {
@@ -131,7 +136,7 @@ pub fn retried(executable: &str, first: &LibtestReader, again: &LibtestReader, e
 }
 
 impl LibtestReader {
-    /// Takes a line; tells of a test that ended with it.
+    /// Reads the next line. Returns the test whose result it completes, if it does.
     pub fn line(&mut self, line: &str) -> Option<EndedTest> {
         let line = line.trim_end_matches(['\r', '\n']);
         self.listen(line);
@@ -141,7 +146,7 @@ impl LibtestReader {
         if let Some((_, said)) = line.split_once(NOT_RUN_HERE) {
             self.not_run.push(said.to_owned());
             let test = self.started(line).or_else(|| self.running.clone());
-            // unnamed ones count once each
+            // without a name, each report counts as a test of its own
             self.idle.insert(test.unwrap_or_else(|| format!("#{}", self.not_run.len())));
         }
         if let Some(mut tally) = result_of(line) {
@@ -177,7 +182,8 @@ impl LibtestReader {
         Some(EndedTest { test, word: word.to_owned() })
     }
 
-    /// Keeps what failed tests said, which the harness lists at the end: `---- TEST stdout ----`, then their lines.
+    /// Collects the output of failed tests, which libtest lists at the end: `---- TEST stdout
+    /// ----`, then the lines.
     fn listen(&mut self, line: &str) {
         if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
             self.listed = Some(test.to_owned());
@@ -191,12 +197,12 @@ impl LibtestReader {
         }
     }
 
-    /// What it all came to.
+    /// Tests of all executables that have printed their closing line.
     pub fn tally(&self) -> Tally {
         self.closed
     }
 
-    /// The tests that failed, when they are all that went wrong and no more than `most`.
+    /// The failed tests, if there are 1 to `most` of them and nothing else went wrong.
     pub fn few_failed(&self, most: usize) -> Option<&BTreeSet<String>> {
         let told = self.open == 0 && self.failed.len() as u64 == self.closed.failed;
         (told && (1..=most).contains(&self.failed.len())).then_some(&self.failed)

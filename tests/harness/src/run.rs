@@ -1,4 +1,4 @@
-//! Running other programs: what is run is said first, and an error names the command.
+//! Runs other programs. The command line is printed before it runs, and errors name it.
 
 use std::fmt::Arguments;
 use std::io::Write;
@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 
 use crate::checkout::Checkout;
 
-/// One line of progress on stderr.
+/// Prints one line of progress to stderr.
 pub fn say(line: Arguments<'_>) {
     let _ = writeln!(std::io::stderr(), "xtask: {line}");
 }
 
-/// The cargo that runs us, in the repository.
+/// A command for the cargo that runs us, with the repository as working directory.
 pub fn cargo(checkout: &Checkout) -> Command {
     let cargo = std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from);
     let mut command = Command::new(cargo);
@@ -22,7 +22,7 @@ pub fn cargo(checkout: &Checkout) -> Command {
     command
 }
 
-/// Runs to success; its output goes where ours goes.
+/// Runs a command with our own stdout and stderr. Fails unless it succeeds.
 pub fn run(command: &mut Command) -> Result<()> {
     say(format_args!("running {}", shown(command)));
     let status = command.status().with_context(|| format!("failed to start {}", shown(command)))?;
@@ -32,7 +32,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs to success and gives its standard output.
+/// Runs a command and returns its standard output. Fails unless it succeeds.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("failed to start {}", shown(command)))?;
     if !output.status.success() {
@@ -42,12 +42,12 @@ pub fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("{} printed something that is not UTF-8", shown(command)))
 }
 
-/// Whether it runs and succeeds, with nothing shown.
+/// Whether a command can be started and succeeds; its output is discarded.
 pub fn succeeds(command: &mut Command) -> bool {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
 }
 
-/// The command as one would type it, without its environment.
+/// The command line as one would type it, without environment variables.
 pub fn shown(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let mut line = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
@@ -58,7 +58,7 @@ pub fn shown(command: &Command) -> String {
     line
 }
 
-/// Colour where a person looks on, also through our pipes.
+/// Keeps cargo's colours when our stderr is a terminal, although cargo itself writes to a pipe.
 fn color() -> String {
     use std::io::IsTerminal;
     std::env::var("CARGO_TERM_COLOR")

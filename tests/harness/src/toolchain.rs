@@ -1,4 +1,5 @@
-//! The compiler and linker for eBPF: facts about this machine in, a plan out.
+//! The compiler and linker for the eBPF programs: facts about this machine in, the next set-up step
+//! out.
 //!
 //! Two recipes work. (a) rustup's nightly with `rust-src`, and bpf-linker. (b) Debian's own rustc,
 //! which ships `core` for the BPF target, and bpf-linker built against the same LLVM.
@@ -11,17 +12,18 @@ use anyhow::{Result, bail};
 use crate::checkout::{Checkout, in_path};
 use crate::run::output;
 
-/// What eBPF programs are compiled for.
+/// Rust target of the eBPF programs.
 pub(crate) const BPF_TARGET: &str = "bpfel-unknown-none";
 
-/// The linker's version, pinned: its options are passed by the compiler.
+/// Pinned version of bpf-linker: the compiler passes it options that vary by version.
 pub(crate) const LINKER_VERSION: &str = "0.13.0";
 
-/// Debian's packages: compiler, its `core` for BPF (built and as source), the same LLVM for the linker.
+/// Debian packages: the compiler, `core` for BPF (compiled and as source), and the LLVM of that
+/// compiler for the linker.
 pub(crate) const PACKAGES: [&str; 5] =
     ["rustc-web", "cargo-web", "rust-web-src", "libstd-rust-web-dev-bpf", "llvm-22-dev"];
 
-/// The LLVM of those packages.
+/// LLVM version of those packages.
 pub(crate) const DEBIAN_LLVM: u32 = 22;
 
 /// Both recipes, for error messages.
@@ -31,23 +33,23 @@ building the eBPF programs takes one of
   (b) on Debian or Ubuntu: apt-get install rustc-web cargo-web rust-web-src libstd-rust-web-dev-bpf llvm-22-dev
 then run `cargo xtask setup` again";
 
-/// A compiler and a linker that go together.
+/// A compiler and a linker that fit together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Toolchain {
-    /// Where the compiler comes from.
+    /// The compiler.
     pub(crate) compiler: Compiler,
-    /// bpf-linker.
+    /// Path of bpf-linker.
     pub(crate) linker: PathBuf,
 }
 
-/// The compilers that can build for BPF.
+/// Compilers that can build for BPF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compiler {
     /// rustup's nightly, which builds `core` from `rust-src`.
     Nightly,
-    /// Debian's `rustc-web` in the system prefix.
+    /// Debian's `rustc-web`.
     Debian {
-        /// `core` for BPF is there, compiled; else it is built from source.
+        /// Whether `core` for BPF is installed compiled; otherwise it is built from source.
         prebuilt_core: bool,
     },
 }
@@ -55,34 +57,34 @@ pub(crate) enum Compiler {
 /// What was found on this machine.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ToolchainFacts {
-    /// rustup's nightly has the source of `core`; the major version of its LLVM.
+    /// Major LLVM version of rustup's nightly, if that has the source of `core`.
     pub(crate) nightly_llvm: Option<u32>,
-    /// A bpf-linker of the user's own.
+    /// A bpf-linker the user installed.
     pub(crate) user_linker: Option<PathBuf>,
-    /// The bpf-linker that `setup` built earlier, of the pinned version.
+    /// The bpf-linker that `setup` built earlier, if it has the pinned version.
     pub(crate) own_linker: Option<PathBuf>,
-    /// LLVM versions with headers under /usr/lib.
+    /// Major versions of the LLVMs with headers under /usr/lib.
     pub(crate) llvm_dev: Vec<u32>,
-    /// This is Debian or a relative: dpkg and apt-get are there.
+    /// Whether this is a Debian-like system, with dpkg and apt-get.
     pub(crate) debian: bool,
     /// Packages of [`PACKAGES`] that are not installed.
     pub(crate) missing: Vec<&'static str>,
 }
 
-/// What `setup` has to do.
+/// The next step of `setup`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum SetupStep {
-    /// Nothing: this one is complete.
+    /// Nothing is missing.
     Ready(Toolchain),
-    /// Build bpf-linker against this LLVM.
+    /// Build bpf-linker against this LLVM version.
     Linker(u32),
-    /// Install these packages, then look again.
+    /// Install these packages, then plan again.
     Packages(Vec<&'static str>),
-    /// Neither recipe is possible.
+    /// Neither recipe works on this machine.
     Impossible,
 }
 
-/// Decides; the order is the order of preference.
+/// Plans the next step. Checks come in order of preference.
 pub(crate) fn plan(facts: &ToolchainFacts) -> SetupStep {
     if let Some(llvm) = facts.nightly_llvm {
         if let Some(linker) = facts.user_linker.as_ref().or(facts.own_linker.as_ref()) {
@@ -107,7 +109,7 @@ pub(crate) fn plan(facts: &ToolchainFacts) -> SetupStep {
     }
 }
 
-/// Looks at the machine.
+/// Gathers the facts about this machine.
 pub(crate) fn facts(checkout: &Checkout) -> ToolchainFacts {
     let debian = in_path("apt-get").is_some() && in_path("dpkg-query").is_some();
     ToolchainFacts {
@@ -120,7 +122,7 @@ pub(crate) fn facts(checkout: &Checkout) -> ToolchainFacts {
     }
 }
 
-/// The toolchain, or how to get one.
+/// The toolchain; fails with instructions if it is not complete.
 pub(crate) fn find(checkout: &Checkout) -> Result<Toolchain> {
     match plan(&facts(checkout)) {
         SetupStep::Ready(toolchain) => Ok(toolchain),
@@ -131,18 +133,18 @@ pub(crate) fn find(checkout: &Checkout) -> Result<Toolchain> {
     }
 }
 
-/// Where Debian keeps an LLVM.
+/// Where Debian installs an LLVM version.
 pub(crate) fn llvm_prefix(major: u32) -> PathBuf {
     PathBuf::from(format!("/usr/lib/llvm-{major}"))
 }
 
-/// Those of these Debian packages that are not installed.
+/// Which of these Debian packages are not installed.
 pub(crate) fn missing(packages: &[&'static str]) -> Vec<&'static str> {
     packages.iter().copied().filter(|package| !installed(package)).collect()
 }
 
 impl Toolchain {
-    /// The compiler's cargo.
+    /// A command for the cargo of this compiler.
     pub(crate) fn cargo(&self, checkout: &Checkout) -> Command {
         let mut command = match self.compiler {
             Compiler::Nightly => {
@@ -156,7 +158,7 @@ impl Toolchain {
                 command
             }
         };
-        // what the outer cargo and rustup left in the environment would redirect the inner one
+        // settings of the outer cargo and rustup would redirect the inner one
         for name in ["RUSTUP_TOOLCHAIN", "CARGO", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS"] {
             command.env_remove(name);
         }
@@ -164,7 +166,7 @@ impl Toolchain {
         command
     }
 
-    /// Whether `core` has to be built along.
+    /// Whether `core` has to be built from source.
     pub(crate) fn builds_core(&self) -> bool {
         match self.compiler {
             Compiler::Nightly => true,
@@ -172,7 +174,7 @@ impl Toolchain {
         }
     }
 
-    /// One line for a person.
+    /// Compiler and linker in one line, for people.
     pub(crate) fn shown(&self) -> String {
         let compiler = match self.compiler {
             Compiler::Nightly => "rustup's nightly with rust-src",

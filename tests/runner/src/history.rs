@@ -1,4 +1,5 @@
-//! Second tries over runs: one may be the machine's doing; a test that needs one more than once in ten runs is a bug.
+//! Second tries across runs. A single one may be the machine's fault; a test that needs one more
+//! than once in ten runs has a bug, and fails the run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,22 +10,23 @@ use serde_json::{Value, json};
 use memtrace_harness::checkout::Checkout;
 use memtrace_harness::libtest::SecondTry;
 
-/// Runs that are looked at, this one included.
+/// Number of recent runs that are judged, including this one.
 const RUNS: usize = 10;
-/// Of these a test may need a second try in so many.
+/// Second tries allowed for one test within those runs.
 const MOST: usize = 1;
-/// Runs that are kept.
+/// Number of runs kept in the file.
 const KEPT: usize = 100;
 
-/// Names another file for them than `target/test-runs.jsonl`: one that outlives the checkout.
+/// Environment variable that names another file than `target/test-runs.jsonl`, for instance one
+/// that outlives the checkout.
 const VARIABLE: &str = "MEMTRACE_TEST_RUNS";
 
-/// Where runs are kept, a line of JSON each.
+/// Path of the history, one JSON object a line for each run.
 pub(crate) fn file(checkout: &Checkout) -> PathBuf {
     std::env::var_os(VARIABLE).map_or_else(|| checkout.target.join("test-runs.jsonl"), PathBuf::from)
 }
 
-/// Adds this run's second tries, and tells of the tests that needed too many, a sentence each.
+/// Appends this run and returns a sentence for each test that needed too many second tries.
 pub(crate) fn add(file: &Path, date: &str, second_tries: &[SecondTry]) -> Result<Vec<String>> {
     let old = match std::fs::read_to_string(file) {
         Ok(text) => text,
@@ -40,7 +42,7 @@ pub(crate) fn add(file: &Path, date: &str, second_tries: &[SecondTry]) -> Result
     Ok(bugs(kept))
 }
 
-/// Of the last runs. A line that is no run counts as one without second tries.
+/// Judges the most recent runs. A line that cannot be parsed counts as a run without second tries.
 fn bugs(lines: &[&str]) -> Vec<String> {
     let last = lines.get(lines.len().saturating_sub(RUNS)..).unwrap_or_default();
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! A layer of tests: which executables it runs, what they print, how it ended.
+//! One layer of tests: runs its executables, reads their output and records the result.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -12,55 +12,55 @@ use memtrace_harness::libtest::{LibtestReader, RetryExtent, SecondTry, Tally, re
 use memtrace_harness::run::{say, shown};
 use memtrace_vm::MachineReport;
 
-/// Failed tests that run once more; of more the machine is not the cause.
+/// Most failed tests that are run once more. If more fail, the cause is not the machine.
 const MOST_AGAIN: usize = 3;
 
-/// One layer and how it ended.
+/// A layer and its result.
 pub(crate) struct Layer {
     pub(crate) name: String,
     pub(crate) ended: LayerOutcome,
-    /// What passed without having tested, and why; what is left out.
+    /// What did not run or was left out, and why.
     pub(crate) remarks: Vec<String>,
-    /// What ran once more.
+    /// Tests that were run once more.
     pub(crate) second_tries: Vec<SecondTry>,
-    /// How long it took, by the clock on the wall: layers overlap.
+    /// Wall-clock time. Layers overlap, so their times do not add up to the run's.
     pub(crate) took: Duration,
 }
 
-/// How a layer ended.
+/// Result of a layer.
 pub(crate) enum LayerOutcome {
     Ran {
         tally: Tally,
         success: bool,
     },
-    /// It is no layer of tests, and all went well.
+    /// The layer has no tests of its own, and succeeded.
     Done,
-    /// It could not run on this machine.
+    /// The layer cannot run on this machine.
     Impossible {
         why: String,
     },
-    /// It was not wanted.
+    /// The layer was not asked for.
     LeftOut {
         why: &'static str,
     },
 }
 
-/// How the executables of a layer are run.
+/// Runs the executables of a layer.
 pub(crate) struct LayerRunner<'a> {
-    /// The agent under test.
+    /// Path of the agent under test.
     pub(crate) memtrace: &'a Path,
-    /// Only tests whose name contains this.
+    /// Runs only tests whose name contains this.
     pub(crate) filter: Option<&'a str>,
 }
 
 impl Layer {
-    /// One that ended like this.
+    /// A layer with this result, without remarks, that took no time.
     pub(crate) fn ended(name: &str, ended: LayerOutcome) -> Self {
         let (remarks, second_tries) = (Vec::new(), Vec::new());
         Self { name: name.to_owned(), ended, remarks, second_tries, took: Duration::ZERO }
     }
 
-    /// One without tests of its own: set-up, a build, a check.
+    /// Runs a layer that has no tests of its own: set-up, a build, a check.
     pub(crate) fn of_work(name: &str, work: impl FnOnce() -> Result<()>) -> Self {
         let begin = Instant::now();
         let ended = match work() {
@@ -73,7 +73,7 @@ impl Layer {
         Self { took: begin.elapsed(), ..Self::ended(name, ended) }
     }
 
-    /// A machine of the matrix.
+    /// The layer of one machine of the kernel matrix.
     pub(crate) fn of_machine(report: MachineReport) -> Self {
         for failure in &report.failures {
             say(format_args!("{}: FAILED {failure}", report.name));
@@ -90,9 +90,9 @@ impl LayerRunner<'_> {
         self.run(name, executables, &[], 0)
     }
 
-    /// The same for tests that share this kernel, one at a time: a second agent's view of the first one's workload would be
-    /// noise. What else goes on in a shared machine can come between a real kernel and a test: as in the machines of the
-    /// matrix, a few that failed run once more, alone, and the summary says which.
+    /// Runs tests that share this machine's kernel, one at a time: a second agent would see the
+    /// first one's workload as noise. Other activity on the machine can disturb a test, so a few
+    /// failed tests are run once more, alone, as in the emulated machines; the summary lists them.
     pub(crate) fn kernel_layer(&self, name: &str, executables: &[&TestExecutable]) -> Result<Layer> {
         self.run(name, executables, &["--test-threads=1"], MOST_AGAIN)
     }
@@ -123,10 +123,11 @@ impl LayerRunner<'_> {
         Ok(Layer { remarks, second_tries, took: begin.elapsed(), ..Layer::ended(name, ended) })
     }
 
-    /// Runs an executable, shows what it prints and reads it; and whether all went well.
+    /// Runs an executable, passes its output on and reads it. Returns what was read and whether the
+    /// exit code was 0.
     fn hear(&self, layer: &str, executable: &TestExecutable, arguments: &[&str]) -> Result<(LibtestReader, bool)> {
         let mut command = Command::new(&executable.path);
-        // as cargo would: there, and knowing where
+        // as cargo does: in the package's directory, and with its path
         command.current_dir(&executable.dir).env("CARGO_MANIFEST_DIR", &executable.dir);
         command.args(arguments).env(AGENT_VARIABLE, self.memtrace);
         say(format_args!("{layer}: {}", shown(&command)));
@@ -145,5 +146,5 @@ impl LayerRunner<'_> {
     }
 }
 
-/// Names the built agent for the black-box tests, which run it and never link it.
+/// Environment variable that names the agent for the black-box tests.
 const AGENT_VARIABLE: &str = "MEMTRACE_BIN";

@@ -1,8 +1,9 @@
-//! `cargo xtask test`: every layer that this machine can run, and a plain word about the others.
+//! `cargo xtask test`: runs every layer of tests that this machine can run, and says why the others
+//! were not run.
 //!
-//! While what is missing is installed and the eBPF programs are built, lints and docs go over the rest. Then everything is
-//! built once, the emulated machines boot, at a low priority, and the layers of this machine run beside them, from the quick
-//! ones to those that take long.
+//! Lints and docs run while missing programs are installed and the eBPF programs are built. Then
+//! one build makes everything else; the emulated machines boot at low priority, and the layers of
+//! this machine run beside them, quick ones first.
 
 mod history;
 mod layer;
@@ -23,13 +24,13 @@ use memtrace_vm::{Selection, Slots, prefetch, run_matrix};
 
 use self::layer::{Layer, LayerOutcome, LayerRunner};
 
-/// Test targets of memtrace-tests, by the start of their name, that need neither root nor eBPF.
+/// Prefixes of black-box test targets that need neither root nor eBPF.
 const UNPRIVILEGED: [&str; 4] = ["cli", "golden", "replay", "report"];
 
-/// Those that need a browser, and nothing of the kernel.
+/// Prefix of those that need a browser and nothing of the kernel.
 const IN_BROWSER: &str = "browser_";
 
-/// Those that would hurt this machine: they only run in machines of their own.
+/// Prefix of those that would harm this machine; they only run in emulated ones.
 const HARMFUL: &str = "vm_";
 
 /// Arguments of `cargo xtask test`.
@@ -60,13 +61,13 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         layers.push(Layer::of_work("format, house rules, licences", || ci::quick(checkout)));
     }
     layers.extend(std::thread::scope(|scope| {
-        // Installing waits for the network and the disk most of the time.
+        // Installing mostly waits for the network and the disk.
         let read = scope.spawn(|| if checks { reading(checkout) } else { Vec::new() });
         let setting_up = Instant::now();
         setup::tests()?;
         let machines = if args.no_vm { Ok(()) } else { setup::machines() };
         if machines.is_ok() && !args.no_vm {
-            // while the rest is built; who boots them says what is missing
+            // fetched during the build; whoever boots the machines reports what is missing
             scope.spawn(|| prefetch(checkout));
         }
         setup::bpf(checkout)?;
@@ -103,12 +104,12 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The checks that read the sources with the compiler. They share one build, of metadata alone.
+/// Checks that compile the sources. They share one build, of metadata alone.
 fn reading(checkout: &Checkout) -> Vec<Layer> {
     vec![Layer::of_work("lints", || ci::lints(checkout)), Layer::of_work("docs", || ci::docs(checkout))]
 }
 
-/// The layers of this machine.
+/// Runs the layers of this machine.
 fn here(built: &Built, filter: Option<&str>) -> Result<Vec<Layer>> {
     let runner = LayerRunner { memtrace: built.program("memtrace")?, filter };
     let Targets { units, programs, unprivileged, in_browser, in_kernel } = Targets::of(&built.tests);
@@ -136,7 +137,8 @@ fn cannot_trace() -> Option<&'static str> {
     }
 }
 
-/// The layers of emulated machines: the matrix of kernels, and the machines that count instructions.
+/// Runs the layers of emulated machines: the kernel matrix, and the machines that count
+/// instructions.
 fn in_machines(checkout: &Checkout, built: &Built, args: &Args, set_up: Result<()>) -> Vec<Layer> {
     let [matrix, counted] = ["the kernel matrix", "instructions"];
     if args.no_vm {
@@ -158,7 +160,7 @@ fn in_machines(checkout: &Checkout, built: &Built, args: &Args, set_up: Result<(
     })
 }
 
-/// The machines of the matrix, each a layer.
+/// Runs the machines of the matrix; each is a layer.
 fn kernel_matrix(name: &str, checkout: &Checkout, built: &Built, slots: &Slots, args: &Args) -> Vec<Layer> {
     let selection = if args.all { Selection::All } else { Selection::Usual };
     let machines = memtrace_vm::Args::whole(args.filter.clone(), args.bless);
@@ -169,7 +171,8 @@ fn kernel_matrix(name: &str, checkout: &Checkout, built: &Built, slots: &Slots, 
     }
 }
 
-/// What the agent adds to each operation, held against what is committed.
+/// Counts the instructions that the agent adds to each operation and compares them with the
+/// committed snapshot.
 fn instructions(name: &str, checkout: &Checkout, built: &Built, slots: &Slots, args: &Args) -> Vec<Layer> {
     if args.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
         return vec![Layer::ended(name, LayerOutcome::LeftOut { why: "its name does not contain the filter" })];
@@ -191,11 +194,11 @@ fn instructions(name: &str, checkout: &Checkout, built: &Built, slots: &Slots, a
     vec![layer]
 }
 
-/// Test executables by what they need.
+/// Test executables grouped by what they need.
 #[derive(Debug, Default)]
 struct Targets<'a> {
     units: Vec<&'a TestExecutable>,
-    /// Unit tests of the black-box tests' own library and programs.
+    /// Unit tests of the black-box package and of the harnesses.
     programs: Vec<&'a TestExecutable>,
     unprivileged: Vec<&'a TestExecutable>,
     in_browser: Vec<&'a TestExecutable>,

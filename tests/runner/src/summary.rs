@@ -1,20 +1,21 @@
-//! What all layers came to: a line each with its seconds, and why the run as a whole failed. Pure.
+//! The summary of a run: a line for each layer with its seconds, and the reasons why the run
+//! failed. Pure.
 
 use super::layer::{Layer, LayerOutcome};
 use memtrace_harness::libtest::Tally;
 
-/// Lines shown of what a test said at its first try.
+/// Most lines shown of a test's output at its first try.
 const MOST_SAID: usize = 4;
 
-/// What all layers came to.
+/// Results of all layers.
 pub(crate) struct RunSummary {
     pub(crate) lines: Vec<String>,
     pub(crate) total: Tally,
-    /// Why the run as a whole failed; empty when it did not.
+    /// Why the run failed; empty if it did not.
     pub(crate) troubles: Vec<String>,
 }
 
-/// Sums up; in `ci` a layer that could not run is a failure.
+/// Sums up the layers. With `ci`, a layer that could not run is a failure.
 pub(crate) fn sum_up(layers: &[Layer], ci: bool) -> RunSummary {
     let mut summary = RunSummary { lines: Vec::new(), total: Tally::default(), troubles: Vec::new() };
     for Layer { name, ended, remarks, second_tries, took } in layers {

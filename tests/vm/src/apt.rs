@@ -1,7 +1,8 @@
-//! Packages of other Debian suites: the machine's own apt, with a private configuration, lists and downloads.
+//! Downloads packages of other Debian suites with the host's own apt, under a private
+//! configuration, lists and cache.
 //!
-//! Nothing is installed and nothing of the machine's apt is changed. Mirror and keyring are those of the machine's
-//! own sources.
+//! Installs nothing and leaves the host's apt state alone. Mirror and keyring are taken from the
+//! host's apt sources.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,27 +12,29 @@ use anyhow::{Context, Result, bail};
 
 use memtrace_harness::run::{output, say};
 
-/// Lists this old are fetched again.
+/// Age at which package lists are fetched again.
 const LISTS_LAST: Duration = Duration::from_secs(12 * 60 * 60);
 
-/// The suites of Debian's main archive, by which an entry of the machine's sources is known to be it.
+/// Suites of Debian's main archive; an entry of the host's sources that names one is the main
+/// archive.
 const CODENAMES: [&str; 10] =
     ["bullseye", "bookworm", "trixie", "forky", "sid", "oldoldstable", "oldstable", "stable", "testing", "unstable"];
 
-/// Where packages come from, as the machine's sources say it.
+/// A package archive, from an entry of the host's apt sources.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Archive {
     uri: String,
-    /// Value of Signed-By: files, or keys (lines that begin with a space); `None` trusts what apt trusts anyway.
+    /// Value of Signed-By: file names, or inline keys (lines that begin with a space). `None`: the
+    /// keys apt trusts by default.
     signed_by: Option<String>,
 }
 
-/// A private apt.
+/// apt with a private configuration.
 pub(crate) struct Apt {
     dir: PathBuf,
 }
 
-/// A version of a package, and the suite it is in.
+/// A version of a package and the suite it was found in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PackageVersion {
     pub(crate) version: String,
@@ -39,9 +42,11 @@ pub(crate) struct PackageVersion {
 }
 
 impl Apt {
-    /// Sets it up in `dir` and fetches the lists of these suites, unless that was done lately.
+    /// Sets up the configuration in `dir` and fetches the lists of these suites, unless that was
+    /// done less than 12 hours ago.
     ///
-    /// Failing to fetch some of them is said and not fatal: what they have is then not found.
+    /// A list that cannot be fetched is reported, not an error: its packages will not be found
+    /// later.
     pub(crate) fn open(dir: &Path, suites: &[&str]) -> Result<Self> {
         let apt = Self { dir: dir.to_path_buf() };
         for sub in ["lists/partial", "cache/archives/partial", "sources", "debs"] {
@@ -64,20 +69,20 @@ impl Apt {
         Ok(apt)
     }
 
-    /// The newest version of a package that is in one of these suites.
+    /// Newest version of a package in any of these suites.
     pub(crate) fn newest(&self, package: &str, suites: &[&str]) -> Result<PackageVersion> {
         let listed = output(self.command("apt-cache").args(["madison", package]))?;
         newest_of(&listed, suites)
             .with_context(|| format!("no {package} in {}: could its package list be fetched?", suites.join(" or ")))
     }
 
-    /// The packages that this one depends on in its own version.
+    /// Packages that this one depends on in exactly its own version.
     pub(crate) fn parts(&self, package: &str, version: &str) -> Result<Vec<String>> {
         let shown = output(self.command("apt-cache").args(["show", &format!("{package}={version}")]))?;
         Ok(parts_of(&shown, version))
     }
 
-    /// Downloads packages of one version; their files.
+    /// Downloads packages of one version and returns the files.
     pub(crate) fn download(&self, packages: &[String], version: &str) -> Result<Vec<PathBuf>> {
         let dir = self.dir.join("debs").join(version.replace(['/', ':'], "_"));
         std::fs::create_dir_all(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
@@ -95,7 +100,7 @@ impl Apt {
     }
 }
 
-/// Everything below `dir`, and none of the machine's hooks.
+/// apt.conf text: all paths below `dir`, and none of the host's hooks.
 fn configuration(dir: &Path) -> Result<String> {
     let dir = dir.to_str().context("the path of the target directory is not UTF-8")?;
     Ok(format!(
@@ -118,7 +123,7 @@ fn configuration(dir: &Path) -> Result<String> {
     ))
 }
 
-/// The machine's sources, as text with whether it is deb822.
+/// Texts of the host's source files, each with whether it is in deb822 format.
 fn machine_sources(etc: &Path) -> Result<Vec<(bool, String)>> {
     let mut files = vec![etc.join("sources.list")];
     if let Ok(entries) = std::fs::read_dir(etc.join("sources.list.d")) {
@@ -137,7 +142,7 @@ fn machine_sources(etc: &Path) -> Result<Vec<(bool, String)>> {
     Ok(texts)
 }
 
-/// Our sources: these suites, at the archives of the machine's sources.
+/// Source file text: these suites, at the archives of the host's sources.
 fn sources(machine: &[(bool, String)], suites: &[&str]) -> Result<String> {
     let entries = || machine.iter().flat_map(|(deb822, text)| if *deb822 { stanzas(text) } else { lines(text) });
     let main = entries().find(|(_, suites)| suites.iter().any(|suite| CODENAMES.contains(&suite.as_str())));
@@ -153,7 +158,7 @@ fn sources(machine: &[(bool, String)], suites: &[&str]) -> Result<String> {
         suites.iter().copied().partition(|suite| suite.ends_with("-security"));
     let archives = [(Some(main), in_main), (security.map(|(archive, _)| archive), in_security)];
     for (archive, suites) in archives.into_iter().filter(|(_, suites)| !suites.is_empty()) {
-        // a machine without security updates does without those kernels
+        // without security updates among the host's sources, these suites are left out
         let Some(archive) = archive else { continue };
         let suites = suites.join(" ");
         text.push_str(&format!("Types: deb\nURIs: {}\nSuites: {suites}\nComponents: main\n", archive.uri));
@@ -165,7 +170,7 @@ fn sources(machine: &[(bool, String)], suites: &[&str]) -> Result<String> {
     Ok(text)
 }
 
-/// The entries of a deb822 file that have binary packages of `main`.
+/// Entries of a deb822 file that offer binary packages of `main`: archive and suites.
 fn stanzas(text: &str) -> Vec<(Archive, Vec<String>)> {
     let mut found = Vec::new();
     for stanza in text.split("\n\n") {
@@ -193,7 +198,8 @@ fn stanzas(text: &str) -> Vec<(Archive, Vec<String>)> {
     found
 }
 
-/// The entries of a one-line file that have binary packages of `main`: `deb [signed-by=KEYS] URI SUITE COMPONENT..`.
+/// Entries of a one-line file that offer binary packages of `main`: `deb [signed-by=KEYS] URI SUITE
+/// COMPONENT..`.
 fn lines(text: &str) -> Vec<(Archive, Vec<String>)> {
     let entry = |line: &str| {
         let rest = line.split('#').next()?.trim().strip_prefix("deb ")?.trim_start();
@@ -211,7 +217,8 @@ fn lines(text: &str) -> Vec<(Archive, Vec<String>)> {
     text.lines().filter_map(entry).collect()
 }
 
-/// Of `PACKAGE | VERSION | URI SUITE/COMPONENT ARCH Packages` lines, newest first, the first of these suites.
+/// First line of `apt-cache madison` (`PACKAGE | VERSION | URI SUITE/COMPONENT ARCH Packages`,
+/// newest first) that is in one of these suites.
 fn newest_of(madison: &str, suites: &[&str]) -> Option<PackageVersion> {
     madison.lines().find_map(|line| {
         let mut columns = line.split('|').map(str::trim);

@@ -1,23 +1,24 @@
-//! What a machine's console says: the guest's own lines, and between them what its test executables print. Pure.
+//! Reads a machine's serial console: lines of the guest's protocol, mixed with the output of the
+//! test executables. Pure.
 
 use super::watch::Sign;
 use memtrace_harness::libtest::{LibtestReader, RetriedRun, RetryExtent, SecondTry, Tally, retried};
 
-/// How the guest's own lines begin: see tests/vm/guest.
+/// Prefix of the guest's protocol lines, written by tests/vm/guest.
 const OWN: &str = "@memtrace ";
 
-/// What the guest says now and then, so that its silence means something.
+/// Heartbeat of the guest. Without it, silence would mean nothing.
 const ALIVE: &str = "alive";
 
-/// Lines of the console kept for an error.
+/// Last lines of the console that are kept for an error report.
 const TAIL: usize = 25;
 
 /// Reads a console line by line.
 #[derive(Debug, Default)]
 pub(crate) struct Console {
-    /// The executable that runs.
+    /// The executable that is running.
     running: Option<RunningExecutable>,
-    /// Executables that have ended.
+    /// Number of executables that have ended.
     ran: u64,
     tally: Tally,
     not_run: Vec<String>,
@@ -29,48 +30,50 @@ pub(crate) struct Console {
     emulator_at_fault: bool,
 }
 
-/// An executable from when it begins to when it ends.
+/// A test executable that is running.
 #[derive(Debug, Default)]
 struct RunningExecutable {
     executable: String,
     reader: LibtestReader,
-    /// Its first run, and what of it runs once more.
+    /// Its first run and what of it is being repeated, if it is the second run.
     first: Option<(LibtestReader, RetryExtent)>,
 }
 
-/// What a line shows.
+/// Meaning of one line.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct HeardLine {
     pub(crate) sign: Sign,
-    /// A line of progress for people.
+    /// A line of progress to print.
     pub(crate) shown: Option<String>,
 }
 
-/// What a whole console came to.
+/// Result of a whole console.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct ConsoleSummary {
-    /// Tests, and each trouble as one failure more.
+    /// Results of the tests; each entry of `troubles` counts as one more failure.
     pub(crate) tally: Tally,
-    /// `EXECUTABLE::TEST` of tests that failed, with what they said.
+    /// `EXECUTABLE::TEST: OUTPUT` of each failed test.
     pub(crate) failed: Vec<String>,
-    /// What else went wrong, one sentence each.
+    /// Other failures, one sentence each.
     pub(crate) troubles: Vec<String>,
-    /// It ended before the first test, or by a fault of the emulator: neither is what is tested.
+    /// The machine ended before the first test or by a fault of the emulator, so the result says
+    /// nothing about the tests.
     pub(crate) not_a_test: bool,
     /// What could not run here, and why.
     pub(crate) not_run: Vec<String>,
-    /// Tests that failed and ran once more; how the second try went counts.
+    /// Failed tests that were run once more. Only the second result counts.
     pub(crate) second_tries: Vec<SecondTry>,
-    /// The end of the console; empty when nothing went wrong with the machine itself.
+    /// Last lines of the console, if the machine itself failed; else empty.
     pub(crate) tail: Vec<String>,
 }
 
 impl Console {
-    /// Takes a line; says what it shows, if it does.
+    /// Reads the next line. Returns what it means, or `None` if nothing.
     pub(crate) fn line(&mut self, line: &str) -> Option<HeardLine> {
         let line = line.trim_end_matches(['\r', '\n']);
-        // A kernel patches its own code by way of int3 (arch/x86/kernel/alternative.c); an emulator of several processors
-        // now and then runs one that is there no more.
+        // The kernel patches its own code by way of int3 (arch/x86/kernel/alternative.c). QEMU with
+        // several CPUs sometimes executes an int3 that is gone already, which the kernel reports as
+        // an oops.
         self.emulator_at_fault |= line.contains("Oops: int3");
         let own = line.split_once(OWN).map(|(_, own)| own);
         if !line.is_empty() && own != Some(ALIVE) {
@@ -123,7 +126,7 @@ impl Console {
         None
     }
 
-    /// Takes in what an executable came to.
+    /// Adds the result of an executable.
     fn ended(&mut self, running: RunningExecutable) {
         self.ran += 1;
         let RunningExecutable { executable, reader, first } = running;
@@ -144,7 +147,8 @@ impl Console {
         }));
     }
 
-    /// The console has ended; `cut_off` says why before its time.
+    /// Finishes at the end of the console. `cut_off` is the reason if the machine did not end by
+    /// itself.
     pub(crate) fn end(mut self, cut_off: Option<String>) -> ConsoleSummary {
         let mut tail = Vec::new();
         let never_began = self.ran == 0 && self.running.is_none();

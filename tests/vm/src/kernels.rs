@@ -1,4 +1,5 @@
-//! The kernels of the matrix: which they are, and how each becomes an image and the modules a machine needs.
+//! The kernels of the matrix, and how each becomes a bootable image with the modules a machine
+//! needs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -30,17 +31,17 @@ impl std::fmt::Display for CgroupVersion {
 
 /// A kernel of the matrix.
 pub(crate) struct Kernel {
-    /// What the command line calls it.
+    /// Name on the command line.
     pub(crate) name: &'static str,
-    /// The suites it is the newest kernel of.
+    /// Debian suites; the newest version among them is taken.
     pub(crate) suites: &'static [&'static str],
-    /// What it is booted with.
+    /// Versions of cgroups it is booted with.
     pub(crate) cgroups: &'static [CgroupVersion],
 }
 
-/// Debian's kernels from 6.12 on have no memory controller on version 1.
+/// From old to new. Debian's kernels from 6.12 on have no memory controller on cgroup v1.
 pub(crate) const KERNELS: [Kernel; 6] = [
-    // before the change of 2025 that gave mark_victim a task in place of a number
+    // before the backport of 2025 that changed the argument of mark_victim from a pid to a task
     Kernel { name: "5.10-old", suites: &["bullseye"], cgroups: &[CgroupVersion::V1] },
     Kernel {
         name: "5.10",
@@ -62,30 +63,32 @@ pub fn names() -> [&'static str; 6] {
     KERNELS.map(|kernel| kernel.name)
 }
 
-/// The package whose newest version is the kernel.
+/// Debian metapackage that depends on the current kernel image.
 const METAPACKAGE: &str = "linux-image-amd64";
 
-/// What a machine needs beyond what is built into the kernel: disks, a file system on one, the host's directory.
-/// Those that some kernel has neither as a module nor built in are not needed there.
+/// Modules a machine needs if they are not built in: virtio disks, ext4, 9p. A name that a kernel
+/// does not have as a module is skipped.
 const MODULES: [&str; 6] = ["virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "9pnet_virtio", "9p"];
 
-/// Part of the name of what is kept of a package, changed when that is: a cache of an older xtask is then not used.
+/// Version of the cache layout, part of each stamp. Change it with the layout: older caches are
+/// then ignored.
 const FORM: &str = "1";
 
-/// A kernel that can be booted.
+/// A kernel that is ready to boot.
 #[derive(Clone, Debug)]
 pub(crate) struct BootableKernel {
-    /// Version of Debian's package.
+    /// Version of the Debian package.
     pub(crate) version: String,
-    /// What `uname -r` says.
+    /// Release, as `uname -r` prints it.
     pub(crate) release: String,
-    /// Its image.
+    /// Path of the image.
     pub(crate) image: PathBuf,
-    /// Its modules, in the order to load them.
+    /// Paths of the modules, in load order.
     pub(crate) modules: Vec<PathBuf>,
 }
 
-/// Finds the kernel's newest version, and makes it ready unless that has been done.
+/// Gets the kernel's newest version, from the cache if it has that version. Falls back to any
+/// cached version if apt cannot be asked.
 pub(crate) fn fetch(kernel: &Kernel, apt: &Result<Apt>, kernels: &Path) -> Result<BootableKernel> {
     let dir = kernels.join(kernel.name);
     let newest = match apt {
@@ -109,7 +112,7 @@ pub(crate) fn fetch(kernel: &Kernel, apt: &Result<Apt>, kernels: &Path) -> Resul
     let version = candidate.version.as_str();
     let image = apt.parts(METAPACKAGE, version)?.into_iter().find(|part| part.starts_with("linux-image-"));
     let image = image.with_context(|| format!("{METAPACKAGE} {version} names no image"))?;
-    // from 6.19 on image and modules are packages of their own
+    // since 6.19, image and modules are separate packages
     let mut packages = vec![image.clone()];
     let parts = ["linux-binary-", "linux-modules-"];
     packages.extend(apt.parts(&image, version)?.into_iter().filter(|p| parts.iter().any(|part| p.starts_with(part))));
@@ -129,7 +132,7 @@ pub(crate) fn fetch(kernel: &Kernel, apt: &Result<Apt>, kernels: &Path) -> Resul
     Ok(ready)
 }
 
-/// What was made ready earlier.
+/// The kernel in the cache, if there is one in the current layout.
 fn cached(dir: &Path) -> Result<Option<BootableKernel>> {
     let Ok(stamp) = std::fs::read_to_string(dir.join("version")) else { return Ok(None) };
     let mut words = stamp.split_ascii_whitespace();
@@ -146,7 +149,8 @@ fn cached(dir: &Path) -> Result<Option<BootableKernel>> {
     Ok(Some(BootableKernel { version, release, image: dir.join("vmlinuz"), modules }))
 }
 
-/// Takes the image and the needed modules out of the unpacked packages; the stamp comes last.
+/// Copies the image and the needed modules out of the unpacked packages. Writes the stamp last, so
+/// that an interrupted copy is not used.
 fn keep(unpacked: &Path, dir: &Path, version: &str) -> Result<BootableKernel> {
     let (base, release) = release(unpacked)?;
     let tree = base.join("lib/modules").join(&release);
@@ -174,7 +178,7 @@ fn keep(unpacked: &Path, dir: &Path, version: &str) -> Result<BootableKernel> {
     cached(dir)?.context("what was just made ready is not there")
 }
 
-/// The kernel's release, and the directory that has its lib/modules.
+/// The directory that contains lib/modules, and the kernel's release.
 fn release(unpacked: &Path) -> Result<(PathBuf, String)> {
     for base in [unpacked.to_path_buf(), unpacked.join("usr")] {
         if let Some(Ok(entry)) = std::fs::read_dir(base.join("lib/modules")).ok().and_then(|mut entries| entries.next())
@@ -185,7 +189,7 @@ fn release(unpacked: &Path) -> Result<(PathBuf, String)> {
     bail!("there are no modules in {}", unpacked.display())
 }
 
-/// The wanted modules and all they need, each after what it needs, as paths of modules.dep.
+/// The wanted modules and their dependencies in load order, as paths of modules.dep.
 fn closure(dependencies: &str, wanted: &[&str]) -> Vec<String> {
     let needs: BTreeMap<&str, Vec<&str>> = dependencies
         .lines()
@@ -216,7 +220,7 @@ struct Order<'a> {
     modules: Vec<String>,
 }
 
-/// `kernel/fs/9p/9p.ko.xz` is 9p.
+/// Module name of a path: `9p` of `kernel/fs/9p/9p.ko.xz`.
 fn name_of(module: &str) -> String {
     let file = module.rsplit('/').next().unwrap_or(module);
     file.split('.').next().unwrap_or(file).replace('-', "_")

@@ -1,8 +1,11 @@
-//! The kernels that memtrace is for, each booted in an emulated machine, and what runs there: tests or one benchmark.
+//! Boots the kernels that memtrace supports in emulated machines and runs tests or a benchmark
+//! there.
 //!
-//! The host side. A machine is QEMU ([`machine`]) with a kernel from Debian's archive ([`apt`], [`kernels`]) and one
-//! archive of programs ([`payload`]), of which `tests/vm/guest` is process 1. The two talk over the serial console
-//! ([`console`]) and a shared directory. [`matrix`] runs the tests on every kernel, [`task`] a benchmark on some.
+//! This crate is the host side. A machine is QEMU ([`machine`]) with a kernel from Debian's archive
+//! ([`apt`], [`kernels`]) and one archive of programs ([`payload`]); process 1 in it is
+//! `tests/vm/guest`. Host and guest communicate over the serial console ([`console`]) and a shared
+//! directory. [`matrix`] runs the tests on every kernel, [`task`] runs one benchmark on some.
+//! Example: `cargo xtask vm sid --cgroup v2 --filter kernel_rss`.
 
 mod apt;
 mod console;

@@ -1,4 +1,4 @@
-//! One emulated machine: its disks, QEMU's command line, and its console until it ends.
+//! One emulated machine: its disks, QEMU's command line, and its console from boot to end.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -16,37 +16,37 @@ use super::watch::{EmulatorThreads, ProgressWatch, Sign};
 use memtrace_harness::checkout::administrators;
 use memtrace_harness::run::{output, say, shown};
 
-/// QEMU.
+/// Program that emulates the machine.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 
-/// Tells the guest which tests it leaves out: see tests/vm/guest.
+/// File in the shared directory that lists the executables the guest leaves out; read by
+/// tests/vm/guest.
 const LEFT_OUT: &str = "left-out";
 
-/// What a machine's processors are like.
+/// CPUs of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Processors {
-    /// Two, each a node of its own, so that a cpuset can be given one of them.
+    /// Two CPUs, each in a NUMA node of its own, so that a cpuset can be limited to one node.
     Nodes,
-    /// One, of which the clock counts instructions: a nanosecond each, and none while it waits. The kernel believes that
-    /// there may come to be so many.
+    /// One CPU whose clock counts instructions: 1 ns for each, none while it idles.
     Counted {
-        /// Processors that the kernel makes room for.
+        /// CPUs that the kernel reserves room for (possible CPUs).
         possible: u32,
     },
-    /// So many, in one node.
+    /// This many CPUs in one node.
     Many(u32),
 }
 
 impl Processors {
-    /// QEMU's arguments for them, and for so many MiB of memory.
+    /// QEMU's arguments for these CPUs and for `memory` MiB.
     fn arguments(self, memory: u32) -> Vec<String> {
         let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let mut arguments = words(&format!("-cpu {}", self.model()));
         match self {
             Self::Nodes => {
                 let half = memory / 2;
-                // One thread for both: as many machines run as there are processors, and one that waits for a lock does
-                // not burn the other's time.
+                // One host thread for both CPUs: as many machines run as the host has CPUs, and a
+                // CPU that spins on a lock does not use up the other's time.
                 arguments.extend(words(&format!("-accel tcg,thread=single -smp 2 -m {}M", half * 2)));
                 for node in 0..2 {
                     arguments.extend(words(&format!("-object memory-backend-ram,id=memory{node},size={half}M")));
@@ -69,53 +69,55 @@ impl Processors {
         arguments
     }
 
-    /// QEMU's name of the model, and what it is to lack.
+    /// QEMU's CPU model and the features to remove from it.
     fn model(self) -> &'static str {
         match self {
-            // The kernel clears and copies memory with one instruction where that is said to be fast (arch/x86/lib,
-            // clear_page_erms); the emulator does it byte by byte.
+            // With ERMS the kernel clears and copies memory with one `rep` instruction
+            // (arch/x86/lib, clear_page_erms), which the emulator executes byte by byte.
             Self::Nodes => "max,-erms,-fsrm",
-            // From 6.9 on the kernel makes room for processors to come only as a guest of a hypervisor that it knows
-            // (arch/x86/kernel/cpu/topology.c). Of those QEMU can look like VMware's when it only emulates: by a serial
-            // number and a port (arch/x86/kernel/cpu/vmware.c).
+            // Since 6.9 the kernel reserves room for CPUs to be added later only as a guest of a
+            // known hypervisor (arch/x86/kernel/cpu/topology.c). Without KVM, QEMU can only imitate
+            // VMware's: by a serial number and a port (arch/x86/kernel/cpu/vmware.c).
             Self::Counted { possible } if possible > 1 => "max,-hypervisor",
             Self::Counted { .. } | Self::Many(_) => "max",
         }
     }
 
-    /// What the kernel is told because of them.
+    /// Kernel command line for these CPUs.
     fn words(self) -> &'static str {
         match self {
-            // An emulated processor does not speculate. Instructions are counted with everything a kernel has.
+            // An emulated CPU does not speculate. Machines that count instructions keep the
+            // mitigations.
             Self::Nodes => "mitigations=off ",
             Self::Counted { .. } | Self::Many(_) => "",
         }
     }
 }
 
-/// What every machine has.
+/// Settings that all machines of a run share.
 pub(crate) struct MachineParts {
-    /// Where consoles and what the machines leave behind go.
+    /// Directory for consoles and for what the machines leave behind.
     pub(crate) dir: PathBuf,
-    /// The archive with everything that runs.
+    /// Path of the archive with all programs.
     pub(crate) initramfs: PathBuf,
-    /// Memory, MiB.
+    /// Memory of each machine, MiB.
     pub(crate) memory: u32,
-    /// Its processors.
+    /// CPUs of each machine.
     pub(crate) processors: Processors,
-    /// More of the kernel's command line: what the guest is to do.
+    /// Further words of the kernel command line: the guest's task.
     pub(crate) append: String,
-    /// Keep the disk that the tests wrote to.
+    /// Whether to keep the disk that the tests wrote to.
     pub(crate) keep: bool,
     /// Which tests run.
     pub(crate) selection: Selection,
 }
 
-/// Rank of a machine that counts instructions: shorter than those with all tests, longer than those with few.
+/// Rank of a machine that counts instructions: it takes less time than one with all tests, more
+/// than one with few.
 const COUNTED: usize = 4;
 
 impl MachineParts {
-    /// Where a machine stands among those that wait: the lower, the longer it takes.
+    /// Position of a machine among those that wait for a slot: the lower, the longer it runs.
     pub(crate) fn rank(&self, machine: &EmulatedMachine) -> usize {
         match self.processors {
             Processors::Counted { .. } => COUNTED,
@@ -126,37 +128,37 @@ impl MachineParts {
 
 /// A machine to boot.
 pub(crate) struct EmulatedMachine {
-    /// Its kernel's name in the matrix.
+    /// Name of its kernel in the matrix.
     pub(crate) kernel: &'static str,
-    /// Its memory controller's version.
+    /// Version of cgroups its memory controller is on.
     pub(crate) cgroup: CgroupVersion,
     /// Its kernel.
     pub(crate) ready: BootableKernel,
 }
 
-/// What became of it.
+/// Result of running a machine.
 #[derive(Debug)]
 pub(crate) struct MachineOutcome {
-    /// What the console said.
+    /// What was read from the console.
     pub(crate) said: ConsoleSummary,
-    /// How long it ran, by the host's clock.
+    /// Run time by the host's clock.
     pub(crate) took: Duration,
-    /// How long by its own: see [`ProgressWatch`].
+    /// Run time by the machine's own clock, see [`ProgressWatch`].
     pub(crate) own: Duration,
 }
 
 impl EmulatedMachine {
-    /// How it is called.
+    /// `KERNEL-CGROUP`, for example `6.1-v2`.
     pub(crate) fn name(&self) -> String {
         format!("{}-{}", self.kernel, self.cgroup)
     }
 
-    /// Where it leaves files.
+    /// Directory that it shares with the host.
     pub(crate) fn out(&self, parts: &MachineParts) -> PathBuf {
         parts.dir.join(self.name())
     }
 
-    /// Boots it and follows its console until it ends, or is ended.
+    /// Boots it and reads its console until it ends or is given up.
     pub(crate) fn run(&self, parts: &MachineParts) -> Result<MachineOutcome> {
         let name = self.name();
         let out = self.out(parts);
@@ -192,8 +194,9 @@ impl EmulatedMachine {
     }
 
     fn qemu(&self, parts: &MachineParts, out: &Path, disks: &[String; 2]) -> Command {
-        // the root is ramfs for the same reason that /tmp is a disk; all processors have one clock here, and a kernel
-        // that does not trust it has a log that drifts
+        // ramfs, because pages of a tmpfs root would be reclaimed to swap and count as shared
+        // memory; all CPUs have one clock here, and a kernel that distrusts the TSC falls back to
+        // one that drifts
         let append = format!(
             "console=ttyS0 quiet loglevel=1 panic=-1 rootfstype=ramfs tsc=reliable \
              cgroup_enable=memory swapaccount=1 {}memtrace.cgroup={} {}",
@@ -201,7 +204,7 @@ impl EmulatedMachine {
             self.cgroup,
             parts.append
         );
-        // whoever waits for this run has the processors first
+        // interactive work on the host goes first
         let mut qemu = Command::new("nice");
         qemu.args(["-n", "5", QEMU]);
         qemu.args(parts.processors.arguments(parts.memory));
@@ -216,14 +219,14 @@ impl EmulatedMachine {
     }
 }
 
-/// The swap disk, which is always the same.
+/// Image of the swap disk; never modified.
 const SWAP: &str = "swap.img";
 
-/// The disk that tests write to, as every machine finds it at first.
+/// Image of the tests' disk as every machine finds it at boot.
 const SCRATCH: &str = "scratch.img";
 
-/// Makes the two disks that all machines start from, unless they are there. Once, before any machine boots: machines
-/// boot side by side.
+/// Makes the two disk images unless they exist. Called once before machines boot, because those
+/// boot concurrently.
 pub(crate) fn make_disks(dir: &Path) -> Result<()> {
     disk(&dir.join(SWAP), 256, administrators("mkswap").arg("--quiet"))?;
     disk(
@@ -233,7 +236,8 @@ pub(crate) fn make_disks(dir: &Path) -> Result<()> {
     )
 }
 
-/// The two disks as QEMU takes them. What a machine writes is forgotten, unless its disk is to be kept.
+/// The two disks as QEMU arguments. Writes are discarded unless `keep` names the machine whose disk
+/// is to be kept.
 fn disks(dir: &Path, keep: Option<&str>) -> Result<[String; 2]> {
     let drive = |path: &Path, more: &str| format!("if=virtio,format=raw,file={},{more}", path.display());
     let swap = dir.join(SWAP);
@@ -249,7 +253,7 @@ fn disks(dir: &Path, keep: Option<&str>) -> Result<[String; 2]> {
     Ok([drive(&swap, "snapshot=on"), scratch])
 }
 
-/// A disk image, unless it is there.
+/// Makes a disk image of `mib` MiB with the command `format`, unless it exists.
 fn disk(path: &Path, mib: u64, format: &mut Command) -> Result<()> {
     if path.exists() {
         return Ok(());
@@ -261,13 +265,13 @@ fn disk(path: &Path, mib: u64, format: &mut Command) -> Result<()> {
     std::fs::rename(&making, path).with_context(|| format!("failed to create {}", path.display()))
 }
 
-/// Time between two looks at a machine.
+/// Interval at which the machine's progress is judged.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Lines that wait to be read; a guest that prints faster waits for us.
+/// Most console lines that wait to be read; a guest that prints faster is slowed down.
 const MOST_LINES: usize = 1024;
 
-/// The lines of a console as they come, until it closes.
+/// Sends the lines of a console as they come, until it closes.
 fn lines_of(stdout: ChildStdout) -> Receiver<String> {
     let (sender, lines) = sync_channel(MOST_LINES);
     std::thread::spawn(move || {
@@ -280,7 +284,8 @@ fn lines_of(stdout: ChildStdout) -> Receiver<String> {
     lines
 }
 
-/// Takes lines until the console closes, or until the machine is given up and killed: why it was.
+/// Passes lines to `take` until the console closes, or kills the machine when [`ProgressWatch`]
+/// gives it up. Returns the reason in the latter case.
 fn follow(
     child: &mut Child,
     lines: Receiver<String>,

@@ -49,26 +49,26 @@ pub struct Args {
 }
 
 impl Args {
-    /// All machines of the matrix, as `cargo xtask test` boots them.
+    /// All machines of the matrix, for `cargo xtask test`.
     pub fn whole(filter: Option<String>, bless: bool) -> Self {
         let (kernels, cgroup, jobs) = (Vec::new(), None, None);
         Self { kernels, cgroup, memory: 1024, filter, bless, jobs, keep: false }
     }
 }
 
-/// One machine, or a kernel that could not be had, and what came of it.
+/// Result of one machine, or of a kernel that could not be fetched.
 pub struct MachineReport {
-    /// Its name.
+    /// Name of the machine, or of the kernel.
     pub name: String,
-    /// Its tests, with what else went wrong counted as failures.
+    /// Results of its tests; everything else that went wrong counts as failures.
     pub tally: Tally,
-    /// Tests that failed and what else went wrong.
+    /// Failed tests and everything else that went wrong.
     pub failures: Vec<String>,
     /// What could not run on it or is left out, and why.
     pub remarks: Vec<String>,
-    /// What ran once more.
+    /// Tests that were run once more.
     pub second_tries: Vec<SecondTry>,
-    /// How long it took.
+    /// Run time by the host's clock.
     pub took: Duration,
     row: Option<KernelRow>,
     measured: Option<MeasuredCounts<VerifierCost>>,
@@ -108,7 +108,7 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Boots the machines asked for and runs their tests; `None` when none of the tests is asked for.
+/// Boots the chosen machines and runs their tests. `None` if the filter matches no test.
 pub fn run_matrix(
     checkout: &Checkout,
     built: &Built,
@@ -173,7 +173,8 @@ pub fn run_matrix(
     Ok(Some(reports))
 }
 
-/// Fetches all kernels of the matrix, so that they are there when machines are to boot. What cannot be had is said then.
+/// Fetches all kernels of the matrix ahead of time. Failures are reported later, when machines
+/// boot.
 pub fn prefetch(checkout: &Checkout) -> Result<()> {
     let all: Vec<_> = KERNELS.iter().map(|kernel| (kernel, kernel.cgroups.to_vec())).collect();
     let dir = checkout.target.join("vm");
@@ -182,10 +183,10 @@ pub fn prefetch(checkout: &Checkout) -> Result<()> {
     Ok(())
 }
 
-/// One at a time gets kernels: the directories are the same for all.
+/// Serializes fetching: the cache directories are shared.
 static FETCHING: Mutex<()> = Mutex::new(());
 
-/// Makes the kernels ready; one that cannot be had is a failure with its name.
+/// Makes the kernels ready to boot. One that cannot be fetched becomes a failed report.
 pub(crate) fn fetch(
     chosen: &[(&'static Kernel, Vec<CgroupVersion>)],
     dir: &Path,
@@ -212,7 +213,7 @@ pub(crate) fn fetch(
     machines
 }
 
-/// Joins what the console said with the files that the machine left.
+/// Joins what the console said with the files that the machine left behind.
 fn report(
     machine: &EmulatedMachine,
     outcome: Result<MachineOutcome>,
@@ -266,7 +267,7 @@ fn report(
     Ok(report)
 }
 
-/// Writes what was measured into the tree.
+/// Writes the verifier's counts and, unless `filtered`, the table of kernels into the repository.
 fn bless(
     checkout: &Checkout,
     snapshot: &CountSnapshot<VerifierCost>,

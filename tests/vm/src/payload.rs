@@ -1,4 +1,5 @@
-//! What goes into the machines: one archive for all of them, unpacked by the kernel into its memory at boot.
+//! The archive that machines boot with. One for all of them; the kernel unpacks it into memory at
+//! boot.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,10 +15,10 @@ use memtrace_harness::built::{Built, TestExecutable};
 use memtrace_harness::checkout::Checkout;
 use memtrace_harness::run::{output, say};
 
-/// Test targets that run in the machines, by the start of their names.
+/// Prefixes of the test targets that run in machines.
 const TARGETS: [&str; 2] = ["kernel_", "vm_"];
 
-/// Those that do not, and why.
+/// Test targets that do not although they match, and why.
 pub(crate) const LEFT_OUT: [(&str, &str); 6] = [
     ("kernel_bad_input", "flags and files, which are the same on every kernel"),
     ("kernel_container", "runs runc, which needs a userland"),
@@ -27,14 +28,14 @@ pub(crate) const LEFT_OUT: [(&str, &str); 6] = [
     ("kernel_record", "records gcc and python3, and the machines have no userland"),
 ];
 
-/// A file of the archive: where it goes, where it is, its permissions.
+/// A file of the archive: path in the archive, path on the host, permission bits.
 struct ArchiveEntry {
     to: String,
     from: PathBuf,
     mode: u32,
 }
 
-/// Programs that every machine has, and where; `init` is its first process.
+/// Programs that every machine has, and their paths there. The kernel starts `init`.
 const PROGRAMS: [(&str, &str); 5] = [
     ("memtrace", "memtrace/memtrace"),
     ("bench", "memtrace/bench"),
@@ -43,7 +44,7 @@ const PROGRAMS: [(&str, &str); 5] = [
     ("workload", "memtrace/workload"),
 ];
 
-/// The test executables that are for the machines.
+/// Test executables that run in machines.
 pub(crate) fn tests(built: &Built) -> Vec<&TestExecutable> {
     let is_ours = |name: &str| {
         TARGETS.iter().any(|start| name.starts_with(start)) && LEFT_OUT.iter().all(|(out, _)| *out != name)
@@ -51,7 +52,7 @@ pub(crate) fn tests(built: &Built) -> Vec<&TestExecutable> {
     built.tests.iter().filter(|test| test.is_black_box() && is_ours(&test.name)).collect()
 }
 
-/// Whether a test for the machines has this in its name.
+/// Whether the name of any test that runs in machines contains `filter`.
 pub(crate) fn has_test(built: &Built, filter: &str) -> Result<bool> {
     for test in tests(built) {
         if output(Command::new(&test.path).args(["--list", "--format=terse", filter]))?.contains(": test") {
@@ -61,8 +62,8 @@ pub(crate) fn has_test(built: &Built, filter: &str) -> Result<bool> {
     Ok(false)
 }
 
-/// Makes the archive `dir/initramfs.cpio` of what was built, these kernels' modules, and programs of this machine, which
-/// have the same place there.
+/// Makes the archive `dir/initramfs.cpio`: what was built, the modules of these kernels, and
+/// programs `borrowed` from the host, at the paths they have there.
 pub(crate) fn pack(
     checkout: &Checkout,
     built: &Built,
@@ -114,7 +115,7 @@ pub(crate) fn pack(
     Ok(archive)
 }
 
-/// The files a program needs to start, of what `ldd` says: `NAME => PATH (ADDRESS)`, `PATH (ADDRESS)`.
+/// Paths of the shared libraries that `ldd` lists as `NAME => PATH (ADDRESS)` or `PATH (ADDRESS)`.
 fn libraries_of(ldd: &str) -> Vec<String> {
     let path = |line: &str| {
         let line = line.trim();
@@ -124,7 +125,7 @@ fn libraries_of(ldd: &str) -> Vec<String> {
     ldd.lines().filter_map(path).collect()
 }
 
-/// Directories first: the kernel makes none by itself.
+/// Writes the archive. Directories first: the kernel does not create missing ones.
 fn write(archive: &Path, entries: &[ArchiveEntry]) -> Result<()> {
     let mut out = BufWriter::new(File::create(archive)?);
     let mut directories = BTreeSet::new();

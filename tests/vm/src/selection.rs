@@ -1,25 +1,25 @@
 //! Which tests run in which machine.
 //!
-//! Every test of the machines has an answer that can differ by kernel. Some run in each of them: what loads and attaches
-//! there, what a kill, a reading and a stack are made of. The others run at the ends of the matrix, unless all is wanted:
-//! on the oldest and the newest kernel of each version of cgroups. What breaks in between without breaking at one of the
-//! ends is what `--all` is for.
+//! Every test here can give different answers on different kernels. Those that check loading,
+//! attaching, kills, readings and stacks run on each kernel. The rest run only at the ends of the
+//! matrix, on the oldest and the newest kernel of each version of cgroups. `--all` runs everything
+//! everywhere, for what breaks on a kernel in between and at neither end.
 
 use super::kernels::{CgroupVersion, KERNELS};
 
-/// How much is wanted.
+/// How many tests are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selection {
-    /// What every change is tried with.
+    /// The tests for every change.
     Usual,
     /// Every test in every machine.
     All,
 }
 
-/// An executable of tests that does not run in every machine, and why.
+/// A test executable that does not run in every machine, and why.
 #[derive(Debug)]
 pub(crate) struct Rare {
-    /// Its name.
+    /// Name of the executable.
     pub(crate) executable: &'static str,
     runs_on: RunsOn,
     why: &'static str,
@@ -27,9 +27,9 @@ pub(crate) struct Rare {
 
 #[derive(Debug, PartialEq, Eq)]
 enum RunsOn {
-    /// The oldest and the newest kernel of each version of cgroups.
+    /// Runs on the oldest and the newest kernel of each version of cgroups.
     Ends,
-    /// The newest kernel.
+    /// Runs on the newest kernel.
     Newest,
 }
 
@@ -45,12 +45,12 @@ const RARE: [Rare; 8] = [
 ];
 
 impl Selection {
-    /// What does not run in every machine.
+    /// Executables that do not run in every machine.
     pub(crate) fn rare(self) -> &'static [Rare] {
         if self == Self::Usual { &RARE } else { &[] }
     }
 
-    /// What is left out in a machine.
+    /// Executables that are left out in this machine.
     pub(crate) fn left_out(self, kernel: &str, cgroup: CgroupVersion) -> Vec<&'static Rare> {
         let has_a_place = |rare: &&Rare| match rare.runs_on {
             RunsOn::Ends => is_at_an_end(kernel, cgroup),
@@ -60,14 +60,15 @@ impl Selection {
     }
 }
 
-/// For people.
+/// `EXECUTABLE: WHY`.
 impl std::fmt::Display for Rare {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: {}", self.executable, self.why)
     }
 }
 
-/// The oldest or the newest kernel with that version of cgroups. The matrix goes from old to new.
+/// Whether the kernel is the oldest or the newest with that version of cgroups. The matrix is
+/// sorted from old to new.
 fn is_at_an_end(kernel: &str, cgroup: CgroupVersion) -> bool {
     let mut with = KERNELS.iter().filter(|kernel| kernel.cgroups.contains(&cgroup)).map(|kernel| kernel.name);
     let (first, last) = (with.next(), with.next_back());

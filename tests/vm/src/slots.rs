@@ -1,4 +1,4 @@
-//! Machines take turns: how many run at a time, and which of those that wait is next.
+//! Slots for machines: how many run at the same time, and which waiting machine is next.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,35 +9,35 @@ use memtrace_harness::run::say;
 
 use crate::machine::{EmulatedMachine, MachineOutcome, MachineParts};
 
-/// How often a machine is booted at most, when its emulator ends it.
+/// How often a machine is booted at most, when its emulator fails.
 const BOOTS: usize = 3;
 
-/// How many machines run at a time, whoever boots them. Of those that wait the longest goes first, so that none of them
-/// is left to run alone.
+/// Limits how many machines run at the same time, across all callers. The machine that takes
+/// longest goes first, so that it does not end up running alone at the end.
 pub struct Slots {
     queue: Mutex<Queue>,
     moved: Condvar,
 }
 
-/// Who waits: the rank, and a number of its own.
+/// A place in the queue: rank, then a sequence number.
 type Turn = (usize, u64);
 
 #[derive(Default)]
 struct Queue {
     free: usize,
     waiting: BTreeSet<Turn>,
-    /// Numbers that were given.
+    /// Sequence numbers given out so far.
     given: u64,
 }
 
 impl Slots {
-    /// So many, or as many as there are processors.
+    /// This many slots, or one for each CPU.
     pub fn new(count: Option<usize>) -> Self {
         let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         Self { queue: Mutex::new(Queue { free: count.max(1), ..Queue::default() }), moved: Condvar::new() }
     }
 
-    /// Begins to wait: whoever does must then take its turn.
+    /// Joins the queue. The caller must then call `with`.
     fn line_up(&self, rank: usize) -> Turn {
         let mut queue = self.lock();
         queue.given += 1;
@@ -46,7 +46,7 @@ impl Slots {
         turn
     }
 
-    /// Does something when one is free and nobody of a lower rank waits for it.
+    /// Runs `work` once a slot is free and nobody is ahead in the queue.
     fn with<T>(&self, turn: Turn, work: impl FnOnce() -> T) -> T {
         let queue = self.lock();
         let not_yet = |queue: &mut Queue| queue.free == 0 || queue.waiting.first() != Some(&turn);
@@ -66,9 +66,10 @@ impl Slots {
     }
 }
 
-/// Runs the machines as slots become free; the outcomes in the order of the machines.
+/// Runs the machines as slots become free. Returns their results in the order of `machines`.
 pub(crate) fn boot(machines: &[EmulatedMachine], parts: &MachineParts, slots: &Slots) -> Vec<Result<MachineOutcome>> {
-    // all of them first: those that wait are told apart by how long they take, not by which thread is up first
+    // all join the queue before any thread starts, so that the order is by rank and not by
+    // scheduling
     let turns: Vec<Turn> = machines.iter().map(|machine| slots.line_up(parts.rank(machine))).collect();
     std::thread::scope(|scope| {
         let running: Vec<_> = machines
@@ -81,12 +82,12 @@ pub(crate) fn boot(machines: &[EmulatedMachine], parts: &MachineParts, slots: &S
     })
 }
 
-/// Runs one, once more when its emulator ended it.
+/// Runs a machine; boots it again if its emulator failed.
 fn booted(machine: &EmulatedMachine, parts: &MachineParts) -> Result<MachineOutcome> {
     say(format_args!("{}: booting Linux {}", machine.name(), machine.ready.release));
     let mut outcome = machine.run(parts)?;
     let mut tries = Vec::new();
-    // What ended like this says nothing about the tests.
+    // such an end says nothing about the tests
     while outcome.said.not_a_test && tries.len() + 1 < BOOTS {
         let why = outcome.said.troubles.join("; ");
         say(format_args!("{}: {why}; no fault of the tests: booting once more", machine.name()));

@@ -1,50 +1,50 @@
-//! Counts by kernel that are kept in the repository, and what became worse since. Pure.
+//! Counts by kernel that are committed to the repository, and which of them grew. Pure.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 
-/// What is counted.
+/// A kind of count.
 pub trait Count: Sized + Clone {
-    /// The snapshot's file, in the repository.
+    /// Path of the snapshot's file in the repository.
     const FILE: &'static str;
-    /// What its first lines say.
+    /// Comment lines at the top of the file.
     const HEADER: &'static str;
-    /// The command that writes it.
+    /// Command that writes the file.
     const BLESS: &'static str;
-    /// How many words its name takes in a line.
+    /// Number of words of a name in a line.
     const NAME_WORDS: usize;
 
-    /// Reads it from the words after its name.
+    /// Parses the words after the name.
     fn read(words: &[&str]) -> Option<Self>;
 
-    /// The same words.
+    /// The same words, for the file.
     fn write(&self) -> String;
 
-    /// Why `new` in place of `self` is a failure, if it is one; `same_version` says that it is of the same kernel, and not
-    /// of a later one of its series.
+    /// Why it is a failure that this count is now `new`, or `None` if it is not. `same_version`:
+    /// both are of the same package version, else of the same kernel series.
     fn grown(&self, name: &str, new: &Self, same_version: bool) -> Option<String>;
 }
 
-/// What was measured on one machine.
+/// Counts of one machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MeasuredCounts<C> {
-    /// Version of Debian's package.
+    /// Version of the Debian package of its kernel.
     pub version: String,
-    /// By name.
+    /// Counts by name.
     pub counts: BTreeMap<String, C>,
 }
 
-/// By kernel of the matrix and cgroup version.
+/// Counts by kernel of the matrix and version of cgroups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CountSnapshot<C>(BTreeMap<(String, String), MeasuredCounts<C>>);
 
-/// What became of a comparison.
+/// Result of a comparison.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct CountComparison {
-    /// What grew too much or is gone, one sentence each.
+    /// Counts that grew too much or are missing, one sentence each.
     pub worse: Vec<String>,
-    /// What else is to be said.
+    /// A remark, for example that another version was compared.
     pub note: Option<String>,
 }
 
@@ -55,7 +55,7 @@ impl<C> Default for CountSnapshot<C> {
 }
 
 impl<C: Count> CountSnapshot<C> {
-    /// Reads it from its file's text.
+    /// Parses the file's text.
     pub fn read(text: &str) -> Result<Self> {
         let mut snapshot = Self::default();
         for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
@@ -76,7 +76,7 @@ impl<C: Count> CountSnapshot<C> {
         Some(())
     }
 
-    /// The text of its file.
+    /// Text of the file.
     pub fn text(&self) -> String {
         let mut text = C::HEADER.to_owned();
         for ((kernel, cgroup), MeasuredCounts { version, counts }) in &self.0 {
@@ -88,12 +88,13 @@ impl<C: Count> CountSnapshot<C> {
         text
     }
 
-    /// Takes in what was measured.
+    /// Replaces the counts of a machine.
     pub fn bless(&mut self, kernel: &str, cgroup: &str, measured: MeasuredCounts<C>) {
         self.0.insert((kernel.to_owned(), cgroup.to_owned()), measured);
     }
 
-    /// Holds what was measured against it; of what is not there any more, what is `expected`.
+    /// Compares new counts with the snapshot. A count that is missing is a failure if `expected`
+    /// holds for its name.
     pub fn compare(
         &self,
         kernel: &str,
@@ -126,7 +127,7 @@ impl<C: Count> CountSnapshot<C> {
     }
 }
 
-/// 5.10 of 5.10.262-1.
+/// The series of a version: `5.10` of `5.10.262-1`.
 fn series(version: &str) -> &str {
     let end = version.match_indices(|c: char| !c.is_ascii_digit()).nth(1).map_or(version.len(), |(at, _)| at);
     version.get(..end).unwrap_or(version)

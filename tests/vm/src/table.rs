@@ -1,4 +1,5 @@
-//! The table of kernels: one row a machine, printed after a run and kept in the README. Pure.
+//! The table of kernels, one row for each machine: printed after a run and kept in the README.
+//! Pure.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -6,7 +7,7 @@ use serde_json::Value;
 use super::verifier::VerifierCost;
 use memtrace_harness::libtest::Tally;
 
-/// The file that keeps it, and between which lines.
+/// The file that contains the table, between the lines BEGIN and END.
 pub(crate) const FILE: &str = "README.md";
 const BEGIN: &str = "<!-- kernels: begin -->";
 const END: &str = "<!-- kernels: end -->";
@@ -16,7 +17,7 @@ const HEAD: &str = "\
 |---|---|---|---|---|---|---|---|---|
 ";
 
-/// One machine.
+/// Result of one machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct KernelRow {
     pub(crate) kernel: String,
@@ -24,23 +25,23 @@ pub(crate) struct KernelRow {
     pub(crate) cgroup: String,
     pub(crate) plan: HookPlan,
     pub(crate) tally: Tally,
-    /// All programs together; `None` when it was not learnt.
+    /// Sum over all programs; `None` if it is not known.
     pub(crate) cost: Option<VerifierCost>,
-    /// Day of the run.
+    /// Date of the run.
     pub(crate) date: String,
 }
 
-/// What doctor said about the hooks.
+/// The hooks, as `memtrace doctor --json` reports them.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct HookPlan {
-    /// How the hooks that have a choice are attached.
+    /// How the hooks `oom_decision` and `charge` are attached.
     pub(crate) chosen: String,
-    /// Those that are off.
+    /// Names of the hooks that are not attached.
     pub(crate) off: String,
 }
 
 impl HookPlan {
-    /// Of doctor's JSON.
+    /// Reads doctor's JSON.
     pub(crate) fn of(doctor: &Value) -> Self {
         let hooks: Vec<&Value> = doctor.pointer("/hooks").and_then(Value::as_array).into_iter().flatten().collect();
         let name = |hook: &Value| hook.get("hook").and_then(Value::as_str).unwrap_or("?").to_owned();
@@ -79,14 +80,14 @@ impl std::fmt::Display for KernelRow {
     }
 }
 
-/// The whole table.
+/// The table in Markdown.
 pub(crate) fn render(rows: &[KernelRow]) -> String {
     let rows: String = rows.iter().map(|row| format!("{row}\n")).collect();
     format!("{HEAD}{rows}")
 }
 
-/// Puts rows into the file's text, each in place of the one of the same kernel and cgroup version. `order` has the
-/// kernels that there are: rows of others go.
+/// Replaces the rows of the same kernel and cgroup version in the file's text. `order` lists all
+/// kernels of the matrix; rows of other kernels are removed.
 pub(crate) fn bless(text: &str, rows: &[KernelRow], order: &[&str]) -> Result<String> {
     let marked = || format!("{FILE} has no lines {BEGIN} and {END} to put the table between");
     let (before, rest) = text.split_once(BEGIN).with_context(marked)?;

@@ -1,4 +1,4 @@
-//! Machines that run one benchmark each, and the figures that it prints there.
+//! Machines that run one benchmark each, and the figures it prints there.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,43 +15,44 @@ use super::slots::{Slots, boot};
 use memtrace_harness::built::Built;
 use memtrace_harness::checkout::Checkout;
 
-/// What the machines are to do.
+/// A benchmark for machines.
 pub struct BenchTask<'a> {
-    /// Its name, which is that of the directory for consoles and figures.
+    /// Name, also of the directory for consoles and figures.
     pub name: &'a str,
     /// Arguments of `bench`, commas between them.
     pub arguments: &'a str,
-    /// Kernels, by their names in the matrix; each is booted with the newest version of cgroups that it can have.
+    /// Names of kernels of the matrix. Each is booted with the newest version of cgroups it
+    /// supports.
     pub kernels: &'a [&'a str],
-    /// Programs of this machine that it runs there.
+    /// Paths of programs of the host that the benchmark runs.
     pub borrowed: &'a [&'a str],
-    /// Processors of a machine.
+    /// CPUs of each machine.
     pub processors: Processors,
-    /// Memory of a machine, MiB.
+    /// Memory of each machine, MiB.
     pub memory: u32,
-    /// Machines at a time.
+    /// Slots that the machines wait for.
     pub slots: &'a Slots,
 }
 
-/// What came of one machine.
+/// Result of one machine.
 pub struct BenchFigures {
-    /// Its kernel's name in the matrix.
+    /// Name of its kernel in the matrix.
     pub kernel: String,
-    /// Its version of cgroups.
+    /// Version of cgroups.
     pub cgroup: String,
-    /// Version of the kernel's package.
+    /// Version of the Debian package of its kernel.
     pub version: String,
-    /// What `bench` printed.
+    /// JSON that `bench` printed.
     pub figures: Value,
-    /// How long the machine ran.
+    /// Run time by the host's clock.
     pub took: Duration,
 }
 
-/// By the names of the machines.
+/// Results by name of the machine.
 pub type NamedFigures = Vec<(String, Result<BenchFigures>)>;
 
 impl BenchTask<'_> {
-    /// Boots the machines and gathers what they found.
+    /// Boots the machines and collects their figures.
     pub fn run(&self, checkout: &Checkout, built: &Built) -> Result<NamedFigures> {
         if std::env::consts::ARCH != "x86_64" {
             bail!("the machines are x86_64, and run what is built for this one");
@@ -68,11 +69,11 @@ impl BenchTask<'_> {
         let machines = fetch(&chosen, &base, &mut absent);
         let kernels: Vec<&BootableKernel> = machines.iter().map(|machine| &machine.ready).collect();
         machine::make_disks(&dir)?;
-        // what is not here, the benchmark says it has not found
+        // the benchmark reports a missing program as not found
         let borrowed: Vec<&str> =
             self.borrowed.iter().copied().filter(|program| Path::new(program).is_file()).collect();
         let initramfs = payload::pack(checkout, built, &dir, &kernels, &borrowed)?;
-        // addresses that are the same at each boot: how many page tables a fork copies depends on them
+        // fixed addresses: the number of page tables that a fork copies depends on them
         let append = format!("nokaslr norandmaps memtrace.bench={}", self.arguments);
         let (processors, memory) = (self.processors, self.memory);
         let parts = MachineParts { dir, initramfs, memory, processors, append, keep: false, selection: Selection::All };

@@ -1,4 +1,4 @@
-//! What the programs cost on each kernel, and the committed snapshot that new counts are held against. Pure.
+//! Cost of the eBPF programs on each kernel, held against a committed snapshot. Pure.
 
 use std::collections::BTreeMap;
 
@@ -6,9 +6,9 @@ use serde_json::Value;
 
 use super::snapshot::Count;
 
-/// A count may grow by so much, in percent, before that is a failure.
+/// Growth allowed before it is a failure, percent.
 const TOLERANCE: u64 = 2;
-/// The same where it is another version of the kernel: its verifier may count otherwise.
+/// The same against another version of the kernel, whose verifier may count differently.
 const TOLERANCE_OTHER: u64 = 10;
 
 const HEADER: &str = "\
@@ -17,20 +17,21 @@ const HEADER: &str = "\
 # kernel, cgroup version, package version, program, instructions, bytes
 ";
 
-/// What a program takes.
+/// Cost of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct VerifierCost {
     pub(crate) instructions: u64,
-    /// `None` where the program is unloaded before anybody could ask.
+    /// Size of its machine code; `None` if the program was unloaded before it could be asked.
     pub(crate) bytes: Option<u64>,
 }
 
-/// By program.
+/// Cost by program name.
 pub(crate) type VerifierCosts = BTreeMap<String, VerifierCost>;
 
-/// Joins the verifier's log of a run of doctor with what doctor said.
+/// Joins the verifier's log of a run of `doctor` with doctor's JSON.
 ///
-/// The log has names of at most 15 bytes. What the loader itself tries out has a name of its own, or none.
+/// Names in the log are cut to 15 bytes. Programs that the loader itself tries out (`aya_..`, or
+/// without a name) are ignored.
 pub(crate) fn costs(log: &str, doctor: &Value) -> VerifierCosts {
     let mut attached = BTreeMap::new();
     for hook in doctor.pointer("/hooks").and_then(Value::as_array).into_iter().flatten() {
@@ -40,7 +41,7 @@ pub(crate) fn costs(log: &str, doctor: &Value) -> VerifierCosts {
     }
     let line = |line: &str| {
         let (name, rest) = line.split_once(" processed ")?;
-        // 7.2 tells of global functions apart: `72024+131`.
+        // since 7.2 global functions are counted apart: `72024+131`
         let parts = rest.split_ascii_whitespace().next()?.split('+').map(|part| part.parse::<u64>().ok());
         let instructions = parts.sum::<Option<u64>>()?;
         let known = !name.is_empty() && !name.starts_with("aya_");
@@ -51,13 +52,13 @@ pub(crate) fn costs(log: &str, doctor: &Value) -> VerifierCosts {
     log.lines().filter_map(line).collect()
 }
 
-/// All programs together.
+/// Sum over all programs.
 pub(crate) fn sum(costs: &VerifierCosts) -> VerifierCost {
     let bytes = costs.values().filter_map(|cost| cost.bytes).sum();
     VerifierCost { instructions: costs.values().map(|cost| cost.instructions).sum(), bytes: Some(bytes) }
 }
 
-/// A table of instructions and bytes, a row a program and a column a machine.
+/// A table of instructions/bytes: a row for each program, a column for each machine.
 pub(crate) fn render(machines: &[(&str, &VerifierCosts)]) -> String {
     let programs: std::collections::BTreeSet<&String> = machines.iter().flat_map(|(_, costs)| costs.keys()).collect();
     let mut text = format!("{:<20}", "program");
@@ -72,7 +73,7 @@ pub(crate) fn render(machines: &[(&str, &VerifierCosts)]) -> String {
     text
 }
 
-/// Instructions and, where they are known, bytes.
+/// `INSTRUCTIONS/BYTES`, or `INSTRUCTIONS/?`.
 impl std::fmt::Display for VerifierCost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.bytes {

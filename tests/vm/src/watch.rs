@@ -1,58 +1,59 @@
-//! When a machine is given up: when it makes no progress, by its own time.
+//! Decides when a machine is given up: when it makes no progress, measured in the machine's own
+//! time.
 //!
-//! A second of a machine's own time is one in which the host gave its emulator the processors that it asked for. On a
-//! host of which others take half, and in one that stands still, a machine's time goes slower or not at all: so no verdict
-//! depends on how fast the host is. How fast the emulation is shows in how long the kernel takes to boot, and what a
-//! machine may take in all is a multiple of that.
+//! One second of a machine's own time is one second in which the host gave its emulator all the CPU
+//! it asked for. If other work takes half of the host, or the host stands still, the machine's own
+//! time runs slower or stops, so no verdict depends on the host's load. How fast the emulator
+//! itself is shows in the time that the kernel takes to boot; the limits are multiples of that.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Until its first words a machine is only given so much: nothing is known about it yet.
+/// Limit until the first line of the console, when the speed of the emulator is not known yet.
 const BOOT: Duration = Duration::from_secs(300);
 
-/// A machine that says nothing for so many times what it took to boot, and at least for so long, has stopped. A guest
-/// that runs tests says every few seconds that it is there.
+/// A machine that prints nothing for this many boot times, and at least this long, has stopped. A
+/// guest that runs tests prints a heartbeat every few seconds.
 const SILENT_BOOTS: u32 = 30;
 const SILENT_LEAST: Duration = Duration::from_secs(180);
 
-/// The same where no test begins or ends.
+/// The same without a test that begins or ends.
 const STUCK_BOOTS: u32 = 100;
 const STUCK_LEAST: Duration = Duration::from_secs(600);
 
-/// The same for a machine in all.
+/// The same for the whole run.
 const ALL_BOOTS: u32 = 600;
 const ALL_LEAST: Duration = Duration::from_secs(60 * 60);
 
-/// What a line of the console shows.
+/// Meaning of a console line for the watch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sign {
-    /// The guest is there.
+    /// A heartbeat.
     Alive,
     /// A test, an executable or a benchmark began or ended.
     Progress,
 }
 
-/// Follows one machine.
+/// Watches one machine.
 #[derive(Debug, Default)]
 pub(crate) struct ProgressWatch {
-    /// Its own time since it was started, as are the others.
+    /// All times are the machine's own time since it was started.
     now: Duration,
     booted: Option<Duration>,
     heard: Duration,
     progressed: Duration,
-    /// It has said that it is there without being asked: so its silence means something.
+    /// Whether a heartbeat has been seen; only then does silence mean something.
     ticks: bool,
 }
 
 impl ProgressWatch {
-    /// So much of the machine's own time has passed.
+    /// Adds time in which the machine ran.
     pub(crate) fn pass(&mut self, own: Duration) {
         self.now = self.now.saturating_add(own);
     }
 
-    /// It said something.
+    /// Notes a line of the console.
     pub(crate) fn hear(&mut self, sign: Sign) {
         self.booted.get_or_insert(self.now);
         self.heard = self.now;
@@ -62,12 +63,12 @@ impl ProgressWatch {
         }
     }
 
-    /// Its own time since it was started.
+    /// The machine's own time since it was started.
     pub(crate) fn own_time(&self) -> Duration {
         self.now
     }
 
-    /// Why it is to be given up, if it is.
+    /// The reason to give the machine up, if there is one.
     pub(crate) fn verdict(&self) -> Option<String> {
         let Some(boot) = self.booted else {
             return (self.now > BOOT).then(|| format!("given up after {} s of its own time", BOOT.as_secs()));
@@ -87,8 +88,8 @@ impl ProgressWatch {
     }
 }
 
-/// What the threads of a process have had of the host, of `/proc/PID/task/TID/schedstat`: nanoseconds that each ran and
-/// nanoseconds that each waited for a processor (Documentation/scheduler/sched-stats.rst).
+/// CPU time of the threads of a process, from `/proc/PID/task/TID/schedstat`: nanoseconds run and
+/// nanoseconds waited for a CPU (Documentation/scheduler/sched-stats.rst).
 #[derive(Debug)]
 pub(crate) struct EmulatorThreads {
     dir: PathBuf,
@@ -96,13 +97,13 @@ pub(crate) struct EmulatorThreads {
 }
 
 impl EmulatorThreads {
-    /// Of a process.
+    /// Threads of this process.
     pub(crate) fn of(pid: u32) -> Self {
         Self { dir: PathBuf::from(format!("/proc/{pid}/task")), seen: BTreeMap::new() }
     }
 
-    /// How much of an interval since the last call was the process' own: the share of the processor time it asked for that
-    /// it was given. All of it, where it asked for none or the kernel does not count.
+    /// The process' own share of `interval`, the time since the last call: CPU time it got, divided
+    /// by CPU time it asked for. All of it if it asked for none or the kernel does not count.
     pub(crate) fn own(&mut self, interval: Duration) -> Duration {
         let mut now = BTreeMap::new();
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().filter_map(Result::ok) {
@@ -138,7 +139,7 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    /// A machine that took so long to boot.
+    /// A machine that took `boot` seconds to boot.
     fn booted(boot: u64) -> ProgressWatch {
         let mut watch = ProgressWatch::default();
         watch.pass(s(boot));

@@ -11,7 +11,8 @@ use anyhow::{Context, Result, bail};
 use memtrace_harness::checkout::Checkout;
 use memtrace_harness::run::say;
 
-/// Build output, version control, what others wrote, what the fuzzer found.
+/// Directories that are not checked: build output, version control, vendored code, findings of the
+/// fuzzer.
 const FOREIGN: [&str; 5] = ["target", ".git", "vendor", "artifacts", "corpus"];
 
 /// Arguments of `cargo xtask tidy`.
@@ -22,18 +23,18 @@ pub struct Args {}
 pub(crate) struct File {
     /// Relative to the repository, with forward slashes.
     pub(crate) path: String,
-    /// All of it.
+    /// Full text.
     pub(crate) text: String,
 }
 
-/// One breach of one rule.
+/// A breach of a rule.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Finding {
-    /// The file.
+    /// Path of the file, relative to the repository.
     pub(crate) path: String,
-    /// Counted from 1.
+    /// Line number, from 1.
     pub(crate) line: usize,
-    /// What is wrong, and what to do.
+    /// What is wrong and what to do about it.
     pub(crate) message: String,
 }
 
@@ -42,7 +43,7 @@ pub fn run(checkout: &Checkout, _args: &Args) -> Result<()> {
     check(checkout)
 }
 
-/// Checks every file; names every breach.
+/// Checks every file and prints every breach. Fails if there is one.
 pub fn check(checkout: &Checkout) -> Result<()> {
     let mut files = Vec::new();
     collect(&checkout.root, &checkout.root, &mut files)?;
@@ -59,7 +60,7 @@ pub fn check(checkout: &Checkout) -> Result<()> {
     Ok(())
 }
 
-/// Every text file but the foreign ones.
+/// Collects all text files, except below the directories that are not checked.
 fn collect(root: &Path, dir: &Path, files: &mut Vec<File>) -> Result<()> {
     for entry in std::fs::read_dir(dir).with_context(|| format!("failed to read {}", dir.display()))? {
         let entry = entry.with_context(|| format!("failed to read {}", dir.display()))?;

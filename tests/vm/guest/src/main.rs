@@ -1,7 +1,9 @@
-//! Process 1 of an emulated machine (`cargo xtask vm`): makes the machine ready, runs the tests, powers it off.
+//! Process 1 of an emulated machine (`cargo xtask vm`): prepares the machine, runs the tests,
+//! powers it off.
 //!
-//! It starts itself once more as the runner, so that reaping orphans and waiting for tests do not get into
-//! each other's way. Whatever goes wrong, the machine ends: the host waits for its end.
+//! It starts a second copy of itself as the runner, so that reaping orphans and waiting for tests
+//! do not interfere. Whatever fails, the machine is powered off, because the host waits for its
+//! end.
 
 mod prepare;
 mod run;
@@ -13,7 +15,7 @@ use anyhow::Context;
 use rustix::process::{WaitOptions, wait};
 use rustix::system::{RebootCommand, reboot};
 
-/// First argument of the copy of this program that runs the tests.
+/// First argument of the copy that runs the tests.
 const RUNNER: &str = "run";
 
 fn main() -> ExitCode {
@@ -35,7 +37,7 @@ fn main() -> ExitCode {
     }
     rustix::fs::sync();
     let _ = reboot(RebootCommand::PowerOff);
-    // Without a process 1 the kernel panics, and that ends the machine too.
+    // If power-off failed: the kernel panics when process 1 exits, which ends the machine too.
     ExitCode::FAILURE
 }
 
@@ -50,8 +52,8 @@ fn init() -> anyhow::Result<()> {
     }
 }
 
-/// A line for the host, which tells it from what tests print by its beginning.
+/// Prints a line of the protocol with the host, marked by its prefix.
 fn say(line: std::fmt::Arguments<'_>) {
-    // Nobody is left to tell that the console is gone.
+    // A closed console cannot be reported anywhere.
     let _ = writeln!(std::io::stdout().lock(), "\n@memtrace {line}");
 }

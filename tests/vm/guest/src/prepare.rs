@@ -1,4 +1,4 @@
-//! Makes a freshly booted kernel a machine that tests can run on: modules, file systems, cgroups, network.
+//! Prepares a freshly booted kernel for tests: modules, file systems, cgroups, network.
 
 use std::ffi::CStr;
 use std::fs;
@@ -10,20 +10,20 @@ use rustix::mount::{MountFlags, mount, mount_bind};
 use rustix::net::{AddressFamily, SendFlags, SocketType, send, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
-/// Where cgroups are mounted.
+/// Mount point of cgroups.
 const CGROUPS: &str = "/sys/fs/cgroup";
-/// Version 1 hierarchies that are mounted, those of them that the kernel has. Memory has to be there.
+/// Version 1 controllers to mount, if the kernel has them. `memory` is required.
 const V1_CONTROLLERS: [&str; 6] = ["memory", "cpuset", "pids", "freezer", "cpu,cpuacct", "devices"];
-/// What is handed down from the root of version 2.
+/// Controllers that the root of version 2 delegates.
 const V2_CONTROLLERS: &str = "+memory +cpuset +pids";
-/// The cgroup that tests make theirs in, and on version 2 the one below it that they run in: only a cgroup without
-/// processes hands controllers down.
+/// The cgroup in which tests make theirs, and on version 2 the child that they run in: only a
+/// cgroup without processes can delegate controllers.
 const TESTS: &str = "tests";
 const RUNNER: &str = "runner";
-/// The tests' disk: a file system that has been made by the host.
+/// The tests' disk, with a file system that the host made.
 const SCRATCH: &CStr = c"/dev/vdb";
 
-/// Everything up to the first test.
+/// Does everything that comes before the first test.
 pub(crate) fn machine() -> anyhow::Result<()> {
     let plain = MountFlags::empty();
     attach(c"proc", "/proc", c"proc", None)?;
@@ -31,10 +31,10 @@ pub(crate) fn machine() -> anyhow::Result<()> {
     attach(c"devtmpfs", "/dev", c"devtmpfs", None)?;
     attach(c"tmpfs", "/dev/shm", c"tmpfs", None)?;
     attach(c"tmpfs", "/run", c"tmpfs", None)?;
-    // not there with every kernel, and nothing needs it
+    // not every kernel has it, and nothing needs it
     let _ = mount(c"tracefs", "/sys/kernel/tracing", c"tracefs", plain, None);
     modules()?;
-    // a disk, as memory of its files must be seen to be a file's and be taken back under pressure
+    // a real disk: the kernel must account its pages as file memory and be able to reclaim them
     attach(SCRATCH, "/tmp", c"ext4", None)?;
     fs::create_dir_all("/var/tmp").context("failed to create /var/tmp")?;
     mount_bind("/tmp", "/var/tmp").context("failed to mount /tmp at /var/tmp")?;
@@ -53,7 +53,7 @@ pub(crate) fn machine() -> anyhow::Result<()> {
     }
 }
 
-/// Puts the calling process where tests are to run.
+/// Moves the calling process into the cgroup for tests.
 pub(crate) fn enter_tests() -> anyhow::Result<()> {
     let places = [format!("memory/{TESTS}"), format!("{TESTS}/{RUNNER}")];
     for place in places.iter().map(|place| Path::new(CGROUPS).join(place)).filter(|place| place.is_dir()) {
@@ -65,7 +65,7 @@ pub(crate) fn enter_tests() -> anyhow::Result<()> {
 fn attach(source: &CStr, target: &str, kind: &CStr, options: Option<&CStr>) -> anyhow::Result<()> {
     fs::create_dir_all(target).with_context(|| format!("failed to create {target}"))?;
     match mount(source, target, kind, MountFlags::empty(), options) {
-        // devtmpfs may be there already
+        // devtmpfs may be mounted already
         Ok(()) | Err(Errno::BUSY) => Ok(()),
         Err(error) => Err(error).with_context(|| format!("failed to mount {kind:?} at {target}")),
     }
@@ -76,7 +76,7 @@ fn set(file: impl AsRef<Path>, value: &str) -> anyhow::Result<()> {
     fs::write(file, value).with_context(|| format!("failed to write {value} to {}", file.display()))
 }
 
-/// The modules of this kernel, which the host has put in order.
+/// Loads the modules of this kernel, which the host numbered in load order.
 fn modules() -> anyhow::Result<()> {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let dir = Path::new("/modules").join(&release);
@@ -96,7 +96,7 @@ fn modules() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each controller a hierarchy of its own, version 2 nowhere.
+/// Mounts each controller as a hierarchy of its own, and version 2 nowhere.
 fn cgroups_v1() -> anyhow::Result<()> {
     attach(c"tmpfs", CGROUPS, c"tmpfs", None)?;
     for controller in V1_CONTROLLERS {
@@ -111,7 +111,7 @@ fn cgroups_v1() -> anyhow::Result<()> {
     }
     let memory = Path::new(CGROUPS).join("memory");
     let hierarchy = memory.join("memory.use_hierarchy");
-    // from 5.11 on it is always so, and the file only takes 1
+    // since 5.11 hierarchies always count children, and the file accepts nothing but 1
     if hierarchy.exists() {
         set(hierarchy, "1")?;
     }
@@ -123,7 +123,7 @@ fn cgroups_v1() -> anyhow::Result<()> {
     fs::create_dir(&tests).with_context(|| format!("failed to make cgroup {}", tests.display()))
 }
 
-/// The unified hierarchy alone.
+/// Mounts the unified hierarchy alone.
 fn cgroups_v2() -> anyhow::Result<()> {
     attach(c"cgroup2", CGROUPS, c"cgroup2", None)?;
     let tests = Path::new(CGROUPS).join(TESTS);
@@ -135,7 +135,8 @@ fn cgroups_v2() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What `ip link set lo up` sends: an RTM_NEWLINK for interface 1 with IFF_UP. The kernel gives it its address.
+/// Does what `ip link set lo up` does: sends an RTM_NEWLINK for interface 1 with IFF_UP. The kernel
+/// adds the address.
 fn loopback() -> anyhow::Result<()> {
     const RTM_NEWLINK: u16 = 16;
     const NLM_F_REQUEST: u16 = 1;

@@ -1,4 +1,5 @@
-//! The runner: one test executable after another, then what `memtrace doctor` says; or a benchmark.
+//! The runner: runs the test executables one after another, then `memtrace doctor`; or one
+//! benchmark.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,35 +16,39 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{prepare, say};
 
-/// The binary under test, and the directory it shares with the programs of the tests.
+/// The agent under test. The programs of the tests are in the same directory.
 const MEMTRACE: &str = "/memtrace/memtrace";
-/// Where the test executables are.
+/// Directory of the test executables.
 const TESTS: &str = "/memtrace/tests";
-/// The benchmarks.
+/// The benchmark program.
 const BENCH: &str = "/memtrace/bench";
-/// Preloaded into doctor, it makes the verifier say how many instructions it processed for each program.
+/// Library that, preloaded into doctor, logs how many instructions the verifier processed for each
+/// program.
 const VERIFIER_LOG: &str = "/memtrace/verifier_log.so";
-/// What is put there, the host finds.
+/// Directory shared with the host.
 const OUT: &str = "/tmp/out";
-/// What the host has put there: executables that do not run on this machine, one a line.
+/// Written by the host: names of executables to leave out, one a line.
 const LEFT_OUT: &str = "/tmp/out/left-out";
-/// Tests that hurt the machine, which therefore come last.
+/// Prefix of tests that harm the machine and therefore run last.
 const HARMFUL: &str = "vm_";
-/// Failed tests of an executable that run once more; of more the machine is not the cause.
+/// Most failed tests of an executable that are run once more. If more fail, the cause is not the
+/// machine.
 const MOST_AGAIN: usize = 3;
-/// Rounds of tests that repeat themselves: everything takes many times longer here.
+/// Rounds of tests that repeat themselves; fewer than on real hardware, because everything takes
+/// many times longer here.
 const ROUNDS: &str = "3";
-/// Seconds that a machine takes to boot where its emulator has a processor to itself.
+/// Time to boot on an emulator that has a host CPU to itself, seconds.
 const QUIET_BOOT_S: f64 = 2.0;
-/// How much slower than it booted a machine may become: others boot beside it, and the host has more to do.
+/// Factor by which a machine may become slower than it was at boot, as others start beside it.
 const MARGIN: f64 = 4.0;
-/// How often the host is told that this machine is there.
+/// Interval of the heartbeat to the host.
 const ALIVE: Duration = Duration::from_secs(5);
 
-/// Runs what there is to run. Nothing here has a limit in time: the host gives a machine up that makes no progress.
+/// Runs the tests or the benchmark. There are no time limits here: the host gives up a machine that
+/// makes no progress.
 pub(crate) fn everything() -> anyhow::Result<()> {
     prepare::enter_tests()?;
-    // a test may use up the machine's memory, and what tells of it has to survive that
+    // a test may exhaust memory, and the runner must survive to report that
     fs::write("/proc/self/oom_score_adj", "-1000").context("failed to protect the runner")?;
     if let Some(bench) = argument("bench") {
         benchmark(&bench)?;
@@ -56,7 +61,7 @@ pub(crate) fn everything() -> anyhow::Result<()> {
             std::thread::sleep(ALIVE);
         }
     });
-    // the whole boot is the kernel's own work, and takes two seconds on an emulator that nothing disturbs
+    // booting is all kernel work, so its duration measures the emulator's speed
     let slowness = (process::boot_ns() as f64 / 1e9 / QUIET_BOOT_S * MARGIN).to_string();
     let left_out = fs::read_to_string(LEFT_OUT).unwrap_or_default();
     for test in executables()? {
@@ -69,7 +74,8 @@ pub(crate) fn everything() -> anyhow::Result<()> {
         let filter = argument("filter");
         let chosen: Vec<&str> = filter.iter().map(String::as_str).collect();
         let (mut ended, failed) = run_tests(&test, &slowness, &chosen)?;
-        // An emulated CPU may stand still for longer than a test waits. Once more, and the host tells of it.
+        // An emulated CPU may stand still for longer than a test waits: run it once more. The host
+        // reports both.
         if ended.code() == Some(FAILED) && (1..=MOST_AGAIN).contains(&failed.len()) {
             let failed: Vec<&str> = failed.iter().map(String::as_str).collect();
             say(format_args!("again {name} {}", failed.join(" ")));
@@ -85,10 +91,11 @@ pub(crate) fn everything() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What libtest ends with when tests failed, which it has told of.
+/// Exit code of libtest when tests failed.
 const FAILED: i32 = 101;
 
-/// Runs a test executable: how it ended, and the tests that failed. What it prints goes on to the console.
+/// Runs a test executable and copies its output to the console. Returns its exit status and the
+/// failed tests.
 fn run_tests(test: &Path, slowness: &str, arguments: &[&str]) -> anyhow::Result<(ExitStatus, BTreeSet<String>)> {
     let mut command = Command::new(test);
     command.arg("--test-threads=1").args(arguments);
@@ -102,7 +109,8 @@ fn run_tests(test: &Path, slowness: &str, arguments: &[&str]) -> anyhow::Result<
     ]);
     let mut child = start(command.stdout(Stdio::piped()))?;
     let stdout = child.stdout.take().context("a test has no stdout")?;
-    // Whoever a test left behind may hold the pipe open: it is read until it closes, which is when they are killed.
+    // A process that a test left behind may hold the pipe open: it closes when that process is
+    // killed below.
     let reader = std::thread::spawn(move || {
         let mut failed = BTreeSet::new();
         for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
@@ -110,7 +118,7 @@ fn run_tests(test: &Path, slowness: &str, arguments: &[&str]) -> anyhow::Result<
             if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
                 failed.insert(test.to_owned());
             }
-            // Nobody is left to tell that the console is gone.
+            // A closed console cannot be reported anywhere.
             let _ = writeln!(std::io::stdout().lock(), "{line}");
         }
         failed
@@ -121,14 +129,14 @@ fn run_tests(test: &Path, slowness: &str, arguments: &[&str]) -> anyhow::Result<
     Ok((ended, failed))
 }
 
-/// Runs a benchmark, of which the arguments are given with commas between them; what it prints, the host finds.
+/// Runs a benchmark with comma-separated arguments; its output goes to the shared directory.
 fn benchmark(arguments: &str) -> anyhow::Result<()> {
     let path = Path::new(OUT).join("bench.json");
     let file = fs::File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
     say(format_args!("begin bench"));
     let mut command = Command::new(BENCH);
     command.args(arguments.split(',')).env("MEMTRACE_BIN", MEMTRACE).env("TMPDIR", "/tmp").stdout(file);
-    // the kernel gives its first process none
+    // the kernel starts process 1 without PATH
     command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let begin = Instant::now();
     let ended = run(&mut command)?;
@@ -136,7 +144,7 @@ fn benchmark(arguments: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The value of `memtrace.NAME=` on the kernel's command line.
+/// Value of `memtrace.NAME=` on the kernel command line.
 pub(crate) fn argument(name: &str) -> Option<String> {
     let line = fs::read_to_string("/proc/cmdline").ok()?;
     let value = line
@@ -156,26 +164,26 @@ fn executables() -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Starts a program that is, unlike the runner, as any other process to the OOM killer.
+/// Starts a program with the default OOM score, unlike the runner's.
 fn start(command: &mut Command) -> anyhow::Result<Child> {
     let child = command.stdin(Stdio::null()).process_group(0).spawn().context("failed to start a program")?;
     let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), "0");
     Ok(child)
 }
 
-/// Waits for its end; leaves no process behind.
+/// Waits for its end, then kills every process it left behind.
 fn run(command: &mut Command) -> anyhow::Result<ExitStatus> {
     let ended = start(command)?.wait().context("failed to wait for a program")?;
     kill_the_rest();
     Ok(ended)
 }
 
-/// The next executable starts on a machine where nobody else runs.
+/// Kills all other processes, so that the next executable starts on an idle machine.
 fn kill_the_rest() {
     let numbered = |entry: fs::DirEntry| entry.file_name().to_string_lossy().parse::<i32>().ok();
     let pids = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok).filter_map(numbered);
     for pid in pids.filter(|pid| *pid != 1 && u32::try_from(*pid) != Ok(std::process::id())) {
-        // kernel threads have no program and take no signal
+        // kernel threads have no executable and take no signal
         let program = fs::read_link(Path::new("/proc").join(pid.to_string()).join("exe"));
         if let (Ok(_), Some(pid)) = (program, Pid::from_raw(pid)) {
             let _ = kill_process(pid, Signal::KILL);
@@ -192,7 +200,7 @@ fn how(ended: ExitStatus) -> String {
     }
 }
 
-/// What doctor says of this kernel, and what the verifier said meanwhile.
+/// Runs `memtrace doctor` and saves its output and the verifier's log for the host.
 fn doctor() -> anyhow::Result<()> {
     let (path, log) = (Path::new(OUT).join("doctor.json"), Path::new(OUT).join("verifier.log"));
     let file = fs::File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
