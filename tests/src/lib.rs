@@ -1,4 +1,5 @@
-//! Shared pieces of the black-box tests: they run the binary named by `MEMTRACE_BIN` and never link memtrace.
+//! What the black-box tests share. They run the binary named by `MEMTRACE_BIN` and never link
+//! memtrace.
 
 pub mod actor;
 pub mod agent;

@@ -1,8 +1,9 @@
-//! The kernel log as the second witness: /dev/kmsg lines of OOM kills, and how far its clock is from the boot clock.
+//! The kernel log as a second witness: /dev/kmsg lines about OOM kills, and the offset between its
+//! clock and the boot clock.
 //!
-//! printk stamps lines with the scheduler's clock, microseconds since boot as the CPU's counter sees it. The boot
-//! clock is corrected by NTP, so the two differ by an offset that may drift slowly; anchors are taken around the
-//! kills and the nearest one is used.
+//! printk stamps lines with the scheduler's clock: microseconds since boot, by the CPU's counter.
+//! NTP corrects the boot clock but not that one, so the offset between them drifts slowly. Tests
+//! measure anchors around the kills and use the nearest.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -18,13 +19,13 @@ use crate::process::boot_ns;
 pub struct KernelLogRecord {
     /// Sequence number.
     pub seq: u64,
-    /// printk's clock, nanoseconds (microsecond resolution).
+    /// Stamp by printk's clock, nanoseconds (microsecond resolution).
     pub printk_ns: u64,
     /// Text without continuation lines.
     pub text: String,
 }
 
-/// What the log said about the OOM kill of one process.
+/// What the log says about the OOM kill of one process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KillLines {
     /// Stamp of the `oom-kill:` line, which is rate-limited.
@@ -33,7 +34,7 @@ pub struct KillLines {
     pub killed_line_ns: u64,
 }
 
-/// A reader of /dev/kmsg from the moment it was opened; keeps what it read.
+/// Reads /dev/kmsg from where it was opened, and keeps what it read.
 #[derive(Debug)]
 pub struct KernelLogTail {
     file: File,
@@ -47,7 +48,7 @@ impl KernelLogTail {
         Self::open(SeekFrom::End(0))
     }
 
-    /// Opens the log at the oldest line that it still holds.
+    /// Opens the log at the oldest line it still holds.
     pub fn open_at_start() -> anyhow::Result<Self> {
         Self::open(SeekFrom::Start(0))
     }
@@ -63,7 +64,7 @@ impl KernelLogTail {
         Ok(Self { file, lines: Vec::new(), overruns: 0 })
     }
 
-    /// Reads what is there now and returns everything read since the log was opened.
+    /// Reads what is there now. Returns everything read since the log was opened.
     pub fn drain(&mut self) -> anyhow::Result<&[KernelLogRecord]> {
         let mut record = [0u8; 8192];
         loop {
@@ -75,7 +76,8 @@ impl KernelLogTail {
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // EPIPE: records were overwritten before they were read; reading goes on with the oldest.
+                // EPIPE: records were overwritten before they were read; reading continues with the
+                // oldest
                 Err(error) if error.kind() == ErrorKind::BrokenPipe => self.overruns += 1,
                 Err(error) => return Err(error).context("failed to read /dev/kmsg"),
             }
@@ -93,17 +95,17 @@ impl KernelLogTail {
         &self.lines
     }
 
-    /// What the lines read so far, from sequence number `from` on, say about the kill of `pid`.
+    /// What the lines from sequence number `from` on say about the kill of `pid`.
     pub fn kill_of(&self, pid: u32, from: u64) -> Option<KillLines> {
         kill_of(&self.lines, pid, from)
     }
 
-    /// Pids of the `Killed process` lines read so far, from sequence number `from` on, in the log's order.
+    /// Pids of the `Killed process` lines from sequence number `from` on, in order.
     pub fn killed_pids(&self, from: u64) -> Vec<u32> {
         self.lines.iter().filter(|line| line.seq >= from).filter_map(|line| killed_pid(&line.text)).collect()
     }
 
-    /// The sequence number the next line will at least have.
+    /// Lower bound of the next line's sequence number.
     pub fn next_seq(&mut self) -> anyhow::Result<u64> {
         Ok(self.drain()?.last().map_or(0, |line| line.seq + 1))
     }
@@ -115,9 +117,9 @@ impl KernelLogTail {
         for _ in 0..markers {
             let serial = COUNT.fetch_add(1, Ordering::Relaxed);
             let marker = format!("memtrace-tests: clock anchor {}-{serial}", std::process::id());
-            // Without its newline a record stays open for more and is not shown.
+            // without a newline, a record stays open for continuation and is not shown
             let record = format!("{marker}\n");
-            // Lines from userspace are rate-limited per open file, so each marker opens its own.
+            // userspace lines are rate-limited per open file, so each marker opens its own
             let mut log = File::options().write(true).open("/dev/kmsg").context("failed to open /dev/kmsg to write")?;
             let before = boot_ns();
             let written = log.write(record.as_bytes());
@@ -135,19 +137,20 @@ impl KernelLogTail {
     }
 }
 
-/// The offset from printk's clock to the boot clock, as measured at one moment.
+/// Offset from printk's clock to the boot clock, measured at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct PrintkAnchor {
-    /// When, boot clock.
+    /// When it was measured (boot clock, ns).
     pub at_boot_ns: u64,
-    /// To add to printk's clock to get the boot clock.
+    /// Boot clock minus printk's clock, ns.
     pub offset_ns: i64,
-    /// How far the offset may be off either way.
+    /// Uncertainty of the offset in either direction, ns.
     pub uncertainty_ns: u64,
 }
 
 impl PrintkAnchor {
-    /// A line stamped `printk_ns` (cut to microseconds) was written between two readings of the boot clock.
+    /// Computes the offset from a line stamped `printk_ns` (cut to microseconds) and written
+    /// between two readings of the boot clock.
     fn between(before: u64, after: u64, printk_ns: u64) -> anyhow::Result<Self> {
         const STAMP_NS: u64 = 1000;
         let width = after.saturating_sub(before) + STAMP_NS;
@@ -169,7 +172,7 @@ pub fn nearest(anchors: &[PrintkAnchor], boot_ns: u64) -> anyhow::Result<PrintkA
     nearest.copied().context("no clock anchor was taken")
 }
 
-/// How much the offset moved over all anchors, nanoseconds, and the largest uncertainty among them.
+/// How far the offset moved across all anchors, and the largest uncertainty among them, ns.
 pub fn drift(anchors: &[PrintkAnchor]) -> anyhow::Result<(u64, u64)> {
     ensure!(!anchors.is_empty(), "no clock anchor was taken");
     let (mut low, mut high, mut unsure) = (i64::MAX, i64::MIN, 0);
@@ -188,7 +191,7 @@ fn parse(record: &str) -> Option<KernelLogRecord> {
     Some(KernelLogRecord { seq, printk_ns: micros * 1000, text: body.lines().next().unwrap_or_default().to_owned() })
 }
 
-/// The process that a `Killed process` line is about.
+/// Pid in a `Killed process` line.
 pub fn killed_pid(text: &str) -> Option<u32> {
     let (_, rest) = text.split_once("Killed process ")?;
     rest.split(' ').next()?.parse().ok()

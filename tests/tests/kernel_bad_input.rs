@@ -1,4 +1,4 @@
-//! An agent with privileges and bad surroundings: BTF, hooks, state directory, disk, port.
+//! A privileged agent in a bad environment: BTF, hooks, state directory, disk, port.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -16,7 +16,7 @@ use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 
-/// Runs an agent that is expected to end by itself, soon and without a panic.
+/// Runs an agent that must end by itself, soon and without a panic.
 fn ends(options: &AgentOptions, port: u16) -> anyhow::Result<(i32, String)> {
     let mut child = options.command(port)?.spawn().context("failed to start the agent")?;
     let ended = process::wait_at_most(&mut child, Duration::from_secs(20));
@@ -118,7 +118,7 @@ fn health_readiness_metrics_and_incidents_are_served() -> anyhow::Result<()> {
     ensure!(metrics.trim_end().ends_with("# EOF"), "/metrics is not OpenMetrics:\n{metrics}");
     ensure!(agent.get_json("/api/incidents")?.is_array(), "/api/incidents is not an array");
     ensure!(agent.get("/no/such/page")?.0 == 404, "an unknown page is found");
-    // The journal and the incidents hold other people's data.
+    // the journal and the incidents contain other people's data
     for name in ["state", "journal"] {
         use std::os::unix::fs::PermissionsExt;
         let mode = std::fs::metadata(dir.path().join(name))?.permissions().mode() & 0o777;
@@ -147,7 +147,7 @@ fn a_journal_in_use_is_named() -> anyhow::Result<()> {
     ensure!(code == 1 && said.contains("--state-dir"), "ended with {code}:\n{said}");
     ensure!(agent.is_running()?, "the first agent ended; it said:\n{}", agent.stderr());
     agent.stop()?;
-    // One directory for both is one lock.
+    // one directory for both has one lock
     second.state_dir.clone_from(&options.journal_dir);
     second.journal_dir.clone_from(&options.journal_dir);
     second.start()?.stop()?;
@@ -169,7 +169,7 @@ impl TinyDisk {
 
 impl Drop for TinyDisk {
     fn drop(&mut self) {
-        // A busy mount goes when its last user does.
+        // a busy mount goes away with its last user
         let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
     }
 }
@@ -182,7 +182,7 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
     let mut options = AgentOptions::below(dir.path());
     options.state_dir = disk.0.path().to_owned();
     let mut agent = options.start()?;
-    // What is left after the agent's own files is filled to the last byte.
+    // fill what the agent's own files leave to the last byte
     let filler = disk.0.path().join("filler");
     let _full = std::fs::write(&filler, vec![0u8; 64 << 10]);
     oom_kill("full")?;
@@ -200,7 +200,7 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
     for incident in options.incidents()? {
         options.report(json::text(&incident, "/id")?)?;
     }
-    // With room again the next kill is kept.
+    // once there is room, the next kill is kept
     std::fs::remove_file(&filler)?;
     let killed = oom_kill("room")?;
     let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, killed))?;

@@ -1,4 +1,5 @@
-//! Where charges can be hooked they can tell of memory in place of the rss hook, at a fraction of its cost.
+//! Where charges can be hooked, they can replace the rss hook as the source of memory readings, at
+//! a fraction of its cost.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -15,10 +16,11 @@ use memtrace_tests::process::ProcRss;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, programs};
 
-/// What charges may be behind by: a batch of 64 pages on each of a few CPUs, and the quantum.
+/// How far charges may lag: a batch of 64 pages on each of a few CPUs, and the RSS threshold.
 const BEHIND: u64 = 2 * MIB;
 
-/// Whether charges can be hooked here; where not, an agent that is told to do without the rss hook says so and ends.
+/// Whether charges can be hooked here. If not, an agent told to do without the rss hook must say so
+/// and exit.
 fn charges_can_be_hooked() -> anyhow::Result<bool> {
     programs::require_root()?;
     let mut doctor = programs::memtrace_command()?;

@@ -1,4 +1,5 @@
-//! A hundred OOM kills of five kinds, one after another: each becomes exactly one incident that says the truth.
+//! A hundred OOM kills of five kinds in sequence: each becomes exactly one incident with the right
+//! facts.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -18,14 +19,14 @@ use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 
-/// Times each kind, unless `MEMTRACE_TESTS_ROUNDS` says another number: emulated machines take fewer.
+/// Runs of each kind unless `MEMTRACE_TESTS_ROUNDS` is set: emulated machines do fewer.
 const RUNS_EACH: usize = 20;
 const MIB: u64 = 1 << 20;
-/// What the curve and the limit may differ by.
+/// Largest difference between curve and limit.
 const QUANTUM: u64 = 256 << 10;
 const ONE_MS: u64 = 1_000_000;
-/// A SIGKILL and its line in the log are microseconds apart, unless the trigger is preempted in between: how far is
-/// measured and printed, this only tells one kill from another.
+/// Largest distance from a SIGKILL to its line in the log. Usually microseconds, unless the trigger
+/// is preempted in between; the real distance is printed, and this only tells kills apart.
 const PREEMPTED_NS: u64 = 500 * ONE_MS;
 
 /// One way to run out of memory.
@@ -33,9 +34,9 @@ struct Kind {
     name: &'static str,
     limit: u64,
     arguments: &'static [&'static str],
-    /// Name of who the kernel has to pick.
+    /// Name of the process that the kernel must pick.
     victim_comm: &'static str,
-    /// More than one kill a run is in its nature.
+    /// Whether one run causes several kills.
     several: bool,
 }
 
@@ -77,10 +78,10 @@ const KINDS: [Kind; 5] = [
     },
 ];
 
-/// One process the kernel killed, as the harness saw it.
+/// A process that the kernel killed, as the test saw it.
 struct Victim {
     pid: u32,
-    /// From its own `start` line; `None` when it was killed before it could say so.
+    /// From its own `start` line; `None` if it was killed before it printed one.
     start_ticks: Option<u64>,
     lines: KillLines,
 }
@@ -96,7 +97,7 @@ struct Run {
     victims: Vec<Victim>,
 }
 
-/// What the incidents of one kind differed by.
+/// Differences measured in the incidents of one kind.
 #[derive(Default)]
 struct Measured {
     runs: usize,
@@ -136,7 +137,7 @@ fn a_hundred_kills_are_a_hundred_true_incidents() -> anyhow::Result<()> {
     let kills: u64 = runs.iter().map(|run| run.oom_kills).sum();
     let expected = usize::try_from(kills)?;
     options.incidents_when(Duration::from_secs(60), |listed| ours(listed).len() >= expected)?;
-    // Time for a duplicate to show up.
+    // time for a duplicate to appear
     std::thread::sleep(Duration::from_secs(2));
     let listed = ours(&options.incidents()?);
 
@@ -166,7 +167,7 @@ fn a_hundred_kills_are_a_hundred_true_incidents() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How fast this machine takes 200 MB without a limit in the way: the best of five.
+/// How fast this machine takes 200 MB without a limit, best of five.
 fn fastest_burst_us() -> anyhow::Result<u64> {
     let mut best = u64::MAX;
     for _ in 0..5 {
@@ -208,7 +209,7 @@ fn run_once(kind: usize, fill: &Path, log: &mut KernelLogTail) -> anyhow::Result
         started.entry(u32::try_from(json::number(ended, "/child")?)?).or_insert(None);
     }
     let mut victims = Vec::new();
-    // Others may be killed on this machine meanwhile: only those that ran here count.
+    // others may be killed on this machine meanwhile: only processes that ran here count
     for pid in log.killed_pids(from).into_iter().filter(|pid| started.contains_key(pid)) {
         let lines = log.kill_of(pid, from).context("a kill without a line")?;
         victims.push(Victim { pid, start_ticks: started[&pid], lines });
@@ -221,7 +222,7 @@ fn run_once(kind: usize, fill: &Path, log: &mut KernelLogTail) -> anyhow::Result
     );
     let (cage_id, cage_path) = (cage.id(), cage.path().to_owned());
     if name == "tmpfs" {
-        // What a killed filler left is charged to its cgroup until it is gone.
+        // memory of a killed filler is charged to its cgroup until it is freed
         for left in std::fs::read_dir(fill)? {
             std::fs::remove_file(left?.path())?;
         }
@@ -279,7 +280,7 @@ fn check_incident(
         }
     };
 
-    // Who.
+    // who
     let victims = json::list(incident, "/oom/victims")?;
     let killed: Vec<&Value> = victims.iter().filter(|v| v["killed"] == true).collect();
     expect(killed.len() == 1, format!("{} killed victims in one incident", killed.len()));
@@ -291,7 +292,7 @@ fn check_incident(
         expect(start == ticks, format!("victim started at tick {start}, /proc said {ticks}"));
     }
 
-    // Where.
+    // where
     let path = json::text(incident, "/cgroup/path")?;
     expect(path == run.cage_path, format!("cgroup {path}, not {}", run.cage_path));
     let limit = json::number(incident, "/cgroup/limit_bytes")?;
@@ -299,11 +300,11 @@ fn check_incident(
     let scope = json::text(incident, "/oom/scope")?;
     expect(scope == "cgroup", format!("scope {scope}"));
 
-    // When.
+    // when
     let at = json::number(incident, "/at/boot_ns")?;
     let anchor = printk::nearest(anchors, at)?;
     let line = anchor.boot_ns(victim.lines.killed_line_ns)?;
-    // Emulated CPUs do not agree about the clock that stamps log lines.
+    // emulated CPUs disagree about the clock that stamps log lines
     let unsure = anchor.uncertainty_ns + if std::env::var_os("MEMTRACE_TESTS_VM").is_some() { 50 * ONE_MS } else { 0 };
     m.lag_ns.push(line.abs_diff(at));
     let near = at <= line + unsure && at + PREEMPTED_NS + unsure >= line;
@@ -313,7 +314,7 @@ fn check_incident(
     };
     expect(near || between, format!("killed at {at}, the log line says {line} (±{unsure})"));
 
-    // The curve.
+    // the curve
     let columns = json::at(incident, "/timeline/columns")?.as_object().context("timeline columns")?;
     let lengths: Vec<(&str, usize)> =
         columns.iter().map(|(name, c)| (name.as_str(), c.as_array().map_or(usize::MAX, Vec::len))).collect();
@@ -332,7 +333,7 @@ fn check_incident(
         None => expect(false, "the curve has no usage before the kill".to_owned()),
     }
 
-    // The peak.
+    // the peak
     if let Some(peak) = run.peak {
         let recorded = json::number(incident, "/cgroup/peak_bytes")?;
         m.off_peak = m.off_peak.max(recorded.abs_diff(peak));

@@ -1,4 +1,5 @@
-//! At quiet moments the agent's view of a process equals /proc/PID/status: one thread, eight threads, a fork.
+//! While a process is idle, the agent's figures for it equal /proc/PID/status: one thread, eight
+//! threads, a fork.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What is no OOM kill must not become one; and who sent a SIGKILL is known all the same.
+//! SIGKILLs that are no OOM kills do not become incidents, and their senders are known.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -18,7 +18,7 @@ use serde_json::Value;
 
 const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
-/// The line about a process among those about SIGKILLs.
+/// The entry about a process in the list of SIGKILLs.
 fn line_about(trial: &Trial, pid: u32) -> anyhow::Result<Value> {
     let deadline = Deadline::after(WAIT_LIMIT);
     loop {
@@ -33,7 +33,7 @@ fn line_about(trial: &Trial, pid: u32) -> anyhow::Result<Value> {
     }
 }
 
-/// No incident of a kill, and the counter says so too.
+/// Checks that there is no incident of a kill, and that the counter agrees.
 fn nobody_ran_out(trial: &Trial) -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_millis(1500));
     let listed = trial.options().incidents()?;
@@ -72,7 +72,7 @@ fn a_kill_by_a_process_is_that_process_doing() -> anyhow::Result<()> {
     trial.end()
 }
 
-/// A directory of the unified hierarchy where cgroup.kill exists: the cage itself on v2, beside v1 one of its own.
+/// A cgroup v2 directory that has cgroup.kill: the cage itself on v2, a new one beside v1.
 fn killable(cage: &Cage) -> anyhow::Result<Option<(PathBuf, bool)>> {
     if cage.has("cgroup.kill") {
         return Ok(Some((cage.dir().to_owned(), false)));

@@ -1,4 +1,5 @@
-//! The tools of these tests on their own: workloads reach what they promise, cages kill, the kernel log is read.
+//! Tests of the tests' own tools: workloads reach what they promise, cages kill, the kernel log is
+//! read.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -73,7 +74,7 @@ fn hold_reaches_the_state_it_was_asked_for() -> anyhow::Result<()> {
         ensure!(ready, "hold was never ready");
         let rss = ProcRss::read(child.id())?;
         let near = |have: u64, want: u64| have >= want && have < want + (4 << 20);
-        // Up to 6.1 a thread keeps up to 64 pages of each kind to itself before /proc sees them.
+        // up to 6.1 a thread keeps up to 64 pages of each kind to itself before /proc sees them
         let kept = threads.parse::<u64>()? * 64 * 4096;
         let seen = |have: u64, want: u64| near(have + kept, want) || near(have, want);
         assert!(seen(rss.anon, 24 << 20) && seen(rss.file, 16 << 20), "{rss:?}");

@@ -1,4 +1,5 @@
-//! Instructions that the agent adds to an operation: differences of what the loops printed, and how sure they are. Pure.
+//! Instructions that the agent adds to an operation, computed as differences between what the loops
+//! printed, each with its noise. Pure.
 
 use std::collections::BTreeMap;
 
@@ -6,28 +7,29 @@ use serde_json::Value;
 
 use memtrace_vm::snapshot::Count;
 
-/// A count may grow by so much, in percent, before that is a failure.
+/// Growth allowed before it is a failure, percent.
 const TOLERANCE: f64 = 8.0;
-/// The same where it is another version of the kernel.
+/// The same against another version of the kernel.
 const TOLERANCE_OTHER: f64 = 20.0;
-/// The same with stacks, which are taken at random, and as often as a share of the processor allows.
+/// The same for the agent with stacks: they are sampled at random, and as often as a share of the
+/// CPU allows.
 const TOLERANCE_STACKS: f64 = 30.0;
-/// And by so many instructions in any case.
+/// Growth that is always allowed, instructions.
 const ALWAYS: f64 = 10.0;
 
-/// Standard errors of a difference that are taken for noise.
+/// Standard errors of a difference that count as noise.
 const ERRORS: f64 = 3.0;
 
-/// Loops whose operations are so long that the agent's own turns fall into them, or that make work for it: told, and held
-/// against nothing.
+/// Loops that are reported but not compared: their operations are so long that the agent's turns
+/// fall into them, or they make work for the agent.
 pub(crate) const UNSTEADY: [&str; 3] = ["kill", "fork", "exec"];
 
-/// What the agent adds to an operation, and what of that may be noise.
+/// What the agent adds to an operation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Added {
-    /// Instructions.
+    /// Instructions added to one operation.
     pub(crate) instructions: f64,
-    /// Instructions, more or less.
+    /// Noise of that number: plus or minus so many instructions.
     pub(crate) noise: f64,
 }
 
@@ -61,13 +63,13 @@ impl Count for Added {
     fn grown(&self, name: &str, new: &Self, same_version: bool) -> Option<String> {
         let percent = if same_version { TOLERANCE } else { TOLERANCE_OTHER };
         let percent = if name.ends_with(" full") { TOLERANCE_STACKS } else { percent };
-        // the difference of two has the noise of both
+        // a difference has the noise of both operands
         let allowed = ALWAYS.max(self.noise.hypot(new.noise)).max(self.instructions * percent / 100.0);
         (new.instructions - self.instructions > allowed).then(|| format!("{name}: {new} instructions, {self} before"))
     }
 }
 
-/// The agent, whole and in part.
+/// Configurations of the agent: name in `bench counted`, and in words.
 pub(crate) const PARTS: [(&str, &str); 4] = [
     ("full", "memtrace at defaults"),
     ("no-stacks", "memtrace without stacks"),
@@ -75,14 +77,14 @@ pub(crate) const PARTS: [(&str, &str); 4] = [
     ("charges", "memtrace without stacks, charges in place of rss"),
 ];
 
-/// Others that trace page faults.
+/// Other tracers of page faults: name in `bench counted`, and in words.
 pub(crate) const PEERS: [(&str, &str); 3] = [
     ("bpftrace-tracepoint", "bpftrace, page faults by name (tracepoint)"),
     ("bpftrace-software", "bpftrace, page faults by name (every one)"),
     ("perf-record", "perf record -e page-faults -c 1 -g -a"),
 ];
 
-/// What one loop took in one configuration.
+/// Cost of one loop in one configuration, instructions an operation.
 #[derive(Debug, Clone, Copy)]
 struct LoopCount {
     mean: f64,
@@ -90,17 +92,17 @@ struct LoopCount {
     error: f64,
 }
 
-/// One machine's loops: what they took without the agent, and what it adds, by `OPERATION WHAT`.
+/// The loops of one machine.
 #[derive(Debug, Default)]
 pub(crate) struct Loops {
-    /// Instructions of an operation without the agent.
+    /// Instructions of each operation without the agent.
     pub(crate) alone: BTreeMap<String, f64>,
-    /// What is added.
+    /// What is added, by `OPERATION CONFIGURATION` or `OPERATION hook:NAME`.
     pub(crate) added: BTreeMap<String, Added>,
 }
 
 impl Loops {
-    /// Of what `bench counted` printed.
+    /// Reads what `bench counted` printed.
     pub(crate) fn of(figures: &Value) -> Self {
         let mut loops = Self::default();
         let Some(none) = figures.pointer("/configurations/none").and_then(Value::as_object) else { return loops };
@@ -108,7 +110,7 @@ impl Loops {
             let with = |what: &str| took(figures.pointer(&format!("/configurations/{what}/{operation}"))?);
             let (Some(alone), Some(again)) = (took(alone), with("none-again")) else { continue };
             loops.alone.insert(operation.clone(), alone.mean);
-            // the same twice: as far as the machine itself drifts
+            // the same configuration twice: how far the machine itself drifts
             let drift = (again.mean - alone.mean).abs();
             let mut add = |what: &str, more: LoopCount, less: LoopCount| {
                 let noise = (ERRORS * more.error.hypot(less.error)).max(drift);
@@ -127,14 +129,14 @@ impl Loops {
         loops
     }
 
-    /// What is held against the snapshot.
+    /// Counts that are compared with the snapshot.
     pub(crate) fn steady(&self) -> BTreeMap<String, Added> {
         let ours = |name: &str| PEERS.iter().all(|(peer, _)| !name.ends_with(peer));
         let is_steady = |name: &&String| UNSTEADY.iter().all(|what| !name.starts_with(what)) && ours(name);
         self.added.iter().filter(|(name, _)| is_steady(name)).map(|(name, added)| (name.clone(), *added)).collect()
     }
 
-    /// A row: what is added to each of these operations.
+    /// A table row: what is added to each of these operations.
     pub(crate) fn row(&self, what: &str, operations: &[String]) -> Vec<String> {
         let cell = |operation: &String| match self.added.get(&format!("{operation} {what}")) {
             Some(added) => added.to_string(),
@@ -144,10 +146,10 @@ impl Loops {
     }
 }
 
-/// Before the name of a hook.
+/// Prefix of a hook's name in `added`.
 pub(crate) const HOOK: &str = "hook:";
 
-/// Names of the hooks, as doctor told them.
+/// Names of the hooks, as doctor reported them.
 pub(crate) fn hooks(figures: &Value) -> Vec<&str> {
     let hooks = figures.get("hooks").and_then(Value::as_array).into_iter().flatten();
     hooks.filter_map(|hook| hook.get("hook").and_then(Value::as_str)).collect()

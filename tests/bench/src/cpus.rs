@@ -1,4 +1,5 @@
-//! Machines of many processors: whether the agent's sum over all of them is right, and what it holds.
+//! Benchmark `cpus`: in machines with many CPUs, is the agent's sum over all CPUs right, and how
+//! much memory does it hold.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -9,12 +10,13 @@ use memtrace_vm::Processors;
 use memtrace_vm::Slots;
 use memtrace_vm::{BenchFigures, BenchTask};
 
-/// A kernel that counts resident memory a thread, and two that count it a processor.
+/// 6.1 counts resident memory per thread, the others per CPU.
 const KERNELS: [&str; 3] = ["6.1", "6.12", "sid"];
-/// How far a quiet process may be off: what an address space moves by before it is told.
+/// Largest error allowed for an idle process, bytes: an address space is reported when it has moved
+/// by this much.
 const QUANTUM: u64 = 256 << 10;
 
-/// Boots them, and makes the chapter.
+/// Boots the machines and makes the chapter.
 pub(crate) fn chapter(checkout: &Checkout, built: &Built, quick: bool) -> Result<Value> {
     let (mut rows, mut off) = (Vec::new(), Vec::new());
     for (processors, memory) in [(8, 2048), (64, 4096)].into_iter().take(if quick { 1 } else { 2 }) {
@@ -22,7 +24,8 @@ pub(crate) fn chapter(checkout: &Checkout, built: &Built, quick: bool) -> Result
         let task = BenchTask {
             name: &name,
             arguments: "spread",
-            // Hours of processor time go into 64 emulated ones: the newest kernel stands for the others.
+            // emulating 64 CPUs takes hours of CPU time, so there the newest kernel stands for the
+            // others
             kernels: if processors > 8 || quick { KERNELS.get(2..).unwrap_or_default() } else { &KERNELS },
             borrowed: &[],
             processors: Processors::Many(processors),

@@ -1,4 +1,5 @@
-//! Instructions that the agent adds to an operation, counted in machines whose clock counts them, on every kernel.
+//! Benchmark `instructions`: how many instructions the agent adds to an operation, on every kernel,
+//! in machines whose clock counts instructions.
 
 use std::time::Duration;
 
@@ -16,59 +17,61 @@ use memtrace_vm::kernel_names;
 use memtrace_vm::snapshot::{Count, CountComparison, CountSnapshot, MeasuredCounts};
 use memtrace_vm::{BenchFigures, BenchTask, NamedFigures};
 
-/// What is run in a loop, and what else traces page faults.
+/// Programs of the host: one that is run in a loop, and other tracers of page faults.
 const BORROWED: [&str; 3] = ["/bin/true", "/usr/bin/bpftrace", "/usr/bin/perf"];
 
-/// How much is wanted.
+/// Which machines and configurations are wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum InstructionExtent {
-    /// Every kernel, hook by hook, as it is kept; and one of many processors.
+    /// Every kernel, hook by hook, and one machine with many possible CPUs: what the snapshot
+    /// holds.
     Whole,
-    /// The same, all hooks together.
+    /// The same machines, all hooks together.
     Together,
-    /// The oldest and the newest kernel and the one of many processors, all hooks together.
+    /// The oldest kernel, the newest, and the machine with many possible CPUs; all hooks together.
     Ends,
-    /// A new and an old kernel, all hooks together.
+    /// An old and a new kernel; all hooks together.
     Two,
 }
 
-/// What was found.
+/// Results of the benchmark.
 pub struct InstructionCounts {
-    /// As a chapter.
+    /// The chapter, as JSON.
     pub chapter: Value,
-    /// Counts held against the snapshot.
+    /// Counts that were compared with the snapshot.
     pub tally: Tally,
-    /// What grew, what could not be measured; a line each.
+    /// Counts that grew and machines that failed, a line each.
     pub failures: Vec<String>,
-    /// What else is to be said.
+    /// Remarks, for example second tries.
     pub remarks: Vec<String>,
-    /// How long the machines ran, one after another.
+    /// Sum of the machines' run times.
     pub took: Duration,
 }
 
-/// One machine, measured.
+/// One machine and its loops.
 struct MeasuredMachine {
     found: BenchFigures,
     loops: Loops,
 }
 
-/// Processors that one more machine's kernel makes room for: what it adds is what sums over all of them cost.
+/// Possible CPUs of one more machine. What the agent adds there beyond the others is the cost of
+/// summing counters over all CPUs.
 const MANY: u32 = 64;
 
-/// Machines that are alike.
+/// Machines with the same settings.
 struct Lot<'a> {
-    /// Kernels, by their names in the matrix.
+    /// Names of kernels of the matrix.
     kernels: &'a [&'a str],
-    /// Processors that the kernel makes room for.
+    /// Possible CPUs of the kernel.
     possible: u32,
-    /// Hook by hook, and what else traces page faults.
+    /// Whether to measure hook by hook, and other tracers of page faults.
     whole: bool,
 }
 
 impl Lot<'_> {
-    /// Boots those of these kernels.
+    /// Boots the machines for these kernels, of those of the lot.
     fn boot(&self, checkout: &Checkout, built: &Built, slots: &Slots, kernels: &[&str]) -> Result<NamedFigures> {
-        // lots boot at the same time
+        // lots boot at the same time and need directories of their own
         let name =
             if self.possible > 1 { format!("instructions-of-{}", self.possible) } else { "instructions".to_owned() };
         let task = BenchTask {
@@ -92,8 +95,9 @@ impl Lot<'_> {
         Ok(all)
     }
 
-    /// Boots them, and those once more whose counts have grown: rounds are few and the agent's own turns fall where they
-    /// like, so that what has grown has grown twice.
+    /// Boots the lot, and once more the machines whose counts have grown. Rounds are few and the
+    /// agent's turns fall into some of them by chance, so a count must have grown twice. Also
+    /// returns what grew at first.
     fn measure(
         &self,
         checkout: &Checkout,
@@ -115,7 +119,8 @@ impl Lot<'_> {
     }
 }
 
-/// Boots the machines; with `bless`, what they find becomes the snapshot.
+/// Boots the machines and compares their counts with the snapshot; with `bless`, replaces the
+/// snapshot.
 pub fn count_instructions(
     checkout: &Checkout,
     built: &Built,
@@ -182,7 +187,7 @@ pub fn count_instructions(
     Ok(InstructionCounts { chapter: chapter(&machines, &failures, bless), tally, failures, remarks, took })
 }
 
-/// What is wrong with what one machine found, a line each that begins with its name, and what else is to be said of it.
+/// Failures of one machine, a line each that begins with its name; and a remark, if there is one.
 fn complaints(
     snapshot: &CountSnapshot<Added>,
     (name, found): &(String, Result<BenchFigures>),
@@ -198,7 +203,7 @@ fn complaints(
     (worse.into_iter().map(|what| format!("{name}: {what}")).collect(), note.map(|note| format!("{name}: {note}")))
 }
 
-/// Whether a complaint is about this kernel of the matrix.
+/// Whether a line of [`complaints`] is about this kernel of the matrix.
 fn is_of(complaint: &str, kernel: &str) -> bool {
     let rest = complaint.strip_prefix(kernel);
     rest.is_some_and(|rest| {

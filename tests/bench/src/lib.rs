@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: is what memtrace says true, and what does it cost, beside what people use today.
+//! `cargo xtask bench`: is what memtrace reports true, and what does it cost, compared with the
+//! tools people use today.
 
 mod added;
 mod cpus;
@@ -22,10 +23,10 @@ use serde_json::{Value, json};
 pub use self::instructions::{InstructionCounts, InstructionExtent, count_instructions};
 use self::page::PrintedChapter;
 
-/// The document that `--markdown` writes when it is not told another.
+/// Document that `--markdown` writes by default.
 const DOCUMENT: &str = "docs/benchmarks.md";
 
-/// The benchmarks, in the order of the document, and the question each answers.
+/// The benchmarks in the order of the document, each with the question it answers.
 const BENCHES: &[(&str, &str)] = &[
     ("spikes", "does the curve show every spike, how high, from when to when"),
     ("peaks", "is the recorded peak of a cgroup the kernel's watermark"),
@@ -94,7 +95,7 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
         say(format_args!("\n{}", page::chapter(&found)));
         chapters.push((name, found));
         if let Some(document) = &args.markdown {
-            // as far as it is: a run that is cut off has not measured for nothing
+            // written after each chapter, so that an interrupted run leaves what it measured
             write_document(&checkout.root.join(document), args, begin, chapters.iter().map(|(_, chapter)| chapter))?;
         }
     }
@@ -133,7 +134,7 @@ fn write_document<'a>(
     std::fs::write(file, page::document(&head, chapters)).with_context(|| format!("failed to write {}", file.display()))
 }
 
-/// As it is typed, but for where JSON goes.
+/// The command as it was typed, except for `--json`.
 impl Display for Args {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         write!(f, "cargo xtask bench")?;
@@ -160,7 +161,8 @@ fn choose(names: &[String]) -> Result<Vec<&'static str>> {
     Ok(known().into_iter().filter(|known| names.is_empty() || names.iter().any(|name| name == known)).collect())
 }
 
-/// Runs one: in machines of its own, or on this one. What makes the whole run a failure goes to the complaints.
+/// Runs one benchmark, in machines of its own or on this one. Failures of the whole run go to
+/// `complaints`.
 fn measure(
     checkout: &Checkout,
     built: &Built,
@@ -188,7 +190,7 @@ fn measure(
     }
 }
 
-/// Runs one on this machine.
+/// Runs a benchmark on this machine.
 fn native(built: &Built, name: &str, args: &Args) -> Result<PrintedChapter> {
     let mut bench = Command::new(built.program("bench")?);
     bench.arg(name).args(args.quick.then_some("--quick")).env("MEMTRACE_BIN", built.program("memtrace")?);

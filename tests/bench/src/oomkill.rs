@@ -1,4 +1,5 @@
-//! The benchmark `kills` once more, in a machine whose kernel lets `oomkill` attach.
+//! Benchmark `oomkill`: runs `kills` once more, in a machine whose kernel lets the tool `oomkill`
+//! attach.
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -9,10 +10,10 @@ use memtrace_vm::BenchTask;
 use memtrace_vm::Processors;
 use memtrace_vm::Slots;
 
-/// The kernel that the peer is of the same suite as.
+/// A kernel of the same suite as the host's `oomkill` package.
 const KERNEL: &str = "6.1";
 
-/// Boots it, and takes over the chapter that the benchmark printed there.
+/// Boots the machine and adapts the chapter that the benchmark printed there.
 pub(crate) fn chapter(checkout: &Checkout, built: &Built) -> Result<Value> {
     let task = BenchTask {
         name: "oomkill",

@@ -1,22 +1,22 @@
-//! Chapters as text: on the terminal and in docs/benchmarks.md. Pure.
+//! Renders chapters as Markdown, for the terminal and for docs/benchmarks.md. Pure.
 
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-/// What a benchmark found, as its program printed it.
+/// A chapter as a benchmark printed it, in JSON.
 #[derive(Debug, Clone)]
 pub(crate) struct PrintedChapter {
     /// Heading.
     pub(crate) title: String,
-    /// All of it.
+    /// The whole chapter.
     pub(crate) json: Value,
-    /// It could not be measured; the only text says why.
+    /// Whether the benchmark failed; the only text says why.
     pub(crate) is_broken: bool,
 }
 
-/// Where, when and how a document was made.
+/// How, when and where a document was made.
 pub(crate) struct BenchRun {
     pub(crate) command: String,
     pub(crate) date: String,
@@ -25,13 +25,13 @@ pub(crate) struct BenchRun {
 }
 
 impl PrintedChapter {
-    /// What the program printed.
+    /// Reads what a benchmark printed. Fails if there is no title.
     pub(crate) fn read(json: Value) -> Result<Self> {
         let title = json.get("title").and_then(Value::as_str).context("a chapter without a title")?.to_owned();
         Ok(Self { title, json, is_broken: false })
     }
 
-    /// One that could not be measured.
+    /// A chapter for a benchmark that failed.
     pub(crate) fn broken(name: &str, error: &anyhow::Error) -> Self {
         let text = format!("Could not be measured: {error:#}");
         Self { title: name.to_owned(), json: json!({ "title": name, "text": [text] }), is_broken: true }
@@ -50,7 +50,7 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value.get(key).and_then(Value::as_str).unwrap_or("")
 }
 
-/// The document: the goals of all chapters first, for that is what is asked first.
+/// The document. The goals of all chapters come first, because they are what readers look for.
 pub(crate) fn document<'a>(head: &BenchRun, chapters: impl Iterator<Item = &'a PrintedChapter>) -> String {
     let chapters: Vec<&PrintedChapter> = chapters.collect();
     let BenchRun { command, date, machine, seconds } = head;
@@ -78,7 +78,7 @@ pub(crate) fn document<'a>(head: &BenchRun, chapters: impl Iterator<Item = &'a P
     out
 }
 
-/// One chapter.
+/// One chapter in Markdown.
 pub(crate) fn chapter(chapter: &PrintedChapter) -> String {
     let mut out = format!("## {}\n", chapter.title);
     for paragraph in chapter.list("text").iter().filter_map(Value::as_str) {
@@ -100,7 +100,7 @@ pub(crate) fn chapter(chapter: &PrintedChapter) -> String {
 
 fn cell(cell: &Value) -> String {
     if let Some(text) = cell.as_str() {
-        // a row is one line
+        // a cell must not break its row
         return text.trim().replace('|', "\\|").replace('\n', " ");
     }
     if let Some(why) = cell.get("unknown").and_then(Value::as_str) {
@@ -128,7 +128,7 @@ fn spread(median: &str, least: &str, most: &str, unit: &str) -> String {
     if least == most { format!("{median}{unit}") } else { format!("{median}{unit} ({least} to {most})") }
 }
 
-/// Four digits that mean something.
+/// A number with four significant digits, without trailing zeros.
 fn figure(value: f64) -> String {
     let digits = match value.abs() {
         value if value == 0.0 || value >= 1000.0 => 0,

@@ -1,19 +1,20 @@
-//! Our stacks against those of perf's DWARF unwinder (elfutils), which records the same faults of the same process at
-//! the same time. Pure: what perf printed and a recording in, what agrees out.
+//! Compares our stacks with those of perf's DWARF unwinder (elfutils), which records the same
+//! faults of the same process. Pure: perf's output and a recording in, agreement out.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::recording::{ReportedFrame, ReportedPath, ReportedRecording, ReportedSample};
 
-/// perf samples a fault before the page is there, ours is counted when it is: in between there is perf's copy of the
-/// stack and the kernel's work. Farther apart than this two samples are not of one fault, nanoseconds.
+/// Two samples further apart than this are not of one fault, nanoseconds. perf samples before the
+/// page is there and memtrace counts it afterwards; perf's copy of the stack and the kernel's work
+/// are in between.
 const SAME_FAULT_NS: u64 = 100_000;
 
-/// Differing stacks that are shown in full.
+/// Differing stacks shown in full for each workload.
 const SHOWN: usize = 3;
 
-/// One of perf's stacks.
+/// A stack that perf unwound.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct PerfStack {
     pid: u64,
@@ -22,7 +23,7 @@ pub(crate) struct PerfStack {
     frames: Vec<ComparedFrame>,
 }
 
-/// A frame without what is inlined into it, as both know it.
+/// A frame as both sides know it, without functions inlined into it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ComparedFrame {
     module: String,
@@ -31,7 +32,7 @@ pub(crate) struct ComparedFrame {
 }
 
 impl PartialEq for ComparedFrame {
-    /// By the instruction: names are a matter of whom one asks.
+    /// By instruction: symbol names depend on who resolves them.
     fn eq(&self, other: &Self) -> bool {
         self.offset == other.offset && file_name(&self.module) == file_name(&other.module)
     }
@@ -43,11 +44,11 @@ fn file_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-/// The arguments of `perf script` whose output [`stacks`] reads.
+/// Arguments of `perf script` for the output that [`stacks`] parses.
 pub(crate) const SCRIPT: [&str; 6] =
     ["--ns", "--no-inline", "--max-stack", "1024", "-F", "comm,pid,tid,time,ip,sym,symoff,dso"];
 
-/// What `perf script` printed.
+/// Parses the output of `perf script`.
 pub(crate) fn stacks(printed: &str) -> Vec<PerfStack> {
     let mut stacks: Vec<PerfStack> = Vec::new();
     let mut open = false;
@@ -66,7 +67,7 @@ pub(crate) fn stacks(printed: &str) -> Vec<PerfStack> {
     stacks
 }
 
-/// `comm pid/tid seconds.nanoseconds:`; the name may hold anything.
+/// Parses `comm pid/tid seconds.nanoseconds:`; `comm` may contain anything.
 fn header(line: &str) -> Option<PerfStack> {
     let mut words = line.trim_end().strip_suffix(':')?.rsplit(' ').filter(|word| !word.is_empty());
     let (seconds, nanos) = words.next()?.split_once('.')?;
@@ -76,7 +77,7 @@ fn header(line: &str) -> Option<PerfStack> {
     Some(PerfStack { pid: pid.parse().ok()?, tid: tid.parse().ok()?, boot_ns, frames: Vec::new() })
 }
 
-/// `offset symbol+0x1 (module)`; none of the kernel's.
+/// Parses `offset symbol+0x1 (module)`. `None` for frames of the kernel.
 fn step(line: &str) -> Option<ComparedFrame> {
     let (address, rest) = line.trim().split_once(' ')?;
     let offset = u64::from_str_radix(address, 16).ok().filter(|offset| offset >> 48 == 0)?;
@@ -88,18 +89,18 @@ fn step(line: &str) -> Option<ComparedFrame> {
     Some(ComparedFrame { module: module.to_owned(), offset, symbol: symbol.to_owned() })
 }
 
-/// What agreed.
+/// How far both sides agree.
 #[derive(Debug, Default)]
 pub(crate) struct Agreement {
-    /// Our stacks.
+    /// Number of our stacks.
     ours: usize,
-    /// perf's stacks.
+    /// Number of perf's stacks.
     theirs: usize,
-    /// Of ours, those with one of perf's of the same fault.
+    /// How many of ours have one of perf's of the same fault.
     pub(crate) compared: usize,
-    /// Of these, the same in every frame.
+    /// How many of those are equal in every frame.
     pub(crate) equal: usize,
-    /// Positions of frames, of the longer of the two.
+    /// Frames compared: of each pair, as many as the longer stack has.
     frames: usize,
     equal_frames: usize,
     differing: Vec<(Vec<ComparedFrame>, Vec<ComparedFrame>, Option<String>)>,
@@ -126,8 +127,10 @@ pub(crate) fn compare(recording: &ReportedRecording, theirs: &[PerfStack]) -> Ag
     agreement
 }
 
-/// The last of `stacks`, oldest first, shortly before the sample. Which thread it was is known when it is not given as
-/// the first; else, when several threads fault at once, it is the last that was in the same place.
+/// Finds perf's stack of the sample's fault: the last one at most [`SAME_FAULT_NS`] before the
+/// sample; `stacks` are oldest first. The sample's thread is known unless it is given as the first
+/// thread. Otherwise, if several threads fault at once, it is the last stack with the same
+/// innermost frame.
 fn of_the_same_fault<'a>(
     sample: &ReportedSample,
     path: &ReportedPath,
@@ -175,7 +178,7 @@ fn percent(part: usize, whole: usize) -> String {
     if whole == 0 { "-".to_owned() } else { format!("{:.3}", part as f64 * 100.0 / whole as f64) }
 }
 
-/// What agreed in each workload, as Markdown with a heading; and how many stacks were compared in all.
+/// The agreement as a Markdown section, and the number of stacks compared.
 pub(crate) fn render(agreements: &[(&str, Agreement)]) -> (String, usize) {
     let mut text = "## Unwinding against perf's DWARF unwinder\n\n\
         The same runs under `memtrace record` and `perf record -e page-faults -c 1 --call-graph dwarf,32768`, paced so \

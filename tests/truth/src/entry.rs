@@ -1,9 +1,10 @@
-//! Where a module is entered: the offset in its file of an ELF's entry point. Total: a file that is not one has none.
+//! Finds the entry point of a module: the offset in its file at which an ELF is entered. Total: a
+//! file that is not ELF has none.
 
-/// Offset in the file, of the file's bytes.
+/// File offset of the entry point of an ELF with these bytes.
 pub(crate) fn offset(elf: &[u8]) -> Option<u64> {
     const LOAD: u32 = 1;
-    // 64 bit, little endian: what this runs on
+    // 64 bit, little endian: the only format this runs on
     if elf.get(..6)? != b"\x7fELF\x02\x01" {
         return None;
     }

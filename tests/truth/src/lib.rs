@@ -1,4 +1,5 @@
-//! `cargo xtask truth`: programs that know which function touched how much, recorded, and what was attributed.
+//! `cargo xtask truth`: records programs that know which of their functions touched how many bytes,
+//! and compares that with what memtrace attributed.
 
 mod compare;
 mod entry;
@@ -25,8 +26,9 @@ use memtrace_harness::{build, host, setup};
 /// The document that `--markdown` writes.
 const DOCUMENT: &str = "docs/truth.md";
 
-/// What is compared with perf: (workload, a part of its bytes, microseconds a page). Paced, for perf copies 32 KiB at
-/// each fault; eight threads at once more than one.
+/// Workloads compared with perf: (name, divisor of their bytes, pause between pages in
+/// microseconds). They are slowed down because perf copies 32 KiB at each fault; eight threads at
+/// once need more.
 const COMPARED: [(&str, &str, &str); 5] = [
     ("nested", "16", "150"),
     ("recursive", "16", "150"),
@@ -35,10 +37,10 @@ const COMPARED: [(&str, &str, &str); 5] = [
     ("threads", "32", "2000"),
 ];
 
-/// How many stacks a comparison is of at least.
+/// Number of stacks that must have been compared.
 const LEAST_COMPARED: usize = 1000;
 
-/// As many stacks as there can be: the smallest steps, and no budget.
+/// Options for as many stacks as possible: the smallest sample intervals, and no budget.
 const FINEST: [&str; 6] = ["--quantum", "16K", "--sample", "16K", "--stack-budget", "100%"];
 
 /// Arguments of `cargo xtask truth`.
@@ -145,14 +147,14 @@ fn verdict(rows: &[TruthRow], compared: Option<usize>) -> Result<()> {
     }
 }
 
-/// The binary that records.
+/// The memtrace binary that records.
 struct Tracer<'a> {
     memtrace: PathBuf,
     options: &'a [String],
 }
 
 impl Tracer<'_> {
-    /// Runs a command under it: what the command printed, and the recording.
+    /// Records a command. Returns what the command printed, and the recording.
     fn record(
         &self,
         more: &[&str],
@@ -163,9 +165,9 @@ impl Tracer<'_> {
         let mut record = Command::new(&self.memtrace);
         record.args(["record", "--quiet"]).args(self.options).args(more).arg("-o").arg(file).arg("--").args(command);
         record.envs(env.iter().copied()).stdin(Stdio::null()).stderr(Stdio::inherit());
-        // node leaves a log where it runs
+        // node writes a log into its working directory
         record.current_dir(file.parent().unwrap_or(Path::new(".")));
-        // as root whoever called sudo: the files are below target/
+        // record as root, whoever called sudo: the files are below target/
         record.env_remove("SUDO_UID").env_remove("SUDO_GID");
         say(format_args!("running {}", shown(&record)));
         let printed = output(&mut record)?;
@@ -181,7 +183,7 @@ fn measure(tracer: &Tracer<'_>, builder: &WorkloadBuilder<'_>, workload: &Worklo
     let file = builder.out.join(format!("{}.memtrace", workload.name));
     let (printed, recording) = tracer.record(&[], &file, &workload.command(builder)?, workload.env)?;
     let truth = Truth::of(&printed)?;
-    // a just-in-time compiler leaves the names of its code there for whoever profiles it
+    // just-in-time compilers write the names of their code there, for profilers
     for pid in recording.paths.iter().map(|path| path.pid).collect::<BTreeSet<u64>>() {
         let _ = std::fs::remove_file(format!("/tmp/perf-{pid}.map"));
     }
@@ -200,8 +202,8 @@ fn measure(tracer: &Tracer<'_>, builder: &WorkloadBuilder<'_>, workload: &Worklo
     Ok(table::rows(workload, &truth, &recording, &sums))
 }
 
-/// What agreed, as text, and how many stacks were compared; nothing where none of these workloads was chosen. One that
-/// could not be compared is a row of its own.
+/// Compares the chosen workloads with perf: the section of the document and the number of stacks,
+/// or `None` if none of them was chosen. A workload that fails becomes a row.
 fn compare_all(
     tracer: &Tracer<'_>,
     builder: &WorkloadBuilder<'_>,
@@ -223,7 +225,7 @@ fn compare_all(
     (Some(text), Some(compared))
 }
 
-/// The workload under perf, both under memtrace.
+/// Records a workload that runs under `perf record`, and compares the stacks of both.
 fn compare_one(
     tracer: &Tracer<'_>,
     builder: &WorkloadBuilder<'_>,
@@ -248,7 +250,7 @@ fn compare_one(
     Ok(compare::compare(&recording, &theirs))
 }
 
-/// Where and when this runs.
+/// Where, when and how this run was made.
 fn about(args: &Args) -> Result<TruthRun> {
     let compare = if args.compare { " --compare" } else { "" };
     Ok(TruthRun {

@@ -1,44 +1,45 @@
-//! A recording as `memtrace report --format json` prints it: its stacks, and which function grew how much. Pure.
+//! Reads a recording as `memtrace report --format json` prints it: its stacks, and how much each
+//! function grew. Pure.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// What is asked of a recording.
+/// The parts of a recording that are compared with the truth.
 pub(crate) struct ReportedRecording {
     /// Growth of resident memory, bytes.
     pub(crate) growth: u64,
-    /// Of that, with a stack.
+    /// Part of the growth that has a stack, bytes.
     pub(crate) attributed: u64,
-    /// Of that, without one, by reason.
+    /// Growth without a stack: (reason, bytes).
     pub(crate) unattributed: Vec<(String, u64)>,
-    /// Stacks that the budget left out.
+    /// Stacks left out because of the budget.
     pub(crate) thinned: u64,
-    /// Samples that were joined with a neighbour, whose times are those of others.
+    /// Samples merged into a neighbour; the time of such a sample is the neighbour's.
     pub(crate) joined: u64,
-    /// All paths, whatever their cause.
+    /// Allocation paths of any cause.
     pub(crate) paths: Vec<ReportedPath>,
-    /// Oldest first.
+    /// Samples, oldest first.
     pub(crate) samples: Vec<ReportedSample>,
 }
 
 /// A stack that grew memory.
 pub(crate) struct ReportedPath {
-    /// First touch of a page, not address space.
+    /// Whether its cause is the first touch of a page; otherwise a mapping of address space.
     pub(crate) touch: bool,
     pub(crate) pid: u64,
     pub(crate) tid: u64,
-    /// Innermost first.
+    /// Frames, innermost first.
     pub(crate) frames: Vec<ReportedFrame>,
-    /// Why it does not reach the outermost frame.
+    /// Why unwinding stopped early; `None` for a complete stack.
     pub(crate) cut: Option<String>,
 }
 
 #[derive(Clone, Default)]
 pub(crate) struct ReportedFrame {
     pub(crate) module: Option<String>,
-    /// In the module's file.
+    /// Offset of the instruction in the module's file.
     pub(crate) offset: Option<u64>,
     pub(crate) symbol: Option<String>,
     pub(crate) inlined: bool,
@@ -47,31 +48,31 @@ pub(crate) struct ReportedFrame {
 
 pub(crate) struct ReportedSample {
     pub(crate) boot_ns: u64,
-    /// Index of its path.
+    /// Index of its path; `None` for a sample without a stack.
     pub(crate) path: Option<usize>,
     pub(crate) weight: u64,
 }
 
-/// What a workload said of itself.
+/// What a workload reports about itself.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Truth {
-    /// Bytes whose innermost function of this list it is.
+    /// Bytes by function; each byte counts for the innermost function of this list on the stack.
     pub(crate) touch: BTreeMap<String, u64>,
-    /// Bytes that a function or what it called touched.
+    /// Bytes that a function or its callees touched.
     pub(crate) within: BTreeMap<String, u64>,
 }
 
-/// What a recording has of one function.
+/// What a recording attributes to one function.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FunctionGrowth {
     pub(crate) bytes: u64,
     pub(crate) samples: u64,
-    /// Of these samples, those whose stack is seen to reach the outermost frame.
+    /// Number of these samples whose stack reaches the outermost frame.
     pub(crate) outermost: u64,
 }
 
 impl Truth {
-    /// The last line of JSON among what a workload printed.
+    /// Parses the last line of JSON that a workload printed.
     pub(crate) fn of(printed: &str) -> Result<Self> {
         let line = printed.lines().rev().find(|line| line.starts_with('{')).context("the workload told no truth")?;
         let told: Value = serde_json::from_str(line).with_context(|| format!("the workload told {line}"))?;
@@ -88,7 +89,7 @@ impl Truth {
 }
 
 impl ReportedRecording {
-    /// Of the report's JSON.
+    /// Reads the report's JSON. Fails if samples and paths do not fit together.
     pub(crate) fn of(report: &Value) -> Result<Self> {
         let number = |pointer: &str| {
             report.pointer(pointer).and_then(Value::as_u64).with_context(|| format!("the recording has no {pointer}"))
@@ -131,12 +132,12 @@ impl ReportedRecording {
         })
     }
 
-    /// What grew without a stack, bytes.
+    /// Growth without a stack, bytes.
     pub(crate) fn unattributed_bytes(&self) -> u64 {
         self.unattributed.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// What does not add up, as a sentence each.
+    /// Sums that do not add up, a sentence each.
     pub(crate) fn contradictions(&self) -> Vec<String> {
         let mut found = Vec::new();
         let Self { growth, attributed, .. } = self;
@@ -155,13 +156,14 @@ impl ReportedRecording {
         found
     }
 
-    /// The samples of resident memory that have a stack.
+    /// Samples of resident memory that have a stack, with their paths.
     pub(crate) fn touching(&self) -> impl Iterator<Item = (&ReportedSample, &ReportedPath)> {
         let with_path = |sample| Some((sample, self.paths.get(sample_path(sample)?)?));
         self.samples.iter().filter_map(with_path).filter(|(_, path)| path.touch)
     }
 
-    /// What it has of each function of the truth. `entry` gives the offset in a module's file at which it is entered.
+    /// Sums up the samples by the functions of the truth. `entry` returns the file offset of a
+    /// module's entry point.
     pub(crate) fn found(&self, truth: &Truth, entry: &mut dyn FnMut(&str) -> Option<u64>) -> GrowthSums {
         let mut sums = GrowthSums::default();
         for (sample, path) in self.touching() {
@@ -185,14 +187,14 @@ fn sample_path(sample: &ReportedSample) -> Option<usize> {
     sample.path
 }
 
-/// The sums of one recording.
+/// Sums over one recording.
 #[derive(Default)]
 pub(crate) struct GrowthSums {
     pub(crate) touch: BTreeMap<String, FunctionGrowth>,
     pub(crate) within: BTreeMap<String, FunctionGrowth>,
-    /// Everything that has a stack.
+    /// All samples that have a stack.
     pub(crate) all: FunctionGrowth,
-    /// Samples by why their stack was cut.
+    /// Number of samples by the reason why their stack was cut.
     pub(crate) cuts: BTreeMap<String, u64>,
 }
 
@@ -204,10 +206,10 @@ impl FunctionGrowth {
     }
 }
 
-/// Functions that a thread or process begins with, as symbols name them.
+/// Functions in which a thread or process begins, by symbol.
 const OUTERMOST: [&str; 5] = ["_start", "__clone3", "clone3", "__clone", "clone"];
 
-/// The first code of a module is no longer than this, bytes.
+/// Length of the code at a module's entry point, bytes; an upper bound.
 const ENTRY_CODE: u64 = 96;
 
 impl ReportedPath {
@@ -232,18 +234,20 @@ impl ReportedPath {
         }
     }
 
-    /// Its frames outside of the kernel, innermost first.
+    /// Its frames outside the kernel, innermost first.
     pub(crate) fn user(&self) -> impl DoubleEndedIterator<Item = &ReportedFrame> {
         self.frames.iter().filter(|frame| !frame.kernel)
     }
 
-    /// The first of these functions, from the inside; in one frame the longest name.
+    /// The innermost of these functions on the stack; of several that match one frame, the longest
+    /// name.
     fn innermost<'a>(&self, names: &'a BTreeMap<String, u64>) -> Option<&'a str> {
         let in_frame = |frame: &ReportedFrame| names.keys().filter(|name| frame.is(name)).max_by_key(|name| name.len());
         self.user().find_map(in_frame).map(String::as_str)
     }
 
-    /// Not cut, and what it ends in is seen to be where a process or a thread begins: the flag alone proves nothing.
+    /// Whether the stack is not cut and ends where a process or thread begins. The end is checked
+    /// because an uncut stack might still have stopped early.
     fn is_whole(&self, entry: &mut dyn FnMut(&str) -> Option<u64>) -> bool {
         let mut outward = self.user().rev();
         let Some(last) = outward.next() else { return false };
@@ -255,8 +259,9 @@ impl ReportedPath {
             (Some(symbol), ..) if symbol.starts_with("runtime.mstart") || symbol.starts_with("runtime.rt0_go") => true,
             (_, Some(module), Some(offset)) => {
                 let entered = entry(module).is_some_and(|entry| (entry..entry + ENTRY_CODE).contains(&offset));
-                // A stripped C library does not name where it starts threads. No other stack ends in two frames of it
-                // that have no name: `main` is called by one alone, and that one by one that is exported.
+                // A stripped C library has no symbol where it starts threads. No other stack ends
+                // in two nameless frames of libc: the only other caller of user code is the one
+                // that calls `main`, and its caller is exported.
                 let nameless = |frame: &ReportedFrame| {
                     frame.module.as_ref().is_some_and(|module| module.contains("/libc.so."))
                         && frame.symbol.as_ref().is_none_or(|symbol| symbol == "start_thread")
@@ -280,7 +285,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Two touch paths, one of address space, one sample without a path.
+    /// Two touch paths, one path of address space, one sample without a path.
     pub(crate) fn report() -> Value {
         let frame = |module: &str, offset: u64, symbol: Option<&str>, inlined: bool, kernel: bool| {
             json!({ "module": if kernel { Value::Null } else { json!(module) }, "build_id": null, "offset": offset,
@@ -334,14 +339,14 @@ pub(crate) mod tests {
     #[test]
     fn a_stack_is_whole_when_it_is_seen_to_be() {
         let recording = ReportedRecording::of(&report()).unwrap();
-        // not cut, and yet its last frame is nobody's entry
+        // not cut, but its last frame is not an entry point
         let sums = recording.found(&truth(), &mut |_| Some(0x2000));
         assert_eq!(sums.all.outermost, 0);
         let mut named = report();
         named["allocation_paths"][0]["frames"][4]["symbol"] = json!("_start");
         let sums = ReportedRecording::of(&named).unwrap().found(&truth(), &mut |_| None);
         assert_eq!(sums.all.outermost, 2);
-        // a thread in a C library that names nothing; and one that stops short of it
+        // a thread in a C library without symbols; and one whose stack stops short of it
         let mut thread = report();
         for at in [3, 4] {
             thread["allocation_paths"][0]["frames"][at]["module"] = json!("/lib/libc.so.6");

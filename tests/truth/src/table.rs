@@ -1,4 +1,4 @@
-//! The table of what was attributed against what was touched, and the document that keeps it. Pure.
+//! The table of attributed against touched bytes, and the document that contains it. Pure.
 
 use std::fmt::Write;
 
@@ -7,42 +7,43 @@ use serde_json::{Value, json};
 use super::recording::{GrowthSums, ReportedRecording, Truth};
 use super::workloads::Workload;
 
-/// How far attributed bytes may be from the truth, percent.
+/// Largest error of attributed bytes, percent.
 const MOST_ERROR: f64 = 5.0;
-/// How many stacks of native code reach the outermost frame at least, percent.
+/// Smallest share of stacks of native code that reach the outermost frame, percent.
 const LEAST_WHOLE: f64 = 99.0;
 
-/// Misses that are known and stated: (workload, function, why). They are shown and fail nothing.
+/// Known misses: (workload, function, reason). They are shown and fail nothing.
 const ALLOWED: [(&str, &str, &str); 1] =
     [("musl", "all growth", "musl's libc.a has no unwind tables: a stack ends at the caller of main, as perf's does")];
 
-/// One function of one workload, or all of one.
+/// One function of a workload, or the whole workload.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct TruthRow {
     pub(crate) workload: String,
     pub(crate) function: String,
-    /// Bytes; of the row that sums a workload up what the kernel counted.
+    /// Bytes touched; in the row of a whole workload, bytes that the kernel counted.
     pub(crate) truth: u64,
-    /// Bytes.
+    /// Bytes attributed.
     pub(crate) attributed: u64,
     pub(crate) samples: u64,
-    /// Percent of the samples; unknown without samples.
+    /// Share of the samples whose stack reaches the outermost frame, percent; `None` without
+    /// samples.
     pub(crate) whole: Option<f64>,
-    /// Percent of the workload's growth.
+    /// Share of the workload's growth without a stack, percent.
     pub(crate) unattributed: f64,
-    /// What is amiss; empty when nothing is.
+    /// What is wrong; empty if nothing is.
     pub(crate) misses: Vec<String>,
     /// Why that is allowed.
     pub(crate) allowed: Option<&'static str>,
 }
 
 impl TruthRow {
-    /// Of the truth, signed percent.
+    /// Error of the attributed bytes, signed percent.
     fn error(&self) -> f64 {
         percent(self.attributed, self.truth) - 100.0
     }
 
-    /// Fails the run.
+    /// Whether the row fails the run.
     pub(crate) fn fails(&self) -> bool {
         !self.misses.is_empty() && self.allowed.is_none()
     }
@@ -84,7 +85,7 @@ fn percent(part: u64, whole: u64) -> f64 {
     if whole == 0 { 100.0 } else { part as f64 * 100.0 / whole as f64 }
 }
 
-/// The rows of one workload: one a function, and one for all that grew.
+/// Rows of one workload: one for each function and one for all growth.
 pub(crate) fn rows(
     workload: &Workload,
     truth: &Truth,
@@ -132,7 +133,7 @@ pub(crate) fn rows(
     rows
 }
 
-/// A workload that could not be recorded at all.
+/// Row of a workload that could not be recorded.
 pub(crate) fn broken(workload: &str, why: String) -> TruthRow {
     TruthRow {
         workload: workload.to_owned(),
@@ -159,7 +160,7 @@ const HEAD: [&str; 9] = [
     "verdict",
 ];
 
-/// As Markdown.
+/// The table in Markdown.
 pub(crate) fn render(rows: &[TruthRow]) -> String {
     let mut text = format!("| {} |\n|---|---|---:|---:|---:|---:|---:|---:|---|\n", HEAD.join(" | "));
     for row in rows {
@@ -169,12 +170,12 @@ pub(crate) fn render(rows: &[TruthRow]) -> String {
     text
 }
 
-/// As JSON.
+/// The rows in JSON.
 pub(crate) fn to_json(rows: &[TruthRow]) -> Value {
     rows.iter().map(TruthRow::json).collect()
 }
 
-/// Where and when it was measured.
+/// Where, when and how a run was made.
 pub(crate) struct TruthRun {
     pub(crate) machine: String,
     pub(crate) kernel: String,

@@ -1,4 +1,5 @@
 //! The workloads with known truth: how each is built, as it would be shipped, and how it is run.
+//! Sources are beside this crate, in tests/truth/LANGUAGE.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,21 +9,21 @@ use anyhow::{Context, Result};
 use memtrace_harness::checkout::{Checkout, in_path};
 use memtrace_harness::run::{cargo, run as run_command};
 
-/// One of them.
+/// A workload.
 pub(crate) struct Workload {
-    /// As it is asked for and shown.
+    /// Name on the command line and in the table.
     pub(crate) name: &'static str,
-    /// How it is built and shipped.
+    /// How it is built and shipped, in words.
     pub(crate) shipped: &'static str,
-    /// Compiled ahead of time: its stacks are held to reach the outermost frame.
+    /// Whether it is compiled ahead of time. If so, its stacks must reach the outermost frame.
     pub(crate) native: bool,
-    /// More environment.
+    /// Environment variables for the run.
     pub(crate) env: &'static [(&'static str, &'static str)],
     build: fn(&WorkloadBuilder) -> Result<()>,
     command: fn(&WorkloadBuilder) -> Result<Vec<PathBuf>>,
 }
 
-/// All of them, in the order of the table.
+/// All workloads, in the order of the table.
 pub(crate) const WORKLOADS: [Workload; 17] = [
     native("nested", "gcc -O2", |builder| builder.gcc("nested", &[]), |builder| builder.program("nested")),
     native("phases", "gcc -O2", |builder| builder.gcc("phases", &[]), |builder| builder.program("phases")),
@@ -70,8 +71,9 @@ pub(crate) const WORKLOADS: [Workload; 17] = [
         |builder| Ok(vec![builder.rust_bin("jemalloc")]),
     ),
     Workload {
-        // With huge pages it is not the function that touches who makes memory resident, but who came first to its
-        // 2 MiB: `huge` has the truth of that.
+        // With huge pages, the function that touches a byte is not the one that made it resident;
+        // that is whichever touched the 2 MiB first. The workload `huge` knows the truth about
+        // that.
         env: &[("MIMALLOC_ALLOW_THP", "0")],
         ..native(
             "mimalloc",
@@ -143,11 +145,11 @@ impl Workload {
     }
 }
 
-/// Where they are built.
+/// Builds the workloads.
 pub(crate) struct WorkloadBuilder<'a> {
     checkout: &'a Checkout,
     source: PathBuf,
-    /// `target/truth`.
+    /// Directory of the built programs: `target/truth`.
     pub(crate) out: PathBuf,
 }
 
@@ -167,14 +169,14 @@ impl<'a> WorkloadBuilder<'a> {
         self.compile("gcc", &format!("c/{name}.c"), name, more)
     }
 
-    /// As distributions do: optimized, and nothing said about frame pointers.
+    /// Compiles as distributions do: optimized, default frame pointers.
     fn compile(&self, compiler: &str, source: &str, to: &str, more: &[&str]) -> Result<()> {
         let mut command = Command::new(compiler);
         command.arg("-O2").arg("-o").arg(self.out.join(to)).arg(self.source.join(source)).args(more);
         run_command(&mut command)
     }
 
-    /// Moves the debug information into `.debug/NAME.debug`, and the symbols with it.
+    /// Moves debug information and symbols into `.debug/NAME.debug`.
     fn split(&self, name: &str) -> Result<()> {
         let (program, debug) = (self.out.join(name), self.out.join(".debug").join(format!("{name}.debug")));
         run_command(Command::new("objcopy").arg("--only-keep-debug").arg(&program).arg(&debug))?;
@@ -194,7 +196,7 @@ impl<'a> WorkloadBuilder<'a> {
         let mut build = cargo(self.checkout);
         build.args(["build", "--locked", "--bins", "--profile", profile, "--manifest-path"]);
         build.arg(self.source.join("rust/Cargo.toml")).arg("--target-dir").arg(self.rust_dir());
-        // as shipped: with what the profile says alone
+        // as shipped: with the profile's own flags only
         build.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
         run_command(&mut build)
     }
@@ -213,7 +215,7 @@ fn link_to(debug: &Path) -> std::ffi::OsString {
     argument
 }
 
-/// The distribution's own before any other that is in PATH: it is the one that ships.
+/// The distribution's python before any other in PATH: it is the one that ships.
 fn python() -> Result<PathBuf> {
     let own = PathBuf::from("/usr/bin/python3");
     if own.is_file() { Ok(own) } else { in_path("python3").context("no python3 in PATH") }

@@ -1,4 +1,5 @@
-//! bpf(2) without a loader: programs that do nothing, and the kernel's own clock of programs.
+//! bpf(2) without a loader: empty programs to compare with, and the kernel's statistics of program
+//! run time.
 #![allow(unsafe_code, reason = "bpf(2) has no safe call")]
 
 use std::ffi::CString;
@@ -17,7 +18,7 @@ const STATS_RUN_TIME: u32 = 0;
 /// `r0 = 0; exit`.
 const DO_NOTHING: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 0, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
 
-/// An empty program on a tracepoint, until it is dropped.
+/// An empty program on a raw tracepoint, attached until dropped.
 #[derive(Debug)]
 pub(crate) struct Empty {
     program: OwnedFd,
@@ -45,7 +46,7 @@ struct Stats {
 }
 
 impl Empty {
-    /// Loads one and attaches it.
+    /// Loads a program and attaches it.
     pub(crate) fn on(tracepoint: &str) -> anyhow::Result<Self> {
         let license = c"GPL";
         let load = Load {
@@ -64,30 +65,32 @@ impl Empty {
         Ok(Self { program, _link: link })
     }
 
-    /// Its descriptor.
+    /// File descriptor of the program.
     pub(crate) fn descriptor(&self) -> RawFd {
         self.program.as_raw_fd()
     }
 }
 
-/// Lets the kernel clock every program as long as the descriptor is open (as `kernel.bpf_stats_enabled` does for good).
+/// Lets the kernel time every program while the returned descriptor is open, as
+/// `kernel.bpf_stats_enabled` does permanently.
 pub(crate) fn clock_programs() -> anyhow::Result<OwnedFd> {
     // SAFETY: the attribute is a number.
     unsafe { bpf(ENABLE_STATS, &Stats { kind: STATS_RUN_TIME }) }.context("failed to have programs clocked")
 }
 
-/// bpf(2) for the commands that give a descriptor.
+/// Calls bpf(2) with a command that returns a file descriptor.
 ///
 /// # Safety
 /// Addresses in `attribute` must be what the command takes there, and valid during the call.
 unsafe fn bpf<T>(command: libc::c_long, attribute: &T) -> std::io::Result<OwnedFd> {
     let address: *const T = attribute;
-    // SAFETY: the kernel reads as many bytes as the attribute has; what it points to is the caller's promise.
+    // SAFETY: the kernel reads as many bytes as the attribute has; the caller vouches for what it
+    // points to.
     let descriptor = unsafe { libc::syscall(libc::SYS_bpf, command, address, size_of::<T>()) };
     if descriptor < 0 {
         return Err(std::io::Error::last_os_error());
     }
     let descriptor = i32::try_from(descriptor).map_err(std::io::Error::other)?;
-    // SAFETY: the kernel has just made it, and nobody else knows it.
+    // SAFETY: the kernel has just opened this descriptor, and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

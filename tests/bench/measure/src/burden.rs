@@ -1,4 +1,5 @@
-//! What the agent takes itself: CPU, idle and by records a second; memory, by cgroups and processes; and what it loses.
+//! Benchmark `agent`: CPU that the agent takes, idle and by record rate; its memory by number of
+//! cgroups and processes; and the records it loses.
 
 mod losses;
 mod memory;
@@ -13,15 +14,15 @@ use memtrace_tests::agent::{Agent, AgentOptions};
 use crate::rounds::median;
 use crate::{loops, usage};
 
-/// Time after which what was sent has been read: a tick, and the losses' second.
+/// Time after which everything sent has been read: a tick, and the second in which losses are read.
 const SETTLE: Duration = Duration::from_millis(1200);
-/// Idle CPU, percent of one.
+/// Goal: CPU of an idle agent, percent of one CPU.
 const IDLE: f64 = 0.1;
-/// CPU at ten thousand records a second, percent of one.
+/// Goal: CPU at ten thousand records a second, percent of one CPU.
 const BUSY: f64 = 1.0;
 const PER: f64 = 10_000.0;
 const AT_GOAL: &str = "about 10,000 records a second of growing and shrinking";
-/// Processes that make records at once.
+/// Processes that make records at the same time.
 const MAKERS: usize = 4;
 
 /// Runs the benchmark.
@@ -44,7 +45,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
         ],
         ..Chapter::default()
     };
-    // What breaks one of them says nothing about the others.
+    // if one of them fails, the others still count
     let parts = [
         ("CPU of the agent", cpu(dir.path(), quick)),
         ("Memory of the agent", memory::measure(dir.path(), quick)),
@@ -70,18 +71,18 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     Ok(chapter)
 }
 
-/// A cell for what broke.
+/// Cell for a measurement that failed.
 fn unanswered(error: &anyhow::Error) -> Cell {
     Cell::Unknown(format!("{error:#}").chars().take(160).collect())
 }
 
-/// CPU, idle and not.
+/// CPU of the agent, idle and under load.
 fn cpu(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let idle = idle(dir, if quick { 4 } else { 20 })?;
     let (busy, at_rate) = busy(dir, quick)?;
     let what = format!("the agent takes less than {IDLE} % of a CPU when nothing happens");
     let found = format!("{:.3} %, at {:.0} records a second", idle.percent, idle.per_second);
-    // A machine that is not idle says nothing about an idle agent, unless it does well even so.
+    // on a machine that is not idle, only a good result for an idle agent counts
     let quiet = idle.per_second < 100.0;
     let idle_goal = Goal { what, found, met: (quiet || idle.percent < IDLE).then_some(idle.percent < IDLE) };
     let idle_row = vec![
@@ -96,7 +97,7 @@ fn cpu(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     Ok((ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }, vec![idle_goal, at_rate]))
 }
 
-/// CPU and records over a time.
+/// CPU and records in a stretch of time.
 #[derive(Clone, Copy)]
 struct Rate {
     percent: f64,
@@ -104,7 +105,7 @@ struct Rate {
 }
 
 impl Rate {
-    /// What the agent does while something else is done.
+    /// Measures the agent during `work`.
     fn of(agent: &Agent, what: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Self> {
         let (begin, cpu, before) = (Instant::now(), usage::cpu_ns(agent.pid())?, records(agent)?);
         what()?;
@@ -164,7 +165,7 @@ fn busy(dir: &Path, quick: bool) -> anyhow::Result<(Rows, Goal)> {
                 goal = (of(|rate| rate.percent), of(|rate| rate.per_second));
             }
         }
-        // One that does not answer does not stop either: it is killed when dropped.
+        // an agent that does not answer will not stop either: it is killed when dropped
         if answers {
             agent.stop()?;
         }
@@ -181,7 +182,7 @@ fn busy(dir: &Path, quick: bool) -> anyhow::Result<(Rows, Goal)> {
     Ok((rows, goal))
 }
 
-/// How many records one swing makes here.
+/// Records that one swing makes on this machine.
 fn records_a_swing(agent: &Agent) -> anyhow::Result<f64> {
     let before = records(agent)?;
     let looped = loops::run(&["swing"], 200)?;

@@ -1,8 +1,9 @@
-//! What a benchmark found: tables, and goals held against what was measured. One chapter of docs/benchmarks.md.
+//! What a benchmark found, as one chapter of docs/benchmarks.md: text, tables, and goals with what
+//! was measured.
 
 use serde_json::{Value, json};
 
-/// One benchmark's results.
+/// Results of one benchmark.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Chapter {
     /// Heading.
@@ -18,40 +19,40 @@ pub(crate) struct Chapter {
 /// A table.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ChapterTable {
-    /// What it is of.
+    /// Caption.
     pub(crate) title: String,
     /// Headings.
     pub(crate) columns: Vec<String>,
-    /// Cells, as many in each row as there are columns.
+    /// Rows of cells, as many in each as there are columns.
     pub(crate) rows: Vec<Vec<Cell>>,
 }
 
 /// A cell of a table.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Cell {
-    /// Text, as it is.
+    /// Text, used as it is.
     Text(String),
     /// A measured figure.
     Figure(Figure),
-    /// Not known; the reason.
+    /// An unknown value, with the reason.
     Unknown(String),
 }
 
-/// A figure: the median of some rounds and how far they spread.
+/// A figure: the median of several rounds, and their spread.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Figure {
     /// The median.
     pub(crate) median: f64,
-    /// Smallest.
+    /// Smallest round.
     pub(crate) least: f64,
-    /// Largest.
+    /// Largest round.
     pub(crate) most: f64,
-    /// `ns`, `ms`, `s`, `%`, `bytes`, `x` (a ratio) or the name of what is counted.
+    /// `ns`, `ms`, `s`, `%`, `bytes`, `x` (a ratio), or the name of what is counted.
     pub(crate) unit: &'static str,
 }
 
 impl Figure {
-    /// Of the rounds of a measurement; `None` of none.
+    /// Of the rounds of a measurement; `None` if there are none.
     pub(crate) fn of(rounds: &[f64], unit: &'static str) -> Option<Self> {
         let mut sorted: Vec<f64> = rounds.iter().copied().filter(|value| value.is_finite()).collect();
         sorted.sort_by(f64::total_cmp);
@@ -63,7 +64,7 @@ impl Figure {
         Some(Self { median, least, most, unit })
     }
 
-    /// One exact figure.
+    /// A figure without spread.
     pub(crate) fn exactly(value: f64, unit: &'static str) -> Self {
         Self { median: value, least: value, most: value, unit }
     }
@@ -93,19 +94,19 @@ impl From<String> for Cell {
     }
 }
 
-/// A goal, and what was found.
+/// A goal and the result.
 #[derive(Clone, Debug)]
 pub(crate) struct Goal {
-    /// What is measured and how good it has to be.
+    /// What is measured, and how good it has to be.
     pub(crate) what: String,
     /// What was found.
     pub(crate) found: String,
-    /// Whether it is met; `None` when it could not be measured.
+    /// Whether it is met; `None` if it could not be measured.
     pub(crate) met: Option<bool>,
 }
 
 impl Chapter {
-    /// As `cargo xtask bench` reads it.
+    /// The chapter in the JSON that `cargo xtask bench` reads.
     pub(crate) fn to_json(&self) -> Value {
         let cell = |cell: &Cell| match cell {
             Cell::Text(text) => json!(text),

@@ -1,5 +1,5 @@
-//! Loops in every configuration of the agent: what `cargo xtask bench instructions` runs in its machines. Prints figures,
-//! no chapter: that is made of all machines'.
+//! Runs loops in every configuration of the agent, for the machines of `cargo xtask bench
+//! instructions`. Prints figures, not a chapter, because the chapter combines all machines.
 
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
@@ -12,28 +12,29 @@ use memtrace_tests::{json, process, programs};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-/// Names of the loops, as `workload rounds` has them, and how many rounds each takes.
+/// Loops of `workload rounds`, and the number of rounds of each.
 const LOOPS: [(&str, usize); 6] =
     [("fault", 80), ("map", 200), ("syscall", 200), ("fork", 200), ("exec", 100), ("read", 200)];
-/// Kills in a configuration.
+/// Kills in each configuration.
 const KILLS: usize = 15;
-/// What a process may hold before it is killed, bytes.
+/// Limit of the cgroup of a process that is to be killed, bytes.
 const CAGE: u64 = 8 << 20;
 
-/// Other tracers of page faults, where this machine has them.
+/// Other tracers of page faults that may be installed.
 const PEERS: [(&str, &[&str]); 3] = [
     ("bpftrace-tracepoint", &["bpftrace", "-e", "tracepoint:exceptions:page_fault_user { @[comm] = count(); }"]),
     ("bpftrace-software", &["bpftrace", "-e", "software:page-faults:1 { @[comm] = count(); }"]),
     ("perf-record", &["perf", "record", "-e", "page-faults", "-c", "1", "-g", "-a", "-o", "-"]),
 ];
-/// A peer that is still there after that has attached: one of them compiles its program first.
+/// Time after which a peer that still runs is assumed to have attached: one of them compiles its
+/// program first.
 const ATTACHED: Duration = Duration::from_secs(20);
 
-/// What has been put off until after boot, or until after its start, a tracer and the kernel do in this time. It costs
-/// nothing where the clock stands still for nobody who waits.
+/// Time for work that the kernel or a tracer put off until after boot or start. In a machine that
+/// counts instructions, waiting costs nothing.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Arguments of the agent that takes no stacks.
+/// Arguments of an agent that takes no stacks.
 const NO_STACKS: [&str; 2] = ["--stack-budget", "0"];
 
 /// Who traces.
@@ -51,13 +52,13 @@ enum Who {
     Peer(&'static [&'static str]),
 }
 
-/// One that traces; ended when dropped.
+/// A running tracer; ended when dropped.
 enum Tracer {
     Agent { agent: Agent, _dir: TempDir },
     Peer(Child),
 }
 
-/// All loops in all configurations; when it has to be quick, without those that leave one hook out.
+/// Runs all loops in all configurations; if quick, without those that leave out a single hook.
 pub(crate) fn run(quick: bool) -> anyhow::Result<Value> {
     let mut doctor = programs::memtrace_command()?;
     doctor.args(["doctor", "--json"]);
@@ -88,7 +89,7 @@ impl Tracer {
                 let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
                 let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
                 let mut options = AgentOptions::below(dir.path()).with(&arguments);
-                // as by default: in memory
+                // in memory, as by default
                 options.journal_dir = "/run/memtrace".into();
                 Some(Self::Agent { agent: options.start()?, _dir: dir })
             }
@@ -110,7 +111,7 @@ impl Tracer {
         })
     }
 
-    /// Ends it, if it lived until now.
+    /// Ends it. Fails if it did not live until now.
     fn end(mut self) -> anyhow::Result<()> {
         match &mut self {
             Self::Agent { agent, .. } => {
@@ -128,15 +129,16 @@ impl Tracer {
 impl Drop for Tracer {
     fn drop(&mut self) {
         if let Self::Peer(child) = self {
-            // Already ended is fine.
+            // an error means that it has ended already
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// Without the agent, at defaults, without stacks (which are taken at random, and so blur what is measured), and also
-/// without each hook that is not required, with the required ones alone; then others; at last without the agent once more, which says how far the machine itself has drifted.
+/// Configurations: no agent; the agent at defaults; without stacks (they are sampled at random and
+/// blur the result); that also without each optional hook; with the required hooks only; the peers;
+/// and no agent once more, to see how far the machine has drifted.
 fn configurations(doctor: &Value, quick: bool) -> anyhow::Result<Vec<Configuration>> {
     let configuration = |name: &str, who| Configuration { name: name.to_owned(), who };
     let agent = |name: &str, arguments: &[&str]| {
@@ -177,15 +179,15 @@ fn measured() -> anyhow::Result<Value> {
     Ok(Value::Object(loops))
 }
 
-/// Parts of the rounds, the means of which say how sure the mean of all is.
+/// Parts that the rounds are divided into: the spread of their means gives the error of the mean.
 const PARTS: usize = 5;
 
-/// The mean and its standard error.
+/// Mean and standard error.
 fn summed_up(rounds: &[f64], name: &str) -> anyhow::Result<Value> {
     let mean = middle(rounds).with_context(|| format!("no rounds of {name}"))?;
     let parts: Vec<f64> = rounds.chunks(rounds.len().div_ceil(PARTS)).filter_map(middle).collect();
-    // A long turn of the agent spoils one part, and the mean of all trims it: so by the median deviation, which is that of
-    // a normal distribution over 1.48.
+    // A long turn of the agent spoils one part, so the spread is estimated from the median
+    // deviation, which is that of a normal distribution over 1.48.
     let median = |mut values: Vec<f64>| {
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied().unwrap_or_default()
@@ -195,7 +197,8 @@ fn summed_up(rounds: &[f64], name: &str) -> anyhow::Result<Value> {
     Ok(json!({ "mean": mean, "error": error, "rounds": rounds.len() }))
 }
 
-/// The mean of the middle half of the rounds: the agent's own turns fall into few rounds, and make those the longest.
+/// Mean of the middle half of the rounds: the agent's turns fall into few rounds, which become the
+/// longest.
 fn middle(rounds: &[f64]) -> Option<f64> {
     let mut sorted = rounds.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -205,7 +208,8 @@ fn middle(rounds: &[f64]) -> Option<f64> {
 }
 
 fn rounds_of(operation: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
-    // The root cgroup is charged nothing: where nobody has one, charges would seem to cost nothing.
+    // The root cgroup is not charged: without a cgroup of its own, charges would seem to cost
+    // nothing.
     let cage = Cage::unlimited("loop")?;
     let mut command = cage.command(programs::path("workload")?)?;
     command.args(["rounds", operation, "--rounds"]).arg(rounds.to_string());
@@ -217,10 +221,10 @@ fn rounds_of(operation: &str, rounds: usize) -> anyhow::Result<Vec<f64>> {
     json::list(&last, "/ns")?.iter().map(|ns| ns.as_f64().context("a round is no number")).collect()
 }
 
-/// A cgroup that kills a process: nanoseconds from its last page to when its parent knows of its end.
+/// Nanoseconds from the last page of a killed process to when its parent knows of its end.
 fn kill() -> anyhow::Result<f64> {
     let stamp = tempfile::Builder::new().prefix("memtrace-stamp").tempfile_in("/dev/shm").context("no stamp file")?;
-    // its page is there before, and not the victim's
+    // its page exists beforehand and is not charged to the victim
     std::fs::write(stamp.path(), [0; 8]).context("failed to write the stamp file")?;
     let cage = Cage::new("loops", CAGE)?;
     let mut command = cage.command(programs::path("workload")?)?;

@@ -1,4 +1,5 @@
-//! How soon after a kill is it on disk: the ledger's line, the incident, the incident with names.
+//! Benchmark `durable`: how soon after a kill the ledger line, the incident, and the incident with
+//! names are on disk.
 
 use std::fs::File;
 use std::io::Write;
@@ -13,16 +14,16 @@ use memtrace_tests::cage::Cage;
 use memtrace_tests::{disk, json};
 use serde_json::Value;
 
-/// Where a state directory is on a disk, most of the time.
+/// A directory that is usually on a disk.
 const ON_DISK: &str = "/var/tmp";
 const LIMIT_BYTES: u64 = 24 << 20;
-/// Everything about a kill is on disk by then, or something is wrong.
+/// Time after which everything about a kill must be on disk.
 const WAIT_LIMIT: Duration = Duration::from_secs(20);
-/// To the durable line of the ledger, nanoseconds.
+/// Goal for the durable ledger line, nanoseconds.
 const RAW_NS: f64 = 10e6;
-/// To the full incident.
+/// Goal for the full incident, nanoseconds.
 const FULL_NS: f64 = 1e9;
-/// No window after the kill, and stacks of every kill, though they come one after the other.
+/// No window after the kill, and stacks for every kill although kills follow closely.
 const AT_ONCE: [&str; 4] = ["--after", "0s", "--stack-budget", "10"];
 /// As long as a line of the ledger.
 const LINE: [u8; 320] = [b'x'; 320];
@@ -97,7 +98,7 @@ fn goals(default: &Kills, at_once: &Kills, on_disk: bool) -> Vec<Goal> {
     ]
 }
 
-/// Times from kills, nanoseconds.
+/// Times since the kill, nanoseconds.
 #[derive(Default)]
 struct Kills {
     raw_ns: Vec<f64>,
@@ -121,7 +122,7 @@ impl Kills {
         Ok(found)
     }
 
-    /// Kills one and waits for everything there is to be written about it.
+    /// Kills a process and waits for everything that is written about it.
     fn add(&mut self, agent: &Agent) -> anyhow::Result<()> {
         let cage = Cage::new("durable", LIMIT_BYTES)?;
         let ended = Actor::start(Some(&cage), &["burst", "--mib", "64", "--threads", "1", "--touch"])?.finish()?;
@@ -175,14 +176,14 @@ impl Kills {
     }
 }
 
-/// Whether there is anything to name.
+/// Whether any frame can get a name.
 fn has_offsets(incident: &Value) -> bool {
     let paths = incident.get("allocation_paths").and_then(Value::as_array);
     let frames = paths.into_iter().flatten().filter_map(|path| path.get("frames")?.as_array()).flatten();
     frames.into_iter().any(|frame| frame.get("offset").is_some_and(Value::is_u64))
 }
 
-/// Looks until there is something, or patience ends.
+/// Polls until `look` returns something or the time is up.
 fn patient<T>(look: impl Fn() -> Option<T>) -> Option<T> {
     let begin = Instant::now();
     loop {
@@ -196,14 +197,14 @@ fn patient<T>(look: impl Fn() -> Option<T>) -> Option<T> {
     }
 }
 
-/// The ledger's line of a process.
+/// Ledger line of a process.
 fn entry(ledger: &Path, pid: u32) -> Option<Value> {
     let text = std::fs::read_to_string(ledger).ok()?;
     let entries = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     entries.into_iter().find(|entry| entry.get("pid").and_then(Value::as_u64) == Some(u64::from(pid)))
 }
 
-/// What it takes to append a line to a file and sync it, nanoseconds.
+/// Time to append a line to a file and sync it, nanoseconds.
 fn disk_alone(dir: &Path, count: usize) -> anyhow::Result<Vec<f64>> {
     let path = dir.join("line");
     let mut file = File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;

@@ -1,11 +1,12 @@
-//! What /proc says of the BPF programs and maps of a process: how often and how long they run, what they take.
+//! BPF programs and maps of a process, from /proc/PID/fdinfo: how often and how long programs run,
+//! and how much memory is taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 use anyhow::Context;
 
-/// How often a program ran, and for how long.
+/// How often and how long a program ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Runs {
     /// Calls.
@@ -17,33 +18,33 @@ pub(crate) struct Runs {
 /// The BPF objects of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Held {
-    /// Runs of its programs by raw tracepoint; programs elsewhere by the kind of their link.
+    /// Run statistics by raw tracepoint; for other programs by the kind of their link.
     pub(crate) runs: BTreeMap<String, Runs>,
-    /// The raw tracepoints.
+    /// Names of the raw tracepoints.
     pub(crate) tracepoints: BTreeSet<String>,
     /// Memory of its programs, bytes.
     pub(crate) program_bytes: u64,
-    /// Memory of its maps, rings included, each once, bytes.
+    /// Memory of its maps including rings, each counted once, bytes.
     pub(crate) map_bytes: u64,
 }
 
 impl Runs {
-    /// What came since.
+    /// Runs since an earlier reading.
     pub(crate) fn since(self, before: Self) -> Self {
         Self { count: self.count.saturating_sub(before.count), ns: self.ns.saturating_sub(before.ns) }
     }
 
-    /// Nanoseconds a call; `None` without one.
+    /// Nanoseconds a call; `None` without calls.
     pub(crate) fn ns_per_call(self) -> Option<f64> {
         (self.count > 0).then(|| self.ns as f64 / self.count as f64)
     }
 }
 
-/// Everything a process holds.
+/// Reads all descriptors of a process.
 pub(crate) fn of_process(pid: u32) -> anyhow::Result<Held> {
     let dir = format!("/proc/{pid}/fdinfo");
     let entries = std::fs::read_dir(&dir).with_context(|| format!("failed to read {dir}"))?;
-    // A descriptor may be closed by now.
+    // a descriptor may be closed by now
     let texts: Vec<String> = entries.filter_map(|entry| std::fs::read_to_string(entry.ok()?.path()).ok()).collect();
     Ok(held(&texts))
 }

@@ -1,4 +1,4 @@
-//! Runs `workload loop` and says what came of it.
+//! Runs `workload loop` and reads its result.
 
 use std::process::{Command, Stdio};
 
@@ -6,14 +6,14 @@ use anyhow::{Context, anyhow, ensure};
 use memtrace_tests::{json, programs};
 use serde_json::Value;
 
-/// What a loop has done.
+/// Result of a loop.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Looped {
-    /// Pages, calls or children: what the loop says a unit is.
+    /// Units done: pages, calls or children, depending on the loop.
     pub(crate) units: u64,
-    /// In this time.
+    /// Wall-clock time.
     pub(crate) elapsed_ns: u64,
-    /// With this much CPU, that of children included.
+    /// CPU time, including children.
     pub(crate) cpu_ns: u64,
 }
 
@@ -29,14 +29,14 @@ impl Looped {
     }
 }
 
-/// Runs one for a time; `words` are which, and its options.
+/// Runs one loop for a time; `words` name the loop and its options.
 pub(crate) fn run(words: &[&str], ms: u64) -> anyhow::Result<Looped> {
     let mut command = Command::new(programs::path("workload")?);
     command.args(arguments(words, ms));
     of_command(command)
 }
 
-/// As many at once.
+/// Runs several at the same time.
 pub(crate) fn run_many(count: usize, words: &[&str], ms: u64) -> anyhow::Result<Vec<Looped>> {
     std::thread::scope(|scope| {
         let running: Vec<_> = (0..count).map(|_| scope.spawn(|| run(words, ms))).collect();
@@ -44,7 +44,7 @@ pub(crate) fn run_many(count: usize, words: &[&str], ms: u64) -> anyhow::Result<
     })
 }
 
-/// The arguments of `workload` for that.
+/// Arguments of `workload` for such a loop.
 pub(crate) fn arguments(words: &[&str], ms: u64) -> Vec<String> {
     let mut arguments: Vec<String> = ["loop"].iter().chain(words).map(|word| (*word).to_owned()).collect();
     arguments.extend(["--ms".to_owned(), ms.to_string()]);
@@ -59,7 +59,7 @@ pub(crate) fn of_command(mut command: Command) -> anyhow::Result<Looped> {
     found(&out).with_context(|| format!("{command:?} printed {out}"))
 }
 
-/// A recorder around the loop may print lines of its own.
+/// Finds the result among the output; a recorder around the loop may print lines of its own.
 fn found(printed: &str) -> anyhow::Result<Looped> {
     let mut said = printed.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let looped = said.find(|said| said.get("event").is_some_and(|event| event == "looped")).context("no loop")?;

@@ -1,5 +1,5 @@
-//! The benchmarks that run on this machine, one a call: prints its chapter as JSON. `cargo xtask bench` calls it.
-//! What is for emulated machines prints figures, of which `cargo xtask bench` makes a chapter.
+//! Runs one benchmark on this machine and prints its chapter as JSON, for `cargo xtask bench`.
+//! Benchmarks for emulated machines print figures, of which `cargo xtask bench` makes the chapter.
 
 use std::io::Write;
 
@@ -59,14 +59,14 @@ enum Name {
     Spread,
 }
 
-/// How a benchmark is to be run.
+/// How to run a benchmark.
 #[derive(Clone, Copy, Debug)]
 struct BenchPlan {
     /// Fewer rounds.
     quick: bool,
-    /// Of the random numbers.
+    /// Seed of the random numbers.
     seed: u64,
-    /// Of `reconcile`.
+    /// Duration of `reconcile`, minutes.
     minutes: Option<u32>,
 }
 

@@ -1,4 +1,4 @@
-//! A noisy neighbour: a compiler at work again and again, in a cgroup of its own, for as long as it lives.
+//! A noisy neighbour: builds in a loop, in a cgroup of its own, until dropped.
 
 use std::process::Stdio;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use memtrace_tests::cage::Cage;
 use tempfile::TempDir;
 
-/// Functions in the source that is compiled: about a second's work.
+/// Functions in the source that is compiled, about a second's work.
 const FUNCTIONS: u32 = 1500;
 
 /// A build that is repeated until this is dropped.
@@ -35,7 +35,7 @@ impl Neighbour {
         Ok(Self { end, builds, thread: Some(thread) })
     }
 
-    /// Ends it: how many builds were finished.
+    /// Stops it. Returns the number of finished builds.
     pub(crate) fn finish(mut self) -> anyhow::Result<u64> {
         self.end.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
@@ -49,7 +49,7 @@ impl Drop for Neighbour {
     fn drop(&mut self) {
         self.end.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // Whatever was wrong with it is not worth more than what is going on.
+            // an error of the neighbour must not stop the benchmark
             let _ = thread.join();
         }
     }

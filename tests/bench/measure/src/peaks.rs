@@ -1,4 +1,5 @@
-//! Peaks: what memtrace says a cgroup's highest usage was, and the kernel's own watermark, over many lifetimes.
+//! Benchmark `peaks`: the peak usage that memtrace reports for a cgroup against the kernel's
+//! watermark, over many cgroup lifetimes.
 
 use std::fs::File;
 use std::path::Path;
@@ -17,13 +18,13 @@ use tempfile::TempDir;
 use crate::BenchPlan;
 use crate::recorder::{RecordedCurve, Recorder};
 
-/// Cgroups that are kept before the agent is asked about all of them and they are removed.
+/// Cgroups kept alive until the agent is asked about all of them and they are removed.
 const BATCH: usize = 25;
-/// The agent takes in what happened at least every 100 ms.
+/// The agent reads events at least every 100 ms.
 const TAKEN_IN: Duration = Duration::from_millis(300);
 const AGENT_QUANTUM: u64 = 256 << 10;
 const RECORD_QUANTUM: u64 = 64 << 10;
-/// Of the file that is read.
+/// Size of the file that is read, MiB.
 const FILE_MIB: u64 = 48;
 
 /// What runs in a cgroup.
@@ -54,22 +55,22 @@ struct Files {
     tmpfs: TempDir,
 }
 
-/// One cgroup's life and what was said of its peak.
+/// Lifetime of one cgroup and the peaks reported for it.
 #[derive(Clone, Copy, Debug)]
 struct Life {
     shape: Shape,
     lived: Duration,
     truth_bytes: u64,
-    /// `None`: nothing.
+    /// `None` if nothing was reported.
     said_bytes: Option<u64>,
 }
 
-/// Lives of one shape, or all, held against the truth.
+/// Lifetimes of one shape, or of all, compared with the truth.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Tally {
     lives: usize,
     exact: usize,
-    /// Exact ones included.
+    /// Within one RSS threshold, exact ones included.
     within_quantum: usize,
     unsaid: usize,
     worst_bytes: u64,
@@ -101,14 +102,14 @@ impl Files {
         self.dir.path().join("read")
     }
 
-    /// Lets the pages of the file go: who reads it next is charged for it.
+    /// Drops the file's pages, so that the next reader is charged for them.
     fn evict(&self) -> anyhow::Result<()> {
         let file = File::options().write(true).open(self.on_disk()).context("failed to open a file")?;
         file.sync_all().context("failed to sync a file")?;
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).context("failed to let a file's pages go")
     }
 
-    /// Program and arguments of a shape, of a random size.
+    /// Program and arguments of a shape, with a random size.
     fn command(&self, shape: Shape, random: &mut SeededRandom) -> anyhow::Result<Vec<String>> {
         let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not text");
         let file = text(&self.on_disk())?;
@@ -133,7 +134,8 @@ impl Files {
     }
 }
 
-/// Lifetimes under the eyes of an agent at its defaults, and how many of the removed cgroups it still lists at the end.
+/// Lifetimes under an agent at defaults, and how many of the removed cgroups it still lists at the
+/// end.
 fn agent_lives(count: usize, files: &Files, random: &mut SeededRandom) -> anyhow::Result<(Vec<Life>, usize)> {
     let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
     let mut agent = AgentOptions::below(dir.path()).start()?;
@@ -171,19 +173,19 @@ fn agent_lives(count: usize, files: &Files, random: &mut SeededRandom) -> anyhow
     Ok((lives, still))
 }
 
-/// Every cgroup the agent lists, and the peak it says.
+/// Peak of every cgroup that the agent lists.
 fn peaks_said(agent: &Agent) -> anyhow::Result<Vec<(u64, Option<u64>)>> {
     let listed = agent.get_json("/api/cgroups")?;
     let rows = listed.as_array().context("/api/cgroups is not an array")?;
     rows.iter().map(|row| Ok((json::number(row, "/id")?, row.get("peak_bytes").and_then(Value::as_u64)))).collect()
 }
 
-/// One lifetime as a recording of its own: the peak that the file says, and the highest reading of its curve.
+/// One lifetime as a recording: the peak in the file, and the highest reading of its curve.
 fn record(shape: Shape, files: &Files, random: &mut SeededRandom) -> anyhow::Result<(Life, Life)> {
     files.evict()?;
     let words = files.command(shape, random)?;
     let workload = programs::path("workload")?;
-    // The watermark is asked for from inside: the cgroup is gone with the recording.
+    // the watermark is read from inside, because the cgroup is gone with the recording
     let script = r#"workload=$1; shift; "$@" >/dev/null </dev/null && exec "$workload" own-peak"#;
     let mut command = vec!["sh", "-c", script, "sh", workload.to_str().context("a path that is not text")?];
     command.extend(words.iter().map(String::as_str));

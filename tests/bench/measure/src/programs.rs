@@ -1,4 +1,5 @@
-//! What each eBPF program costs a call, beside an empty one on the same hook; and what work pays for it.
+//! Benchmark `programs`: cost of a call of each eBPF program compared with an empty one on the same
+//! hook, and what work pays for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,7 +14,7 @@ use crate::fdinfo::{self, Runs};
 use crate::loops;
 use crate::rounds::{Shuffle, median};
 
-/// What is done over and over: (its name, the loop, the tracepoints it goes through mostly).
+/// Loops: (name, `workload loop` kind, main tracepoints they go through).
 const WORKS: [(&str, &str, &[&str]); 7] = [
     ("first touch of a page, 16 MiB at a time", "fresh", &["rss_stat", "page_fault_user"]),
     ("first touch of a page, 64 KiB at a time", "small", &["rss_stat", "page_fault_user"]),
@@ -23,15 +24,17 @@ const WORKS: [(&str, &str, &[&str]); 7] = [
     ("fork, exit, wait", "fork", &[]),
     ("start of /bin/true", "exec", &[]),
 ];
-/// Loops that stay below the quantum emit nothing but stacks and mappings, and with this not even those.
+/// Loops below the RSS threshold emit nothing but stacks and mappings, and with these arguments not
+/// even those.
 const NO_STACKS: [&str; 4] = ["--stack-budget", "0", "--without", "map"];
-/// The goal's "does not emit": at most one record in as many calls; a loop's own start has some.
+/// Calls for at most one record: the definition of "does not emit" in the goal. The start of a loop
+/// emits some.
 const CALLS_PER_EMISSION: f64 = 500.0;
-/// A program that runs less often than this a unit of work is not told of in that work's row.
+/// A program that runs less often a unit of work than this is left out of that work's row.
 const RARE: f64 = 0.05;
 const RSS: &str = "rss_stat";
 
-/// How long and how often.
+/// Duration and number of rounds.
 struct Extent {
     rounds: usize,
     ms: u64,
@@ -78,12 +81,12 @@ struct Rounds {
     stacks_per_call: Vec<f64>,
 }
 
-/// What the kernel's clock says.
+/// Run statistics from the kernel.
 struct Inside {
     tracepoints: BTreeSet<String>,
-    /// By work and hook, at defaults.
+    /// By work and hook, with the agent at defaults.
     default: BTreeMap<(usize, String), Rounds>,
-    /// Without stacks.
+    /// The same without stacks.
     no_stacks: BTreeMap<(usize, String), Rounds>,
 }
 
@@ -114,7 +117,7 @@ fn empties(tracepoints: &BTreeSet<String>) -> anyhow::Result<BTreeMap<String, Em
     tracepoints.iter().map(|name| Ok((name.clone(), Empty::on(name)?))).collect()
 }
 
-/// One loop: what every program did in it.
+/// One loop, and what every program did in it.
 fn clock(
     agent: &Agent,
     empty: &BTreeMap<String, Empty>,
@@ -152,7 +155,7 @@ fn clock(
 }
 
 impl Inside {
-    /// The program of resident memory, when it emits and when it does not.
+    /// The RSS program, when it emits and when it does not.
     fn emitting(&self) -> ChapterTable {
         let mut rows = Vec::new();
         for (settings, found) in [("defaults", &self.default), ("--stack-budget 0 --without map", &self.no_stacks)] {
@@ -214,7 +217,7 @@ impl Inside {
         };
         let (Figure { median, least, most, .. }, emitted) = (ratio, emits * 1000.0);
         let found = format!("{median:.2} times ({least:.2} to {most:.2}), {emitted:.1} records in 1,000 calls");
-        // Others on this machine may have had something to emit in that time: then a miss proves nothing.
+        // other processes may have made it emit in that time, so a miss proves nothing then
         let quiet = emits * CALLS_PER_EMISSION <= 1.0;
         Goal { what, found, met: (quiet || median <= 2.0).then_some(median <= 2.0) }
     }
@@ -228,15 +231,15 @@ fn per_thousand(per_call: &[f64]) -> Cell {
     Figure::of(&per_call.iter().map(|share| share * 1000.0).collect::<Vec<_>>(), "").into()
 }
 
-/// What is attached while a loop runs.
+/// Programs attached while a loop runs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Load {
     Nothing,
-    /// An empty program on the tracepoint that the work goes through.
+    /// An empty program on the loop's main tracepoint.
     EmptyOn(String),
-    /// On each that the agent uses.
+    /// Empty programs on every tracepoint that the agent uses.
     EmptyOnAll,
-    /// The agent without the hooks it can do without.
+    /// The agent without its optional hooks.
     Required,
     Agent,
 }
@@ -257,7 +260,7 @@ impl Load {
     }
 }
 
-/// What a unit takes: nanoseconds of CPU, by work and load, a round each.
+/// CPU nanoseconds a unit, by work and load, one for each round.
 struct Outside(BTreeMap<(usize, Load), Vec<f64>>);
 
 fn outside(dir: &Path, extent: &Extent, tracepoints: &BTreeSet<String>) -> anyhow::Result<Outside> {
@@ -294,7 +297,7 @@ fn outside(dir: &Path, extent: &Extent, tracepoints: &BTreeSet<String>) -> anyho
     Ok(found)
 }
 
-/// Hooks that memtrace says it can do without, as `--without` takes them.
+/// Optional hooks, as the argument of `--without`.
 fn optional_hooks() -> anyhow::Result<String> {
     let mut doctor = memtrace_tests::programs::memtrace_command()?;
     doctor.args(["doctor", "--json"]);

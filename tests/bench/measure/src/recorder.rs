@@ -1,4 +1,4 @@
-//! One run of `memtrace record`: the command it records, and the file that comes of it.
+//! One run of `memtrace record`: the recorded command and the resulting file.
 
 use std::path::{Path, PathBuf};
 
@@ -9,34 +9,34 @@ use memtrace_tests::{json, process, programs};
 use rustix::process::Signal;
 use serde_json::Value;
 
-/// A recording in progress; ended when dropped, and its command with it.
+/// A recording in progress; it ends, and its command with it, when dropped.
 #[derive(Debug)]
 pub(crate) struct Recorder {
-    /// What the command says.
+    /// The recorded command.
     actor: Option<Actor>,
     file: PathBuf,
 }
 
-/// One reading of a cgroup.
+/// One reading of a cgroup's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CgroupReading {
-    /// Boot clock.
+    /// Boot clock, ns.
     pub(crate) boot_ns: u64,
-    /// How much.
+    /// Memory, bytes.
     pub(crate) bytes: u64,
 }
 
-/// What a recording tells over time, oldest first.
+/// Curves of a recording, oldest reading first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct RecordedCurve {
-    /// Usage of the cgroup, where it is known.
+    /// Usage of the cgroup; unknown readings are left out.
     pub(crate) usage: Vec<CgroupReading>,
-    /// Anonymous, file and shared memory of its processes.
+    /// Sum of anonymous, file and shared memory of its processes.
     pub(crate) resident: Vec<CgroupReading>,
 }
 
 impl Recorder {
-    /// Records a command with these options; the file is written in `dir`.
+    /// Records a command with these options. The file is written in `dir`.
     pub(crate) fn start(dir: &Path, options: &[&str], command: &[&str]) -> anyhow::Result<Self> {
         let file = dir.join("recording.memtrace");
         let mut record = programs::memtrace_command()?;
@@ -45,12 +45,12 @@ impl Recorder {
         Ok(Self { actor: Some(Actor::from_command(record, command)?), file })
     }
 
-    /// The command, to listen to and to tell to go on.
+    /// The recorded command, to read its output and to continue it.
     pub(crate) fn command(&mut self) -> anyhow::Result<&mut Actor> {
         self.actor.as_mut().context("the recording has ended")
     }
 
-    /// Waits for the end of both; what the command said, and the recording.
+    /// Waits for the end of both. Returns the command's output and the recording.
     pub(crate) fn finish(mut self) -> anyhow::Result<(EndedWorkload, Value)> {
         let ended = self.actor.take().context("the recording has ended")?.finish()?;
         ensure!(self.file.is_file(), "no recording: memtrace record ended with {}", ended.status);
@@ -65,7 +65,8 @@ impl Recorder {
 impl Drop for Recorder {
     fn drop(&mut self) {
         if let Some(actor) = self.actor.take() {
-            // It hands SIGTERM on and removes the cgroup it made; killed, it could not.
+            // SIGTERM is passed on to the command and lets the cgroup be removed; SIGKILL would do
+            // neither
             let _ = process::signal(actor.pid(), Signal::TERM);
             let _ = actor.finish();
         }
@@ -73,7 +74,7 @@ impl Drop for Recorder {
 }
 
 impl RecordedCurve {
-    /// The timeline of a file.
+    /// Reads the timeline of a recording.
     pub(crate) fn of(incident: &Value) -> anyhow::Result<Self> {
         let column = |name: &str| json::list(incident, &format!("/timeline/columns/{name}"));
         let times = column("boot_ns")?;

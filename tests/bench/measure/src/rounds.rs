@@ -1,18 +1,18 @@
-//! Rounds of a measurement: in what order, and what is compared with what.
+//! Order of the rounds of a measurement, and comparison with baselines.
 
 use crate::chapter::Figure;
 
-/// A new order at each call; who starts it differently gets another.
+/// Yields a new order at each call; another seed gives other orders.
 #[derive(Debug)]
 pub(crate) struct Shuffle(u64);
 
 impl Shuffle {
-    /// From any number.
+    /// Starts from any number.
     pub(crate) fn new(seed: u64) -> Self {
         Self(seed | 1)
     }
 
-    /// Fisher and Yates, by xorshift.
+    /// Fisher-Yates shuffle with xorshift.
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             self.0 ^= self.0 << 13;
@@ -24,13 +24,13 @@ impl Shuffle {
     }
 }
 
-/// A figure between two baselines, as a share of their mean; `None` when that is nothing.
+/// `figure` as a share of the mean of two baselines; `None` if that is zero.
 pub(crate) fn share(value: f64, before: f64, after: f64) -> Option<f64> {
     let baseline = f64::midpoint(before, after);
     (baseline > 0.0 && value.is_finite()).then(|| value / baseline)
 }
 
-/// The median; `None` of nothing.
+/// Median; `None` without values.
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
     Figure::of(values, "").map(|figure| figure.median)
 }

@@ -1,4 +1,5 @@
-//! What work loses while it is traced: memtrace beside other tracers, each between two untraced runs.
+//! Benchmark `slowdown`: throughput lost to tracing, with memtrace and other tracers, each between
+//! two untraced runs.
 
 mod contenders;
 mod recorders;
@@ -15,11 +16,11 @@ use self::contenders::{Contender, Usage};
 use self::works::{PreparedWork, WORKS, WorkResult};
 use crate::rounds::{Shuffle, share};
 
-/// What fault-heavy work has to keep of its untraced throughput, percent.
+/// Goal: throughput that fault-heavy work keeps, percent of the untraced.
 const FAULT_HEAVY: f64 = 97.0;
-/// What ordinary work has to keep.
+/// Goal: throughput that ordinary work keeps, percent.
 const ORDINARY: f64 = 99.5;
-/// A slow or busy machine has fewer rounds.
+/// Time limit: a slow or busy machine does fewer rounds.
 const BUDGET: Duration = Duration::from_secs(270);
 
 /// Runs the benchmark.
@@ -36,7 +37,7 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     let mut order = Shuffle::new(boot_ns());
     let mut rounds = 0u32;
     while rounds < most {
-        // No round that would end too late, going by those there were.
+        // no round that would end after the limit, judging by the ones before
         if rounds > 0 && begin.elapsed() * (rounds + 1) / rounds > budget {
             break;
         }
@@ -81,12 +82,12 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<Chapter> {
     })
 }
 
-/// The rounds.
+/// Results of all rounds.
 #[derive(Default)]
 struct Found {
     /// By contender and column.
     shares: BTreeMap<(usize, usize), Vec<f64>>,
-    /// By column, what untraced runs gave.
+    /// Untraced results by column.
     untraced: Vec<Vec<WorkResult>>,
     used: BTreeMap<usize, Vec<Usage>>,
 }

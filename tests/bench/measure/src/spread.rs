@@ -1,5 +1,5 @@
-//! Threads on every processor of this machine, and whether the agent adds up what each holds. Prints figures, no chapter:
-//! that is made of all machines'.
+//! Threads on every CPU of this machine: does the agent add up what each holds. Prints figures, not
+//! a chapter, because the chapter combines all machines.
 
 use std::time::Duration;
 
@@ -9,14 +9,14 @@ use memtrace_tests::idle::{IdleWorkload, recorded};
 use memtrace_tests::process::ProcRss;
 use serde_json::{Value, json};
 
-/// How often each quiet moment is looked at.
+/// Comparisons in each idle phase.
 const LOOKS: usize = 3;
-/// Rounds, each with processes of its own.
+/// Rounds, each with new processes.
 const ROUNDS: usize = 3;
-/// With more threads than processors, an emulated machine takes its time to end.
+/// How long a workload may take to end: with more threads than CPUs, an emulated machine is slow.
 const END_LIMIT: Duration = Duration::from_secs(120);
 
-/// One machine's figures.
+/// Figures of one machine.
 pub(crate) fn run() -> anyhow::Result<Value> {
     let cpus = std::thread::available_parallelism().context("failed to count processors")?.get();
     let threads = cpus.to_string();
@@ -44,12 +44,12 @@ pub(crate) fn run() -> anyhow::Result<Value> {
     )
 }
 
-/// What the agent holds: resident memory, and its maps as the kernel counts them.
+/// Memory of the agent: resident, and its maps as the kernel counts them.
 fn memory(agent: &Agent) -> anyhow::Result<Value> {
     let dir = format!("/proc/{}/fdinfo", agent.pid());
     let mut maps = std::collections::BTreeMap::new();
     for entry in std::fs::read_dir(&dir).with_context(|| format!("failed to read {dir}"))? {
-        // one that was closed meanwhile is no map
+        // a descriptor closed meanwhile is no map
         let text = std::fs::read_to_string(entry?.path()).unwrap_or_default();
         maps.extend(map_of(&text));
     }
@@ -60,7 +60,7 @@ fn memory(agent: &Agent) -> anyhow::Result<Value> {
     }))
 }
 
-/// Id and bytes, if what /proc/PID/fdinfo/FD says is of a BPF map.
+/// Id and bytes of a BPF map, if this /proc/PID/fdinfo/FD is of one.
 fn map_of(fdinfo: &str) -> Option<(u64, u64)> {
     let number = |key: &str| fdinfo.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok());
     Some((number("map_id:")?, number("memlock:")?))

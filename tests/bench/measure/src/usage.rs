@@ -1,14 +1,14 @@
-//! What a process has used: CPU and memory, from /proc.
+//! CPU and memory used by a process, from /proc.
 
 use anyhow::{Context, ensure};
 
-/// CPU of the threads it has now, nanoseconds; exact, and without threads that have ended.
+/// CPU time of its current threads, nanoseconds. Exact, but without threads that have ended.
 pub(crate) fn cpu_ns(pid: u32) -> anyhow::Result<u64> {
     let dir = format!("/proc/{pid}/task");
     let mut total = 0u64;
     for task in std::fs::read_dir(&dir).with_context(|| format!("failed to read {dir}"))? {
         let path = task.with_context(|| format!("failed to read {dir}"))?.path().join("schedstat");
-        // A thread may be gone by now.
+        // a thread may be gone by now
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
         let first = text.split_ascii_whitespace().next().context("an empty schedstat")?;
         total += first.parse::<u64>().with_context(|| format!("{} is not a number", path.display()))?;
@@ -17,7 +17,7 @@ pub(crate) fn cpu_ns(pid: u32) -> anyhow::Result<u64> {
     Ok(total)
 }
 
-/// CPU of all its threads and of the children it has waited for, seconds, in steps of a clock tick.
+/// CPU time of all threads and of children it has waited for, seconds in clock-tick resolution.
 pub(crate) fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
     let path = format!("/proc/{pid}/stat");
     let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
@@ -40,7 +40,7 @@ pub(crate) fn status_bytes(pid: u32, name: &str) -> anyhow::Result<u64> {
     kib(&text, name).map(|kib| kib * 1024).with_context(|| format!("{path} has no {name}"))
 }
 
-/// Resident bytes of the mappings whose name contains `part`, as often as they are mapped.
+/// Resident bytes of all mappings whose name contains `part`.
 pub(crate) fn mapped_bytes(pid: u32, part: &str) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/smaps");
     let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
@@ -50,7 +50,7 @@ pub(crate) fn mapped_bytes(pid: u32, part: &str) -> anyhow::Result<u64> {
 fn resident(smaps: &str, part: &str) -> u64 {
     let (mut inside, mut total) = (false, 0);
     for line in smaps.lines() {
-        // A mapping begins with its addresses, all else with `Name:`.
+        // the first line of a mapping begins with addresses, the others with `Name:`
         if line.split_ascii_whitespace().next().is_some_and(|first| !first.ends_with(':')) {
             inside = line.contains(part);
         } else if inside && let Some(kib) = kib(line, "Rss") {

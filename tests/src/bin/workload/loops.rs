@@ -1,4 +1,4 @@
-//! One thing over and over, as fast as it goes or at a rate: what benchmarks count.
+//! Repeats one operation, as fast as possible or at a fixed rate, for benchmarks.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -58,14 +58,14 @@ pub(crate) enum LoopKind {
     Malloc,
 }
 
-/// Runs it in each thread and says how many units came of it.
+/// Runs the loop in each thread and prints how many units it did.
 pub(crate) fn run(args: &LoopArgs) -> anyhow::Result<()> {
     if let Some(comm) = &args.comm {
         std::fs::write("/proc/self/comm", comm).context("failed to set the process name")?;
     }
     let (begin, cpu) = (Instant::now(), raw::cpu_ns());
     let units = if args.threads <= 1 {
-        // No thread: a child may only be forked from the only one.
+        // in this thread: only a single-threaded process may fork here
         repeat(args, begin)?
     } else {
         std::thread::scope(|scope| -> anyhow::Result<u64> {
@@ -96,7 +96,8 @@ fn repeat(args: &LoopArgs, begin: Instant) -> anyhow::Result<u64> {
     Ok(units)
 }
 
-/// A closure that does some units and says how many; enough of them that looking at the clock costs nothing beside.
+/// A closure that does some units and returns how many: enough that reading the clock costs little
+/// in comparison.
 fn stepper(args: &LoopArgs) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>>> {
     let bytes = args.mib << 20;
     Ok(match args.what {
@@ -143,7 +144,7 @@ fn stepper(args: &LoopArgs) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<
                     random ^= random << 13;
                     random ^= random >> 7;
                     random ^= random << 17;
-                    // 2^4 to 2^13, each power as often as the next
+                    // sizes 2^4 to 2^13, each equally often
                     let size = 16usize << (random % 10);
                     *place = black_box(Vec::with_capacity(size));
                 }
@@ -153,7 +154,7 @@ fn stepper(args: &LoopArgs) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<
     })
 }
 
-/// Up and down by 1 MiB.
+/// Takes and returns 1 MiB.
 pub(crate) fn swing() -> anyhow::Result<()> {
     touch_region(1 << 20).map(drop)
 }
@@ -162,10 +163,10 @@ fn map(bytes: usize) -> anyhow::Result<MmapMut> {
     MmapOptions::new().len(bytes).map_anon().context("failed to map anonymous memory")
 }
 
-/// Small pages, whatever this machine's default is; how many.
+/// Asks for small pages, whatever this machine's default is. Returns their number.
 fn touch_region(bytes: usize) -> anyhow::Result<u64> {
     let mut memory = map(bytes)?;
-    // A kernel without huge pages does not know the advice, and needs none.
+    // a kernel without huge pages refuses this advice and does not need it
     let _ = memory.advise(Advice::NoHugePage);
     memory::touch(&mut memory);
     Ok(u64::try_from(bytes / rustix::param::page_size())?)

@@ -1,6 +1,7 @@
-//! The programs the tests measure and kill: each reaches a known memory state in a known way.
+//! The programs that tests measure and kill. Each reaches a known memory state in a known way.
 //!
-//! Every subcommand prints JSON lines on stdout: first `start` (pid, start in clock ticks, comm), then what it does.
+//! Every subcommand prints JSON lines on stdout: first `start` (pid, start in clock ticks, comm),
+//! then its events.
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -316,7 +317,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints one event as a JSON line with who says it.
+/// Prints an event as a JSON line, with the pid of the process.
 fn say(event: &str, more: &Value) -> anyhow::Result<()> {
     let comm = std::fs::read_to_string("/proc/self/comm").context("failed to read the process name")?;
     let mut line = json!({
@@ -332,7 +333,7 @@ fn say(event: &str, more: &Value) -> anyhow::Result<()> {
 
 fn wait_for_end_of_stdin() -> anyhow::Result<()> {
     let mut byte = [0u8; 1];
-    // One byte at a time: no buffer grows while the harness looks at a quiet process.
+    // one byte at a time: no buffer may grow while the test looks at an idle process
     while std::io::stdin().read(&mut byte).context("failed to read stdin")? > 0 {
         if byte == *b"\n" {
             break;

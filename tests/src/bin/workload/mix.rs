@@ -1,4 +1,5 @@
-//! Mixed work in steps, quiet between them: file cache, tmpfs, sockets, anonymous memory and children come and go.
+//! Mixed work in steps with pauses between them: file cache, tmpfs, sockets, anonymous memory and
+//! children come and go.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,16 +17,16 @@ use serde_json::json;
 use crate::{kernel_side, memory};
 
 const MIB: usize = 1 << 20;
-/// Most things of one kind at a time; with their sizes this bounds the whole.
+/// Most items of one kind at a time; with their sizes, this bounds the total.
 const KINDS_CAP: usize = 4;
-/// Most MiB of one thing.
+/// Largest item, MiB.
 const THING_MIB: u64 = 24;
-/// What a step that ends with growth grows by: many times a quantum.
+/// Growth at the end of a step, MiB: many times the RSS threshold.
 const LAST_MIB: usize = 4;
-/// Things done in one step.
+/// Changes in one step.
 const DEEDS: usize = 3;
 
-/// What is held at the moment, oldest first.
+/// Items held at the moment, oldest first.
 struct Held {
     files: VecDeque<(File, usize)>,
     shmem: VecDeque<File>,
@@ -41,13 +42,13 @@ struct Grown(Child);
 impl Drop for Grown {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
-        // It ends by itself when its stdin does.
+        // it exits when its stdin closes
         let _ = self.0.wait();
     }
 }
 
-/// Makes one step for every line on stdin, until that ends; says `quiet` after each, and whether the last thing in it was
-/// growth of its own resident memory, as it is in every second step.
+/// Makes one step for every line on stdin. Prints `quiet` after each, and whether the step ended
+/// with growth of its own resident memory, which every second one does.
 pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
     let mut random = SeededRandom::new(seed);
     let mut held = Held {
@@ -103,7 +104,7 @@ impl Held {
         Ok(())
     }
 
-    /// A new file of `mib` that is gone from its directory and lives as long as it is open.
+    /// A new file of `mib`, already unlinked, that lives as long as it is open.
     fn write(&mut self, dir: &Path, mib: usize) -> anyhow::Result<File> {
         self.serial += 1;
         let path: PathBuf = dir.join(format!("mix-{}-{}", std::process::id(), self.serial));
@@ -113,7 +114,7 @@ impl Held {
         Ok(file)
     }
 
-    /// Reads a file from the disk, once its pages are let go.
+    /// Drops a file's pages and reads it from the disk.
     fn read_again(&mut self) -> anyhow::Result<()> {
         let Some((file, mib)) = self.files.front_mut() else { return Ok(()) };
         file.sync_data().context("failed to sync a file")?;
@@ -132,7 +133,7 @@ fn push<T>(things: &mut VecDeque<T>, thing: T) {
     things.push_back(thing);
 }
 
-/// A child that has taken `mib` and holds them.
+/// A child that holds `mib`.
 fn child(mib: usize) -> anyhow::Result<Grown> {
     let own = std::env::current_exe().context("failed to find this program")?;
     let mut command = Command::new(own);

@@ -1,4 +1,4 @@
-//! Records lost: at what rate it begins, and whether what is counted as lost is what is missing.
+//! Lost records: the rate at which losses begin, and whether the counters equal what is missing.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::{Rate, SETTLE};
 use crate::loops;
 
-/// What the text says of it.
+/// Paragraph for the chapter.
 pub(super) const ABOUT: &str = "Losses: with the finest quantum (16 KiB) two processes make readings faster and \
      faster. Then the agent is stopped (SIGSTOP) during a storm of forks and one of growth, so that its rings \
      overflow, and goes on. Its journal, with room for everything, has every record that it received; the kernel \
@@ -21,21 +21,22 @@ pub(super) const ABOUT: &str = "Losses: with the finest quantum (16 KiB) two pro
      (fork, exit, end of the address space), and those missing from the journal must be among what is counted as \
      lost.";
 
-/// Stands for everything that found no room in its ring.
+/// Loss counters of records that found no room in their ring.
 const LOST: [&str; 2] = ["ledger/ring_full", "samples/ring_full"];
-/// Frame of a journal: length, checksum, kind; see ARCHITECTURE.md.
+/// Journal frame header: length, checksum, kind; see ARCHITECTURE.md.
 const FRAME_BYTES: usize = 9;
 const HEADER_BYTES: usize = 8;
 const KIND_RECORD: u8 = 1;
-/// Kinds of records that tell of a child: fork, exit, end of its address space (memtrace-common/src/event.rs).
+/// Kinds of records about a child: fork, exit, end of its address space
+/// (memtrace-common/src/event.rs).
 const OF_CHILDREN: [u16; 3] = [FORK, 20, 21];
 const FORK: u16 = 18;
-/// Processes that fork, the children of each, and the time they have for it.
+/// Storms: processes that fork, children of each, and the time for it.
 const STORM: usize = 2;
 const CHILDREN: &str = "4000";
 const STORM_MS: u64 = 20_000;
 
-/// Up to the first loss, if there is one.
+/// Raises the rate until the first loss, if there is one.
 pub(super) fn throughput(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let ms = if quick { 700 } else { 2000 };
     let mut agent = AgentOptions::below(dir).with(&["--quantum", "16K"]).start()?;
@@ -60,13 +61,13 @@ pub(super) fn throughput(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTabl
     Ok((ChapterTable { title, columns: columns.map(str::to_owned).into(), rows }, Vec::new()))
 }
 
-/// How exact the counters are.
+/// Checks how exact the counters are.
 pub(super) fn exactness(dir: &Path, quick: bool) -> anyhow::Result<(ChapterTable, Vec<Goal>)> {
     let storm = Storm::make(dir, if quick { 700 } else { 1500 })?;
     Ok((storm.table(), vec![storm.goal()]))
 }
 
-/// By ring: records that found no room so far.
+/// Records that found no room so far, by ring.
 fn lost(agent: &Agent) -> anyhow::Result<[f64; 2]> {
     let [ledger, samples] = LOST.map(|what| agent.metric(&format!("memtrace_lost_total{{what=\"{what}\"}}")));
     Ok([ledger?.unwrap_or(0.0), samples?.unwrap_or(0.0)])
@@ -78,12 +79,12 @@ fn sent(agent: &Agent) -> anyhow::Result<[f64; 2]> {
     Ok([ledger?.unwrap_or(0.0), samples?.unwrap_or(0.0)])
 }
 
-/// Counters against the journal, after a storm that was too much.
+/// Compares counters and journal after a storm too large for the rings.
 struct Storm {
-    /// As the kernel side counts, by ring.
+    /// Losses by ring, as the kernel side counts.
     sent: [f64; 2],
     lost: [f64; 2],
-    /// In the journal before the counters were read, and after.
+    /// Records in the journal before the counters were read, and after.
     received: (u64, u64),
     /// Records of the storm's children: made, and found in the journal.
     children: (u64, u64),
@@ -149,13 +150,13 @@ impl Storm {
             self.received.1,
             ledger - missing
         );
-        // A storm that fits into the rings shows nothing.
+        // a storm that fits into the rings shows nothing
         let met = (ledger + samples > 0.0).then_some(received && missing <= ledger);
         Goal { what, found, met }
     }
 }
 
-/// A process that does not run until this is dropped.
+/// A process stopped by SIGSTOP until this is dropped.
 struct Stopped(u32);
 
 impl Stopped {
@@ -167,21 +168,21 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        // It is gone with its agent if this fails.
+        // an error means that it is gone with its agent
         let _ = process::signal(self.0, Signal::CONT);
     }
 }
 
-/// What is counted in a journal.
+/// Counts in a journal.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Journal {
     /// Records made before a time.
     before: u64,
-    /// And before a later one.
+    /// Records made after that and before a second one.
     until: u64,
     /// Records of the children of processes of a name.
     of_children: u64,
-    /// Those processes: what tells of themselves is not counted.
+    /// Those processes themselves, whose own records are not counted.
     parents: BTreeSet<u32>,
 }
 
@@ -208,7 +209,8 @@ impl Journal {
             let length = usize::try_from(u32::from_le_bytes(bytes(rest, 0)?)).ok()?;
             let payload = rest.get(FRAME_BYTES..FRAME_BYTES.checked_add(length)?)?;
             if rest.get(FRAME_BYTES - 1) == Some(&KIND_RECORD) {
-                // Kind, size, CPU, boot clock; then, of those that matter here, a task: pid, thread, start, name.
+                // kind, size, CPU, boot clock; then, in the records that matter here, a task: pid,
+                // thread, start, name
                 let (kind, boot_ns) = (u16::from_ne_bytes(bytes(payload, 0)?), u64::from_ne_bytes(bytes(payload, 8)?));
                 self.before += u64::from(boot_ns < begin);
                 self.until += u64::from(boot_ns < end);

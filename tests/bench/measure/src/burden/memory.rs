@@ -1,4 +1,4 @@
-//! Memory of the agent, its rings and maps, as cgroups and processes grow in number.
+//! Memory of the agent with its rings and maps, by number of cgroups and processes.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,18 +12,18 @@ use memtrace_tests::json;
 
 use crate::{fdinfo, usage};
 
-/// What the text says of it.
+/// Paragraph for the chapter.
 pub(super) const ABOUT: &str = "Memory is the resident memory of the agent without its mappings of rings (which \
      /proc counts twice, as they are mapped twice), and what the kernel says its programs and maps take (`memlock` \
      in /proc/PID/fdinfo), rings included, each once. Every cgroup has a process that maps, touches and gives back 1 \
      MiB a second; the processes more are forked at once and then do nothing.";
 
-/// Bytes of everything at a thousand cgroups.
+/// Goal: total at a thousand cgroups, bytes.
 const GOAL_BYTES: u64 = 64 << 20;
 const GOAL_CGROUPS: usize = 1000;
 const PID_MAX: &str = "/proc/sys/kernel/pid_max";
 
-/// Everything that is the agent's, bytes.
+/// Everything that belongs to the agent, bytes.
 #[derive(Clone, Copy)]
 struct Memory {
     own: u64,
@@ -120,7 +120,7 @@ fn row(agent: &Agent, with: &str) -> anyhow::Result<(Vec<crate::chapter::Cell>, 
     Ok((cells, memory))
 }
 
-/// Makes this many cgroups more, and a process in each.
+/// Makes this many more cgroups with one process in each.
 fn people(cages: &mut Vec<Cage>, count: usize) -> anyhow::Result<Actor> {
     let mut actor = Actor::start(None, &["crowd", "--swing", "--processes", &count.to_string()])?;
     let ready = actor.until("ready")?;
@@ -133,7 +133,7 @@ fn people(cages: &mut Vec<Cage>, count: usize) -> anyhow::Result<Actor> {
     Ok(actor)
 }
 
-/// Process ids enough for everybody, as long as it is held.
+/// Raises `pid_max` while it is held.
 struct Room(Option<String>);
 
 impl Room {
@@ -151,7 +151,7 @@ impl Room {
 impl Drop for Room {
     fn drop(&mut self) {
         if let Some(before) = &self.0 {
-            // Nobody to report to; a larger one hurts nobody.
+            // no way to report it; a larger value hurts nobody
             let _ = std::fs::write(PID_MAX, before);
         }
     }

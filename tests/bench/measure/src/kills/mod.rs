@@ -1,4 +1,4 @@
-//! Kill recall: storms of OOM kills, and who has reported each of them, once and rightly.
+//! Benchmark `kills`: storms of OOM kills, and who reports each of them exactly once and correctly.
 
 use std::time::{Duration, Instant};
 
@@ -19,10 +19,10 @@ use crate::BenchPlan;
 mod oomkill;
 mod score;
 
-/// Kills at once, again and again until there were enough.
+/// Kills at the same time, storm by storm; repeated until there are enough.
 const STORMS: [usize; 7] = [1, 2, 5, 10, 20, 50, 100];
 const LIMIT: u64 = 8 * MIB;
-/// How long incidents may take to be saved, and how long nothing may come.
+/// How long incidents may take to be saved, and how long a gap means that no more will come.
 const WAIT_LIMIT: Duration = Duration::from_secs(120);
 const STILL: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(500);
@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What happened.
 struct Storms {
     truth: Vec<Kill>,
-    /// By the `oom_kill` counters of their cgroups.
+    /// Kills by the `oom_kill` counters of the cgroups.
     counted: u64,
     count: usize,
     took: Duration,
@@ -85,7 +85,7 @@ fn all_storms(wanted: usize, log: &mut KernelLogTail) -> anyhow::Result<Storms> 
 }
 
 impl Storms {
-    /// As many kills at once, each in a cgroup of its own.
+    /// Kills at the same time, each in a cgroup of its own.
     fn break_out(&mut self, size: usize) -> anyhow::Result<()> {
         let cages = (0..size).map(|_| Cage::new("kill", LIMIT)).collect::<Result<Vec<_>, _>>()?;
         let arguments = ["burst", "--mib", "32", "--threads", "1", "--gate"];
@@ -107,7 +107,8 @@ impl Storms {
     }
 }
 
-/// Until as many are saved, or none has come for a while; a moment more for one too many.
+/// Waits until that many are saved or none has come for a while, and a moment longer for a surplus
+/// one.
 fn wait_for_incidents(agent: &Agent, wanted: usize) -> anyhow::Result<()> {
     let begin = Instant::now();
     let (mut seen, mut since) = (None, Instant::now());

@@ -1,4 +1,4 @@
-//! The two `oomkill`s that Debian has: started, and asked what they saw, or why they could not.
+//! Debian's two `oomkill` tools: starts them, and reads what they saw or why they did not run.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,33 +9,33 @@ use anyhow::Context;
 use memtrace_tests::process;
 use rustix::process::Signal;
 
-/// Program and package.
+/// Programs and their packages.
 pub(super) const PEERS: [(&str, &str); 2] = [("oomkill-bpfcc", "bpfcc-tools"), ("oomkill", "libbpf-tools")];
 
-/// One of them compiles its program first: who still runs after this traces.
+/// Time after which a tool that still runs is assumed to trace: one compiles its program first.
 const START: Duration = Duration::from_secs(10);
 /// How long one may take to end.
 const END: Duration = Duration::from_secs(20);
 
-/// Those that run, in the order of [`PEERS`]; killed when dropped.
+/// The running tools, in the order of [`PEERS`]; killed when dropped.
 pub(super) struct Peers(Vec<Result<Running, String>>);
 
 struct Running {
     child: Child,
-    /// Nobody reads along: a pipe would fill and hold it up.
+    /// Output goes to a file: nobody reads along, and a full pipe would block it.
     printed: File,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Already ended is fine.
+        // an error means that it has ended already
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl Peers {
-    /// Starts both, and waits until they trace or are gone.
+    /// Starts both, and waits until each traces or has ended.
     pub(super) fn start() -> Self {
         let start = |(program, _): &(&str, &str)| Running::start(program).map_err(|error| format!("{error:#}"));
         let mut peers = Self(PEERS.iter().map(start).collect());
@@ -51,7 +51,7 @@ impl Peers {
         peers
     }
 
-    /// Ends them: what each printed, or why it did not run.
+    /// Stops them. Returns what each printed, or why it did not run.
     pub(super) fn finish(self) -> Vec<Result<String, String>> {
         let printed = |peer: Result<Running, String>| peer?.finish().map_err(|error| format!("{error:#}"));
         self.0.into_iter().map(printed).collect()
@@ -68,11 +68,11 @@ impl Running {
         Ok(Self { child, printed })
     }
 
-    /// Why it has ended, if it has: the first and the last line it said.
+    /// Why it has ended, if it has: the first and the last line of its output.
     fn ended(&mut self) -> Option<String> {
         let status = self.child.try_wait().ok()??;
         let mut said = String::new();
-        // What cannot be read is not said.
+        // an unreadable file has no lines to show
         let _ = self.child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said));
         let mut lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
         let (first, last) = (lines.next(), lines.next_back());

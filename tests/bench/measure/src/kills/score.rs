@@ -1,4 +1,4 @@
-//! Reports of kills held against the kills there were: found, missed, double, of somebody else. Pure.
+//! Scores reports of kills against the kills that happened: found, missed, duplicate, wrong. Pure.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ pub(super) struct Kill {
     pub(super) path: String,
 }
 
-/// A kill that somebody reports; what is `None` the report does not say.
+/// A reported kill; `None` for what the report does not contain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ReportedKill {
     /// Process id of the victim.
@@ -26,7 +26,7 @@ pub(super) struct ReportedKill {
     pub(super) path: Option<String>,
 }
 
-/// How good reports are.
+/// Quality of reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct KillScore {
     /// Kills with exactly one report.
@@ -43,10 +43,10 @@ pub(super) struct KillScore {
     pub(super) with_path: usize,
 }
 
-/// Others may be killed on this machine meanwhile: what is neither about a process nor about a cgroup of ours does not
-/// count.
+/// Scores the reports. Other processes may be killed on this machine meanwhile: a report about
+/// neither a process nor a cgroup of ours does not count.
 pub(super) fn score(truth: &[Kill], reports: &[ReportedKill]) -> KillScore {
-    // A pid can be used again: then its kills differ by start.
+    // a pid can be reused; its kills differ by start time
     let mut by_pid: BTreeMap<u32, Vec<(&Kill, usize)>> = BTreeMap::new();
     for kill in truth {
         by_pid.entry(kill.pid).or_default().push((kill, 0));
@@ -59,7 +59,7 @@ pub(super) fn score(truth: &[Kill], reports: &[ReportedKill]) -> KillScore {
         };
         let about = by_pid.get_mut(&report.pid);
         let ours = about.is_some() || report.path.as_ref().is_some_and(|path| truth.iter().any(|k| k.path == *path));
-        // Of several that fit, one that is not reported yet.
+        // of several that fit, one without a report
         match about.and_then(|of| of.iter_mut().filter(|(kill, _)| fits(kill)).min_by_key(|(_, times)| *times)) {
             Some((_, times)) => {
                 *times += 1;
@@ -79,7 +79,7 @@ pub(super) fn score(truth: &[Kill], reports: &[ReportedKill]) -> KillScore {
     score
 }
 
-/// What the kernel log reports: the victim, and its cgroup where the line that says so was not left out.
+/// Reports in the kernel log. The cgroup is missing where its line was rate-limited.
 pub(super) fn of_kernel_log(lines: &[KernelLogRecord]) -> Vec<ReportedKill> {
     let mut paths: BTreeMap<u32, String> = BTreeMap::new();
     let mut reports = Vec::new();
@@ -93,7 +93,7 @@ pub(super) fn of_kernel_log(lines: &[KernelLogRecord]) -> Vec<ReportedKill> {
     reports
 }
 
-/// `oom-kill:constraint=..,task_memcg=PATH,task=COMM,pid=N,uid=0`.
+/// Parses `oom-kill:constraint=..,task_memcg=PATH,task=COMM,pid=N,uid=0`.
 fn oom_kill_line(text: &str) -> Option<(u32, String)> {
     let fields = text.strip_prefix("oom-kill:")?;
     let (_, rest) = fields.split_once("task_memcg=")?;
@@ -102,7 +102,7 @@ fn oom_kill_line(text: &str) -> Option<(u32, String)> {
     Some((rest.split(',').next()?.parse().ok()?, path.to_owned()))
 }
 
-/// What `oomkill` prints: `.. OOM kill of PID 22516 ("perl"), ..`.
+/// Parses the output of `oomkill`: `.. OOM kill of PID 22516 ("perl"), ..`.
 pub(super) fn of_oomkill(printed: &str) -> Vec<ReportedKill> {
     let pid = |line: &str| {
         let (_, rest) = line.split_once("OOM kill of PID ")?;

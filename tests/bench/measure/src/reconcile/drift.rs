@@ -1,15 +1,16 @@
-//! Whether differences grow with time: a straight line through them, and how sure its slope is. Pure.
+//! Whether differences grow with time: a straight line fitted through them, and the error of its
+//! slope. Pure.
 
-/// A line through points by least squares.
+/// A line fitted by least squares.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct FittedLine {
-    /// How much it rises in a second.
+    /// Slope, units a second.
     pub(super) per_s: f64,
-    /// Standard error of that.
+    /// Standard error of the slope.
     pub(super) error_per_s: f64,
 }
 
-/// The line through (seconds, value); `None` of fewer than three points, or of points at one time.
+/// Fits a line to (seconds, value). `None` for fewer than three points, or if all are at one time.
 pub(super) fn fit(points: &[(f64, f64)]) -> Option<FittedLine> {
     let count = points.len() as f64;
     if points.len() < 3 {
@@ -27,8 +28,8 @@ pub(super) fn fit(points: &[(f64, f64)]) -> Option<FittedLine> {
 }
 
 impl FittedLine {
-    /// Whether the values stay where they are: what they move away by in `seconds` is no more than `quantum`. `None`
-    /// when two standard errors leave that open.
+    /// Whether the values drift by no more than `quantum` in `seconds`. `None` if two standard
+    /// errors leave that open.
     pub(super) fn stays(&self, seconds: f64, quantum: f64) -> Option<bool> {
         let (moved, unsure) = (self.per_s.abs() * seconds, 2.0 * self.error_per_s * seconds);
         if moved + unsure <= quantum {
@@ -51,7 +52,7 @@ mod tests {
         let line = fit(&straight).unwrap();
         assert!((line.per_s - 3.0).abs() < 1e-9 && line.error_per_s < 1e-9, "{line:?}");
         assert_eq!((line.stays(100.0, 250.0), line.stays(100.0, 350.0)), (Some(false), Some(true)));
-        // Up and down, and nowhere in the end.
+        // up and down without a trend
         let noise: Vec<(f64, f64)> = (0..100).map(|s| (f64::from(s), f64::from((s % 2) * 1000))).collect();
         let line = fit(&noise).unwrap();
         assert_eq!((line.stays(100.0, 1.0), line.stays(100.0, 10_000.0)), (None, Some(true)), "{line:?}");

@@ -1,4 +1,5 @@
-//! Reconciliation: what memtrace says a cgroup uses and who has it, against the kernel's own files, over a long mixed run.
+//! Benchmark `reconcile`: what memtrace reports as used by a cgroup and by its processes, against
+//! the kernel's own files, over a long mixed run.
 
 use std::time::{Duration, Instant};
 
@@ -16,14 +17,14 @@ use crate::BenchPlan;
 
 mod drift;
 
-/// Between two samples, the step of the workload included.
+/// Time between two samples, including the workload's step.
 const PERIOD: Duration = Duration::from_secs(1);
 const QUICK_PERIOD: Duration = Duration::from_millis(500);
-/// The agent takes in what happened at least every 100 ms.
+/// The agent reads events at least every 100 ms.
 const TAKEN_IN: Duration = Duration::from_millis(250);
 const QUANTUM: f64 = 262_144.0;
 
-/// What one side says at a moment, bytes.
+/// Memory by one side at a moment, bytes.
 #[derive(Clone, Copy, Debug)]
 struct Side {
     usage: f64,
@@ -33,18 +34,18 @@ struct Side {
     attributed: f64,
 }
 
-/// Both sides at a moment when nothing moves.
+/// Both sides at a moment when nothing changes.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
-    /// Since the first one.
+    /// Time since the first sample.
     seconds: f64,
-    /// The last thing before was growth of a process's resident memory.
+    /// Whether the last change was growth of a process' resident memory.
     grown: bool,
     memtrace: Side,
     kernel: Side,
-    /// The sum over the processes that memtrace lists one by one.
+    /// Sum over the processes that memtrace lists.
     listed: f64,
-    /// Page cache, by memory.stat.
+    /// Page cache by memory.stat.
     cache: f64,
     processes: usize,
 }
@@ -129,11 +130,11 @@ fn sample(seconds: f64, grown: bool, agent: &Agent, cage: &Cage) -> anyhow::Resu
     })
 }
 
-/// What is compared.
+/// A comparison of the two sides.
 struct Difference {
     what: &'static str,
     against: &'static str,
-    /// Each process may be off by a quantum; else the whole may.
+    /// Whether each process may be off by the RSS threshold, or only the sum.
     by_process: bool,
     of: fn(&Sample) -> Option<f64>,
 }
@@ -184,14 +185,14 @@ const DIFFERENCES: [Difference; 7] = [
 ];
 
 impl Difference {
-    /// What one quantum each allows at this moment, in quanta.
+    /// What one threshold for each process allows at this moment, in thresholds.
     fn allowed(&self, sample: &Sample) -> f64 {
         if self.by_process { sample.processes.max(1) as f64 } else { 1.0 }
     }
 }
 
 impl Side {
-    /// What is used and is no process's resident memory.
+    /// Usage that is no process' resident memory.
     fn rest(&self) -> f64 {
         self.usage - self.attributed
     }

@@ -1,4 +1,5 @@
-//! The tracers: how each is started, whether it runs here, what it takes, how it ends.
+//! The tracers that are compared: how each is started, whether it runs here, what it takes, how it
+//! ends.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,12 +15,12 @@ use crate::usage;
 
 /// Time a tracer gets to attach.
 const SETTLE: Duration = Duration::from_millis(1500);
-/// One that cannot run here gives up in this time.
+/// Time in which a tracer that cannot run here gives up.
 const GIVE_UP: Duration = Duration::from_secs(4);
-/// One that has much to write at its end.
+/// Time for one that writes much at its end.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
-/// A tracer, and why it does not run here if it does not.
+/// A tracer, and the reason if it does not run here.
 #[derive(Debug)]
 pub(super) struct Contender {
     name: &'static str,
@@ -35,21 +36,21 @@ enum How {
     Program(&'static [&'static str]),
 }
 
-/// Programs of others that stand for the rest where it has to be quick: a probe takes seconds.
+/// Peers for a quick run: starting each of the others to see whether it runs takes seconds.
 const QUICK: [&str; 2] = ["bpftrace, page faults by name (every one)", "perf record -e page-faults -g -a"];
 
-/// What one took in a round.
+/// Resources a tracer took in a round.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Usage {
-    /// CPU, seconds.
+    /// CPU time, seconds.
     pub(super) cpu_s: f64,
-    /// Since its start, seconds.
+    /// Time since its start, seconds.
     pub(super) running_s: f64,
-    /// Peak of its resident memory, bytes.
+    /// Peak resident memory, bytes.
     pub(super) peak_bytes: u64,
 }
 
-/// All of them, in the order of the rows; a few when it has to be quick.
+/// All contenders in the order of the rows; a few for a quick run.
 pub(super) fn all(quick: bool) -> Vec<Contender> {
     let programs: [(&str, &[&str]); 8] = [
         ("memleak (bcc)", &["memleak-bpfcc", "5"]),
@@ -87,17 +88,17 @@ pub(super) fn all(quick: bool) -> Vec<Contender> {
 }
 
 impl Contender {
-    /// As a row is called.
+    /// Name of its row.
     pub(super) fn name(&self) -> &'static str {
         self.name
     }
 
-    /// Whether it is ours, at its defaults.
+    /// Whether it is our agent at defaults.
     pub(super) fn is_memtrace(&self) -> bool {
         self.how == How::Memtrace(&[])
     }
 
-    /// How often a round has it.
+    /// Runs of it in each round.
     pub(super) fn turns(&self, quick: bool) -> usize {
         match (&self.how, &self.refusal) {
             (_, Some(_)) => 0,
@@ -111,12 +112,12 @@ impl Contender {
         self.refusal.as_deref()
     }
 
-    /// It does not, or no longer; what it did before counts no more.
+    /// Marks it as not running here; earlier results no longer count.
     pub(super) fn refuse(&mut self, why: String) {
         self.refusal = Some(why);
     }
 
-    /// Starts it once, to see whether it runs here at all.
+    /// Starts it once to find out whether it runs here.
     pub(super) fn probe(&mut self, dir: &Path) -> anyhow::Result<()> {
         let How::Program(words) = self.how else { return Ok(()) };
         let mut tried = Tracer::start(words, dir, true)?;
@@ -134,7 +135,7 @@ impl Contender {
         Ok(())
     }
 
-    /// Starts it and lets it attach.
+    /// Starts it and waits until it is attached.
     pub(super) fn start(&self, dir: &Path) -> anyhow::Result<Running> {
         let begin = Instant::now();
         let what = match self.how {
@@ -150,7 +151,7 @@ impl Contender {
     }
 }
 
-/// A tracer that was started; killed when dropped.
+/// A started tracer; killed when dropped.
 pub(super) struct Running {
     what: Kind,
     begin: Instant,
@@ -163,7 +164,7 @@ enum Kind {
 }
 
 impl Running {
-    /// What it took so far; `None` of nothing.
+    /// Resources taken so far; `None` if nothing runs.
     pub(super) fn usage(&self) -> anyhow::Result<Option<Usage>> {
         let pid = match &self.what {
             Kind::Nothing => return Ok(None),
@@ -177,7 +178,7 @@ impl Running {
         }))
     }
 
-    /// Ends it; an error says that it did not run to the end, or did not end.
+    /// Stops it. Fails if it did not run to the end or did not stop.
     pub(super) fn stop(&mut self) -> anyhow::Result<()> {
         match &mut self.what {
             Kind::Nothing => Ok(()),
@@ -187,14 +188,14 @@ impl Running {
     }
 }
 
-/// A program that traces until it is interrupted; killed when dropped.
+/// A program that traces until interrupted; killed when dropped.
 struct Tracer {
     child: Child,
     said: PathBuf,
 }
 
 impl Tracer {
-    /// What it traces goes nowhere, unless all that it says is wanted; what it complains of goes to a file.
+    /// Starts it. Its stdout is discarded unless wanted; its stderr goes to a file.
     fn start(words: &[&str], dir: &Path, all: bool) -> anyhow::Result<Self> {
         let (program, arguments) = words.split_first().context("a tracer without a name")?;
         let said = dir.join("said");
@@ -221,13 +222,13 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        // Already ended is fine.
+        // an error means that it has ended already
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The line that says what is wrong: the first that sounds like it, else the last.
+/// The line that explains a failure: the first that looks like an error, else the last.
 fn complaint(said: &str) -> String {
     let sounds =
         |line: &&str| ["ERROR: tr", "Unable", "not found", "Failed", "failed"].iter().any(|word| line.contains(word));

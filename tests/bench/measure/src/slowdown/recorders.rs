@@ -1,4 +1,5 @@
-//! Recorders of one program: `memtrace record` beside heaptrack, on a loop that allocates and one that touches.
+//! Recorders of one program: `memtrace record` and heaptrack, on a loop that allocates and one that
+//! touches pages.
 
 use std::path::Path;
 use std::process::Command;
@@ -20,7 +21,7 @@ enum Recorder {
     Heaptrack,
 }
 
-/// Each recorder and loop between two runs of the loop alone.
+/// Runs each recorder and loop between two runs of the loop alone.
 pub(super) fn measure(dir: &Path, quick: bool) -> anyhow::Result<ChapterTable> {
     let (rounds, ms) = if quick { (2, 100) } else { (7, 300) };
     let mut rows = Vec::new();

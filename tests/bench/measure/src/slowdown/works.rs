@@ -1,4 +1,4 @@
-//! The work that is slowed down: loops, a compiler, a server under load.
+//! The work that is traced: loops, a compiler, a server under load.
 
 use std::fmt::Write;
 use std::net::TcpStream;
@@ -13,17 +13,17 @@ use tempfile::TempDir;
 
 use crate::loops;
 
-/// Redis is one program of many names, and does what it is called. Debian's package of the server's name would start
-/// one for good, this one is in the package of the tools.
+/// The Redis server. Redis is one binary that acts by its name; Debian's package of the server
+/// would start one permanently, while this name is in the package of tools.
 const SERVER: &str = "redis-check-rdb";
 
-/// A kind of work, and where its figures stand.
+/// A kind of work and its columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
     what: What,
-    /// What it loses is what page faults, mappings and processes lose.
+    /// Whether its cost is dominated by page faults, mappings and processes.
     heavy: bool,
-    /// Heads of its columns: throughput first.
+    /// Headings of its columns, throughput first.
     columns: &'static [&'static str],
     about: &'static str,
 }
@@ -35,7 +35,7 @@ enum What {
     Server,
 }
 
-/// All of it, in the order of the columns.
+/// All works, in the order of the columns.
 pub(super) const WORKS: [Work; 6] = [
     Work {
         what: What::Loop(&["fresh", "--mib", "256"]),
@@ -70,21 +70,21 @@ pub(super) const WORKS: [Work; 6] = [
     },
 ];
 
-/// What a run gave.
+/// Result of one run.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WorkResult {
-    /// Throughput, or a latency.
+    /// Throughput or latency.
     pub(super) value: f64,
-    /// Of what.
+    /// Its unit.
     pub(super) unit: &'static str,
 }
 
-/// Heads of all columns.
+/// Headings of all columns.
 pub(super) fn columns() -> Vec<&'static str> {
     WORKS.iter().flat_map(|work| work.columns).copied().collect()
 }
 
-/// All of it in words.
+/// Description of all works.
 pub(super) fn described() -> String {
     WORKS
         .iter()
@@ -94,7 +94,7 @@ pub(super) fn described() -> String {
 }
 
 impl Work {
-    /// Where its throughput stands, when it is of this kind.
+    /// Index and heading of its throughput column, if it is of this kind.
     pub(super) fn columns(&self, heavy: bool) -> Option<(usize, &'static str)> {
         let name = self.columns.first()?;
         let column = columns().iter().position(|column| column == name)?;
@@ -102,7 +102,7 @@ impl Work {
     }
 }
 
-/// What the work needs; the server ends with it.
+/// What the works need: sources and a running server, which ends when dropped.
 pub(super) struct PreparedWork {
     dir: TempDir,
     server: Child,
@@ -112,7 +112,7 @@ pub(super) struct PreparedWork {
 }
 
 impl PreparedWork {
-    /// Generates, starts, and warms up.
+    /// Generates sources, starts the server, warms up.
     pub(super) fn prepare(quick: bool) -> anyhow::Result<Self> {
         let (loop_ms, modules, requests) = if quick { (100, 2, 10_000) } else { (300, 8, 60_000) };
         let dir = tempfile::tempdir().context("failed to make a directory for a build")?;
@@ -143,7 +143,7 @@ impl PreparedWork {
         Ok(bench)
     }
 
-    /// Each work once: a score a column.
+    /// Runs each work once: a result for each column.
     pub(super) fn run_all(&self) -> anyhow::Result<Vec<WorkResult>> {
         let mut scores = Vec::new();
         for work in WORKS {
@@ -183,13 +183,13 @@ impl PreparedWork {
 
 impl Drop for PreparedWork {
     fn drop(&mut self) {
-        // Already ended is fine.
+        // an error means that it has ended already
         let _ = self.server.kill();
         let _ = self.server.wait();
     }
 }
 
-/// The compiler itself where rustup is: its proxy would be measured, too.
+/// The compiler itself: rustup's proxy would be measured too.
 fn rustc() -> PathBuf {
     let printed = Command::new("rustc").args(["--print", "sysroot"]).output();
     let sysroot = printed.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default();
@@ -197,7 +197,7 @@ fn rustc() -> PathBuf {
     if real.is_file() { real } else { PathBuf::from("rustc") }
 }
 
-/// `redis-benchmark --csv`: rate, p50 and p99 of its one test.
+/// Parses `redis-benchmark --csv`: rate, p50 and p99 of its test.
 fn latencies(csv: &str) -> anyhow::Result<[f64; 3]> {
     let mut lines = csv.lines().map(|line| line.split(',').map(|field| field.trim_matches('"')).collect::<Vec<_>>());
     let (Some(heads), Some(fields)) = (lines.next(), lines.next()) else { bail!("redis-benchmark printed {csv}") };
@@ -208,7 +208,7 @@ fn latencies(csv: &str) -> anyhow::Result<[f64; 3]> {
     Ok([of("rps")?, of("p50_latency_ms")?, of("p99_latency_ms")?])
 }
 
-/// A library that takes the compiler some memory and time.
+/// Source of a library that takes the compiler some memory and time.
 fn generic_code(modules: usize) -> String {
     let mut code = String::new();
     for n in 0..modules {

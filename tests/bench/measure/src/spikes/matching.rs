@@ -1,60 +1,63 @@
-//! Which spikes a curve, or a poller's readings, show, and how truly. Pure.
+//! Which spikes a curve or a poller's readings show, and with which errors. Pure.
 
 use crate::recorder::CgroupReading;
 
-/// How far outside of a spike a reading may lie and still be of it: clocks are read beside the work, not in it.
+/// How far outside a spike a reading may be and still belong to it: clocks are read beside the
+/// work, not within.
 const SLACK_NS: u64 = 5_000_000;
 
-/// How near to its base the end of a spike has to come: kernels keep back 64 pages a CPU of what was uncharged.
+/// How close to the base a spike's end must come: the kernel keeps back 64 uncharged pages a CPU.
 const NEAR_BYTES: u64 = 512 << 10;
 
-/// A spike as its maker recorded it: boot-clock nanoseconds and bytes.
+/// A spike as the workload recorded it: boot-clock nanoseconds and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct TrueSpike {
-    /// How much was taken.
+    /// Size.
     pub(super) mib: u64,
-    /// How long it was to be held.
+    /// Requested time at the top, ms.
     pub(super) hold_ms: u64,
-    /// Before the first page.
+    /// Before the first page was touched.
     pub(super) start_ns: u64,
-    /// After the last one.
+    /// After the last page was touched.
     pub(super) top_ns: u64,
-    /// Before it was given back.
+    /// Before memory was returned.
     pub(super) fall_ns: u64,
-    /// After that.
+    /// After memory was returned.
     pub(super) end_ns: u64,
-    /// Usage, as the kernel says it.
+    /// Usage by the kernel.
     pub(super) usage: SpikeLevel,
-    /// Resident memory: before as the kernel counts it page by page, at the top as much more as was taken.
+    /// Resident memory: at the base by the kernel's exact count, at the top that plus the size.
     pub(super) resident: SpikeLevel,
 }
 
-/// How high a spike is in one column of a curve.
+/// Height of a spike in one column of a curve.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct SpikeLevel {
-    /// Before it.
+    /// Before the spike.
     pub(super) base_bytes: u64,
     /// At the top.
     pub(super) top_bytes: u64,
 }
 
-/// What a curve says of a spike it shows.
+/// A spike that a curve shows, and its errors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct SeenSpike {
-    /// Between the highest reading and the kernel's usage at the top.
+    /// Highest reading minus the kernel's usage at the top.
     pub(super) peak_error_bytes: u64,
-    /// From the true start to the first reading above it; negative is too early.
+    /// From the true start to the first reading above it; negative if too early.
     pub(super) start_error_ns: i64,
-    /// From the true end to the first reading near the base, which need not be there; negative is too early.
+    /// From the true end to the first reading near the base; negative if too early, `None` without
+    /// such a reading.
     pub(super) end_error_ns: Option<i64>,
 }
 
-/// What a poller says of a spike.
+/// A spike in a poller's readings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PolledSpike {
-    /// A reading in it was at least half as high.
+    /// Whether a reading within it was at least half as high.
     pub(super) seen: bool,
-    /// What its highest reading lacks to the top; all of the spike when it read nothing in it.
+    /// How far its highest reading is from the top; the whole height without a reading within the
+    /// spike.
     pub(super) peak_error_bytes: u64,
 }
 
@@ -64,9 +67,10 @@ impl SpikeLevel {
     }
 }
 
-/// Whether the curve rises by half the spike's height within its time, give or take 5 ms. It starts where the curve is a
-/// quantum above the base; it ends where after its highest reading the curve is within an eighth of its height, at least
-/// 512 KiB, of the base.
+/// Finds a spike in a curve. It is found if the curve rises by half the spike's height within its
+/// time, give or take 5 ms. It starts where the curve is one threshold above the base. It ends
+/// where the curve, after its highest reading, is within an eighth of its height (at least 512 KiB)
+/// of the base.
 pub(super) fn find(
     spike: &TrueSpike,
     level: &SpikeLevel,
@@ -76,7 +80,7 @@ pub(super) fn find(
     let (from, until) = (spike.start_ns.saturating_sub(SLACK_NS), spike.end_ns + SLACK_NS);
     let first = curve.partition_point(|reading| reading.boot_ns < from);
     let window = || curve.iter().skip(first).take_while(|reading| reading.boot_ns <= until);
-    // What the curve said last counts until it says something else.
+    // a reading holds until the next one
     let mut lowest = curve.get(first.checked_sub(1)?).map(|reading| reading.bytes)?;
     let mut rise = 0;
     for reading in window() {
@@ -89,7 +93,7 @@ pub(super) fn find(
     let highest = window().max_by_key(|reading| reading.bytes)?;
     let risen = window().find(|reading| reading.bytes >= level.base_bytes + quantum_bytes)?;
     let near = level.base_bytes + NEAR_BYTES.max(level.height() / 8);
-    // Also later than the window: late is an error to state, not a spike not found.
+    // also after the window: a late end is an error to report, not a missed spike
     let fallen = curve.iter().skip(first).find(|r| r.boot_ns > highest.boot_ns && r.bytes <= near);
     Some(SeenSpike {
         peak_error_bytes: highest.bytes.abs_diff(level.top_bytes),
@@ -98,7 +102,7 @@ pub(super) fn find(
     })
 }
 
-/// What readings after a fixed time say of a spike.
+/// Finds a spike in readings at fixed intervals.
 pub(super) fn polled(spike: &TrueSpike, readings: &[CgroupReading]) -> PolledSpike {
     let level = &spike.usage;
     let within = readings.iter().filter(|r| (spike.start_ns..=spike.end_ns).contains(&r.boot_ns));
@@ -152,7 +156,7 @@ mod tests {
         assert_eq!(find(&spike(), &LEVEL, &low, QUANTUM), None);
         let late = curve(&[(50, 32 << 10), (114, 36 << 10)]);
         assert_eq!(find(&spike(), &LEVEL, &late, QUANTUM), None);
-        // The curve was as high before: it shows no rise, only the height.
+        // the curve was as high before, so it shows the height but no rise
         let high = curve(&[(50, 36 << 10), (102, 36 << 10), (109, 32 << 10)]);
         assert_eq!(find(&spike(), &LEVEL, &high, QUANTUM), None);
         assert_eq!(find(&spike(), &LEVEL, &[], QUANTUM), None);

@@ -1,4 +1,5 @@
-//! Spike recall: spikes of known size and time beside a build, as memtrace records them and as pollers read them.
+//! Benchmark `spikes`: spikes of known size and time beside a build, as memtrace records them and
+//! as pollers see them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -21,13 +22,13 @@ mod pollers;
 
 const SIZES_MIB: [u64; 5] = [1, 4, 16, 64, 300];
 const HOLDS_MS: [u64; 5] = [1, 5, 20, 100, 500];
-/// Quiet before the first spike of a recording and after the last.
+/// Pause before the first spike of a recording and after the last.
 const QUIET: Duration = Duration::from_millis(100);
 
-/// The agent's tick is 100 ms: what is told later is not only waiting for it.
+/// The agent's tick is 100 ms; an error above that is more than waiting for the tick.
 const LATE_NS: i64 = 150_000_000;
 
-/// The settings that are recorded with, in turn.
+/// Settings to record with, in turn.
 struct Setting {
     name: &'static str,
     quantum_bytes: u64,
@@ -35,7 +36,8 @@ struct Setting {
 }
 
 impl Setting {
-    /// The quantum of a process that holds so much: a 256th of it, within four times the one that was asked for.
+    /// RSS threshold of a process that holds this much: 1/256 of it, between the requested
+    /// threshold and four times that.
     fn in_force(&self, resident_bytes: u64) -> u64 {
         (resident_bytes >> 8).clamp(self.quantum_bytes, self.quantum_bytes * 4)
     }
@@ -50,36 +52,36 @@ const SETTINGS: [Setting; 2] = [
     },
 ];
 
-/// The columns of a curve that are looked at, as [`Judged::seen`] has them.
+/// The columns of a curve that are checked, in the order of [`Judged::seen`].
 const COLUMNS: [&str; 2] = ["usage", "resident"];
 
-/// One spike and what everybody says of it.
+/// A spike and what each side shows of it.
 struct Judged {
     spike: TrueSpike,
     /// Index of the setting it was recorded with.
     setting: usize,
-    /// By the column of usage, by that of resident memory.
+    /// In the column of usage, and in that of resident memory.
     seen: [Option<SeenSpike>; 2],
     /// In the order of [`PERIODS`].
     polled: Vec<PolledSpike>,
 }
 
 impl Judged {
-    /// What the column of this index in [`COLUMNS`] says.
+    /// What the column with this index in [`COLUMNS`] shows.
     fn by(&self, column: usize) -> Option<SeenSpike> {
         *self.seen.get(column)?
     }
 }
 
-/// Everything of one run.
+/// Results of one run.
 #[derive(Default)]
 struct Run {
     judged: Vec<Judged>,
     readings: u64,
     thinned: u64,
-    /// By what was lost.
+    /// Losses by reason.
     losses: BTreeMap<String, u64>,
-    /// What the recordings say they had to do without.
+    /// What the recordings lacked: hooks that were off.
     lacking: BTreeSet<String>,
 }
 
@@ -97,7 +99,7 @@ pub(crate) fn run(plan: &BenchPlan) -> anyhow::Result<Chapter> {
 }
 
 impl Run {
-    /// One recording: every size for every time, once; in a quick run most of them.
+    /// One recording: every size with every time once; in a quick run, most of them.
     fn record(&mut self, index: usize, quick: bool, random: &mut SeededRandom) -> anyhow::Result<()> {
         let setting = SETTINGS.get(index).context("no such setting")?;
         let mut spikes: Vec<(u64, u64)> =
@@ -133,7 +135,7 @@ impl Run {
             let what = json::text(lost, "/what")?;
             match json::at(lost, "/count")?.as_u64() {
                 Some(count) => *self.losses.entry(what.to_owned()).or_default() += count,
-                // The name of a hook, and what is not seen without it.
+                // the name of a hook, and what is not seen without it
                 None => drop(self.lacking.insert(what.split(':').next().unwrap_or(what).to_owned())),
             }
         }
@@ -184,7 +186,7 @@ fn chapter(run: &Run, seed: u64, builds: u64) -> Chapter {
         run.readings + run.thinned,
         run.thinned
     );
-    // Told above.
+    // reported above
     let losses: Vec<String> = run
         .losses
         .iter()
@@ -249,7 +251,7 @@ fn share<'a>(of: impl Iterator<Item = &'a Judged>, is: impl Fn(&Judged) -> bool)
     format!("{found} of {all}")
 }
 
-/// How many were found, in rows of one key.
+/// Number of spikes found, in rows by one key.
 fn found(title: &str, all: &[Judged], key: fn(&TrueSpike) -> u64, keys: &[u64], unit: &str) -> ChapterTable {
     let mut columns = vec!["spike".to_owned()];
     for setting in &SETTINGS {
@@ -318,7 +320,7 @@ fn errors(all: &[Judged]) -> ChapterTable {
     }
 }
 
-/// Errors of the pollers, by size; who reads nothing in a spike is off by all of it.
+/// Errors of the pollers by size. A poller without a reading in a spike is off by its whole height.
 fn polled_errors(all: &[Judged]) -> ChapterTable {
     let mut columns = vec!["spike".to_owned()];
     columns.extend(PERIODS.iter().map(|(_, name)| (*name).to_owned()));

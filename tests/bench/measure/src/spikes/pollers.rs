@@ -1,4 +1,4 @@
-//! What is used today: the usage of a cgroup, read again and again after a fixed time.
+//! What people use today: reading a cgroup's usage at fixed intervals.
 
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -11,7 +11,7 @@ use memtrace_tests::random::SeededRandom;
 
 use crate::recorder::CgroupReading;
 
-/// Time between two readings, and who reads so seldom.
+/// Intervals, and the tools that use them.
 pub(super) const PERIODS: [(Duration, &str); 4] = [
     (Duration::from_millis(100), "polled every 100 ms"),
     (Duration::from_secs(1), "every 1 s (node exporter)"),
@@ -19,14 +19,14 @@ pub(super) const PERIODS: [(Duration, &str); 4] = [
     (Duration::from_secs(10), "every 10 s (cAdvisor)"),
 ];
 
-/// A poller for each period; they end when dropped.
+/// A poller for each interval; stopped when dropped.
 pub(super) struct Pollers {
-    /// Nothing is ever sent to a thread: that the sender is gone is the sign to end.
+    /// Nothing is sent to the threads: a dropped sender tells them to stop.
     threads: Vec<(Sender<()>, JoinHandle<Vec<CgroupReading>>)>,
 }
 
 impl Pollers {
-    /// Starts them, each at a random moment of its first period.
+    /// Starts them, each at a random time within its first interval.
     pub(super) fn start(usage_file: &Path, random: &mut SeededRandom) -> Self {
         let threads = PERIODS.map(|(period, _)| {
             let first = Duration::from_micros(random.between(0, u64::try_from(period.as_micros()).unwrap_or(u64::MAX)));
@@ -39,7 +39,7 @@ impl Pollers {
                 {
                     next += period;
                     let bytes = std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok());
-                    // Gone with its cgroup: nothing more is to be read.
+                    // the cgroup is gone: there is nothing more to read
                     let Some(bytes) = bytes else { break };
                     readings.push(CgroupReading { boot_ns: boot_ns(), bytes });
                 }
@@ -50,7 +50,7 @@ impl Pollers {
         Self { threads: threads.into() }
     }
 
-    /// Ends them: what each read, in the order of [`PERIODS`].
+    /// Stops them. Returns the readings of each, in the order of [`PERIODS`].
     pub(super) fn finish(self) -> anyhow::Result<Vec<Vec<CgroupReading>>> {
         let join = |(end, thread): (Sender<()>, JoinHandle<Vec<CgroupReading>>)| {
             drop(end);
