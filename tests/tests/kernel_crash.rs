@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{AgentOptions, successful};
+use memtrace_tests::agent::{Agent, AgentOptions, successful};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
@@ -68,6 +68,33 @@ fn ids(listed: &[Value]) -> anyhow::Result<BTreeSet<String>> {
     listed.iter().map(|incident| json::text(incident, "/id").map(str::to_owned)).collect()
 }
 
+/// Kills one process after another until the agent is killed, after `pause`. Returns the incidents listed before,
+/// the time of the crash (boot clock, ns), and the kills.
+fn crash_in_a_storm(
+    options: &AgentOptions,
+    agent: &mut Agent,
+    pause: Duration,
+) -> anyhow::Result<(BTreeSet<String>, u64, Vec<Kill>)> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let storm = scope.spawn(|| -> anyhow::Result<Vec<Kill>> {
+            let mut kills = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                kills.push(kill_one()?);
+            }
+            Ok(kills)
+        });
+        std::thread::sleep(pause);
+        let listed = options.incidents();
+        let crashed = boot_ns();
+        let killed = agent.kill_9();
+        stop.store(true, Ordering::Relaxed);
+        let storm = storm.join().map_err(|_| anyhow::anyhow!("the storm panicked"))??;
+        killed?;
+        Ok((ids(&listed?)?, crashed, storm))
+    })
+}
+
 #[test]
 fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     require_root()?;
@@ -88,24 +115,7 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
         // an incident is finished a second after its kill: some rounds end before the first, some
         // among many
         let pause = Duration::from_millis(100 + (seed >> 33) % 2900);
-        let stop = AtomicBool::new(false);
-        let (listed, crashed, mut storm) = std::thread::scope(|scope| -> anyhow::Result<_> {
-            let storm = scope.spawn(|| -> anyhow::Result<Vec<Kill>> {
-                let mut kills = Vec::new();
-                while !stop.load(Ordering::Relaxed) {
-                    kills.push(kill_one()?);
-                }
-                Ok(kills)
-            });
-            std::thread::sleep(pause);
-            let listed = options.incidents();
-            let crashed = boot_ns();
-            let killed = agent.kill_9();
-            stop.store(true, Ordering::Relaxed);
-            let storm = storm.join().map_err(|_| anyhow::anyhow!("the storm panicked"))??;
-            killed?;
-            Ok((ids(&listed?)?, crashed, storm))
-        })?;
+        let (listed, crashed, mut storm) = crash_in_a_storm(&options, &mut agent, pause)?;
         for kill in &mut storm {
             (kill.round, kill.before_crash_ns) = (round, crashed.saturating_sub(kill.reaped_boot_ns));
         }

@@ -314,7 +314,26 @@ fn check_incident(
     };
     expect(near || between, format!("killed at {at}, the log line says {line} (±{unsure})"));
 
-    // the curve
+    // the peak
+    if let Some(peak) = run.peak {
+        let recorded = json::number(incident, "/cgroup/peak_bytes")?;
+        m.off_peak = m.off_peak.max(recorded.abs_diff(peak));
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let batch = u64::try_from(64 * rustix::param::page_size() * cpus)?;
+        expect(recorded.abs_diff(peak) <= batch, format!("peak {recorded}, the kernel says {peak}"));
+    }
+    problems.extend(check_curve(incident, at, run.limit, m)?);
+    Ok(problems)
+}
+
+/// What is wrong with an incident's curve; the kill was `at`.
+fn check_curve(incident: &Value, at: u64, limit: u64, m: &mut Measured) -> anyhow::Result<Vec<String>> {
+    let mut problems = Vec::new();
+    let mut expect = |holds: bool, problem: String| {
+        if !holds {
+            problems.push(problem);
+        }
+    };
     let columns = json::at(incident, "/timeline/columns")?.as_object().context("timeline columns")?;
     let lengths: Vec<(&str, usize)> =
         columns.iter().map(|(name, c)| (name.as_str(), c.as_array().map_or(usize::MAX, Vec::len))).collect();
@@ -325,21 +344,12 @@ fn check_incident(
     let last = times.iter().zip(usage).filter(|(time, _)| **time <= at).filter_map(|(_, u)| u.as_u64()).next_back();
     match last {
         Some(last) => {
-            let compared = incident.pointer("/cgroup/usage_bytes").and_then(Value::as_u64).unwrap_or(run.limit);
-            m.off_limit = m.off_limit.max(last.abs_diff(run.limit));
-            let ends_there = last.abs_diff(run.limit) <= QUANTUM || last.abs_diff(compared) <= QUANTUM;
-            expect(ends_there, format!("curve ends at {last}, limit {}, kernel compared {compared}", run.limit));
+            let compared = incident.pointer("/cgroup/usage_bytes").and_then(Value::as_u64).unwrap_or(limit);
+            m.off_limit = m.off_limit.max(last.abs_diff(limit));
+            let ends_there = last.abs_diff(limit) <= QUANTUM || last.abs_diff(compared) <= QUANTUM;
+            expect(ends_there, format!("curve ends at {last}, limit {}, kernel compared {compared}", limit));
         }
         None => expect(false, "the curve has no usage before the kill".to_owned()),
-    }
-
-    // the peak
-    if let Some(peak) = run.peak {
-        let recorded = json::number(incident, "/cgroup/peak_bytes")?;
-        m.off_peak = m.off_peak.max(recorded.abs_diff(peak));
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let batch = u64::try_from(64 * rustix::param::page_size() * cpus)?;
-        expect(recorded.abs_diff(peak) <= batch, format!("peak {recorded}, the kernel says {peak}"));
     }
     Ok(problems)
 }

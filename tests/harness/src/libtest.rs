@@ -139,7 +139,7 @@ impl LibtestReader {
     /// Reads the next line. Returns the test whose result it completes, if it does.
     pub fn line(&mut self, line: &str) -> Option<EndedTest> {
         let line = line.trim_end_matches(['\r', '\n']);
-        self.listen(line);
+        self.keep_output(line);
         if line.strip_prefix("running ").is_some_and(|rest| rest.ends_with(" tests") || rest == "1 test") {
             self.open += 1;
         }
@@ -184,7 +184,7 @@ impl LibtestReader {
 
     /// Collects the output of failed tests, which libtest lists at the end: `---- TEST stdout
     /// ----`, then the lines.
-    fn listen(&mut self, line: &str) {
+    fn keep_output(&mut self, line: &str) {
         if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
             self.listed = Some(test.to_owned());
         } else if line == "failures:" || line.starts_with("test result: ") {

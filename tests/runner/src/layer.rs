@@ -103,7 +103,7 @@ impl LayerRunner<'_> {
         let (mut remarks, mut second_tries) = (Vec::new(), Vec::new());
         for executable in executables {
             let arguments: Vec<&str> = options.iter().copied().chain(self.filter).collect();
-            let (reader, went_well) = self.hear(name, executable, &arguments)?;
+            let (reader, went_well) = self.run_executable(name, executable, &arguments)?;
             remarks.extend(reader.not_run.iter().map(|what| format!("not run: {what}")));
             let Some(failed) = reader.few_failed(again_left).filter(|_| !went_well) else {
                 tally = tally.plus(reader.tally());
@@ -113,7 +113,7 @@ impl LayerRunner<'_> {
             again_left -= failed.len();
             let exactly = [options, &["--exact"]].concat();
             let arguments: Vec<&str> = exactly.into_iter().chain(failed.iter().map(String::as_str)).collect();
-            let (again, went_well) = self.hear(name, executable, &arguments)?;
+            let (again, went_well) = self.run_executable(name, executable, &arguments)?;
             let joined = retried(&executable.name, &reader, &again, RetryExtent::Failed);
             tally = tally.plus(joined.tally);
             success &= went_well && joined.second_tries.iter().all(|one| one.passed);
@@ -125,7 +125,12 @@ impl LayerRunner<'_> {
 
     /// Runs an executable, passes its output on and reads it. Returns what was read and whether the
     /// exit code was 0.
-    fn hear(&self, layer: &str, executable: &TestExecutable, arguments: &[&str]) -> Result<(LibtestReader, bool)> {
+    fn run_executable(
+        &self,
+        layer: &str,
+        executable: &TestExecutable,
+        arguments: &[&str],
+    ) -> Result<(LibtestReader, bool)> {
         let mut command = Command::new(&executable.path);
         // as cargo does: in the package's directory, and with its path
         command.current_dir(&executable.dir).env("CARGO_MANIFEST_DIR", &executable.dir);

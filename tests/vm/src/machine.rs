@@ -296,14 +296,14 @@ fn follow(
     let mut looked = Instant::now();
     loop {
         match lines.recv_timeout(LOOK) {
-            Ok(line) => take(&line).into_iter().for_each(|sign| watch.hear(sign)),
+            Ok(line) => take(&line).into_iter().for_each(|sign| watch.note(sign)),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return None,
         }
         let since = looked.elapsed();
         if since >= LOOK {
             looked += since;
-            watch.pass(threads.own(since));
+            watch.advance(threads.own(since));
             if let Some(why) = watch.verdict() {
                 let _ = child.kill();
                 return Some(why);

@@ -49,12 +49,12 @@ pub(crate) struct ProgressWatch {
 
 impl ProgressWatch {
     /// Adds time in which the machine ran.
-    pub(crate) fn pass(&mut self, own: Duration) {
+    pub(crate) fn advance(&mut self, own: Duration) {
         self.now = self.now.saturating_add(own);
     }
 
     /// Notes a line of the console.
-    pub(crate) fn hear(&mut self, sign: Sign) {
+    pub(crate) fn note(&mut self, sign: Sign) {
         self.booted.get_or_insert(self.now);
         self.heard = self.now;
         match sign {
@@ -142,17 +142,17 @@ mod tests {
     /// A machine that took `boot` seconds to boot.
     fn booted(boot: u64) -> ProgressWatch {
         let mut watch = ProgressWatch::default();
-        watch.pass(s(boot));
-        watch.hear(Sign::Progress);
+        watch.advance(s(boot));
+        watch.note(Sign::Progress);
         watch
     }
 
     #[test]
     fn a_machine_that_never_speaks_is_given_up() {
         let mut watch = ProgressWatch::default();
-        watch.pass(BOOT);
+        watch.advance(BOOT);
         assert_eq!(watch.verdict(), None);
-        watch.pass(s(1));
+        watch.advance(s(1));
         assert!(watch.verdict().is_some_and(|why| why.contains("300 s")));
     }
 
@@ -160,14 +160,14 @@ mod tests {
     fn silence_counts_where_a_guest_says_that_it_is_there_and_longer_where_it_booted_slowly() {
         for (boot, silent) in [(1, 180), (20, 600)] {
             let mut watch = booted(boot);
-            watch.hear(Sign::Alive);
-            watch.pass(s(silent));
+            watch.note(Sign::Alive);
+            watch.advance(s(silent));
             assert_eq!(watch.verdict(), None);
-            watch.pass(s(1));
+            watch.advance(s(1));
             assert!(watch.verdict().is_some_and(|why| why.contains("without a word")));
         }
         let mut benchmark = booted(1);
-        benchmark.pass(s(1000));
+        benchmark.advance(s(1000));
         assert_eq!(benchmark.verdict(), None, "a benchmark says nothing until it ends");
     }
 
@@ -175,13 +175,13 @@ mod tests {
     fn a_guest_that_is_there_and_a_test_that_is_not_is_given_up() {
         let mut watch = booted(2);
         for _ in 0..60 {
-            watch.pass(s(10));
-            watch.hear(Sign::Alive);
+            watch.advance(s(10));
+            watch.note(Sign::Alive);
             assert_eq!(watch.verdict(), None);
         }
-        watch.pass(s(1));
+        watch.advance(s(1));
         assert!(watch.verdict().is_some_and(|why| why.contains("no test")));
-        watch.hear(Sign::Progress);
+        watch.note(Sign::Progress);
         assert_eq!(watch.verdict(), None);
     }
 
@@ -189,8 +189,8 @@ mod tests {
     fn there_is_an_end_to_everything() {
         let mut watch = booted(10);
         for _ in 0..600 {
-            watch.pass(s(10));
-            watch.hear(Sign::Progress);
+            watch.advance(s(10));
+            watch.note(Sign::Progress);
         }
         assert!(watch.verdict().is_some_and(|why| why.contains("in all")));
     }

@@ -257,18 +257,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
             wait_for_end_of_stdin()?;
             drop(held);
         }
-        What::Burst { mib, threads, touch, gate } => {
-            if gate {
-                say("gated", &json!({}))?;
-                wait_for_end_of_stdin()?;
-            }
-            let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-            let begin = std::time::Instant::now();
-            let held = memory::burst(mib, threads, touch)?;
-            let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
-            say("done", &json!({ "anon_mib": mib, "threads": threads, "elapsed_us": micros }))?;
-            drop(held);
-        }
+        What::Burst { mib, threads, touch, gate } => take_at_once(mib, threads, touch, gate)?,
         What::Many { processes, mib_each } => family::many(processes, mib_each)?,
         What::Tmpfs { mib, dir } => memory::fill_tmpfs(mib, &dir)?,
         What::ForkChild { mib } => family::fork_child(mib)?,
@@ -315,6 +304,21 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes memory at once; with `gate`, after a line on stdin. The default is a thread for each CPU.
+fn take_at_once(mib: usize, threads: Option<usize>, touch: bool, gate: bool) -> anyhow::Result<()> {
+    if gate {
+        say("gated", &json!({}))?;
+        wait_for_end_of_stdin()?;
+    }
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let begin = std::time::Instant::now();
+    let held = memory::burst(mib, threads, touch)?;
+    let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+    say("done", &json!({ "anon_mib": mib, "threads": threads, "elapsed_us": micros }))?;
+    drop(held);
+    Ok(())
 }
 
 /// Prints an event as a JSON line, with the pid of the process.

@@ -198,8 +198,8 @@ impl Side {
     }
 }
 
-fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
-    let seconds = samples.last().map_or(0.0, |last| last.seconds);
+/// Rows of the table of differences, and the goals.
+fn differences(samples: &[Sample], seconds: f64) -> (Vec<Vec<Cell>>, Vec<Goal>) {
     let mut rows = Vec::new();
     let mut goals = Vec::new();
     for difference in &DIFFERENCES {
@@ -228,6 +228,12 @@ fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
             met: stays,
         });
     }
+    (rows, goals)
+}
+
+fn chapter(seed: u64, samples: &[Sample]) -> Chapter {
+    let seconds = samples.last().map_or(0.0, |last| last.seconds);
+    let (rows, goals) = differences(samples, seconds);
     let figure =
         |of: fn(&Sample) -> f64, unit| Cell::from(Figure::of(&samples.iter().map(of).collect::<Vec<f64>>(), unit));
     let part = |name: &str, memtrace: fn(&Sample) -> f64, kernel: fn(&Sample) -> f64| {
