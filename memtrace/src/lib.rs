@@ -4,12 +4,11 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;
-pub mod engine;
+
 pub mod kernel;
 pub mod machine;
 pub mod process;
 pub mod refusal;
-pub mod report;
 pub mod serve;
 pub mod session;
 pub mod store;

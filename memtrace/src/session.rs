@@ -1,4 +1,4 @@
-//! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
+//! One run of the tracer: kernel, kernel log and stock in, outputs out. The agent and `record` both are one.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,8 +12,6 @@ use tracing::{debug, info, warn};
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
 use crate::cgroup::questions::Questions;
 use crate::clock::{self, Ticker};
-use crate::engine::Engine;
-use crate::engine::input::{Effect, Fact, Input, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
 use crate::kernel::support::{Facts, MemoryController, Status, plan};
@@ -26,6 +24,10 @@ use crate::process::stacks::Stacks;
 use crate::process::stock;
 use crate::refusal::Refusal;
 use crate::store::journal;
+use memtrace_engine::Engine;
+use memtrace_engine::Out;
+use memtrace_engine::input::{Fact, Input, Settings};
+use memtrace_engine::output::{Output, Request};
 
 /// How often time passes for the engine and the rings that do not wake are drained.
 const TICK: Duration = Duration::from_millis(100);
@@ -81,7 +83,7 @@ pub struct Session {
     /// The segment of the journal that has what stacks are made of.
     stated_segment: u64,
     journal_failures: u64,
-    effects: Vec<Effect>,
+    out: Out,
 }
 
 impl Session {
@@ -128,7 +130,7 @@ impl Session {
             steps_ns: clock::boot_ns(),
             stated_segment: 0,
             journal_failures: 0,
-            effects: Vec::new(),
+            out: Out::default(),
         };
         session.take_stock(options);
         Ok(session)
@@ -183,11 +185,11 @@ impl Session {
     pub fn feed(&mut self, fact: Fact) {
         let input = Input::Fact(fact);
         record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
-        self.engine.apply(&input, &mut self.effects);
+        self.engine.apply(&input, &mut self.out);
     }
 
     /// Waits for something to happen and gives back what is to be done about it.
-    pub async fn step(&mut self) -> Vec<Effect> {
+    pub async fn step(&mut self) -> Vec<Output> {
         if self.owed {
             return self.pump(true);
         }
@@ -207,7 +209,7 @@ impl Session {
     /// Drains everything there is, lets time pass, gives back what is to be done about it.
     ///
     /// A kill is given back before anything that takes longer: a tick it came with is made up for at the next turn.
-    pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
+    pub fn pump(&mut self, tick: bool) -> Vec<Output> {
         // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
         let now = clock::boot_ns();
         // Batch by batch into the journal: what is there survives a kill -9.
@@ -220,16 +222,16 @@ impl Session {
             }
         }
         self.drain_stacks();
-        let killed = self.effects.iter().any(|effect| matches!(effect, Effect::Kill(_)));
+        let killed = self.out.outputs.iter().any(|output| matches!(output, Output::Kill(_)));
         if tick && killed && !self.owed {
             self.owed = true;
         } else if tick {
             self.owed = false;
             self.tick(now);
         }
-        self.answer_engine();
+        self.carry_out_requests();
         self.flush_journal();
-        std::mem::take(&mut self.effects)
+        std::mem::take(&mut self.out.outputs)
     }
 
     /// One batch out of the rings; whether more is waiting.
@@ -243,7 +245,7 @@ impl Session {
             }
             let input = Input::Record(bytes);
             record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
-            self.engine.apply(&input, &mut self.effects);
+            self.engine.apply(&input, &mut self.out);
         }
         for id in std::mem::take(&mut self.made) {
             self.sample(id);
@@ -302,27 +304,21 @@ impl Session {
         }
     }
 
-    /// Does what the engine asks of its shell itself: quanta at once, questions with the next tick.
-    fn answer_engine(&mut self) {
-        let probe = &mut self.probe;
-        let questions = &mut self.questions;
-        self.effects.retain(|effect| match effect {
-            Effect::LookUpCgroup { id } => {
-                questions.look_up(*id);
-                false
-            }
-            Effect::WatchOomControl { cgroup_id, path } => {
-                questions.watch(*cgroup_id, path.clone(), clock::boot_ns());
-                false
-            }
-            Effect::SetQuantum { cgroup_id, quantum_bytes } => {
-                if let Err(error) = probe.set_quantum(*cgroup_id, *quantum_bytes) {
-                    debug!("quantum of cgroup {cgroup_id}: {error}");
+    /// Carries out what the engine requests: thresholds at once, questions with the next tick.
+    fn carry_out_requests(&mut self) {
+        for request in self.out.requests.drain(..) {
+            match request {
+                Request::LookUpCgroup { id } => self.questions.look_up(id),
+                Request::WatchOomControl { cgroup_id, path } => {
+                    self.questions.watch(cgroup_id, path, clock::boot_ns());
                 }
-                false
+                Request::SetRssThreshold { cgroup_id, threshold_bytes } => {
+                    if let Err(error) = self.probe.set_quantum(cgroup_id, threshold_bytes) {
+                        debug!("RSS threshold of cgroup {cgroup_id}: {error}");
+                    }
+                }
             }
-            _ => true,
-        });
+        }
     }
 
     fn flush_journal(&mut self) {
@@ -348,18 +344,18 @@ impl Session {
     }
 
     /// Ends the run: drains what is left, closes every incident; what it lost is in the log.
-    pub fn stop(mut self) -> Vec<Effect> {
-        let mut effects = self.pump(true);
+    pub fn stop(mut self) -> Vec<Output> {
+        let mut outputs = self.pump(true);
         self.catch_up();
         self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
-        effects.append(&mut self.pump(false));
+        outputs.append(&mut self.pump(false));
         if self.losses.is_empty() {
             info!("stopped; nothing was lost");
         }
         for (what, count) in &self.losses {
             warn!("stopped; lost {what}: {count}");
         }
-        effects
+        outputs
     }
 
     /// The engine, for its counts and its snapshot.

@@ -12,10 +12,10 @@ use super::values::Span;
 use super::{Outcome, STATE_DIR};
 use crate::process::symbolize::symbolize_file;
 use crate::refusal::Refusal;
-use crate::report::paths::Window;
-use crate::report::{firefox, folded, html, json, pprof, text};
 use crate::store::incidents::{self, FindError, Incidents};
 use memtrace_incident::{Cause, Incident};
+use memtrace_report::paths::Window;
+use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]
@@ -153,8 +153,8 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::Style;
     use memtrace_incident::fixtures;
+    use memtrace_report::Style;
 
     fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
         Args {

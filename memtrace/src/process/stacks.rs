@@ -17,7 +17,7 @@ use super::modules::ModuleId;
 use super::rule::Registers;
 use super::trigger::TriggerStacks;
 use super::unwind::Found;
-use crate::engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+use memtrace_engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
 use memtrace_incident::{Cause, Cut};
 
 /// Stacks waiting for the names of their kernel frames.
