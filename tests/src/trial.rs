@@ -6,6 +6,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::actor::Actor;
 use crate::agent::{Agent, AgentOptions, json_of};
 use crate::cage::Cage;
 use crate::deadline::Deadline;
@@ -13,6 +14,8 @@ use crate::{json, programs};
 
 /// How long incidents may take to appear.
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
+/// Answers of the agent after which it has taken in what happened before the first of them.
+const TURNS: usize = 5;
 /// Polling interval.
 const LOOK: Duration = Duration::from_millis(100);
 /// Time in which a surplus incident would appear.
@@ -33,6 +36,27 @@ impl Trial {
         let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
         let agent = AgentOptions::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
         Ok(Self { agent, dir })
+    }
+
+    /// Starts a workload that takes `--gate` and lets it go on once the agent has read its mappings,
+    /// which is when it has unwound a first stack of it: whether the rest has stacks does not depend
+    /// on how soon the agent gets a CPU then.
+    pub fn start_known(&self, cage: &Cage, arguments: &[&str]) -> anyhow::Result<Actor> {
+        let stacks = || self.agent.metric("memtrace_stacks_total");
+        let before = stacks()?;
+        let gated: Vec<&str> = arguments.iter().copied().chain(["--gate"]).collect();
+        let mut actor = Actor::start(Some(cage), &gated)?;
+        actor.until("gated")?;
+        let deadline = Deadline::after(WAIT_LIMIT);
+        while stacks()? <= before && !deadline.has_passed() {
+            std::thread::sleep(LOOK);
+        }
+        // The agent answers between two turns of its loop, and empties its rings in each.
+        for _ in 0..TURNS {
+            stacks()?;
+            std::thread::sleep(LOOK);
+        }
+        Ok(actor)
     }
 
     /// How the agent was started.
