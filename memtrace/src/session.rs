@@ -47,10 +47,10 @@ const THREAD_BYTES: u32 = 16 << 10;
 /// Segments the journal's size is cut into.
 const JOURNAL_SEGMENTS: u64 = 8;
 
-mod options;
+mod config;
 mod sampling;
 
-pub use options::Options;
+pub use config::{JournalConfig, SessionConfig};
 
 /// A running tracer.
 pub struct Session {
@@ -58,7 +58,7 @@ pub struct Session {
     engine: Engine,
     hierarchy: Hierarchy,
     status: Status,
-    journal: Option<journal::Writer>,
+    journal: Option<journal::JournalWriter>,
     kernel_log: Option<log::Reader>,
     ticker: Ticker,
     ticks: u32,
@@ -89,7 +89,7 @@ impl Session {
     ///
     /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
     /// [`Refusal::Unsupported`].
-    pub fn start(options: &Options) -> anyhow::Result<Self> {
+    pub fn start(options: &SessionConfig) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(survey(options.btf.as_deref()), options)?;
         let kernel_log = match options.kernel_log.then(log::Reader::open) {
             None => None,
@@ -101,8 +101,8 @@ impl Session {
         };
         let journal = match &options.journal {
             None => None,
-            Some((dir, bytes)) => Some(
-                journal::Writer::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
+            Some(JournalConfig { dir, bytes }) => Some(
+                journal::JournalWriter::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
                     .with_context(|| format!("failed to open the journal in {}", dir.display()))?,
             ),
         };
@@ -121,7 +121,7 @@ impl Session {
             losses: Vec::new(),
             stacks: Stacks::new(Processes::default()),
             stacks_owed: false,
-            steps: Steps::new(options.sample_bytes, options.stack_budget_ppm),
+            steps: Steps::new(options.sample_interval_bytes, options.stack_budget_ppm),
             unwound: 0,
             sampled: BTreeSet::new(),
             made: Vec::new(),
@@ -135,11 +135,11 @@ impl Session {
     }
 
     /// Tells the engine where it is and what already runs. The hooks are on: nothing falls between.
-    fn take_stock(&mut self, options: &Options) {
+    fn take_stock(&mut self, options: &SessionConfig) {
         let settings = Settings {
             before_ns: options.before_ns,
             after_ns: options.after_ns,
-            quantum_bytes: options.quantum_bytes,
+            quantum_bytes: options.rss_threshold_bytes,
             cgroup_version: self.hierarchy.version,
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),
@@ -148,7 +148,7 @@ impl Session {
             degraded: self.status.degraded(),
             spikes: options.spikes,
             near_misses: options.near_misses,
-            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
+            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_interval_bytes },
         };
         self.feed(Fact::Start { host: machine::host(), settings });
         self.feed(clock::anchor());
@@ -283,7 +283,7 @@ impl Session {
     fn read_losses(&mut self) {
         self.probe.pass_messages();
         let mut totals = self.probe.losses();
-        let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
+        let journal_lost = self.journal.as_ref().map_or(0, journal::JournalWriter::lost);
         if journal_lost > 0 {
             totals.push(("journal/not_written".to_owned(), journal_lost));
         }
@@ -405,7 +405,7 @@ fn sums_slots(layout: &KernelLayout) -> bool {
 }
 
 /// Journals an input before the engine sees it; a failure is counted, never fatal.
-fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
+fn record(journal: &mut Option<journal::JournalWriter>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
     let Some(journal) = journal else { return };
     let begun =
         if journal.rotate_needed() { journal.begin_segment(&engine.preamble(clock::boot_ns())) } else { Ok(()) };
@@ -445,7 +445,7 @@ pub fn survey(btf: Option<&Path>) -> Ground {
 /// Loads and attaches what the ground allows. The tracer runs as long as the probe lives.
 ///
 /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`Refusal::Unsupported`].
-pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+pub fn attach(ground: Ground, options: &SessionConfig) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let Ground { hierarchy, facts } = ground;
     let plan = plan(&facts, &options.without);
     refuse(&Status::new(&plan, &[]))?;
@@ -460,8 +460,8 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
     let _memlock = machine::raise_memlock();
     let settings = probe::Settings {
         control: Control {
-            quantum_bytes: options.quantum_bytes,
-            mapping_bytes: options.quantum_bytes.saturating_mul(4),
+            quantum_bytes: options.rss_threshold_bytes,
+            mapping_bytes: options.rss_threshold_bytes.saturating_mul(4),
             mm_salt: machine::salt(),
             memory_hierarchy_id: hierarchy.hierarchy_id,
             cpus: machine::possible_cpus().min(MAX_CPUS),
@@ -472,7 +472,7 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
             reclaim_interval_ns: 5_000_000,
             sample_bytes: match (options.stack_budget_ppm, options.sample_all) {
                 (0, _) => 0,
-                (_, true) => options.sample_bytes,
+                (_, true) => options.sample_interval_bytes,
                 (_, false) => NEVER_BYTES,
             },
             stack_budget_ppm: options.stack_budget_ppm,

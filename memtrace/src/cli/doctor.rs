@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
-use std::path::PathBuf;
 
 use anyhow::Context;
 use memtrace_common::layout::ABSENT;
 use serde::Serialize;
 
 use super::Outcome;
+use super::config::{Config, DOCTOR, Flags};
 use crate::kernel::support::{
-    self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, Program, State, Status,
+    self, Facts, HookStatus, MemoryController, Need, Privileges, Problem, Program, State, Status,
 };
-use crate::session;
+use crate::session::{self, SessionConfig};
 
 /// Version of the `--json` output.
 const SCHEMA: u32 = 1;
@@ -34,12 +34,8 @@ pub struct Args {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Read the kernel's types from this file instead of /sys/kernel/btf/vmlinux
-    #[arg(long, value_name = "FILE")]
-    pub btf: Option<PathBuf>,
-    /// Leave hooks out, as a list or repeated
-    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
-    pub without: Vec<Hook>,
+    #[command(flatten)]
+    settings: Flags<DOCTOR>,
 }
 
 /// Whether memtrace can run.
@@ -82,12 +78,13 @@ pub struct Report {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
-    let ground = session::survey(args.btf.as_deref());
+    let config = Config::load(None, &args.settings)?.parse()?.session;
+    let ground = session::survey(config.btf.as_deref());
     let facts = ground.facts.clone();
-    let plan = support::plan(&facts, &args.without);
+    let plan = support::plan(&facts, &config.without);
     let planned = Status::new(&plan, &[]);
     // What already stands in the way is named in full by the plan; trying would only say the first of it again.
-    let status = if planned.can_run() { outcome(planned, tried(ground, args)) } else { planned };
+    let status = if planned.can_run() { outcome(planned, tried(ground, &config)) } else { planned };
     let report = Report::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -101,12 +98,11 @@ pub fn run(args: &Args) -> Outcome {
 }
 
 /// Loads and attaches for a moment, as the agent would: only the kernel knows.
-fn tried(ground: session::Ground, args: &Args) -> anyhow::Result<Status> {
-    let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
+fn tried(ground: session::Ground, config: &SessionConfig) -> anyhow::Result<Status> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();
-    session::attach(ground, &options).map(|(_, _, status)| status)
+    session::attach(ground, config).map(|(_, _, status)| status)
 }
 
 /// What came of trying; a plan that fell through is no plan.
@@ -242,6 +238,7 @@ fn privileges(privileges: &Privileges) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::support::Hook;
 
     fn report(facts: &Facts, without: &[Hook]) -> Report {
         Report::new(facts, Status::new(&support::plan(facts, without), &[]))

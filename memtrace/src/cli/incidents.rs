@@ -1,16 +1,17 @@
 //! `memtrace incidents`.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
-use super::{Outcome, STATE_DIR, listing, terminal};
+use super::config::{Config, Flags, READ};
+use super::{Outcome, listing, terminal};
 use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::SigkillEntry;
 use crate::report::{json, units};
-use crate::store::incidents::{self, Incidents};
+use crate::store::incidents::{self, IncidentStore};
 use crate::store::ledger;
 
 /// Arguments of `memtrace incidents`.
@@ -23,9 +24,8 @@ Examples:
   memtrace incidents --sigkills --since 1h who sent a SIGKILL, to which process
   memtrace report latest                   the post-mortem of the newest one")]
 pub struct Args {
-    /// The agent's state directory
-    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
-    pub state_dir: PathBuf,
+    #[command(flatten)]
+    settings: Flags<READ>,
     /// Print a JSON array of incident files without `timeline`, `allocation_paths` and `allocations`, or of
     /// SIGKILLs
     #[arg(long)]
@@ -60,17 +60,18 @@ pub enum KindFilter {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
+    let state_dir = Config::load(None, &args.settings)?.parse()?.state_dir;
     if args.sigkills {
-        return sigkills(args);
+        return sigkills(args, &state_dir);
     }
-    let store = Incidents::at(&args.state_dir);
+    let store = IncidentStore::at(&state_dir);
     let entries = match store.list() {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            note(&format!("{} does not exist: has the agent run here? (see --state-dir)", args.state_dir.display()));
+            note(&format!("{} does not exist: has the agent run here? (see --state-dir)", state_dir.display()));
             Vec::new()
         }
-        Err(error) => return Err(unreadable(error, &args.state_dir)),
+        Err(error) => return Err(unreadable(error, &state_dir)),
     };
     let mut found = Vec::new();
     for entry in entries {
@@ -88,15 +89,15 @@ pub fn run(args: &Args) -> Outcome {
     if args.json {
         terminal::write(&json::list(&found)?, None)?;
     } else if found.is_empty() {
-        terminal::write(&format!("no incidents in {}\n", args.state_dir.display()), None)?;
+        terminal::write(&format!("no incidents in {}\n", state_dir.display()), None)?;
     } else {
         terminal::write(&listing::table(&found), None)?;
     }
     Ok(0)
 }
 
-fn sigkills(args: &Args) -> Outcome {
-    let ledger = ledger::read::<SigkillEntry>(&args.state_dir).map_err(|error| unreadable(error, &args.state_dir))?;
+fn sigkills(args: &Args, state_dir: &Path) -> Outcome {
+    let ledger = ledger::read::<SigkillEntry>(state_dir).map_err(|error| unreadable(error, state_dir))?;
     if ledger.bad_lines > 0 {
         note(&format!("{} of the ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
     }
@@ -109,7 +110,7 @@ fn sigkills(args: &Args) -> Outcome {
     if args.json {
         terminal::write(&json::sigkills(&found)?, None)?;
     } else if found.is_empty() {
-        terminal::write(&format!("no SIGKILLs in {}\n", args.state_dir.display()), None)?;
+        terminal::write(&format!("no SIGKILLs in {}\n", state_dir.display()), None)?;
     } else {
         terminal::write(&listing::sigkills(&found), None)?;
     }
@@ -117,7 +118,7 @@ fn sigkills(args: &Args) -> Outcome {
 }
 
 /// An error of the state directory, with what to do about it.
-pub(super) fn unreadable(error: io::Error, dir: &std::path::Path) -> anyhow::Error {
+pub(super) fn unreadable(error: io::Error, dir: &Path) -> anyhow::Error {
     let hint = if error.kind() == io::ErrorKind::PermissionDenied { " (try sudo)" } else { "" };
     anyhow!("failed to list incidents in {}: {error}{hint}", dir.display())
 }

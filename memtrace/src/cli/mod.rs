@@ -9,6 +9,7 @@ use crate::refusal::Refusal;
 
 pub mod agent;
 pub mod completions;
+mod config;
 pub mod doctor;
 pub mod exec_in;
 pub mod incidents;
@@ -17,14 +18,13 @@ mod listing;
 pub mod man;
 pub mod name_frames;
 pub mod record;
+#[cfg(test)]
+mod reference;
 pub mod replay;
 pub mod report;
 pub mod schema;
 pub mod terminal;
 pub mod values;
-
-/// Where the agent keeps incidents unless told otherwise.
-pub const STATE_DIR: &str = "/var/lib/memtrace";
 
 /// The memory flight recorder for Linux: what happened at an OOM kill, how it got there, who did it.
 #[derive(Parser, Debug)]
@@ -72,7 +72,7 @@ pub type Outcome = anyhow::Result<u8>;
 /// Runs the verb and turns its outcome into the process's exit code.
 pub fn run(cli: Cli) -> ExitCode {
     let outcome = match cli.verb {
-        Verb::Agent(args) => agent::run(args),
+        Verb::Agent(args) => agent::run(&args),
         Verb::Record(args) => record::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Incidents(args) => incidents::run(&args),

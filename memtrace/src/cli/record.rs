@@ -13,8 +13,9 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
+use super::config::{Config, Flags, RECORD};
 use super::invoker::Invoker;
-use super::values::{Share, Size, Span};
+use super::values::{Size, Span};
 use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
@@ -25,7 +26,7 @@ use crate::process::symbolize::{Questions, Symbolizer};
 use crate::process::{apart, stock};
 use crate::refusal::Refusal;
 use crate::report::text;
-use crate::session::{self, Session};
+use crate::session::{Session, SessionConfig};
 use crate::store::incidents;
 
 /// What is still on its way when a process has ended: its last records, and the window of a kill.
@@ -62,21 +63,8 @@ pub struct Args {
     /// End a --pid or --cgroup recording after this long (else Ctrl-C ends it)
     #[arg(long = "for", value_name = "SPAN", conflicts_with = "command")]
     duration: Option<Span>,
-    /// Record when a process' resident memory moved by this much
-    #[arg(long, value_name = "SIZE", default_value = "64K")]
-    quantum: Size,
-    /// Take a stack whenever a process has grown by about this much
-    #[arg(long, value_name = "SIZE", default_value = "128K")]
-    sample: Size,
-    /// Let stacks cost at most this share of one CPU, in the kernel and here; 0 takes none
-    #[arg(long, value_name = "PERCENT", default_value = "100%")]
-    stack_budget: Share,
-    /// Kernel type information to use instead of the running kernel's own
-    #[arg(long, value_name = "FILE")]
-    btf: Option<PathBuf>,
-    /// Leave hooks out, as a list or repeated (`memtrace doctor` names them)
-    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
-    without: Vec<crate::kernel::hooks::Hook>,
+    #[command(flatten)]
+    settings: Flags<RECORD>,
     /// Print nothing at the end
     #[arg(short, long)]
     quiet: bool,
@@ -120,23 +108,17 @@ struct Ending {
 
 /// Runs the tracer to its end: what it saw, and the exit code to end with.
 async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
-    let options = session::Options {
-        btf: args.btf.clone(),
-        without: args.without.clone(),
-        quantum_bytes: args.quantum.0,
-        // One program may grow by gigabytes a second, and this lives no longer than it.
+    let config = SessionConfig {
+        // One program may grow by gigabytes a second, and the ring lives no longer than the recording.
         stacks_ring_bytes: 32 << 20,
-        sample_bytes: args.sample.0,
         sample_all: false,
-        stack_budget_ppm: args.stack_budget.0,
-        after_ns: u64::try_from(SETTLE.as_nanos()).unwrap_or(u64::MAX),
+        after_ns: Span(SETTLE).nanoseconds(),
         spikes: false,
         near_misses: false,
-        ..session::Options::default()
+        journal: None,
+        ..Config::load(None, &args.settings)?.parse()?.session
     };
-    options.check().map_err(Refusal::Usage)?;
-    // Found before the tracer starts, so that a wrong name costs nothing.
-    let mut session = Session::start(&options)?;
+    let mut session = Session::start(&config)?;
     let mut files = Vec::new();
     let ending = if args.command.is_empty() {
         follow(args, &mut session, &mut files).await?

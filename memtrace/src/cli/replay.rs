@@ -10,8 +10,8 @@ use crate::engine::Engine;
 use crate::engine::incident::Incident;
 use crate::engine::input::{Effect, Fact, Input};
 use crate::report::{json, units};
-use crate::store::incidents::Incidents;
-use crate::store::journal::{OpenError, Reader, Stats};
+use crate::store::incidents::IncidentStore;
+use crate::store::journal::{JournalReader, JournalStats, OpenError};
 
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]
@@ -38,7 +38,7 @@ pub struct Args {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
-    let mut reader = Reader::open(&args.capture)?;
+    let mut reader = JournalReader::open(&args.capture)?;
     let mut engine = Engine::new();
     let incidents = replay(&mut reader, |input, effects| engine.apply(input, effects))?;
     let gaps = gaps(reader.stats());
@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     if let Some(dir) = &args.output {
         let failed = || format!("failed to write incidents into {}", dir.display());
-        let store = Incidents::create(dir).with_context(failed)?;
+        let store = IncidentStore::create(dir).with_context(failed)?;
         for incident in &incidents {
             store.save(incident).with_context(failed)?;
         }
@@ -65,7 +65,7 @@ pub fn run(args: &Args) -> Outcome {
 
 /// Feeds a journal to an engine; the incidents it saves, each in its last version, in the order they were opened.
 fn replay(
-    reader: &mut Reader,
+    reader: &mut JournalReader,
     mut apply: impl FnMut(&Input<'_>, &mut Vec<Effect>),
 ) -> Result<Vec<Incident>, OpenError> {
     let mut effects = Vec::new();
@@ -99,7 +99,7 @@ fn replay(
 }
 
 /// What a replay could not see; empty when it saw everything.
-fn gaps(stats: Stats) -> String {
+fn gaps(stats: JournalStats) -> String {
     let mut gaps = Vec::new();
     if stats.torn_segments > 0 {
         let segments = units::count(stats.torn_segments, "segment is", "segments are");
@@ -119,18 +119,18 @@ fn gaps(stats: Stats) -> String {
 mod tests {
     use super::*;
     use crate::report::fixtures;
-    use crate::store::journal::Writer;
+    use crate::store::journal::JournalWriter;
 
     fn replayed(inputs: &[Input<'_>], save_at: usize) -> (Vec<Incident>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = Writer::open(dir.path(), 1 << 20, 1 << 22).unwrap();
+        let mut writer = JournalWriter::open(dir.path(), 1 << 20, 1 << 22).unwrap();
         writer.begin_segment(&[]).unwrap();
         for input in inputs {
             writer.append(input).unwrap();
         }
         drop(writer);
         let mut seen = Vec::new();
-        let incidents = replay(&mut Reader::open(dir.path()).unwrap(), |input, effects| {
+        let incidents = replay(&mut JournalReader::open(dir.path()).unwrap(), |input, effects| {
             seen.push(format!("{input:?}"));
             if seen.len() >= save_at {
                 effects.push(Effect::Save(Box::new(fixtures::burst())));
@@ -155,9 +155,14 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said() {
-        assert_eq!(gaps(Stats { frames: 3, segments: 1, ..Stats::default() }), "");
-        let stats =
-            Stats { torn_segments: 1, torn_bytes: 14, missing_segments: 2, unknown_frames: 1, ..Stats::default() };
+        assert_eq!(gaps(JournalStats { frames: 3, segments: 1, ..JournalStats::default() }), "");
+        let stats = JournalStats {
+            torn_segments: 1,
+            torn_bytes: 14,
+            missing_segments: 2,
+            unknown_frames: 1,
+            ..JournalStats::default()
+        };
         assert_eq!(
             gaps(stats),
             "1 segment is torn (14 B given up), 2 segments are missing, 1 frame is of a kind this memtrace does not know"

@@ -6,16 +6,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
+use super::Outcome;
+use super::config::{Config, Flags, READ};
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
-use super::{Outcome, STATE_DIR};
 use crate::engine::incident::{Cause, Incident};
 use crate::process::symbolize::symbolize_file;
 use crate::refusal::Refusal;
 use crate::report::paths::Window;
 use crate::report::{firefox, folded, html, json, pprof, text};
-use crate::store::incidents::{self, FindError, Incidents};
+use crate::store::incidents::{self, FindError, IncidentStore};
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]
@@ -54,9 +55,8 @@ pub struct Args {
     /// pprof
     #[arg(long, value_name = "SPAN|all", default_value = "all", value_parser = window)]
     pub window: Within,
-    /// The agent's state directory
-    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
-    pub state_dir: PathBuf,
+    #[command(flatten)]
+    settings: Flags<READ>,
     /// Name frames that have no name yet with files from DIR that have the build id of their module: a debug package's
     /// `.build-id` directory, or debug files and binaries anywhere below; may be given more than once
     #[arg(long, value_name = "DIR")]
@@ -104,7 +104,7 @@ fn cause(text: &str) -> Result<Cause, String> {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
-    let mut incident = load(&args.incident, &args.state_dir)?;
+    let mut incident = load(&args.incident, &Config::load(None, &args.settings)?.parse()?.state_dir)?;
     if !args.debug_dir.is_empty() {
         symbolize_file(&mut incident, &args.debug_dir);
     }
@@ -139,7 +139,7 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     if file {
         return Ok(incidents::read(path)?);
     }
-    match Incidents::at(state_dir).find(text) {
+    match IncidentStore::at(state_dir).find(text) {
         Ok(entry) => Ok(incidents::read(&entry.path)?),
         Err(FindError::NotAnId(_)) => {
             Err(Refusal::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
@@ -161,7 +161,7 @@ mod tests {
             output: Some(dir.join("out")),
             cause: Cause::Touch,
             window: Within::All,
-            state_dir: dir.to_owned(),
+            settings: Flags::with(&[("state_dir", dir.as_os_str())]),
             debug_dir: Vec::new(),
             color: Colour::Auto,
         }
@@ -171,7 +171,7 @@ mod tests {
     fn a_file_an_id_and_the_latest_give_the_same_report() {
         let dir = tempfile::tempdir().unwrap();
         let burst = fixtures::burst();
-        let path = Incidents::create(dir.path()).unwrap().save(&burst).unwrap();
+        let path = IncidentStore::create(dir.path()).unwrap().save(&burst).unwrap();
         for named in
             [path.as_os_str().to_owned(), burst.id[..8].into(), burst.id.to_lowercase().into(), "latest".into()]
         {
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn stacks_are_for_a_window_and_a_cause() {
         let dir = tempfile::tempdir().unwrap();
-        let path = Incidents::create(dir.path()).unwrap().save(&fixtures::burst()).unwrap();
+        let path = IncidentStore::create(dir.path()).unwrap().save(&fixtures::burst()).unwrap();
         let mut written = Vec::new();
         for (named_cause, named_window) in [("touch", "all"), ("touch", "1s"), ("touch", "100ms"), ("map", "all")] {
             let args = Args {

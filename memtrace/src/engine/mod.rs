@@ -46,7 +46,9 @@ use input::{CgroupFound, Effect, Fact, Finding, Input, ProcessFound, Settings};
 use memtrace_common::event as wire;
 use recording::{Ending, Subject};
 
+pub use processes::PROCESSES_CAP;
 pub use snapshot::{CgroupView, ProcessView, Snapshot};
+pub use timeline::MAX_BEFORE_NS;
 
 /// How many totals of losses a window is divided into.
 const LOSS_MOMENTS: u64 = 100;

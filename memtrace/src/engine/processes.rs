@@ -7,7 +7,7 @@ use memtrace_common::event::Task;
 use super::decode::field_text;
 
 /// Most processes known at once, dead ones included.
-pub(super) const PROCESSES_CAP: usize = 32_768;
+pub const PROCESSES_CAP: usize = 32_768;
 /// A dead process is forgotten after this.
 const DEAD_KEEP_NS: u64 = 60_000_000_000;
 /// Processes forgotten at once when the table is full.

@@ -1,4 +1,5 @@
-//! Incident files: one `<id>.memtrace` each, zstd over JSON; written whole, read with suspicion, dropped by age and size.
+//! Incident files: `<id>.memtrace`, zstd over JSON. They are written whole, read with bounds (a file may come from
+//! anywhere), and deleted by age and size.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
@@ -11,11 +12,11 @@ use serde::Deserialize;
 use super::atomic;
 use crate::engine::incident::{Incident, SCHEMA};
 
-/// Largest file read.
+/// Largest file that is read, bytes.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
-/// Largest JSON read out of it.
+/// Largest JSON that is decompressed, bytes.
 pub const MAX_JSON_BYTES: u64 = 512 << 20;
-/// Ending of an incident file's name.
+/// Extension of an incident file's name.
 pub const EXTENSION: &str = "memtrace";
 
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -23,60 +24,60 @@ const ZSTD_LEVEL: i32 = 3;
 const FILE_MODE: u32 = 0o640;
 const DIR_MODE: u32 = 0o750;
 
-/// Why a file is not an incident this build reads.
+/// Why bytes are not an incident that this build reads.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// The file cannot be read.
+    /// Reading failed.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It is not zstd.
+    /// No zstd header.
     #[error("not a memtrace incident (no zstd header)")]
     NotZstd,
-    /// It ends too early.
+    /// The zstd frame ends too early.
     #[error("the file is truncated")]
     Truncated,
-    /// Its zstd frame is damaged.
+    /// The zstd frame is damaged.
     #[error("the file is damaged: {0}")]
     Damaged(io::Error),
-    /// It is larger than a cap.
+    /// Larger than [`MAX_FILE_BYTES`] or [`MAX_JSON_BYTES`].
     #[error("{what} is larger than {limit} bytes")]
     TooLarge {
-        /// What is.
+        /// What is too large: the file or the JSON in it.
         what: &'static str,
-        /// The cap.
+        /// The cap, bytes.
         limit: u64,
     },
-    /// The JSON in it is not an incident.
+    /// The JSON is not an incident.
     #[error("not a memtrace incident: {0}")]
     NotAnIncident(serde_json::Error),
-    /// Its schema is not one of those this build reads.
+    /// A schema that this build does not read.
     #[error("schema {found} is {} than this memtrace reads ({SCHEMA}){}", if *found > SCHEMA { "newer" } else { "older" }, if *found > SCHEMA { "; update memtrace" } else { "" })]
     Schema {
-        /// Its schema.
+        /// `schema` of the file.
         found: u32,
     },
-    /// Its id is not a ULID.
+    /// The id is not a ULID.
     #[error("its id is not a ULID")]
     BadId,
     /// A timeline column has another length than `boot_ns`.
     #[error("timeline column {column} has {found} rows, boot_ns has {expected}")]
     Column {
-        /// Which.
+        /// Name of the column.
         column: &'static str,
-        /// Its length.
+        /// Rows of the column.
         found: usize,
-        /// Length of `boot_ns`.
+        /// Rows of `boot_ns`.
         expected: usize,
     },
 }
 
-/// [`Unreadable`], and which file.
+/// An incident file that cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to read incident {}: {why}", path.display())]
 pub struct ReadError {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// Why.
     pub why: Unreadable,
 }
 
@@ -86,65 +87,65 @@ pub enum FindError {
     /// The directory cannot be listed.
     #[error("failed to list incidents in {}: {source}", dir.display())]
     Io {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// It is not an id or the beginning of one.
+    /// The text is not an id or the beginning of one.
     #[error("not an incident id: {0:?}")]
     NotAnId(String),
-    /// No incident has it.
+    /// No incident has this id.
     #[error("no incident {id} in {}; `memtrace incidents` lists what there is", dir.display())]
     NotFound {
-        /// What was asked for.
+        /// The text as given.
         id: String,
-        /// Where.
+        /// The directory that was searched.
         dir: PathBuf,
     },
-    /// Several begin with it.
+    /// Several ids begin with the text.
     #[error("incident id {id} is ambiguous: {}", candidates.join(", "))]
     Ambiguous {
-        /// What was asked for.
+        /// The text as given.
         id: String,
-        /// Some that begin with it.
+        /// Up to five of them.
         candidates: Vec<String>,
     },
 }
 
-/// One file of the store.
+/// An incident file in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct IncidentFile {
     /// Id of the incident.
     pub id: String,
-    /// Its file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Its size.
+    /// Size of the file, bytes.
     pub bytes: u64,
 }
 
-/// What retention dropped.
+/// What [`IncidentStore::retain`] deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Dropped {
-    /// Files.
+pub struct DeletedFiles {
+    /// Number of files.
     pub files: u64,
-    /// Their bytes.
+    /// Size of these files, bytes.
     pub bytes: u64,
 }
 
-/// A directory of incidents.
+/// A directory of incident files.
 #[derive(Clone, Debug)]
-pub struct Incidents {
+pub struct IncidentStore {
     dir: PathBuf,
 }
 
-impl Incidents {
-    /// The store in `dir` for reading; nothing is touched.
+impl IncidentStore {
+    /// The store in `dir`, for reading: nothing is created or removed.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
 
-    /// The store in `dir` for writing: creates it and removes what a crash left half written.
+    /// The store in `dir`, for writing: creates the directory and removes what a crash left half written.
     pub fn create(dir: impl Into<PathBuf>) -> io::Result<Self> {
         let dir = dir.into();
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir)?;
@@ -152,15 +153,15 @@ impl Incidents {
         Ok(Self { dir })
     }
 
-    /// Writes an incident under its id, durably; a second one with the same id replaces the first.
+    /// Writes an incident under its id, durably. A second one with the same id replaces the first.
     pub fn save(&self, incident: &Incident) -> io::Result<PathBuf> {
         let path = self.path(&incident.id)?;
         write(&path, incident)?;
         Ok(path)
     }
 
-    /// What is in the store, newest first; files with other names are not its own.
-    pub fn list(&self) -> io::Result<Vec<Entry>> {
+    /// The incident files, newest first. Files with other names are ignored.
+    pub fn list(&self) -> io::Result<Vec<IncidentFile>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -171,7 +172,7 @@ impl Incidents {
             }
             match entry.metadata() {
                 Ok(metadata) if metadata.is_file() => {
-                    found.push(Entry { id: id.to_owned(), path: path.clone(), bytes: metadata.len() });
+                    found.push(IncidentFile { id: id.to_owned(), path: path.clone(), bytes: metadata.len() });
                 }
                 _ => {}
             }
@@ -181,8 +182,8 @@ impl Incidents {
         Ok(found)
     }
 
-    /// The incident whose id is `id` or, alone, begins with it; `latest` is the newest.
-    pub fn find(&self, id: &str) -> Result<Entry, FindError> {
+    /// The incident with this id, or the only one whose id begins with it; `latest` is the newest.
+    pub fn find(&self, id: &str) -> Result<IncidentFile, FindError> {
         let list = || self.list().map_err(|source| FindError::Io { dir: self.dir.clone(), source });
         let not_found = || FindError::NotFound { id: id.to_owned(), dir: self.dir.clone() };
         if id == "latest" {
@@ -192,7 +193,8 @@ impl Incidents {
         if wanted.is_empty() || wanted.len() > 26 || !wanted.bytes().all(is_id_byte) {
             return Err(FindError::NotAnId(id.chars().take(80).collect()));
         }
-        let mut matching: Vec<Entry> = list()?.into_iter().filter(|entry| entry.id.starts_with(&wanted)).collect();
+        let mut matching: Vec<IncidentFile> =
+            list()?.into_iter().filter(|entry| entry.id.starts_with(&wanted)).collect();
         match matching.len() {
             0 => Err(not_found()),
             1 => matching.pop().ok_or_else(not_found),
@@ -203,14 +205,14 @@ impl Incidents {
         }
     }
 
-    /// Drops the oldest incidents until the rest is within `max_bytes` and no older than `max_age`.
-    pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<Dropped> {
+    /// Deletes the oldest incidents until the rest is within `max_bytes` and no older than `max_age`.
+    pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<DeletedFiles> {
         let oldest = max_age.and_then(|age| now.checked_sub(age));
-        let (mut kept, mut dropped) = (0u64, Dropped::default());
+        let (mut kept, mut dropped) = (0u64, DeletedFiles::default());
         for entry in self.list()? {
             let with = kept.saturating_add(entry.bytes);
             let expired = matches!((oldest, happened(&entry.id)), (Some(oldest), Some(at)) if at < oldest);
-            // Once one is dropped, so is everything older.
+            // Everything older than a deleted file is deleted too.
             if dropped.files == 0 && with <= max_bytes && !expired {
                 kept = with;
                 continue;
@@ -233,7 +235,7 @@ impl Incidents {
     }
 }
 
-/// Writes an incident to any path, whole or not at all.
+/// Writes an incident to `path`, whole or not at all.
 pub fn write(path: &Path, incident: &Incident) -> io::Result<()> {
     atomic::write(path, &encode(incident)?, Some(FILE_MODE))
 }
@@ -252,7 +254,7 @@ pub fn read_from(stream: impl Read) -> Result<Incident, Unreadable> {
     decode(&bytes)
 }
 
-/// An incident as the bytes of its file.
+/// The bytes of an incident's file.
 pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
     let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
     encoder.include_checksum(true)?;
@@ -260,7 +262,7 @@ pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// The bytes of an incident file as an incident; total.
+/// Parses the bytes of an incident file. Never panics, whatever the bytes are.
 pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(Unreadable::TooLarge { what: "the file", limit: MAX_FILE_BYTES });
@@ -275,7 +277,7 @@ pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     let json = decompress(bytes, MAX_JSON_BYTES)?;
     let incident: Incident = match serde_json::from_slice(&json) {
         Ok(incident) => incident,
-        // A newer schema may well fail to parse: its number is the better message.
+        // A newer schema may fail to parse: its number makes the better message.
         Err(error) => {
             return Err(match serde_json::from_slice::<Versioned>(&json) {
                 Ok(Versioned { schema }) if schema != SCHEMA => Unreadable::Schema { found: schema },
@@ -287,12 +289,12 @@ pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     Ok(incident)
 }
 
-/// Whether `id` is a ULID as memtrace writes it: a safe file name.
+/// Whether `id` is a ULID as memtrace writes it, which is also a safe file name.
 pub fn is_id(id: &str) -> bool {
     id.len() == 26 && id.bytes().all(is_id_byte) && id.starts_with(|first| ('0'..='7').contains(&first))
 }
 
-/// When the incident with this id happened, to the millisecond.
+/// When the incident with this id happened, to the millisecond; `None` for what is not a ULID.
 pub fn happened(id: &str) -> Option<SystemTime> {
     let ulid = ulid::Ulid::from_string(id).ok()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ulid.timestamp_ms()))
@@ -303,7 +305,7 @@ struct Versioned {
     schema: u32,
 }
 
-/// Measured before anything is kept: a bomb costs time up to the cap, never memory.
+/// Decompresses twice, the first time to learn the size: a zip bomb costs time up to the cap, but no memory.
 fn decompress(bytes: &[u8], limit: u64) -> Result<Vec<u8>, Unreadable> {
     let unpack = || zstd::Decoder::with_buffer(bytes).map(|decoder| decoder.take(limit.saturating_add(1)));
     let wrong = |error: io::Error| match error.kind() {
@@ -347,7 +349,7 @@ fn check(incident: &Incident) -> Result<(), Unreadable> {
     }
 }
 
-/// Crockford's base 32.
+/// A digit of Crockford's base 32.
 fn is_id_byte(byte: u8) -> bool {
     byte.is_ascii_digit() || (byte.is_ascii_uppercase() && !b"ILOU".contains(&byte))
 }
