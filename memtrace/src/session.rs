@@ -13,7 +13,7 @@ use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
 use crate::cgroup::questions::Questions;
 use crate::clock::{self, Ticker};
 use crate::engine::Engine;
-use crate::engine::input::{Effect, Fact, Input, OVER_BUDGET, Settings};
+use crate::engine::input::{Effect, Fact, Input, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
 use crate::kernel::support::{Facts, MemoryController, Status, plan};
@@ -294,7 +294,7 @@ impl Session {
         totals.extend(self.stacks.losses());
         let (_, Cost { thinned, .. }) = self.stack_cost();
         if thinned > 0 {
-            totals.push((OVER_BUDGET.to_owned(), thinned));
+            totals.push((memtrace_incident::Loss::StacksOverBudget.label().to_owned(), thinned));
         }
         if totals != self.losses {
             self.losses.clone_from(&totals);

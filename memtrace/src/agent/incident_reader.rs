@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::engine::incident::{Incident, Timeline};
 use crate::report::json;
 use crate::serve::IncidentSource;
 use crate::store::incidents::{self, IncidentStore};
+use memtrace_incident::{Incident, Timeline};
 
 /// Reads incidents from the state directory.
 pub(super) struct IncidentReader(IncidentStore);
@@ -52,7 +52,7 @@ impl IncidentSource for IncidentReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     #[test]
     fn the_newest_come_first_without_what_is_large() {

@@ -13,11 +13,11 @@ use tracing::{error, info, warn};
 
 use super::AgentConfig;
 use super::symbolize_queue::SymbolizeQueue;
-use crate::engine::incident::{Incident, PressureLimit};
 use crate::engine::input::{Effect, Finding, KillEntry, SigkillEntry};
 use crate::serve::Counters;
 use crate::store::incidents::IncidentStore;
 use crate::store::ledger::{Ledger, LedgerEntry};
+use memtrace_incident::{Incident, PressureLimit};
 
 /// Takes the effects of the session.
 pub(super) struct Sinks {
@@ -89,7 +89,7 @@ impl Sinks {
         let Some(incident) = self.saves.pop_front() else { return false };
         match self.incidents.save(&incident) {
             Ok(path) => {
-                self.counters.saved(incident.kind);
+                self.counters.count_saved(incident.kind);
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
                 symbolize.push(&incident, &path);
             }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::config::{AGENT, Config, Flags};
-use super::{Outcome, terminal};
+use super::{VerbResult, terminal};
 use crate::agent;
 
 /// Arguments of `memtrace agent`.
@@ -30,7 +30,7 @@ pub struct Args {
 }
 
 /// Runs the verb until SIGTERM or SIGINT.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let config = Config::load(args.config.as_deref(), &args.settings)?;
     let parsed = config.parse()?;
     if args.print_config {

@@ -1,4 +1,7 @@
-//! `memtrace doctor`: what this kernel and these privileges allow, and what is lost without the rest.
+//! `memtrace doctor`: what memtrace can do on this kernel with these privileges, and what is lost without the rest.
+//!
+//! Kernel types and privileges say what may work; only loading and attaching shows what does. So as root the programs are
+//! loaded and attached for a moment, as the agent would.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,7 +11,7 @@ use anyhow::Context;
 use memtrace_common::layout::ABSENT;
 use serde::Serialize;
 
-use super::Outcome;
+use super::VerbResult;
 use super::config::{Config, DOCTOR, Flags};
 use crate::kernel::support::{
     self, Facts, HookStatus, MemoryController, Need, Privileges, Problem, Program, State, Status,
@@ -24,12 +27,12 @@ const UNSUPPORTED: u8 = 3;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  sudo memtrace doctor                     loads and attaches for a moment, as the agent would
+  sudo memtrace doctor                     load and attach for a moment, as the agent would
   memtrace doctor                          without root: what would be tried
   sudo memtrace doctor --without map,charge
   sudo memtrace doctor --json | jq .verdict
 
-Exit codes: 0 it can run (perhaps without something, which is named), 3 it cannot.")]
+Exit codes: 0 memtrace can run here, possibly without some hooks, which are named; 3 it cannot.")]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
@@ -41,51 +44,51 @@ pub struct Args {
 /// Whether memtrace can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// With everything.
+pub enum DoctorVerdict {
+    /// With every hook and capability.
     Full,
-    /// With something lost.
+    /// With something missing, which is named.
     Degraded,
     /// Not at all.
     Impossible,
 }
 
-/// The whole report; `--json` prints it as it is.
+/// The report as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
-    /// Version of this form.
+pub struct DoctorReport {
+    /// Version of this format.
     pub schema: u32,
     /// Whether memtrace can run.
-    pub verdict: Verdict,
+    pub verdict: DoctorVerdict,
     /// Kernel release.
     pub kernel: String,
-    /// Machine.
+    /// Machine architecture, as `uname -m` prints it.
     pub arch: String,
     /// File the kernel's types were read from; null when they are not known.
     pub btf: Option<String>,
     /// The memory controller; null when there is none.
     pub cgroup: Option<MemoryController>,
-    /// What this process may do.
+    /// User and capabilities of this process.
     pub privileges: Privileges,
     /// Lockdown mode; null when it cannot be read.
     pub lockdown: Option<String>,
-    /// What is on, what is off, why, what is lost, what to do.
+    /// Every hook with what is lost without it, and problems with what to do about them.
     #[serde(flatten)]
     pub status: Status,
-    /// Offsets and facts of the kernel's layout; null where the kernel has none.
+    /// Fields of kernel structs: offset, size or number; null for one this kernel lacks.
     pub layout: BTreeMap<&'static str, Option<u32>>,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let config = Config::load(None, &args.settings)?.parse()?.session;
     let ground = session::survey(config.btf.as_deref());
     let facts = ground.facts.clone();
     let plan = support::plan(&facts, &config.without);
     let planned = Status::new(&plan, &[]);
-    // What already stands in the way is named in full by the plan; trying would only say the first of it again.
+    // The plan names everything that keeps memtrace from running; trying would name only the first.
     let status = if planned.can_run() { outcome(planned, tried(ground, &config)) } else { planned };
-    let report = Report::new(&facts, status);
+    let report = DoctorReport::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
@@ -94,10 +97,10 @@ pub fn run(args: &Args) -> Outcome {
         out.write_all(report.text(colour).as_bytes())?;
     }
     out.flush()?;
-    Ok(if report.verdict == Verdict::Impossible { UNSUPPORTED } else { 0 })
+    Ok(if report.verdict == DoctorVerdict::Impossible { UNSUPPORTED } else { 0 })
 }
 
-/// Loads and attaches for a moment, as the agent would: only the kernel knows.
+/// Loads and attaches as the agent would; the programs are gone when this returns.
 fn tried(ground: session::Ground, config: &SessionConfig) -> anyhow::Result<Status> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
@@ -105,7 +108,7 @@ fn tried(ground: session::Ground, config: &SessionConfig) -> anyhow::Result<Stat
     session::attach(ground, config).map(|(_, _, status)| status)
 }
 
-/// What came of trying; a plan that fell through is no plan.
+/// The status after trying; an error is added to what keeps memtrace from running.
 fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
     tried.unwrap_or_else(|error| {
         let mut fatal = planned.fatal;
@@ -114,13 +117,13 @@ fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
     })
 }
 
-impl Report {
-    /// Joins the facts with where the hooks stand.
+impl DoctorReport {
+    /// Makes the report of the facts and the status of the hooks.
     pub fn new(facts: &Facts, status: Status) -> Self {
         let verdict = match (status.can_run(), status.degraded().is_empty()) {
-            (false, _) => Verdict::Impossible,
-            (true, false) => Verdict::Degraded,
-            (true, true) => Verdict::Full,
+            (false, _) => DoctorVerdict::Impossible,
+            (true, false) => DoctorVerdict::Degraded,
+            (true, true) => DoctorVerdict::Full,
         };
         let mut layout = BTreeMap::new();
         if let Some(found) = &facts.layout {
@@ -142,7 +145,7 @@ impl Report {
         }
     }
 
-    /// The report for a reader.
+    /// The report as text.
     pub fn text(&self, colour: bool) -> String {
         let paint = |code: &str, text: &str| {
             if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
@@ -177,7 +180,10 @@ impl Report {
             }
         }
         if self.status.hooks.iter().any(|hook| matches!(hook.state, State::Planned { .. })) {
-            line("\ntry: the types allow it; whether the kernel takes it is seen when memtrace starts.".to_owned());
+            line(
+                "\ntry: kernel types allow it; as root `memtrace doctor` finds out whether the kernel accepts it."
+                    .to_owned(),
+            );
         }
         let section = |out: &mut String, title: &str, problems: &[Problem]| {
             if problems.is_empty() {
@@ -197,16 +203,16 @@ impl Report {
             out,
             "\n{}",
             match self.verdict {
-                Verdict::Full => paint("32", "memtrace can run here with everything."),
-                Verdict::Degraded => paint("33", "memtrace can run here, without what is named above."),
-                Verdict::Impossible => paint("31", "memtrace cannot run here."),
+                DoctorVerdict::Full => paint("32", "memtrace can run here, with every hook."),
+                DoctorVerdict::Degraded => paint("33", "memtrace can run here, without what is named above."),
+                DoctorVerdict::Impossible => paint("31", "memtrace cannot run here."),
             }
         );
         out
     }
 }
 
-/// Where a hook stands, in words.
+/// The state of a hook in words.
 fn how(hook: &HookStatus) -> String {
     match &hook.state {
         State::Planned { programs } => programs.iter().map(Program::to_string).collect::<Vec<_>>().join(", else "),
@@ -231,7 +237,7 @@ fn privileges(privileges: &Privileges) -> String {
     .into_iter()
     .filter_map(|(have, name)| have.then_some(name))
     .collect();
-    let names = if names.is_empty() { "no capability that matters".to_owned() } else { names.join(" ") };
+    let names = if names.is_empty() { "no capability that memtrace uses".to_owned() } else { names.join(" ") };
     format!("uid {}: {names}", privileges.euid)
 }
 
@@ -240,21 +246,21 @@ mod tests {
     use super::*;
     use crate::kernel::support::Hook;
 
-    fn report(facts: &Facts, without: &[Hook]) -> Report {
-        Report::new(facts, Status::new(&support::plan(facts, without), &[]))
+    fn report(facts: &Facts, without: &[Hook]) -> DoctorReport {
+        DoctorReport::new(facts, Status::new(&support::plan(facts, without), &[]))
     }
 
     #[test]
     fn nothing_known_is_impossible_and_says_what_to_do() {
         let facts = Facts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..Facts::default() };
         let report = report(&facts, &[]);
-        assert_eq!(report.verdict, Verdict::Impossible);
+        assert_eq!(report.verdict, DoctorVerdict::Impossible);
         let text = report.text(false);
         for part in [
             "run as root or give CAP_BPF and CAP_PERFMON",
             "pass --btf FILE",
             "off  rss",
-            "no capability that matters",
+            "no capability that memtrace uses",
             "memtrace cannot run here.",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
@@ -268,8 +274,8 @@ mod tests {
         let mut planned = Status::new(&support::plan(&facts, &[]), &[]);
         planned.fatal.clear();
         let error = anyhow::anyhow!("Operation not permitted").context("the rss hook is needed");
-        let report = Report::new(&facts, outcome(planned.clone(), Err(error)));
-        assert_eq!(report.verdict, Verdict::Impossible);
+        let report = DoctorReport::new(&facts, outcome(planned.clone(), Err(error)));
+        assert_eq!(report.verdict, DoctorVerdict::Impossible);
         let text = report.text(false);
         assert!(text.contains("in the way:\n  the rss hook is needed: Operation not permitted\n"), "{text}");
         assert_eq!(outcome(planned.clone(), Ok(planned.clone())), planned);
@@ -279,7 +285,7 @@ mod tests {
     fn this_machine_gets_a_verdict() {
         let facts = session::survey(None).facts;
         let report = report(&facts, &[Hook::Charge]);
-        assert_ne!(report.verdict, Verdict::Full);
+        assert_ne!(report.verdict, DoctorVerdict::Full);
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["hooks"][14]["hook"], "charge");
         assert_eq!(json["hooks"][14]["state"], "left_out");

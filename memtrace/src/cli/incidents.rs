@@ -1,4 +1,4 @@
-//! `memtrace incidents`.
+//! `memtrace incidents`: lists incidents, or the processes that got SIGKILL.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -7,36 +7,37 @@ use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
 use super::config::{Config, Flags, READ};
-use super::{Outcome, listing, terminal};
-use crate::engine::incident::{Incident, Kind};
+use super::{VerbResult, listing, terminal};
 use crate::engine::input::SigkillEntry;
-use crate::report::{json, units};
+use crate::report::json;
 use crate::store::incidents::{self, IncidentStore};
 use crate::store::ledger;
+use memtrace_incident::units;
+use memtrace_incident::{Incident, Kind};
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  memtrace incidents                       everything recorded, newest first
-  memtrace incidents --since 2h            of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
+  memtrace incidents                         every incident, newest first
+  memtrace incidents --since 2h              of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
   memtrace incidents --kind oom-kill --json | jq '.[].oom.victims[].comm'
-  memtrace incidents --sigkills --since 1h who sent a SIGKILL, to which process
-  memtrace report latest                   the post-mortem of the newest one")]
+  memtrace incidents --sigkills --since 1h   who sent SIGKILL to which process
+  memtrace report latest                     the report of the newest one")]
 pub struct Args {
     #[command(flatten)]
     settings: Flags<READ>,
-    /// Print a JSON array of incident files without `timeline`, `allocation_paths` and `allocations`, or of
-    /// SIGKILLs
+    /// Print a JSON array: incident files without `timeline`, `allocation_paths` and `allocations`, or lines of
+    /// the SIGKILL ledger
     #[arg(long)]
     pub json: bool,
-    /// Only incidents since then: a time span back from now (1h, 2d) or a time (RFC 3339)
+    /// Only what happened since: a time span back from now (1h, 2d) or a time (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = since)]
     pub since: Option<Timestamp>,
-    /// Only this kind
+    /// Only incidents of this kind
     #[arg(long, value_name = "KIND")]
     pub kind: Option<KindFilter>,
-    /// List who sent a SIGKILL instead, to every process that got one
+    /// List processes that got SIGKILL, and who sent it, instead of incidents
     #[arg(long, conflicts_with = "kind")]
     pub sigkills: bool,
 }
@@ -44,22 +45,22 @@ pub struct Args {
 /// A kind of incident on the command line.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KindFilter {
-    /// OOM kills
+    /// The OOM killer killed
     #[value(alias = "oom_kill", alias = "oom")]
     OomKill,
-    /// Memory that rose close to the limit and fell again
+    /// Memory came close to a limit and fell again
     Spike,
-    /// Limits that were hit without a kill
+    /// A limit was hit without a kill
     #[value(alias = "near_miss")]
     NearMiss,
-    /// Cgroups that waited at their limit with their OOM killer off
+    /// A cgroup waited at its limit with its OOM killer off
     Stuck,
-    /// `memtrace record`
+    /// A recording of `memtrace record`
     Recording,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let state_dir = Config::load(None, &args.settings)?.parse()?.state_dir;
     if args.sigkills {
         return sigkills(args, &state_dir);
@@ -68,7 +69,10 @@ pub fn run(args: &Args) -> Outcome {
     let entries = match store.list() {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            note(&format!("{} does not exist: has the agent run here? (see --state-dir)", state_dir.display()));
+            note(&format!(
+                "{} does not exist: if the agent uses another directory, name it with --state-dir",
+                state_dir.display()
+            ));
             Vec::new()
         }
         Err(error) => return Err(unreadable(error, &state_dir)),
@@ -76,7 +80,7 @@ pub fn run(args: &Args) -> Outcome {
     let mut found = Vec::new();
     for entry in entries {
         // The id has the time to the millisecond: old files need not be opened.
-        if let (Some(since), Some(at)) = (args.since, incidents::happened(&entry.id))
+        if let (Some(since), Some(at)) = (args.since, memtrace_incident::codec::happened(&entry.id))
             && Timestamp::try_from(at).is_ok_and(|at| at.as_millisecond() < since.as_millisecond())
         {
             break;
@@ -96,10 +100,10 @@ pub fn run(args: &Args) -> Outcome {
     Ok(0)
 }
 
-fn sigkills(args: &Args, state_dir: &Path) -> Outcome {
+fn sigkills(args: &Args, state_dir: &Path) -> VerbResult {
     let ledger = ledger::read::<SigkillEntry>(state_dir).map_err(|error| unreadable(error, state_dir))?;
     if ledger.bad_lines > 0 {
-        note(&format!("{} of the ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
+        note(&format!("{} of the SIGKILL ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
     }
     let mut found = ledger.entries;
     let recent = |at: &str| args.since.is_none_or(|since| at.parse::<Timestamp>().is_ok_and(|at| at >= since));
@@ -117,13 +121,13 @@ fn sigkills(args: &Args, state_dir: &Path) -> Outcome {
     Ok(0)
 }
 
-/// An error of the state directory, with what to do about it.
+/// The error for a state directory that cannot be read, with what to do about it.
 pub(super) fn unreadable(error: io::Error, dir: &Path) -> anyhow::Error {
     let hint = if error.kind() == io::ErrorKind::PermissionDenied { " (try sudo)" } else { "" };
     anyhow!("failed to list incidents in {}: {error}{hint}", dir.display())
 }
 
-/// A line for people beside the output for programs.
+/// Prints a note to standard error, beside the output.
 pub(super) fn note(text: &str) {
     let _ = writeln!(io::stderr(), "memtrace: {text}");
 }

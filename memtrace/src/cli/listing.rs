@@ -2,17 +2,18 @@
 
 use jiff::Timestamp;
 
-use crate::engine::incident::{Incident, Kind, Pressure, PressureLimit};
 use crate::engine::input::{SigkillCause, SigkillEntry};
-use crate::report::{plain, units};
+use crate::report::plain;
+use memtrace_incident::units;
+use memtrace_incident::{Incident, Pressure, PressureLimit};
 
-/// The table, newest first as given; strings from the files are escaped.
+/// Incidents as a table, in the order given. Strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {
     let head = ["ID", "WHEN (UTC)", "KIND", "VICTIM", "LIMIT", "PEAK", "CGROUP"].map(str::to_owned);
     columns(std::iter::once(head).chain(incidents.into_iter().map(row)))
 }
 
-/// Who sent a SIGKILL to whom, newest first as given; strings from the ledger are escaped.
+/// Entries of the SIGKILL ledger as a table, in the order given. Strings from the ledger are escaped.
 pub(super) fn sigkills(entries: &[SigkillEntry]) -> String {
     let head = ["WHEN (UTC)", "PROCESS", "CGROUP", "SENT BY"].map(str::to_owned);
     columns(std::iter::once(head).chain(entries.iter().map(sigkill)))
@@ -38,20 +39,9 @@ fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
     out
 }
 
-/// The wall time of an incident.
+/// The wall time of an incident; `None` when the file has none that parses.
 pub(super) fn wall(incident: &Incident) -> Option<Timestamp> {
     incident.at.wall.parse().ok()
-}
-
-/// `oom_kill`, as the file says it.
-pub(super) fn kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::OomKill => "oom_kill",
-        Kind::Spike => "spike",
-        Kind::NearMiss => "near_miss",
-        Kind::Stuck => "stuck",
-        Kind::Recording => "recording",
-    }
 }
 
 fn row(incident: &Incident) -> [String; 7] {
@@ -68,7 +58,7 @@ fn row(incident: &Incident) -> [String; 7] {
             None => "-".to_owned(),
         },
     };
-    // Of what ran out: that is what the kill is about.
+    // After a kill the limit and peak that count are those of the cgroup that ran out.
     let full = incident.oom.as_ref().and_then(|oom| oom.oom_cgroup.as_ref()).unwrap_or(&incident.cgroup);
     let limit = match &incident.pressure {
         Some(Pressure { limit: PressureLimit::High, .. }) => format!("{} (high)", units::known(full.high_bytes)),
@@ -77,7 +67,7 @@ fn row(incident: &Incident) -> [String; 7] {
     [
         plain::escape(&incident.id),
         when(&incident.at.wall),
-        kind(incident.kind).to_owned(),
+        incident.kind.name().to_owned(),
         victim,
         limit,
         units::known(full.peak_bytes),
@@ -112,7 +102,7 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     #[test]
     fn a_row_a_sigkill() {

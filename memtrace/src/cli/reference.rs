@@ -12,7 +12,7 @@ const INTRO: &str = "\
 # Flags and configuration
 
 Every verb and its flags, as `memtrace VERB --help` prints them. This page is made from the same definitions; a test
-compares the two.
+compares the two. [reference.md](reference.md) has the files, the HTTP API and the exit codes.
 
 - **SIZE** is a number of bytes, or a number with `K`, `M`, `G` or `T` (powers of 1024): `4096`, `450M`, `1.5GiB`.
 - **SPAN** is a number with `ns`, `us`, `ms`, `s`, `m`, `h` or `d`: `250ms`, `30s`, `2d`.
@@ -122,12 +122,6 @@ fn flags() -> String {
     for command in command.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help") {
         verb(&mut out, command);
     }
-    out.push_str(
-        "\n## Exit codes\n\n\
-         0 done, 1 failed, 2 usage (the configuration file included), 3 this kernel or these privileges cannot do it. \
-         `record` returns the code of its command: 128 + signal when it was killed, 127 when it was not found, 126 \
-         when it could not be run.\n",
-    );
     out
 }
 

@@ -1,49 +1,50 @@
-//! `memtrace replay`.
+//! `memtrace replay`: runs a journal through the engine again and lists the incidents it makes.
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 
 use super::incidents::note;
-use super::{Outcome, listing, terminal};
+use super::{VerbResult, listing, terminal};
 use crate::engine::Engine;
-use crate::engine::incident::Incident;
 use crate::engine::input::{Effect, Fact, Input};
-use crate::report::{json, units};
+use crate::report::json;
 use crate::store::incidents::IncidentStore;
 use crate::store::journal::{JournalReader, JournalStats, OpenError};
+use memtrace_incident::Incident;
+use memtrace_incident::units;
 
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  memtrace replay /run/memtrace                      what the agent's journal says, as a table
-  memtrace replay /run/memtrace/previous             the journal of the run before
-  memtrace replay ./journal -o ./incidents           write the incident files again
-  memtrace report ./incidents/ID.memtrace            and read one
+  memtrace replay /run/memtrace                      the agent's journal, as a table of incidents
+  memtrace replay /run/memtrace/previous             the journal of the previous run
+  memtrace replay ./journal -o ./incidents           write the incidents as files
+  memtrace report ./incidents/ID.memtrace            show one of them
   memtrace replay journal-00000000000000000042.mtj --json | jq '.[].verdict'
 
 A journal replays to the same incidents on any machine, without root.")]
 pub struct Args {
-    /// A journal: the directory of its segments, or one segment file
+    /// Journal: the directory of its segments, or one segment file
     #[arg(value_name = "CAPTURE")]
     pub capture: PathBuf,
     /// Print a JSON array of whole incident files
     #[arg(long)]
     pub json: bool,
-    /// Write an incident file for each into DIR
+    /// Write each incident as a file into DIR
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let mut reader = JournalReader::open(&args.capture)?;
     let mut engine = Engine::new();
     let incidents = replay(&mut reader, |input, effects| engine.apply(input, effects))?;
     let gaps = gaps(reader.stats());
     if !gaps.is_empty() {
-        note(&format!("the journal is not whole: {gaps}"));
+        note(&format!("parts of the journal are missing: {gaps}"));
     }
     if let Some(dir) = &args.output {
         let failed = || format!("failed to write incidents into {}", dir.display());
@@ -63,7 +64,7 @@ pub fn run(args: &Args) -> Outcome {
     Ok(0)
 }
 
-/// Feeds a journal to an engine; the incidents it saves, each in its last version, in the order they were opened.
+/// Feeds a journal to an engine. Returns the incidents it saves, each in its last version, in the order of their first.
 fn replay(
     reader: &mut JournalReader,
     mut apply: impl FnMut(&Input<'_>, &mut Vec<Effect>),
@@ -80,7 +81,7 @@ fn replay(
             }
         }
     };
-    // Whether the run that is being replayed was stopped, and its last moment if not.
+    // Whether the recorded run was stopped, and its last moment: a run that was killed is ended there.
     let (mut stopped, mut last_ns) = (false, 0);
     while let Some(input) = reader.next_input()? {
         match &input {
@@ -98,7 +99,7 @@ fn replay(
     Ok(incidents)
 }
 
-/// What a replay could not see; empty when it saw everything.
+/// What is missing from the journal, in words; empty when nothing is.
 fn gaps(stats: JournalStats) -> String {
     let mut gaps = Vec::new();
     if stats.torn_segments > 0 {
@@ -118,8 +119,8 @@ fn gaps(stats: JournalStats) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
     use crate::store::journal::JournalWriter;
+    use memtrace_incident::fixtures;
 
     fn replayed(inputs: &[Input<'_>], save_at: usize) -> (Vec<Incident>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! `memtrace report`.
+//! `memtrace report`: shows one incident in a format for people or for another tool.
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use super::Outcome;
+use super::VerbResult;
 use super::config::{Config, Flags, READ};
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
-use crate::engine::incident::{Cause, Incident};
 use crate::process::symbolize::symbolize_file;
 use crate::refusal::Refusal;
 use crate::report::paths::Window;
 use crate::report::{firefox, folded, html, json, pprof, text};
 use crate::store::incidents::{self, FindError, IncidentStore};
+use memtrace_incident::{Cause, Incident};
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]
@@ -32,33 +32,32 @@ Examples:
   memtrace report latest --format firefox -o kill.json     open it at profiler.firefox.com
   ssh node-7 sudo cat /var/lib/memtrace/ID.memtrace | memtrace report -
 
-What is weighed in bytes, by who caused it; the four must not be added up:
-  touch   first touch of a page, which is when memory becomes resident: what a limit counts
-  map     mmap and mremap: address space, whether it was touched or not
-  brk     the heap's address space, likewise
+Causes, each with the bytes that a stack took. They measure different things and must not be added up:
+  touch   first touch of a page, when memory becomes resident; this is what a limit counts
+  map     mmap and mremap: address space, touched or not
+  brk     address space of the heap, touched or not
   charge  charged to the cgroup in system calls: page cache, sockets, kernel memory
-It is what was taken; what was given back in between is not subtracted.")]
+Memory that was given back is not subtracted.")]
 pub struct Args {
-    /// Id of an incident or its beginning, `latest`, an incident file, or `-` for standard input
+    /// Id of an incident or the beginning of one, `latest`, an incident file, or `-` for standard input
     #[arg(value_name = "ID|FILE")]
     pub incident: OsString,
-    /// What to print
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
+    pub format: ReportFormat,
     /// Write to FILE instead of standard output
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Which stacks: folded has only these, pprof shows these first
+    /// Which stacks to weigh (see below): folded has only these, pprof shows them first
     #[arg(long, value_name = "touch|map|brk|charge", default_value = "touch", value_parser = cause)]
     pub cause: Cause,
-    /// The last SPAN before the event (of a recording: before its highest usage), such as 1s, or `all`; for folded and
-    /// pprof
+    /// Only the last SPAN before the event, or `all`; for folded and pprof. The event of a recording is its
+    /// highest usage
     #[arg(long, value_name = "SPAN|all", default_value = "all", value_parser = window)]
-    pub window: Within,
+    pub window: ReportWindow,
     #[command(flatten)]
     settings: Flags<READ>,
-    /// Name frames that have no name yet with files from DIR that have the build id of their module: a debug package's
-    /// `.build-id` directory, or debug files and binaries anywhere below; may be given more than once
+    /// Name frames that have no name with debug files and binaries found in DIR by build id; repeatable
     #[arg(long, value_name = "DIR")]
     pub debug_dir: Vec<PathBuf>,
     /// When to use colours
@@ -68,33 +67,33 @@ pub struct Args {
 
 /// What `memtrace report` prints.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
-    /// One screen for people
+pub enum ReportFormat {
+    /// One screen of text
     #[default]
     Text,
     /// The whole incident file
     Json,
-    /// Stacks weighted in bytes, one a line, for flame graph tools
+    /// Stacks with their bytes, one a line, for flame graph tools
     Folded,
     /// A gzipped profile for pprof
     Pprof,
     /// A profile for profiler.firefox.com, first touches over time
     Firefox,
-    /// One page for a browser, which needs nothing else
+    /// One page for a browser, complete in itself
     Html,
 }
 
-/// How much of the window is shown.
+/// How much of the time before the event counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Within {
+pub enum ReportWindow {
     /// All of it.
     All,
-    /// The end of it.
+    /// This much of its end.
     Last(Span),
 }
 
-fn window(text: &str) -> Result<Within, String> {
-    if text == "all" { Ok(Within::All) } else { text.parse().map(Within::Last) }
+fn window(text: &str) -> Result<ReportWindow, String> {
+    if text == "all" { Ok(ReportWindow::All) } else { text.parse().map(ReportWindow::Last) }
 }
 
 fn cause(text: &str) -> Result<Cause, String> {
@@ -103,38 +102,39 @@ fn cause(text: &str) -> Result<Cause, String> {
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let mut incident = load(&args.incident, &Config::load(None, &args.settings)?.parse()?.state_dir)?;
     if !args.debug_dir.is_empty() {
         symbolize_file(&mut incident, &args.debug_dir);
     }
     let window = match args.window {
-        Within::All => Window::WHOLE,
-        Within::Last(span) => Window::before(&incident, span.nanoseconds()),
+        ReportWindow::All => Window::WHOLE,
+        ReportWindow::Last(span) => Window::before(&incident, span.nanoseconds()),
     };
     let rendered = match args.format {
-        Format::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
-        Format::Json => json::incident(&incident)?.into_bytes(),
-        Format::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
-        Format::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
+        ReportFormat::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
+        ReportFormat::Json => json::incident(&incident)?.into_bytes(),
+        ReportFormat::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
+        ReportFormat::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
             return Err(Refusal::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into());
         }
-        Format::Pprof => pprof::profile(&incident, &window, args.cause)?,
-        Format::Firefox => firefox::profile(&incident)?.into_bytes(),
-        Format::Html => html::page(&incident).into_bytes(),
+        ReportFormat::Pprof => pprof::profile(&incident, &window, args.cause)?,
+        ReportFormat::Firefox => firefox::profile(&incident)?.into_bytes(),
+        ReportFormat::Html => html::page(&incident).into_bytes(),
     };
     terminal::write(&rendered, args.output.as_deref())?;
     Ok(0)
 }
 
-/// The incident that an argument names: a file, standard input, or an id in the state directory.
+/// Reads the incident that an argument names: a file, standard input, or an id in the state directory.
 fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     if named == "-" {
-        return incidents::read_from(std::io::stdin().lock()).context("failed to read incident from standard input");
+        return memtrace_incident::codec::read_from(std::io::stdin().lock())
+            .context("failed to read incident from standard input");
     }
     let path = Path::new(named);
     let text = named.to_str().unwrap_or_default();
-    // What cannot be an id is a file, whether it exists or not.
+    // Text that cannot be an id is a path, whether the file exists or not.
     let file = text.is_empty() || text.contains(['/', '.']) || path.is_file();
     if file {
         return Ok(incidents::read(path)?);
@@ -152,15 +152,16 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Style, fixtures};
+    use crate::report::Style;
+    use memtrace_incident::fixtures;
 
-    fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
+    fn args(incident: impl Into<OsString>, dir: &Path, format: ReportFormat) -> Args {
         Args {
             incident: incident.into(),
             format,
             output: Some(dir.join("out")),
             cause: Cause::Touch,
-            window: Within::All,
+            window: ReportWindow::All,
             settings: Flags::with(&[("state_dir", dir.as_os_str())]),
             debug_dir: Vec::new(),
             color: Colour::Auto,
@@ -175,11 +176,11 @@ mod tests {
         for named in
             [path.as_os_str().to_owned(), burst.id[..8].into(), burst.id.to_lowercase().into(), "latest".into()]
         {
-            assert_eq!(run(&args(&named, dir.path(), Format::Text)).unwrap(), 0);
+            assert_eq!(run(&args(&named, dir.path(), ReportFormat::Text)).unwrap(), 0);
             let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
             assert_eq!(written, text::report(&burst, &Style::PLAIN));
         }
-        run(&args("latest", dir.path(), Format::Json)).unwrap();
+        run(&args("latest", dir.path(), ReportFormat::Json)).unwrap();
         let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
         assert_eq!(serde_json::from_str::<Incident>(&written).unwrap(), burst);
     }
@@ -193,7 +194,7 @@ mod tests {
             let args = Args {
                 cause: cause(named_cause).unwrap(),
                 window: window(named_window).unwrap(),
-                ..args(path.as_os_str(), dir.path(), Format::Folded)
+                ..args(path.as_os_str(), dir.path(), ReportFormat::Folded)
             };
             run(&args).unwrap();
             written.push(std::fs::read(dir.path().join("out")).unwrap());
@@ -203,14 +204,14 @@ mod tests {
         written.dedup();
         assert_eq!(written.len(), all);
         assert!(window("5").is_err() && cause("malloc").is_err());
-        run(&args(path.as_os_str(), dir.path(), Format::Pprof)).unwrap();
+        run(&args(path.as_os_str(), dir.path(), ReportFormat::Pprof)).unwrap();
         assert!(std::fs::read(dir.path().join("out")).unwrap().starts_with(&[0x1f, 0x8b]));
     }
 
     #[test]
     fn what_cannot_be_found_is_told_apart() {
         let dir = tempfile::tempdir().unwrap();
-        let error = |named: &str| run(&args(named, dir.path(), Format::Text)).unwrap_err();
+        let error = |named: &str| run(&args(named, dir.path(), ReportFormat::Text)).unwrap_err();
         assert!(matches!(error("not-an-id").downcast_ref(), Some(Refusal::Usage(_))));
         assert!(error("./no.memtrace").to_string().starts_with("failed to read incident ./no.memtrace: No such file"));
         assert!(error("01KJ").to_string().starts_with("no incident 01KJ in "));

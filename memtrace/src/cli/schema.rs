@@ -1,7 +1,6 @@
-//! `memtrace schema`.
+//! `memtrace schema`: prints the JSON Schema of the incident file.
 
-use super::{Outcome, terminal};
-use crate::engine::incident::Incident;
+use super::{VerbResult, terminal};
 
 /// Arguments of `memtrace schema`.
 #[derive(clap::Args, Debug)]
@@ -12,24 +11,7 @@ Example:
 pub struct Args {}
 
 /// Runs the verb.
-pub fn run(_args: &Args) -> Outcome {
-    terminal::write(&schema()?, None)?;
+pub fn run(_args: &Args) -> VerbResult {
+    terminal::write(&memtrace_incident::json_schema()?, None)?;
     Ok(0)
-}
-
-/// The JSON Schema of the incident file, as published.
-pub fn schema() -> serde_json::Result<String> {
-    let mut text = serde_json::to_string_pretty(&schemars::schema_for!(Incident))?;
-    text.push('\n');
-    Ok(text)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_published_schema_is_this_one() {
-        crate::blessed::check("docs/incident.schema.json", &schema().unwrap());
-    }
 }

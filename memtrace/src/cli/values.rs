@@ -1,5 +1,5 @@
-//! Values people type: sizes (`450M`, `256KiB`), time spans (`30s`, `250ms`, `2d`) and shares of a CPU (`1%`), on the
-//! command line and in the configuration file.
+//! Values that people type, on the command line and in the configuration file: sizes (`450M`, `256KiB`), time spans
+//! (`30s`, `250ms`, `2d`) and shares of a CPU (`1%`).
 
 use std::fmt;
 use std::str::FromStr;
@@ -108,8 +108,14 @@ impl fmt::Display for Size {
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nanoseconds = self.nanoseconds();
-        let units =
-            [(86_400_000_000_000, "d"), (3_600_000_000_000, "h"), (1_000_000_000, "s"), (1_000_000, "ms"), (1, "ns")];
+        let units = [
+            (86_400_000_000_000, "d"),
+            (3_600_000_000_000, "h"),
+            (60_000_000_000, "m"),
+            (1_000_000_000, "s"),
+            (1_000_000, "ms"),
+            (1, "ns"),
+        ];
         match units.iter().find(|(unit, _)| nanoseconds > 0 && nanoseconds.is_multiple_of(*unit)) {
             Some((unit, name)) => write!(f, "{}{name}", nanoseconds / unit),
             None => write!(f, "0s"),

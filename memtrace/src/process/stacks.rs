@@ -17,8 +17,8 @@ use super::modules::ModuleId;
 use super::rule::Registers;
 use super::trigger::TriggerStacks;
 use super::unwind::Found;
-use crate::engine::allocation::{Cause, Cut};
 use crate::engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+use memtrace_incident::{Cause, Cut};
 
 /// Stacks waiting for the names of their kernel frames.
 const MAX_WAITING: usize = 8192;

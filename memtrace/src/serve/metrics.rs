@@ -11,6 +11,8 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use memtrace_incident::Kind;
+
 use super::MetricsSnapshot;
 use crate::engine::input::SigkillCause;
 use crate::engine::snapshot::CgroupView;
@@ -88,7 +90,7 @@ static METRICS: &[Metric] = &[
     Metric::counter("spikes", "Spikes that ended without a kill", Value::One(|now| now.counters.spikes)),
     Metric::counter(
         "near_misses",
-        "Times a limit was hit and nobody was killed, at most one a minute and cgroup",
+        "Times a limit was hit and nobody was killed; at most one a minute for each cgroup",
         Value::One(|now| now.counters.near_misses),
     ),
     Metric::counter(
@@ -113,13 +115,10 @@ static METRICS: &[Metric] = &[
             label: "kind",
             values: "`oom_kill`, `spike`, `near_miss`, `stuck`",
             read: |now| {
-                let counters = &now.counters;
-                vec![
-                    ("oom_kill".to_owned(), counters.saved_oom_kills),
-                    ("spike".to_owned(), counters.saved_spikes),
-                    ("near_miss".to_owned(), counters.saved_near_misses),
-                    ("stuck".to_owned(), counters.saved_stuck),
-                ]
+                let count = |kind| now.counters.saved.get(&kind).copied().unwrap_or(0);
+                // The agent makes no recordings.
+                let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Recording);
+                kinds.map(|kind| (kind.name().to_owned(), count(kind))).collect()
             },
         },
     ),
@@ -159,12 +158,10 @@ static METRICS: &[Metric] = &[
     ),
     Metric::counter(
         "lost",
-        "What was lost, by ring and reason",
+        "What was lost, by ring or part and reason",
         Value::Each {
             label: "what",
-            values: "`RING/REASON`; `HOOK/not_run` (the kernel did not run the hook, because it had interrupted it on the \
-                     same CPU); `journal/not_written`; `cgroup/not_watched`; `stacks/` and the reason a stack is \
-                     incomplete. A series appears with its first loss",
+            values: "a label of the table below; a series appears with its first loss",
             read: |now| now.losses.clone(),
         },
     ),

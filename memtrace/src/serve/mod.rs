@@ -17,9 +17,9 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::error;
 
 use crate::engine::Counts;
-use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::SigkillCause;
 use crate::engine::snapshot::Snapshot;
+use memtrace_incident::{Incident, Kind};
 
 mod metrics;
 
@@ -97,14 +97,8 @@ pub struct Counters {
     pub stuck: u64,
     /// Kills seen by only one of the kernel log and the hooks.
     pub disagreements: u64,
-    /// OOM incidents saved.
-    pub saved_oom_kills: u64,
-    /// Spike incidents saved.
-    pub saved_spikes: u64,
-    /// Near-miss incidents saved.
-    pub saved_near_misses: u64,
-    /// Incidents of stuck cgroups saved.
-    pub saved_stuck: u64,
+    /// Incidents saved, by kind.
+    pub saved: BTreeMap<Kind, u64>,
     /// Incidents or ledger lines that could not be written.
     pub write_failures: u64,
     /// Incident files deleted for size or age.
@@ -113,14 +107,9 @@ pub struct Counters {
 
 impl Counters {
     /// Counts one saved incident.
-    pub fn saved(&mut self, kind: Kind) {
-        let counter = match kind {
-            Kind::OomKill => &mut self.saved_oom_kills,
-            Kind::NearMiss => &mut self.saved_near_misses,
-            Kind::Stuck => &mut self.saved_stuck,
-            Kind::Spike | Kind::Recording => &mut self.saved_spikes,
-        };
-        *counter = counter.saturating_add(1);
+    pub fn count_saved(&mut self, kind: Kind) {
+        let count = self.saved.entry(kind).or_default();
+        *count = count.saturating_add(1);
     }
 }
 

@@ -27,7 +27,6 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         key: "state_dir",
         flag: "state-dir",
         help: "Directory where the agent keeps incidents and the ledgers of kills",
-        note: "One agent a directory.",
         default: Some("/var/lib/memtrace"),
         verbs: AGENT | READ,
         kind: SettingKind::Dir { set: |config, dir| config.state_dir = dir },
@@ -37,7 +36,7 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         key: "journal_dir",
         flag: "journal-dir",
         help: "Directory of the journal; keep it on tmpfs",
-        note: "One agent a directory. What a reboot loses is not missed: the journal is for an agent that died.",
+        note: "After a crash the agent recovers unsaved incidents from it; after a reboot it is not needed.",
         default: Some("/run/memtrace"),
         kind: SettingKind::Dir { set: |config, dir| config.session.journal.get_or_insert_default().dir = dir },
         ..AGENT_ONLY
@@ -59,7 +58,7 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
     Setting {
         key: "listen",
         flag: "listen",
-        help: "Address to serve metrics, health and incidents at over HTTP; `off` for none",
+        help: "Serve metrics, health and incidents over HTTP at this address; `off` for no HTTP",
         note: "There is no authentication: whoever can connect can read names of processes and paths of cgroups.",
         default: Some("127.0.0.1:9469"),
         kind: SettingKind::Address { set: |config, address| config.listen = address },
@@ -76,8 +75,7 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
     Setting {
         key: "without",
         flag: "without",
-        help: "Leave this hook out; a comma-separated list, or repeated (`memtrace doctor` lists the hooks)",
-        note: "In the file it is a list: `without = [\"map\", \"charge\"]`.",
+        help: "Leave hooks out: a comma-separated list, or repeated; `memtrace doctor` lists them",
         verbs: AGENT | RECORD | DOCTOR,
         kind: SettingKind::Hooks { set: |config, hooks| config.session.without = hooks },
         ..AGENT_ONLY
@@ -86,7 +84,7 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         key: "quantum",
         flag: "quantum",
         help: "Record a process each time its resident memory has changed by this much",
-        note: "Cgroups with a small limit get a finer value by themselves: 1/512 of the limit, at least 16K.",
+        note: "A cgroup with a small limit gets a finer threshold: 1/512 of the limit, but at least 16K.",
         default: Some("256K"),
         record_default: Some("64K"),
         verbs: AGENT | RECORD,
@@ -125,7 +123,7 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
     Setting {
         key: "before",
         flag: "before",
-        help: "How much history from before its event an incident has",
+        help: "History kept from before an incident",
         default: Some("30s"),
         kind: SettingKind::Span {
             max: Some(Duration::from_nanos(MAX_BEFORE_NS)),
@@ -204,8 +202,8 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         key: "no_near_misses",
         flag: "no-near-misses",
         help: "Do not save near misses: a limit that was hit without a kill",
-        note: "One is saved when `memory.max` or `memory.high` was hit for five seconds: at most one a cgroup and \
-               minute, and while it goes on ever fewer, down to one an hour.",
+        note: "One is saved when `memory.max` or `memory.high` has been hit for five seconds: at most one a minute \
+               for each cgroup, and fewer while it goes on, down to one an hour.",
         kind: SettingKind::Switch { set: |config, on| config.session.near_misses = !on },
         ..AGENT_ONLY
     },

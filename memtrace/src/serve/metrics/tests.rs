@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use memtrace_incident::Loss;
+
 use super::*;
 
 #[test]
@@ -56,6 +58,20 @@ fn reference() -> String {
             _ => String::new(),
         };
         let _ = writeln!(out, "| `{}` | {kind} | {unit} | {} | {label} |", full_name(metric), metric.help);
+    }
+    out.push_str(
+        "\n## Losses\n\n\
+         The values of `what` in `memtrace_lost_total`, which an incident has in `losses` for its own window. RING is \
+         `ledger`, `samples` or `stacks`; HOOK is one that `memtrace doctor` lists.\n\n\
+         | label | meaning |\n|---|---|\n",
+    );
+    for loss in Loss::all() {
+        let prefix = match loss {
+            Loss::NotRun => "HOOK/",
+            _ if !loss.label().contains('/') => "RING/",
+            _ => "",
+        };
+        let _ = writeln!(out, "| `{prefix}{}` | {} |", loss.label(), loss.sentence());
     }
     out
 }
