@@ -1,4 +1,4 @@
-//! The daemon: a session whose effects go to disk, to the log and to HTTP.
+//! The daemon: a session whose outputs go to disk, to the log and to HTTP.
 //!
 //! One loop on one thread runs the session, writes what comes of it, and answers requests in between. What may take
 //! long is beside it: file reads of HTTP and the naming of functions, each in a blocking thread.
@@ -84,6 +84,9 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     for line in session.status().degraded() {
         warn!("degraded: {line}");
     }
+    for fallback in session.status().fallbacks() {
+        warn!("{fallback}");
+    }
     // Served only from here on: an answer means that the programs are attached.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
@@ -101,8 +104,8 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let mut symbolize = SymbolizeQueue::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     loop {
-        let effects = tokio::select! {
-            effects = session.step() => effects,
+        let outputs = tokio::select! {
+            outputs = session.step() => outputs,
             Some(request) = requests.recv() => {
                 answer(request, &session, &sinks.counters, &symbolize);
                 continue;
@@ -118,7 +121,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         };
-        sinks.take(effects);
+        sinks.take(outputs);
         // One at a time, with rings and requests in between: a save waits for the disk, and they must not.
         while sinks.save_one(&mut symbolize) {
             sinks.take(session.pump(false));

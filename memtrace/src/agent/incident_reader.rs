@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::report::json;
 use crate::serve::IncidentSource;
 use crate::store::incidents::{self, IncidentStore};
 use memtrace_incident::{Incident, Timeline};
+use memtrace_report::json;
 
 /// Reads incidents from the state directory.
 pub(super) struct IncidentReader(IncidentStore);

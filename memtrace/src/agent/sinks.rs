@@ -1,4 +1,4 @@
-//! Where the effects of the session go: ledgers, incident files, log and counters.
+//! Where the outputs of the session go: ledgers, incident files, log and counters.
 
 use std::collections::VecDeque;
 use std::fs::{DirBuilder, File, Metadata};
@@ -13,13 +13,14 @@ use tracing::{error, info, warn};
 
 use super::AgentConfig;
 use super::symbolize_queue::SymbolizeQueue;
-use crate::engine::input::{Effect, Finding, KillEntry, SigkillEntry};
 use crate::serve::Counters;
 use crate::store::incidents::IncidentStore;
 use crate::store::ledger::{Ledger, LedgerEntry};
+use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
+use memtrace_incident::{KillEntry, SigkillEntry};
 
-/// Takes the effects of the session.
+/// Takes the outputs of the session.
 pub(super) struct Sinks {
     pub(super) incidents: IncidentStore,
     pub(super) kills: Ledger<KillEntry>,
@@ -48,23 +49,21 @@ impl Sinks {
     }
 
     /// Writes kills and SIGKILLs to their ledgers at once and queues the incidents to be saved.
-    pub(super) fn take(&mut self, effects: Vec<Effect>) {
+    pub(super) fn take(&mut self, outputs: Vec<Output>) {
         let mut sigkills = Vec::new();
-        for effect in effects {
-            match effect {
+        for output in outputs {
+            match output {
                 // A kill is durable before anything that takes longer.
-                Effect::Kill(kill) => {
+                Output::Kill(kill) => {
                     self.counters.kills = self.counters.kills.saturating_add(1);
                     if let Err(error) = self.kills.append(std::slice::from_ref(&kill)) {
                         self.counters.write_failures = self.counters.write_failures.saturating_add(1);
                         error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
                     }
                 }
-                Effect::Sigkill(sigkill) => sigkills.push(sigkill),
-                Effect::Alert(finding) => self.report(&finding),
-                Effect::Save(incident) => self.saves.push_back(incident),
-                // The session answers these itself.
-                Effect::LookUpCgroup { .. } | Effect::WatchOomControl { .. } | Effect::SetQuantum { .. } => {}
+                Output::Sigkill(sigkill) => sigkills.push(sigkill),
+                Output::Alert(finding) => self.report(&finding),
+                Output::Save(incident) => self.saves.push_back(incident),
             }
         }
         self.append_sigkills(&sigkills);
@@ -105,7 +104,7 @@ impl Sinks {
     fn report(&mut self, finding: &Finding) {
         let path = |path: &Option<String>| path.clone().unwrap_or_else(|| "an unknown cgroup".to_owned());
         match finding {
-            Finding::OomKill { incident, pid, comm, cgroup_path } => {
+            Finding::OomKill { incident, pid, comm, cgroup_path, .. } => {
                 warn!(%incident, pid, comm, cgroup = path(cgroup_path), "OOM kill");
             }
             Finding::Spike { incident, cgroup_path, peak_bytes, limit_bytes } => {

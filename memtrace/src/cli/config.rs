@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use super::values::{Share, Size, Span};
 use crate::agent::AgentConfig;
-use crate::kernel::hooks::{Hook, Need};
-use crate::refusal::Refusal;
+use crate::error::CommandError;
+use crate::kernel::hooks::{Hook, HookNeed};
 use crate::session::SessionConfig;
 
 mod file;
@@ -246,7 +246,7 @@ pub(super) struct Config {
 impl Config {
     /// Lays the file over the defaults and the flags over the file.
     ///
-    /// Fails when the file cannot be read, or with [`Refusal::Usage`] when it is not TOML or has an unknown key or a
+    /// Fails when the file cannot be read, or with [`CommandError::Usage`] when it is not TOML or has an unknown key or a
     /// value of the wrong type.
     pub(super) fn load<const VERB: Verbs>(file: Option<&Path>, flags: &Flags<VERB>) -> anyhow::Result<Self> {
         let defaults = SETTINGS.iter().filter_map(|setting| {
@@ -263,14 +263,14 @@ impl Config {
 
     /// The values parsed and checked. What is not a setting is off or zero: the verb sets it.
     ///
-    /// Fails with [`Refusal::Usage`] that names the flag, or the file and the key.
-    pub(super) fn parse(&self) -> Result<AgentConfig, Refusal> {
+    /// Fails with [`CommandError::Usage`] that names the flag, or the file and the key.
+    pub(super) fn parse(&self) -> Result<AgentConfig, CommandError> {
         let mut config = empty();
         for setting in SETTINGS {
             if let Some(given) = self.values.get(setting.key) {
                 setting
                     .apply(&given.text, &mut config)
-                    .map_err(|what| Refusal::Usage(format!("{}: {what}", place(setting, &given.origin))))?;
+                    .map_err(|what| CommandError::Usage(format!("{}: {what}", place(setting, &given.origin))))?;
             }
         }
         // `doctor` reports this in full, as one of the reasons why memtrace cannot run.
@@ -287,15 +287,15 @@ impl Config {
         file::render(self.verb, &self.values)
     }
 
-    fn check_hooks(&self, without: &[Hook]) -> Result<(), Refusal> {
+    fn check_hooks(&self, without: &[Hook]) -> Result<(), CommandError> {
         // Charges replace the rss hook where they can be hooked.
         let replaced = |hook: Hook| hook == Hook::Rss && !without.contains(&Hook::Charge);
-        let needed = without.iter().find(|hook| matches!(hook.need(), Need::Required) && !replaced(**hook));
+        let needed = without.iter().find(|hook| matches!(hook.need(), HookNeed::Required) && !replaced(**hook));
         let Some(hook) = needed else { return Ok(()) };
         let setting = SETTINGS.iter().find(|setting| matches!(setting.kind, SettingKind::Hooks { .. }));
         let given = setting.and_then(|setting| Some((setting, self.values.get(setting.key)?)));
         let place = given.map_or_else(String::new, |(setting, given)| place(setting, &given.origin));
-        Err(Refusal::Usage(format!("{place}: memtrace cannot run without the hook {hook}")))
+        Err(CommandError::Usage(format!("{place}: memtrace cannot run without the hook {hook}")))
     }
 }
 

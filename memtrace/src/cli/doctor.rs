@@ -1,7 +1,8 @@
-//! `memtrace doctor`: what memtrace can do on this kernel with these privileges, and what is lost without the rest.
+//! `memtrace doctor`: what this kernel and these privileges allow, and what is lost without the rest.
 //!
-//! Kernel types and privileges say what may work; only loading and attaching shows what does. So as root the programs are
-//! loaded and attached for a moment, as the agent would.
+//! As far as privileges allow it does what the agent does at its start, loads and attaches every
+//! hook, and detaches them again: whether a kernel takes a program is not to be known in another
+//! way.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,9 +14,9 @@ use serde::Serialize;
 
 use super::VerbResult;
 use super::config::{Config, DOCTOR, Flags};
-use crate::kernel::support::{
-    self, Facts, HookStatus, MemoryController, Need, Privileges, Problem, Program, State, Status,
-};
+use crate::kernel::hooks::{HookNeed, Program};
+use crate::kernel::status::{HookState, HookStatus, Status};
+use crate::kernel::support::{self, KernelFacts, MemoryController, Privileges, Problem};
 use crate::session::{self, SessionConfig};
 
 /// Version of the `--json` output.
@@ -45,34 +46,34 @@ pub struct Args {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DoctorVerdict {
-    /// With every hook and capability.
+    /// It can, with every hook.
     Full,
-    /// With something missing, which is named.
+    /// It can, and something is lost.
     Degraded,
-    /// Not at all.
+    /// It cannot.
     Impossible,
 }
 
 /// The report as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct DoctorReport {
-    /// Version of this format.
+    /// Version of this output. A new key leaves it as it is.
     pub schema: u32,
     /// Whether memtrace can run.
     pub verdict: DoctorVerdict,
-    /// Kernel release.
+    /// Kernel release (`uname -r`).
     pub kernel: String,
-    /// Machine architecture, as `uname -m` prints it.
+    /// Architecture (`uname -m`).
     pub arch: String,
     /// File the kernel's types were read from; null when they are not known.
     pub btf: Option<String>,
-    /// The memory controller; null when there is none.
+    /// Where the memory controller is; null when there is none.
     pub cgroup: Option<MemoryController>,
-    /// User and capabilities of this process.
+    /// Effective privileges of this process.
     pub privileges: Privileges,
     /// Lockdown mode; null when it cannot be read.
     pub lockdown: Option<String>,
-    /// Every hook with what is lost without it, and problems with what to do about them.
+    /// Every hook: whether it is on, by which program, why not, what is lost, what to do.
     #[serde(flatten)]
     pub status: Status,
     /// Fields of kernel structs: offset, size or number; null for one this kernel lacks.
@@ -86,7 +87,8 @@ pub fn run(args: &Args) -> VerbResult {
     let facts = ground.facts.clone();
     let plan = support::plan(&facts, &config.without);
     let planned = Status::new(&plan, &[]);
-    // The plan names everything that keeps memtrace from running; trying would name only the first.
+    // The plan names everything that stands in the way; trying would only name the first of it
+    // again.
     let status = if planned.can_run() { outcome(planned, tried(ground, &config)) } else { planned };
     let report = DoctorReport::new(&facts, status);
     let mut out = std::io::stdout().lock();
@@ -108,7 +110,7 @@ fn tried(ground: session::Ground, config: &SessionConfig) -> anyhow::Result<Stat
     session::attach(ground, config).map(|(_, _, status)| status)
 }
 
-/// The status after trying; an error is added to what keeps memtrace from running.
+/// The status after trying. An error is one more problem beside those of the plan.
 fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
     tried.unwrap_or_else(|error| {
         let mut fatal = planned.fatal;
@@ -118,8 +120,8 @@ fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
 }
 
 impl DoctorReport {
-    /// Makes the report of the facts and the status of the hooks.
-    pub fn new(facts: &Facts, status: Status) -> Self {
+    /// Joins the facts with the status of the hooks.
+    pub fn new(facts: &KernelFacts, status: Status) -> Self {
         let verdict = match (status.can_run(), status.degraded().is_empty()) {
             (false, _) => DoctorVerdict::Impossible,
             (true, false) => DoctorVerdict::Degraded,
@@ -169,17 +171,22 @@ impl DoctorReport {
         line(String::new());
         for hook in &self.status.hooks {
             let word = match (&hook.state, hook.need) {
-                (State::Planned { .. }, _) => paint("32", "try"),
-                (State::Attached { .. }, _) => paint("32", "on "),
-                (_, Need::Optional) => paint("33", "off"),
-                (_, Need::Required) => paint("31", "off"),
+                (HookState::Planned { .. }, _) => paint("32", "try"),
+                (HookState::Attached { .. }, _) => paint("32", "on "),
+                (_, HookNeed::Optional) => paint("33", "off"),
+                (_, HookNeed::Required) => paint("31", "off"),
             };
             line(format!("{word}  {:<14} {}", hook.hook.name(), how(hook)));
+            if let HookState::Attached { refused, .. } = &hook.state {
+                for refusal in refused {
+                    line(format!("     {:<14} refused: {}: {}", "", refusal.program, refusal.reason));
+                }
+            }
             if let Some(lost) = hook.lost {
                 line(format!("     {:<14} lost: {lost}", ""));
             }
         }
-        if self.status.hooks.iter().any(|hook| matches!(hook.state, State::Planned { .. })) {
+        if self.status.hooks.iter().any(|hook| matches!(hook.state, HookState::Planned { .. })) {
             line(
                 "\ntry: kernel types allow it; as root `memtrace doctor` finds out whether the kernel accepts it."
                     .to_owned(),
@@ -212,14 +219,14 @@ impl DoctorReport {
     }
 }
 
-/// The state of a hook in words.
+/// Whether a hook is on, in words.
 fn how(hook: &HookStatus) -> String {
     match &hook.state {
-        State::Planned { programs } => programs.iter().map(Program::to_string).collect::<Vec<_>>().join(", else "),
-        State::Attached { program, .. } => format!("{program} (attached)"),
-        State::Failed { error } => error.clone(),
-        State::Refused { reason } => reason.clone(),
-        State::LeftOut => "left out on request".to_owned(),
+        HookState::Planned { programs } => programs.iter().map(Program::to_string).collect::<Vec<_>>().join(", else "),
+        HookState::Attached { program, .. } => format!("{program} (attached)"),
+        HookState::Failed { error } => error.clone(),
+        HookState::Refused { reason } => reason.clone(),
+        HookState::LeftOut => "left out on request".to_owned(),
     }
 }
 
@@ -244,15 +251,16 @@ fn privileges(privileges: &Privileges) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::support::Hook;
+    use crate::kernel::hooks::Hook;
 
-    fn report(facts: &Facts, without: &[Hook]) -> DoctorReport {
+    fn report(facts: &KernelFacts, without: &[Hook]) -> DoctorReport {
         DoctorReport::new(facts, Status::new(&support::plan(facts, without), &[]))
     }
 
     #[test]
     fn nothing_known_is_impossible_and_says_what_to_do() {
-        let facts = Facts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..Facts::default() };
+        let facts =
+            KernelFacts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..KernelFacts::default() };
         let report = report(&facts, &[]);
         assert_eq!(report.verdict, DoctorVerdict::Impossible);
         let text = report.text(false);
@@ -270,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_plan_that_falls_through_is_impossible_and_says_why() {
-        let facts = Facts::default();
+        let facts = KernelFacts::default();
         let mut planned = Status::new(&support::plan(&facts, &[]), &[]);
         planned.fatal.clear();
         let error = anyhow::anyhow!("Operation not permitted").context("the rss hook is needed");
@@ -279,6 +287,21 @@ mod tests {
         let text = report.text(false);
         assert!(text.contains("in the way:\n  the rss hook is needed: Operation not permitted\n"), "{text}");
         assert_eq!(outcome(planned.clone(), Ok(planned.clone())), planned);
+    }
+
+    #[test]
+    fn a_program_that_is_second_best_stands_beside_what_was_refused() {
+        let facts = KernelFacts::default();
+        let mut status = Status::new(&support::plan(&facts, &[]), &[]);
+        let [best, second] = Hook::Rss.programs() else { panic!("the rss hook has two programs") };
+        let refusal = support::ProgramRefusal { program: *best, reason: "invalid access to map value".into() };
+        status.hooks[0].lost = None;
+        status.hooks[0].state =
+            HookState::Attached { program: *second, cost: Default::default(), refused: vec![refusal] };
+        let text = DoctorReport::new(&facts, status).text(false);
+        let lines = "on   rss            raw tracepoint rss_stat (attached)\n     \
+                     \x20              refused: typed tracepoint rss_stat: invalid access to map value\n";
+        assert!(text.contains(lines), "{text}");
     }
 
     #[test]

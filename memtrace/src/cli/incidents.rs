@@ -8,12 +8,12 @@ use jiff::{SpanRelativeTo, Timestamp};
 
 use super::config::{Config, Flags, READ};
 use super::{VerbResult, listing, terminal};
-use crate::engine::input::SigkillEntry;
-use crate::report::json;
 use crate::store::incidents::{self, IncidentStore};
 use crate::store::ledger;
+use memtrace_incident::SigkillEntry;
 use memtrace_incident::units;
 use memtrace_incident::{Incident, Kind};
+use memtrace_report::json;
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]

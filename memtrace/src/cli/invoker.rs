@@ -6,7 +6,7 @@ use anyhow::Context;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use crate::refusal::Refusal;
+use crate::error::CommandError;
 
 /// Most supplementary groups; the kernel takes as many (NGROUPS_MAX).
 const MAX_GROUPS: usize = 65_536;
@@ -27,7 +27,7 @@ impl Invoker {
     ///
     /// Fails when only one of SUDO_UID and SUDO_GID is set, or one is not an id: a command meant for a user must not
     /// run as root.
-    pub fn find() -> Result<Option<Self>, Refusal> {
+    pub fn find() -> Result<Option<Self>, CommandError> {
         if !rustix::process::geteuid().is_root() {
             return Ok(None);
         }
@@ -74,7 +74,7 @@ impl Invoker {
 }
 
 /// The user and group id that sudo left in the environment.
-fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)>, Refusal> {
+fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)>, CommandError> {
     if uid.is_none() && gid.is_none() {
         return Ok(None);
     }
@@ -83,7 +83,7 @@ fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)
         // (uid_t)-1 means "do not change" to the kernel.
         parsed.filter(|id| *id != u32::MAX).ok_or_else(|| {
             let found = value.map_or_else(|| "not set".to_owned(), |text| format!("{text:?}"));
-            Refusal::Usage(format!(
+            CommandError::Usage(format!(
                 "{name} is {found}, which is not an id, so the user who called sudo is unknown; \
                  unset SUDO_UID and SUDO_GID to run as root"
             ))
@@ -137,7 +137,7 @@ mod tests {
             (Some("4294967295"), Some("100"), "SUDO_UID is \"4294967295\""),
         ] {
             let error = ids(uid, gid).unwrap_err();
-            assert!(matches!(error, Refusal::Usage(_)) && error.to_string().starts_with(named), "{error}");
+            assert!(matches!(error, CommandError::Usage(_)) && error.to_string().starts_with(named), "{error}");
         }
     }
 

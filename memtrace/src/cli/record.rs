@@ -18,16 +18,17 @@ use super::invoker::Invoker;
 use super::values::{Size, Span};
 use super::{VerbResult, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
-use crate::cgroup::transient::Transient;
+use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
-use crate::engine::input::{Effect, Fact};
+use crate::error::CommandError;
 use crate::process::symbolize::{Questions, Symbolizer};
 use crate::process::{apart, stock};
-use crate::refusal::Refusal;
-use crate::report::text;
 use crate::session::{Session, SessionConfig};
 use crate::store::incidents;
+use memtrace_engine::input::Fact;
+use memtrace_engine::output::Output;
 use memtrace_incident::{Incident, Kind};
+use memtrace_report::text;
 
 /// How long records of a process may arrive after it has ended, and how long a kill's incident records.
 const LATE: Duration = Duration::from_millis(300);
@@ -77,7 +78,7 @@ pub struct Args {
 pub fn run(args: &Args) -> VerbResult {
     if args.command.is_empty() && args.pid.is_none() && args.cgroup.is_none() {
         let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
-        return Err(Refusal::Usage(what).into());
+        return Err(CommandError::Usage(what).into());
     }
     // Before anything starts: when it is not clear who called sudo, nothing runs as root.
     let invoker = Invoker::find()?;
@@ -170,7 +171,7 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         Command::from(exec_in::command(cage.dir(), &args.command)?).spawn().context("failed to start the command")?;
     let status = loop {
         tokio::select! {
-            effects = session.step() => collect(effects, files),
+            outputs = session.step() => collect(outputs, files),
             status = child.wait() => break status.context("failed to wait for the command")?,
             _ = interrupt.recv() => {}
             _ = terminate.recv() => forward_terminate(&child),
@@ -211,7 +212,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
     let end = args.duration.map(|span| Instant::now() + span.0);
     loop {
         tokio::select! {
-            effects = session.step() => collect(effects, files),
+            outputs = session.step() => collect(outputs, files),
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
@@ -240,9 +241,9 @@ async fn drain_late(session: &mut Session, files: &mut Vec<Incident>, time: Dura
     }
 }
 
-fn collect(effects: Vec<Effect>, files: &mut Vec<Incident>) {
-    files.extend(effects.into_iter().filter_map(|effect| match effect {
-        Effect::Save(incident) => Some(*incident),
+fn collect(outputs: Vec<Output>, files: &mut Vec<Incident>) {
+    files.extend(outputs.into_iter().filter_map(|output| match output {
+        Output::Save(incident) => Some(*incident),
         _ => None,
     }));
 }
@@ -257,7 +258,7 @@ fn forward_terminate(child: &Child) {
 
 /// Removes the command's cgroup; processes that still run in it are moved to ours. A failure is printed and leaves
 /// the cgroup behind.
-fn free(cage: Transient, hierarchy: &Hierarchy) {
+fn free(cage: TransientCgroup, hierarchy: &Hierarchy) {
     // Our own cgroup, not the parent: on version 2 a cgroup with controllers in subtree_control takes no processes.
     let own = hierarchy.own_path().and_then(|path| hierarchy.dir_of(&path)).map(|dir| dir.join("cgroup.procs"));
     let mut said = false;

@@ -14,8 +14,8 @@ use prometheus_client::registry::{Registry, Unit};
 use memtrace_incident::Kind;
 
 use super::MetricsSnapshot;
-use crate::engine::input::SigkillCause;
-use crate::engine::snapshot::CgroupView;
+use memtrace_engine::snapshot::CgroupView;
+use memtrace_incident::SigkillCause;
 
 /// Cgroups with series of their own, those with a limit and the most memory first.
 const MAX_CGROUPS: usize = 1000;

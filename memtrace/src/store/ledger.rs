@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::atomic;
-use crate::engine::input::{KillEntry, SigkillEntry};
+use memtrace_incident::{KillEntry, SigkillEntry};
 
 /// An entry of a ledger, and how its ledger is kept.
 pub trait LedgerEntry: Serialize + DeserializeOwned {
@@ -184,7 +184,7 @@ fn whole_lines(file: &mut File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::input::SigkillCause;
+    use memtrace_incident::SigkillCause;
 
     type Kills = Ledger<KillEntry>;
 

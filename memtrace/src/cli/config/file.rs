@@ -8,13 +8,13 @@ use anyhow::Context;
 
 use super::settings::SETTINGS;
 use super::{AGENT, Given, Origin, Setting, SettingKind, Values, Verbs};
-use crate::refusal::Refusal;
+use crate::error::CommandError;
 
 /// Reads the settings in a file. Whether a value is within its bounds is checked with all others.
 pub(super) fn read(path: &Path) -> anyhow::Result<Values> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("failed to read the configuration file {}", path.display()))?;
-    let wrong = |what: String| Refusal::Usage(format!("{}: {what}", path.display()));
+    let wrong = |what: String| CommandError::Usage(format!("{}: {what}", path.display()));
     let table: toml::Table =
         text.parse().map_err(|error: toml::de::Error| wrong(format!("not TOML: {}", error.to_string().trim())))?;
     let mut values = Values::new();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::super::values::Span;
 use super::{AGENT, DOCTOR, Least, READ, RECORD, Setting, SettingKind};
-use crate::engine::{MAX_BEFORE_NS, PROCESSES_CAP};
+use memtrace_engine::{MAX_BEFORE_NS, PROCESSES_CAP};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
