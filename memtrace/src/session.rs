@@ -50,10 +50,10 @@ const THREAD_BYTES: u32 = 16 << 10;
 /// Segments the journal's size is cut into.
 const JOURNAL_SEGMENTS: u64 = 8;
 
-mod options;
+mod config;
 mod sampling;
 
-pub use options::Options;
+pub use config::{JournalConfig, SessionConfig};
 
 /// A running tracer.
 pub struct Session {
@@ -61,7 +61,7 @@ pub struct Session {
     engine: Engine,
     hierarchy: Hierarchy,
     status: Status,
-    journal: Option<journal::Writer>,
+    journal: Option<journal::JournalWriter>,
     kernel_log: Option<log::KmsgReader>,
     ticker: Ticker,
     ticks: u32,
@@ -92,7 +92,7 @@ impl Session {
     ///
     /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
     /// [`CommandError::Unsupported`].
-    pub fn start(options: &Options) -> anyhow::Result<Self> {
+    pub fn start(options: &SessionConfig) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(survey(options.btf.as_deref()), options)?;
         let kernel_log = match options.kernel_log.then(log::KmsgReader::open) {
             None => None,
@@ -104,8 +104,8 @@ impl Session {
         };
         let journal = match &options.journal {
             None => None,
-            Some((dir, bytes)) => Some(
-                journal::Writer::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
+            Some(JournalConfig { dir, bytes }) => Some(
+                journal::JournalWriter::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
                     .with_context(|| format!("failed to open the journal in {}", dir.display()))?,
             ),
         };
@@ -124,7 +124,7 @@ impl Session {
             losses: Vec::new(),
             stacks: Stacks::new(Processes::default()),
             stacks_owed: false,
-            steps: Steps::new(options.sample_bytes, options.stack_budget_ppm),
+            steps: Steps::new(options.sample_interval_bytes, options.stack_budget_ppm),
             unwound: 0,
             sampled: BTreeSet::new(),
             made: Vec::new(),
@@ -138,11 +138,11 @@ impl Session {
     }
 
     /// Tells the engine where it is and what already runs. The hooks are on: nothing falls between.
-    fn take_stock(&mut self, options: &Options) {
+    fn take_stock(&mut self, options: &SessionConfig) {
         let settings = Settings {
             before_ns: options.before_ns,
             after_ns: options.after_ns,
-            quantum_bytes: options.quantum_bytes,
+            quantum_bytes: options.rss_threshold_bytes,
             cgroup_version: self.hierarchy.version,
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),
@@ -151,7 +151,7 @@ impl Session {
             degraded: self.status.degraded(),
             spikes: options.spikes,
             near_misses: options.near_misses,
-            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
+            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_interval_bytes },
         };
         self.feed(Fact::Start { host: host::describe(), settings });
         self.feed(clock::anchor());
@@ -286,7 +286,7 @@ impl Session {
     fn read_losses(&mut self) {
         self.probe.pass_messages();
         let mut totals = self.probe.losses();
-        let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
+        let journal_lost = self.journal.as_ref().map_or(0, journal::JournalWriter::lost);
         if journal_lost > 0 {
             totals.push(("journal/not_written".to_owned(), journal_lost));
         }
@@ -402,7 +402,7 @@ fn sums_slots(layout: &KernelLayout) -> bool {
 }
 
 /// Journals an input before the engine sees it; a failure is counted, never fatal.
-fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
+fn record(journal: &mut Option<journal::JournalWriter>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
     let Some(journal) = journal else { return };
     let begun =
         if journal.rotate_needed() { journal.begin_segment(&engine.preamble(clock::boot_ns())) } else { Ok(()) };
@@ -442,7 +442,7 @@ pub fn survey(btf: Option<&Path>) -> Ground {
 /// Loads and attaches what the ground allows. The tracer runs as long as the probe lives.
 ///
 /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`CommandError::Unsupported`].
-pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+pub fn attach(ground: Ground, options: &SessionConfig) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let Ground { hierarchy, facts } = ground;
     let plan = plan(&facts, &options.without);
     refuse(&Status::new(&plan, &[]))?;
@@ -457,8 +457,8 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
     let _memlock = host::raise_memlock();
     let settings = probe::ProbeSettings {
         control: Control {
-            rss_threshold_bytes: options.quantum_bytes,
-            mapping_bytes: options.quantum_bytes.saturating_mul(4),
+            rss_threshold_bytes: options.rss_threshold_bytes,
+            mapping_bytes: options.rss_threshold_bytes.saturating_mul(4),
             mm_salt: host::salt(),
             memory_hierarchy_id: hierarchy.hierarchy_id,
             cpus: host::possible_cpus().min(MAX_CPUS),
@@ -469,7 +469,7 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
             reclaim_interval_ns: 5_000_000,
             sample_interval_bytes: match (options.stack_budget_ppm, options.sample_all) {
                 (0, _) => 0,
-                (_, true) => options.sample_bytes,
+                (_, true) => options.sample_interval_bytes,
                 (_, false) => NEVER_BYTES,
             },
             stack_budget_ppm: options.stack_budget_ppm,

@@ -1,6 +1,6 @@
-//! `memtrace name-frames` (hidden): names the frames that standard input asks for, see `process::apart`.
+//! `memtrace name-frames` (hidden): names the stack frames that standard input asks for, see `process::apart`.
 
-use super::Outcome;
+use super::VerbResult;
 use crate::process::apart;
 
 /// Arguments of `memtrace name-frames`.
@@ -8,7 +8,7 @@ use crate::process::apart;
 pub struct Args {}
 
 /// Runs the verb.
-pub fn run(_: &Args) -> Outcome {
+pub fn run(_: &Args) -> VerbResult {
     apart::child(std::io::stdin().lock(), std::io::stdout().lock())?;
     Ok(0)
 }

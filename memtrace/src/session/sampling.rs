@@ -65,7 +65,7 @@ impl Session {
 
     /// Tells the engine of the stacks that were unwound.
     pub(super) fn tell_stacks(&mut self) {
-        let segment = self.journal.as_ref().map_or(0, journal::Writer::next_segment);
+        let segment = self.journal.as_ref().map_or(0, journal::JournalWriter::next_segment);
         if segment != self.stated_segment {
             self.stated_segment = segment;
             self.stacks.restate();

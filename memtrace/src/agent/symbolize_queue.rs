@@ -1,4 +1,8 @@
-//! Names for incidents that are on disk: one at a time, beside the loop, in processes that may take their time, or die.
+//! Function names for saved incidents.
+//!
+//! An incident is saved at once, with module and offset in place of names. Looking the names up reads debug information
+//! of other people's programs and may take long, so it happens afterwards: one incident at a time, in a thread beside
+//! the loop and a subprocess that may hang or die. The file is then written again with the names.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -14,29 +18,29 @@ use crate::process::symbolize::{Questions, Summary, Symbolizer};
 use crate::store::incidents;
 use memtrace_incident::{AllocationPath, Incident};
 
-/// Incidents waiting; the oldest goes without names for one more.
+/// Most incidents waiting; when it is reached the oldest goes without names.
 const MAX_WAITING: usize = 256;
-/// What is under way or waits when the agent stops may still take this long.
-const LAST: Duration = Duration::from_secs(5);
+/// Time for what is running or waits when the agent stops.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
 
-/// Files that wait for names, and the one that gets them.
+/// Files whose frames are to be named, and the one being worked on.
 #[derive(Debug, Default)]
-pub(super) struct Naming {
+pub(super) struct SymbolizeQueue {
     /// Cap: [`MAX_WAITING`].
     waiting: VecDeque<PathBuf>,
     running: Option<(PathBuf, JoinHandle<anyhow::Result<Summary>>)>,
-    /// Incidents that got names.
+    /// Incidents whose frames were named.
     pub(super) named: u64,
-    /// Incidents that got none since something failed.
+    /// Incidents whose frames could not be named.
     pub(super) failed: u64,
 }
 
-/// How naming one incident ended.
-pub(super) struct Ended(anyhow::Result<Summary>);
+/// How it ended for one incident.
+pub(super) struct SymbolizeResult(anyhow::Result<Summary>);
 
-impl Naming {
-    /// An incident is on disk.
-    pub(super) fn saved(&mut self, incident: &Incident, path: &Path) {
+impl SymbolizeQueue {
+    /// Queues an incident that was saved to `path`, unless all of its frames have names.
+    pub(super) fn push(&mut self, incident: &Incident, path: &Path) {
         let nameless =
             |path: &AllocationPath| path.frames.iter().any(|frame| frame.symbol.is_none() && frame.offset.is_some());
         if !incident.allocation_paths.iter().any(nameless) {
@@ -49,27 +53,27 @@ impl Naming {
         self.waiting.push_back(path.to_owned());
     }
 
-    /// Whether the next one is to be started.
+    /// Whether [`Self::start`] has something to do.
     pub(super) fn wants_modules(&self) -> bool {
         self.running.is_none() && !self.waiting.is_empty()
     }
 
-    /// Starts the next one with the modules that are held open.
+    /// Starts the next incident with the modules that the session holds open.
     pub(super) fn start(&mut self, modules: Vec<OpenModule>) {
         let Some(path) = self.waiting.pop_front() else { return };
         let file = path.clone();
-        let running = tokio::task::spawn_blocking(move || name(&file, modules));
+        let running = tokio::task::spawn_blocking(move || symbolize(&file, modules));
         self.running = Some((path, running));
     }
 
-    /// Waits until the one that is under way has ended, for ever when there is none.
-    pub(super) async fn ended(&mut self) -> Ended {
+    /// Waits until the running one has ended; for ever when none is running.
+    pub(super) async fn ended(&mut self) -> SymbolizeResult {
         let Some((_, running)) = &mut self.running else { return std::future::pending().await };
-        Ended(running.await.context("the thread ended early").flatten())
+        SymbolizeResult(running.await.context("the thread ended early").flatten())
     }
 
-    /// Takes note of how it ended.
-    pub(super) fn note(&mut self, ended: Ended) {
+    /// Counts and logs how the running one ended.
+    pub(super) fn finish(&mut self, ended: SymbolizeResult) {
         let Some((path, _)) = self.running.take() else { return };
         match ended.0 {
             Ok(summary) => {
@@ -83,9 +87,9 @@ impl Naming {
         }
     }
 
-    /// The agent stops: what is under way or waits gets names, as far as it does so soon.
+    /// Names what is running and what waits, as far as [`STOP_LIMIT`] allows: the agent stops.
     pub(super) async fn stop(&mut self, modules: Vec<OpenModule>) {
-        let until = tokio::time::Instant::now() + LAST;
+        let until = tokio::time::Instant::now() + STOP_LIMIT;
         loop {
             if self.running.is_none() {
                 self.start(modules.clone());
@@ -94,13 +98,13 @@ impl Naming {
                 return;
             }
             let Ok(ended) = tokio::time::timeout_at(until, self.ended()).await else { return };
-            self.note(ended);
+            self.finish(ended);
         }
     }
 }
 
-/// Reads, names, writes again. The file is as it was until it is written whole.
-fn name(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<Summary> {
+/// Reads an incident, names its frames and writes it again, whole or not at all.
+fn symbolize(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<Summary> {
     let mut incident = incidents::read(path)?;
     let questions = Questions::of(&incident);
     let summary = apart::answer(&Symbolizer::with_modules(modules, &[]), &questions).apply(&mut incident);
