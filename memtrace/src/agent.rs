@@ -163,7 +163,6 @@ fn answer(request: LoopRequest, session: &Session, counters: &Counters, symboliz
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),
                 sent: session.probe().sent(),
-                losses: session.losses().to_vec(),
                 journal_failures: session.journal_failures(),
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
                 resident_bytes: resident_bytes(),

@@ -162,7 +162,7 @@ static METRICS: &[Metric] = &[
         Value::Each {
             label: "what",
             values: "a label of the table below; a series appears with its first loss",
-            read: |now| now.losses.clone(),
+            read: |now| now.counts.losses.iter().map(|(what, count)| (what.clone(), *count)).collect(),
         },
     ),
     Metric::counter("stacks", "Stacks of growing processes that were unwound", Value::One(|now| now.stacks)),
@@ -180,7 +180,7 @@ static METRICS: &[Metric] = &[
     Metric::counter("bad_records", "Records that could not be decoded", Value::One(|now| now.counts.bad_records)),
     Metric::gauge("open_incidents", "Incidents still gathering", Value::One(|now| now.counts.open_incidents)),
     Metric::gauge("cgroups", "Memory cgroups followed", Value::One(|now| now.counts.cgroups)),
-    Metric::gauge("processes", "Processes followed", Value::One(|now| now.counts.processes)),
+    Metric::gauge("processes", "Live processes followed", Value::One(|now| now.counts.processes)),
     Metric::bytes(
         "self_memory",
         "Memory of the agent itself",

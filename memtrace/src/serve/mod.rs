@@ -51,8 +51,6 @@ pub struct MetricsSnapshot {
     pub snapshot: Snapshot,
     /// Records sent by the kernel side, by ring.
     pub sent: Vec<(&'static str, u64)>,
-    /// Losses by `ring/reason`.
-    pub losses: Vec<(String, u64)>,
     /// Journal frames that could not be written.
     pub journal_failures: u64,
     /// Incidents whose stack frames were given function names.

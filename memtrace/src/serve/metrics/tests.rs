@@ -9,7 +9,8 @@ use super::*;
 #[test]
 fn the_text_is_openmetrics_and_names_cannot_break_it() {
     let cgroup = CgroupView { path: Some("/a\"b\n\\c".into()), usage_bytes: Some(5), ..CgroupView::default() };
-    let mut snapshot = MetricsSnapshot { losses: vec![("samples/ring_full".into(), 3)], ..Default::default() };
+    let mut snapshot = MetricsSnapshot::default();
+    snapshot.counts.losses.insert("samples/ring_full".into(), 3);
     snapshot.stack_cost.user_ns = 1_500_000_000;
     snapshot.resident_bytes = Some(7);
     snapshot.snapshot.cgroups.push(cgroup);
