@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use memtrace_unwind::modules::OpenModule;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::engine::incident::{AllocationPath, Incident};
-use crate::process::apart;
-use crate::process::modules::OpenModule;
-use crate::process::symbolize::{Questions, Summary, Symbolizer};
 use crate::store::incidents;
+use crate::symbolize::frame_names::{NamingSummary, UnnamedFrames};
+use crate::symbolize::subprocess;
+use crate::symbolize::symbolizer::Symbolizer;
 
 /// Incidents waiting; the oldest goes without names for one more.
 const MAX_WAITING: usize = 256;
@@ -24,7 +25,7 @@ const LAST: Duration = Duration::from_secs(5);
 pub(super) struct Naming {
     /// Cap: [`MAX_WAITING`].
     waiting: VecDeque<PathBuf>,
-    running: Option<(PathBuf, JoinHandle<anyhow::Result<Summary>>)>,
+    running: Option<(PathBuf, JoinHandle<anyhow::Result<NamingSummary>>)>,
     /// Incidents that got names.
     pub(super) named: u64,
     /// Incidents that got none since something failed.
@@ -32,7 +33,7 @@ pub(super) struct Naming {
 }
 
 /// How naming one incident ended.
-pub(super) struct Ended(anyhow::Result<Summary>);
+pub(super) struct Ended(anyhow::Result<NamingSummary>);
 
 impl Naming {
     /// An incident is on disk.
@@ -100,10 +101,10 @@ impl Naming {
 }
 
 /// Reads, names, writes again. The file is as it was until it is written whole.
-fn name(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<Summary> {
+fn name(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<NamingSummary> {
     let mut incident = incidents::read(path)?;
-    let questions = Questions::of(&incident);
-    let summary = apart::answer(&Symbolizer::with_modules(modules, &[]), &questions).apply(&mut incident);
+    let unnamed = UnnamedFrames::of(&incident);
+    let summary = subprocess::find(&Symbolizer::with_modules(modules, &[]), &unnamed).apply(&mut incident);
     if summary.named > 0 {
         incidents::write(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;
     }

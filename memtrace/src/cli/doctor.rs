@@ -82,12 +82,12 @@ pub struct Report {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> Outcome {
-    let ground = session::survey(args.btf.as_deref());
-    let facts = ground.facts.clone();
+    let capabilities = session::detect(args.btf.as_deref());
+    let facts = capabilities.facts.clone();
     let plan = support::plan(&facts, &args.without);
     let planned = Status::new(&plan, &[]);
     // What already stands in the way is named in full by the plan; trying would only say the first of it again.
-    let status = if planned.can_run() { outcome(planned, tried(ground, args)) } else { planned };
+    let status = if planned.can_run() { outcome(planned, tried(capabilities, args)) } else { planned };
     let report = Report::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -101,12 +101,13 @@ pub fn run(args: &Args) -> Outcome {
 }
 
 /// Loads and attaches for a moment, as the agent would: only the kernel knows.
-fn tried(ground: session::Ground, args: &Args) -> anyhow::Result<Status> {
-    let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
+fn tried(capabilities: session::Capabilities, args: &Args) -> anyhow::Result<Status> {
+    let options =
+        session::SessionOptions { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();
-    session::attach(ground, &options).map(|(_, _, status)| status)
+    session::attach(capabilities, &options).map(|(_, _, status)| status)
 }
 
 /// What came of trying; a plan that fell through is no plan.
@@ -280,7 +281,7 @@ mod tests {
 
     #[test]
     fn this_machine_gets_a_verdict() {
-        let facts = session::survey(None).facts;
+        let facts = session::detect(None).facts;
         let report = report(&facts, &[Hook::Charge]);
         assert_ne!(report.verdict, Verdict::Full);
         let json = serde_json::to_value(&report).unwrap();

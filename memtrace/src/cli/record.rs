@@ -21,12 +21,14 @@ use crate::cgroup::transient::Transient;
 use crate::clock;
 use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
-use crate::process::symbolize::{Questions, Symbolizer};
-use crate::process::{apart, stock};
+use crate::proc::proc_scan;
 use crate::refusal::Refusal;
 use crate::report::text;
-use crate::session::{self, Session};
+use crate::session::{Session, SessionOptions};
 use crate::store::incidents;
+use crate::symbolize::frame_names::UnnamedFrames;
+use crate::symbolize::subprocess;
+use crate::symbolize::symbolizer::Symbolizer;
 
 /// What is still on its way when a process has ended: its last records, and the window of a kill.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -120,7 +122,7 @@ struct Ending {
 
 /// Runs the tracer to its end: what it saw, and the exit code to end with.
 async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
-    let options = session::Options {
+    let options = SessionOptions {
         btf: args.btf.clone(),
         without: args.without.clone(),
         quantum_bytes: args.quantum.0,
@@ -132,7 +134,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         after_ns: u64::try_from(SETTLE.as_nanos()).unwrap_or(u64::MAX),
         spikes: false,
         near_misses: false,
-        ..session::Options::default()
+        ..SessionOptions::default()
     };
     options.check().map_err(Refusal::Usage)?;
     // Found before the tracer starts, so that a wrong name costs nothing.
@@ -159,7 +161,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
     // read with suspicion.
     let symbolizer = Symbolizer::with_modules(modules, &[]);
     for incident in &mut files {
-        apart::answer(&symbolizer, &Questions::of(incident)).apply(incident);
+        subprocess::find(&symbolizer, &UnnamedFrames::of(incident)).apply(incident);
     }
     Ok((files, ending.status.map_or(0, exit_code)))
 }
@@ -244,7 +246,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
 
 fn start_ticks(hierarchy: &Hierarchy, pid: u32) -> Option<u64> {
     let cgroup = hierarchy.id_of_process(pid).unwrap_or(0);
-    stock::one(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
+    proc_scan::read_process(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
 }
 
 /// Lets what is on its way arrive; when somebody was killed, until that incident is closed.

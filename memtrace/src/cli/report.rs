@@ -11,11 +11,11 @@ use super::terminal::{self, Colour};
 use super::values::Span;
 use super::{Outcome, STATE_DIR};
 use crate::engine::incident::{Cause, Incident};
-use crate::process::symbolize::symbolize_file;
 use crate::refusal::Refusal;
 use crate::report::paths::Window;
 use crate::report::{firefox, folded, html, json, pprof, text};
 use crate::store::incidents::{self, FindError, Incidents};
+use crate::symbolize::symbolizer::symbolize_file;
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]

@@ -117,23 +117,35 @@ impl Engine {
     /// Takes one input in and adds what follows from it to `effects`.
     pub fn apply(&mut self, input: &Input<'_>, effects: &mut Vec<Effect>) {
         match input {
-            Input::Record(bytes) => match decode::decode(bytes) {
-                Ok(record) => {
-                    let count = self.records.entry(record.name()).or_default();
-                    *count = count.saturating_add(1);
-                    self.record(&record, effects);
-                }
-                Err(DecodeError::UnknownKind { .. }) => {
-                    self.unknown_kinds += 1;
-                    self.losses.add("engine/unknown record kinds", 1);
-                }
-                Err(_) => {
-                    self.bad_records += 1;
-                    self.losses.add("engine/bad records", 1);
-                }
-            },
-            Input::Fact(fact) => self.fact(fact, effects),
+            Input::Record(bytes) => self.apply_decoded(&decode::decode(bytes), effects),
+            Input::Fact(fact) => {
+                self.fact(fact, effects);
+                self.deliver(effects);
+            }
         }
+    }
+
+    /// [`Engine::apply`] for a record that its caller has decoded, since it needs it too.
+    pub fn apply_decoded(&mut self, decoded: &Result<Record, DecodeError>, effects: &mut Vec<Effect>) {
+        match decoded {
+            Ok(record) => {
+                let count = self.records.entry(record.name()).or_default();
+                *count = count.saturating_add(1);
+                self.record(record, effects);
+            }
+            Err(DecodeError::UnknownKind { .. }) => {
+                self.unknown_kinds += 1;
+                self.losses.add("engine/unknown record kinds", 1);
+            }
+            Err(_) => {
+                self.bad_records += 1;
+                self.losses.add("engine/bad records", 1);
+            }
+        }
+        self.deliver(effects);
+    }
+
+    fn deliver(&mut self, effects: &mut Vec<Effect>) {
         self.deliver_points();
         effects.extend(self.book.cgroups.asks.drain(..).map(|id| Effect::LookUpCgroup { id }));
     }

@@ -1,32 +1,33 @@
-//! What a run of the tracer is told, and what a user can get wrong in it.
+//! Settings of one run of tracing, and their bounds.
 
 use std::path::PathBuf;
 
 use crate::engine::input::Settings;
 use crate::kernel::hooks::{Hook, Need};
 
-/// What a run is told.
+/// Settings of one run.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// Kernel type information to use instead of the running kernel's own.
+pub struct SessionOptions {
+    /// A BTF file to use instead of the running kernel's own types.
     pub btf: Option<PathBuf>,
     /// Hooks to leave out.
     pub without: Vec<Hook>,
-    /// The rss hook's quantum, bytes.
+    /// Resident memory of an address space is reported each time it has changed by this much,
+    /// bytes.
     pub quantum_bytes: u64,
-    /// History kept before an incident, nanoseconds.
+    /// History that an incident has from before it, nanoseconds.
     pub before_ns: u64,
-    /// How long an incident gathers, nanoseconds.
+    /// How long an incident goes on gathering, nanoseconds.
     pub after_ns: u64,
-    /// Address spaces followed at most.
+    /// Most address spaces followed.
     pub max_processes: u32,
-    /// Size of the samples ring, bytes.
+    /// Size of the SAMPLES ring, bytes; a power of two.
     pub samples_ring_bytes: u64,
-    /// Size of the stacks ring, bytes (a power of two).
+    /// Size of the STACKS ring, bytes; a power of two.
     pub stacks_ring_bytes: u32,
-    /// Take a stack when a process grew by this much, bytes; 0: take none.
+    /// Sample interval: a stack is taken each time a process has grown by this much, bytes.
     pub sample_bytes: u64,
-    /// Take stacks of every process; else only of the cgroups that [`super::Session::sample`] names.
+    /// Take stacks of all processes; else only in cgroups given to [`super::Session::sample`].
     pub sample_all: bool,
     /// Parts per million of one CPU's time that stacks may cost; 0: take none.
     pub stack_budget_ppm: u64,
@@ -34,13 +35,13 @@ pub struct Options {
     pub spikes: bool,
     /// Save limits that were hit without a kill.
     pub near_misses: bool,
-    /// Read the kernel log as a cross-check.
+    /// Read the kernel log, to cross-check kills.
     pub kernel_log: bool,
-    /// Directory and size in bytes of the journal; none for a run that needs no recovery.
+    /// Directory and size in bytes of the journal; `None` for a run that needs no recovery.
     pub journal: Option<(PathBuf, u64)>,
 }
 
-impl Default for Options {
+impl Default for SessionOptions {
     fn default() -> Self {
         let settings = Settings::default();
         Self {
@@ -63,8 +64,8 @@ impl Default for Options {
     }
 }
 
-impl Options {
-    /// What a user can get wrong, as a sentence that names the flag.
+impl SessionOptions {
+    /// Checks the bounds. The error is a sentence that names the flag.
     pub fn check(&self) -> Result<(), String> {
         let page = rustix::param::page_size() as u64;
         if self.quantum_bytes < 4 * page || self.quantum_bytes > 1 << 30 {
@@ -90,7 +91,7 @@ impl Options {
         {
             return Err("journal_size: at least 1M".to_owned());
         }
-        // Charges can tell of memory in place of the rss hook, where they can be hooked.
+        // Where charges can be hooked, they replace the rss hook.
         let replaced = |hook: &Hook| *hook == Hook::Rss && !self.without.contains(&Hook::Charge);
         match self.without.iter().find(|hook| matches!(hook.need(), Need::Required) && !replaced(hook)) {
             Some(hook) => Err(format!("without: {hook} is needed, memtrace cannot run without it")),
