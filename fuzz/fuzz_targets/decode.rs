@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use memtrace::engine::Engine;
-use memtrace::engine::incident::Incident;
+use memtrace_incident::Incident;
 use memtrace::engine::input::{Effect, Fact, Input};
 use memtrace::report::{Style, text};
 use memtrace::store::incidents;

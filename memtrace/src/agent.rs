@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::serve::{self, Ask, Counters, Readings, StackCost};
-use crate::session::{Session, SessionOptions};
+use crate::session::{self, Session};
 
 mod naming;
 mod recovery;
@@ -34,7 +34,7 @@ const RETENTION_EVERY: Duration = Duration::from_secs(600);
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How to trace.
-    pub session: SessionOptions,
+    pub session: session::Options,
     /// Where incidents and the kill ledger are kept.
     pub state_dir: PathBuf,
     /// Where to answer HTTP; none for not at all.

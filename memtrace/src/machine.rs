@@ -4,7 +4,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::debug;
 
 use crate::clock;
-use crate::engine::incident::Host;
+use memtrace_incident::Host;
 
 /// The limit of locked memory as it was; dropping this gives it back.
 #[derive(Debug)]

@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
+use memtrace_incident::Loss;
 use memtrace_unwind::modules::OpenModule;
 use tracing::{debug, info, warn};
 
@@ -32,7 +33,7 @@ mod options;
 mod stack_pipeline;
 
 pub use capabilities::{Capabilities, attach, detect};
-pub use options::SessionOptions;
+pub use options::Options;
 use stack_pipeline::StackPipeline;
 
 /// How often time passes for the engine, and rings are drained that did not wake the session.
@@ -72,7 +73,7 @@ impl Session {
     ///
     /// Must run inside a tokio runtime. [`crate::refusal::Refusal::Unsupported`]: this kernel or
     /// these privileges cannot do it.
-    pub fn start(options: &SessionOptions) -> anyhow::Result<Self> {
+    pub fn start(options: &Options) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(detect(options.btf.as_deref()), options)?;
         let kernel_log = match options.kernel_log.then(log::Reader::open) {
             None => None,
@@ -111,7 +112,7 @@ impl Session {
 
     /// Gives the engine its settings, and the cgroups and processes that are there already. The
     /// hooks are attached, so nothing is missed in between.
-    fn begin(&mut self, options: &SessionOptions) {
+    fn begin(&mut self, options: &Options) {
         let settings = Settings {
             before_ns: options.before_ns,
             after_ns: options.after_ns,
@@ -269,11 +270,11 @@ impl Session {
         let mut totals = self.probe.losses();
         let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
         if journal_lost > 0 {
-            totals.push(("journal/not_written".to_owned(), journal_lost));
+            totals.push((Loss::JournalNotWritten.label().to_owned(), journal_lost));
         }
         let refused = self.questions.refused();
         if refused > 0 {
-            totals.push(("cgroup/not_watched".to_owned(), refused));
+            totals.push((Loss::CgroupNotWatched.label().to_owned(), refused));
         }
         totals.extend(self.stacks.losses(&self.probe));
         if totals != self.losses {
@@ -358,7 +359,7 @@ impl Session {
     }
 
     /// Takes stacks of the processes in this cgroup and in all below it, present and future: for a
-    /// run whose [`SessionOptions::sample_all`] is false.
+    /// run whose [`Options::sample_all`] is false.
     pub fn sample(&mut self, cgroup_id: u64) {
         self.stacks.sample(cgroup_id, &mut self.probe, &self.engine);
     }

@@ -2,7 +2,7 @@
 
 use memtrace::engine::Engine;
 use memtrace::engine::input::{Effect, Fact, Input};
-use memtrace::store::incidents;
+
 use memtrace::store::journal::{Decoder, Frame};
 use proptest::prelude::*;
 
@@ -32,7 +32,7 @@ fn replay(cuts: &[usize]) -> Vec<Vec<u8>> {
     assert_eq!((decoder.stopped(), decoder.torn_bytes()), (None, 0));
     engine.apply(&Input::Fact(Fact::Stop { boot_ns: last }), &mut effects);
     let file = |effect: &Effect| match effect {
-        Effect::Save(incident) => incidents::encode(incident).ok(),
+        Effect::Save(incident) => memtrace_incident::codec::encode(incident).ok(),
         _ => None,
     };
     effects.iter().filter_map(file).collect()

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use memtrace_incident::{AllocationPath, Incident};
 use memtrace_unwind::modules::OpenModule;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::engine::incident::{AllocationPath, Incident};
 use crate::store::incidents;
 use crate::symbolize::frame_names::{NamingSummary, UnnamedFrames};
 use crate::symbolize::subprocess;

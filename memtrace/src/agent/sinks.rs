@@ -13,11 +13,11 @@ use tracing::{error, info, warn};
 
 use super::Options;
 use super::naming::Naming;
-use crate::engine::incident::{Incident, PressureLimit};
 use crate::engine::input::{Effect, Finding, KillEntry, SigkillEntry};
 use crate::serve::Counters;
 use crate::store::incidents::Incidents;
 use crate::store::ledger::{Entry, Ledger};
+use memtrace_incident::{Incident, PressureLimit};
 
 /// Where effects end up.
 pub(super) struct Sinks {

@@ -123,7 +123,7 @@ impl Flags {
 
     /// Fills the defaults and checks what clap cannot.
     fn options(self) -> anyhow::Result<agent::Options> {
-        let defaults = session::SessionOptions::default();
+        let defaults = session::Options::default();
         let listen = match self.listen.as_deref() {
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9469))),
             Some("off") => None,
@@ -132,7 +132,7 @@ impl Flags {
                 Some(text.parse().map_err(wrong)?)
             }
         };
-        let session = session::SessionOptions {
+        let session = session::Options {
             btf: self.btf,
             without: self.without.unwrap_or_default(),
             quantum_bytes: self.quantum.map_or(defaults.quantum_bytes, |size| size.0),

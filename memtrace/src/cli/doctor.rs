@@ -102,8 +102,7 @@ pub fn run(args: &Args) -> Outcome {
 
 /// Loads and attaches for a moment, as the agent would: only the kernel knows.
 fn tried(capabilities: session::Capabilities, args: &Args) -> anyhow::Result<Status> {
-    let options =
-        session::SessionOptions { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
+    let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();

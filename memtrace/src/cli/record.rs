@@ -8,6 +8,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use memtrace_incident::{Incident, Kind};
 use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -19,12 +20,11 @@ use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
-use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::{Effect, Fact};
 use crate::proc::proc_scan;
 use crate::refusal::Refusal;
 use crate::report::text;
-use crate::session::{Session, SessionOptions};
+use crate::session::{self, Session};
 use crate::store::incidents;
 use crate::symbolize::frame_names::UnnamedFrames;
 use crate::symbolize::subprocess;
@@ -122,7 +122,7 @@ struct Ending {
 
 /// Runs the tracer to its end: what it saw, and the exit code to end with.
 async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
-    let options = SessionOptions {
+    let options = session::Options {
         btf: args.btf.clone(),
         without: args.without.clone(),
         quantum_bytes: args.quantum.0,
@@ -134,7 +134,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         after_ns: u64::try_from(SETTLE.as_nanos()).unwrap_or(u64::MAX),
         spikes: false,
         near_misses: false,
-        ..SessionOptions::default()
+        ..session::Options::default()
     };
     options.check().map_err(Refusal::Usage)?;
     // Found before the tracer starts, so that a wrong name costs nothing.

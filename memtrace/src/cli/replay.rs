@@ -7,11 +7,12 @@ use anyhow::Context;
 use super::incidents::note;
 use super::{Outcome, listing, terminal};
 use crate::engine::Engine;
-use crate::engine::incident::Incident;
 use crate::engine::input::{Effect, Fact, Input};
-use crate::report::{json, units};
+use crate::report::json;
 use crate::store::incidents::Incidents;
 use crate::store::journal::{OpenError, Reader, Stats};
+use memtrace_incident::Incident;
+use memtrace_incident::units;
 
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]
@@ -118,8 +119,8 @@ fn gaps(stats: Stats) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
     use crate::store::journal::Writer;
+    use memtrace_incident::fixtures;
 
     fn replayed(inputs: &[Input<'_>], save_at: usize) -> (Vec<Incident>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();

@@ -5,12 +5,12 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use memtrace_incident::{Cause, Incident};
 
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
 use super::{Outcome, STATE_DIR};
-use crate::engine::incident::{Cause, Incident};
 use crate::refusal::Refusal;
 use crate::report::paths::Window;
 use crate::report::{firefox, folded, html, json, pprof, text};
@@ -130,7 +130,8 @@ pub fn run(args: &Args) -> Outcome {
 /// The incident that an argument names: a file, standard input, or an id in the state directory.
 fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     if named == "-" {
-        return incidents::read_from(std::io::stdin().lock()).context("failed to read incident from standard input");
+        return memtrace_incident::codec::read_from(std::io::stdin().lock())
+            .context("failed to read incident from standard input");
     }
     let path = Path::new(named);
     let text = named.to_str().unwrap_or_default();
@@ -152,7 +153,8 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Style, fixtures};
+    use crate::report::Style;
+    use memtrace_incident::fixtures;
 
     fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
         Args {

@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use memtrace_common::event as wire;
 
-use super::allocation::{Cause, Cut};
 use super::decode::{known, printable};
 use super::input::{ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
 use super::processes::Key;
+use memtrace_incident::{Cause, Cut};
 
 mod report;
 

@@ -9,11 +9,11 @@ use memtrace_common::event as wire;
 
 use super::cgroups::Cgroups;
 use super::decode::{Reading, cgroup_id, field_text, known, printable};
-use super::incident::MappingNote;
 use super::input::{CgroupFound, ProcessFound, Settings};
 use super::processes::{History, Key, ProcessRow, Processes, comm};
 use super::spaces::Space;
 use super::timeline::{MAX_BEFORE_NS, Point, Sums};
+use memtrace_incident::MappingNote;
 
 /// Address spaces whose last user has exited and that are not yet torn down.
 const DYING_CAP: usize = 4096;

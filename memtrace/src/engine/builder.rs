@@ -1,6 +1,5 @@
 //! From what was gathered to the incident as the file holds it.
 
-use super::allocation::{AllocationPath, Allocations};
 use super::attribution::{Attribution, Window};
 use super::book::Book;
 use super::cases::Open;
@@ -9,11 +8,7 @@ use super::clock::{Clock, Identity};
 use super::decode::{Limit, Reading};
 use super::detect::Spike;
 use super::identity::identify;
-use super::incident::{
-    Cgroup, Composition, Host, Incident, Kind, LossNote, Oom, Pressure, PressureLimit, SCHEMA, Scope, TaskRow,
-    Timeline, Victim,
-};
-use super::input::{OVER_BUDGET, Settings};
+use super::input::Settings;
 use super::kernlog::KernelLog;
 use super::kills::OpenVictim;
 use super::losses::Losses;
@@ -21,6 +16,11 @@ use super::processes::Key;
 use super::scope::{View, tree};
 use super::timeline::{Point, Sums, columns};
 use super::verdict::{About, Case, judge};
+use memtrace_incident::{AllocationPath, Allocations};
+use memtrace_incident::{
+    Cgroup, Composition, Host, Incident, Kind, Loss, LossNote, Oom, Pressure, PressureLimit, SCHEMA, Scope, TaskRow,
+    Timeline, Victim,
+};
 
 /// What every incident is built from.
 pub(super) struct Scene<'a> {
@@ -71,17 +71,17 @@ pub(super) fn oom_incident(open: &Open, scene: &Scene<'_>) -> Incident {
         composition: &composition,
     });
     let mut losses = losses(&open.loss_base, timeline.thinned, scene);
-    note(&mut losses, "victims not listed", open.victims_left_out);
-    note(&mut losses, "task table rows not listed", open.view.tasks_left_out);
+    note(&mut losses, Loss::VictimsNotListed, open.victims_left_out);
+    note(&mut losses, Loss::TasksNotListed, open.view.tasks_left_out);
     if scene.settings.kernel_log {
         let lost = scene.log.lost_near(open.at_ns);
-        note(&mut losses, "kernel log lines lost", lost);
+        note(&mut losses, Loss::KernelLogLinesLost, lost);
         if lost == 0 {
-            note(&mut losses, "kernel log has no line for this kill", missing_in_log(open, scene.log).len() as u64);
+            note(&mut losses, Loss::KernelLogSilent, missing_in_log(open, scene.log).len() as u64);
         }
     }
     if open.early {
-        losses.push(LossNote { what: "window cut short".to_owned(), count: None });
+        losses.push(LossNote::of(Loss::WindowCutShort, None));
     }
     losses.sort();
     let from_ns = open.at_ns.saturating_sub(scene.settings.before_ns);
@@ -280,9 +280,9 @@ pub(super) fn pressure_incident(case: PressureCase<'_>, scene: &Scene<'_>) -> In
         composition: &composition,
     });
     let mut losses = losses(loss_base, timeline.thinned, scene);
-    note(&mut losses, "task table rows not listed", view.tasks_left_out);
+    note(&mut losses, Loss::TasksNotListed, view.tasks_left_out);
     if early {
-        losses.push(LossNote { what: "window cut short".to_owned(), count: None });
+        losses.push(LossNote::of(Loss::WindowCutShort, None));
     }
     losses.sort();
     let window = (at_ns.saturating_sub(scene.settings.before_ns), pressure.until_boot_ns.max(at_ns));
@@ -317,7 +317,8 @@ pub(super) fn allocations(
     losses: &[LossNote],
     in_scope: impl Fn(u64, Key) -> bool,
 ) -> (Vec<AllocationPath>, Option<Allocations>) {
-    let thinned = losses.iter().find(|note| note.what == OVER_BUDGET).and_then(|note| note.count).unwrap_or(0);
+    let thinned =
+        losses.iter().find(|note| note.what == Loss::StacksOverBudget.label()).and_then(|note| note.count).unwrap_or(0);
     let window = Window { from_ns, until_ns, sample_bytes: scene.settings.sample_bytes, thinned };
     scene.attribution.report(&window, in_scope)
 }
@@ -359,13 +360,13 @@ pub(super) fn composition(usage: Option<u64>, sums: &Sums) -> Composition {
 pub(super) fn losses(base: &std::collections::BTreeMap<String, u64>, thinned: u64, scene: &Scene<'_>) -> Vec<LossNote> {
     let mut losses = scene.losses.since(base);
     losses.extend(scene.settings.degraded.iter().map(|what| LossNote { what: what.clone(), count: None }));
-    note(&mut losses, "timeline/thinned", thinned);
+    note(&mut losses, Loss::TimelineThinned, thinned);
     losses.sort();
     losses
 }
 
-pub(super) fn note(losses: &mut Vec<LossNote>, what: &str, count: u64) {
+pub(super) fn note(losses: &mut Vec<LossNote>, loss: Loss, count: u64) {
     if count > 0 {
-        losses.push(LossNote { what: what.to_owned(), count: Some(count) });
+        losses.push(LossNote::of(loss, Some(count)));
     }
 }

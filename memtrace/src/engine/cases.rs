@@ -4,13 +4,15 @@ use memtrace_common::event as wire;
 
 use super::builder;
 use super::decode::Reading;
-use super::incident::Process;
 use super::input::{Effect, Finding, KillEntry};
 use super::kernlog::KernelLog;
 use super::kills::{Decision, OpenVictim, PAIR_NS, SHARER_NS, Thread, VICTIMS_CAP, marked, process, sharer};
 use super::processes::Key;
 use super::scope::{Moments, RanOut, View, counters, scope};
-use super::{Engine, clock::Identity, incident::KernelLogKill};
+use memtrace_incident::KernelLogKill;
+use memtrace_incident::Process;
+
+use super::{Engine, clock::Identity};
 
 /// Incidents open at once; the oldest is closed early for one more.
 pub(super) const OPEN_CAP: usize = 32;

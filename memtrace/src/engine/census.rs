@@ -1,9 +1,9 @@
 //! Questions to the book: who is in a cgroup's tree, who grew, what was mapped.
 
 use super::book::Book;
-use super::incident::{Growth, MappingNote, TaskRow};
 use super::processes::{Key, ProcessRow};
 use super::timeline::Sums;
+use memtrace_incident::{Growth, MappingNote, TaskRow};
 
 /// Rows of an incident's growth table.
 pub(super) const GROWTH_CAP: usize = 64;

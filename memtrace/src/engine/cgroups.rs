@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::decode::{Limit, Reading};
-use super::incident::MappingNote;
 use super::timeline::{Point, Sums, Timeline};
+use memtrace_incident::MappingNote;
 
 /// Most cgroups known at once, removed ones included.
 pub(super) const CGROUPS_CAP: usize = 4096;

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use ulid::Ulid;
 
-use super::incident::At;
+use memtrace_incident::At;
 
 /// The two clocks, as last read together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::decode::{Limit, Reading};
-use super::incident::{Host, PressureLimit};
+use memtrace_incident::{Host, PressureLimit};
 
 const SEC: u64 = 1_000_000_000;
 /// Cgroups watched at once; further ones are not, until quiet ones are dropped.

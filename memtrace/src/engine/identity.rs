@@ -1,6 +1,6 @@
 //! Container and pod as a cgroup path names them. Pure: a path in, what it says out.
 
-use super::incident::{Container, Kubernetes};
+use memtrace_incident::{Container, Kubernetes};
 
 /// Container and pod of a cgroup path, as far as the path tells.
 ///

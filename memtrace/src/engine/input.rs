@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::incident::{Host, Incident, PressureLimit};
-pub use super::stack::{ModuleFound, OVER_BUDGET, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+pub use super::stack::{ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+use memtrace_incident::{Host, Incident, PressureLimit};
 
 /// One input. The journal stores each before the engine sees it, so a replay is exact.
 #[derive(Clone, Debug, PartialEq)]

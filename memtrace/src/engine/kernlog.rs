@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use super::decode::printable;
-use super::incident::KernelLogKill;
 use super::input::{KernelLogEvent, KernelLogLine};
+use memtrace_incident::KernelLogKill;
 
 const SEC: u64 = 1_000_000_000;
 /// Kills of the log remembered.

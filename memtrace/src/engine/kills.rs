@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use memtrace_common::event as wire;
 
 use super::decode::{Reading, cgroup_id, known};
-use super::incident::{Process, Victim};
 use super::processes::{Key, comm};
+use memtrace_incident::{Process, Victim};
 
 const MS: u64 = 1_000_000;
 /// A SIGKILL and a mark of one process this far apart belong together.

@@ -2,13 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::incident::LossNote;
+use memtrace_incident::{Loss, LossNote};
 
 /// Counters kept by name; further names share one.
 const NAMES_CAP: usize = 256;
 /// Moments at which totals are remembered.
 const MOMENTS_CAP: usize = 128;
-const OTHER: &str = "engine/other losses";
 
 type Totals = BTreeMap<String, u64>;
 
@@ -23,7 +22,12 @@ pub(super) struct Losses {
 }
 
 impl Losses {
-    pub(super) fn add(&mut self, what: &str, count: u64) {
+    /// Counts a loss of the engine's own.
+    pub(super) fn count(&mut self, loss: Loss, count: u64) {
+        self.add(loss.label(), count);
+    }
+
+    fn add(&mut self, what: &str, count: u64) {
         if count == 0 {
             return;
         }
@@ -32,7 +36,7 @@ impl Losses {
         match self.now.get_mut(what) {
             Some(total) => *total = total.saturating_add(count),
             None => {
-                let total = self.now.entry(if full { OTHER } else { what }.to_owned()).or_default();
+                let total = self.now.entry(if full { Loss::Other.label() } else { what }.to_owned()).or_default();
                 *total = total.saturating_add(count);
             }
         }
@@ -41,6 +45,7 @@ impl Losses {
     /// Totals as the kernel side states them, since its start; as a baseline they are no losses of ours.
     pub(super) fn state(&mut self, totals: &[(String, u64)], baseline: bool) {
         for (what, total) in totals.iter().take(NAMES_CAP) {
+            let what = &Loss::canonical(what);
             let before = self.stated.get(what).copied().unwrap_or(0);
             let new = if *total >= before { total - before } else { *total };
             if self.stated.len() < NAMES_CAP || self.stated.contains_key(what) {
@@ -99,12 +104,12 @@ mod tests {
         let mut l = Losses::default();
         l.state(&[("samples/full".into(), 10)], false);
         l.remember(100, 1);
-        l.add("engine/bad records", 2);
+        l.count(Loss::BadRecords, 2);
         l.state(&[("samples/full".into(), 15)], false);
         assert_eq!(
             l.since(&l.at(150)),
             [
-                LossNote { what: "engine/bad records".into(), count: Some(2) },
+                LossNote { what: "engine/bad_records".into(), count: Some(2) },
                 LossNote { what: "samples/full".into(), count: Some(5) }
             ]
         );

@@ -7,9 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-pub mod allocation;
 pub mod decode;
-pub mod incident;
 pub mod input;
 pub mod snapshot;
 
@@ -41,9 +39,9 @@ mod timeline;
 mod verdict;
 
 use decode::{DecodeError, Reading, Record, known};
-use incident::Host;
 use input::{CgroupFound, Effect, Fact, Finding, Input, ProcessFound, Settings};
 use memtrace_common::event as wire;
+use memtrace_incident::{Host, Loss};
 use recording::{Ending, Subject};
 
 pub use snapshot::{CgroupView, ProcessView, Snapshot};
@@ -135,11 +133,11 @@ impl Engine {
             }
             Err(DecodeError::UnknownKind { .. }) => {
                 self.unknown_kinds += 1;
-                self.losses.add("engine/unknown record kinds", 1);
+                self.losses.count(Loss::UnknownRecordKinds, 1);
             }
             Err(_) => {
                 self.bad_records += 1;
-                self.losses.add("engine/bad records", 1);
+                self.losses.count(Loss::BadRecords, 1);
             }
         }
         self.deliver(effects);
@@ -306,9 +304,15 @@ impl Engine {
 
     fn count_evictions(&mut self) {
         let now = self.evictions();
-        let names = ["processes evicted", "cgroups evicted", "curves dropped", "detectors refused", "growth dropped"];
-        for ((name, total), told) in names.iter().zip(now).zip(self.told) {
-            self.losses.add(&format!("engine/{name}"), total.saturating_sub(told));
+        let losses = [
+            Loss::ProcessesEvicted,
+            Loss::CgroupsEvicted,
+            Loss::CurvesDropped,
+            Loss::DetectorsRefused,
+            Loss::GrowthDropped,
+        ];
+        for ((loss, total), told) in losses.into_iter().zip(now).zip(self.told) {
+            self.losses.count(loss, total.saturating_sub(told));
         }
         self.told = now;
     }

@@ -7,9 +7,9 @@ use super::builder::{PressureCase, pressure_incident, spike_incident};
 use super::clock::Identity;
 use super::decode::{Reading, known};
 use super::detect::{Found, NearMiss, limit_hit};
-use super::incident::{Kind, Pressure, PressureLimit, Scope};
 use super::input::{Effect, Finding};
 use super::scope::{Moments, View};
+use memtrace_incident::{Kind, Pressure, PressureLimit, Scope};
 
 impl Engine {
     /// Reclaim on behalf of a cgroup begins or ends.

@@ -6,10 +6,10 @@ use super::book::Book;
 use super::builder::{Scene, allocations, cgroup, composition, losses, note};
 use super::clock::Identity;
 use super::decode::Reading;
-use super::incident::{Growth, Incident, Kind, MappingNote, Oom, RecordedProcess, Recording, SCHEMA, Timeline};
 use super::processes::{Key, ProcessRow};
 use super::timeline::{Curve, Point, columns};
 use super::verdict::{About, Case, judge};
+use memtrace_incident::{Growth, Incident, Kind, Loss, MappingNote, Oom, RecordedProcess, Recording, SCHEMA, Timeline};
 
 /// Processes listed.
 pub(super) const LISTED_CAP: usize = 4096;
@@ -297,7 +297,7 @@ impl State {
             composition: &composition,
         });
         let mut lost = losses(&self.loss_base, thinned, scene);
-        note(&mut lost, "mappings not listed", self.notes_let_go);
+        note(&mut lost, Loss::MappingsNotListed, self.notes_let_go);
         lost.sort();
         let root = self.subject.cgroup_id;
         let keys: std::collections::BTreeSet<Key> = self.members.values().map(|m| m.key).collect();

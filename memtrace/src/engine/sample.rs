@@ -4,7 +4,9 @@ use memtrace_common::event::*;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::input::{Effect, Fact, Input, Settings};
-use super::{Engine, incident::Host};
+use memtrace_incident::Host;
+
+use super::Engine;
 
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const MS: u64 = 1_000_000;
@@ -241,7 +243,7 @@ impl Bench {
         self.fact(Fact::Tick { boot_ns })
     }
 
-    pub(super) fn saved(&self) -> Vec<super::incident::Incident> {
+    pub(super) fn saved(&self) -> Vec<memtrace_incident::Incident> {
         self.effects.iter().filter_map(|e| if let Effect::Save(i) = e { Some((**i).clone()) } else { None }).collect()
     }
 

@@ -8,9 +8,9 @@ use super::cases::Open;
 use super::census::{TASKS_CAP, resident};
 use super::cgroups::Cgroups;
 use super::decode::Reading;
-use super::incident::{Growth, KernelLogKill, MappingNote, Scope, TaskRow};
 use super::kills::Decision;
 use super::timeline::{Curve, Point, Sums};
+use memtrace_incident::{Growth, KernelLogKill, MappingNote, Scope, TaskRow};
 
 /// Mapping notes of one incident.
 const NOTES_CAP: usize = 512;

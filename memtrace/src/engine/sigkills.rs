@@ -7,10 +7,10 @@ use memtrace_common::event as wire;
 
 use super::Engine;
 use super::decode::cgroup_id;
-use super::incident::Process;
 use super::input::{Effect, SigkillCause, SigkillEntry};
 use super::kills::{OpenVictim, PAIR_NS, SETTLE_NS};
 use super::processes::{Key, comm};
+use memtrace_incident::{Loss, Process};
 
 /// Entries that wait; what is more is counted and left out. The last quarter is for the kernel's own.
 const WAITING_CAP: usize = 4096;
@@ -140,7 +140,7 @@ impl Engine {
             incident: None,
         };
         if !self.sigkills.sent(entry) {
-            self.losses.add("engine/sigkills not told", 1);
+            self.losses.count(Loss::SigkillsNotReported, 1);
         }
     }
 
@@ -174,7 +174,7 @@ impl Engine {
     /// Tells the SIGKILLs that have waited long enough; with `all`, every one of them.
     pub(super) fn tell_sigkills(&mut self, all: bool, effects: &mut Vec<Effect>) {
         let (entries, left_out) = self.sigkills.due(self.now, all);
-        self.losses.add("engine/sigkills not told", left_out);
+        self.losses.count(Loss::SigkillsNotReported, left_out);
         effects.extend(entries.into_iter().map(|entry| self.told(entry)));
     }
 
@@ -299,7 +299,7 @@ mod tests {
         b.tick(T + SEC);
         let all = told(&b);
         assert_eq!((all.len() as u64, all[0].cause), (BURST + 1, SigkillCause::Oom), "the OOM killer's has its place");
-        let lost = |b: &Bench| b.engine.losses.current().get("engine/sigkills not told").copied();
+        let lost = |b: &Bench| b.engine.losses.current().get(Loss::SigkillsNotReported.label()).copied();
         assert_eq!(lost(&b), Some(10_000 - BURST));
         b.feed(&wire::Kill { target: sample::task(200_000), ..sigkill(1100, wire::SENDER_PROCESS) });
         b.tick(T + 3 * SEC);

@@ -2,13 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::allocation::{Cause, Cut};
+use memtrace_incident::{Cause, Cut};
 
 /// Paths the engine knows for certain: the newest, by number. An older one may have to be said again.
 pub const PATHS_KNOWN: u32 = 8192;
-
-/// The total of [`super::input::Fact::Losses`] that counts stacks the budget left out.
-pub const OVER_BUDGET: &str = "stacks/over budget";
 
 /// A file that code was mapped from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +36,7 @@ pub struct PathFrame {
     /// Number of its module.
     #[serde(rename = "m", default, skip_serializing_if = "Option::is_none")]
     pub module: Option<u32>,
-    /// Offset in the module's file, as [`super::allocation::Frame::offset`].
+    /// Offset in the module's file, as [`memtrace_incident::Frame::offset`].
     #[serde(rename = "o", default, skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
     /// Function, where it had to be found at once: in the kernel and in JIT-compiled code.

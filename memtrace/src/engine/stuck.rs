@@ -6,9 +6,9 @@ use super::Engine;
 use super::builder::{PressureCase, pressure_incident};
 use super::decode::Reading;
 use super::detect::{NearMiss, limit_hit};
-use super::incident::{Kind, Pressure, PressureLimit};
 use super::input::{Effect, Fact, Finding};
 use super::scope::View;
+use memtrace_incident::{Kind, Loss, Pressure, PressureLimit};
 
 /// Cgroups stuck at once; as many as the session watches.
 pub(super) const STUCK_CAP: usize = 64;
@@ -102,7 +102,7 @@ impl Engine {
         } else if self.stuck.len() < STUCK_CAP {
             self.open_stuck(id, boot_ns, effects);
         } else {
-            self.losses.add("engine/stuck cgroups not followed", 1);
+            self.losses.count(Loss::StuckNotFollowed, 1);
         }
     }
 
@@ -188,10 +188,10 @@ impl Engine {
 mod tests {
     use memtrace_common::event::*;
 
-    use super::super::incident::Incident;
     use super::super::input::{CgroupFound, Settings};
     use super::super::sample::{self, Bench, MIB, MS, SEC, Tweak};
     use super::*;
+    use memtrace_incident::Incident;
 
     const T: u64 = 1_000 * SEC;
     const LIMIT: u64 = 64 * MIB;
@@ -327,7 +327,7 @@ mod tests {
             let found: Vec<_> = stuck(&b)
                 .iter()
                 .map(|i| {
-                    let cut = i.losses.iter().any(|l| l.what == "window cut short");
+                    let cut = i.losses.iter().any(|l| l.what == Loss::WindowCutShort.label());
                     (i.pressure.as_ref().unwrap().under_oom_ns.unwrap() / MS, cut)
                 })
                 .collect();
@@ -407,6 +407,6 @@ mod tests {
             b.fact(Fact::OomControl { cgroup_id: id, boot_ns: T, kill_disabled: true, under_oom: true });
         }
         assert_eq!(b.engine.counts().stuck_cgroups, STUCK_CAP as u64);
-        assert_eq!(b.engine.losses.current().get("engine/stuck cgroups not followed"), Some(&36));
+        assert_eq!(b.engine.losses.current().get(Loss::StuckNotFollowed.label()), Some(&36));
     }
 }

@@ -4,10 +4,10 @@ use memtrace_common::event::*;
 use proptest::prelude::*;
 use zerocopy::IntoBytes;
 
-use super::incident::{Incident, Kind, Scope};
 use super::input::*;
 use super::sample::{self, Bench, MIB, MS, SEC, Tweak};
 use super::*;
+use memtrace_incident::{Incident, Kind, Scope};
 
 const T: u64 = 1_000 * SEC;
 const LIMIT: u64 = 256 * MIB;
@@ -212,11 +212,11 @@ fn a_decision_joins_its_marks_also_without_the_group_flag() {
 #[test]
 fn the_decision_table_of_scopes() {
     let log = |constraint: &str, oom: Option<&str>| {
-        Some(incident::KernelLogKill {
+        Some(memtrace_incident::KernelLogKill {
             constraint: Some(constraint.into()),
             oom_memcg: oom.map(Into::into),
             task_memcg: Some("/app".into()),
-            ..incident::KernelLogKill::default()
+            ..memtrace_incident::KernelLogKill::default()
         })
     };
     let decided = |constraint: u32, id: u64| {
@@ -416,7 +416,7 @@ fn a_storm_of_kills_closes_the_oldest_early() {
         assert!(b.engine.counts().open_incidents <= cases::OPEN_CAP as u64);
     }
     let saved = close(&mut b);
-    let early = saved.iter().filter(|i| i.losses.iter().any(|l| l.what == "window cut short")).count();
+    let early = saved.iter().filter(|i| i.losses.iter().any(|l| l.what == Loss::WindowCutShort.label())).count();
     assert_eq!((saved.len(), early, b.kills().len()), (50, 50 - cases::OPEN_CAP, 50));
 }
 
@@ -465,7 +465,7 @@ fn the_kernel_log_is_matched_whenever_it_comes() {
 
 #[test]
 fn a_kill_the_kernel_log_does_not_tell_of_is_stated() {
-    for (gap, expected) in [(0u64, "kernel log has no line for this kill"), (7, "kernel log lines lost")] {
+    for (gap, expected) in [(0u64, Loss::KernelLogSilent), (7, Loss::KernelLogLinesLost)] {
         let settings = Settings { kernel_log: true, degraded: vec!["fault hook".into()], ..Settings::default() };
         let mut b = Bench::with(settings);
         b.fact(Fact::Losses { totals: vec![("samples/full".into(), 10)] });
@@ -483,7 +483,12 @@ fn a_kill_the_kernel_log_does_not_tell_of_is_stated() {
         let count = Some(gap.max(1));
         assert_eq!(
             lost,
-            [("engine/bad records", Some(1)), ("fault hook", None), (expected, count), ("samples/full", Some(3))]
+            [
+                ("engine/bad_records", Some(1)),
+                ("fault hook", None),
+                (expected.label(), count),
+                ("samples/full", Some(3))
+            ]
         );
         let disagrees = b.alerts().contains(&Finding::Disagreement { pid: 100, only_in: "hook".into() });
         assert_eq!(disagrees, gap == 0);
@@ -666,7 +671,7 @@ fn stop_closes_everything_and_another_boot_starts_afresh() {
     b.fact(Fact::Stop { boot_ns: T + 2 * MS });
     let saved = b.saved();
     assert_eq!(saved.len(), 1);
-    assert!(saved[0].losses.iter().any(|l| l.what == "window cut short"));
+    assert!(saved[0].losses.iter().any(|l| l.what == Loss::WindowCutShort.label()));
     assert!(b.engine.preamble(T).is_empty());
     let known = |b: &Bench| (b.engine.counts().processes, b.engine.counts().cgroups);
     b.fact(sample::start_fact(Settings::default()));

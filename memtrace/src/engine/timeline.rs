@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use memtrace_common::event::{NO_LIMIT, UNKNOWN};
 
 use super::decode::{Reading, known};
-use super::incident::Columns;
+use memtrace_incident::Columns;
 
 /// Everything is kept this long, up to [`FINE_CAP`] readings.
 const FINE_NS: u64 = 2_000_000_000;

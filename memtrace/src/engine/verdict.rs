@@ -1,7 +1,7 @@
 //! One honest sentence about what happened, with the numbers it rests on. Pure, and a table of cases below.
 
 use super::census::resident;
-use super::incident::{Columns, Composition, Growth, Pressure, PressureLimit, Scope, TaskRow, Verdict};
+use memtrace_incident::{Columns, Composition, Growth, Pressure, PressureLimit, Scope, TaskRow, Verdict};
 
 const SEC: u64 = 1_000_000_000;
 /// A process this young at the event makes it a start-up.

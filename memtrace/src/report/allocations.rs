@@ -3,8 +3,10 @@
 use super::paths::{self, Culprit, Window};
 use super::sections::Page;
 use super::table::{Align, Table};
-use super::{Line, Paint, plain, units};
-use crate::engine::incident::{Allocations, Cause, Incident, Kind};
+use memtrace_incident::units;
+
+use super::{Line, Paint, plain};
+use memtrace_incident::{Allocations, Cause, Incident, Kind};
 
 /// Culprits in the table.
 const CULPRITS: usize = 8;
@@ -62,14 +64,7 @@ fn windows(incident: &Incident, allocations: &Allocations) -> Vec<(String, Windo
 
 /// The culprit in words: of the shortest window that saw a good part of the growth.
 fn headline(page: &mut Page<'_>, incident: &Incident, windows: &[(String, Window)], culprits: &[Culprit<'_>]) {
-    let title = match incident.kind {
-        Kind::Recording => "Who took the memory (windows end at the peak)",
-        Kind::OomKill => "Who took the memory (windows end at the kill)",
-        Kind::Spike => "Who took the memory (windows end at the highest usage)",
-        Kind::NearMiss => "Who took the memory (windows end at the first hit)",
-        Kind::Stuck => "Who took the memory (windows end where it got stuck)",
-    };
-    page.title(title);
+    page.title(&format!("Who took the memory (windows end {})", incident.kind.moment()));
     let growths: Vec<u64> = windows.iter().enumerate().map(|(at, _)| growth(incident, windows, culprits, at)).collect();
     let whole = growths.last().copied().unwrap_or(0);
     // 100 ms is too short to tell of in words.
@@ -224,7 +219,7 @@ fn chain(culprit: &Culprit<'_>, unicode: bool) -> String {
 }
 
 /// `mapped by grow (src/a.rs:7), via malloc`.
-fn mapped(path: &crate::engine::incident::AllocationPath, unicode: bool) -> String {
+fn mapped(path: &memtrace_incident::AllocationPath, unicode: bool) -> String {
     let name = paths::name(path);
     let place =
         paths::culprit(path).and_then(paths::place).map(|place| format!(" ({})", plain::elide(&place, 60, unicode)));
@@ -304,8 +299,8 @@ fn coarse(page: &mut Page<'_>, allocations: &Allocations, culprits: &[Culprit<'_
     }
 }
 
-fn why_cut(cut: crate::engine::incident::Cut) -> &'static str {
-    use crate::engine::incident::Cut;
+fn why_cut(cut: memtrace_incident::Cut) -> &'static str {
+    use memtrace_incident::Cut;
     match cut {
         Cut::Slice => "the stack is deeper than the copied part of it",
         Cut::Module => "code of no known module, without frame pointers",

@@ -1,6 +1,6 @@
 //! The timeline cut into windows: which stretch to show, and what each column of a plot stands for.
 
-use crate::engine::incident::Columns;
+use memtrace_incident::Columns;
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000 * MS;

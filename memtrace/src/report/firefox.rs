@@ -8,7 +8,7 @@ use fxprof_processed_profile::{
 };
 
 use super::{frames, paths, plain};
-use crate::engine::incident::{AllocationPath, Cause, Incident};
+use memtrace_incident::{AllocationPath, Cause, Incident};
 
 /// Processes with a thread of their own; what more there are share one.
 const PROCESSES: usize = 512;
@@ -188,8 +188,8 @@ impl<'a> Writer<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::incident::Allocations;
-    use crate::report::fixtures;
+    use memtrace_incident::Allocations;
+    use memtrace_incident::fixtures;
 
     fn weights(incident: &Incident) -> f64 {
         let json: serde_json::Value = serde_json::from_str(&profile(incident).unwrap()).unwrap();

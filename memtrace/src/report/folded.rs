@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::paths::Window;
 use super::{frames, paths, plain};
-use crate::engine::incident::{Cause, Incident};
+use memtrace_incident::{Cause, Incident};
 
 /// The stacks of one cause in a window, one a line, in order of their names. Kernel functions end in `_[k]`; where
 /// `cause` is touch, growth without a stack is there as `[no stack: reason]`, so that all lines add up to the growth.
@@ -52,7 +52,7 @@ fn part(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     fn sum(text: &str) -> u64 {
         text.lines().map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()

@@ -1,6 +1,6 @@
 //! A frame for people: its label, whose code it is, and its name without what a reader does not need.
 
-use crate::engine::incident::Frame;
+use memtrace_incident::Frame;
 
 /// Whose code a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,10 @@
 use proptest::prelude::*;
 
 use super::paths::Window;
-use super::{Style, firefox, fixtures, folded, plain, pprof, text};
-use crate::engine::incident::*;
+use memtrace_incident::fixtures;
+
+use super::{Style, firefox, folded, plain, pprof, text};
+use memtrace_incident::*;
 
 /// Every format, every cause, with and without a window.
 fn every_format(incident: &Incident) {

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest, Sha256};
 
-use crate::engine::incident::Incident;
+use memtrace_incident::Incident;
 
 const STYLES: [&str; 2] = [include_str!("html/uplot/uPlot.min.css"), include_str!("html/page.css")];
 
@@ -89,7 +89,7 @@ fn data(incident: &Incident) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     fn embedded(page: &str) -> &str {
         let (_, rest) = page.split_once("<script type=\"application/json\" id=\"incident\">").unwrap();
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn a_page_without_data_is_small() {
         let mut bare = fixtures::burst();
-        bare.timeline = crate::engine::incident::Timeline::default();
+        bare.timeline = memtrace_incident::Timeline::default();
         bare.allocation_paths.clear();
         bare.allocations = None;
         assert!(page(&bare).len() < 160 * 1024);

@@ -6,10 +6,10 @@ use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
 
 use super::plain;
-use crate::engine::incident::{
+use crate::engine::input::SigkillEntry;
+use memtrace_incident::{
     At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording, Verdict,
 };
-use crate::engine::input::SigkillEntry;
 
 /// The whole incident, pretty.
 pub fn incident(incident: &Incident) -> serde_json::Result<String> {
@@ -109,7 +109,7 @@ fn harmless(mut text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     #[test]
     fn the_list_form_leaves_out_what_is_large_and_nothing_else() {

@@ -8,7 +8,6 @@ pub mod paths;
 pub mod plain;
 pub mod pprof;
 pub mod text;
-pub mod units;
 
 mod allocations;
 mod curve;
@@ -18,8 +17,6 @@ mod pressure;
 mod sections;
 mod table;
 
-#[cfg(test)]
-pub mod fixtures;
 #[cfg(test)]
 mod hostile_tests;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::frames::{self, Owner};
-use crate::engine::incident::{AllocationPath, Cause, Frame, Incident, Kind};
+use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 
 /// Paths looked at: a file may hold any number of them, the recorder writes at most 2048.
 const PATHS: usize = 4096;
@@ -267,7 +267,7 @@ pub(super) fn mapped_by<'a>(incident: &'a Incident, path: &AllocationPath) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     const SECOND: u64 = 1_000_000_000;
 

@@ -3,7 +3,9 @@
 use std::cmp::Ordering;
 
 use super::curve::{self, Level, Window};
-use super::{Line, Paint, Style, units};
+use memtrace_incident::units;
+
+use super::{Line, Paint, Style};
 
 /// Lower blocks of one to seven eighths.
 const EIGHTHS: [char; 7] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇'];

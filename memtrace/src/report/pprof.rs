@@ -9,7 +9,7 @@ use prost::Message;
 
 use super::paths::Window;
 use super::{frames, paths, plain};
-use crate::engine::incident::{AllocationPath, Cause, Frame, Incident, Kind};
+use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 
 /// Frames of one stack that are written.
 const FRAMES: usize = 512;
@@ -312,7 +312,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     fn decoded(bytes: &[u8]) -> Profile {
         let mut raw = Vec::new();

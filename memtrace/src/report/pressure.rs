@@ -1,8 +1,10 @@
 //! What the text report says of a limit that was hit without a kill.
 
 use super::text::short_place;
-use super::{Style, units};
-use crate::engine::incident::{Incident, Pressure, PressureLimit};
+use memtrace_incident::units;
+
+use super::Style;
+use memtrace_incident::{Incident, Pressure, PressureLimit};
 
 /// The first line.
 pub(super) fn headline(incident: &Incident, pressure: &Pressure, style: &Style) -> String {

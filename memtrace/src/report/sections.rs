@@ -2,8 +2,10 @@
 
 use super::table::{Align, Table};
 use super::text::{name, signal_name};
-use super::{Line, Paint, Style, curve, plain, plot, units};
-use crate::engine::incident::{Growth, Incident, Kind, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
+use memtrace_incident::units;
+
+use super::{Line, Paint, Style, curve, plain, plot};
+use memtrace_incident::{Growth, Incident, Kind, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
 
 /// Rows of the process tables.
 const PROCESSES: usize = 8;
@@ -128,13 +130,7 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     let top_bytes = plot::top(&[&left, right.as_ref().map_or(&[][..], |(_, levels)| levels)]);
     let frame = plot::Frame { rows: PLOT_ROWS, top_bytes, gutter };
 
-    let until = match incident.kind {
-        Kind::OomKill => "up to the kill",
-        Kind::Spike => "around the highest usage",
-        Kind::NearMiss => "around the first hit",
-        Kind::Stuck => "up to where it got stuck",
-        Kind::Recording => "from start to end",
-    };
+    let until = incident.kind.curve_span();
     let drawn = left.iter().any(|level| level.limit.is_some_and(|limit| limit <= top_bytes));
     let mut title = Line::default();
     let whose = match &incident.oom {

@@ -2,9 +2,11 @@
 
 use super::sections::{self, Page};
 use super::table::{Align, Table};
-use super::{Paint, Style, plain, units};
+use memtrace_incident::units;
+
+use super::{Paint, Style, plain};
 use super::{allocations, pressure};
-use crate::engine::incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim};
+use memtrace_incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim};
 
 /// Victims shown one by one.
 const VICTIMS: usize = 4;
@@ -28,8 +30,7 @@ pub fn report(incident: &Incident, style: &Style) -> String {
         (Kind::OomKill, None, _) => "OOM kill: nothing more is known.".to_owned(),
         (Kind::Recording, _, None) => "Recording: nothing is known of the command.".to_owned(),
     };
-    let alarm = matches!(incident.kind, Kind::OomKill | Kind::Stuck);
-    page.wrapped(if alarm { Paint::Alarm } else { Paint::Strong }, &headline, 0);
+    page.wrapped(if incident.kind.is_alarm() { Paint::Alarm } else { Paint::Strong }, &headline, 0);
     verdict(&mut page, incident);
     page.blank();
     when(&mut page, incident);

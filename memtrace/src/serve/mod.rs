@@ -14,9 +14,9 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::error;
 
 use crate::engine::Counts;
-use crate::engine::incident::{Incident, Kind};
 use crate::engine::input::SigkillCause;
 use crate::engine::snapshot::Snapshot;
+use memtrace_incident::{Incident, Kind};
 
 mod metrics;
 

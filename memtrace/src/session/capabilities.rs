@@ -10,7 +10,7 @@ use std::path::Path;
 use memtrace_common::control::{Control, MAX_CPUS};
 use memtrace_common::layout::{ABSENT, KernelLayout};
 
-use super::SessionOptions;
+use super::Options;
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
@@ -57,7 +57,7 @@ pub fn detect(btf: Option<&Path>) -> Capabilities {
 ///
 /// Must run inside a tokio runtime. [`Refusal::Unsupported`]: this kernel or these privileges
 /// cannot do it.
-pub fn attach(capabilities: Capabilities, options: &SessionOptions) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+pub fn attach(capabilities: Capabilities, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let Capabilities { hierarchy, facts } = capabilities;
     let plan = plan(&facts, &options.without);
     ensure_runnable(&Status::new(&plan, &[]))?;
@@ -85,13 +85,7 @@ pub fn attach(capabilities: Capabilities, options: &SessionOptions) -> anyhow::R
 }
 
 /// The constants that the programs are loaded with.
-fn control(
-    hierarchy: &Hierarchy,
-    facts: &Facts,
-    layout: &KernelLayout,
-    plan: &Plan,
-    options: &SessionOptions,
-) -> Control {
+fn control(hierarchy: &Hierarchy, facts: &Facts, layout: &KernelLayout, plan: &Plan, options: &Options) -> Control {
     Control {
         quantum_bytes: options.quantum_bytes,
         mapping_bytes: options.quantum_bytes.saturating_mul(4),

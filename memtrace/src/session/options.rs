@@ -1,33 +1,32 @@
-//! Settings of one run of tracing, and their bounds.
+//! What a run of the tracer is told, and what a user can get wrong in it.
 
 use std::path::PathBuf;
 
 use crate::engine::input::Settings;
 use crate::kernel::hooks::{Hook, Need};
 
-/// Settings of one run.
+/// What a run is told.
 #[derive(Clone, Debug)]
-pub struct SessionOptions {
-    /// A BTF file to use instead of the running kernel's own types.
+pub struct Options {
+    /// Kernel type information to use instead of the running kernel's own.
     pub btf: Option<PathBuf>,
     /// Hooks to leave out.
     pub without: Vec<Hook>,
-    /// Resident memory of an address space is reported each time it has changed by this much,
-    /// bytes.
+    /// The rss hook's quantum, bytes.
     pub quantum_bytes: u64,
-    /// History that an incident has from before it, nanoseconds.
+    /// History kept before an incident, nanoseconds.
     pub before_ns: u64,
-    /// How long an incident goes on gathering, nanoseconds.
+    /// How long an incident gathers, nanoseconds.
     pub after_ns: u64,
-    /// Most address spaces followed.
+    /// Address spaces followed at most.
     pub max_processes: u32,
-    /// Size of the SAMPLES ring, bytes; a power of two.
+    /// Size of the samples ring, bytes.
     pub samples_ring_bytes: u64,
-    /// Size of the STACKS ring, bytes; a power of two.
+    /// Size of the stacks ring, bytes (a power of two).
     pub stacks_ring_bytes: u32,
-    /// Sample interval: a stack is taken each time a process has grown by this much, bytes.
+    /// Take a stack when a process grew by this much, bytes; 0: take none.
     pub sample_bytes: u64,
-    /// Take stacks of all processes; else only in cgroups given to [`super::Session::sample`].
+    /// Take stacks of every process; else only of the cgroups that [`super::Session::sample`] names.
     pub sample_all: bool,
     /// Parts per million of one CPU's time that stacks may cost; 0: take none.
     pub stack_budget_ppm: u64,
@@ -35,13 +34,13 @@ pub struct SessionOptions {
     pub spikes: bool,
     /// Save limits that were hit without a kill.
     pub near_misses: bool,
-    /// Read the kernel log, to cross-check kills.
+    /// Read the kernel log as a cross-check.
     pub kernel_log: bool,
-    /// Directory and size in bytes of the journal; `None` for a run that needs no recovery.
+    /// Directory and size in bytes of the journal; none for a run that needs no recovery.
     pub journal: Option<(PathBuf, u64)>,
 }
 
-impl Default for SessionOptions {
+impl Default for Options {
     fn default() -> Self {
         let settings = Settings::default();
         Self {
@@ -64,8 +63,8 @@ impl Default for SessionOptions {
     }
 }
 
-impl SessionOptions {
-    /// Checks the bounds. The error is a sentence that names the flag.
+impl Options {
+    /// What a user can get wrong, as a sentence that names the flag.
     pub fn check(&self) -> Result<(), String> {
         let page = rustix::param::page_size() as u64;
         if self.quantum_bytes < 4 * page || self.quantum_bytes > 1 << 30 {
@@ -91,7 +90,7 @@ impl SessionOptions {
         {
             return Err("journal_size: at least 1M".to_owned());
         }
-        // Where charges can be hooked, they replace the rss hook.
+        // Charges can tell of memory in place of the rss hook, where they can be hooked.
         let replaced = |hook: &Hook| *hook == Hook::Rss && !self.without.contains(&Hook::Charge);
         match self.without.iter().find(|hook| matches!(hook.need(), Need::Required) && !replaced(hook)) {
             Some(hook) => Err(format!("without: {hook} is needed, memtrace cannot run without it")),

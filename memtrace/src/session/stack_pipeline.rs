@@ -8,13 +8,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use memtrace_common::event::CGROUP_MADE;
+use memtrace_incident::Loss;
 use memtrace_unwind::modules::OpenModule;
 use tracing::{debug, warn};
 
 use crate::clock;
 use crate::engine::Engine;
 use crate::engine::decode::Record;
-use crate::engine::input::{Fact, OVER_BUDGET};
+use crate::engine::input::Fact;
 use crate::kernel::probe::Probe;
 use crate::stacks::sampling_rate::{SamplingRate, StackCost};
 use crate::stacks::stack_samples::StackSamples;
@@ -168,7 +169,7 @@ impl StackPipeline {
         let mut totals = self.samples.losses();
         let (_, StackCost { thinned, .. }) = self.cost(probe);
         if thinned > 0 {
-            totals.push((OVER_BUDGET.to_owned(), thinned));
+            totals.push((Loss::StacksOverBudget.label().to_owned(), thinned));
         }
         totals
     }

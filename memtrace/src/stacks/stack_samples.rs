@@ -11,6 +11,7 @@ use std::time::Duration;
 use memtrace_common::event::{
     CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_SLICE_BYTES, RECLAIM_BEGIN, StackSample, UNKNOWN,
 };
+use memtrace_incident::{Cause, Cut, Loss};
 use memtrace_unwind::modules::OpenModule;
 use memtrace_unwind::process_cache::ProcessCache;
 use memtrace_unwind::rule::Registers;
@@ -19,7 +20,6 @@ use memtrace_unwind::unwind::{Truncation, UnwoundFrame};
 use super::kallsyms::KernelSymbols;
 use super::kernel_stacks::KernelStackQueue;
 use super::path_numbers::PathNumbers;
-use crate::engine::allocation::{Cause, Cut};
 use crate::engine::decode::{Record, StackRecord, decode_stack};
 use crate::engine::input::{Fact, PathFrame, StackFound};
 
@@ -227,15 +227,15 @@ impl StackSamples {
     pub fn losses(&self) -> Vec<(String, u64)> {
         let counts = self.processes.counts();
         let named = [
-            ("stacks/no room to wait", self.refused),
-            ("stacks/bad records", self.bad),
-            ("stacks/processes forgotten", counts.forgotten),
-            ("stacks/mappings left out", counts.mappings_left_out),
-            ("stacks/modules forgotten", counts.modules.forgotten),
-            ("stacks/modules closed early", counts.modules.closed),
-            ("stacks/unwind information too large", counts.modules.too_large),
+            (Loss::StacksNoRoomToWait, self.refused),
+            (Loss::StacksBadRecords, self.bad),
+            (Loss::StackProcessesForgotten, counts.forgotten),
+            (Loss::StackMappingsLeftOut, counts.mappings_left_out),
+            (Loss::ModulesForgotten, counts.modules.forgotten),
+            (Loss::ModulesClosedEarly, counts.modules.closed),
+            (Loss::UnwindInformationTooLarge, counts.modules.too_large),
         ];
-        named.iter().filter(|(_, count)| *count > 0).map(|(name, count)| ((*name).to_owned(), *count)).collect()
+        named.iter().filter(|(_, count)| *count > 0).map(|(loss, count)| (loss.label().to_owned(), *count)).collect()
     }
 }
 

@@ -2,9 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use memtrace_incident::{Frame, Incident};
 use serde::{Deserialize, Serialize};
-
-use crate::engine::incident::{Frame, Incident};
 
 /// Most distinct addresses that are named at once.
 pub const MAX_OFFSETS: usize = 65_536;

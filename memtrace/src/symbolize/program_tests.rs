@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use memtrace_incident::{AllocationPath, Cause, Frame, Incident};
 use memtrace_unwind::elf::ElfHeaders;
 use memtrace_unwind::maps::Maps;
 use memtrace_unwind::proc_dir::ProcDir;
@@ -12,8 +13,6 @@ use memtrace_unwind::rule::Registers;
 use memtrace_unwind::unwind::{Truncation, UnwoundFrame, UnwoundStack};
 
 use super::symbolizer::{Symbolizer, symbolize_file};
-use crate::engine::allocation::{AllocationPath, Cause, Frame};
-use crate::engine::incident::Incident;
 
 const COPY_BYTES: usize = 60 << 10;
 /// Prints its frame pointer, then waits. Not inlined, so that it is in every stack.
@@ -139,12 +138,12 @@ fn incident_of(frames: Vec<Frame>) -> Incident {
     let path = AllocationPath {
         weight_bytes: 1,
         cause: Cause::Touch,
-        process: crate::engine::incident::Process { pid: 1, tid: 1, start_boot_ns: 1, comm: String::new() },
+        process: memtrace_incident::Process { pid: 1, tid: 1, start_boot_ns: 1, comm: String::new() },
         frames,
         cut: None,
         mapped_by: None,
     };
-    Incident { allocation_paths: vec![path], ..crate::report::fixtures::burst() }
+    Incident { allocation_paths: vec![path], ..memtrace_incident::fixtures::burst() }
 }
 
 /// The frames as the incident file has them, still without names but those of code written at run

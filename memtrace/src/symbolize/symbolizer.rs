@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 
 use blazesym::symbolize::source::{Elf, Source};
 use blazesym::symbolize::{self as blaze, CodeInfo, Input, Sym, Symbolized, evict};
+use memtrace_incident::Incident;
 use memtrace_unwind::modules::OpenModule;
 use memtrace_unwind::proc_dir::fd_path;
 
 use super::debug_files::{self, DebugCandidate};
 use super::frame_names::{FrameNames, FunctionName, ModuleName, NamingSummary, OffsetNames, UnnamedFrames};
-use crate::engine::incident::Incident;
 
 /// Bytes kept of a name; a longer one is shortened in its middle.
 pub const MAX_NAME_BYTES: usize = 4096;

@@ -4,10 +4,10 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use super::{Attribution, Place, Sample, Why, join};
-use crate::engine::allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Frame, Unattributed};
-use crate::engine::incident::Process;
 use crate::engine::input::PathFrame;
 use crate::engine::processes::Key;
+use memtrace_incident::Process;
+use memtrace_incident::{AllocationPath, AllocationSamples, Allocations, Cause, Frame, Unattributed};
 
 /// Samples in one file.
 const FILE_SAMPLES: usize = 20_000;

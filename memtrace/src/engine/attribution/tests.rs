@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::allocation::{AllocationPath, Allocations};
 use crate::engine::sample::{MIB, SEC, mm_gone, rss, start, task};
+use memtrace_incident::{AllocationPath, Allocations};
 
 const CGROUP: u64 = 7;
 

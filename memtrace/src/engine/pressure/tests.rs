@@ -2,9 +2,9 @@
 
 use memtrace_common::event::*;
 
-use super::super::incident::{Incident, Kind, PressureLimit};
 use super::super::input::{Effect, Fact, Finding, Settings};
 use super::super::sample::{self, Bench, MIB, MS, SEC, Tweak};
+use memtrace_incident::{Incident, Kind, PressureLimit};
 
 const T: u64 = 1_000 * SEC;
 const LIMIT: u64 = 256 * MIB;

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::incident::{Columns, PressureLimit};
-use crate::report::fixtures;
+use memtrace_incident::fixtures;
+use memtrace_incident::{Columns, PressureLimit};
 
 fn check_plain(text: &str) {
     assert!(text.ends_with('\n'));

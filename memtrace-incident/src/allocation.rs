@@ -7,7 +7,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::incident::Process;
+use crate::{Process, capped};
 
 /// A stack that grew memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -21,6 +21,7 @@ pub struct AllocationPath {
     pub process: Process,
     /// Frames, innermost first: those in the kernel, then the process' own. One that was inlined comes before the one
     /// it is inlined into.
+    #[serde(deserialize_with = "capped::frames")]
     pub frames: Vec<Frame>,
     /// Why `frames` does not reach the outermost frame of the thread; null when it does.
     #[serde(default)]
@@ -126,6 +127,7 @@ pub struct Allocations {
     /// Of that, what has a stack: the sum of the weights of all touch samples.
     pub attributed_bytes: u64,
     /// Of that, what has none, by reason; largest first.
+    #[serde(deserialize_with = "capped::reasons")]
     pub unattributed: Vec<Unattributed>,
     /// Bytes a process grew between two of its samples, on average, where nothing was thinned.
     pub sample_bytes: u64,
@@ -158,10 +160,13 @@ pub struct Unattributed {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AllocationSamples {
     /// When, boot clock.
+    #[serde(deserialize_with = "capped::samples")]
     pub boot_ns: Vec<u64>,
     /// Index in `allocation_paths`; null for growth of resident memory without a stack.
+    #[serde(deserialize_with = "capped::samples")]
     pub path: Vec<Option<u32>>,
     /// Bytes it stands for.
+    #[serde(deserialize_with = "capped::samples")]
     pub weight_bytes: Vec<u64>,
 }
 

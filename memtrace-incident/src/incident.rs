@@ -6,7 +6,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use super::allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
+use crate::{AllocationPath, Allocations, Kind, Loss, capped};
 
 /// Version of the incident file this build writes; it reads this one and the one before.
 pub const SCHEMA: u32 = 1;
@@ -37,10 +37,13 @@ pub struct Incident {
     /// The memory curve of `cgroup` (for an ancestor kill, `oom.oom_cgroup` has its own counters per kill).
     pub timeline: Timeline,
     /// Growth of processes up to the event, most grown first.
+    #[serde(deserialize_with = "capped::growth")]
     pub growth: Vec<Growth>,
     /// Large mappings made and given back before the event, oldest first.
+    #[serde(deserialize_with = "capped::mappings")]
     pub mappings: Vec<MappingNote>,
     /// Stacks that grew memory in the window, weighted in bytes, heaviest first within each cause.
+    #[serde(deserialize_with = "capped::allocation_paths")]
     pub allocation_paths: Vec<AllocationPath>,
     /// When each of them grew it, and what grew without a stack; not there when no stacks were taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -50,23 +53,8 @@ pub struct Incident {
     /// What it means, with its evidence.
     pub verdict: Verdict,
     /// What is missing from this file.
+    #[serde(deserialize_with = "capped::losses")]
     pub losses: Vec<LossNote>,
-}
-
-/// What an incident is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    /// The kernel's OOM killer killed.
-    OomKill,
-    /// Memory rose close to the limit and fell again.
-    Spike,
-    /// A limit was hit, reclaim ran, nobody was killed.
-    NearMiss,
-    /// A limit was hit and the OOM killer is off: tasks waited (cgroup v1).
-    Stuck,
-    /// `memtrace record`.
-    Recording,
 }
 
 /// A moment on both clocks.
@@ -161,10 +149,13 @@ pub struct Oom {
     /// kernfs id and path of the trigger's own cgroup.
     pub trigger_cgroup: Option<Cgroup>,
     /// Kernel functions of the failed charge, innermost first; empty when not captured.
+    #[serde(deserialize_with = "capped::functions")]
     pub trigger_kernel_stack: Vec<String>,
     /// Everyone who was killed or chosen, in kernel order.
+    #[serde(deserialize_with = "capped::victims")]
     pub victims: Vec<Victim>,
     /// Processes of the cgroup at the kill, largest first.
+    #[serde(deserialize_with = "capped::tasks")]
     pub tasks: Vec<TaskRow>,
     /// What the kernel log said about this kill; null when it was not read or said nothing.
     pub kernel_log: Option<KernelLogKill>,
@@ -190,6 +181,7 @@ pub struct Pressure {
     /// How long tasks waited for memory with the OOM killer off; null for a near miss.
     pub under_oom_ns: Option<u64>,
     /// Processes of the cgroup then, largest first.
+    #[serde(deserialize_with = "capped::tasks")]
     pub tasks: Vec<TaskRow>,
 }
 
@@ -311,6 +303,7 @@ pub struct KernelLogKill {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Recording {
     /// Program and arguments; empty when a running process or cgroup was recorded.
+    #[serde(deserialize_with = "capped::command")]
     pub command: Vec<String>,
     /// Start, boot clock.
     pub start_boot_ns: u64,
@@ -321,10 +314,12 @@ pub struct Recording {
     /// Signal that ended it.
     pub signal: Option<i32>,
     /// Every process that ran, by peak.
+    #[serde(deserialize_with = "capped::processes")]
     pub processes: Vec<RecordedProcess>,
     /// How many more processes ran than are listed.
     pub processes_left_out: u64,
     /// Ids of OOM kills during the recording.
+    #[serde(deserialize_with = "capped::oom_incidents")]
     pub oom_incidents: Vec<String>,
 }
 
@@ -359,24 +354,34 @@ pub struct Timeline {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Columns {
     /// When, boot clock, ascending.
+    #[serde(deserialize_with = "capped::rows")]
     pub boot_ns: Vec<u64>,
     /// Usage of the cgroup, as the kernel compares it with the limit.
+    #[serde(deserialize_with = "capped::rows")]
     pub usage_bytes: Vec<Option<u64>>,
     /// Its limit.
+    #[serde(deserialize_with = "capped::rows")]
     pub limit_bytes: Vec<Option<u64>>,
     /// The kernel's watermark.
+    #[serde(deserialize_with = "capped::rows")]
     pub watermark_bytes: Vec<Option<u64>>,
     /// Sum of resident anonymous memory of its processes.
+    #[serde(deserialize_with = "capped::rows")]
     pub anon_bytes: Vec<u64>,
     /// Sum of resident file pages (a page mapped twice counts twice).
+    #[serde(deserialize_with = "capped::rows")]
     pub file_bytes: Vec<u64>,
     /// Sum of resident shared memory (a page mapped twice counts twice).
+    #[serde(deserialize_with = "capped::rows")]
     pub shmem_bytes: Vec<u64>,
     /// Sum of swapped-out pages of its processes.
+    #[serde(deserialize_with = "capped::rows")]
     pub swap_bytes: Vec<u64>,
     /// Swap usage of the cgroup as the kernel counts it; on cgroup v1 memory and swap together.
+    #[serde(deserialize_with = "capped::rows")]
     pub swap_usage_bytes: Vec<Option<u64>>,
     /// Its limit.
+    #[serde(deserialize_with = "capped::rows")]
     pub swap_limit_bytes: Vec<Option<u64>>,
 }
 
@@ -442,14 +447,23 @@ pub struct Verdict {
     /// One sentence.
     pub summary: String,
     /// Facts it rests on.
+    #[serde(deserialize_with = "capped::evidence")]
     pub evidence: Vec<String>,
 }
 
-/// Something that is missing.
+/// Something that is missing: a [`Loss`], or a hook or source that is off (its name, a colon, and what
+/// that means).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub struct LossNote {
     /// What: a ring and reason, a cap, a source.
     pub what: String,
     /// How many, from the start of the window to the event; null when it cannot be counted.
     pub count: Option<u64>,
+}
+
+impl LossNote {
+    /// A loss, and how many; `None` where it cannot be counted.
+    pub fn of(loss: Loss, count: Option<u64>) -> Self {
+        Self { what: loss.label().to_owned(), count }
+    }
 }

@@ -2,7 +2,7 @@
 
 mod allocations;
 
-use crate::engine::incident::*;
+use crate::*;
 
 const MIB: u64 = 1 << 20;
 const MS: u64 = 1_000_000;
