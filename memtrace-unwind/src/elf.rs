@@ -1,7 +1,7 @@
 //! What unwinding and naming need of an ELF file: build id, segments, unwind sections.
 //!
-//! The file is read in bounded pieces and never mapped: a file that somebody truncates meanwhile
-//! gives a read error here, while access to a mapping would raise SIGBUS.
+//! The file is read in bounded pieces and never mapped: if it is truncated while it is read, that
+//! is a read error here, where access to a mapping would raise SIGBUS.
 //!
 //! Three kinds of position occur. An *offset* counts bytes in the file. A *stated address* is what
 //! the file's headers say; call frame information uses these. The *address* in a process is the
@@ -233,8 +233,8 @@ impl ElfHeaders {
         }
     }
 
-    /// Reads the unwind sections; `None` if there are none, if they are larger than `most_bytes`, or
-    /// if the file is too short for them.
+    /// Reads the unwind sections; `None` if there are none, if they are larger than `most_bytes`,
+    /// or if the file is too short for them.
     pub fn read_unwind(&self, mut file: impl Read + Seek, most_bytes: u64) -> Option<UnwindSections> {
         let bytes = self.unwind_bytes();
         let length = file.seek(SeekFrom::End(0)).ok()?;

@@ -1,5 +1,5 @@
-//! Damaged files, made-up registers and stacks: nothing panics, nothing hangs. And the CFI of arm64,
-//! on any machine.
+//! Damaged files, made-up registers and stacks: nothing panics, nothing hangs. And the CFI of
+//! arm64, on any machine.
 
 use std::io::Cursor;
 use std::sync::{Arc, LazyLock};

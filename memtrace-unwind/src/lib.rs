@@ -7,8 +7,8 @@
 //! module has none, and [`perf_map`] names code that a JIT compiler wrote. A frame of a file is
 //! `(module, offset)`; its function is looked up later and elsewhere.
 //!
-//! Everything read here was made by somebody else: a container brings its own binaries, and its
-//! own unwind tables. So every file, mapping, name and table is read with a bound, arithmetic on
+//! Everything read here comes from the traced programs: a container brings its own binaries, and
+//! its own unwind tables. So every file, mapping, name and table is read with a bound, arithmetic on
 //! its numbers is checked, and a broken one costs its own frames only. The crate has no runtime,
 //! no eBPF loader and no serialization below it, so that fuzzers build it alone.
 

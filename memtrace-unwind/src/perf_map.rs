@@ -73,7 +73,7 @@ impl PerfMap {
             let Ok(name_end) = u32::try_from(map.names.len()) else { break };
             map.functions.push(Function { start, end, name_start, name_end });
         }
-        // Stable: of two functions with the same start the later one comes last, and is found first.
+        // Stable: of two functions with one start the later one comes last, and is found first.
         map.functions.sort_by_key(|function| function.start);
         map.functions.shrink_to_fit();
         map.names.shrink_to_fit();

@@ -68,7 +68,7 @@ impl ProcDir {
     }
 
     /// Whether a process answers for the file system with this device number (FUSE). If that
-    /// process hangs, so does whoever opens or stats a file there. `None` if the mounts of this
+    /// process hangs, so does every open(2) and stat(2) there. `None` if the mounts of this
     /// process do not list the device.
     pub fn is_fuse(&self, device: (u32, u32)) -> Option<bool> {
         is_fuse(&self.read("mountinfo", MAX_MOUNT_BYTES)?, device)
@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_and_nobody_else() {
+    fn this_process_and_no_other() {
         let pid = std::process::id();
         let start_ns = ProcDir::of(pid).unwrap().start_ticks().unwrap() * TICK_NS;
         let dir = ProcDir::open(pid, start_ns + 1234).unwrap();

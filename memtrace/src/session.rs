@@ -149,7 +149,7 @@ impl Session {
             warn!(left_out, "more processes than are followed");
         }
         for (number, pid) in pids.into_iter().enumerate() {
-            // The rings fill meanwhile: a long list must not let them overflow.
+            // The rings fill while this reads: a long list must not let them overflow.
             if number % DRAIN_EVERY == 0 {
                 while self.drain_batch() {}
             }

@@ -77,7 +77,7 @@ mod tests {
         let found = read_process(std::process::id(), 3, 1).unwrap();
         assert!(found.anon_bytes > 0 && found.peak_bytes >= found.anon_bytes && found.start_ticks > 0);
         assert_eq!((found.cgroup_id, found.boot_ns), (3, 1));
-        assert_eq!(read_process(2, 4, 2), None, "kthreadd, or nobody");
+        assert_eq!(read_process(2, 4, 2), None, "kthreadd, or no process");
         assert!(pids_in(Path::new("/proc/none")).is_err());
     }
 

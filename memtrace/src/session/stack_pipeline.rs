@@ -36,7 +36,7 @@ pub(super) struct StackPipeline {
     adjusted_ns: u64,
     /// The ring holds more than the last turn took.
     backlog: bool,
-    /// Stacks whose cost the kernel side has been given.
+    /// Stacks whose cost the eBPF programs have been given.
     reported: u64,
     /// Cgroups whose stacks are taken, where not all are. Cap: [`MAX_SAMPLED`].
     sampled: BTreeSet<u64>,

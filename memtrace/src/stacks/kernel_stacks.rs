@@ -1,7 +1,7 @@
 //! Kernel stacks of the threads whose failed charge led to a kill: addresses in, names out.
 //!
 //! Such a stack says what the kernel wanted memory for: a page fault, a read into the page cache, a
-//! socket buffer. The kernel side takes it at the kill; the names are looked up with the next tick.
+//! socket buffer. An eBPF program takes it at the kill; its names are looked up with the next tick.
 
 use std::collections::VecDeque;
 
@@ -44,7 +44,7 @@ fn addresses(stack: &KernelStack) -> impl Iterator<Item = u64> {
     stack.addresses.iter().take(stack.frames as usize).copied().filter(|address| *address != 0)
 }
 
-/// Drops the frames of the tracer and of the OOM killer: what is left begins with the failed charge.
+/// Drops the frames of the tracer and of the OOM killer: the rest begins with the failed charge.
 fn failed_charge(functions: Vec<String>) -> Vec<String> {
     let killer = |name: &String| name.contains("oom") || name.contains("out_of_memory");
     match functions.iter().rposition(killer) {

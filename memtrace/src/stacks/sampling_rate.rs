@@ -1,7 +1,7 @@
 //! How often each cgroup is sampled, so that stacks stay within their CPU budget. Pure.
 //!
 //! A process is sampled each time it has grown by the sample interval, 512 KiB by default. The
-//! kernel side stops taking stacks when the budget of the moment is used up. That holds the budget,
+//! eBPF programs stop taking stacks when the budget of the moment is used up. That holds the budget,
 //! but then chance decides which stacks are taken, and a busy cgroup takes the time of all others.
 //! So once a second [`SamplingRate::adjust`] doubles the interval of cgroups that took more than an
 //! equal share of the stacks, if the budget was exceeded, and halves it again when less than a
@@ -21,7 +21,7 @@ pub struct StackCost {
     pub kernel_ns: u64,
     /// CPU time in this process, nanoseconds.
     pub user_ns: u64,
-    /// Stacks that the kernel side left out because the budget was used up.
+    /// Stacks that the eBPF programs left out because the budget was used up.
     pub thinned: u64,
 }
 

@@ -49,7 +49,8 @@ pub struct StackSamples {
     paths: PathNumbers,
     /// Bytes of stack requested, for processes that need more than usual. Cap: [`MAX_DEEP`].
     copy_bytes: BTreeMap<u32, u32>,
-    /// Of these, the requests that the kernel side has not been given yet. Cap: as above.
+    /// Of these, the requests that [`StackSamples::take_copy_requests`] has not returned yet.
+    /// Cap: the samples of one turn.
     new_copy_bytes: Vec<(u32, u32)>,
     /// Samples that found no room to wait.
     refused: u64,

@@ -4,7 +4,7 @@
 //! collects what an incident has no names for and writes the answers into it. [`symbolizer`] finds
 //! them in symbol tables and debug information; [`debug_files`] finds the files that have those.
 //! The agent runs the symbolizer in a process of its own ([`subprocess`]), since debug information
-//! comes from whoever runs a program on this machine.
+//! comes with the traced programs and can be crafted.
 
 pub mod debug_files;
 pub mod frame_names;

@@ -86,7 +86,7 @@ impl Waiting {
         ProcDir::of(self.pid()).unwrap().start_ticks().unwrap() * 10_000_000
     }
 
-    /// The registers that the kernel side would read, once the thread is blocked in a system call.
+    /// The registers that an eBPF program would read, once the thread is blocked in a system call.
     fn registers(&self) -> Registers {
         let path = format!("/proc/{}/task/{}/syscall", self.pid(), self.tid);
         loop {
@@ -214,7 +214,7 @@ fn a_stack_copy_that_is_too_short_says_so() {
     let stack = waiting.unwind_copy(&mut processes, 1024, &[]);
     assert_eq!(stack.truncation, Some(Truncation::StackCopy));
     assert!((10..100).contains(&stack.frames.len()));
-    // The kernel's chain begins with the same frames and goes on: what is behind it is still not known.
+    // The kernel's chain begins with the same frames and goes on. What follows is still unknown.
     let whole = waiting.unwind(&mut processes);
     let chain: Vec<u64> = whole.frames.iter().map(|frame| frame.address).take(127).collect();
     let joined = waiting.unwind_copy(&mut processes, 1024, &chain);
@@ -335,7 +335,7 @@ fn a_stripped_program_is_named_by_its_debug_file_only() {
         let mine = of_program(&without, &program);
         assert!(!mine.is_empty() && mine.iter().all(|name| name == "?"), "{flags:?}: {mine:?}");
         let dirs = [apart.clone()];
-        // By the agent, which has the program; and elsewhere, with nothing but the debug file under another name.
+        // In the agent, which has the program; and elsewhere, with the debug file alone, renamed.
         let agent = named_with(&Symbolizer::with_modules(processes.open_modules(), &dirs), frames.clone());
         std::fs::rename(&program, dir.path().join("moved")).unwrap();
         std::fs::rename(&debug, apart.join("some.file")).unwrap();
@@ -548,7 +548,8 @@ fn the_vdso_is_a_module() {
         (std::process::id(), ProcDir::of(std::process::id()).unwrap().start_ticks().unwrap() * 10_000_000);
     let maps = Maps::parse(&std::fs::read("/proc/self/maps").unwrap());
     let vdso = maps.all().iter().find(|mapping| mapping.is_vdso()).unwrap();
-    // At the first instruction of a function the return address is at the stack pointer (or in the link register).
+    // At the first instruction of a function the return address is at the stack pointer, or in the
+    // link register.
     let caller = the_vdso_is_a_module as *const () as u64 + 1;
     let stack_copy = caller.to_le_bytes();
     let mut inside = None;
@@ -568,7 +569,7 @@ fn the_vdso_is_a_module() {
 }
 
 #[test]
-fn a_module_that_is_cut_off_meanwhile_is_no_harm() {
+fn a_module_that_is_truncated_does_no_harm() {
     let (_dir, program) = dir();
     c(&program, DEEP, &[]);
     let waiting = Waiting::start(&program, &["3"]);

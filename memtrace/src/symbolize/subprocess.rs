@@ -1,8 +1,8 @@
 //! Naming frames in a process of its own.
 //!
-//! Debug information is large and comes from whoever runs a program on this machine, and blazesym
-//! maps it into memory: a file that is truncated meanwhile raises SIGBUS, and a crafted one may
-//! take any amount of memory or time. None of that may happen to the agent. So the agent starts
+//! Debug information is large, comes with the traced programs, and blazesym maps it into memory: a
+//! file that is truncated while it is read raises SIGBUS, and a crafted one can take any amount of
+//! memory or time. None of that must happen to the agent. So the agent starts
 //! itself again with the hidden verb `name-frames`. That child has limits on memory and CPU time
 //! and is the OOM killer's first choice. It writes a line for each module as soon as it has the
 //! names, so a bad file costs its own names only: the parent starts another child with the modules

@@ -41,8 +41,8 @@ impl Symbolizer {
         Self { modules, debug_dirs: debug_dirs.to_vec(), search: false }
     }
 
-    /// Names from files found by their build id only: in and below `debug_dirs`, and at the paths of
-    /// the modules.
+    /// Names from files found by their build id only: in and below `debug_dirs`, and at the paths
+    /// of the modules.
     pub fn with_files(debug_dirs: &[PathBuf]) -> Self {
         Self { modules: Vec::new(), debug_dirs: debug_dirs.to_vec(), search: true }
     }
