@@ -1,8 +1,12 @@
 //! Bytes of a ring into typed records: the only decoder, total over any input.
 
 use memtrace_common::event as wire;
+use memtrace_incident::Loss;
 use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
+
+use super::Engine;
+use super::input::Effect;
 
 /// One wire record, copied out of the ring.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,6 +102,28 @@ pub fn decode(bytes: &[u8]) -> Result<Record, DecodeError> {
         _ => return Err(DecodeError::UnknownKind { kind }),
     }
     .ok_or(wrong)
+}
+
+impl Engine {
+    /// [`Engine::apply`] for a record that its caller has decoded, because it uses it too.
+    pub fn apply_decoded(&mut self, decoded: &Result<Record, DecodeError>, effects: &mut Vec<Effect>) {
+        match decoded {
+            Ok(record) => {
+                let count = self.records.entry(record.name()).or_default();
+                *count = count.saturating_add(1);
+                self.record(record, effects);
+            }
+            Err(DecodeError::UnknownKind { .. }) => {
+                self.unknown_kinds += 1;
+                self.losses.count(Loss::UnknownRecordKinds, 1);
+            }
+            Err(_) => {
+                self.bad_records += 1;
+                self.losses.count(Loss::BadRecords, 1);
+            }
+        }
+        self.deliver(effects);
+    }
 }
 
 /// A record of the STACKS ring, decoded in place: a copy of a stack may have 60 KiB.

@@ -38,7 +38,7 @@ mod tests;
 mod timeline;
 mod verdict;
 
-use decode::{DecodeError, Reading, Record, known};
+use decode::{Reading, Record, known};
 use input::{CgroupFound, Effect, Fact, Finding, Input, ProcessFound, Settings};
 use memtrace_common::event as wire;
 use memtrace_incident::{Host, Loss};
@@ -121,26 +121,6 @@ impl Engine {
                 self.deliver(effects);
             }
         }
-    }
-
-    /// [`Engine::apply`] for a record that its caller has decoded, since it needs it too.
-    pub fn apply_decoded(&mut self, decoded: &Result<Record, DecodeError>, effects: &mut Vec<Effect>) {
-        match decoded {
-            Ok(record) => {
-                let count = self.records.entry(record.name()).or_default();
-                *count = count.saturating_add(1);
-                self.record(record, effects);
-            }
-            Err(DecodeError::UnknownKind { .. }) => {
-                self.unknown_kinds += 1;
-                self.losses.count(Loss::UnknownRecordKinds, 1);
-            }
-            Err(_) => {
-                self.bad_records += 1;
-                self.losses.count(Loss::BadRecords, 1);
-            }
-        }
-        self.deliver(effects);
     }
 
     fn deliver(&mut self, effects: &mut Vec<Effect>) {
