@@ -466,4 +466,9 @@ impl LossNote {
     pub fn of(loss: Loss, count: Option<u64>) -> Self {
         Self { what: loss.label().to_owned(), count }
     }
+
+    /// A loss that is counted; `None` where nothing was lost.
+    pub fn counted(loss: Loss, count: u64) -> Option<Self> {
+        (count > 0).then(|| Self::of(loss, Some(count)))
+    }
 }

@@ -1,4 +1,4 @@
-//! The daemon: a session whose effects go to disk, to the log and to whoever asks over HTTP.
+//! The daemon: a session whose outputs go to disk, to the log and to whoever asks over HTTP.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -98,8 +98,8 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     let mut naming = Naming::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     loop {
-        let effects = tokio::select! {
-            effects = session.step() => effects,
+        let outputs = tokio::select! {
+            outputs = session.step() => outputs,
             Some(ask) = asked.recv() => {
                 answer(ask, &session, &sinks.counters, &naming);
                 continue;
@@ -115,7 +115,7 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         };
-        sinks.take(effects);
+        sinks.take(outputs);
         // One at a time, and the rings and questions in between: a save waits for the disk, they must not wait for it.
         while sinks.save_one(&mut naming) {
             sinks.take(session.pump(false));

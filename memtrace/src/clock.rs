@@ -9,7 +9,7 @@ use rustix::time::{
 };
 use tokio::net::unix::pipe::Receiver;
 
-use crate::engine::input::Fact;
+use memtrace_engine::input::Fact;
 
 /// Readings of which the tightest becomes the anchor.
 const ATTEMPTS: usize = 5;

@@ -4,7 +4,7 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;
-pub mod engine;
+
 pub mod kernel;
 pub mod machine;
 pub mod proc;

@@ -2,13 +2,17 @@
 //!
 //! [`Session::step`] is the loop: wait for a ring or for the tick of 100 ms, then drain the rings
 //! in batches, in order of time. Each record goes to the journal, to the engine, and is shown to
-//! the stacks. Then the engine's requests are carried out (look up a cgroup, watch a limit, set a
-//! threshold), and what is left, the effects for disk and log, is returned to the caller. What the
+//! the stacks. Then the session carries out the engine's requests (look up a cgroup, watch a limit,
+//! set a threshold) and returns its outputs, which are for disk and log, to the caller. What the
 //! session itself finds out becomes a [`Fact`], and goes the same way: journal, then engine.
 
 use std::time::Duration;
 
 use anyhow::Context;
+use memtrace_engine::decode::decode;
+use memtrace_engine::input::{Fact, Input, Settings};
+use memtrace_engine::output::{Output, Request};
+use memtrace_engine::{Engine, Out};
 use memtrace_incident::Loss;
 use memtrace_unwind::modules::OpenModule;
 use tracing::{debug, info, warn};
@@ -16,9 +20,6 @@ use tracing::{debug, info, warn};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::questions::Questions;
 use crate::clock::{self, Ticker};
-use crate::engine::Engine;
-use crate::engine::decode::decode;
-use crate::engine::input::{Effect, Fact, Input, Settings};
 use crate::kernel::hooks::Hook;
 use crate::kernel::log;
 use crate::kernel::probe::Probe;
@@ -65,7 +66,7 @@ pub struct Session {
     /// A tick was put off for a kill.
     tick_owed: bool,
     losses: Vec<(String, u64)>,
-    effects: Vec<Effect>,
+    out: Out,
 }
 
 impl Session {
@@ -104,7 +105,7 @@ impl Session {
             ticks: 0,
             tick_owed: false,
             losses: Vec::new(),
-            effects: Vec::new(),
+            out: Out::default(),
         };
         session.begin(options);
         Ok(session)
@@ -164,11 +165,11 @@ impl Session {
     pub fn feed(&mut self, fact: Fact) {
         let input = Input::Fact(fact);
         self.append_to_journal(&input);
-        self.engine.apply(&input, &mut self.effects);
+        self.engine.apply(&input, &mut self.out);
     }
 
     /// Waits for something to happen, and returns what the caller has to do about it.
-    pub async fn step(&mut self) -> Vec<Effect> {
+    pub async fn step(&mut self) -> Vec<Output> {
         if self.tick_owed {
             return self.pump(true);
         }
@@ -190,7 +191,7 @@ impl Session {
     ///
     /// A kill is returned before anything that takes longer: the tick that it came with is made up
     /// for in the next turn.
-    pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
+    pub fn pump(&mut self, tick: bool) -> Vec<Output> {
         // Read before the rings: a tick tells the engine that it has seen everything up to here.
         let now = clock::boot_ns();
         // The journal is flushed batch by batch: what it has survives kill -9. A storm that outruns
@@ -203,30 +204,32 @@ impl Session {
             }
         }
         self.stacks.drain(&mut self.probe);
-        let killed = self.effects.iter().any(|effect| matches!(effect, Effect::Kill(_)));
+        let killed = self.out.outputs.iter().any(|output| matches!(output, Output::Kill(_)));
         if tick && killed && !self.tick_owed {
             self.tick_owed = true;
         } else if tick {
             self.tick_owed = false;
             self.tick(now);
         }
-        self.answer_requests();
+        self.carry_out_requests();
         self.flush_journal();
-        std::mem::take(&mut self.effects)
+        std::mem::take(&mut self.out.outputs)
     }
 
     /// Drains one batch, merged from the rings by time; true if more is waiting. A record is
     /// decoded once, for the stacks and the engine; the journal has its bytes.
     fn drain_batch(&mut self) -> bool {
-        let Self { probe, engine, journal, journal_failures, stacks, effects, .. } = self;
+        let Self { probe, engine, journal, journal_failures, stacks, out, .. } = self;
         let (records, more) = probe.drain();
         for (_, bytes) in records {
-            let decoded = decode(bytes);
-            if let Ok(record) = &decoded {
-                stacks.observe(record);
-            }
             append(journal, journal_failures, engine, &Input::Record(bytes));
-            engine.apply_decoded(&decoded, effects);
+            match decode(bytes) {
+                Ok(record) => {
+                    stacks.observe(&record);
+                    engine.apply_record(&record, out);
+                }
+                Err(error) => engine.count_undecoded(error),
+            }
         }
         stacks.follow_new_cgroups(probe, engine);
         more
@@ -292,28 +295,21 @@ impl Session {
         self.stacks.add_cost(clock::cpu_time().saturating_sub(begin));
     }
 
-    /// Carries out the engine's requests: thresholds at once, questions with the next tick. The
-    /// other effects are the caller's.
-    fn answer_requests(&mut self) {
-        let probe = &mut self.probe;
-        let questions = &mut self.questions;
-        self.effects.retain(|effect| match effect {
-            Effect::LookUpCgroup { id } => {
-                questions.look_up(*id);
-                false
-            }
-            Effect::WatchOomControl { cgroup_id, path } => {
-                questions.watch(*cgroup_id, path.clone(), clock::boot_ns());
-                false
-            }
-            Effect::SetQuantum { cgroup_id, quantum_bytes } => {
-                if let Err(error) = probe.set_quantum(*cgroup_id, *quantum_bytes) {
-                    debug!("RSS threshold of cgroup {cgroup_id}: {error}");
+    /// Carries out what the engine requests: thresholds at once, questions with the next tick.
+    fn carry_out_requests(&mut self) {
+        for request in self.out.requests.drain(..) {
+            match request {
+                Request::LookUpCgroup { id } => self.questions.look_up(id),
+                Request::WatchOomControl { cgroup_id, path } => {
+                    self.questions.watch(cgroup_id, path, clock::boot_ns());
                 }
-                false
+                Request::SetRssThreshold { cgroup_id, threshold_bytes } => {
+                    if let Err(error) = self.probe.set_quantum(cgroup_id, threshold_bytes) {
+                        debug!("RSS threshold of cgroup {cgroup_id}: {error}");
+                    }
+                }
             }
-            _ => true,
-        });
+        }
     }
 
     fn append_to_journal(&mut self, input: &Input<'_>) {
@@ -344,18 +340,18 @@ impl Session {
     }
 
     /// Ends the run: drains the rings, closes every incident, and logs what was lost.
-    pub fn stop(mut self) -> Vec<Effect> {
-        let mut effects = self.pump(true);
+    pub fn stop(mut self) -> Vec<Output> {
+        let mut outputs = self.pump(true);
         self.catch_up();
         self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
-        effects.append(&mut self.pump(false));
+        outputs.append(&mut self.pump(false));
         if self.losses.is_empty() {
             info!("stopped; nothing was lost");
         }
         for (what, count) in &self.losses {
             warn!("stopped; lost {what}: {count}");
         }
-        effects
+        outputs
     }
 
     /// Takes stacks of the processes in this cgroup and in all below it, present and future: for a

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::hierarchy::Hierarchy;
-use crate::engine::input::CgroupFound;
+use memtrace_engine::input::CgroupFound;
 
 /// Most cgroups one walk visits.
 pub const MAX_CGROUPS: usize = 10_000;

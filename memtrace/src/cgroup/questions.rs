@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::fs;
 
 use super::hierarchy::Hierarchy;
-use crate::engine::input::Fact;
+use memtrace_engine::input::Fact;
 
 /// Cgroups looked up at once; each can mean a walk of the whole tree.
 const LOOKUPS_AT_ONCE: usize = 16;

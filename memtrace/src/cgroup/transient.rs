@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::hierarchy::Hierarchy;
-use crate::engine::input::CgroupFound;
+use memtrace_engine::input::CgroupFound;
 
 /// How long a removal waits for the last processes to be gone.
 const REMOVE_FOR: Duration = Duration::from_secs(2);

@@ -7,10 +7,10 @@ use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
 use super::{Outcome, STATE_DIR, listing, terminal};
-use crate::engine::input::SigkillEntry;
 use crate::report::json;
 use crate::store::incidents::{self, Incidents};
 use crate::store::ledger;
+use memtrace_engine::output::SigkillEntry;
 use memtrace_incident::units;
 use memtrace_incident::{Incident, Kind};
 

@@ -2,8 +2,8 @@
 
 use jiff::Timestamp;
 
-use crate::engine::input::{SigkillCause, SigkillEntry};
 use crate::report::plain;
+use memtrace_engine::output::{SigkillCause, SigkillEntry};
 use memtrace_incident::units;
 use memtrace_incident::{Incident, Pressure, PressureLimit};
 

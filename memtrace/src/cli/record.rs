@@ -8,6 +8,8 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use memtrace_engine::input::Fact;
+use memtrace_engine::output::Output;
 use memtrace_incident::{Incident, Kind};
 use rustix::fs::Access;
 use tokio::process::{Child, Command};
@@ -20,7 +22,6 @@ use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::Transient;
 use crate::clock;
-use crate::engine::input::{Effect, Fact};
 use crate::proc::proc_scan;
 use crate::refusal::Refusal;
 use crate::report::text;
@@ -190,7 +191,7 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         Command::from(exec_in::command(cage.dir(), &args.command)?).spawn().context("failed to start the command")?;
     let status = loop {
         tokio::select! {
-            effects = session.step() => keep(effects, files),
+            outputs = session.step() => keep(outputs, files),
             status = child.wait() => break status.context("failed to wait for the command")?,
             _ = interrupt.recv() => {}
             _ = terminate.recv() => forward_terminate(&child),
@@ -229,7 +230,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
     let end = args.duration.map(|span| Instant::now() + span.0);
     loop {
         tokio::select! {
-            effects = session.step() => keep(effects, files),
+            outputs = session.step() => keep(outputs, files),
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
@@ -258,9 +259,9 @@ async fn settle(session: &mut Session, files: &mut Vec<Incident>, time: Duration
     }
 }
 
-fn keep(effects: Vec<Effect>, files: &mut Vec<Incident>) {
-    files.extend(effects.into_iter().filter_map(|effect| match effect {
-        Effect::Save(incident) => Some(*incident),
+fn keep(outputs: Vec<Output>, files: &mut Vec<Incident>) {
+    files.extend(outputs.into_iter().filter_map(|output| match output {
+        Output::Save(incident) => Some(*incident),
         _ => None,
     }));
 }

@@ -12,7 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::Context;
 use rustix::io::Errno;
 
-use crate::engine::input::{KernelLogEvent, KernelLogLine};
+use memtrace_engine::input::{KernelLogEvent, KernelLogLine};
 
 /// Where the records are.
 pub const KMSG: &str = "/dev/kmsg";

@@ -8,9 +8,8 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Context;
+use memtrace_engine::input::ProcessFound;
 use procfs::process::Process;
-
-use crate::engine::input::ProcessFound;
 
 /// Most processes listed; the rest is counted and left out.
 pub const MAX_PROCESSES: usize = 65_536;

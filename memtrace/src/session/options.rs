@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::engine::input::Settings;
 use crate::kernel::hooks::{Hook, Need};
+use memtrace_engine::input::Settings;
 
 /// What a run is told.
 #[derive(Clone, Debug)]

@@ -8,14 +8,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use memtrace_common::event::CGROUP_MADE;
+use memtrace_engine::Engine;
+use memtrace_engine::decode::Record;
+use memtrace_engine::input::Fact;
 use memtrace_incident::Loss;
 use memtrace_unwind::modules::OpenModule;
 use tracing::{debug, warn};
 
 use crate::clock;
-use crate::engine::Engine;
-use crate::engine::decode::Record;
-use crate::engine::input::Fact;
 use crate::kernel::probe::Probe;
 use crate::stacks::sampling_rate::{SamplingRate, StackCost};
 use crate::stacks::stack_samples::StackSamples;

@@ -6,9 +6,9 @@
 use std::collections::VecDeque;
 
 use memtrace_common::event::KernelStack;
+use memtrace_engine::input::Fact;
 
 use super::kallsyms::KernelSymbols;
-use crate::engine::input::Fact;
 
 /// Stacks that wait for the names of their functions; one more is dropped.
 const MAX_STACKS: usize = 1024;

@@ -7,10 +7,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use memtrace_engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame};
 use memtrace_incident::Cut;
 use memtrace_unwind::modules::ModuleId;
-
-use crate::engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame};
 
 /// Stacks that have a number; beyond it all get new ones. The engine remembers as many, the newest.
 const MAX_PATHS: usize = PATHS_KNOWN as usize;

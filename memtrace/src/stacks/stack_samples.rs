@@ -11,6 +11,8 @@ use std::time::Duration;
 use memtrace_common::event::{
     CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_SLICE_BYTES, RECLAIM_BEGIN, StackSample, UNKNOWN,
 };
+use memtrace_engine::decode::{Record, StackRecord, decode_stack};
+use memtrace_engine::input::{Fact, PathFrame, StackFound};
 use memtrace_incident::{Cause, Cut, Loss};
 use memtrace_unwind::modules::OpenModule;
 use memtrace_unwind::process_cache::ProcessCache;
@@ -20,8 +22,6 @@ use memtrace_unwind::unwind::{Truncation, UnwoundFrame};
 use super::kallsyms::KernelSymbols;
 use super::kernel_stacks::KernelStackQueue;
 use super::path_numbers::PathNumbers;
-use crate::engine::decode::{Record, StackRecord, decode_stack};
-use crate::engine::input::{Fact, PathFrame, StackFound};
 
 /// Samples that wait for the names of their kernel frames.
 const MAX_WAITING: usize = 8192;
