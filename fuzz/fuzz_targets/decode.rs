@@ -7,7 +7,7 @@ use memtrace_engine::{Engine, Out};
 use memtrace_incident::Incident;
 use memtrace_engine::input::{Fact, Input};
 use memtrace_engine::output::Output;
-use memtrace::report::{Style, text};
+use memtrace_report::{Style, text};
 use memtrace_common::event::KINDS;
 
 /// What a step begins with: four other kinds of steps, the rest are records.

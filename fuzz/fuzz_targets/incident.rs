@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::report::{Style, json, text};
+use memtrace_report::{Style, json, text};
 use memtrace_incident::codec;
 
 fn read_and_report(file: &[u8]) {

@@ -120,7 +120,7 @@ pub fn decode_stack(bytes: &[u8]) -> Result<StackRecord<'_>, DecodeError> {
         wire::KIND_STACK_SAMPLE => {
             let expected = size_of::<wire::StackSample>();
             let (sample, rest) = wire::StackSample::ref_from_prefix(bytes).map_err(|_| wrong(expected))?;
-            let length = sample.slice_bytes as usize;
+            let length = sample.stack_copy_bytes as usize;
             let copy = rest.get(..length).ok_or_else(|| wrong(expected.saturating_add(length)))?;
             Ok(StackRecord::Sample(sample, copy))
         }
@@ -304,14 +304,14 @@ mod tests {
     fn a_stack_sample_has_all_of_its_stack_or_is_none() {
         let mut sample = wire::StackSample::new_zeroed();
         sample.header.kind = wire::KIND_STACK_SAMPLE;
-        sample.slice_bytes = 8;
+        sample.stack_copy_bytes = 8;
         // Words, since the ring gives aligned memory.
         let mut words: Vec<u64> =
             sample.as_bytes().chunks(8).map(|c| u64::from_ne_bytes(c.try_into().unwrap())).collect();
         assert!(matches!(decode_stack(words.as_bytes()), Err(DecodeError::WrongSize { expected: 1560, .. })));
         words.push(u64::from_ne_bytes([7; 8]));
         let Ok(StackRecord::Sample(decoded, copy)) = decode_stack(words.as_bytes()) else { panic!("a sample") };
-        assert_eq!((decoded.slice_bytes, copy), (8, &[7; 8][..]));
+        assert_eq!((decoded.stack_copy_bytes, copy), (8, &[7; 8][..]));
         assert_eq!(decode_stack(&[1]).unwrap_err(), DecodeError::Short { len: 1 });
         assert_eq!(decode_stack(&[0xff; 64]).unwrap_err(), DecodeError::UnknownKind { kind: 0xffff });
     }

@@ -64,10 +64,14 @@ pub struct Counts {
     pub stuck_cgroups: u64,
     /// Cgroups known, removed ones that are remembered included.
     pub cgroups: u64,
-    /// Processes known, dead ones that are remembered included.
+    /// Processes that live.
     pub processes: u64,
+    /// Processes that are dead and remembered, for the incidents they belong to.
+    pub dead_processes: u64,
     /// Processes, cgroups, curves and detectors given up for want of room.
     pub evictions: u64,
+    /// Everything lost since the start, by label: what the kernel side and the session stated, and the engine's own.
+    pub losses: BTreeMap<String, u64>,
     /// Roughly what all this takes.
     pub memory_estimate_bytes: u64,
 }
@@ -380,8 +384,10 @@ impl Engine {
             open_incidents: self.oom.open_incidents() as u64,
             stuck_cgroups: self.limits.stuck_cgroups() as u64,
             cgroups: self.world.cgroups.len() as u64,
-            processes: self.world.processes.len() as u64,
+            processes: self.world.processes.live() as u64,
+            dead_processes: self.world.processes.dead() as u64,
             evictions: self.evictions().iter().sum(),
+            losses: self.run.losses.current(),
             memory_estimate_bytes: (rooms.iter().sum::<usize>() + recording) as u64,
         }
     }

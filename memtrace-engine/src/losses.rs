@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use memtrace_incident::{Loss, LossNote};
 
 /// Counters kept by name; further names share one.
-const NAMES_CAP: usize = 256;
+pub(crate) const NAMES_CAP: usize = 256;
 /// Moments at which totals are remembered.
 const MOMENTS_CAP: usize = 128;
 

@@ -5,7 +5,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::Engine;
 use crate::input::{Fact, Input, Settings};
-use crate::output::{Finding, KillEntry, Out, Output, Request};
+use crate::output::{Finding, Out, Output, Request};
+use memtrace_incident::KillEntry;
 use memtrace_incident::{Host, Incident};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -17,7 +18,7 @@ pub(crate) fn start(pid: u32) -> u64 {
     u64::from(pid) * 100 * MS + 3
 }
 
-fn header<T: Record>(boot_ns: u64) -> Header {
+fn header<T: WireRecord>(boot_ns: u64) -> Header {
     Header { kind: T::KIND, size: size_of::<T>() as u16, cpu: 0, boot_ns }
 }
 
@@ -80,7 +81,7 @@ pub(crate) fn rss(boot_ns: u64, pid: u32, cgroup: u64, mm_id: u64, bytes: u64) -
         memcg: memcg(cgroup, bytes),
         rss: anon(bytes),
         peak_bytes: bytes,
-        reason: RSS_QUANTUM,
+        reason: RSS_MOVED,
         ..RssChange::new_zeroed()
     }
 }

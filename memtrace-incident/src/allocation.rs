@@ -4,13 +4,13 @@
 //! gives it. `map` and `brk` are address space: who asked for it, whether it was ever touched or not. `charge` is what
 //! system calls charged to the cgroup: page cache, sockets, kernel memory, and what they touch for the process.
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{Process, capped};
 
 /// A stack that grew memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AllocationPath {
     /// Bytes it stands for in the window of this file: the sum of its samples' weights. 0 for a path that is only here
     /// because another's `mapped_by` names it.
@@ -33,7 +33,8 @@ pub struct AllocationPath {
 }
 
 /// How memory was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// First touch of a page: resident memory grew.
@@ -62,7 +63,8 @@ impl Cause {
 }
 
 /// Why a stack does not reach the outermost frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Cut {
     /// The copied slice of the stack ended before the stack did.
@@ -94,7 +96,8 @@ impl Cut {
 }
 
 /// One frame.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Frame {
     /// Path of the module as its process had it, `[vdso]` or `[jit]`; null in the kernel and where nothing is known.
     pub module: Option<String>,
@@ -118,7 +121,8 @@ pub struct Frame {
 }
 
 /// When memory grew, by which path, and what grew without one.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Allocations {
     /// Growth of resident memory in the window: every step up of every process in scope, as the kernel counted it. What
     /// was given back in between is not subtracted. Equal to `attributed_bytes` + `unattributed_bytes`, and to the sum
@@ -148,7 +152,8 @@ impl Allocations {
 }
 
 /// Growth without a stack.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Unattributed {
     /// Why there is none.
     pub why: String,
@@ -157,7 +162,8 @@ pub struct Unattributed {
 }
 
 /// Columns of equal length.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AllocationSamples {
     /// When, boot clock.
     #[serde(deserialize_with = "capped::samples")]

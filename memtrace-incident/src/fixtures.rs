@@ -306,7 +306,7 @@ pub fn group() -> Incident {
         evidence: vec!["usage of the pod rose by 200 MiB in 30 s, all of it in this container".into()],
     };
     incident.losses = vec![
-        LossNote { what: "samples/ring full".into(), count: Some(1_204) },
+        LossNote { what: "samples/ring_full".into(), count: Some(1_204) },
         LossNote { what: "kernel log not readable".into(), count: None },
     ];
     incident

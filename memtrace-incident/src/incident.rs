@@ -3,7 +3,6 @@
 //! This is the published contract (`memtrace schema`). Sizes are bytes, times boot-clock
 //! nanoseconds; `null` is "unknown", never 0. Written as `<id>.memtrace`: zstd over this JSON.
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{AllocationPath, Allocations, Kind, Loss, capped};
@@ -12,7 +11,8 @@ use crate::{AllocationPath, Allocations, Kind, Loss, capped};
 pub const SCHEMA: u32 = 1;
 
 /// One incident or recording.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Incident {
     /// Version of this format.
     pub schema: u32,
@@ -58,7 +58,8 @@ pub struct Incident {
 }
 
 /// A moment on both clocks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct At {
     /// Boot clock (CLOCK_BOOTTIME), from the kernel hook.
     pub boot_ns: u64,
@@ -69,7 +70,8 @@ pub struct At {
 }
 
 /// The machine the incident happened on.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Host {
     /// Host name.
     pub hostname: String,
@@ -89,7 +91,8 @@ pub struct Host {
 }
 
 /// A memory cgroup at the event.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Cgroup {
     /// kernfs id: inode of its directory in the memory hierarchy.
     pub id: u64,
@@ -118,7 +121,8 @@ pub struct Cgroup {
 }
 
 /// A container as its cgroup path names it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Container {
     /// Container id.
     pub id: String,
@@ -127,7 +131,8 @@ pub struct Container {
 }
 
 /// A pod as its cgroup path names it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Kubernetes {
     /// Pod UID.
     pub pod_uid: String,
@@ -136,7 +141,8 @@ pub struct Kubernetes {
 }
 
 /// An OOM kill.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Oom {
     /// What ran out.
     pub scope: Scope,
@@ -162,7 +168,8 @@ pub struct Oom {
 }
 
 /// A limit that was hit while nobody was killed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Pressure {
     /// When it was hit first, boot clock.
     pub from_boot_ns: u64,
@@ -186,7 +193,8 @@ pub struct Pressure {
 }
 
 /// A limit of a cgroup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum PressureLimit {
     /// The hard limit: `memory.max`, `memory.limit_in_bytes`.
@@ -196,7 +204,8 @@ pub enum PressureLimit {
 }
 
 /// What ran out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
     /// The victim's own cgroup.
@@ -212,7 +221,8 @@ pub enum Scope {
 }
 
 /// A process at one moment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Process {
     /// Process id (tgid).
     pub pid: u32,
@@ -225,7 +235,8 @@ pub struct Process {
 }
 
 /// A process the OOM killer killed or chose.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Victim {
     /// Process id (tgid).
     pub pid: u32,
@@ -260,7 +271,8 @@ pub struct Victim {
 }
 
 /// One row of the task table.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TaskRow {
     /// Process id.
     pub pid: u32,
@@ -283,7 +295,8 @@ pub struct TaskRow {
 }
 
 /// The kernel log's view of a kill, as a cross-check.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct KernelLogKill {
     /// printk's clock of the "Killed process" line, nanoseconds (microsecond resolution).
     pub killed_line_ns: Option<u64>,
@@ -300,7 +313,8 @@ pub struct KernelLogKill {
 }
 
 /// The command of a recording.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Recording {
     /// Program and arguments; empty when a running process or cgroup was recorded.
     #[serde(deserialize_with = "capped::command")]
@@ -324,7 +338,8 @@ pub struct Recording {
 }
 
 /// One process of a recording.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RecordedProcess {
     /// Process id.
     pub pid: u32,
@@ -342,7 +357,8 @@ pub struct RecordedProcess {
 }
 
 /// The curve: columns of equal length, one row a reading.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Timeline {
     /// The readings.
     pub columns: Columns,
@@ -351,7 +367,8 @@ pub struct Timeline {
 }
 
 /// Readings; row i of every column belongs together.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Columns {
     /// When, boot clock, ascending.
     #[serde(deserialize_with = "capped::rows")]
@@ -386,7 +403,8 @@ pub struct Columns {
 }
 
 /// How much one process grew up to the event.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Growth {
     /// Process id.
     pub pid: u32,
@@ -405,7 +423,8 @@ pub struct Growth {
 }
 
 /// A mapping call.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MappingNote {
     /// When.
     pub boot_ns: u64,
@@ -426,7 +445,8 @@ pub struct MappingNote {
 }
 
 /// What memory was made of at the event.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Composition {
     /// Sum of resident anonymous memory of the cgroup's processes.
     pub anon_bytes: Option<u64>,
@@ -442,7 +462,8 @@ pub struct Composition {
 }
 
 /// What it means.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Verdict {
     /// One sentence.
     pub summary: String,
@@ -453,7 +474,8 @@ pub struct Verdict {
 
 /// Something that is missing: a [`Loss`], or a hook or source that is off (its name, a colon, and what
 /// that means).
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LossNote {
     /// What: a ring and reason, a cap, a source.
     pub what: String,

@@ -1,10 +1,10 @@
 //! What an incident is about. A new kind is a new row here: its names and phrases stand nowhere else.
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What an incident is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// The kernel's OOM killer killed.

@@ -4,6 +4,7 @@
 //! - [`Incident`] and the types in it are the contract; `memtrace schema` prints it as JSON Schema.
 //! - [`Kind`] says what an incident is about, and holds every name and phrase of it.
 //! - [`Loss`] names everything that can be missing from a file, with a sentence for people.
+//! - [`KillEntry`] and [`SigkillEntry`] are lines of the ledgers beside the incidents.
 //! - [`codec`] turns an incident into the bytes of its file and back. Files are hostile: every list
 //!   is bounded while it is parsed.
 //! - [`units`] writes bytes, times and shares as people read them, the same way everywhere.
@@ -23,12 +24,16 @@ pub mod codec;
 pub mod fixtures;
 mod incident;
 mod kind;
+mod ledger;
 mod loss;
+#[cfg(feature = "schema")]
 mod schema;
 pub mod units;
 
 pub use allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
 pub use incident::*;
 pub use kind::Kind;
+pub use ledger::{KillEntry, SigkillCause, SigkillEntry};
 pub use loss::Loss;
+#[cfg(feature = "schema")]
 pub use schema::json_schema;

@@ -19,6 +19,8 @@ pub enum Loss {
     RateLimited,
     /// Kernel side, by ring.
     Compat,
+    /// Kernel side, by ring.
+    Merged,
     /// Kernel side, by hook.
     NotRun,
     /// The counters of the kernel side could not be read.
@@ -82,8 +84,8 @@ pub enum Loss {
 /// One row: the loss, its label, and a sentence for people.
 type Row = (Loss, &'static str, &'static str);
 
-/// All of them. The first seven labels stand after `RING/` or `HOOK/`.
-const ROWS: [Row; 35] = [
+/// All of them. The first eight labels stand after `RING/` or `HOOK/`.
+const ROWS: [Row; 36] = [
     (Loss::RingFull, "ring_full", "Records found no room in their ring."),
     (
         Loss::TableFull,
@@ -94,6 +96,11 @@ const ROWS: [Row; 35] = [
     (Loss::Unreadable, "unreadable", "The cgroup of an owner or the address space of a victim could not be read."),
     (Loss::RateLimited, "rate_limited", "Reclaim records were left out to bound their rate."),
     (Loss::Compat, "compat", "Mapping calls of 32-bit programs are not read."),
+    (
+        Loss::Merged,
+        "merged",
+        "Two threads mapped memory at once: the stack of one stands for both, the other mapping has none.",
+    ),
     (Loss::NotRun, "not_run", "The kernel did not run the hook: a task was preempted inside it on that CPU."),
     (
         Loss::CountersUnreadable,

@@ -81,6 +81,9 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     for line in session.status().degraded() {
         warn!("degraded: {line}");
     }
+    for fallback in session.status().fallbacks() {
+        warn!("{fallback}");
+    }
     // Readiness is what the listener answers, so it only starts to answer when there is something to say.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {

@@ -4,12 +4,10 @@ pub mod agent;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;
-
+pub mod error;
+pub mod host;
 pub mod kernel;
-pub mod machine;
 pub mod proc;
-pub mod refusal;
-pub mod report;
 pub mod serve;
 pub mod session;
 pub mod stacks;

@@ -18,13 +18,13 @@ use memtrace_unwind::modules::OpenModule;
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::Hierarchy;
-use crate::cgroup::questions::Questions;
+use crate::cgroup::queries::CgroupQueries;
 use crate::clock::{self, Ticker};
+use crate::host;
 use crate::kernel::hooks::Hook;
 use crate::kernel::log;
 use crate::kernel::probe::Probe;
-use crate::kernel::support::Status;
-use crate::machine;
+use crate::kernel::status::Status;
 use crate::proc::proc_scan;
 use crate::stacks::sampling_rate::StackCost;
 use crate::store::journal;
@@ -58,8 +58,8 @@ pub struct Session {
     status: Status,
     journal: Option<journal::Writer>,
     journal_failures: u64,
-    kernel_log: Option<log::Reader>,
-    questions: Questions,
+    kernel_log: Option<log::KmsgReader>,
+    queries: CgroupQueries,
     stacks: StackPipeline,
     ticker: Ticker,
     ticks: u32,
@@ -72,11 +72,11 @@ pub struct Session {
 impl Session {
     /// Detects what the kernel allows, attaches, and reports what already runs to the engine.
     ///
-    /// Must run inside a tokio runtime. [`crate::refusal::Refusal::Unsupported`]: this kernel or
+    /// Must run inside a tokio runtime. [`crate::error::CommandError::Unsupported`]: this kernel or
     /// these privileges cannot do it.
     pub fn start(options: &Options) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(detect(options.btf.as_deref()), options)?;
-        let kernel_log = match options.kernel_log.then(log::Reader::open) {
+        let kernel_log = match options.kernel_log.then(log::KmsgReader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
             Some(Err(error)) => {
@@ -99,7 +99,7 @@ impl Session {
             journal,
             journal_failures: 0,
             kernel_log,
-            questions: Questions::default(),
+            queries: CgroupQueries::default(),
             stacks: StackPipeline::new(options.sample_bytes, options.stack_budget_ppm),
             ticker: Ticker::every(TICK).context("failed to make a timer")?,
             ticks: 0,
@@ -128,7 +128,7 @@ impl Session {
             near_misses: options.near_misses,
             sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
         };
-        self.feed(Fact::Start { host: machine::host(), settings });
+        self.feed(Fact::Start { host: host::describe(), settings });
         self.feed(clock::anchor());
         let walk = self.hierarchy.walk(clock::boot_ns());
         if walk.truncated {
@@ -247,7 +247,7 @@ impl Session {
             self.stacks.maintain(&mut self.probe, now);
         }
         self.report_stacks();
-        for fact in self.questions.answer(&self.hierarchy, clock::boot_ns()) {
+        for fact in self.queries.answer(&self.hierarchy, clock::boot_ns()) {
             self.feed(fact);
         }
         self.feed(Fact::Tick { boot_ns: now });
@@ -275,7 +275,7 @@ impl Session {
         if journal_lost > 0 {
             totals.push((Loss::JournalNotWritten.label().to_owned(), journal_lost));
         }
-        let refused = self.questions.refused();
+        let refused = self.queries.not_watched();
         if refused > 0 {
             totals.push((Loss::CgroupNotWatched.label().to_owned(), refused));
         }
@@ -295,16 +295,16 @@ impl Session {
         self.stacks.add_cost(clock::cpu_time().saturating_sub(begin));
     }
 
-    /// Carries out what the engine requests: thresholds at once, questions with the next tick.
+    /// Carries out what the engine requests: thresholds at once, queries with the next tick.
     fn carry_out_requests(&mut self) {
         for request in self.out.requests.drain(..) {
             match request {
-                Request::LookUpCgroup { id } => self.questions.look_up(id),
+                Request::LookUpCgroup { id } => self.queries.look_up(id),
                 Request::WatchOomControl { cgroup_id, path } => {
-                    self.questions.watch(cgroup_id, path, clock::boot_ns());
+                    self.queries.watch(cgroup_id, path, clock::boot_ns());
                 }
                 Request::SetRssThreshold { cgroup_id, threshold_bytes } => {
-                    if let Err(error) = self.probe.set_quantum(cgroup_id, threshold_bytes) {
+                    if let Err(error) = self.probe.set_rss_threshold(cgroup_id, threshold_bytes) {
                         debug!("RSS threshold of cgroup {cgroup_id}: {error}");
                     }
                 }

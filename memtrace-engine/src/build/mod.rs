@@ -3,14 +3,20 @@
 
 use std::collections::BTreeMap;
 
+use memtrace_common::event as wire;
+use memtrace_incident::caps;
 use memtrace_incident::{
     Cgroup, Composition, Growth, Incident, Kind, Loss, LossNote, MappingNote, SCHEMA, TaskRow, Timeline,
 };
 
 use crate::decode::Reading;
-use crate::growth::{Attribution, Window};
+use crate::growth::{Attribution, FILE_PATHS, FILE_SAMPLES, FRAMES_CAP, Window};
+use crate::losses::NAMES_CAP;
 use crate::run::Run;
-use crate::world::{Point, ProcessKey, Sums, World, columns};
+use crate::world::{
+    CURVE_CAP, GROWTH_CAP, Point, ProcessKey, Sums, TASKS_CAP, TIMELINE_CAP, VICTIMS_CAP, VIEW_NOTES_CAP, World,
+    columns,
+};
 
 mod identity;
 pub(crate) mod recording;
@@ -19,6 +25,16 @@ pub(crate) mod verdict;
 
 use identity::identify;
 use verdict::{About, Judged, judge};
+
+/// What is written fits into what a reader takes.
+const _: () = {
+    assert!(TASKS_CAP + VICTIMS_CAP <= caps::TASKS && VICTIMS_CAP <= caps::VICTIMS);
+    assert!(GROWTH_CAP <= caps::GROWTH && CURVE_CAP + TIMELINE_CAP < caps::ROWS);
+    assert!(VIEW_NOTES_CAP <= caps::MAPPINGS && recording::NOTES_CAP <= caps::MAPPINGS);
+    assert!(recording::LISTED_CAP <= caps::PROCESSES && recording::OOM_CAP <= caps::OOM_INCIDENTS);
+    assert!(FILE_PATHS <= caps::ALLOCATION_PATHS && FILE_SAMPLES <= caps::SAMPLES && FRAMES_CAP <= caps::FRAMES);
+    assert!(wire::KERNEL_FRAMES <= caps::FUNCTIONS && NAMES_CAP + 64 <= caps::LOSSES);
+};
 
 /// What every incident is built from.
 #[derive(Clone, Copy)]

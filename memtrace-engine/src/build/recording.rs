@@ -12,12 +12,12 @@ use crate::output::{Finding, Output};
 use crate::world::{Curve, Point, ProcessKey, ProcessRow, World};
 
 /// Processes listed.
-pub(crate) const LISTED_CAP: usize = 4096;
+pub(super) const LISTED_CAP: usize = 4096;
 /// Processes held before the smallest dead ones are let go.
 const HELD_CAP: usize = 2 * LISTED_CAP;
 /// Mapping notes held before the smallest are let go.
-const NOTES_CAP: usize = 4096;
-const OOM_CAP: usize = 256;
+pub(super) const NOTES_CAP: usize = 4096;
+pub(super) const OOM_CAP: usize = 256;
 /// Processes whose memory a process recording sums at every reading.
 const SUMMED_CAP: usize = 1024;
 

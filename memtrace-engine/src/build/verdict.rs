@@ -1,6 +1,7 @@
 //! The verdict: one honest sentence about what happened, with the numbers it rests on. All of the
 //! engine's English is here; the facts come from [`super::shape`].
 
+use memtrace_incident::units::{bytes, duration, growth as signed};
 use memtrace_incident::{Pressure, PressureLimit, Scope, Verdict};
 
 pub(crate) use super::shape::{About, Judged};
@@ -183,38 +184,6 @@ fn rate(rise: u64, over_ns: u64) -> u64 {
     u64::try_from(u128::from(rise) * u128::from(SEC) / u128::from(over_ns.max(1))).unwrap_or(u64::MAX)
 }
 
-/// Bytes for people: three significant digits at most.
-pub(crate) fn bytes(n: u64) -> String {
-    const UNITS: [(u64, &str); 5] =
-        [(1 << 50, "PiB"), (1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match UNITS.iter().find(|(size, _)| n >= *size) {
-        None => format!("{n} B"),
-        Some((size, unit)) => scaled(n, *size, unit),
-    }
-}
-
-fn signed(n: i64) -> String {
-    format!("{}{}", if n < 0 { "-" } else { "" }, bytes(n.unsigned_abs()))
-}
-
-/// A span of time for people.
-pub(crate) fn duration(ns: u64) -> String {
-    const UNITS: [(u64, &str); 4] = [(60 * SEC, "min"), (SEC, "s"), (1_000_000, "ms"), (1_000, "us")];
-    match UNITS.iter().find(|(size, _)| ns >= *size) {
-        None => format!("{ns} ns"),
-        Some((size, unit)) => scaled(ns, *size, unit),
-    }
-}
-
-fn scaled(n: u64, size: u64, unit: &str) -> String {
-    let tenths = u128::from(n) * 10 / u128::from(size.max(1));
-    if tenths >= 100 || tenths % 10 == 0 {
-        format!("{} {unit}", tenths / 10)
-    } else {
-        format!("{}.{} {unit}", tenths / 10, tenths % 10)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use memtrace_incident::{Columns, Composition, TaskRow};
@@ -376,14 +345,5 @@ mod tests {
             });
             assert_eq!(verdict.summary, expected);
         }
-    }
-
-    #[test]
-    fn numbers_are_short() {
-        let all = [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (220 << 20, "220 MiB"), (u64::MAX, "16383 PiB")];
-        all.iter().for_each(|(n, text)| assert_eq!(bytes(*n), *text));
-        let all = [(5, "5 ns"), (48_000_000, "48 ms"), (1_200_000_000, "1.2 s"), (90 * SEC, "1.5 min")];
-        all.iter().for_each(|(n, text)| assert_eq!(duration(*n), *text));
-        assert_eq!(signed(-2048), "-2 KiB");
     }
 }

@@ -14,7 +14,7 @@ use memtrace_incident::{Cause, Cut};
 
 mod report;
 
-pub(crate) use report::Window;
+pub(crate) use report::{FILE_PATHS, FILE_SAMPLES, Window};
 
 /// Samples kept; beyond, neighbours of one path are joined.
 const SAMPLES_CAP: usize = 65_536;
@@ -23,7 +23,7 @@ const PATHS_CAP: usize = 16_384;
 /// Modules kept.
 const MODULES_CAP: usize = 8192;
 /// Frames of a path.
-const FRAMES_CAP: usize = 640;
+pub(crate) const FRAMES_CAP: usize = 640;
 /// Processes that samples name.
 const TASKS_CAP: usize = 32_768;
 /// Address spaces whose growth is followed: more than the kernel side follows.

@@ -10,9 +10,9 @@ use memtrace_incident::Process;
 use memtrace_incident::{AllocationPath, AllocationSamples, Allocations, Cause, Frame, Unattributed};
 
 /// Samples in one file.
-const FILE_SAMPLES: usize = 20_000;
+pub(crate) const FILE_SAMPLES: usize = 20_000;
 /// Paths in one file.
-const FILE_PATHS: usize = 2048;
+pub(crate) const FILE_PATHS: usize = 2048;
 
 /// What a file is about.
 #[derive(Clone, Copy, Debug)]

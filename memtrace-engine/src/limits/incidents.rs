@@ -10,10 +10,7 @@ use crate::build::{Draft, Scene, cgroup};
 use crate::clock::Identity;
 use crate::decode::{Limit, Reading};
 use crate::output::{Finding, Out, Output};
-use crate::world::{Moments, Point, View, ViewOf};
-
-/// Mapping notes of a spike.
-const SPIKE_NOTES_CAP: usize = 512;
+use crate::world::{Moments, Point, VIEW_NOTES_CAP, View, ViewOf};
 
 /// Reports a spike. It is about the peak and is built after the fall.
 pub(super) fn report_spike(spike: &Spike, scene: &Scene<'_>, out: &mut Out) {
@@ -49,7 +46,7 @@ fn spike_incident(spike: &Spike, scene: &Scene<'_>) -> Incident {
         verdict_path: cgroup.path.clone(),
         tasks: &[],
         growth: &growth,
-        mappings: &world.notes(Some(spike.cgroup), from_ns, spike.peak_ns, SPIKE_NOTES_CAP),
+        mappings: &world.notes(Some(spike.cgroup), from_ns, spike.peak_ns, VIEW_NOTES_CAP),
         loss_base: &scene.run.losses.at(from_ns),
         losses: Vec::new(),
         window: (from_ns, spike.peak_ns),

@@ -11,9 +11,10 @@ use crate::build::Scene;
 use crate::clock::Identity;
 use crate::decode::Reading;
 use crate::input::KernelLogLine;
-use crate::output::{Finding, KillEntry, Out, Output};
+use crate::output::{Finding, Out, Output};
 use crate::run::Run;
 use crate::world::{Moments, ProcessKey, View, World};
+use memtrace_incident::KillEntry;
 
 mod incident;
 mod kernel_log;

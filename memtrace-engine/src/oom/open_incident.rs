@@ -7,11 +7,11 @@ use memtrace_common::event as wire;
 use memtrace_incident::{KernelLogKill, Process, TaskRow};
 
 use super::kernel_log::KernelLog;
-use super::pairing::{Decision, OpenVictim, PAIR_NS, SHARER_NS, Thread, VICTIMS_CAP};
+use super::pairing::{Decision, OpenVictim, PAIR_NS, SHARER_NS, Thread};
 use super::scope::{RanOut, counters, scope, view_of};
 use crate::decode::Reading;
 use crate::run::Run;
-use crate::world::{Moments, ProcessKey, TASKS_CAP, View, World, resident};
+use crate::world::{Moments, ProcessKey, TASKS_CAP, VICTIMS_CAP, View, World, resident};
 
 /// Incidents open at once; the oldest is closed early for one more.
 pub(crate) const OPEN_CAP: usize = 32;

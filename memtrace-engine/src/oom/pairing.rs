@@ -24,8 +24,6 @@ const DECISION_NS: u64 = 10_000 * MS;
 const KILLS_CAP: usize = 1024;
 const DECISIONS_CAP: usize = 256;
 const STACKS_CAP: usize = 64;
-/// Victims listed in one incident.
-pub(super) const VICTIMS_CAP: usize = 1024;
 /// Functions of a trigger's kernel stack.
 const FUNCTIONS_CAP: usize = wire::KERNEL_FRAMES;
 

@@ -9,9 +9,10 @@ use memtrace_incident::{Loss, Process};
 
 use super::pairing::{OpenVictim, PAIR_NS, SETTLE_NS};
 use crate::decode::cgroup_id;
-use crate::output::{Out, Output, SigkillCause, SigkillEntry};
+use crate::output::{Out, Output};
 use crate::run::Run;
 use crate::world::{ProcessKey, World, comm};
+use memtrace_incident::{SigkillCause, SigkillEntry};
 
 /// Entries that wait; what is more is counted and left out. The last quarter is for the kernel's own.
 const WAITING_CAP: usize = 4096;

@@ -25,11 +25,9 @@ pub(crate) use changes::Changes;
 #[cfg(test)]
 pub(crate) use processes::PROCESSES_CAP;
 pub(crate) use processes::{ProcessKey, ProcessRow, Processes, comm};
-pub(crate) use queries::{TASKS_CAP, resident};
-#[cfg(test)]
-pub(crate) use timeline::CURVE_CAP;
-pub(crate) use timeline::{Curve, MAX_BEFORE_NS, Point, Sums, columns};
-pub(crate) use view::{Moments, View, ViewOf};
+pub(crate) use queries::{GROWTH_CAP, TASKS_CAP, VICTIMS_CAP, resident};
+pub(crate) use timeline::{CURVE_CAP, Curve, MAX_BEFORE_NS, Point, Sums, TIMELINE_CAP, columns};
+pub(crate) use view::{Moments, VIEW_NOTES_CAP, View, ViewOf};
 
 use processes::History;
 

@@ -10,6 +10,8 @@ use crate::decode::field_text;
 pub(crate) const PROCESSES_CAP: usize = 32_768;
 /// A dead process is forgotten after this.
 const DEAD_KEEP_NS: u64 = 60_000_000_000;
+/// Dead processes that room is kept for.
+const DEAD_ROOM: usize = 1024;
 /// Processes forgotten at once when the table is full.
 const EVICT_BATCH: usize = 1024;
 /// Readings of one process' history.
@@ -124,8 +126,19 @@ pub(crate) struct Processes {
 }
 
 impl Processes {
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Processes that live.
+    pub(crate) fn live(&self) -> usize {
+        self.rows.len().saturating_sub(self.dead())
+    }
+
+    /// Processes that are dead and remembered.
+    pub(crate) fn dead(&self) -> usize {
+        self.dead.len()
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &ProcessRow> {
@@ -222,6 +235,10 @@ impl Processes {
                 released.extend(self.rows.remove(&key).and_then(|row| row.mm));
             }
         }
+        // What a fork storm took is given back when it is over.
+        if self.dead.capacity() > 4 * self.dead.len().max(DEAD_ROOM) {
+            self.dead.shrink_to(DEAD_ROOM);
+        }
         released
     }
 
@@ -293,6 +310,22 @@ mod tests {
         }
         h.push(5, 0);
         assert_eq!(h.at(now * 1_000_000), Some(now), "late readings do not rewrite it");
+    }
+
+    #[test]
+    fn the_dead_are_counted_apart_and_forgotten_with_the_room_they_took() {
+        let mut t = table();
+        for pid in 0..30_000 {
+            t.insert((pid, 1), true, 0, 0);
+            if pid >= 100 {
+                t.exit((pid, 1), 10, Some(0));
+            }
+        }
+        assert_eq!((t.live(), t.dead()), (100, 29_900));
+        assert!(t.tick(10 + DEAD_KEEP_NS).is_empty() && t.dead() == 29_900);
+        t.tick(11 + DEAD_KEEP_NS);
+        assert_eq!((t.live(), t.dead(), t.len()), (100, 0, 100));
+        assert!(t.dead.capacity() <= 4 * DEAD_ROOM, "{}", t.dead.capacity());
     }
 
     #[test]

@@ -7,7 +7,9 @@ use memtrace_incident::{Growth, MappingNote, TaskRow};
 
 /// Rows of an incident's growth table.
 pub(crate) const GROWTH_CAP: usize = 64;
-/// Rows of an incident's task table.
+/// Victims listed in one incident.
+pub(crate) const VICTIMS_CAP: usize = 1024;
+/// Rows of an incident's task table, without those that only a mark of a victim made.
 pub(crate) const TASKS_CAP: usize = 1024;
 
 impl World {

@@ -26,7 +26,6 @@ const MID_CAP: usize = 1024;
 const COARSE_CAP: usize = 512;
 const OLD_CAP: usize = 608;
 /// Most readings of one timeline.
-#[cfg(test)]
 pub(crate) const TIMELINE_CAP: usize = FINE_CAP + MID_CAP + COARSE_CAP + OLD_CAP;
 
 /// Largest value of one counter that is believed: sums over [`crate::world::PROCESSES_CAP`] of them fit a `u64`.

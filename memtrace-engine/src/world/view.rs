@@ -6,7 +6,7 @@ use memtrace_incident::{Growth, MappingNote, TaskRow};
 use super::{Curve, Point, Sums, World};
 
 /// Mapping notes of one incident.
-const NOTES_CAP: usize = 512;
+pub(crate) const VIEW_NOTES_CAP: usize = 512;
 
 /// The moments of an event, boot clock.
 #[derive(Clone, Copy)]
@@ -59,7 +59,7 @@ impl View {
             tasks,
             tasks_left_out,
             growth,
-            notes: world.notes(of.tree, when.from_ns, when.at_ns, NOTES_CAP),
+            notes: world.notes(of.tree, when.from_ns, when.at_ns, VIEW_NOTES_CAP),
             sums: of.composition.map(&sums_of).unwrap_or_default(),
             curve_of: of.curve,
             curve_sums: of.curve.map(&sums_of).unwrap_or_default(),

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::report::json;
 use crate::serve::Library;
 use crate::store::incidents::{self, Incidents};
 use memtrace_incident::{Incident, Timeline};
+use memtrace_report::json;
 
 /// The state directory, read only.
 pub(super) struct Shelf(Incidents);

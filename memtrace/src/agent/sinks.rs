@@ -16,8 +16,9 @@ use super::naming::Naming;
 use crate::serve::Counters;
 use crate::store::incidents::Incidents;
 use crate::store::ledger::{Entry, Ledger};
-use memtrace_engine::output::{Finding, KillEntry, Output, SigkillEntry};
+use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
+use memtrace_incident::{KillEntry, SigkillEntry};
 
 /// Where outputs end up.
 pub(super) struct Sinks {

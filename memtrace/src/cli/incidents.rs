@@ -7,12 +7,12 @@ use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
 use super::{Outcome, STATE_DIR, listing, terminal};
-use crate::report::json;
 use crate::store::incidents::{self, Incidents};
 use crate::store::ledger;
-use memtrace_engine::output::SigkillEntry;
+use memtrace_incident::SigkillEntry;
 use memtrace_incident::units;
 use memtrace_incident::{Incident, Kind};
+use memtrace_report::json;
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]

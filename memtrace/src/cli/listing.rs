@@ -2,10 +2,10 @@
 
 use jiff::Timestamp;
 
-use crate::report::plain;
-use memtrace_engine::output::{SigkillCause, SigkillEntry};
 use memtrace_incident::units;
 use memtrace_incident::{Incident, Pressure, PressureLimit};
+use memtrace_incident::{SigkillCause, SigkillEntry};
+use memtrace_report::plain;
 
 /// The table, newest first as given; strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {

@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use memtrace_engine::input::Fact;
 use memtrace_engine::output::Output;
 use memtrace_incident::{Incident, Kind};
+use memtrace_report::text;
 use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,11 +21,10 @@ use super::invoker::Invoker;
 use super::values::{Share, Size, Span};
 use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
-use crate::cgroup::transient::Transient;
+use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
+use crate::error::CommandError;
 use crate::proc::proc_scan;
-use crate::refusal::Refusal;
-use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
 use crate::symbolize::frame_names::UnnamedFrames;
@@ -92,7 +92,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     if args.command.is_empty() && args.pid.is_none() && args.cgroup.is_none() {
         let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
-        return Err(Refusal::Usage(what).into());
+        return Err(CommandError::Usage(what).into());
     }
     // Asked before anything starts: in doubt about the user nothing is run as root.
     let invoker = Invoker::find()?;
@@ -137,7 +137,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         near_misses: false,
         ..session::Options::default()
     };
-    options.check().map_err(Refusal::Usage)?;
+    options.check().map_err(CommandError::Usage)?;
     // Found before the tracer starts, so that a wrong name costs nothing.
     let mut session = Session::start(&options)?;
     let mut files = Vec::new();
@@ -275,7 +275,7 @@ fn forward_terminate(child: &Child) {
 }
 
 /// Removes the command's cgroup; what still runs in it comes to ours. What goes wrong costs a cgroup, not a recording.
-fn free(cage: Transient, hierarchy: &Hierarchy) {
+fn free(cage: TransientCgroup, hierarchy: &Hierarchy) {
     // Our own cgroup, not the cage's parent: on version 2 a cgroup that hands out controllers takes no processes.
     let own = hierarchy.own_path().and_then(|path| hierarchy.dir_of(&path)).map(|dir| dir.join("cgroup.procs"));
     let mut said = false;

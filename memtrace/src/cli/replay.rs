@@ -6,7 +6,6 @@ use anyhow::Context;
 
 use super::incidents::note;
 use super::{Outcome, listing, terminal};
-use crate::report::json;
 use crate::store::incidents::Incidents;
 use crate::store::journal::{OpenError, Reader, Stats};
 use memtrace_engine::Engine;
@@ -15,6 +14,7 @@ use memtrace_engine::input::{Fact, Input};
 use memtrace_engine::output::Output;
 use memtrace_incident::Incident;
 use memtrace_incident::units;
+use memtrace_report::json;
 
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]

@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use memtrace_incident::{Cause, Incident};
+use memtrace_report::paths::Window;
+use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
 use super::{Outcome, STATE_DIR};
-use crate::refusal::Refusal;
-use crate::report::paths::Window;
-use crate::report::{firefox, folded, html, json, pprof, text};
+use crate::error::CommandError;
 use crate::store::incidents::{self, FindError, Incidents};
 use crate::symbolize::symbolizer::symbolize_file;
 
@@ -117,7 +117,9 @@ pub fn run(args: &Args) -> Outcome {
         Format::Json => json::incident(&incident)?.into_bytes(),
         Format::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
         Format::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
-            return Err(Refusal::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into());
+            return Err(
+                CommandError::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into()
+            );
         }
         Format::Pprof => pprof::profile(&incident, &window, args.cause)?,
         Format::Firefox => firefox::profile(&incident)?.into_bytes(),
@@ -143,7 +145,7 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     match Incidents::at(state_dir).find(text) {
         Ok(entry) => Ok(incidents::read(&entry.path)?),
         Err(FindError::NotAnId(_)) => {
-            Err(Refusal::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
+            Err(CommandError::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
         }
         Err(FindError::Io { source, .. }) => Err(unreadable(source, state_dir)),
         Err(other) => Err(other.into()),
@@ -153,8 +155,8 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::Style;
     use memtrace_incident::fixtures;
+    use memtrace_report::Style;
 
     fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
         Args {
@@ -213,7 +215,7 @@ mod tests {
     fn what_cannot_be_found_is_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let error = |named: &str| run(&args(named, dir.path(), Format::Text)).unwrap_err();
-        assert!(matches!(error("not-an-id").downcast_ref(), Some(Refusal::Usage(_))));
+        assert!(matches!(error("not-an-id").downcast_ref(), Some(CommandError::Usage(_))));
         assert!(error("./no.memtrace").to_string().starts_with("failed to read incident ./no.memtrace: No such file"));
         assert!(error("01KJ").to_string().starts_with("no incident 01KJ in "));
         assert!(error("latest").to_string().starts_with("no incident latest in "));

@@ -14,8 +14,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::error;
 
 use memtrace_engine::Counts;
-use memtrace_engine::output::SigkillCause;
 use memtrace_engine::snapshot::Snapshot;
+use memtrace_incident::SigkillCause;
 use memtrace_incident::{Incident, Kind};
 
 mod metrics;

@@ -12,12 +12,13 @@ use memtrace_common::layout::{ABSENT, KernelLayout};
 
 use super::Options;
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
+use crate::error::CommandError;
+use crate::host;
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
-use crate::kernel::support::{Facts, MemoryController, Plan, Status, plan};
+use crate::kernel::status::Status;
+use crate::kernel::support::{AttachPlan, KernelFacts, MemoryController, plan};
 use crate::kernel::{facts, object};
-use crate::machine;
-use crate::refusal::Refusal;
 
 /// Bytes of a user stack that are copied at first, where it is that deep. Most stacks are not;
 /// userspace asks for more where one was cut off.
@@ -38,7 +39,7 @@ pub struct Capabilities {
     /// The hierarchy of the memory controller, or why there is none.
     pub hierarchy: Result<Hierarchy, CgroupError>,
     /// Everything that a plan is made of.
-    pub facts: Facts,
+    pub facts: KernelFacts,
 }
 
 /// Looks at the machine; changes nothing, and never fails. `btf` is a file of kernel types to read
@@ -55,13 +56,13 @@ pub fn detect(btf: Option<&Path>) -> Capabilities {
 
 /// Loads and attaches what the machine allows. Tracing lasts as long as the probe lives.
 ///
-/// Must run inside a tokio runtime. [`Refusal::Unsupported`]: this kernel or these privileges
+/// Must run inside a tokio runtime. [`CommandError::Unsupported`]: this kernel or these privileges
 /// cannot do it.
 pub fn attach(capabilities: Capabilities, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let Capabilities { hierarchy, facts } = capabilities;
     let plan = plan(&facts, &options.without);
     ensure_runnable(&Status::new(&plan, &[]))?;
-    let unsupported = |what: &str| Refusal::Unsupported(what.to_owned());
+    let unsupported = |what: &str| CommandError::Unsupported(what.to_owned());
     // Without a hierarchy or a layout the plan is fatal already.
     let hierarchy = hierarchy.map_err(|error| unsupported(&error.to_string()))?;
     let layout = facts.layout.as_ref().ok_or_else(|| unsupported("the kernel's types are not known"))?;
@@ -69,8 +70,8 @@ pub fn attach(capabilities: Capabilities, options: &Options) -> anyhow::Result<(
         unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
     })?;
     // Only while loading: a command that is started later gets the limit as it was.
-    let _memlock = machine::raise_memlock();
-    let settings = probe::Settings {
+    let _memlock = host::raise_memlock();
+    let settings = probe::ProbeSettings {
         control: control(&hierarchy, &facts, layout, &plan, options),
         ledger_bytes: LEDGER_BYTES,
         samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
@@ -78,34 +79,40 @@ pub fn attach(capabilities: Capabilities, options: &Options) -> anyhow::Result<(
         max_processes: options.max_processes,
     };
     let (probe, results) = Probe::load(object, layout, &settings, &plan, options.btf.as_deref())
-        .map_err(|error| Refusal::Unsupported(error.to_string()))?;
+        .map_err(|error| CommandError::Unsupported(error.to_string()))?;
     let status = Status::new(&plan, &results);
     ensure_runnable(&status)?;
     Ok((hierarchy, probe, status))
 }
 
 /// The constants that the programs are loaded with.
-fn control(hierarchy: &Hierarchy, facts: &Facts, layout: &KernelLayout, plan: &Plan, options: &Options) -> Control {
+fn control(
+    hierarchy: &Hierarchy,
+    facts: &KernelFacts,
+    layout: &KernelLayout,
+    plan: &AttachPlan,
+    options: &Options,
+) -> Control {
     Control {
-        quantum_bytes: options.quantum_bytes,
+        rss_threshold_bytes: options.quantum_bytes,
         mapping_bytes: options.quantum_bytes.saturating_mul(4),
-        mm_salt: machine::salt(),
+        mm_salt: host::salt(),
         memory_hierarchy_id: hierarchy.hierarchy_id,
-        cpus: machine::possible_cpus().min(MAX_CPUS),
+        cpus: host::possible_cpus().min(MAX_CPUS),
         page_shift: rustix::param::page_size().trailing_zeros(),
         percpu_lookup: u32::from(facts.percpu_lookup && sums_slots(layout)),
         exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
         task_pt_regs: u32::from(facts.task_pt_regs),
         reclaim_interval_ns: RECLAIM_INTERVAL_NS,
-        sample_bytes: match (options.stack_budget_ppm, options.sample_all) {
+        sample_interval_bytes: match (options.stack_budget_ppm, options.sample_all) {
             (0, _) => 0,
             (_, true) => options.sample_bytes,
             (_, false) => NEVER_BYTES,
         },
         stack_budget_ppm: options.stack_budget_ppm,
-        slice_bytes: STACK_COPY_BYTES,
+        stack_copy_bytes: STACK_COPY_BYTES,
         thread_bytes: THREAD_BYTES,
-        charges_tell: u32::from(plan.left_out.contains(&Hook::Rss)),
+        rss_from_charges: u32::from(plan.left_out.contains(&Hook::Rss)),
         reserved: 0,
     }
 }
@@ -113,14 +120,14 @@ fn control(hierarchy: &Hierarchy, facts: &Facts, layout: &KernelLayout, plan: &P
 /// Whether the RSS counters have a slot for each CPU on this kernel, and all of them can be found.
 fn sums_slots(layout: &KernelLayout) -> bool {
     let found = [layout.bpf_array_pptrs, layout.percpu_counter_counters, layout.percpu_counter_size];
-    layout.rss_is_percpu == 1 && found.iter().all(|field| *field != ABSENT) && machine::possible_cpus() <= MAX_CPUS
+    layout.rss_is_percpu == 1 && found.iter().all(|field| *field != ABSENT) && host::possible_cpus() <= MAX_CPUS
 }
 
 /// Fails with everything that keeps memtrace from running, and what to do about it.
-fn ensure_runnable(status: &Status) -> Result<(), Refusal> {
+fn ensure_runnable(status: &Status) -> Result<(), CommandError> {
     if status.can_run() {
         return Ok(());
     }
     let problems: Vec<String> = status.fatal.iter().map(ToString::to_string).collect();
-    Err(Refusal::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
+    Err(CommandError::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
 }

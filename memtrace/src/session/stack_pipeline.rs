@@ -68,7 +68,7 @@ impl StackPipeline {
         if self.sampled.len() >= MAX_SAMPLED || !self.sampled.insert(cgroup_id) {
             return;
         }
-        if let Err(error) = probe.set_step(cgroup_id, self.rate.default_bytes()) {
+        if let Err(error) = probe.set_sample_interval(cgroup_id, self.rate.default_bytes()) {
             warn!("no stacks of cgroup {cgroup_id} are taken: {error}");
         }
         engine.children(cgroup_id).for_each(|id| self.sample(id, probe, engine));
@@ -109,7 +109,7 @@ impl StackPipeline {
         }
         self.backlog = backlog;
         for (pid, bytes) in self.samples.take_copy_requests() {
-            if let Err(error) = probe.set_slice(pid, bytes) {
+            if let Err(error) = probe.set_stack_copy(pid, bytes) {
                 debug!("size of stack copies of process {pid}: {error}");
             }
         }
@@ -148,7 +148,7 @@ impl StackPipeline {
     pub(super) fn maintain(&mut self, probe: &mut Probe, now: u64) {
         let (_, cost) = self.cost(probe);
         for (cgroup, bytes) in self.rate.adjust(cost, now.saturating_sub(self.adjusted_ns)) {
-            if let Err(error) = probe.set_step(cgroup, bytes) {
+            if let Err(error) = probe.set_sample_interval(cgroup, bytes) {
                 debug!("sample interval of cgroup {cgroup}: {error}");
             }
         }

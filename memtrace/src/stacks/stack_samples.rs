@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use memtrace_common::event::{
-    CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_SLICE_BYTES, RECLAIM_BEGIN, StackSample, UNKNOWN,
+    CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_STACK_COPY_BYTES, RECLAIM_BEGIN, StackSample, UNKNOWN,
 };
 use memtrace_engine::decode::{Record, StackRecord, decode_stack};
 use memtrace_engine::input::{Fact, PathFrame, StackFound};
@@ -29,7 +29,7 @@ const MAX_WAITING: usize = 8192;
 const MAX_DEEP: usize = 4096;
 /// Sizes of a stack copy in bytes, each tried when the one before was too short. The last is the
 /// most that a record can carry.
-const COPY_SIZES: [u32; 4] = [8 << 10, 16 << 10, 32 << 10, MAX_SLICE_BYTES as u32];
+const COPY_SIZES: [u32; 4] = [8 << 10, 16 << 10, 32 << 10, MAX_STACK_COPY_BYTES as u32];
 
 /// An unwound sample whose kernel frames have no names yet.
 struct WaitingSample {
@@ -105,7 +105,7 @@ impl StackSamples {
         let (user, cut) = self.unwind(sample, stack_copy);
         self.unwound = self.unwound.saturating_add(1);
         if cut == Some(Cut::Slice) {
-            self.request_larger_copy(task.tgid, sample.slice_cap_bytes, sample.slice_bytes);
+            self.request_larger_copy(task.tgid, sample.stack_copy_cap_bytes, sample.stack_copy_bytes);
         }
         self.waiting.push_back(WaitingSample {
             found: StackFound {

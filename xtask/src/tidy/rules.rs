@@ -33,8 +33,8 @@ const SHELLS: [&str; 7] = ["cgroup", "proc", "stacks", "symbolize", "store", "re
 /// The rooms of the agent crate, floor by floor from the ground: none takes from a floor above its own.
 const FLOORS: [&[&str]; 6] = [
     &["engine"],
-    &["refusal", "clock", "kernel", "cgroup", "proc", "stacks", "symbolize", "store", "report", "serve"],
-    &["machine"],
+    &["error", "clock", "kernel", "cgroup", "proc", "stacks", "symbolize", "store", "report", "serve"],
+    &["host"],
     &["session"],
     &["agent"],
     &["cli"],
@@ -256,13 +256,13 @@ mod tests {
     #[test]
     fn nothing_takes_from_a_floor_above() {
         assert_eq!(breaches("memtrace/src/session.rs", "use crate::cli::STATE_DIR;"), 1);
-        assert_eq!(breaches("memtrace/src/session.rs", "use crate::refusal::Refusal;\nuse crate::machine;"), 0);
+        assert_eq!(breaches("memtrace/src/session.rs", "use crate::error::CommandError;\nuse crate::host;"), 0);
         assert_eq!(breaches("memtrace/src/agent/shelf.rs", "use crate::cli;\nuse crate::session::Session;"), 1);
-        assert_eq!(breaches("memtrace/src/machine.rs", "use crate::clock;\nuse crate::session;"), 1);
-        assert_eq!(breaches("memtrace/src/clock.rs", "use crate::machine;"), 1);
+        assert_eq!(breaches("memtrace/src/host.rs", "use crate::clock;\nuse crate::session;"), 1);
+        assert_eq!(breaches("memtrace/src/clock.rs", "use crate::host;"), 1);
         assert_eq!(breaches("memtrace/src/kernel/probe.rs", "use crate::agent;"), 1);
-        assert_eq!(breaches("memtrace/src/cli/doctor.rs", "use crate::agent;\nuse crate::machine;"), 0);
-        for room in ["clock", "machine", "refusal", "session"] {
+        assert_eq!(breaches("memtrace/src/cli/doctor.rs", "use crate::agent;\nuse crate::host;"), 0);
+        for room in ["clock", "host", "error", "session"] {
             assert_eq!(breaches("memtrace/src/engine/x.rs", &format!("use crate::{room};")), 1, "{room}");
         }
     }

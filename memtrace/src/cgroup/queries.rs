@@ -1,5 +1,9 @@
-//! What the engine asks about cgroups: who one is that it does not know, and whether one waits for memory with its OOM
-//! killer off.
+//! What the engine asks about cgroups: which cgroup has an id that it does not know, and whether a
+//! cgroup waits for memory with its OOM killer off.
+//!
+//! The engine is pure, so it asks by an effect and the answer comes back as a fact with a later
+//! tick. A look-up can mean a walk of the whole tree: some are answered at each tick, the others
+//! wait.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -7,23 +11,23 @@ use std::fs;
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::Fact;
 
-/// Cgroups looked up at once; each can mean a walk of the whole tree.
+/// Cgroups looked up in one tick.
 const LOOKUPS_AT_ONCE: usize = 16;
-/// Cgroups waiting to be looked up; what is more is asked for again.
+/// Cgroups waiting to be looked up; the engine asks again for one that found no room.
 const MAX_LOOKUPS: usize = 1024;
-/// Cgroups watched at once; what is more is counted, and asked for again.
+/// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
 const MAX_WATCHED: usize = 64;
-/// A cgroup is watched for this long after it was asked for.
+/// How long a cgroup is watched after it was asked for; longer as long as it waits.
 const WATCH_NS: u64 = 5_000_000_000;
 
-/// Questions that wait for an answer.
+/// Queries that wait for an answer.
 #[derive(Debug, Default)]
-pub struct Questions {
+pub struct CgroupQueries {
     /// Cap: [`MAX_LOOKUPS`].
     lookups: VecDeque<u64>,
     /// Cap: [`MAX_WATCHED`].
     watched: Vec<Watched>,
-    refused: u64,
+    not_watched: u64,
 }
 
 #[derive(Debug)]
@@ -34,22 +38,22 @@ struct Watched {
     last: Option<OomControl>,
 }
 
-/// memory.oom_control.
+/// What memory.oom_control says: version 1 only, version 2 has no way to turn the OOM killer off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OomControl {
     kill_disabled: bool,
     under_oom: bool,
 }
 
-impl Questions {
-    /// Who is this?
+impl CgroupQueries {
+    /// Asks for the path and the counters of a cgroup, by its id.
     pub fn look_up(&mut self, id: u64) {
         if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&id) {
             self.lookups.push_back(id);
         }
     }
 
-    /// Does it wait for memory?
+    /// Asks for changes of a cgroup's memory.oom_control.
     pub fn watch(&mut self, id: u64, path: String, boot_ns: u64) {
         let until_ns = boot_ns.saturating_add(WATCH_NS);
         if let Some(known) = self.watched.iter_mut().find(|watched| watched.id == id) {
@@ -57,16 +61,16 @@ impl Questions {
         } else if self.watched.len() < MAX_WATCHED {
             self.watched.push(Watched { id, path, until_ns, last: None });
         } else {
-            self.refused = self.refused.saturating_add(1);
+            self.not_watched = self.not_watched.saturating_add(1);
         }
     }
 
-    /// How often a cgroup was not watched for want of room.
-    pub fn refused(&self) -> u64 {
-        self.refused
+    /// How often a cgroup was not watched because [`MAX_WATCHED`] others were.
+    pub fn not_watched(&self) -> u64 {
+        self.not_watched
     }
 
-    /// What there is to say now: some look-ups, and every watched cgroup that changed.
+    /// Answers at most [`LOOKUPS_AT_ONCE`] look-ups, and says which watched cgroups changed.
     pub fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
         for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_AT_ONCE)) {
@@ -79,15 +83,16 @@ impl Questions {
 }
 
 impl Watched {
-    /// Tells what changed; whether to watch on.
+    /// Adds a fact when the cgroup changed; false when it need not be watched any longer.
     fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64, facts: &mut Vec<Fact>) -> bool {
         let now = (hierarchy.id_of(&self.path) == Some(self.id)).then(|| read(hierarchy, &self.path)).flatten();
-        // One that is gone waits no more.
+        // A cgroup that is gone does not wait.
         let Some(control) = now.or(self.last.map(|last| OomControl { under_oom: false, ..last })) else { return false };
         if self.last != Some(control) {
             self.last = Some(control);
             if control.under_oom {
-                // An ancestor has no readings of its own: these are what it is stuck at.
+                // A cgroup without processes has no readings of its own: these are the counters it
+                // is stuck at.
                 facts.extend(hierarchy.read(&self.path, boot_ns).map(Fact::Cgroup));
             }
             let OomControl { kill_disabled, under_oom } = control;
@@ -127,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_told_and_watching_ends() {
+    fn changes_are_reported_and_watching_ends() {
         let dir = tempfile::tempdir().unwrap();
         let hierarchy = Hierarchy { version: 1, mount: dir.path().into(), hierarchy_id: 4, root: "/".into() };
         let (a, file) = (dir.path().join("a"), dir.path().join("a/memory.oom_control"));
         fs::create_dir(&a).unwrap();
         let id = hierarchy.id_of("/a").unwrap();
-        let mut q = Questions::default();
-        let told = |q: &mut Questions, sec: u64| -> Vec<Option<(bool, bool)>> {
+        let mut q = CgroupQueries::default();
+        let changes = |q: &mut CgroupQueries, sec: u64| -> Vec<Option<(bool, bool)>> {
             let facts = q.answer(&hierarchy, sec * SEC);
             facts
                 .into_iter()
@@ -145,32 +150,32 @@ mod tests {
                 .collect()
         };
         q.watch(id, "/a".into(), 0);
-        assert!(told(&mut q, 1).is_empty() && q.watched.is_empty(), "no such file: no version 1");
+        assert!(changes(&mut q, 1).is_empty() && q.watched.is_empty(), "no such file: no version 1");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
         q.watch(id, "/a".into(), SEC);
-        assert_eq!(told(&mut q, 2), [Some((true, false))]);
-        assert!(told(&mut q, 3).is_empty(), "on change only");
+        assert_eq!(changes(&mut q, 2), [Some((true, false))]);
+        assert!(changes(&mut q, 3).is_empty(), "on change only");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
-        assert_eq!(told(&mut q, 4), [None, Some((true, true))], "with its counters");
-        assert!(told(&mut q, 100).is_empty() && q.watched.len() == 1, "as long as it waits");
+        assert_eq!(changes(&mut q, 4), [None, Some((true, true))], "with its counters");
+        assert!(changes(&mut q, 100).is_empty() && q.watched.len() == 1, "as long as it waits");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
-        assert_eq!((told(&mut q, 101), q.watched.len()), (vec![Some((true, false))], 0));
+        assert_eq!((changes(&mut q, 101), q.watched.len()), (vec![Some((true, false))], 0));
         // Gone while it waited, and another cgroup under its name.
         fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
         q.watch(id, "/a".into(), 102 * SEC);
-        assert_eq!(told(&mut q, 102).len(), 2);
+        assert_eq!(changes(&mut q, 102).len(), 2);
         fs::rename(&a, dir.path().join("b")).unwrap();
-        assert_eq!((told(&mut q, 103), q.watched.len()), (vec![Some((true, false))], 0));
+        assert_eq!((changes(&mut q, 103), q.watched.len()), (vec![Some((true, false))], 0));
     }
 
     #[test]
     fn both_lists_are_bounded() {
-        let mut q = Questions::default();
+        let mut q = CgroupQueries::default();
         for id in 0..5000u64 {
             q.look_up(id);
             q.look_up(id);
             q.watch(id, "/a".into(), 0);
         }
-        assert_eq!((q.lookups.len(), q.watched.len(), q.refused()), (MAX_LOOKUPS, MAX_WATCHED, 5000 - 64));
+        assert_eq!((q.lookups.len(), q.watched.len(), q.not_watched()), (MAX_LOOKUPS, MAX_WATCHED, 5000 - 64));
     }
 }

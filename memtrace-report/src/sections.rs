@@ -5,7 +5,7 @@ use super::text::{name, signal_name};
 use memtrace_incident::units;
 
 use super::{Line, Paint, Style, curve, plain, plot};
-use memtrace_incident::{Growth, Incident, Kind, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
+use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
 
 /// Rows of the process tables.
 const PROCESSES: usize = 8;
@@ -350,25 +350,34 @@ pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
     page.fact("made of", &format!("{text}, unattributed {unattributed}"));
 }
 
-/// What is missing from the file; "nothing" is said, too.
+/// What is missing from the file, with a sentence for each loss; "nothing" is said, too.
 pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
     page.blank();
-    let (counted, off): (Vec<&LossNote>, Vec<&LossNote>) =
-        incident.losses.iter().partition(|loss| loss.count.is_some());
     let name = |text: &str| plain::elide(text, 60, page.style.unicode);
-    let mut lost: Vec<String> = (counted.iter().take(LOSSES))
-        .map(|loss| format!("{}: {}", name(&loss.what), loss.count.unwrap_or_default()))
+    // What is no loss and has no count is a hook or a source that is off: its name before the colon.
+    let (lost, off): (Vec<&LossNote>, Vec<&LossNote>) =
+        incident.losses.iter().partition(|note| note.count.is_some() || Loss::of(&note.what).is_some());
+    let mut texts: Vec<String> = (lost.iter().take(LOSSES))
+        .map(|note| match note.count {
+            Some(count) => format!("{}: {count}", name(&note.what)),
+            None => name(&note.what),
+        })
         .collect();
-    if let Some(more) = counted.len().checked_sub(LOSSES).filter(|more| *more > 0) {
-        lost.push(format!("and {more} more"));
+    if let Some(more) = lost.len().checked_sub(LOSSES).filter(|more| *more > 0) {
+        texts.push(format!("and {more} more"));
     }
-    // What cannot be counted is a hook or a source that is off: its name before the colon, the sentence in the file.
     let off: Vec<String> =
-        off.iter().take(LOSSES).map(|loss| name(loss.what.split(": ").next().unwrap_or(""))).collect();
+        off.iter().take(LOSSES).map(|note| name(note.what.split(": ").next().unwrap_or(""))).collect();
     let off = if off.is_empty() { String::new() } else { format!("; off: {} (see memtrace doctor)", off.join(", ")) };
-    let paint = if lost.is_empty() { Paint::Faint } else { Paint::Alarm };
-    let lost = if lost.is_empty() { "nothing".to_owned() } else { lost.join("; ") };
-    page.wrapped(paint, &format!("lost: {lost}{off}"), 0);
+    let paint = if texts.is_empty() { Paint::Faint } else { Paint::Alarm };
+    let text = if texts.is_empty() { "nothing".to_owned() } else { texts.join("; ") };
+    let sentences: Vec<String> = (lost.iter().take(LOSSES))
+        .filter_map(|note| Some(format!("{}: {}", name(&note.what), Loss::of(&note.what)?.sentence())))
+        .collect();
+    page.wrapped(paint, &format!("lost: {text}{off}"), 0);
+    for sentence in sentences {
+        page.wrapped(Paint::Faint, &sentence, 2);
+    }
     let id = plain::elide(&incident.id, 40, page.style.unicode);
     page.wrapped(Paint::Faint, &format!("incident {id}; everything in it: memtrace report --format json"), 0);
 }

@@ -6,7 +6,7 @@ use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
 
 use super::plain;
-use memtrace_engine::output::SigkillEntry;
+use memtrace_incident::SigkillEntry;
 use memtrace_incident::{
     At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording, Verdict,
 };

@@ -31,19 +31,19 @@ function printable(text) {
   );
 }
 
-/** Bytes in binary units, as the text report has them: three digits, "unknown" for what is not known. */
+/** Bytes in binary units by the rule of memtrace_incident::units: two decimals below ten, else one. */
 function bytes(value) {
   if (!Number.isFinite(value)) return "unknown";
   const sign = value < 0 ? "\u2212" : "";
   let size = Math.abs(value);
   let unit = 0;
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-  while (size >= 1023.5 && unit < units.length - 1) {
+  const digits = () => (unit === 0 ? 0 : size < 10 ? 2 : 1);
+  while (Number(size.toFixed(digits())) >= 1024 && unit < units.length - 1) {
     size /= 1024;
     unit += 1;
   }
-  const digits = unit === 0 || size >= 99.95 ? 0 : size >= 9.995 ? 1 : 2;
-  return sign + String(Number(size.toFixed(digits))) + "\u00a0" + units[unit];
+  return sign + String(Number(size.toFixed(digits()))) + "\u00a0" + units[unit];
 }
 
 /** A length of time in nanoseconds. */

@@ -57,7 +57,7 @@ fn one_screen_and_two_with_stacks() {
     for (incident, most) in [
         (fixtures::burst(), 65),
         (fixtures::near_miss(), 65),
-        (fixtures::group(), 52),
+        (fixtures::group(), 53),
         (fixtures::recording(), 46),
         (fixtures::hostile(), 110),
     ] {
