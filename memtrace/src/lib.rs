@@ -1,6 +1,8 @@
 //! memtrace: the memory flight recorder for Linux. See ARCHITECTURE.md for the map.
 
 pub mod agent;
+#[cfg(test)]
+mod blessed;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;

@@ -30,11 +30,11 @@ use crate::stacks::sampling_rate::StackCost;
 use crate::store::journal;
 
 mod capabilities;
-mod options;
+mod config;
 mod stack_pipeline;
 
 pub use capabilities::{Capabilities, attach, detect};
-pub use options::Options;
+pub use config::{JournalConfig, SessionConfig};
 use stack_pipeline::StackPipeline;
 
 /// How often time passes for the engine, and rings are drained that did not wake the session.
@@ -56,7 +56,7 @@ pub struct Session {
     engine: Engine,
     hierarchy: Hierarchy,
     status: Status,
-    journal: Option<journal::Writer>,
+    journal: Option<journal::JournalWriter>,
     journal_failures: u64,
     kernel_log: Option<log::KmsgReader>,
     queries: CgroupQueries,
@@ -74,9 +74,9 @@ impl Session {
     ///
     /// Must run inside a tokio runtime. [`crate::error::CommandError::Unsupported`]: this kernel or
     /// these privileges cannot do it.
-    pub fn start(options: &Options) -> anyhow::Result<Self> {
-        let (hierarchy, probe, status) = attach(detect(options.btf.as_deref()), options)?;
-        let kernel_log = match options.kernel_log.then(log::KmsgReader::open) {
+    pub fn start(config: &SessionConfig) -> anyhow::Result<Self> {
+        let (hierarchy, probe, status) = attach(detect(config.btf.as_deref()), config)?;
+        let kernel_log = match config.kernel_log.then(log::KmsgReader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
             Some(Err(error)) => {
@@ -84,10 +84,10 @@ impl Session {
                 None
             }
         };
-        let journal = match &options.journal {
+        let journal = match &config.journal {
             None => None,
-            Some((dir, bytes)) => Some(
-                journal::Writer::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
+            Some(JournalConfig { dir, bytes }) => Some(
+                journal::JournalWriter::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
                     .with_context(|| format!("failed to open the journal in {}", dir.display()))?,
             ),
         };
@@ -100,33 +100,33 @@ impl Session {
             journal_failures: 0,
             kernel_log,
             queries: CgroupQueries::default(),
-            stacks: StackPipeline::new(options.sample_bytes, options.stack_budget_ppm),
+            stacks: StackPipeline::new(config.sample_interval_bytes, config.stack_budget_ppm),
             ticker: Ticker::every(TICK).context("failed to make a timer")?,
             ticks: 0,
             tick_owed: false,
             losses: Vec::new(),
             out: Out::default(),
         };
-        session.begin(options);
+        session.begin(config);
         Ok(session)
     }
 
     /// Gives the engine its settings, and the cgroups and processes that are there already. The
     /// hooks are attached, so nothing is missed in between.
-    fn begin(&mut self, options: &Options) {
+    fn begin(&mut self, config: &SessionConfig) {
         let settings = Settings {
-            before_ns: options.before_ns,
-            after_ns: options.after_ns,
-            quantum_bytes: options.quantum_bytes,
+            before_ns: config.before_ns,
+            after_ns: config.after_ns,
+            quantum_bytes: config.rss_threshold_bytes,
             cgroup_version: self.hierarchy.version,
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),
             kills_seen: self.status.on(Hook::Kill),
             stalls_seen: self.status.on(Hook::ReclaimEnd),
             degraded: self.status.degraded(),
-            spikes: options.spikes,
-            near_misses: options.near_misses,
-            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
+            spikes: config.spikes,
+            near_misses: config.near_misses,
+            sample_bytes: if config.stack_budget_ppm == 0 { 0 } else { config.sample_interval_bytes },
         };
         self.feed(Fact::Start { host: host::describe(), settings });
         self.feed(clock::anchor());
@@ -271,7 +271,7 @@ impl Session {
     fn read_losses(&mut self) {
         self.probe.pass_messages();
         let mut totals = self.probe.losses();
-        let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
+        let journal_lost = self.journal.as_ref().map_or(0, journal::JournalWriter::lost);
         if journal_lost > 0 {
             totals.push((Loss::JournalNotWritten.label().to_owned(), journal_lost));
         }
@@ -287,7 +287,7 @@ impl Session {
     }
 
     fn report_stacks(&mut self) {
-        let segment = self.journal.as_ref().map_or(0, journal::Writer::next_segment);
+        let segment = self.journal.as_ref().map_or(0, journal::JournalWriter::next_segment);
         let begin = clock::cpu_time();
         for fact in self.stacks.take_facts(segment) {
             self.feed(fact);
@@ -355,7 +355,7 @@ impl Session {
     }
 
     /// Takes stacks of the processes in this cgroup and in all below it, present and future: for a
-    /// run whose [`Options::sample_all`] is false.
+    /// run whose [`SessionConfig::sample_all`] is false.
     pub fn sample(&mut self, cgroup_id: u64) {
         self.stacks.sample(cgroup_id, &mut self.probe, &self.engine);
     }
@@ -402,7 +402,7 @@ impl Session {
 }
 
 /// Appends an input to the journal before the engine sees it. A failure is counted, never fatal.
-fn append(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
+fn append(journal: &mut Option<journal::JournalWriter>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
     let Some(journal) = journal else { return };
     let begun =
         if journal.rotate_needed() { journal.begin_segment(&engine.preamble(clock::boot_ns())) } else { Ok(()) };

@@ -1,7 +1,7 @@
 //! `memtrace name-frames` (hidden): names the frames that standard input lists,
 //! see [`crate::symbolize::subprocess`].
 
-use super::Outcome;
+use super::VerbResult;
 use crate::symbolize::subprocess;
 
 /// Arguments of `memtrace name-frames`.
@@ -9,7 +9,7 @@ use crate::symbolize::subprocess;
 pub struct Args {}
 
 /// Runs the verb.
-pub fn run(_: &Args) -> Outcome {
+pub fn run(_: &Args) -> VerbResult {
     subprocess::child(std::io::stdin().lock(), std::io::stdout().lock())?;
     Ok(0)
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use memtrace_common::control::{Control, MAX_CPUS};
 use memtrace_common::layout::{ABSENT, KernelLayout};
 
-use super::Options;
+use super::SessionConfig;
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
 use crate::error::CommandError;
 use crate::host;
@@ -58,9 +58,9 @@ pub fn detect(btf: Option<&Path>) -> Capabilities {
 ///
 /// Must run inside a tokio runtime. [`CommandError::Unsupported`]: this kernel or these privileges
 /// cannot do it.
-pub fn attach(capabilities: Capabilities, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
+pub fn attach(capabilities: Capabilities, config: &SessionConfig) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let Capabilities { hierarchy, facts } = capabilities;
-    let plan = plan(&facts, &options.without);
+    let plan = plan(&facts, &config.without);
     ensure_runnable(&Status::new(&plan, &[]))?;
     let unsupported = |what: &str| CommandError::Unsupported(what.to_owned());
     // Without a hierarchy or a layout the plan is fatal already.
@@ -72,13 +72,13 @@ pub fn attach(capabilities: Capabilities, options: &Options) -> anyhow::Result<(
     // Only while loading: a command that is started later gets the limit as it was.
     let _memlock = host::raise_memlock();
     let settings = probe::ProbeSettings {
-        control: control(&hierarchy, &facts, layout, &plan, options),
+        control: control(&hierarchy, &facts, layout, &plan, config),
         ledger_bytes: LEDGER_BYTES,
-        samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
-        stacks_bytes: options.stacks_ring_bytes,
-        max_processes: options.max_processes,
+        samples_bytes: u32::try_from(config.samples_ring_bytes).unwrap_or(4 << 20),
+        stacks_bytes: config.stacks_ring_bytes,
+        max_processes: config.max_processes,
     };
-    let (probe, results) = Probe::load(object, layout, &settings, &plan, options.btf.as_deref())
+    let (probe, results) = Probe::load(object, layout, &settings, &plan, config.btf.as_deref())
         .map_err(|error| CommandError::Unsupported(error.to_string()))?;
     let status = Status::new(&plan, &results);
     ensure_runnable(&status)?;
@@ -91,11 +91,11 @@ fn control(
     facts: &KernelFacts,
     layout: &KernelLayout,
     plan: &AttachPlan,
-    options: &Options,
+    config: &SessionConfig,
 ) -> Control {
     Control {
-        rss_threshold_bytes: options.quantum_bytes,
-        mapping_bytes: options.quantum_bytes.saturating_mul(4),
+        rss_threshold_bytes: config.rss_threshold_bytes,
+        mapping_bytes: config.rss_threshold_bytes.saturating_mul(4),
         mm_salt: host::salt(),
         memory_hierarchy_id: hierarchy.hierarchy_id,
         cpus: host::possible_cpus().min(MAX_CPUS),
@@ -104,12 +104,12 @@ fn control(
         exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
         task_pt_regs: u32::from(facts.task_pt_regs),
         reclaim_interval_ns: RECLAIM_INTERVAL_NS,
-        sample_interval_bytes: match (options.stack_budget_ppm, options.sample_all) {
+        sample_interval_bytes: match (config.stack_budget_ppm, config.sample_all) {
             (0, _) => 0,
-            (_, true) => options.sample_bytes,
+            (_, true) => config.sample_interval_bytes,
             (_, false) => NEVER_BYTES,
         },
-        stack_budget_ppm: options.stack_budget_ppm,
+        stack_budget_ppm: config.stack_budget_ppm,
         stack_copy_bytes: STACK_COPY_BYTES,
         thread_bytes: THREAD_BYTES,
         rss_from_charges: u32::from(plan.left_out.contains(&Hook::Rss)),
