@@ -9,14 +9,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use memtrace_incident::{AllocationPath, Incident};
+use memtrace_unwind::modules::OpenModule;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::process::apart;
-use crate::process::modules::OpenModule;
-use crate::process::symbolize::{Questions, Summary, Symbolizer};
 use crate::store::incidents;
-use memtrace_incident::{AllocationPath, Incident};
+use crate::symbolize::frame_names::{NamingSummary, UnnamedFrames};
+use crate::symbolize::subprocess;
+use crate::symbolize::symbolizer::Symbolizer;
 
 /// Most incidents waiting; when it is reached the oldest goes without names.
 const MAX_WAITING: usize = 256;
@@ -28,7 +29,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct SymbolizeQueue {
     /// Cap: [`MAX_WAITING`].
     waiting: VecDeque<PathBuf>,
-    running: Option<(PathBuf, JoinHandle<anyhow::Result<Summary>>)>,
+    running: Option<(PathBuf, JoinHandle<anyhow::Result<NamingSummary>>)>,
     /// Incidents whose frames were named.
     pub(super) named: u64,
     /// Incidents whose frames could not be named.
@@ -36,7 +37,7 @@ pub(super) struct SymbolizeQueue {
 }
 
 /// How it ended for one incident.
-pub(super) struct SymbolizeResult(anyhow::Result<Summary>);
+pub(super) struct SymbolizeResult(anyhow::Result<NamingSummary>);
 
 impl SymbolizeQueue {
     /// Queues an incident that was saved to `path`, unless all of its frames have names.
@@ -104,10 +105,10 @@ impl SymbolizeQueue {
 }
 
 /// Reads an incident, names its frames and writes it again, whole or not at all.
-fn symbolize(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<Summary> {
+fn symbolize(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<NamingSummary> {
     let mut incident = incidents::read(path)?;
-    let questions = Questions::of(&incident);
-    let summary = apart::answer(&Symbolizer::with_modules(modules, &[]), &questions).apply(&mut incident);
+    let unnamed = UnnamedFrames::of(&incident);
+    let summary = subprocess::find(&Symbolizer::with_modules(modules, &[]), &unnamed).apply(&mut incident);
     if summary.named > 0 {
         incidents::write(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;
     }

@@ -83,13 +83,13 @@ pub struct DoctorReport {
 /// Runs the verb.
 pub fn run(args: &Args) -> VerbResult {
     let config = Config::load(None, &args.settings)?.parse()?.session;
-    let ground = session::survey(config.btf.as_deref());
-    let facts = ground.facts.clone();
+    let capabilities = session::detect(config.btf.as_deref());
+    let facts = capabilities.facts.clone();
     let plan = support::plan(&facts, &config.without);
     let planned = Status::new(&plan, &[]);
     // The plan names everything that stands in the way; trying would only name the first of it
     // again.
-    let status = if planned.can_run() { outcome(planned, tried(ground, &config)) } else { planned };
+    let status = if planned.can_run() { outcome(planned, tried(capabilities, &config)) } else { planned };
     let report = DoctorReport::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -103,11 +103,11 @@ pub fn run(args: &Args) -> VerbResult {
 }
 
 /// Loads and attaches as the agent would; the programs are gone when this returns.
-fn tried(ground: session::Ground, config: &SessionConfig) -> anyhow::Result<Status> {
+fn tried(capabilities: session::Capabilities, config: &SessionConfig) -> anyhow::Result<Status> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();
-    session::attach(ground, config).map(|(_, _, status)| status)
+    session::attach(capabilities, config).map(|(_, _, status)| status)
 }
 
 /// The status after trying. An error is one more problem beside those of the plan.
@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn this_machine_gets_a_verdict() {
-        let facts = session::survey(None).facts;
+        let facts = session::detect(None).facts;
         let report = report(&facts, &[Hook::Charge]);
         assert_ne!(report.verdict, DoctorVerdict::Full);
         let json = serde_json::to_value(&report).unwrap();

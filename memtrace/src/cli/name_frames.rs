@@ -1,7 +1,8 @@
-//! `memtrace name-frames` (hidden): names the stack frames that standard input asks for, see `process::apart`.
+//! `memtrace name-frames` (hidden): names the frames that standard input lists,
+//! see [`crate::symbolize::subprocess`].
 
 use super::VerbResult;
-use crate::process::apart;
+use crate::symbolize::subprocess;
 
 /// Arguments of `memtrace name-frames`.
 #[derive(clap::Args, Debug)]
@@ -9,6 +10,6 @@ pub struct Args {}
 
 /// Runs the verb.
 pub fn run(_: &Args) -> VerbResult {
-    apart::child(std::io::stdin().lock(), std::io::stdout().lock())?;
+    subprocess::child(std::io::stdin().lock(), std::io::stdout().lock())?;
     Ok(0)
 }

@@ -8,6 +8,10 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use memtrace_engine::input::Fact;
+use memtrace_engine::output::Output;
+use memtrace_incident::{Incident, Kind};
+use memtrace_report::text;
 use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,14 +25,12 @@ use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
 use crate::error::CommandError;
-use crate::process::symbolize::{Questions, Symbolizer};
-use crate::process::{apart, stock};
+use crate::proc::proc_scan;
 use crate::session::{Session, SessionConfig};
 use crate::store::incidents;
-use memtrace_engine::input::Fact;
-use memtrace_engine::output::Output;
-use memtrace_incident::{Incident, Kind};
-use memtrace_report::text;
+use crate::symbolize::frame_names::UnnamedFrames;
+use crate::symbolize::subprocess;
+use crate::symbolize::symbolizer::Symbolizer;
 
 /// How long records of a process may arrive after it has ended, and how long a kill's incident records.
 const LATE: Duration = Duration::from_millis(300);
@@ -142,7 +144,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
     // subprocess reads it.
     let symbolizer = Symbolizer::with_modules(modules, &[]);
     for incident in &mut files {
-        apart::answer(&symbolizer, &Questions::of(incident)).apply(incident);
+        subprocess::find(&symbolizer, &UnnamedFrames::of(incident)).apply(incident);
     }
     Ok((files, ending.status.map_or(0, exit_code)))
 }
@@ -229,7 +231,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
 
 fn start_ticks(hierarchy: &Hierarchy, pid: u32) -> Option<u64> {
     let cgroup = hierarchy.id_of_process(pid).unwrap_or(0);
-    stock::one(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
+    proc_scan::read_process(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
 }
 
 /// Goes on for the records that arrive late; after a kill until its incident is closed.

@@ -5,6 +5,9 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use memtrace_incident::{Cause, Incident};
+use memtrace_report::paths::Window;
+use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 use super::VerbResult;
 use super::config::{Config, Flags, READ};
@@ -12,11 +15,8 @@ use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
 use crate::error::CommandError;
-use crate::process::symbolize::symbolize_file;
 use crate::store::incidents::{self, FindError, IncidentStore};
-use memtrace_incident::{Cause, Incident};
-use memtrace_report::paths::Window;
-use memtrace_report::{firefox, folded, html, json, pprof, text};
+use crate::symbolize::symbolizer::symbolize_file;
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]

@@ -1,14 +1,19 @@
-//! What code is mapped where in a process: /proc/PID/maps, of which only executable mappings are kept.
+//! /proc/PID/maps, of which only executable mappings are kept: which file's code is where.
+//!
+//! A line is `START-END PERMS OFFSET MAJOR:MINOR INODE   PATH`, for example
+//! `7f3c1000-7f3c9000 r-xp 00022000 103:02 131 /usr/lib/libc.so.6` (fs/proc/task_mmu.c,
+//! `show_map_vma`). A program may map what it likes and give files any name, so lines, mappings
+//! and paths are bounded, and a line that does not parse is counted.
 
 use std::sync::Arc;
 
-/// Bytes of one reading of /proc/PID/maps; what lies beyond is not looked at.
+/// Bytes of /proc/PID/maps that are read; the rest is ignored.
 pub const MAX_BYTES: usize = 16 << 20;
-/// Lines of one reading.
+/// Lines that are read; the rest is ignored.
 pub const MAX_LINES: usize = 65_536;
-/// Executable mappings kept of one process; those at higher addresses are left out and counted.
+/// Executable mappings kept for one process; those at higher addresses are counted as left out.
 pub const MAX_MAPPINGS: usize = 8192;
-/// Bytes of a path that are kept.
+/// Bytes kept of a path.
 const MAX_PATH: usize = 4096;
 
 /// An executable mapping.
@@ -16,11 +21,12 @@ const MAX_PATH: usize = 4096;
 pub struct Mapping {
     /// First address.
     pub start: u64,
-    /// First address behind it.
+    /// First address after it.
     pub end: u64,
-    /// Offset in the file of `start`, in bytes; 0 without a file.
+    /// Offset of `start` in the file, bytes; 0 without a file.
     pub offset: u64,
-    /// Major and minor number of the device, as the kernel prints them here; not always those of stat(2).
+    /// Major and minor number of the device as this file has them. They may differ from those of
+    /// stat(2): btrfs gives each subvolume a number of its own there.
     pub device: (u32, u32),
     /// Inode; 0 without a file.
     pub inode: u64,
@@ -29,12 +35,12 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Does a file stand behind it?
+    /// Whether a file is mapped here.
     pub fn has_file(&self) -> bool {
         self.inode != 0 && self.path.starts_with('/')
     }
 
-    /// Is it the kernel's shared object?
+    /// Whether this is the vdso, the shared object that the kernel maps into each process.
     pub fn is_vdso(&self) -> bool {
         self.inode == 0 && &*self.path == "[vdso]"
     }
@@ -43,67 +49,67 @@ impl Mapping {
 /// The executable mappings of a process, by address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Maps {
-    /// Sorted, none overlaps the next. Cap: [`MAX_MAPPINGS`].
+    /// Sorted by address, without overlaps. Cap: [`MAX_MAPPINGS`].
     mappings: Vec<Mapping>,
-    /// Executable mappings beyond [`MAX_MAPPINGS`], and lines that are none.
+    /// Executable mappings beyond [`MAX_MAPPINGS`], and lines that do not parse.
     left_out: usize,
 }
 
 impl Maps {
-    /// Any bytes as /proc/PID/maps.
+    /// Parses the content of /proc/PID/maps. Total: any bytes give a result.
     pub fn parse(bytes: &[u8]) -> Self {
         let mut maps = Self::default();
         let text = bytes.get(..MAX_BYTES).unwrap_or(bytes);
         for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).take(MAX_LINES) {
             match parse_line(line, maps.mappings.last().map(|mapping| &mapping.path)) {
-                Line::Code(mapping) if maps.mappings.len() < MAX_MAPPINGS => maps.mappings.push(mapping),
-                Line::Data => {}
-                Line::Code(_) | Line::Nonsense => maps.left_out = maps.left_out.saturating_add(1),
+                MapsLine::Code(mapping) if maps.mappings.len() < MAX_MAPPINGS => maps.mappings.push(mapping),
+                MapsLine::Data => {}
+                MapsLine::Code(_) | MapsLine::Nonsense => maps.left_out = maps.left_out.saturating_add(1),
             }
         }
         // The kernel prints them in order; bytes from elsewhere need not be.
         maps.mappings.sort_by_key(|mapping| mapping.start);
         let mut end = 0;
         maps.mappings.retain(|mapping| {
-            let apart = mapping.start >= end;
+            let disjoint = mapping.start >= end;
             end = end.max(mapping.end);
-            apart
+            disjoint
         });
         maps
     }
 
-    /// The mapping that holds `address`, and its place in [`Maps::all`].
+    /// The mapping that holds `address`, and its index in [`Maps::all`].
     pub fn find(&self, address: u64) -> Option<(usize, &Mapping)> {
         let index = self.mappings.partition_point(|mapping| mapping.start <= address).checked_sub(1)?;
         let mapping = self.mappings.get(index)?;
         (address < mapping.end).then_some((index, mapping))
     }
 
-    /// All of them, by address.
+    /// All executable mappings, by address.
     pub fn all(&self) -> &[Mapping] {
         &self.mappings
     }
 
-    /// Executable mappings that did not fit and lines that could not be read.
+    /// Executable mappings beyond [`MAX_MAPPINGS`], and lines that do not parse.
     pub fn left_out(&self) -> usize {
         self.left_out
     }
 
-    /// Heap bytes, about.
+    /// Approximate heap size in bytes.
     pub fn memory_estimate(&self) -> usize {
         let paths: usize = self.mappings.iter().map(|mapping| mapping.path.len()).sum();
         self.mappings.capacity().saturating_mul(size_of::<Mapping>()).saturating_add(paths)
     }
 }
 
-enum Line {
+enum MapsLine {
     Code(Mapping),
     Data,
     Nonsense,
 }
 
-/// `START-END PERMS OFFSET MAJOR:MINOR INODE   PATH`, numbers but the inode in hex.
-fn parse_line(line: &[u8], last_path: Option<&Arc<str>>) -> Line {
+/// All numbers but the inode are hexadecimal.
+fn parse_line(line: &[u8], last_path: Option<&Arc<str>>) -> MapsLine {
     let mut rest = line;
     let mut word = || {
         let start = rest.iter().position(|byte| *byte != b' ').unwrap_or(rest.len());
@@ -122,9 +128,9 @@ fn parse_line(line: &[u8], last_path: Option<&Arc<str>>) -> Line {
         let inode = std::str::from_utf8(inode).ok()?.parse().ok()?;
         (start < end && permissions.len() == 4).then_some((start, end, hex(offset)?, device, inode))
     };
-    let Some((start, end, offset, device, inode)) = parse() else { return Line::Nonsense };
+    let Some((start, end, offset, device, inode)) = parse() else { return MapsLine::Nonsense };
     if permissions.get(2) != Some(&b'x') {
-        return Line::Data;
+        return MapsLine::Data;
     }
     let padding = rest.iter().position(|byte| *byte != b' ').unwrap_or(rest.len());
     let path = path(rest.get(padding..).unwrap_or_default());
@@ -132,10 +138,10 @@ fn parse_line(line: &[u8], last_path: Option<&Arc<str>>) -> Line {
         Some(last) if **last == *path => last.clone(),
         _ => path.into(),
     };
-    Line::Code(Mapping { start, end, offset, device, inode, path })
+    MapsLine::Code(Mapping { start, end, offset, device, inode, path })
 }
 
-/// The kernel writes a newline in a path as `\012`, and nothing else differently.
+/// The kernel escapes a newline in a path as `\012`, and nothing else.
 fn path(bytes: &[u8]) -> String {
     let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
     let bytes = bytes.get(..MAX_PATH).unwrap_or(bytes);

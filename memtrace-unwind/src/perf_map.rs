@@ -1,20 +1,24 @@
-//! Names for code that a process wrote itself, from the perf map that its runtime keeps: /tmp/perf-PID.map.
+//! Names for code that a process wrote at run time, from its perf map: /tmp/perf-PID.map.
+//!
+//! Runtimes with a JIT compiler (Node.js with `--perf-basic-prof`, the JVM with an agent, .NET)
+//! append a line for each function they compile: `START SIZE NAME`, both numbers in hex. A later
+//! line may reuse the addresses of a function that was freed.
 
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use super::proc_dir::ProcDir;
+use crate::proc_dir::ProcDir;
 
 /// Bytes of a perf map that are read.
 pub const MAX_BYTES: u64 = 32 << 20;
-/// Functions kept of one process.
+/// Functions kept for one process.
 pub const MAX_FUNCTIONS: usize = 262_144;
-/// Bytes of names kept of one process.
+/// Bytes of names kept for one process.
 pub const MAX_NAME_BYTES: usize = 16 << 20;
-/// Bytes of one name that are kept.
+/// Bytes kept of one name.
 const MAX_NAME: usize = 1024;
-/// Functions below an address that are looked at: later ones may lie inside earlier ones that were freed.
+/// Functions tried below an address: later ones may lie inside earlier ones that were freed.
 const MAX_LOOK_BACK: usize = 8;
 
 /// The functions of one process, by address.
@@ -22,9 +26,9 @@ const MAX_LOOK_BACK: usize = 8;
 pub struct PerfMap {
     /// Sorted by start. Cap: [`MAX_FUNCTIONS`].
     functions: Vec<Function>,
-    /// All names, one behind the other. Cap: [`MAX_NAME_BYTES`].
+    /// All names, concatenated. Cap: [`MAX_NAME_BYTES`].
     names: String,
-    /// Size of the file when it was read.
+    /// Size of the file when it was read, bytes.
     file_bytes: u64,
 }
 
@@ -37,8 +41,8 @@ struct Function {
 }
 
 impl PerfMap {
-    /// Reads that of a process, when there is one and it is larger than `known_bytes`. Only one that the process' user
-    /// or root wrote is believed, as perf does it.
+    /// Reads the perf map of a process, if it has one and it is larger than `known_bytes`. As perf
+    /// does, trusts it only if the process' user or root owns it.
     pub fn read(process: &ProcDir, known_bytes: u64) -> Option<Self> {
         let (pid, users) = process.status()?;
         let file = process.open_in_root(&format!("/tmp/perf-{pid}.map"))?;
@@ -51,7 +55,7 @@ impl PerfMap {
         Some(Self { file_bytes: data.size(), ..Self::parse(&bytes) })
     }
 
-    /// Any bytes as a perf map: lines of `START SIZE NAME`, both in hex.
+    /// Parses the content of a perf map. Total: lines that do not parse are skipped.
     pub fn parse(bytes: &[u8]) -> Self {
         let mut map = Self::default();
         for line in bytes.split(|byte| *byte == b'\n') {
@@ -69,14 +73,14 @@ impl PerfMap {
             let Ok(name_end) = u32::try_from(map.names.len()) else { break };
             map.functions.push(Function { start, end, name_start, name_end });
         }
-        // Stable: of two at the same start the later one is behind, and found first.
+        // Stable: of two functions with one start the later one comes last, and is found first.
         map.functions.sort_by_key(|function| function.start);
         map.functions.shrink_to_fit();
         map.names.shrink_to_fit();
         map
     }
 
-    /// The function that holds `address`.
+    /// Name of the function that holds `address`.
     pub fn find(&self, address: u64) -> Option<Arc<str>> {
         let behind = self.functions.partition_point(|function| function.start <= address);
         let before = self.functions.get(..behind)?.iter().rev().take(MAX_LOOK_BACK);
@@ -89,13 +93,13 @@ impl PerfMap {
         self.file_bytes
     }
 
-    /// Heap bytes.
+    /// Heap size in bytes.
     pub fn memory_estimate(&self) -> usize {
         self.functions.capacity().saturating_mul(size_of::<Function>()).saturating_add(self.names.capacity())
     }
 }
 
-/// The first `most` bytes, cut between characters.
+/// At most `most` bytes of a text, cut between characters.
 fn head(text: &str, most: usize) -> &str {
     text.get(..text.floor_char_boundary(most)).unwrap_or_default()
 }
@@ -132,7 +136,7 @@ mod tests {
         let process = ProcDir::of(std::process::id()).unwrap();
         let map = PerfMap::read(&process, 0).unwrap();
         let unchanged = PerfMap::read(&process, map.file_bytes());
-        // Another user's, and no regular file.
+        // Owned by another user, and then not a regular file.
         std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
         let foreign = PerfMap::read(&process, 0);
         std::fs::remove_file(&path).unwrap();

@@ -1,19 +1,21 @@
-//! Stacks of real programs, compiled here: unwound, named, after their death too.
+//! Stacks of real programs, compiled here: unwound and named, also after the program has died.
 
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use super::known::Processes;
-use super::proc_dir::ProcDir;
-use super::rule::Registers;
-use super::symbolize::Symbolizer;
-use super::unwind::Stack;
-use memtrace_incident::Incident;
-use memtrace_incident::{AllocationPath, Cause, Cut, Frame};
+use memtrace_incident::{AllocationPath, Cause, Frame, Incident};
+use memtrace_unwind::elf::ElfHeaders;
+use memtrace_unwind::maps::Maps;
+use memtrace_unwind::proc_dir::ProcDir;
+use memtrace_unwind::process_cache::ProcessCache;
+use memtrace_unwind::rule::Registers;
+use memtrace_unwind::unwind::{Truncation, UnwoundFrame, UnwoundStack};
 
-const SLICE: usize = 60 << 10;
-/// Says that it is there, and its frame pointer, then waits. Not inlined, so that `wait` is in every stack.
+use super::symbolizer::{Symbolizer, symbolize_file};
+
+const COPY_BYTES: usize = 60 << 10;
+/// Prints its frame pointer, then waits. Not inlined, so that it is in every stack.
 const WAIT: &str = r#"
     #include <stdio.h>
     #include <unistd.h>
@@ -28,7 +30,7 @@ const DEEP: &str = r#"
     int main(int argc, char **argv) { return deep(argc > 1 ? atoi(argv[1]) : 3) + 1; }
 "#;
 
-pub(super) fn compile(compiler: &str, out: &Path, source: &str, flags: &[&str]) {
+fn compile(compiler: &str, out: &Path, source: &str, flags: &[&str]) {
     let file = out.with_extension(if compiler == "g++" { "cc" } else { "c" });
     std::fs::write(&file, source).unwrap();
     let mut command = Command::new(compiler);
@@ -46,7 +48,7 @@ fn run(program: &str, args: &[&dyn AsRef<std::ffi::OsStr>]) {
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A program that waits where it was told to.
+/// A program that waits in `wait_here`.
 struct Waiting {
     child: Child,
     tid: u32,
@@ -62,14 +64,14 @@ impl Waiting {
         waiting
     }
 
-    /// Until it says so once more.
+    /// Waits until it has printed its frame pointer once more.
     fn wait_again(&mut self) {
         let mut line = String::new();
         BufReader::new(self.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         self.frame_pointer = u64::from_str_radix(line.trim(), 16).unwrap();
     }
 
-    /// The same of its newest thread.
+    /// The newest thread instead of the main one.
     fn in_thread(mut self) -> Self {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         self.tid = tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap()).max().unwrap();
@@ -84,7 +86,7 @@ impl Waiting {
         ProcDir::of(self.pid()).unwrap().start_ticks().unwrap() * 10_000_000
     }
 
-    /// What the kernel would copy at a page fault, once it is blocked in a system call.
+    /// The registers that an eBPF program would read, once the thread is blocked in a system call.
     fn registers(&self) -> Registers {
         let path = format!("/proc/{}/task/{}/syscall", self.pid(), self.tid);
         loop {
@@ -98,26 +100,26 @@ impl Waiting {
         }
     }
 
-    fn slice(&self, sp: u64, most: usize) -> Vec<u8> {
+    fn stack_copy(&self, sp: u64, most: usize) -> Vec<u8> {
         let mut memory = std::fs::File::open(format!("/proc/{}/mem", self.pid())).unwrap();
         memory.seek(SeekFrom::Start(sp)).unwrap();
-        let mut slice = vec![0; most];
+        let mut stack_copy = vec![0; most];
         let mut length = 0;
-        while let Ok(read @ 1..) = memory.read(&mut slice[length..]) {
+        while let Ok(read @ 1..) = memory.read(&mut stack_copy[length..]) {
             length += read;
         }
-        slice.truncate(length);
-        slice
+        stack_copy.truncate(length);
+        stack_copy
     }
 
-    fn unwind(&self, processes: &mut Processes) -> Stack {
-        self.unwind_slice(processes, SLICE, &[])
+    fn unwind(&self, processes: &mut ProcessCache) -> UnwoundStack {
+        self.unwind_copy(processes, COPY_BYTES, &[])
     }
 
-    fn unwind_slice(&self, processes: &mut Processes, most: usize, chain: &[u64]) -> Stack {
+    fn unwind_copy(&self, processes: &mut ProcessCache, most: usize, chain: &[u64]) -> UnwoundStack {
         let registers = self.registers();
-        let slice = self.slice(registers.sp, most);
-        processes.unwind(self.pid(), self.start_ns(), registers, &slice, chain)
+        let stack_copy = self.stack_copy(registers.sp, most);
+        processes.unwind(self.pid(), self.start_ns(), registers, &stack_copy, chain).unwrap()
     }
 
     fn kill(&mut self) {
@@ -144,21 +146,35 @@ fn incident_of(frames: Vec<Frame>) -> Incident {
     Incident { allocation_paths: vec![path], ..memtrace_incident::fixtures::burst() }
 }
 
+/// The frames as the incident file has them, still without names but those of code written at run
+/// time.
+fn frames_of(processes: &ProcessCache, stack: &UnwoundStack) -> Vec<Frame> {
+    let frame = |found: &UnwoundFrame| {
+        if found.jit {
+            let symbol = found.name.as_ref().map(|name| name.to_string());
+            return Frame { module: Some("[jit]".to_owned()), symbol, ..Frame::default() };
+        }
+        let (module, build_id) = found.module.and_then(|id| processes.module(id)).unzip();
+        Frame { module, build_id: build_id.flatten(), offset: found.offset, ..Frame::default() }
+    };
+    stack.frames.iter().map(frame).collect()
+}
+
 fn named_with(symbolizer: &Symbolizer, frames: Vec<Frame>) -> Vec<Frame> {
     let mut incident = incident_of(frames);
-    symbolizer.incident(&mut incident);
+    symbolizer.name(&mut incident);
     incident.allocation_paths.remove(0).frames
 }
 
-fn named(processes: &Processes, stack: &Stack) -> Vec<Frame> {
-    named_with(&Symbolizer::with_modules(processes.open_modules(), &[]), processes.frames(stack))
+fn named(processes: &ProcessCache, stack: &UnwoundStack) -> Vec<Frame> {
+    named_with(&Symbolizer::with_modules(processes.open_modules(), &[]), frames_of(processes, stack))
 }
 
 fn symbols(frames: &[Frame]) -> Vec<&str> {
     frames.iter().map(|frame| frame.symbol.as_deref().unwrap_or("?")).collect()
 }
 
-/// Names from the program's own, without those of libc around them.
+/// Names of the frames in one file, without those of libc around them.
 fn of_program(frames: &[Frame], program: &Path) -> Vec<String> {
     let path = program.canonicalize().unwrap();
     let mine = |frame: &&Frame| frame.module.as_deref() == path.to_str();
@@ -176,10 +192,10 @@ fn recursion_two_hundred_deep_to_the_outermost_frame() {
     let (_dir, program) = dir();
     c(&program, DEEP, &[]);
     let waiting = Waiting::start(&program, &["200"]);
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let frames = named(&processes, &stack);
-    assert_eq!(stack.cut, None, "{:?}", symbols(&frames));
+    assert_eq!(stack.truncation, None, "{:?}", symbols(&frames));
     let names = of_program(&frames, &program);
     assert_eq!((names.len(), names[0].as_str(), names[202].as_str()), (204, "wait_here", "main"));
     assert!(names[1..202].iter().all(|name| name == "deep"), "{names:?}");
@@ -190,21 +206,21 @@ fn recursion_two_hundred_deep_to_the_outermost_frame() {
 }
 
 #[test]
-fn a_slice_that_is_too_short_says_so() {
+fn a_stack_copy_that_is_too_short_says_so() {
     let (_dir, program) = dir();
     c(&program, DEEP, &[]);
     let waiting = Waiting::start(&program, &["200"]);
-    let mut processes = Processes::default();
-    let stack = waiting.unwind_slice(&mut processes, 1024, &[]);
-    assert_eq!(stack.cut, Some(Cut::Slice));
+    let mut processes = ProcessCache::default();
+    let stack = waiting.unwind_copy(&mut processes, 1024, &[]);
+    assert_eq!(stack.truncation, Some(Truncation::StackCopy));
     assert!((10..100).contains(&stack.frames.len()));
-    // The kernel's chain begins with the same frames and goes on: what is behind it is still not known.
+    // The kernel's chain begins with the same frames and goes on. What follows is still unknown.
     let whole = waiting.unwind(&mut processes);
     let chain: Vec<u64> = whole.frames.iter().map(|frame| frame.address).take(127).collect();
-    let joined = waiting.unwind_slice(&mut processes, 1024, &chain);
-    assert_eq!(joined.cut, Some(Cut::Slice));
+    let joined = waiting.unwind_copy(&mut processes, 1024, &chain);
+    assert_eq!(joined.truncation, Some(Truncation::StackCopy));
     assert!(joined.frames == whole.frames[..127], "{} frames", joined.frames.len());
-    assert_eq!(waiting.unwind_slice(&mut processes, 0, &[]).cut, Some(Cut::Slice));
+    assert_eq!(waiting.unwind_copy(&mut processes, 0, &[]).truncation, Some(Truncation::StackCopy));
 }
 
 #[test]
@@ -222,21 +238,21 @@ fn static_and_shared_and_position_dependent() {
     for flags in flags {
         c(&program, DEEP, flags);
         let waiting = Waiting::start(&program, &["5"]);
-        let mut processes = Processes::default();
+        let mut processes = ProcessCache::default();
         let stack = waiting.unwind(&mut processes);
         let frames = named(&processes, &stack);
         let names = symbols(&frames);
-        assert_eq!(stack.cut, None, "{flags:?}: {names:?}");
+        assert_eq!(stack.truncation, None, "{flags:?}: {names:?}");
         assert!(names.windows(3).any(|three| three == ["deep", "deep", "main"]), "{flags:?}: {names:?}");
     }
     let source = "int deep(int n, int (*f)(void)); int main() { return deep(5, wait_here) + 1; }";
     let path = dir.path().to_str().unwrap();
     c(&program, source, &["-L", path, "-ldeep", &format!("-Wl,-rpath,{path}")]);
     let waiting = Waiting::start(&program, &[]);
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let frames = named(&processes, &stack);
-    assert_eq!(stack.cut, None, "{:?}", symbols(&frames));
+    assert_eq!(stack.truncation, None, "{:?}", symbols(&frames));
     assert_eq!(of_program(&frames, &library), ["deep"; 6]);
     assert_eq!(of_program(&frames, &program), ["wait_here", "main", "_start"]);
 }
@@ -261,10 +277,10 @@ fn threads_signal_handlers_and_inlined_functions() {
     "#;
     c(&program, source, &["-pthread"]);
     let waiting = Waiting::start(&program, &[]).in_thread();
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let frames = named(&processes, &stack);
-    assert_eq!(stack.cut, None, "{:?}", symbols(&frames));
+    assert_eq!(stack.truncation, None, "{:?}", symbols(&frames));
     assert_eq!(of_program(&frames, &program), ["wait_here", "inner", "middle", "handler", "interrupted", "thread"]);
     let inlined: Vec<bool> =
         frames.iter().skip_while(|f| f.symbol.as_deref() != Some("inner")).take(3).map(|f| f.inlined).collect();
@@ -281,14 +297,14 @@ fn names_survive_the_process_and_its_binary() {
     let path = program.canonicalize().unwrap().to_str().unwrap().to_owned();
     let mut waiting = Waiting::start(&program, &["3"]);
     std::fs::remove_file(&program).unwrap();
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let (registers, pid, start) = (waiting.registers(), waiting.pid(), waiting.start_ns());
-    let slice = waiting.slice(registers.sp, SLICE);
+    let stack_copy = waiting.stack_copy(registers.sp, COPY_BYTES);
     waiting.kill();
     processes.exit(pid, start);
     // A stack that was still in the ring.
-    assert_eq!(processes.unwind(pid, start, registers, &slice, &[]), stack);
+    assert_eq!(processes.unwind(pid, start, registers, &stack_copy, &[]), Some(stack.clone()));
     let frames = named(&processes, &stack);
     let mine: Vec<&Frame> = frames.iter().filter(|frame| frame.module.as_ref() == Some(&path)).collect();
     assert_eq!(
@@ -296,8 +312,7 @@ fn names_survive_the_process_and_its_binary() {
         ["wait_here", "deep", "deep", "deep", "deep", "main", "_start"]
     );
     // Of a process that nothing was known of.
-    let unknown = Processes::default().unwind(pid, start, registers, &slice, &[]);
-    assert_eq!((unknown.cut, unknown.frames.len()), (Some(Cut::Gone), 0));
+    assert_eq!(ProcessCache::default().unwind(pid, start, registers, &stack_copy, &[]), None);
 }
 
 #[test]
@@ -306,26 +321,26 @@ fn a_stripped_program_is_named_by_its_debug_file_only() {
     let apart = dir.path().join("apart");
     for flags in [&[][..], &["-static"], &["-Wl,-z,noseparate-code"], &["-no-pie"]] {
         c(&program, DEEP, flags);
-        let id = super::elf::Headers::read(std::fs::File::open(&program).unwrap()).unwrap().build_id.unwrap();
+        let id = ElfHeaders::read(std::fs::File::open(&program).unwrap()).unwrap().build_id.unwrap();
         let debug = apart.join(".build-id").join(&id[..2]).join(format!("{}.debug", &id[2..]));
         std::fs::create_dir_all(debug.parent().unwrap()).unwrap();
         run("objcopy", &[&"--only-keep-debug", &program, &debug]);
         run("strip", &[&program]);
         let waiting = Waiting::start(&program, &["3"]);
-        let mut processes = Processes::default();
+        let mut processes = ProcessCache::default();
         let stack = waiting.unwind(&mut processes);
-        let frames = processes.frames(&stack);
-        assert_eq!(stack.cut, None);
+        let frames = frames_of(&processes, &stack);
+        assert_eq!(stack.truncation, None);
         let without = named(&processes, &stack);
         let mine = of_program(&without, &program);
         assert!(!mine.is_empty() && mine.iter().all(|name| name == "?"), "{flags:?}: {mine:?}");
         let dirs = [apart.clone()];
-        // By the agent, which has the program; and elsewhere, with nothing but the debug file under another name.
+        // In the agent, which has the program; and elsewhere, with the debug file alone, renamed.
         let agent = named_with(&Symbolizer::with_modules(processes.open_modules(), &dirs), frames.clone());
         std::fs::rename(&program, dir.path().join("moved")).unwrap();
         std::fs::rename(&debug, apart.join("some.file")).unwrap();
         let mut elsewhere = incident_of(frames);
-        super::symbolize::symbolize_file(&mut elsewhere, &dirs);
+        symbolize_file(&mut elsewhere, &dirs);
         let elsewhere = &elsewhere.allocation_paths[0].frames;
         for named in [&agent, elsewhere] {
             let names = symbols(named);
@@ -355,11 +370,11 @@ fn exceptions_templates_and_mangled_names() {
     );
     compile("g++", &program, &source, &[]);
     let waiting = Waiting::start(&program, &[]);
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let frames = named(&processes, &stack);
     let names = of_program(&frames, &program);
-    assert_eq!(stack.cut, None, "{names:?}");
+    assert_eq!(stack.truncation, None, "{names:?}");
     let fills = names.iter().filter(|name| name.starts_with("shop::Cart<int>::fill(int)")).count();
     assert!(fills >= 4 && names.contains(&"main".to_owned()), "{names:?}");
 }
@@ -369,11 +384,11 @@ fn frame_pointers_where_nothing_else_leads_on() {
     let (_dir, program) = dir();
     c(&program, DEEP, &["-fno-omit-frame-pointer", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables"]);
     let waiting = Waiting::start(&program, &["9"]);
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let frames = named(&processes, &stack);
     let names = of_program(&frames, &program);
-    assert_eq!(stack.cut, None, "{names:?}");
+    assert_eq!(stack.truncation, None, "{names:?}");
     assert_eq!((names.len(), names[0].as_str(), names[11].as_str()), (13, "wait_here", "main"), "{names:?}");
 }
 
@@ -390,14 +405,14 @@ fn debug_frame_and_files_without_section_headers() {
     std::fs::write(&bare, bytes).unwrap();
     for program in [&program, &bare] {
         let waiting = Waiting::start(program, &["9"]);
-        let mut processes = Processes::default();
+        let mut processes = ProcessCache::default();
         let stack = waiting.unwind(&mut processes);
-        let frames = processes.frames(&stack);
+        let frames = frames_of(&processes, &stack);
         let path = program.canonicalize().unwrap();
         let mine = frames.iter().filter(|frame| frame.module.as_deref() == path.to_str()).count();
         // Without `.eh_frame` nothing marks `_start` as the outermost.
         let least = if program == &bare { 13 } else { 12 };
-        assert!(mine >= least, "{program:?}: {mine} {:?}", stack.cut);
+        assert!(mine >= least, "{program:?}: {mine} {:?}", stack.truncation);
     }
 }
 
@@ -424,12 +439,12 @@ fn code_written_at_run_time_is_named_by_its_perf_map() {
     c(&program, source, &[]);
     let waiting = Waiting::start(&program, &[]);
     let map = format!("/tmp/perf-{}.map", waiting.pid());
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let frames = named(&processes, &stack);
     std::fs::remove_file(map).unwrap();
     let names = symbols(&frames);
-    assert_eq!(stack.cut, None, "{names:?}");
+    assert_eq!(stack.truncation, None, "{names:?}");
     let jit = names.iter().position(|name| *name == "LazyCompile:*grow /app/server.js:10").unwrap();
     assert_eq!((names[jit - 1], names[jit + 1]), ("wait_here", "main"));
     assert_eq!((frames[jit].module.as_deref(), frames[jit].offset), (Some("[jit]"), None));
@@ -458,20 +473,20 @@ fn a_library_that_came_later_is_found() {
     "#;
     c(&program, source, &["-ldl"]);
     let mut waiting = Waiting::start(&program, &[library.to_str().unwrap()]);
-    let mut processes = Processes::default();
-    assert_eq!(waiting.unwind(&mut processes).cut, None);
+    let mut processes = ProcessCache::default();
+    assert_eq!(waiting.unwind(&mut processes).truncation, None);
     let reads = processes.counts().maps_read;
-    assert_eq!((waiting.unwind(&mut processes).cut, processes.counts().maps_read), (None, reads), "nothing new");
+    assert_eq!((waiting.unwind(&mut processes).truncation, processes.counts().maps_read), (None, reads), "nothing new");
     run("kill", &[&"-USR1", &waiting.pid().to_string()]);
     waiting.wait_again();
     let frames = loop {
         // Mappings are read again for an unknown address, but not all the time.
         let stack = waiting.unwind(&mut processes);
         if !stack.needs_maps {
-            assert_eq!(stack.cut, None);
+            assert_eq!(stack.truncation, None);
             break named(&processes, &stack);
         }
-        assert_eq!(stack.cut, Some(Cut::Module));
+        assert_eq!(stack.truncation, Some(Truncation::UnknownCode));
         std::thread::sleep(std::time::Duration::from_millis(20));
     };
     assert_eq!(of_program(&frames, &library), ["deep"; 5]);
@@ -479,20 +494,18 @@ fn a_library_that_came_later_is_found() {
 }
 
 #[test]
-fn a_library_that_is_announced_needs_no_second_look() {
+fn mappings_are_read_once_for_each_program() {
     let (_dir, program) = dir();
     c(&program, DEEP, &[]);
     let waiting = Waiting::start(&program, &["3"]);
-    let mut processes = Processes::default();
-    assert!(processes.alarm(waiting.pid(), waiting.start_ns()));
+    let mut processes = ProcessCache::default();
+    assert!(processes.prefetch(waiting.pid(), waiting.start_ns()));
     assert_eq!(processes.counts().maps_read, 1);
     waiting.unwind(&mut processes);
     assert_eq!(processes.counts().maps_read, 1);
-    processes.mapped(waiting.pid(), waiting.start_ns());
-    waiting.unwind(&mut processes);
     processes.exec(waiting.pid(), waiting.start_ns());
     waiting.unwind(&mut processes);
-    assert_eq!(processes.counts().maps_read, 3);
+    assert_eq!(processes.counts().maps_read, 2);
     assert!(processes.memory_estimate() > 10_000);
 }
 
@@ -502,10 +515,10 @@ fn another_process_of_the_same_id_is_not_taken_for_it() {
     c(&program, DEEP, &[]);
     let waiting = Waiting::start(&program, &["3"]);
     let registers = waiting.registers();
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let before = waiting.start_ns() - 1_000_000_000;
-    assert!(!processes.alarm(waiting.pid(), before));
-    assert_eq!(processes.unwind(waiting.pid(), before, registers, &[], &[]).cut, Some(Cut::Gone));
+    assert!(!processes.prefetch(waiting.pid(), before));
+    assert_eq!(processes.unwind(waiting.pid(), before, registers, &[], &[]), None);
     assert_eq!(processes.counts().gone, 1);
 }
 
@@ -520,7 +533,7 @@ fn only_dynamic_symbols_name_only_what_they_cover() {
     c(&program, source, &["-rdynamic"]);
     run("strip", &[&program]);
     let waiting = Waiting::start(&program, &[]);
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let stack = waiting.unwind(&mut processes);
     let mut names = of_program(&named(&processes, &stack), &program);
     // gcc may give a static function a copy of its own.
@@ -530,18 +543,19 @@ fn only_dynamic_symbols_name_only_what_they_cover() {
 
 #[test]
 fn the_vdso_is_a_module() {
-    let mut processes = Processes::default();
+    let mut processes = ProcessCache::default();
     let (pid, start) =
         (std::process::id(), ProcDir::of(std::process::id()).unwrap().start_ticks().unwrap() * 10_000_000);
-    let maps = super::maps::Maps::parse(&std::fs::read("/proc/self/maps").unwrap());
+    let maps = Maps::parse(&std::fs::read("/proc/self/maps").unwrap());
     let vdso = maps.all().iter().find(|mapping| mapping.is_vdso()).unwrap();
-    // At the first instruction of a function the return address is at the stack pointer (or in the link register).
+    // At the first instruction of a function the return address is at the stack pointer, or in the
+    // link register.
     let caller = the_vdso_is_a_module as *const () as u64 + 1;
-    let slice = caller.to_le_bytes();
+    let stack_copy = caller.to_le_bytes();
     let mut inside = None;
     for ip in (vdso.start..vdso.end).step_by(16) {
         let registers = Registers { ip, sp: 0x7000_0000_0000, fp: 1, lr: Some(caller) };
-        let stack = processes.unwind(pid, start, registers, &slice, &[]);
+        let stack = processes.unwind(pid, start, registers, &stack_copy, &[]).unwrap();
         let frames = named(&processes, &stack);
         assert_eq!(frames[0].module.as_deref(), Some("[vdso]"));
         if frames[0].symbol.as_deref().is_some_and(|name| name.contains("clock_gettime")) && frames.len() > 1 {
@@ -555,18 +569,18 @@ fn the_vdso_is_a_module() {
 }
 
 #[test]
-fn a_module_that_is_cut_off_meanwhile_is_no_harm() {
+fn a_module_that_is_truncated_does_no_harm() {
     let (_dir, program) = dir();
     c(&program, DEEP, &[]);
     let waiting = Waiting::start(&program, &["3"]);
-    let mut processes = Processes::default();
-    assert!(processes.alarm(waiting.pid(), waiting.start_ns()));
+    let mut processes = ProcessCache::default();
+    assert!(processes.prefetch(waiting.pid(), waiting.start_ns()));
     let (registers, pid, start) = (waiting.registers(), waiting.pid(), waiting.start_ns());
-    let slice = waiting.slice(registers.sp, SLICE);
+    let stack_copy = waiting.stack_copy(registers.sp, COPY_BYTES);
     drop(waiting);
     // A program that runs cannot be written to; a library can.
     std::fs::File::options().write(true).open(&program).unwrap().set_len(100).unwrap();
-    let stack = processes.unwind(pid, start, registers, &slice, &[]);
-    assert_eq!(stack.cut, Some(Cut::Unwind));
+    let stack = processes.unwind(pid, start, registers, &stack_copy, &[]).unwrap();
+    assert_eq!(stack.truncation, Some(Truncation::UnwindInfo));
     assert_eq!(named(&processes, &stack)[1].symbol, None);
 }

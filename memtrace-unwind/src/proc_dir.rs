@@ -1,4 +1,12 @@
-//! /proc/PID held open: what is read through it is of that process or an error, however its id is used again.
+//! /proc/PID held open: what is read through it belongs to that process, or is an error.
+//!
+//! A process id is reused once its process is gone, so a path like /proc/123/maps may lead to
+//! another process a moment later. An open directory does not: after the process has ended, every
+//! read through it fails. [`ProcDir::open`] compares the start time, which tells two processes of
+//! one id apart.
+//!
+//! Files of a process are opened only if they are regular files: opening a device or a FIFO may
+//! block or do something. Paths are resolved inside the process' own root.
 
 use std::fs::File;
 use std::io::Read;
@@ -8,30 +16,29 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 
-/// Clock ticks a second of the times in /proc, whatever the kernel's own clock.
+/// Nanoseconds of a clock tick in /proc: `USER_HZ` is 100 whatever `CONFIG_HZ` is.
 const TICK_NS: u64 = 10_000_000;
-/// Bytes of /proc/PID/stat and /proc/PID/status that are read.
+/// Bytes read of /proc/PID/stat and /proc/PID/status.
 const MAX_STATUS_BYTES: usize = 64 << 10;
-
-/// Bytes of /proc/PID/mountinfo that are read.
+/// Bytes read of /proc/PID/mountinfo.
 const MAX_MOUNT_BYTES: usize = 4 << 20;
 
-/// The directory of one process.
+/// The /proc directory of one process.
 #[derive(Debug)]
 pub struct ProcDir {
     fd: OwnedFd,
 }
 
 impl ProcDir {
-    /// That of the process `pid` that started at `start_boot_ns` (boot clock); `None` when it is gone.
+    /// The process `pid` that started at `start_boot_ns` (boot clock); `None` if it has ended.
     pub fn open(pid: u32, start_boot_ns: u64) -> Option<Self> {
         let dir = Self::of(pid)?;
-        // The kernel's start is exact, /proc cuts it to ticks; one more for a start read across a suspend.
+        // /proc cuts the start time to ticks; one more tick for a start read across a suspend.
         let ticks = dir.start_ticks()?;
         (ticks.abs_diff(start_boot_ns.checked_div(TICK_NS)?) <= 1).then_some(dir)
     }
 
-    /// That of whichever process is `pid` now.
+    /// Whichever process has the id `pid` now.
     pub fn of(pid: u32) -> Option<Self> {
         let dir = File::options()
             .read(true)
@@ -41,16 +48,17 @@ impl ProcDir {
         Some(Self { fd: dir.into() })
     }
 
-    /// When it started, in clock ticks since boot: field 22 of its stat.
+    /// Start time in clock ticks since boot: field 22 of /proc/PID/stat.
     pub fn start_ticks(&self) -> Option<u64> {
         let stat = self.read("stat", MAX_STATUS_BYTES)?;
-        // The name may hold anything, but the last parenthesis is behind it.
+        // The name may hold anything, parentheses too; the last parenthesis ends it.
         let behind = stat.iter().rposition(|byte| *byte == b')')?.checked_add(1)?;
         let fields = std::str::from_utf8(stat.get(behind..)?).ok()?;
         fields.split_ascii_whitespace().nth(19)?.parse().ok()
     }
 
-    /// Its id in its innermost pid namespace, and the user ids it runs as (real, effective, saved, file system).
+    /// Process id in its innermost pid namespace, and the user ids it runs as: real, effective,
+    /// saved, file system.
     pub fn status(&self) -> Option<(u32, Vec<u32>)> {
         let status = String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?).into_owned();
         let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -59,13 +67,14 @@ impl ProcDir {
         Some((pid, users))
     }
 
-    /// Is the file system with this device number one whose answers come from a process (FUSE)? One that does not answer
-    /// would keep whoever asks waiting for ever. `None` when its mounts do not say.
-    pub fn answers_from_process(&self, device: (u32, u32)) -> Option<bool> {
-        answers_from_process(&self.read("mountinfo", MAX_MOUNT_BYTES)?, device)
+    /// Whether a process answers for the file system with this device number (FUSE). If that
+    /// process hangs, so does every open(2) and stat(2) there. `None` if the mounts of this
+    /// process do not list the device.
+    pub fn is_fuse(&self, device: (u32, u32)) -> Option<bool> {
+        is_fuse(&self.read("mountinfo", MAX_MOUNT_BYTES)?, device)
     }
 
-    /// The first `most_bytes` of one of its files in /proc.
+    /// The first `most_bytes` of a file in this directory; `None` if it is empty or unreadable.
     pub fn read(&self, name: &str, most_bytes: usize) -> Option<Vec<u8>> {
         let file: File = openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?.into();
         let mut bytes = Vec::new();
@@ -73,13 +82,13 @@ impl ProcDir {
         (!bytes.is_empty()).then_some(bytes)
     }
 
-    /// The regular file mapped at exactly `start..end`, whatever became of its name.
+    /// The regular file mapped at exactly `start..end`, even if it was renamed or deleted.
     pub fn open_mapped(&self, start: u64, end: u64) -> Option<File> {
         let handle = openat(&self.fd, mapped_name(start, end), OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
         open_regular(handle)
     }
 
-    /// Device, inode, size and modification time of the file mapped at exactly `start..end`.
+    /// The stamp of the file mapped at exactly `start..end`, without opening it.
     pub fn stat_mapped(&self, start: u64, end: u64) -> Option<FileStamp> {
         let stat = rustix::fs::statat(&self.fd, mapped_name(start, end), rustix::fs::AtFlags::empty()).ok()?;
         Some(FileStamp {
@@ -91,7 +100,7 @@ impl ProcDir {
         })
     }
 
-    /// The regular file that the process itself would open under `path`: its own root, no way out of it.
+    /// The regular file that the process itself would open at `path`, inside its own root.
     pub fn open_in_root(&self, path: &str) -> Option<File> {
         let root = openat(&self.fd, "root", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
         let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
@@ -100,11 +109,11 @@ impl ProcDir {
     }
 }
 
-/// Which file it is, and whether it was written to since.
+/// Identifies a file and its content: device, inode, size and modification time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileStamp {
     device: u64,
-    /// As stat(2) has it.
+    /// Inode number, as in stat(2).
     pub inode: u64,
     bytes: u64,
     modified_s: i64,
@@ -112,7 +121,7 @@ pub struct FileStamp {
 }
 
 impl FileStamp {
-    /// That of an open file.
+    /// The stamp of an open file.
     pub fn of(file: &File) -> Option<Self> {
         let data = file.metadata().ok()?;
         Some(Self {
@@ -125,7 +134,7 @@ impl FileStamp {
     }
 }
 
-fn answers_from_process(mounts: &[u8], (major, minor): (u32, u32)) -> Option<bool> {
+fn is_fuse(mounts: &[u8], (major, minor): (u32, u32)) -> Option<bool> {
     let device = format!("{major}:{minor}");
     String::from_utf8_lossy(mounts).lines().find_map(|line| {
         // ID PARENT MAJOR:MINOR ROOT MOUNT OPTIONS [TAGS] - TYPE SOURCE OPTIONS
@@ -138,7 +147,7 @@ fn mapped_name(start: u64, end: u64) -> String {
     format!("map_files/{start:x}-{end:x}")
 }
 
-/// Opens what a handle stands for only when it is a regular file: opening a device or a pipe does something.
+/// Opens the file behind an `O_PATH` handle, only if it is a regular file.
 fn open_regular(handle: OwnedFd) -> Option<File> {
     let kind = rustix::fs::fstat(&handle).ok()?.st_mode;
     if rustix::fs::FileType::from_raw_mode(kind) != rustix::fs::FileType::RegularFile {
@@ -148,7 +157,7 @@ fn open_regular(handle: OwnedFd) -> Option<File> {
     File::options().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path).ok()
 }
 
-/// A path that opens what `fd` is open at, again, in this process.
+/// A path through which this process can open the file behind `fd` once more.
 pub fn fd_path(fd: &impl AsFd) -> std::path::PathBuf {
     use std::os::fd::AsRawFd;
     Path::new("/proc/self/fd").join(fd.as_fd().as_raw_fd().to_string())
@@ -159,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_and_nobody_else() {
+    fn this_process_and_no_other() {
         let pid = std::process::id();
         let start_ns = ProcDir::of(pid).unwrap().start_ticks().unwrap() * TICK_NS;
         let dir = ProcDir::open(pid, start_ns + 1234).unwrap();
@@ -177,13 +186,13 @@ mod tests {
     }
 
     #[test]
-    fn file_systems_of_processes_are_told_apart() {
+    fn a_fuse_mount_is_recognized() {
         let mounts = b"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
             23 22 0:45 / /home/x\\040y rw,nosuid shared:3 master:1 - fuse.sshfs host: rw\n\
             24 22 0:46 / /run rw - tmpfs tmpfs rw\nnonsense\n";
-        let found = [(8, 1), (0, 45), (0, 46), (0, 47)].map(|device| answers_from_process(mounts, device));
+        let found = [(8, 1), (0, 45), (0, 46), (0, 47)].map(|device| is_fuse(mounts, device));
         assert_eq!(found, [Some(false), Some(true), Some(false), None]);
-        assert!(ProcDir::of(std::process::id()).unwrap().answers_from_process((0, 0)).is_none());
+        assert!(ProcDir::of(std::process::id()).unwrap().is_fuse((0, 0)).is_none());
     }
 
     #[test]

@@ -1,34 +1,34 @@
-//! Kernel stacks of the threads whose charge failed: addresses in, names out.
+//! Kernel stacks of the threads whose failed charge led to a kill: addresses in, names out.
+//!
+//! Such a stack says what the kernel wanted memory for: a page fault, a read into the page cache, a
+//! socket buffer. An eBPF program takes it at the kill; its names are looked up with the next tick.
 
 use std::collections::VecDeque;
 
 use memtrace_common::event::KernelStack;
-use zerocopy::FromBytes;
-
-use super::kallsyms::KernelSymbols;
 use memtrace_engine::input::Fact;
 
-/// Kernel stacks waiting for their names.
+use super::kallsyms::KernelSymbols;
+
+/// Stacks that wait for the names of their functions; one more is dropped.
 const MAX_STACKS: usize = 1024;
 
-/// Stacks that wait for their names.
+/// Kernel stacks that wait for the names of their functions.
 #[derive(Default)]
-pub struct TriggerStacks {
+pub struct KernelStackQueue {
     /// Cap: [`MAX_STACKS`].
     waiting: VecDeque<KernelStack>,
 }
 
-impl TriggerStacks {
-    /// Takes a record of the stacks ring; what is none, or one too many, is left out.
-    pub fn push(&mut self, record: &[u8]) {
-        if let Ok((stack, _)) = KernelStack::read_from_prefix(record)
-            && self.waiting.len() < MAX_STACKS
-        {
-            self.waiting.push_back(stack);
+impl KernelStackQueue {
+    /// Takes a stack, if there is room.
+    pub fn push(&mut self, stack: &KernelStack) {
+        if self.waiting.len() < MAX_STACKS {
+            self.waiting.push_back(*stack);
         }
     }
 
-    /// Names everything that waits.
+    /// A fact for each stack that waits.
     pub fn take(&mut self, symbols: &mut KernelSymbols) -> Vec<Fact> {
         let waiting = std::mem::take(&mut self.waiting);
         let mut named = |stack: &KernelStack| Fact::KernelStack {
@@ -44,7 +44,7 @@ fn addresses(stack: &KernelStack) -> impl Iterator<Item = u64> {
     stack.addresses.iter().take(stack.frames as usize).copied().filter(|address| *address != 0)
 }
 
-/// Leaves out the tracer and the OOM killer itself: what is left begins with the charge that failed.
+/// Drops the frames of the tracer and of the OOM killer: the rest begins with the failed charge.
 fn failed_charge(functions: Vec<String>) -> Vec<String> {
     let killer = |name: &String| name.contains("oom") || name.contains("out_of_memory");
     match functions.iter().rposition(killer) {
@@ -55,6 +55,8 @@ fn failed_charge(functions: Vec<String>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use zerocopy::FromZeros;
+
     use super::*;
 
     #[test]
@@ -65,9 +67,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_stack_is_left_out() {
-        let mut stacks = TriggerStacks::default();
-        stacks.push(&[1, 2, 3]);
-        assert!(stacks.take(&mut KernelSymbols::default()).is_empty());
+    fn stacks_beyond_the_cap_are_dropped() {
+        let mut stacks = KernelStackQueue::default();
+        let stack = KernelStack::new_zeroed();
+        (0..=MAX_STACKS).for_each(|_| stacks.push(&stack));
+        assert_eq!(stacks.take(&mut KernelSymbols::default()).len(), MAX_STACKS);
     }
 }

@@ -1,4 +1,8 @@
-//! Files that name the code of a module: the module itself, or one with its build id that was kept apart.
+//! Files that have names for the code of a module: the module itself, or a debug file.
+//!
+//! Distributions strip programs and ship debug information in files of their own. Two conventions
+//! lead there: `/usr/lib/debug/.build-id/ab/cdef.debug` for the build id `abcdef`, and the section
+//! `.gnu_debuglink`, which holds a file name. Only a file with the module's own build id is used.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
@@ -7,69 +11,70 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use memtrace_unwind::elf::{ElfHeaders, ElfSegment};
+use memtrace_unwind::modules::OpenModule;
+use memtrace_unwind::proc_dir::fd_path;
 use object::{Object, ReadCache};
-
-use super::elf::{Headers, Segment};
-use super::modules::OpenModule;
-use super::proc_dir::fd_path;
 
 /// Where distributions put debug information.
 pub const SYSTEM_DIRS: [&str; 1] = ["/usr/lib/debug"];
-/// Files and directories that are looked at below the directories of a user.
+/// Most files and directories visited in one search.
 const MAX_VISITED: usize = 200_000;
-/// How deep.
+/// Deepest directory that is searched.
 const MAX_DEPTH: usize = 16;
 
-/// A file that may name code.
+/// A file that may have names for the code of a module.
 #[derive(Clone, Debug)]
-pub struct Candidate {
-    /// Opens it.
+pub struct DebugCandidate {
+    /// Path that opens it.
     pub path: PathBuf,
-    /// Headers of the module that frames are offsets in.
-    pub headers: Arc<Headers>,
-    /// Keeps `path` good, when that goes through a descriptor.
+    /// Headers of the module; offsets of frames refer to its file.
+    pub headers: Arc<ElfHeaders>,
+    /// Keeps `path` valid if it goes through a descriptor.
     _held: Option<Arc<File>>,
 }
 
-impl Candidate {
+impl DebugCandidate {
     /// The module itself.
     pub fn of_module(module: &OpenModule) -> Self {
         Self { path: fd_path(&*module.file), headers: module.headers.clone(), _held: Some(module.file.clone()) }
     }
 
-    /// A file with the build id of a module; `headers` are the module's, when it is at hand.
-    pub fn of_debug_file(path: PathBuf, build_id: &str, headers: Option<Arc<Headers>>) -> Option<Self> {
+    /// The file at `path`, if it has this build id. `headers` are the module's, if it can be read.
+    /// Without them the layout of the module is computed from the debug file.
+    pub fn of_debug_file(path: PathBuf, build_id: &str, headers: Option<Arc<ElfHeaders>>) -> Option<Self> {
         let own = read_headers(&path).filter(|own| own.build_id.as_deref() == Some(build_id))?;
-        let headers = headers.unwrap_or_else(|| Arc::new(with_layout(own)));
+        let headers = headers.unwrap_or_else(|| Arc::new(with_module_offsets(own)));
         Some(Self { path, headers, _held: None })
     }
 
-    /// The address that stands for an offset in the module's file.
+    /// The stated address of an offset in the module's file.
     pub fn stated_address(&self, offset: u64) -> Option<u64> {
         self.headers.stated_address(offset)
     }
 }
 
-/// `DIR/.build-id/xx/yyy.debug` of each directory and of those of the system.
+/// `DIR/.build-id/xx/yyy.debug` in `dirs` and the system's directories, where it is a file.
 pub fn by_build_id(dirs: &[PathBuf], build_id: &str) -> impl Iterator<Item = PathBuf> {
     let (first, rest) = build_id.split_at_checked(2).unwrap_or_default();
     let name = format!(".build-id/{first}/{rest}.debug");
     let system = SYSTEM_DIRS.iter().map(PathBuf::from);
-    // What an incident file gives for a build id need not be one.
+    // The build id comes from an incident file: it may be anything, also a path.
     let sound = build_id.len() > 2 && build_id.bytes().all(|byte| byte.is_ascii_hexdigit());
     let paths: Vec<PathBuf> = dirs.iter().cloned().chain(system).map(|dir| dir.join(&name)).collect();
     paths.into_iter().filter(move |path| sound && path.is_file())
 }
 
-/// Where the debug file that a module names (`.gnu_debuglink`) is looked for: beside it, in `.debug` there, and below the
-/// directories for debug files under the module's own path.
+/// Paths where the debug file that a module names (`.gnu_debuglink`) may be, as gdb looks for it:
+/// beside the module, in `.debug` there, and under the module's own path in directories for debug
+/// files.
 pub fn by_link(dirs: &[PathBuf], module: &OpenModule) -> Vec<PathBuf> {
     let cache = ReadCache::new(&*module.file);
     let named = object::File::parse(&cache).ok().and_then(|file| {
         let (name, _) = file.gnu_debuglink().ok()??;
         Some(PathBuf::from(OsStr::from_bytes(name)))
     });
-    // A name, not a way out of these directories.
+    // It must be a file name: nothing that leads out of these directories.
     let Some(name) = named.filter(|name| name.components().eq(name.file_name().map(Component::Normal))) else {
         return Vec::new();
     };
@@ -80,7 +85,8 @@ pub fn by_link(dirs: &[PathBuf], module: &OpenModule) -> Vec<PathBuf> {
     [dir.to_owned(), dir.join(".debug")].into_iter().chain(further).map(|dir| dir.join(&name)).collect()
 }
 
-/// All files below the directories that have one of the build ids. Symbolic links to directories are not followed.
+/// All files in and below `dirs` that have one of the build ids. Does not follow symbolic links to
+/// directories.
 pub fn search(dirs: &[PathBuf], build_ids: &BTreeSet<&str>) -> BTreeMap<String, Vec<PathBuf>> {
     let mut found: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     let mut waiting: VecDeque<(PathBuf, usize)> = dirs.iter().map(|dir| (dir.clone(), 0)).collect();
@@ -105,16 +111,16 @@ pub fn search(dirs: &[PathBuf], build_ids: &BTreeSet<&str>) -> BTreeMap<String, 
     found
 }
 
-fn read_headers(path: &Path) -> Option<Headers> {
+fn read_headers(path: &Path) -> Option<ElfHeaders> {
     let regular = std::fs::metadata(path).is_ok_and(|data| data.is_file());
-    regular.then(|| File::open(path).ok())?.and_then(|file| Headers::read(file).ok())
+    regular.then(|| File::open(path).ok())?.and_then(|file| ElfHeaders::read(file).ok())
 }
 
-/// A debug file made by objcopy has lost where the segments were in the module's file; their addresses and sizes it has
-/// kept. Linkers put each segment at the first offset behind the one before that agrees with its address modulo its
-/// alignment, so that the offsets follow from those.
-fn with_layout(headers: Headers) -> Headers {
-    let emptied = |segment: &Segment| segment.executable && segment.file_bytes < segment.memory_bytes;
+/// Restores the offsets that the segments have in the module's file. `objcopy --only-keep-debug`
+/// keeps their addresses and sizes but not their offsets. Linkers put each segment at the first
+/// offset after the one before that equals its address modulo its alignment, so the offsets follow.
+fn with_module_offsets(headers: ElfHeaders) -> ElfHeaders {
+    let emptied = |segment: &ElfSegment| segment.executable && segment.file_bytes < segment.memory_bytes;
     if !headers.segments.iter().any(emptied) {
         return headers;
     }
@@ -127,8 +133,8 @@ fn with_layout(headers: Headers) -> Headers {
             let past = segment.address.wrapping_sub(end).checked_rem(align).unwrap_or(0);
             let offset = end.saturating_add(past);
             end = offset.saturating_add(segment.memory_bytes);
-            Segment { offset, file_bytes: segment.memory_bytes, ..*segment }
+            ElfSegment { offset, file_bytes: segment.memory_bytes, ..*segment }
         })
         .collect();
-    Headers { segments, ..headers }
+    ElfHeaders { segments, ..headers }
 }

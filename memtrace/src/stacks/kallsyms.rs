@@ -1,4 +1,8 @@
-//! Names of kernel functions, from /proc/kallsyms: read once and kept small, so that a stack is named without a wait.
+//! Names of kernel functions, from /proc/kallsyms.
+//!
+//! The file has some 10 MiB and takes the kernel about a tenth of a second to print, so it is read
+//! once, at start, and kept as addresses and names of functions only. Without CAP_SYSLOG the
+//! kernel prints every address as 0 (`kptr_restrict`), and nothing has a name.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -6,29 +10,30 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-/// Longest line that is looked at.
+/// Longest line that is read, bytes.
 const MAX_LINE: u64 = 4096;
 /// Functions kept; a kernel with all its modules has about a hundred thousand.
 const MAX_FUNCTIONS: usize = 1 << 20;
 /// Bytes of names kept.
 const MAX_NAME_BYTES: usize = 32 << 20;
-/// A function larger than this is a gap between symbols, not a function.
+/// An address farther than this from the start of a function is in a gap, not in the function.
 const MAX_FUNCTION_BYTES: u64 = 1 << 20;
-/// An address without a name may be in a module that was loaded since: the symbols are read again at most so often.
+/// An address without a name may be in a kernel module that was loaded since. Pause between two
+/// readings because of that.
 const REREAD: Duration = Duration::from_secs(60);
 
-/// The kernel's functions by address. Without CAP_SYSLOG the kernel shows zeros, and nothing has a name.
+/// The kernel's functions by address.
 #[derive(Debug, Default)]
 pub struct KernelSymbols {
-    /// Start and where its name begins, by start. Cap: [`MAX_FUNCTIONS`].
+    /// Start address, and where the name begins in `names`; sorted. Cap: [`MAX_FUNCTIONS`].
     functions: Vec<(u64, u32)>,
-    /// Names, one after the other, each ended by a NUL. Cap: [`MAX_NAME_BYTES`].
+    /// Names, concatenated, each ended by a NUL. Cap: [`MAX_NAME_BYTES`].
     names: Vec<u8>,
     read: Option<Instant>,
 }
 
 impl KernelSymbols {
-    /// The running kernel's.
+    /// Reads the symbols of the running kernel; if that fails, there are none.
     pub fn read() -> Self {
         let mut symbols = Self::default();
         symbols.read_again();
@@ -43,7 +48,7 @@ impl KernelSymbols {
         self.read = Some(Instant::now());
     }
 
-    /// From any stream of `ADDRESS TYPE NAME` lines.
+    /// Parses lines of `ADDRESS TYPE NAME`. Total: other lines are skipped.
     fn parse(mut lines: impl BufRead) -> Self {
         let mut symbols = Self::default();
         let mut line = Vec::new();
@@ -57,7 +62,7 @@ impl KernelSymbols {
                 break;
             }
         }
-        // Stable: of several names of one address the first stays the first.
+        // Stable: of several names of one address the first one is kept.
         symbols.functions.sort_by_key(|(start, _)| *start);
         symbols.functions.dedup_by_key(|(start, _)| *start);
         symbols.functions.shrink_to_fit();
@@ -81,7 +86,8 @@ impl KernelSymbols {
         self.names.push(0);
     }
 
-    /// The function that holds an address; an unknown one may be looked for anew.
+    /// Name of the function that holds `address`. If there is none, the symbols are read again, at
+    /// most once a minute.
     pub fn name(&mut self, address: u64) -> Option<String> {
         let found = self.find(address);
         if found.is_none() && self.read.is_some_and(|read| read.elapsed() >= REREAD) {
@@ -101,7 +107,7 @@ impl KernelSymbols {
         Some(String::from_utf8_lossy(name).into_owned())
     }
 
-    /// Heap bytes.
+    /// Heap size in bytes.
     pub fn memory_estimate(&self) -> usize {
         self.functions.capacity() * size_of::<(u64, u32)>() + self.names.capacity()
     }

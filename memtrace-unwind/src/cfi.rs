@@ -1,8 +1,14 @@
-//! How to get from a frame to its caller, as the call frame information of one module says it.
+//! Call frame information (CFI) of one module: the rule that leads from a frame to its caller.
 //!
-//! On gimli and not on framehop, which wraps it: a CFI expression may jump backwards, and framehop 0.16 sets no bound on
-//! its steps, so a file that a container brings along could hang the agent. Here everything a file can ask for is
-//! bounded: bytes of an entry, steps of an expression, depth of its row stack (4, by gimli), work per stack.
+//! Compilers write a frame description entry (FDE) for each function into `.eh_frame`, or into
+//! `.debug_frame`: a small program that says, for each instruction, where the caller's registers
+//! are. `.eh_frame_hdr` is a sorted table of the entries; where a linker wrote none,
+//! [`Cfi::build_index`] makes one.
+//!
+//! This uses gimli directly and not framehop, which wraps it: a DWARF expression may jump
+//! backwards, and framehop 0.16 does not bound its steps, so a file that a container brings along
+//! could hang the agent. Here everything a file can ask for is bounded: bytes of an entry, steps of
+//! an expression, depth of the row stack (4, by gimli), work per stack.
 
 use gimli::{
     BaseAddresses, CfaRule, CieOrFde, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice, Evaluation,
@@ -10,69 +16,75 @@ use gimli::{
     UnwindExpression, UnwindOffset, UnwindSection, Value,
 };
 
-use super::elf::{Headers, Unwind};
-use super::rule::{Missing, Registers, Rule, Slice, Step};
+use crate::elf::{ElfHeaders, UnwindSections};
+use crate::rule::{MissingWord, Registers, Rule, StackCopy, UnwindStep};
 
-/// Bytes of an entry; those of compilers have a few hundred, at most some thousand.
+/// Longest entry in bytes. Compilers write a few hundred, at most some thousand.
 const MAX_ENTRY_BYTES: usize = 64 << 10;
-/// Steps of an expression; that of a PLT has 10.
+/// Most steps of an expression; that of a PLT takes 10.
 const MAX_STEPS: u32 = 256;
-/// Memory and registers that one expression may ask for.
-const MAX_QUESTIONS: usize = 64;
-/// Bytes of entries looked at to index a section that has no index of its own.
+/// Most words of memory and registers that one expression may ask for.
+const MAX_REQUESTS: usize = 64;
+/// Bytes of entries read to index a section without `.eh_frame_hdr`.
 const MAX_INDEX_WORK: usize = 32 << 20;
 
 type Bytes<'a> = EndianSlice<'a, LittleEndian>;
 
-/// Which DWARF numbers the registers have that matter here.
+/// DWARF numbers of the registers that unwinding follows, by architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Machine {
+pub struct RegisterColumns {
     sp: Register,
     fp: Register,
-    /// The column of the return address; on arm64 a register, x30.
+    /// The column of the return address; on arm64 it is a register, x30.
     ra: Register,
-    /// A leaf function returns to a register.
+    /// The return address of a leaf function is in a register.
     has_link_register: bool,
 }
 
-impl Machine {
-    /// x86_64.
+impl RegisterColumns {
+    /// System V ABI of x86_64.
     pub const X86_64: Self = Self { sp: Register(7), fp: Register(6), ra: Register(16), has_link_register: false };
-    /// arm64.
+    /// AAPCS64 of arm64.
     pub const AARCH64: Self = Self { sp: Register(31), fp: Register(29), ra: Register(30), has_link_register: true };
-    /// The one this was built for.
-    pub const HERE: Self = if cfg!(target_arch = "aarch64") { Self::AARCH64 } else { Self::X86_64 };
+    /// The architecture this was built for.
+    pub const NATIVE: Self = if cfg!(target_arch = "aarch64") { Self::AARCH64 } else { Self::X86_64 };
 }
 
-/// Where the entries of a section begin that has no `.eh_frame_hdr`: address of the code and offset of the entry.
+/// Index of a section without `.eh_frame_hdr`: stated address of the code and offset of its entry,
+/// sorted. Bounded by [`MAX_INDEX_WORK`].
 #[derive(Clone, Debug, Default)]
-pub struct Index(Vec<(u64, usize)>);
+pub struct EntryIndex(Vec<(u64, usize)>);
 
-impl Index {
-    /// Heap bytes.
+impl EntryIndex {
+    /// Heap size in bytes.
     pub fn memory_estimate(&self) -> usize {
         self.0.capacity().saturating_mul(size_of::<(u64, usize)>())
     }
 }
 
-/// The call frame information of one module.
+/// Looks up rules in the unwind sections of one module.
 pub struct Cfi<'a> {
-    headers: &'a Headers,
-    unwind: &'a Unwind,
-    index: Option<&'a Index>,
-    machine: Machine,
+    headers: &'a ElfHeaders,
+    unwind: &'a UnwindSections,
+    index: Option<&'a EntryIndex>,
+    columns: RegisterColumns,
     bases: BaseAddresses,
 }
 
-/// What is reused between lookups.
+/// Memory that lookups reuse: a context takes some kilobytes.
 #[derive(Default)]
-pub struct Scratch {
+pub struct CfiScratch {
     context: UnwindContext<usize>,
 }
 
 impl<'a> Cfi<'a> {
-    /// That of a module whose headers and unwind sections were read, and indexed if they need it.
-    pub fn new(headers: &'a Headers, unwind: &'a Unwind, index: Option<&'a Index>, machine: Machine) -> Self {
+    /// Over unwind sections that were read, and indexed if they need it.
+    pub fn new(
+        headers: &'a ElfHeaders,
+        unwind: &'a UnwindSections,
+        index: Option<&'a EntryIndex>,
+        columns: RegisterColumns,
+    ) -> Self {
         let mut bases = BaseAddresses::default();
         if let Some(section) = &headers.eh_frame {
             bases = bases.set_eh_frame(section.address);
@@ -86,43 +98,44 @@ impl<'a> Cfi<'a> {
         if let Some(address) = headers.got_address {
             bases = bases.set_got(address);
         }
-        Self { headers, unwind, index, machine, bases }
+        Self { headers, unwind, index, columns, bases }
     }
 
-    /// The rule for the code at a stated address. `work` is what may still be spent, in
-    /// bytes of entries; at 0 the answer is not the module's but says that nothing is left.
-    pub fn rule(&self, address: u64, scratch: &mut Scratch, work: &mut usize) -> Rule {
+    /// The rule for the code at a stated address. `work` is the budget that is left, in bytes of
+    /// entries; when it has fallen to 0 the answer, [`Rule::Broken`], is about the budget and not
+    /// about the module.
+    pub fn rule(&self, address: u64, scratch: &mut CfiScratch, work: &mut usize) -> Rule {
         self.with_section(address, work, |this, found| match found {
-            Found::EhFrame(section, fde) => this.rule_of(section, fde, address, scratch),
-            Found::DebugFrame(section, fde) => this.rule_of(section, fde, address, scratch),
-            Found::Nothing => Rule::Uncovered,
-            Found::Broken => Rule::Broken,
+            FoundEntry::EhFrame(section, fde) => this.rule_of(section, fde, address, scratch),
+            FoundEntry::DebugFrame(section, fde) => this.rule_of(section, fde, address, scratch),
+            FoundEntry::Uncovered => Rule::Uncovered,
+            FoundEntry::Broken => Rule::Broken,
         })
     }
 
-    /// Evaluates the expressions of a [`Rule::Complex`].
+    /// Steps to the caller by evaluating the expressions of a [`Rule::Complex`].
     pub fn step(
         &self,
         address: u64,
         registers: &Registers,
-        stack: &Slice<'_>,
-        scratch: &mut Scratch,
+        stack: &StackCopy<'_>,
+        scratch: &mut CfiScratch,
         work: &mut usize,
-    ) -> Step {
+    ) -> UnwindStep {
         self.with_section(address, work, |this, found| match found {
-            Found::EhFrame(section, fde) => this.step_of(section, fde, address, registers, stack, scratch),
-            Found::DebugFrame(section, fde) => this.step_of(section, fde, address, registers, stack, scratch),
-            Found::Nothing | Found::Broken => Step::Broken,
+            FoundEntry::EhFrame(section, fde) => this.step_of(section, fde, address, registers, stack, scratch),
+            FoundEntry::DebugFrame(section, fde) => this.step_of(section, fde, address, registers, stack, scratch),
+            FoundEntry::Uncovered | FoundEntry::Broken => UnwindStep::Broken,
         })
     }
 
-    /// Does the section need [`Cfi::build_index`] before anything is found in it?
+    /// Whether [`Cfi::build_index`] is needed before anything can be found.
     pub fn needs_index(&self) -> bool {
         self.index.is_none() && self.table().is_none()
     }
 
-    /// Where the entries begin; what comes behind a broken one is left out.
-    pub fn build_index(&self) -> Index {
+    /// Indexes all entries up to the first broken one.
+    pub fn build_index(&self) -> EntryIndex {
         let mut found = Vec::new();
         if let Some(bytes) = &self.unwind.eh_frame {
             index_entries(&self.eh_frame(bytes), &self.bases, &mut found);
@@ -131,27 +144,27 @@ impl<'a> Cfi<'a> {
         }
         found.sort_unstable();
         found.shrink_to_fit();
-        Index(found)
+        EntryIndex(found)
     }
 
-    fn with_section<T>(&self, address: u64, work: &mut usize, then: impl FnOnce(&Self, Found<'_>) -> T) -> T {
-        let Some(offset) = self.entry_offset(address) else { return then(self, Found::Nothing) };
+    fn with_section<T>(&self, address: u64, work: &mut usize, then: impl FnOnce(&Self, FoundEntry<'_>) -> T) -> T {
+        let Some(offset) = self.entry_offset(address) else { return then(self, FoundEntry::Uncovered) };
         let found = if let Some(bytes) = &self.unwind.eh_frame {
             let section = self.eh_frame(bytes);
             match self.entry(&section, offset.into(), address, work) {
-                Ok(Some(fde)) => Found::EhFrame(section, fde),
-                Ok(None) => Found::Nothing,
-                Err(()) => Found::Broken,
+                Ok(Some(fde)) => FoundEntry::EhFrame(section, fde),
+                Ok(None) => FoundEntry::Uncovered,
+                Err(()) => FoundEntry::Broken,
             }
         } else if let Some(bytes) = &self.unwind.debug_frame {
             let section = self.debug_frame(bytes);
             match self.entry(&section, offset.into(), address, work) {
-                Ok(Some(fde)) => Found::DebugFrame(section, fde),
-                Ok(None) => Found::Nothing,
-                Err(()) => Found::Broken,
+                Ok(Some(fde)) => FoundEntry::DebugFrame(section, fde),
+                Ok(None) => FoundEntry::Uncovered,
+                Err(()) => FoundEntry::Broken,
             }
         } else {
-            Found::Nothing
+            FoundEntry::Uncovered
         };
         then(self, found)
     }
@@ -171,7 +184,7 @@ impl<'a> Cfi<'a> {
     }
 
     fn vendor(&self) -> gimli::Vendor {
-        if self.machine.has_link_register { gimli::Vendor::AArch64 } else { gimli::Vendor::Default }
+        if self.columns.has_link_register { gimli::Vendor::AArch64 } else { gimli::Vendor::Default }
     }
 
     fn entry<'b, S: UnwindSection<Bytes<'b>>>(
@@ -200,27 +213,27 @@ impl<'a> Cfi<'a> {
         section: S,
         fde: FrameDescriptionEntry<Bytes<'b>>,
         address: u64,
-        scratch: &mut Scratch,
+        scratch: &mut CfiScratch,
     ) -> Rule {
         let signal = fde.is_signal_trampoline();
         let Ok(row) = fde.unwind_info_for_address(&section, &self.bases, &mut scratch.context, address) else {
             return Rule::Broken;
         };
-        let saved_ra = match row.register(self.machine.ra) {
+        let saved_ra = match row.register(self.columns.ra) {
             Some(RegisterRule::Undefined) => return Rule::Outermost,
-            None if !self.machine.has_link_register => return Rule::Outermost,
-            None | Some(RegisterRule::SameValue) if self.machine.has_link_register => None,
+            None if !self.columns.has_link_register => return Rule::Outermost,
+            None | Some(RegisterRule::SameValue) if self.columns.has_link_register => None,
             Some(RegisterRule::Offset(offset)) => Some(offset),
             _ => return Rule::Complex,
         };
-        let saved_fp = match row.register(self.machine.fp) {
+        let saved_fp = match row.register(self.columns.fp) {
             None | Some(RegisterRule::Undefined | RegisterRule::SameValue) => None,
             Some(RegisterRule::Offset(offset)) => Some(offset),
             _ => return Rule::Complex,
         };
         let (from_fp, cfa_offset) = match row.cfa() {
-            CfaRule::RegisterAndOffset { register, offset } if *register == self.machine.sp => (false, *offset),
-            CfaRule::RegisterAndOffset { register, offset } if *register == self.machine.fp => (true, *offset),
+            CfaRule::RegisterAndOffset { register, offset } if *register == self.columns.sp => (false, *offset),
+            CfaRule::RegisterAndOffset { register, offset } if *register == self.columns.fp => (true, *offset),
             CfaRule::RegisterAndOffset { .. } => return Rule::Broken,
             CfaRule::Expression(_) => return Rule::Complex,
         };
@@ -239,66 +252,66 @@ impl<'a> Cfi<'a> {
         fde: FrameDescriptionEntry<Bytes<'b>>,
         address: u64,
         registers: &Registers,
-        stack: &Slice<'_>,
-        scratch: &mut Scratch,
-    ) -> Step {
+        stack: &StackCopy<'_>,
+        scratch: &mut CfiScratch,
+    ) -> UnwindStep {
         let signal = fde.is_signal_trampoline();
         let encoding = fde.cie().encoding();
         let Ok(row) = fde.unwind_info_for_address(&section, &self.bases, &mut scratch.context, address) else {
-            return Step::Broken;
+            return UnwindStep::Broken;
         };
-        let run = |expression: &UnwindExpression<usize>, first: Option<u64>| -> Result<u64, Step> {
-            let code = expression.get(&section).map_err(|_| Step::Broken)?;
+        let run = |expression: &UnwindExpression<usize>, first: Option<u64>| -> Result<u64, UnwindStep> {
+            let code = expression.get(&section).map_err(|_| UnwindStep::Broken)?;
             self.evaluate(code, encoding, first, registers, stack)
         };
-        let walk = || -> Result<Registers, Step> {
+        let walk = || -> Result<Registers, UnwindStep> {
             let cfa = match row.cfa() {
                 CfaRule::RegisterAndOffset { register, offset } => self
                     .register(*register, registers)
                     .and_then(|base| base.checked_add_signed(*offset))
-                    .ok_or(Step::Broken)?,
+                    .ok_or(UnwindStep::Broken)?,
                 CfaRule::Expression(expression) => run(expression, None)?,
             };
-            let at = |offset: i64| cfa.checked_add_signed(offset).ok_or(Step::Broken);
-            let value = |column: Register| -> Result<Option<u64>, Step> {
+            let at = |offset: i64| cfa.checked_add_signed(offset).ok_or(UnwindStep::Broken);
+            let value = |column: Register| -> Result<Option<u64>, UnwindStep> {
                 Ok(Some(match row.register(column) {
                     None | Some(RegisterRule::SameValue) => return Ok(self.register(column, registers)),
-                    Some(RegisterRule::Offset(offset)) => stack.word(at(offset)?).map_err(Step::Missing)?,
+                    Some(RegisterRule::Offset(offset)) => stack.word(at(offset)?).map_err(UnwindStep::Missing)?,
                     Some(RegisterRule::ValOffset(offset)) => at(offset)?,
                     Some(RegisterRule::Register(other)) => return Ok(self.register(other, registers)),
                     Some(RegisterRule::Expression(expression)) => {
-                        stack.word(run(&expression, Some(cfa))?).map_err(Step::Missing)?
+                        stack.word(run(&expression, Some(cfa))?).map_err(UnwindStep::Missing)?
                     }
                     Some(RegisterRule::ValExpression(expression)) => run(&expression, Some(cfa))?,
                     Some(_) => return Ok(None),
                 }))
             };
-            let ip = value(self.machine.ra)?.ok_or(Step::Broken)?;
-            let fp = match value(self.machine.fp) {
+            let ip = value(self.columns.ra)?.ok_or(UnwindStep::Broken)?;
+            let fp = match value(self.columns.fp) {
                 Ok(fp) => fp.unwrap_or(registers.fp),
-                Err(Step::Missing(Missing::Beyond)) => return Err(Step::Missing(Missing::Beyond)),
+                Err(UnwindStep::Missing(MissingWord::Beyond)) => return Err(UnwindStep::Missing(MissingWord::Beyond)),
                 Err(_) => registers.fp,
             };
-            // A signal frame restores the stack pointer itself; elsewhere it is the frame address.
-            let sp = match row.register(self.machine.sp) {
-                Some(_) if signal => value(self.machine.sp)?.unwrap_or(cfa),
+            // A signal frame states the stack pointer itself; elsewhere it is the CFA.
+            let sp = match row.register(self.columns.sp) {
+                Some(_) if signal => value(self.columns.sp)?.unwrap_or(cfa),
                 _ => cfa,
             };
             Ok(Registers { ip, sp, fp, lr: None })
         };
         match walk() {
-            Ok(Registers { ip: 0, .. }) => Step::Outermost,
-            Ok(caller) => Step::Caller(caller, signal),
+            Ok(Registers { ip: 0, .. }) => UnwindStep::Outermost,
+            Ok(caller) => UnwindStep::Caller(caller, signal),
             Err(step) => step,
         }
     }
 
     fn register(&self, register: Register, registers: &Registers) -> Option<u64> {
         match register {
-            r if r == self.machine.sp => Some(registers.sp),
-            r if r == self.machine.fp => Some(registers.fp),
-            r if r == self.machine.ra && self.machine.has_link_register => registers.lr,
-            r if r == self.machine.ra => Some(registers.ip),
+            r if r == self.columns.sp => Some(registers.sp),
+            r if r == self.columns.fp => Some(registers.fp),
+            r if r == self.columns.ra && self.columns.has_link_register => registers.lr,
+            r if r == self.columns.ra => Some(registers.ip),
             _ => None,
         }
     }
@@ -309,15 +322,15 @@ impl<'a> Cfi<'a> {
         encoding: gimli::Encoding,
         first: Option<u64>,
         registers: &Registers,
-        stack: &Slice<'_>,
-    ) -> Result<u64, Step> {
+        stack: &StackCopy<'_>,
+    ) -> Result<u64, UnwindStep> {
         let mut evaluation = Evaluation::new(code.0, encoding);
         evaluation.set_max_iterations(MAX_STEPS);
         if let Some(first) = first {
             evaluation.set_initial_value(first);
         }
-        let mut result = evaluation.evaluate().map_err(|_| Step::Broken)?;
-        for _ in 0..MAX_QUESTIONS {
+        let mut result = evaluation.evaluate().map_err(|_| UnwindStep::Broken)?;
+        for _ in 0..MAX_REQUESTS {
             result = match result {
                 EvaluationResult::Complete => {
                     let address = match evaluation.as_result() {
@@ -327,24 +340,24 @@ impl<'a> Cfi<'a> {
                         },
                         _ => None,
                     };
-                    return address.ok_or(Step::Broken);
+                    return address.ok_or(UnwindStep::Broken);
                 }
                 EvaluationResult::RequiresRegister { register, .. } => {
-                    let value = self.register(register, registers).ok_or(Step::Broken)?;
+                    let value = self.register(register, registers).ok_or(UnwindStep::Broken)?;
                     evaluation.resume_with_register(Value::Generic(value))
                 }
                 EvaluationResult::RequiresMemory { address, size: 8, .. } => {
-                    let word = stack.word(address).map_err(Step::Missing)?;
+                    let word = stack.word(address).map_err(UnwindStep::Missing)?;
                     evaluation.resume_with_memory(Value::Generic(word))
                 }
-                _ => return Err(Step::Broken),
+                _ => return Err(UnwindStep::Broken),
             }
-            .map_err(|_| Step::Broken)?;
+            .map_err(|_| UnwindStep::Broken)?;
         }
-        Err(Step::Broken)
+        Err(UnwindStep::Broken)
     }
 
-    /// Offset of the entry that begins nearest below `address`, in its section.
+    /// Offset in its section of the last entry that begins at or below `address`.
     fn entry_offset(&self, address: u64) -> Option<usize> {
         if let Some(index) = self.index {
             let at = index.0.partition_point(|(start, _)| *start <= address).checked_sub(1)?;
@@ -359,7 +372,8 @@ impl<'a> Cfi<'a> {
         usize::try_from(entry_address.checked_sub(self.headers.eh_frame.as_ref()?.address)?).ok()
     }
 
-    /// Address of `.eh_frame_hdr` and the rows of its table, in the one form that linkers write: 32 bits, relative to it.
+    /// Stated address of `.eh_frame_hdr` and the rows of its table. Linkers write one form only:
+    /// version 1, signed 32-bit numbers relative to the section.
     fn table(&self) -> Option<(u64, &[[u8; 8]])> {
         const FORM: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
         let address = self.headers.eh_frame_hdr.as_ref()?.address;
@@ -372,10 +386,10 @@ impl<'a> Cfi<'a> {
     }
 }
 
-enum Found<'a> {
+enum FoundEntry<'a> {
     EhFrame(EhFrame<Bytes<'a>>, FrameDescriptionEntry<Bytes<'a>>),
     DebugFrame(DebugFrame<Bytes<'a>>, FrameDescriptionEntry<Bytes<'a>>),
-    Nothing,
+    Uncovered,
     Broken,
 }
 

@@ -1,5 +1,11 @@
-//! An ELF file as unwinding and naming need it: build id, segments, unwind sections. Read in bounded pieces, never
-//! mapped: a file that is truncated meanwhile gives an error, not a signal.
+//! What unwinding and naming need of an ELF file: build id, segments, unwind sections.
+//!
+//! The file is read in bounded pieces and never mapped: if it is truncated while it is read, that
+//! is a read error here, where access to a mapping would raise SIGBUS.
+//!
+//! Three kinds of position occur. An *offset* counts bytes in the file. A *stated address* is what
+//! the file's headers say; call frame information uses these. The *address* in a process is the
+//! stated address plus the load bias of the mapping.
 
 use std::cell::Cell;
 use std::io::{Read, Seek, SeekFrom};
@@ -14,122 +20,122 @@ use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::read::{ReadCache, ReadCacheOps, ReadRef};
 use object::{LittleEndian, elf};
 
-/// Bytes of headers, names and notes that are read.
+/// Bytes of headers, names and notes that are read of one file.
 const MAX_HEADER_BYTES: u64 = 8 << 20;
-/// Segments of a file that are looked at.
+/// Program headers that are read of one file.
 pub const MAX_SEGMENTS: usize = 128;
-/// Sections that are looked at.
+/// Section headers that are read of one file.
 const MAX_SECTIONS: usize = 16_384;
-/// Bytes of a build id that are kept; SHA-1 has 20.
+/// Bytes kept of a build id; a SHA-1 has 20.
 const MAX_BUILD_ID: usize = 64;
-/// No user address reaches here, on any architecture memtrace runs on: 52 bits on arm64.
+/// Above every user address: x86_64 has 47 bits (56 with 5-level tables), arm64 at most 52.
 const MAX_ADDRESS: u64 = 1 << 56;
 
 #[cfg(target_arch = "aarch64")]
-const MACHINE: u16 = elf::EM_AARCH64;
+const NATIVE_MACHINE: u16 = elf::EM_AARCH64;
 #[cfg(not(target_arch = "aarch64"))]
-const MACHINE: u16 = elf::EM_X86_64;
+const NATIVE_MACHINE: u16 = elf::EM_X86_64;
 
-/// Why a file is no module that can be unwound or named.
+/// Why a file cannot be used as a module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Unusable {
-    /// No ELF file.
+pub enum ElfError {
+    /// It does not begin with the ELF magic, or it could not be read.
     #[error("not an ELF file")]
     NotElf,
-    /// A 32-bit or a big-endian one, or one for another machine.
-    #[error("an ELF file of another machine")]
+    /// A 32-bit or big-endian file, or one for another architecture.
+    #[error("an ELF file for another architecture")]
     Foreign,
-    /// Its headers contradict one another, or it could not be read.
+    /// Its program headers cannot be read.
     #[error("broken ELF file")]
     Broken,
 }
 
-/// A segment that is mapped.
+/// A `PT_LOAD` segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Where it begins in the file.
+pub struct ElfSegment {
+    /// Where it begins in the file, bytes.
     pub offset: u64,
-    /// Bytes of it in the file.
+    /// Its size in the file, bytes.
     pub file_bytes: u64,
-    /// Its address, as the file states it.
+    /// Its stated address.
     pub address: u64,
-    /// Bytes of it in memory.
+    /// Its size in memory, bytes.
     pub memory_bytes: u64,
-    /// What address and offset agree modulo of.
+    /// Alignment: address and offset are equal modulo this.
     pub align: u64,
-    /// Does it hold code?
+    /// Whether it is mapped executable.
     pub executable: bool,
 }
 
-/// Where a section is, in the file and as the file states its address.
+/// Where a section is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Section {
-    /// Bytes of the file.
+pub struct ElfSection {
+    /// Offsets in the file, bytes.
     pub file: Range<u64>,
-    /// Its address.
+    /// Its stated address.
     pub address: u64,
 }
 
-/// The headers of a module.
+/// The headers of a module, as far as they are used here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Headers {
-    /// Of the note `NT_GNU_BUILD_ID`, lower-case hex.
+pub struct ElfHeaders {
+    /// Content of the note `NT_GNU_BUILD_ID`, lower-case hex.
     pub build_id: Option<String>,
-    /// What is mapped. Cap: [`MAX_SEGMENTS`].
-    pub segments: Vec<Segment>,
-    /// `.eh_frame`; without section headers all that follows `.eh_frame_hdr` in its segment, or its segment.
-    pub eh_frame: Option<Section>,
-    /// `.eh_frame_hdr`, or what `PT_GNU_EH_FRAME` says.
-    pub eh_frame_hdr: Option<Section>,
-    /// `.debug_frame`, when it is not compressed.
-    pub debug_frame: Option<Section>,
-    /// Address of `.text`.
+    /// `PT_LOAD` segments. Cap: [`MAX_SEGMENTS`].
+    pub segments: Vec<ElfSegment>,
+    /// `.eh_frame`; without section headers, what follows `.eh_frame_hdr` in its segment.
+    pub eh_frame: Option<ElfSection>,
+    /// `.eh_frame_hdr`; without section headers, the segment `PT_GNU_EH_FRAME`.
+    pub eh_frame_hdr: Option<ElfSection>,
+    /// `.debug_frame`, unless it is compressed.
+    pub debug_frame: Option<ElfSection>,
+    /// Stated address of `.text`, which some pointers in `.eh_frame` are relative to.
     pub text_address: Option<u64>,
-    /// Address of `.got`.
+    /// Stated address of `.got`, likewise.
     pub got_address: Option<u64>,
 }
 
-/// Bytes of the unwind sections; shared between all processes that map the module.
+/// Content of the unwind sections; all processes that map the module share it.
 #[derive(Clone, Debug, Default)]
-pub struct Unwind {
-    /// `.eh_frame`.
+pub struct UnwindSections {
+    /// Content of `.eh_frame`.
     pub eh_frame: Option<Arc<[u8]>>,
-    /// `.eh_frame_hdr`.
+    /// Content of `.eh_frame_hdr`, the sorted table of the entries in `.eh_frame`.
     pub eh_frame_hdr: Option<Arc<[u8]>>,
-    /// `.debug_frame`, only without `.eh_frame`.
+    /// Content of `.debug_frame`; only read if there is no `.eh_frame`.
     pub debug_frame: Option<Arc<[u8]>>,
 }
 
-impl Unwind {
-    /// Bytes held.
+impl UnwindSections {
+    /// Heap size in bytes.
     pub fn bytes(&self) -> usize {
         [&self.eh_frame, &self.eh_frame_hdr, &self.debug_frame].into_iter().flatten().map(|part| part.len()).sum()
     }
 }
 
-impl Headers {
-    /// Reads the headers of a file of this machine.
-    pub fn read(file: impl Read + Seek) -> Result<Self, Unusable> {
+impl ElfHeaders {
+    /// Reads the headers of a 64-bit little-endian file for this architecture.
+    pub fn read(file: impl Read + Seek) -> Result<Self, ElfError> {
         let cache = ReadCache::new(file);
         let bytes_left = Cell::new(MAX_HEADER_BYTES);
         let data = Bounded { cache: &cache, bytes_left: &bytes_left };
-        if data.read_bytes_at(0, 4).map_err(|()| Unusable::NotElf)? != elf::ELFMAG {
-            return Err(Unusable::NotElf);
+        if data.read_bytes_at(0, 4).map_err(|()| ElfError::NotElf)? != elf::ELFMAG {
+            return Err(ElfError::NotElf);
         }
-        let header = FileHeader64::<LittleEndian>::parse(data).map_err(|_| Unusable::Foreign)?;
-        let endian = header.endian().map_err(|_| Unusable::Foreign)?;
-        if header.e_machine(endian) != MACHINE {
-            return Err(Unusable::Foreign);
+        let header = FileHeader64::<LittleEndian>::parse(data).map_err(|_| ElfError::Foreign)?;
+        let endian = header.endian().map_err(|_| ElfError::Foreign)?;
+        if header.e_machine(endian) != NATIVE_MACHINE {
+            return Err(ElfError::Foreign);
         }
-        let programs = header.program_headers(endian, data).map_err(|_| Unusable::Broken)?;
+        let programs = header.program_headers(endian, data).map_err(|_| ElfError::Broken)?;
         let mut found = Self::default();
         let mut by_program = None;
         for program in programs.iter().take(MAX_SEGMENTS) {
             let file = program.file_range(endian);
-            let section = file_range(file.0, file.1).map(|file| Section { file, address: program.p_vaddr(endian) });
+            let section = file_range(file.0, file.1).map(|file| ElfSection { file, address: program.p_vaddr(endian) });
             match program.p_type(endian) {
                 PT_LOAD => found.segments.extend(segment(program, endian)),
-                PT_GNU_EH_FRAME => by_program = section.filter(sane),
+                PT_GNU_EH_FRAME => by_program = section.filter(is_plausible),
                 PT_NOTE if found.build_id.is_none() => {
                     if let Ok(Some(mut notes)) = program.notes(endian, data) {
                         found.build_id = build_id(endian, &mut notes);
@@ -138,7 +144,7 @@ impl Headers {
                 _ => {}
             }
         }
-        // Without section headers, or with broken ones, what the segments say is all there is.
+        // Without section headers, or with broken ones, the program headers are all there is.
         let sections = found.read_sections(header, endian, data).unwrap_or(0);
         if sections == 0 {
             found.eh_frame_hdr = by_program;
@@ -164,8 +170,8 @@ impl Headers {
             }
             let address = section.sh_addr(endian);
             let whole = file_range(section.sh_offset(endian), section.sh_size(endian))
-                .map(|file| Section { file, address })
-                .filter(|section| kind != SHT_NOBITS && flags & SHF_COMPRESSED == 0 && sane(section));
+                .map(|file| ElfSection { file, address })
+                .filter(|section| kind != SHT_NOBITS && flags & SHF_COMPRESSED == 0 && is_plausible(section));
             match sections.section_name(endian, section).unwrap_or_default() {
                 b".eh_frame" if flags & SHF_ALLOC != 0 => self.eh_frame = whole,
                 b".eh_frame_hdr" if flags & SHF_ALLOC != 0 => self.eh_frame_hdr = whole,
@@ -178,28 +184,32 @@ impl Headers {
         Ok(sections.len())
     }
 
-    /// Without section headers nothing says where `.eh_frame` ends; linkers put it behind `.eh_frame_hdr`.
-    fn rest_of_segment(&self, hdr: &Section) -> Option<Section> {
+    /// Without section headers nothing says where `.eh_frame` is; linkers place it right after
+    /// `.eh_frame_hdr`.
+    fn rest_of_segment(&self, hdr: &ElfSection) -> Option<ElfSection> {
         let segment = self.segments.iter().find(|segment| {
             hdr.file.start >= segment.offset && hdr.file.end <= segment.offset.saturating_add(segment.file_bytes)
         })?;
         let end = segment.offset.checked_add(segment.file_bytes)?;
         let address = segment.address.checked_add(hdr.file.end.checked_sub(segment.offset)?)?;
-        Some(Section { file: hdr.file.end..end, address })
+        Some(ElfSection { file: hdr.file.end..end, address })
     }
 
-    /// The address, as the file states it, of what is at `offset` in it; code before data.
+    /// The stated address of the byte at `offset`; where segments share bytes of the file, that of
+    /// the executable one.
     pub fn stated_address(&self, offset: u64) -> Option<u64> {
-        let holds = |segment: &&Segment| offset.checked_sub(segment.offset).is_some_and(|at| at < segment.file_bytes);
+        let holds =
+            |segment: &&ElfSegment| offset.checked_sub(segment.offset).is_some_and(|at| at < segment.file_bytes);
         let code = self.segments.iter().filter(|segment| segment.executable).find(holds);
         let segment = code.or_else(|| self.segments.iter().find(holds))?;
         segment.address.checked_add(offset.checked_sub(segment.offset)?)
     }
 
-    /// The same for the start of an executable mapping. It begins at the page that holds the first byte of the segment,
-    /// and that page of the file may hold the end of another segment too (lld packs them like that).
+    /// The stated address of the start of an executable mapping at `offset`. The mapping begins at
+    /// the page that holds the segment's first byte, and that page of the file may hold the end of
+    /// another segment too: lld packs segments like that.
     pub fn stated_address_of_mapping(&self, offset: u64, page_bytes: u64) -> Option<u64> {
-        let holds = |segment: &&Segment| {
+        let holds = |segment: &&ElfSegment| {
             let first = segment.offset.checked_sub(segment.offset.checked_rem(page_bytes).unwrap_or(0));
             let end = segment.offset.saturating_add(segment.file_bytes);
             first.is_some_and(|first| (first..end).contains(&offset))
@@ -213,32 +223,33 @@ impl Headers {
         }
     }
 
-    /// Bytes of the sections that [`Headers::read_unwind`] would read.
+    /// Size of the sections that [`ElfHeaders::read_unwind`] would read, bytes.
     pub fn unwind_bytes(&self) -> u64 {
-        let size = |section: &Option<Section>| section.as_ref().map_or(0, |s| s.file.end.saturating_sub(s.file.start));
+        let size =
+            |section: &Option<ElfSection>| section.as_ref().map_or(0, |s| s.file.end.saturating_sub(s.file.start));
         match &self.eh_frame {
             Some(_) => size(&self.eh_frame).saturating_add(size(&self.eh_frame_hdr)),
             None => size(&self.debug_frame),
         }
     }
 
-    /// Reads the unwind sections; `None` when there are none, they are larger than `most_bytes`, or the file ends
-    /// before they do.
-    pub fn read_unwind(&self, mut file: impl Read + Seek, most_bytes: u64) -> Option<Unwind> {
+    /// Reads the unwind sections; `None` if there are none, if they are larger than `most_bytes`,
+    /// or if the file is too short for them.
+    pub fn read_unwind(&self, mut file: impl Read + Seek, most_bytes: u64) -> Option<UnwindSections> {
         let bytes = self.unwind_bytes();
         let length = file.seek(SeekFrom::End(0)).ok()?;
-        let within = |section: &Section| section.file.end <= length;
+        let within = |section: &ElfSection| section.file.end <= length;
         if bytes == 0 || bytes > most_bytes {
             return None;
         }
-        let mut content = |section: &Section| -> Option<Arc<[u8]>> {
+        let mut content = |section: &ElfSection| -> Option<Arc<[u8]>> {
             let size = usize::try_from(section.file.end.checked_sub(section.file.start)?).ok()?;
             file.seek(SeekFrom::Start(section.file.start)).ok()?;
             let mut bytes = vec![0; size];
             file.read_exact(&mut bytes).ok()?;
             Some(bytes.into())
         };
-        let mut unwind = Unwind::default();
+        let mut unwind = UnwindSections::default();
         match &self.eh_frame {
             Some(section) => {
                 unwind.eh_frame = Some(content(section).filter(|_| within(section))?);
@@ -250,14 +261,14 @@ impl Headers {
     }
 }
 
-fn segment(program: &ProgramHeader64<LittleEndian>, endian: LittleEndian) -> Option<Segment> {
+fn segment(program: &ProgramHeader64<LittleEndian>, endian: LittleEndian) -> Option<ElfSegment> {
     let (offset, file_bytes) = program.file_range(endian);
     let (address, memory_bytes) = (program.p_vaddr(endian), program.p_memsz(endian));
-    let whole = Section { file: file_range(offset, file_bytes)?, address };
+    let whole = ElfSection { file: file_range(offset, file_bytes)?, address };
     let end = address.checked_add(memory_bytes)?;
     let executable = program.p_flags(endian) & PF_X != 0;
     let align = program.p_align(endian);
-    (sane(&whole) && end < MAX_ADDRESS).then_some(Segment {
+    (is_plausible(&whole) && end < MAX_ADDRESS).then_some(ElfSegment {
         offset,
         file_bytes,
         address,
@@ -271,8 +282,8 @@ fn file_range(offset: u64, size: u64) -> Option<Range<u64>> {
     Some(offset..offset.checked_add(size)?)
 }
 
-/// Addresses that cannot overflow when small numbers are added to them.
-fn sane(section: &Section) -> bool {
+/// Whether address and offsets are small enough that adding to them cannot overflow.
+fn is_plausible(section: &ElfSection) -> bool {
     let size = section.file.end.saturating_sub(section.file.start);
     section.address < MAX_ADDRESS && size < MAX_ADDRESS && section.file.end < i64::MAX as u64
 }
@@ -281,7 +292,7 @@ fn build_id(
     endian: LittleEndian,
     notes: &mut object::read::elf::NoteIterator<'_, FileHeader64<LittleEndian>>,
 ) -> Option<String> {
-    // Each note takes at least twelve bytes of a piece that is bounded.
+    // Ends: each note takes at least 12 bytes of a bounded piece.
     while let Ok(Some(note)) = notes.next() {
         if note.name() == elf::ELF_NOTE_GNU && note.n_type(endian) == elf::NT_GNU_BUILD_ID {
             let id = note.desc().get(..note.desc().len().min(MAX_BUILD_ID))?;
@@ -291,7 +302,7 @@ fn build_id(
     None
 }
 
-/// A reader that refuses to hold much: what a header says about sizes is not to be believed.
+/// A reader with a budget: headers may state any size, and what is read is kept.
 struct Bounded<'a, R: ReadCacheOps> {
     cache: &'a ReadCache<R>,
     bytes_left: &'a Cell<u64>,
@@ -333,23 +344,23 @@ impl<'a, R: ReadCacheOps> ReadRef<'a> for Bounded<'a, R> {
 mod tests {
     use super::*;
 
-    fn segment(offset: u64, file_bytes: u64, address: u64, executable: bool) -> Segment {
-        Segment { offset, file_bytes, address, memory_bytes: file_bytes, align: 4096, executable }
+    fn segment(offset: u64, file_bytes: u64, address: u64, executable: bool) -> ElfSegment {
+        ElfSegment { offset, file_bytes, address, memory_bytes: file_bytes, align: 4096, executable }
     }
 
     #[test]
     fn code_that_shares_a_page_of_the_file_with_data_is_found_at_its_own_address() {
-        // As lld lays out a Rust program.
-        let headers = Headers {
+        // The layout that lld gives a Rust program.
+        let headers = ElfHeaders {
             segments: vec![
                 segment(0, 0x073d68, 0, false),
                 segment(0x073d70, 0x0ed290, 0x074d70, true),
                 segment(0x161000, 0x00c808, 0x162000, false),
             ],
-            ..Headers::default()
+            ..ElfHeaders::default()
         };
         assert_eq!(headers.stated_address_of_mapping(0x73000, 4096), Some(0x74000));
-        // A mapping that mprotect has split begins somewhere inside.
+        // mprotect splits mappings: one may begin anywhere in the segment.
         assert_eq!(headers.stated_address_of_mapping(0x80000, 4096), Some(0x81000));
         assert_eq!(headers.stated_address_of_mapping(0x161000, 4096), Some(0x162000), "data mapped as code");
         assert_eq!(headers.stated_address_of_mapping(0x1000, 0), Some(0x1000));
