@@ -128,12 +128,12 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
     if !ours {
         lose(Ring::Stacks, LossReason::RateLimited);
     }
-    let sent = ours && emit_sample(scratch, now, unsafe { (*pending).taken } == 0);
+    let sent = ours && emit_sample(scratch, now, PendingGrowth::taken(pending) == 0);
     if ours {
         store(owner, 0);
     }
     if sent {
-        unsafe { (*pending).taken += 1 };
+        PendingGrowth::count_taken(pending);
     } else {
         // Its weight goes to the next one.
         PendingGrowth::add(pending, weight);
@@ -175,7 +175,8 @@ fn afford(budget: &mut StackBudget, now: u64, large: bool) -> Account {
         let tokens = budget.large_tokens_ns + (more >> 3);
         budget.large_tokens_ns = if tokens > full >> 3 { full >> 3 } else { tokens };
     }
-    // What userspace spends is known a little later: a spike is not cut short by it, what follows pays.
+    // What userspace spends is known a little later: a spike is not cut short by it, what follows
+    // pays.
     let user_spent_ns = USER_SPENT.get(0).copied().unwrap_or(0);
     if user_spent_ns > budget.user_spent_ns {
         budget.tokens_ns -= (user_spent_ns - budget.user_spent_ns) as i64;
