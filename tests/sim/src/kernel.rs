@@ -77,13 +77,28 @@ impl World {
         Some(pid)
     }
 
+    /// A child of the init process, of which nobody knows more.
+    pub(crate) fn born(&mut self, cgroup: u64) -> u32 {
+        let hook = self.hook();
+        let pid = self.new_pid();
+        let space = self.new_space(pid, cgroup, Held { anon: 32 * 1024, ..Held::default() });
+        let child = self.process(pid, 1, cgroup, space, "init");
+        self.processes.insert(pid, child);
+        let (parent, child) = (wire::task(1, 1, 7, "init"), self.thread(pid, 0));
+        let fork = Fork { parent, child, cgroup_id: cgroup, ..blank(hook) };
+        self.emit(hook, Ring::Ledger, bytes(&fork));
+        self.follow(space, true);
+        pid
+    }
+
     /// execve(2): a new address space in place of the old one.
     pub(crate) fn exec(&mut self, pid: u32, name: &str) {
         let Some(p) = self.processes.get(&pid).filter(|p| p.dies_ns.is_none()) else { return };
         let (old, cgroup) = (p.space, p.cgroup);
-        self.leave(pid, old, false);
+        // The new one is there before the old one is let go: it never has its identity.
         let held = Held { anon: 64 * 1024, file: 512 * 1024, ..Held::default() };
         let space = self.new_space(pid, cgroup, held);
+        self.leave(pid, old, false);
         if let Some(p) = self.processes.get_mut(&pid) {
             (p.space, p.name, p.threads, p.leader_gone) = (space, name.to_owned(), 0, false);
         }

@@ -9,6 +9,7 @@
 //!
 //! A run is determined by one seed. One that fails prints how to repeat it, with the shortest story that fails.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -34,6 +35,8 @@ use run::{Plan, Report, run};
 
 /// Inputs of a run, unless said otherwise.
 const EVENTS: u64 = 4000;
+/// Inputs shown of a run that fails, unless said otherwise.
+const TAIL: usize = 16;
 
 /// Runs kernel stories through the engine and checks what it makes of them
 #[derive(Debug, Parser)]
@@ -47,6 +50,9 @@ struct Options {
     /// Inputs of each run
     #[arg(long, value_name = "N", default_value_t = EVENTS)]
     events: u64,
+    /// Inputs shown of a run that fails
+    #[arg(long, value_name = "N", default_value_t = TAIL)]
+    tail: usize,
     /// Go on after a failure, with the next seed
     #[arg(long)]
     keep_going: bool,
@@ -62,13 +68,15 @@ fn main() -> ExitCode {
     let mut seed = options.seed.unwrap_or_else(from_clock);
     let (mut runs, mut events, mut failed) = (0u64, 0u64, 0u64);
     let (mut incidents, mut victims) = (0u64, 0u64);
+    let mut known: BTreeMap<&'static str, u64> = BTreeMap::new();
     loop {
-        let plan = Plan { seed, events: options.events, fault: Fault::None };
+        let plan = Plan { seed, events: options.events, fault: Fault::None, tail: options.tail };
         let report = run(&plan);
         runs += 1;
         events += report.events;
         incidents += report.incidents;
         victims += report.victims;
+        report.known.iter().for_each(|(name, hits)| *known.entry(name).or_default() += hits);
         if options.verbose {
             let Report { events, incidents, victims, shape, .. } = &report;
             println!("seed {seed}: {events} events, {incidents} incidents, {victims} victims; {shape}");
@@ -82,6 +90,9 @@ fn main() -> ExitCode {
             break;
         }
         seed = seed.wrapping_add(1);
+    }
+    for (name, hits) in &known {
+        println!("known: {name}: {hits}");
     }
     println!("{runs} seeds, {events} events, {incidents} incidents, {victims} victims: {failed} failed");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }

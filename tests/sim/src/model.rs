@@ -144,6 +144,8 @@ pub(crate) struct Victim {
     pub(crate) killed: bool,
     /// It was marked.
     pub(crate) marked: bool,
+    /// The OOM killer sent it SIGKILL when it had had one, and did not mark it again.
+    pub(crate) ignored: bool,
     /// A record about it was lost.
     pub(crate) lost: bool,
 }

@@ -158,11 +158,13 @@ impl World {
             ..blank(hook)
         };
         self.send(hook, d, Some(key), bytes(&kill));
-        self.victim(key, d.number).killed = true;
+        let victim = self.victim(key, d.number);
+        victim.killed |= !before;
+        victim.ignored |= before;
     }
 
     fn victim(&mut self, key: Key, decision: usize) -> &mut Victim {
-        let blank = Victim { decisions: Vec::new(), killed: false, marked: false, lost: false };
+        let blank = Victim { decisions: Vec::new(), killed: false, marked: false, ignored: false, lost: false };
         let victim = self.victims.entry(key).or_insert(blank);
         if victim.decisions.last() != Some(&decision) {
             victim.decisions.push(decision);
@@ -187,6 +189,7 @@ impl World {
         let (key, serial, cgroup) = (p.key(), p.space, p.cgroup);
         let hook = self.hook();
         let killed_at = self.killed_at(d, key);
+        let killed = killed_at.is_some();
         // A preempted trigger may have changed its CPU between SIGKILL and mark: then the hook does not know of the first.
         let killed_at = killed_at.filter(|_| !self.rng.percent(5));
         let blind = self.switches.blind;
@@ -207,7 +210,10 @@ impl World {
             ..blank(hook)
         };
         self.send(hook, d, Some(key), bytes(&record));
-        self.victim(key, d.number).marked = true;
+        let victim = self.victim(key, d.number);
+        victim.marked = true;
+        // Whoever killed it first: the OOM killer has sent SIGKILL and marked it.
+        victim.killed |= killed;
         self.exact(serial, held);
     }
 

@@ -17,9 +17,6 @@ use crate::wire::readable;
 const MEMORY_BOUND: u64 = 200 << 20;
 /// Inputs between two looks at the engine's own counts.
 const COUNTS_EVERY: usize = 64;
-/// Events shown before a failure.
-const TAIL: usize = 16;
-
 /// What is to be run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
@@ -27,6 +24,8 @@ pub(crate) struct Plan {
     /// Inputs after which the story ends.
     pub(crate) events: u64,
     pub(crate) fault: Fault,
+    /// Inputs shown of a run that fails.
+    pub(crate) tail: usize,
 }
 
 /// How it went.
@@ -37,6 +36,8 @@ pub(crate) struct Report {
     pub(crate) victims: u64,
     pub(crate) shape: String,
     pub(crate) violation: Option<Violation>,
+    /// Violations that are known, by name.
+    pub(crate) known: BTreeMap<&'static str, u64>,
     /// The last inputs, readable.
     pub(crate) tail: Vec<String>,
 }
@@ -45,7 +46,7 @@ pub(crate) struct Report {
 pub(crate) fn run(plan: &Plan) -> Report {
     let mut run = Run::new(plan);
     let violation = run.play(plan.events).err();
-    let tail = run.steps.iter().enumerate().rev().take(TAIL).map(|(n, step)| format!("{n:>6} {}", text(step)));
+    let tail = run.steps.iter().enumerate().rev().take(plan.tail).map(|(n, step)| format!("{n:>6} {}", text(step)));
     let mut tail: Vec<String> = tail.collect();
     tail.reverse();
     Report {
@@ -54,6 +55,7 @@ pub(crate) fn run(plan: &Plan) -> Report {
         victims: run.world.victims.len() as u64,
         shape: format!("{:?}", run.story.shape),
         violation,
+        known: run.witness.known,
         tail,
     }
 }
@@ -97,7 +99,7 @@ impl Run {
         let world = World::new(rng.fork(), shape.switches);
         Self {
             rings: Rings::new(rng.fork(), shape.distortion),
-            story: Story { rng: rng.fork(), shape },
+            story: Story { rng: rng.fork(), shape, storm: (0, 0) },
             subject: Subject::new(plan.fault),
             witness: Witness::default(),
             steps: Vec::new(),
@@ -349,7 +351,8 @@ impl Run {
         if self.rings.lost.any {
             return Ok(());
         }
-        sums(&self.subject.snapshot(), &self.world, self.story.shape.unseen == 0)
+        let agrees = sums(&self.subject.snapshot(), &self.world, self.story.shape.unseen == 0);
+        self.witness.unless_known(agrees, self.story.shape.distortion)
     }
 
     /// The moment at which other engines will begin or stop.

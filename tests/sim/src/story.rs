@@ -83,6 +83,8 @@ pub(crate) enum Ask {
 pub(crate) struct Story {
     pub(crate) rng: Rng,
     pub(crate) shape: Shape,
+    /// Kills to come, and the time between two of them.
+    pub(crate) storm: (u64, u64),
 }
 
 impl Story {
@@ -104,11 +106,17 @@ impl Story {
 
     /// One action.
     pub(crate) fn act(&mut self, world: &mut World) -> Ask {
-        world.now += self.rng.below(4 * MS);
         let Some(pid) = self.rng.pick(&world.pids()) else {
-            world.found(ROOT, self.holding());
+            world.born(ROOT);
             return Ask::Nothing;
         };
+        if self.storm.0 > 0 {
+            self.storm.0 -= 1;
+            world.now += self.storm.1;
+            self.killed_at_birth(world, pid);
+            return Ask::Nothing;
+        }
+        world.now += self.rng.below(4 * MS);
         match self.rng.below(120) {
             0..45 => self.touch(world, pid),
             45..54 => world.give_back(pid, self.rng.range(5, 90)),
@@ -135,7 +143,7 @@ impl Story {
             98..100 => self.spike(world, pid),
             100 => world.map(pid, world.processes.get(&pid).map_or(0, |p| p.cgroup), CALL_MMAP, 16 * MIB),
             101 => self.exhaust(world, pid),
-            102 if self.shape.storms && self.rng.percent(10) => self.storm(world),
+            102 if self.shape.storms && self.rng.percent(10) => self.storm(),
             103..105 => self.switch_oom(world),
             105..107 if self.shape.recordings => return self.recording(),
             107..113 => return Ask::Wait(self.rng.below(300 * MS)),
@@ -261,17 +269,17 @@ impl Story {
         }
     }
 
-    fn storm(&mut self, world: &mut World) {
+    /// From here on a kill with every action, for a while.
+    fn storm(&mut self) {
         let gap = self.rng.pick(&[20_000, 200_000, MS]).unwrap_or(MS);
-        for _ in 0..self.rng.range(50, 1500) {
-            world.now += gap;
-            world.due();
-            let Some(parent) = self.rng.pick(&world.pids()) else { return };
-            let shares = self.rng.percent(20);
-            let Some(child) = world.fork(parent, shares) else { continue };
-            let Some(id) = world.processes.get(&child).map(|p| p.cgroup) else { continue };
-            world.out_of_memory(child, Some(id));
-        }
+        self.storm = (self.rng.range(50, 1500), gap);
+    }
+
+    fn killed_at_birth(&mut self, world: &mut World, parent: u32) {
+        let shares = self.rng.percent(20);
+        let Some(child) = world.fork(parent, shares) else { return };
+        let id = world.processes.get(&child).map(|p| p.cgroup);
+        world.out_of_memory(child, id);
     }
 
     /// v1: the OOM killer of a cgroup is switched, or somebody helps one that waits.

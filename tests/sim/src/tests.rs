@@ -1,7 +1,7 @@
 use super::*;
 
 fn check(seed: u64, events: u64) {
-    let plan = Plan { seed, events, fault: Fault::None };
+    let plan = Plan { seed, events, fault: Fault::None, tail: TAIL };
     let report = run(&plan);
     assert!(report.violation.is_none(), "{}", explain(&plan, &report));
 }
@@ -13,14 +13,14 @@ fn a_few_seeds_hold() {
 
 #[test]
 fn one_seed_is_one_story() {
-    let plan = Plan { seed: 7, events: 800, fault: Fault::None };
+    let plan = Plan { seed: 7, events: 800, fault: Fault::None, tail: TAIL };
     let (a, b) = (run(&plan), run(&plan));
     assert_eq!((a.events, a.incidents, a.victims, a.tail), (b.events, b.incidents, b.victims, b.tail));
 }
 
 /// What fails with a fault between engine and checks, over some seeds.
 fn found(fault: Fault) -> Vec<&'static str> {
-    let reports = (1..=8).map(|seed| run(&Plan { seed, events: 1500, fault }));
+    let reports = (1..=8).map(|seed| run(&Plan { seed, events: 1500, fault, tail: 0 }));
     reports.filter_map(|report| report.violation.map(|v| v.invariant)).collect()
 }
 
