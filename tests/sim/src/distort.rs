@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use memtrace_common::event::KINDS;
 
-use crate::model::{Emitted, Key, MS};
+use crate::model::{Emitted, MS};
 use crate::rng::Rng;
 use crate::wire::Ring;
 
@@ -34,8 +34,8 @@ struct Waiting {
 pub(crate) struct Lost {
     /// As the agent counts it.
     pub(crate) totals: BTreeMap<String, u64>,
-    /// Victims that a lost record was about.
-    pub(crate) victims: Vec<Key>,
+    /// Decisions of the OOM killer that a lost record was part of.
+    pub(crate) decisions: Vec<usize>,
     /// Anything at all.
     pub(crate) any: bool,
 }
@@ -79,7 +79,7 @@ impl Rings {
     fn lose(&mut self, e: &Emitted) {
         let total = self.lost.totals.entry(e.ring.name().to_owned()).or_default();
         *total += 1;
-        self.lost.victims.extend(e.victim);
+        self.lost.decisions.extend(e.decision);
         self.lost.any = true;
     }
 

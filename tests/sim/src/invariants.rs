@@ -7,6 +7,7 @@ use crate::distort::{Distortion, Lost};
 use crate::model::{Held, Key, Victim, World};
 use crate::wire::Blind;
 
+const HEIR: &str = "who inherits an identity holds what was told";
 const SHOWN: &str = "every process is shown";
 
 /// Something that must not be.
@@ -73,6 +74,11 @@ pub(crate) mod known {
     /// A SIGKILL that changed nothing, for its process had one already, and that no mark follows (its thread is marked
     /// already), makes that process a victim again: one that is said to share memory.
     pub(crate) const UNDELIVERED: &str = "a SIGKILL that was not delivered makes a sharer";
+    /// A mark is paired with any SIGKILL by the kernel within a second, whoever was running then: also one for another
+    /// reason (RLIMIT_CPU), of a process that the OOM killer then only chose.
+    pub(crate) const OTHER_REASON: &str = "a SIGKILL for another reason is taken for the OOM killer's";
+    /// A mark that comes late, after another process has its victim's identity of an address space.
+    pub(crate) const LATE_MARK: &str = "a late mark replaces what the next user of an identity holds";
     /// More than 32 incidents open: the oldest is closed before those that share its victim's memory are looked for.
     pub(crate) const EVICTED: &str = "an incident closed early loses those who share memory";
     /// A reading that comes late takes the place of a newer one.
@@ -123,8 +129,13 @@ impl Witness {
             let truth = world.victims.get(&v.key);
             hold("a victim was one", truth.is_some(), || format!("{v:?} in {}", saved.id))?;
             let killed = truth.is_some_and(|t| t.killed);
-            if v.killed && v.shares_mm && truth.is_some_and(|t| t.ignored) {
+            let again = !killed || self.killed.contains_key(&v.key);
+            if v.killed && v.shares_mm && again && truth.is_some_and(|t| t.ignored) {
                 self.knows(known::UNDELIVERED);
+                continue;
+            }
+            if v.killed && !killed && world.by_kernel.contains(&v.key) {
+                self.knows(known::OTHER_REASON);
                 continue;
             }
             hold("a victim that is said to be killed was", killed || !v.killed, || format!("{v:?} in {}", saved.id))?;
@@ -147,6 +158,7 @@ impl Witness {
     pub(crate) fn unless_known(&mut self, found: Result<(), Violation>, how: Distortion) -> Result<(), Violation> {
         match &found {
             Err(_) if how.wild => self.knows(known::OVERTAKEN),
+            Err(v) if how.late_ns > 0 && v.invariant == HEIR => self.knows(known::LATE_MARK),
             Err(v) if how.late_ns > 0 && v.invariant == SHOWN => self.knows(known::EARLY_CHILD),
             _ => return found,
         }
@@ -213,6 +225,10 @@ impl Witness {
                 format!("{key:?} in {id}, others in {other:?}: {truth:?}")
             })?;
             let other = used.insert(id, *decision).filter(|other| other != decision);
+            if !world.switches.decisions {
+                // Then two of one trigger in a second cannot be told apart.
+                continue;
+            }
             hold("victims of two decisions are in two incidents", other.is_none(), || {
                 format!("{key:?} in {id}: {truth:?} and decision {other:?}")
             })?;
@@ -316,7 +332,9 @@ pub(crate) fn sums(snapshot: &Snapshot, world: &World, trees: bool) -> Result<()
     for p in &snapshot.processes {
         let truth = expected.get(&p.pid).filter(|(start, _)| p.start_boot_ns.is_none_or(|s| s == *start));
         let shown = Held { anon: p.anon_bytes, file: p.file_bytes, shmem: p.shmem_bytes, swap: p.swap_bytes };
-        hold("a process holds what was told", truth.map(|t| t.1) == Some(shown), || {
+        let mm_id = world.processes.get(&p.pid).and_then(|p| world.spaces.get(&p.space)).map(|s| s.mm_id);
+        let heir = mm_id.is_some_and(|id| world.of_victims.contains(&id));
+        hold(if heir { HEIR } else { "a process holds what was told" }, truth.map(|t| t.1) == Some(shown), || {
             format!("pid {} shows {shown:?}, told {truth:?}", p.pid)
         })?;
     }

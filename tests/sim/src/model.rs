@@ -218,6 +218,10 @@ pub(crate) struct World {
     pub(crate) decisions: usize,
     /// Processes that were sent SIGKILL by others.
     pub(crate) others: BTreeSet<Key>,
+    /// Of those, by the kernel for another reason than memory.
+    pub(crate) by_kernel: BTreeSet<Key>,
+    /// Identities that victims had.
+    pub(crate) of_victims: BTreeSet<u64>,
     free_mms: Vec<u64>,
     next_pid: u32,
     next_id: u64,
@@ -256,6 +260,8 @@ impl World {
             victims: BTreeMap::new(),
             decisions: 0,
             others: BTreeSet::new(),
+            by_kernel: BTreeSet::new(),
+            of_victims: BTreeSet::new(),
             free_mms: (1..=4u64).map(|n| 0xffff_8880_0000_0000 | (n << 12)).collect(),
             next_pid: 300,
             next_id: 100,

@@ -214,6 +214,7 @@ impl World {
         victim.marked = true;
         // Whoever killed it first: the OOM killer has sent SIGKILL and marked it.
         victim.killed |= killed;
+        self.of_victims.extend(self.spaces.get(&serial).map(|s| s.mm_id));
         self.exact(serial, held);
     }
 
@@ -256,5 +257,8 @@ impl World {
         let ring = if sender_code == SENDER_KERNEL { Ring::Ledger } else { Ring::Samples };
         self.emit(hook, ring, bytes(&kill));
         self.others.insert(key);
+        if sender_code == SENDER_KERNEL {
+            self.by_kernel.insert(key);
+        }
     }
 }

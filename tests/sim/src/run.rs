@@ -244,10 +244,10 @@ impl Run {
         self.questions(now)?;
         self.oom_control(now)?;
         self.feed(Step::Fact(Fact::Tick { boot_ns: now }))?;
-        for lost in std::mem::take(&mut self.rings.lost.victims) {
-            if let Some(victim) = self.world.victims.get_mut(&lost) {
-                victim.lost = true;
-            }
+        // Who shares memory is told by the mark of another.
+        let lost: BTreeSet<usize> = std::mem::take(&mut self.rings.lost.decisions).into_iter().collect();
+        for victim in self.world.victims.values_mut().filter(|_| !lost.is_empty()) {
+            victim.lost |= victim.decisions.iter().any(|d| lost.contains(d));
         }
         Ok(())
     }
