@@ -72,8 +72,9 @@ pub(crate) struct Witness {
 /// What the engine is known to get wrong. Each is to be taken out when the engine is mended.
 pub(crate) mod known {
     /// A SIGKILL that changed nothing, for its process had one already, and that no mark follows (its thread is marked
-    /// already), makes that process a victim again: one that is said to share memory.
-    pub(crate) const UNDELIVERED: &str = "a SIGKILL that was not delivered makes a sharer";
+    /// already), makes that process a victim again, one that is said to share memory, or makes one that was only chosen
+    /// one that was killed.
+    pub(crate) const UNDELIVERED: &str = "a SIGKILL that was not delivered counts as a kill";
     /// A mark is paired with any SIGKILL by the kernel within a second, whoever was running then: also one for another
     /// reason (RLIMIT_CPU), of a process that the OOM killer then only chose.
     pub(crate) const OTHER_REASON: &str = "a SIGKILL for another reason is taken for the OOM killer's";
@@ -130,7 +131,7 @@ impl Witness {
             hold("a victim was one", truth.is_some(), || format!("{v:?} in {}", saved.id))?;
             let killed = truth.is_some_and(|t| t.killed);
             let again = !killed || self.killed.contains_key(&v.key);
-            if v.killed && v.shares_mm && again && truth.is_some_and(|t| t.ignored) {
+            if v.killed && again && truth.is_some_and(|t| t.ignored) {
                 self.knows(known::UNDELIVERED);
                 continue;
             }

@@ -50,7 +50,8 @@ impl World {
     pub(crate) fn fork(&mut self, parent: u32, shares: bool) -> Option<u32> {
         let p = self.processes.get(&parent).filter(|p| p.dies_ns.is_none())?.clone();
         let held = self.spaces.get(&p.space)?.held;
-        if !shares && self.full(p.cgroup, held.resident()).is_some() {
+        let many = self.processes.len() as u64 >= u64::from(self.switches.pids) / 2;
+        if many || !shares && self.full(p.cgroup, held.resident()).is_some() {
             return None;
         }
         let hook = self.hook();
