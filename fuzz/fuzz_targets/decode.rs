@@ -3,11 +3,11 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::engine::Engine;
-use memtrace::engine::incident::Incident;
-use memtrace::engine::input::{Effect, Fact, Input};
-use memtrace::report::{Style, text};
-use memtrace::store::incidents;
+use memtrace_engine::{Engine, Out};
+use memtrace_incident::Incident;
+use memtrace_engine::input::{Fact, Input};
+use memtrace_engine::output::Output;
+use memtrace_report::{Style, text};
 use memtrace_common::event::KINDS;
 
 /// What a step begins with: four other kinds of steps, the rest are records.
@@ -40,20 +40,20 @@ impl<'a> Story<'a> {
 }
 
 /// One step: `{u8 what, ...}`; a record is `{u8 4 + index of its kind, u64 boot_ns, the bytes after its header}`.
-fn step(story: &mut Story<'_>, engine: &mut Engine, effects: &mut Vec<Effect>) -> Option<()> {
+fn step(story: &mut Story<'_>, engine: &mut Engine, out: &mut Out) -> Option<()> {
     match story.byte()? {
         RAW => {
             let len = usize::from(story.byte()?);
-            engine.apply(&Input::Record(story.take(len)?), effects);
+            engine.apply(&Input::Record(story.take(len)?), out);
         }
         FACT => {
             let len = story.short()?;
             if let Ok(fact) = serde_json::from_slice::<Fact>(story.take(len)?) {
-                engine.apply(&Input::Fact(fact), effects);
+                engine.apply(&Input::Fact(fact), out);
             }
         }
-        TICK => engine.apply(&Input::Fact(Fact::Tick { boot_ns: story.long()? }), effects),
-        STOP => engine.apply(&Input::Fact(Fact::Stop { boot_ns: story.long()? }), effects),
+        TICK => engine.apply(&Input::Fact(Fact::Tick { boot_ns: story.long()? }), out),
+        STOP => engine.apply(&Input::Fact(Fact::Stop { boot_ns: story.long()? }), out),
         other => {
             let (kind, size, _) = KINDS[usize::from(other - 4) % KINDS.len()];
             let boot_ns = story.long()?;
@@ -63,7 +63,7 @@ fn step(story: &mut Story<'_>, engine: &mut Engine, effects: &mut Vec<Effect>) -
             record.extend_from_slice(&0u32.to_le_bytes());
             record.extend_from_slice(&boot_ns.to_le_bytes());
             record.extend_from_slice(story.take(size - record.len())?);
-            engine.apply(&Input::Record(&record), effects);
+            engine.apply(&Input::Record(&record), out);
         }
     }
     Some(())
@@ -75,7 +75,7 @@ fn check(incident: &Incident) {
     let written = serde_json::to_string(incident).expect("an incident cannot be written");
     let again: Incident = serde_json::from_str(&written).expect("an incident cannot be read back");
     assert_eq!(Some(written), serde_json::to_string(&again).ok());
-    assert!(incidents::is_id(&incident.id), "not a name for a file: {}", incident.id);
+    assert!(memtrace_incident::codec::is_id(&incident.id), "not a name for a file: {}", incident.id);
     assert!(text::report(incident, &Style::PLAIN).ends_with('\n'));
     let columns = &incident.timeline.columns;
     assert!(columns.boot_ns.windows(2).all(|pair| pair[0] <= pair[1]), "time goes back");
@@ -90,11 +90,11 @@ fn check(incident: &Incident) {
 
 fuzz_target!(|bytes: &[u8]| {
     let mut story = Story(bytes);
-    let (mut engine, mut effects) = (Engine::new(), Vec::new());
-    while step(&mut story, &mut engine, &mut effects).is_some() {}
-    engine.apply(&Input::Fact(Fact::Stop { boot_ns: 1 << 60 }), &mut effects);
+    let (mut engine, mut out) = (Engine::new(), Out::default());
+    while step(&mut story, &mut engine, &mut out).is_some() {}
+    engine.apply(&Input::Fact(Fact::Stop { boot_ns: 1 << 60 }), &mut out);
     assert_eq!(engine.counts().open_incidents, 0, "an incident stays open after the end");
     // The last few: each costs more than the story that led to it.
-    let saved = effects.iter().filter_map(|effect| if let Effect::Save(saved) = effect { Some(saved) } else { None });
+    let saved = out.outputs.iter().filter_map(|output| if let Output::Save(saved) = output { Some(saved) } else { None });
     saved.rev().take(4).for_each(|incident| check(incident));
 });

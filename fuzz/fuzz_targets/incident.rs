@@ -2,11 +2,11 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::report::{Style, json, text};
-use memtrace::store::incidents;
+use memtrace_report::{Style, json, text};
+use memtrace_incident::codec;
 
 fn read_and_report(file: &[u8]) {
-    let Ok(incident) = incidents::decode(file) else { return };
+    let Ok(incident) = codec::decode(file) else { return };
     let narrow = Style { colour: false, width: 0, unicode: false };
     let coloured = Style { colour: true, width: 300, unicode: true };
     for style in [Style::PLAIN, narrow, coloured] {
@@ -17,8 +17,8 @@ fn read_and_report(file: &[u8]) {
     let printed = json::incident(&incident).expect("an incident cannot be printed");
     let again: serde_json::Value = serde_json::from_str(&printed).expect("a printed incident is not JSON");
     assert_eq!(Some(again), serde_json::to_value(&incident).ok());
-    let file = incidents::encode(&incident).expect("an incident cannot be written");
-    incidents::decode(&file).expect("an incident cannot be read back");
+    let file = codec::encode(&incident).expect("an incident cannot be written");
+    codec::decode(&file).expect("an incident cannot be read back");
 }
 
 fuzz_target!(|bytes: &[u8]| {

@@ -30,7 +30,7 @@ macro_rules! records {
             pub const $konst: u16 = $kind;
             const _: () = assert!(size_of::<$name>() == $size, stringify!($name));
             const _: () = assert!($size % 8 == 0 && align_of::<$name>() == 8);
-            impl Record for $name {
+            impl WireRecord for $name {
                 const KIND: u16 = $kind;
                 const VITAL: bool = matches!($kind, 16 | 17 | 24);
             }
@@ -40,8 +40,8 @@ macro_rules! records {
     };
 }
 
-/// A record type: knows its own kind number.
-pub trait Record {
+/// A record type, with its kind number.
+pub trait WireRecord {
     /// The value of [`Header::kind`] for this type.
     const KIND: u16;
     /// A kill: wakes the reader at once, and the last quarter of its ring is kept free for it.
@@ -130,7 +130,7 @@ pub const KERNEL_FRAMES: usize = 48;
 /// Frames that the kernel found by frame pointers in a [`StackSample`] record (kernel.perf_event_max_stack is 127).
 pub const USER_FRAMES: usize = 127;
 /// Most bytes of a user stack that follow a [`StackSample`]: with it they stay below the largest [`Header::size`].
-pub const MAX_SLICE_BYTES: usize = 60 << 10;
+pub const MAX_STACK_COPY_BYTES: usize = 60 << 10;
 
 /// [`StackSample::cause`]: resident memory grew.
 pub const CAUSE_TOUCH: u32 = 1;
@@ -146,8 +146,8 @@ pub const RSS_APPROXIMATE: u32 = 1;
 /// [`RssChange::flags`]: the address space is being torn down (its owner has exited).
 pub const RSS_DYING: u32 = 2;
 
-/// [`RssChange::reason`]: the sum moved by a quantum.
-pub const RSS_QUANTUM: u32 = 1;
+/// [`RssChange::reason`]: the sum moved by the threshold.
+pub const RSS_MOVED: u32 = 1;
 /// [`RssChange::reason`]: first sight of this address space (exec, fork, or found running).
 pub const RSS_FIRST: u32 = 2;
 
@@ -220,12 +220,12 @@ records! {
         peak_bytes: u64,
         /// `mm->total_vm`.
         virtual_bytes: u64,
-        /// Why now: [`RSS_QUANTUM`] or [`RSS_FIRST`].
+        /// Why now: [`RSS_MOVED`] or [`RSS_FIRST`].
         reason: u32,
         /// [`RSS_APPROXIMATE`], [`RSS_DYING`].
         flags: u32,
-        /// Every step up of the sum of anon, file and shmem since this address space is followed, added up; of one that
-        /// was made while the hook was on with what it began with.
+        /// Every rise of the sum of anon, file and shmem since this address space is followed,
+        /// added up. For one that was made while the hook was on, what it began with is included.
         grown_bytes: u64,
     }
     /// SAMPLES. A mapping call succeeded and was large, or many small ones added up.
@@ -255,17 +255,18 @@ records! {
         task: Task,
         /// Counters of that thread's memory cgroup.
         memcg: Memcg,
-        /// End only: how long the thread was held up since its last end, in nanoseconds: short times have none of their own.
+        /// End only: how long the thread reclaimed since its last end record, nanoseconds. Short
+        /// reclaims have no end record of their own.
         duration_ns: u64,
-        /// End only: pages reclaimed, in bytes, likewise.
+        /// End only: what it reclaimed since its last end record.
         reclaimed_bytes: u64,
         /// [`RECLAIM_BEGIN`] or [`RECLAIM_END`].
         phase: u32,
         /// Begin records of this CPU not sent since the last one (rate limit).
         suppressed: u32,
     }
-    /// SAMPLES. A cgroup's usage moved by a quantum: a charge (page_counter_try_charge), or what was paid back
-    /// (page_counter_uncharge, or after a mapping call that gave as much back).
+    /// SAMPLES. A cgroup's usage moved by the threshold: a charge (page_counter_try_charge), or
+    /// what was paid back (page_counter_uncharge, or after a mapping call that gave as much back).
     4 Charge (KIND_CHARGE) 120 {
         /// The charging thread.
         task: Task,
@@ -276,9 +277,9 @@ records! {
     }
     /// LEDGER when the kernel sent SIGKILL, SAMPLES when somebody else did.
     16 Kill (KIND_KILL) 96 {
-        /// Who sent it (`current`; for an OOM kill the thread whose allocation failed).
+        /// The sender: `current`. For an OOM kill it is the thread whose allocation failed.
         sender: Task,
-        /// Who gets it.
+        /// The thread it is sent to.
         target: Task,
         /// kernfs id of the target's memory cgroup.
         cgroup_id: u64,
@@ -349,7 +350,7 @@ records! {
     }
     /// LEDGER. An address space is gone (exit_mmap).
     21 MmGone (KIND_MM_GONE) 80 {
-        /// Who owned it, as last seen.
+        /// Its owner, as last seen.
         task: Task,
         /// Opaque identity of the address space.
         mm_id: u64,
@@ -377,7 +378,7 @@ records! {
     }
     /// LEDGER. A process (or one thread of it) moved into a memory cgroup.
     23 CgroupAttach (KIND_ATTACH) 64 {
-        /// Who moved.
+        /// The thread that moved.
         task: Task,
         /// kernfs id of the cgroup it moved into.
         cgroup_id: u64,
@@ -417,13 +418,14 @@ records! {
 /// Largest record in bytes, but for [`StackSample`].
 pub const MAX_RECORD_BYTES: usize = 616;
 
-/// STACKS, kind [`KIND_STACK_SAMPLE`]. A process, or a cgroup, grew by its sampling step: which code did it. Followed by
-/// `slice_bytes` bytes of the thread's stack, from `sp` up: they hold secrets and are never to be written anywhere.
+/// STACKS, kind [`KIND_STACK_SAMPLE`]. A process, or a cgroup, grew by its sample interval: which
+/// code did it. Followed by `stack_copy_bytes` bytes of the thread's stack, from `sp` up: they hold
+/// secrets and are never to be written anywhere.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(feature = "user", derive(FromBytes, IntoBytes, Immutable, KnownLayout, PartialEq, Eq))]
 pub struct StackSample {
-    /// Kind, size with the slice, CPU and time.
+    /// Kind, size with the stack copy, CPU and time.
     pub header: Header,
     /// The running thread.
     pub task: Task,
@@ -456,16 +458,16 @@ pub struct StackSample {
     /// Frames used in `user`.
     pub user_frames: u32,
     /// Bytes of stack that follow.
-    pub slice_bytes: u32,
+    pub stack_copy_bytes: u32,
     /// Most bytes of stack that were asked for: with fewer the stack ended, or a page of it could not be read.
-    pub slice_cap_bytes: u32,
+    pub stack_copy_cap_bytes: u32,
     /// Kernel return addresses, innermost first: never written anywhere.
     pub kernel: [u64; KERNEL_FRAMES],
     /// User addresses that the kernel found by frame pointers, innermost first.
     pub user: [u64; USER_FRAMES],
 }
 const _: () = assert!(size_of::<StackSample>() == 1552);
-const _: () = assert!(size_of::<StackSample>() + MAX_SLICE_BYTES < u16::MAX as usize);
+const _: () = assert!(size_of::<StackSample>() + MAX_STACK_COPY_BYTES < u16::MAX as usize);
 
 /// Header kind of [`StackSample`].
 pub const KIND_STACK_SAMPLE: u16 = 33;

@@ -23,17 +23,18 @@ macro_rules! layout {
 
             /// Fills every field through `find`; names the required ones that were not found.
             ///
-            /// `missing` is called once for each [`Need::Required`] field that stays [`ABSENT`].
+            /// `missing` is called once for each [`FieldNeed::Required`] field that stays
+            /// [`ABSENT`].
             pub fn fill(
-                mut find: impl FnMut(&Source) -> Option<u32>,
-                mut missing: impl FnMut(&'static str, &Source),
+                mut find: impl FnMut(&FieldSource) -> Option<u32>,
+                mut missing: impl FnMut(&'static str, &FieldSource),
             ) -> Self {
                 let mut layout = Self::NOTHING;
                 $(
-                    let source = Source::$kind($($arg),+);
+                    let source = FieldSource::$kind($($arg),+);
                     match find(&source) {
                         Some(value) => layout.$field = value,
-                        None if matches!(Need::$need, Need::Required) => missing(stringify!($field), &source),
+                        None if matches!(FieldNeed::$need, FieldNeed::Required) => missing(stringify!($field), &source),
                         None => {}
                     }
                 )*
@@ -50,7 +51,7 @@ macro_rules! layout {
 
 /// Whether memtrace can do without a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
+pub enum FieldNeed {
     /// Without it the rss and OOM hooks mean nothing.
     Required,
     /// Without it one value is unknown or one hook does less.
@@ -60,7 +61,7 @@ pub enum Need {
 /// How a layout field is found in BTF. A path such as `"memory.usage"` descends through members,
 /// anonymous structs and unions included; alternatives are separated by `|`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum FieldSource {
     /// Byte offset of a member path in a struct: `Member("mm_struct", "owner")`.
     Member(&'static str, &'static str),
     /// Size in bytes of a struct: `Size("percpu_counter")`.

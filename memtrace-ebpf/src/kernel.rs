@@ -1,28 +1,30 @@
 //! The only reader of kernel memory: every field through the layout, every read checked.
 //!
 //! Addresses of kernel objects are plain `u64`; 0 is "none". A value that cannot be read is
-//! [`UNKNOWN`]. Struct paths and fallbacks: ARCHITECTURE.md, Kernel layout.
+//! [`UNKNOWN`]. So `pointer(task, layout!(task_mm))` is the kernel's `task->mm`, wherever this
+//! kernel keeps it. Struct paths and fallbacks: ARCHITECTURE.md, Kernel layout.
 
-use core::ptr::{read_volatile, write_volatile};
-
-use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_probe_read_kernel as bpf_probe_read_kernel_buffer};
+use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_kernel_str_bytes};
 use memtrace_common::control::MAX_CPUS;
 use memtrace_common::event::{Memcg, NO_LIMIT, Task, UNKNOWN, UNKNOWN_I32};
 use memtrace_common::layout::ABSENT;
 
-use crate::maps::{PERCPU_OFFSETS, WALK, Walk};
-use crate::{control, layout};
+use crate::maps::{AncestorWalk, PERCPU_OFFSETS, WALK};
+use crate::memory::{load, store};
+use crate::{control, field, layout, set};
 
 /// `PF_KTHREAD` in task_struct.flags (include/linux/sched.h).
 const PF_KTHREAD: u32 = 0x0020_0000;
-/// `PF_EXITING`.
+/// `PF_EXITING` in task_struct.flags.
 const PF_EXITING: u32 = 0x0000_0004;
-/// More pages than any machine has; "no limit" is above it on every page size (PAGE_COUNTER_MAX).
+/// More pages than any machine has. "No limit" is above it on every page size: PAGE_COUNTER_MAX,
+/// LONG_MAX / PAGE_SIZE (include/linux/page_counter.h).
 const NO_LIMIT_PAGES: u64 = 1 << 46;
-/// Deepest cgroup nesting that is walked.
+/// Ancestors of a cgroup that are looked at, itself included.
 const MAX_DEPTH: u32 = 16;
-/// Largest charge batch of any kernel, pages (MEMCG_CHARGE_BATCH: 32 to 5.10, 64 since).
+/// Largest charge batch of any kernel, pages (include/linux/memcontrol.h MEMCG_CHARGE_BATCH: 32 up
+/// to 5.10, 64 since).
 const CHARGE_BATCH_PAGES: u64 = 64;
 
 /// Reads a `T` at `base + offset`; `None` when the base is null, the field absent or the read fails.
@@ -34,10 +36,17 @@ pub fn read<T>(base: u64, offset: u32) -> Option<T> {
     unsafe { bpf_probe_read_kernel((base + offset as u64) as *const T) }.ok()
 }
 
-/// Copies `T` from `at`; whether it could be read.
+/// Copies a `T` from kernel memory at `at`; whether it could be read.
 #[inline(always)]
 pub fn copy<T>(into: *mut T, at: u64) -> bool {
     unsafe { bpf_probe_read_kernel_buffer(into.cast(), size_of::<T>() as u32, at as *const _) == 0 }
+}
+
+/// Copies a string of the kernel, cut to what fits; its length in bytes, 0 when it cannot be read.
+#[inline(always)]
+pub fn read_string<const BYTES: usize>(at: u64, into: *mut [u8; BYTES]) -> usize {
+    let into = unsafe { &mut *into };
+    unsafe { bpf_probe_read_kernel_str_bytes(at as *const u8, into) }.map_or(0, |text| text.len())
 }
 
 /// Reads a pointer; 0 when it cannot be read.
@@ -46,7 +55,8 @@ pub fn pointer(base: u64, offset: u32) -> u64 {
     read(base, offset).unwrap_or(0)
 }
 
-/// Reads a `u32`; 0 when it cannot be read. (Comparing two `Option`s reads a register the verifier sees unset.)
+/// Reads a `u32`; 0 when it cannot be read. Not an `Option`: code that compares two of them reads a
+/// register which the verifier sees unset.
 #[inline(always)]
 pub fn read_u32(base: u64, offset: u32) -> u32 {
     read(base, offset).unwrap_or(0)
@@ -80,17 +90,19 @@ pub fn is_kthread(task: u64) -> bool {
 #[inline(always)]
 pub fn read_task(task: u64, into: *mut Task) {
     let leader = pointer(task, layout!(task_group_leader));
-    unsafe {
-        (*into).tgid = read(task, layout!(task_tgid)).unwrap_or(0);
-        (*into).tid = read(task, layout!(task_pid)).unwrap_or(0);
-        (*into).start_boot_ns = read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN);
-        // As words: as bytes they are set and moved one by one, in loops that every path of a program is verified with.
-        let comm = read::<[u64; 2]>(task, layout!(task_comm)).unwrap_or([0; 2]);
-        (&raw mut (*into).comm).cast::<[u64; 2]>().write(comm);
-    }
+    set!(into => {
+        tgid: read(task, layout!(task_tgid)).unwrap_or(0),
+        tid: read(task, layout!(task_pid)).unwrap_or(0),
+        start_boot_ns: read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN),
+    });
+    // As words: bytes are set and moved one by one, in loops that every path of a program is
+    // verified with.
+    let comm = read::<[u64; 2]>(task, layout!(task_comm)).unwrap_or([0; 2]);
+    let into_comm = field!(into.comm).cast::<[u64; 2]>();
+    unsafe { into_comm.write(comm) };
 }
 
-/// Copies the identity of a task, word by word as [`read_task`] does.
+/// Copies the identity of a task in words, for the same reason as [`read_task`].
 #[inline(always)]
 pub fn copy_task(from: &Task, into: *mut Task) {
     let from: *const u64 = (&raw const *from).cast();
@@ -105,7 +117,7 @@ pub fn copy_task(from: &Task, into: *mut Task) {
 }
 const _: () = assert!(size_of::<Task>() == 32 && align_of::<Task>() == 8 && core::mem::offset_of!(Task, comm) == 16);
 
-/// The memory cgroup of a task (its effective css on v2): mem_cgroup address, whose first member is the css.
+/// Address of a task's mem_cgroup, whose first member is its css; on v2 the effective one.
 #[inline(always)]
 pub fn memcg_of(task: u64) -> u64 {
     let css_set = pointer(task, layout!(task_cgroups));
@@ -131,7 +143,7 @@ pub fn in_memory_hierarchy(cgroup: u64) -> bool {
     root != 0 && read_u32(root, layout!(cgroup_root_hierarchy_id)) == control!(memory_hierarchy_id)
 }
 
-/// A page limit in bytes: LONG_MAX / PAGE_SIZE pages is "no limit" (PAGE_COUNTER_MAX).
+/// A page limit in bytes; PAGE_COUNTER_MAX is "no limit".
 #[inline(always)]
 fn limit_bytes(pages: Option<u64>) -> u64 {
     match pages {
@@ -141,22 +153,20 @@ fn limit_bytes(pages: Option<u64>) -> u64 {
     }
 }
 
-/// Fills `into` with all unknown. Written one by one: what the compiler makes one of is set byte by byte.
+/// Makes every field unknown, one store each: a store that the compiler joins is done byte by byte.
 #[inline(always)]
-pub fn unknown_memcg(into: *mut Memcg) {
-    unsafe {
-        write_volatile(&raw mut (*into).cgroup_id, UNKNOWN);
-        write_volatile(&raw mut (*into).usage_bytes, UNKNOWN);
-        write_volatile(&raw mut (*into).limit_bytes, UNKNOWN);
-        write_volatile(&raw mut (*into).watermark_bytes, UNKNOWN);
-        write_volatile(&raw mut (*into).failcnt, UNKNOWN);
-        write_volatile(&raw mut (*into).swap_usage_bytes, UNKNOWN);
-        write_volatile(&raw mut (*into).swap_limit_bytes, UNKNOWN);
-        write_volatile(&raw mut (*into).high_bytes, UNKNOWN);
-    }
+fn set_memcg_unknown(into: *mut Memcg) {
+    store(field!(into.cgroup_id), UNKNOWN);
+    store(field!(into.usage_bytes), UNKNOWN);
+    store(field!(into.limit_bytes), UNKNOWN);
+    store(field!(into.watermark_bytes), UNKNOWN);
+    store(field!(into.failcnt), UNKNOWN);
+    store(field!(into.swap_usage_bytes), UNKNOWN);
+    store(field!(into.swap_limit_bytes), UNKNOWN);
+    store(field!(into.high_bytes), UNKNOWN);
 }
 
-/// Fills `into` with the counters of a mem_cgroup.
+/// Fills `into` with the counters of a mem_cgroup; all unknown for 0.
 #[inline(always)]
 pub fn read_memcg(memcg: u64, into: *mut Memcg) {
     let id = if memcg == 0 { UNKNOWN } else { memcg_id(memcg) };
@@ -166,8 +176,8 @@ pub fn read_memcg(memcg: u64, into: *mut Memcg) {
 /// As [`read_memcg`], of one whose id is known.
 #[inline(always)]
 pub fn read_known_memcg(memcg: u64, id: u64, into: *mut Memcg) {
-    unknown_memcg(into);
-    unsafe { (*into).cgroup_id = id };
+    set_memcg_unknown(into);
+    set!(into => { cgroup_id: id });
     if memcg == 0 {
         return;
     }
@@ -175,37 +185,39 @@ pub fn read_known_memcg(memcg: u64, id: u64, into: *mut Memcg) {
     let usage: u64 = read(counter, layout!(counter_usage)).unwrap_or(UNKNOWN);
     // The root's counter is not charged: 0 there is not a reading.
     let unread = usage == 0 && pointer(counter, layout!(counter_parent)) == 0;
-    unsafe {
-        (*into).usage_bytes = if unread { UNKNOWN } else { bytes(usage) };
-        (*into).limit_bytes = limit_bytes(read(counter, layout!(counter_max)));
-        (*into).watermark_bytes = bytes(read(counter, layout!(counter_watermark)).unwrap_or(UNKNOWN));
-        (*into).failcnt = read(counter, layout!(counter_failcnt)).unwrap_or(UNKNOWN);
-        (*into).high_bytes = limit_bytes(read(counter, layout!(counter_high)));
-        if layout!(memcg_swap) != ABSENT {
-            let swap = memcg + layout!(memcg_swap) as u64;
-            (*into).swap_usage_bytes = bytes(read(swap, layout!(counter_usage)).unwrap_or(UNKNOWN));
-            (*into).swap_limit_bytes = limit_bytes(read(swap, layout!(counter_max)));
-        }
+    set!(into => {
+        usage_bytes: if unread { UNKNOWN } else { bytes(usage) },
+        limit_bytes: limit_bytes(read(counter, layout!(counter_max))),
+        watermark_bytes: bytes(read(counter, layout!(counter_watermark)).unwrap_or(UNKNOWN)),
+        failcnt: read(counter, layout!(counter_failcnt)).unwrap_or(UNKNOWN),
+        high_bytes: limit_bytes(read(counter, layout!(counter_high))),
+    });
+    if layout!(memcg_swap) != ABSENT {
+        let swap = memcg + layout!(memcg_swap) as u64;
+        set!(into => {
+            swap_usage_bytes: bytes(read(swap, layout!(counter_usage)).unwrap_or(UNKNOWN)),
+            swap_limit_bytes: limit_bytes(read(swap, layout!(counter_max))),
+        });
     }
 }
 
-/// The mem_cgroup on the path from `memcg` to the root that ran out, 0 when none did: the one with the least room.
+/// The mem_cgroup between `memcg` and the root that ran out: the one with the least room, 0 when
+/// none did.
 ///
-/// Unless it is `certain` that one did, it must be at its limit: within a charge batch per CPU, which the stock can hold
-/// back, and, as on many CPUs that is more than a small cgroup has, within an eighth of it.
+/// Unless it is `certain` that one did, it must be at its limit: within one charge batch a CPU,
+/// which per-CPU stocks can hold back (mm/memcontrol.c `refill_stock`), and within an eighth of the
+/// limit, since on many CPUs the batches are more than a small cgroup has.
 ///
-/// To be called where nobody else on this CPU can do so in between: under the victim's task_lock. Global, as
-/// [`sum_slots`].
+/// There is one walk a CPU. Callers hold the victim's task_lock, so no other one on this CPU can
+/// begin in between. Global, as [`sum_slots`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
     let Some(walk) = WALK.get_ptr_mut(0) else { return 0 };
     let near = CHARGE_BATCH_PAGES * control!(cpus) as u64 + 1;
-    unsafe {
-        write_volatile(&raw mut (*walk).found, 0);
-        write_volatile(&raw mut (*walk).least, if certain { NO_LIMIT_PAGES } else { near });
-        write_volatile(&raw mut (*walk).certain, certain as u64);
-    }
+    store(field!(walk.found), 0);
+    store(field!(walk.least_pages), if certain { NO_LIMIT_PAGES } else { near });
+    store(field!(walk.certain), certain as u64);
     let mut counter = if memcg == 0 { 0 } else { memcg + layout!(memcg_memory) as u64 };
     for _ in 0..MAX_DEPTH {
         if counter == 0 {
@@ -214,22 +226,19 @@ pub extern "C" fn memcg_that_ran_out(memcg: u64, certain: bool) -> u64 {
         consider(counter, walk);
         counter = pointer(counter, layout!(counter_parent));
     }
-    unsafe { read_volatile(&raw const (*walk).found) }
+    load(field!(walk.found))
 }
 
-/// Takes one page counter of the walk into account.
+/// Compares one page counter with the best of the walk so far.
 #[inline(always)]
-fn consider(counter: u64, walk: *mut Walk) {
+fn consider(counter: u64, walk: *mut AncestorWalk) {
     let Some(usage) = read::<u64>(counter, layout!(counter_usage)) else { return };
     let Some(max) = read::<u64>(counter, layout!(counter_max)) else { return };
     let room = max.saturating_sub(usage);
-    let (least, certain) =
-        unsafe { (read_volatile(&raw const (*walk).least), read_volatile(&raw const (*walk).certain)) };
+    let (least, certain) = (load(field!(walk.least_pages)), load(field!(walk.certain)));
     if room < least && max < NO_LIMIT_PAGES && (certain != 0 || room <= max >> 3) {
-        unsafe {
-            write_volatile(&raw mut (*walk).least, room);
-            write_volatile(&raw mut (*walk).found, counter - layout!(memcg_memory) as u64);
-        }
+        store(field!(walk.least_pages), room);
+        store(field!(walk.found), counter - layout!(memcg_memory) as u64);
     }
 }
 
@@ -264,16 +273,18 @@ fn rss_counter(mm: u64, member: u32) -> u64 {
     mm + layout!(mm_rss_stat) as u64 + (member * stride) as u64
 }
 
-/// The global part of an RSS counter: exact before 6.2 (but for task caches), off by a batch per CPU since.
+/// The global part of an RSS counter, pages. Before 6.2 it is exact but for what threads keep to
+/// themselves; since then it is off by up to a batch a CPU (lib/percpu_counter.c).
 #[inline(always)]
 pub fn rss_approximate(mm: u64, member: u32) -> i64 {
     let offset = if layout!(rss_is_percpu) == 1 { layout!(percpu_counter_count) } else { 0 };
     read(rss_counter(mm, member), offset).unwrap_or(0)
 }
 
-/// As [`rss_approximate`], by a pointer that the verifier knows the type of.
+/// As [`rss_approximate`], by a pointer whose type the verifier knows: read without a helper call.
 ///
-/// Such a pointer must be moved by a number that is known when the program is verified, so each member has its own read.
+/// Such a pointer may only be moved by a number that is known when the program is verified, so each
+/// member has a read of its own.
 #[inline(always)]
 pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
     let (stride, offset) = if layout!(rss_is_percpu) == 1 {
@@ -281,9 +292,8 @@ pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
     } else {
         (8, 0)
     };
-    let at = |index: u32| unsafe {
-        read_volatile(mm.add((layout!(mm_rss_stat) + index * stride + offset) as usize).cast::<i64>())
-    };
+    let at =
+        |index: u32| load(mm.wrapping_add((layout!(mm_rss_stat) + index * stride + offset) as usize).cast::<i64>());
     match member {
         0 => at(0),
         1 => at(1),
@@ -293,11 +303,13 @@ pub fn rss_approximate_typed(mm: *const u8, member: u32) -> i64 {
     }
 }
 
-/// Adds up every CPU's slots of the counter that keeps them here, and of one that keeps its own right behind: the first in
-/// the low half, the second in the high one. A slot holds less than a batch, which no number of CPUs takes out of 32 bits.
+/// Adds up the slots of all CPUs of two counters: the one whose slots are at `counters`, in the low
+/// half of the result, and the one whose slots lie right behind, in the high half. A slot holds
+/// less than a batch, so that no number of CPUs takes a sum out of 32 bits.
 ///
-/// A global function to the verifier, which looks at it once, for itself: as part of its callers, whose every path would
-/// walk this loop, the programs are too large on a machine of 64 CPUs.
+/// A global function to the verifier (`no_mangle`, never inlined): it is verified once, by itself.
+/// As part of its callers this loop would be walked on every path of theirs, and on a machine of 64
+/// CPUs the programs would be too large.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn sum_slots(counters: u64) -> u64 {
@@ -332,13 +344,14 @@ fn sums(counters: u64) -> [i64; 2] {
     [both as u32 as i32 as i64, (both >> 32) as u32 as i32 as i64]
 }
 
-/// No member is being reported: see [`rss_pages`].
+/// `reported` of [`rss_pages`] outside of the rss_stat tracepoint.
 pub const NOT_REPORTED: u32 = 4;
 
-/// Pages of one rss_stat member: exact where the kernel lets us sum its slots ([`rss_is_exact`]).
+/// Pages of one rss_stat member, exact where [`rss_is_exact`].
 ///
-/// `reported` is the member whose rss_stat event is being handled: before 6.2 the counter then already holds the running
-/// thread's cache, which is emptied only afterwards (mm/memory.c sync_mm_rss).
+/// `reported` is the member whose rss_stat event is being handled. Before 6.2 the counter then
+/// holds the running thread's cache already, which is emptied only afterwards (mm/memory.c
+/// `sync_mm_rss`).
 #[inline(always)]
 pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
     let counter = rss_counter(mm, member);
@@ -362,8 +375,9 @@ pub fn rss_pages(mm: u64, member: u32, reported: u32) -> i64 {
     }
 }
 
-/// Pages of every member, as [`rss_pages`] has them, and the global parts they were read with. Where the kernel keeps the
-/// slots of the four counters side by side (lib/percpu_counter.c __percpu_counter_init_many, 6.6), with two reads a CPU.
+/// Pages of every member, as [`rss_pages`] has them, and the global parts they were read with. From
+/// 6.6 on the slots of the four counters lie side by side (lib/percpu_counter.c
+/// `__percpu_counter_init_many`), and two reads a CPU are enough.
 #[inline(always)]
 pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
     let approximate = [rss_approximate(mm, 0), rss_approximate(mm, 1), rss_approximate(mm, 2), rss_approximate(mm, 3)];
@@ -380,13 +394,14 @@ pub fn all_rss_pages(mm: u64, reported: u32) -> ([i64; 4], [i64; 4]) {
     ([pages(0), pages(1), pages(2), pages(3)], approximate)
 }
 
-/// Whether [`rss_pages`] is exact on this kernel: not where other threads' caches or CPUs' slots stay unseen.
+/// Whether [`rss_pages`] is exact on this kernel: not where the caches of other threads (before
+/// 6.2) or the slots of CPUs (without `bpf_map_lookup_percpu_elem`) stay unseen.
 #[inline(always)]
 pub fn rss_is_exact() -> bool {
     if layout!(rss_is_percpu) == 1 { control!(percpu_lookup) == 1 } else { layout!(task_rss_cache) == ABSENT }
 }
 
-/// A task's oom_score_adj.
+/// A task's oom_score_adj, [`UNKNOWN_I32`] when it cannot be read.
 #[inline(always)]
 pub fn oom_score_adj(task: u64) -> i32 {
     let signal = pointer(task, layout!(task_signal));

@@ -1,49 +1,40 @@
 //! Stacks: of the thread whose charge failed, and of the code that grows memory.
 //!
-//! A growing process or cgroup is sampled by bytes: at every step of `sample_bytes`, with jitter so that a loop cannot
-//! hide between two samples, one stack is taken, and it stands for what grew since the one before. So the weights add up
-//! to what grew, however many stacks the budget leaves out.
-
-use core::ptr::{read_volatile, write_volatile};
+//! A growing process or cgroup is sampled by bytes. Each time another `sample_interval_bytes` have
+//! grown, with jitter so that a loop cannot hide between two samples, one stack is taken, and its
+//! weight is what has grown since the one before. So the weights add up to what grew, however many
+//! stacks the budget leaves out: with an interval of 1 MiB, a process that grew by 3.2 MiB since
+//! its last stack gives one sample of 3.2 MiB.
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::bindings::BPF_F_USER_STACK;
-use aya_ebpf::helpers::generated::{
-    bpf_get_current_task_btf, bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_get_stack, bpf_probe_read_user,
-    bpf_ringbuf_output, bpf_ringbuf_query, bpf_task_pt_regs,
-};
-use aya_ebpf::maps::RingBuf;
-use memtrace_common::control::{Loss, Ring, StackBudget};
-use memtrace_common::event::{
-    Header, KERNEL_FRAMES, KIND_STACK_SAMPLE, KernelStack, MAX_SLICE_BYTES, StackSample, USER_FRAMES,
-};
-use memtrace_common::layout::ABSENT;
+use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use memtrace_common::control::{LossReason, Ring, StackBudget};
+use memtrace_common::event::{KernelStack, MAX_STACK_COPY_BYTES};
 
-use crate::emit::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE};
-use crate::emit::{boot_ns, emit, lose, sent};
-use crate::kernel::{self, current, pointer, read, read_task};
-use crate::maps::{Pending, SCRATCH, SLICES, STACK_BUDGET, STACKS, STEPS, Scratch, USER_SPENT};
-use crate::{control, layout};
+use crate::arch::code_registers;
+use crate::emit::{boot_ns, emit, emit_sample, lose};
+use crate::kernel::{self, current, read, read_task};
+use crate::maps::{PendingGrowth, SAMPLE_INTERVALS, SCRATCH, STACK_BUDGET, STACK_COPIES, SampleScratch, USER_SPENT};
+use crate::memory::{load, lookup, store};
+use crate::{control, field, helper, layout, set};
 
-/// Unused time is saved up for this long: a spike after a quiet while is sampled in full.
+/// Seconds that unused budget is saved up for: a spike after a quiet time is sampled in full.
 const BURST_S: u64 = 1;
-/// An eighth of the budget is for who has grown by so many steps without a stack: many small processes, a build, must not
-/// use up what a leak or a spike beside them needs to be told of.
-const LARGE_STEPS: u64 = 16;
-/// Pages a slice is copied in at most: with a stack pointer in mid-page one more than it has.
-const SLICE_PAGES: usize = MAX_SLICE_BYTES / 4096 + 1;
-/// The two privilege bits of a code segment: 3 in user mode.
-const USER_MODE: u64 = 3;
+/// An eighth of the budget is kept for growth of this many intervals without a stack: many small
+/// processes, such as a build, must not use up what a leak or a spike beside them needs.
+const LARGE_INTERVALS: u64 = 16;
+/// Reads that a stack copy takes at most: one a page, and one more for a stack pointer in mid-page.
+const COPY_PAGES: usize = MAX_STACK_COPY_BYTES / 4096 + 1;
 
-/// What grew, for a sample of it.
-pub struct Growth {
+/// What a sample says about the growth it stands for, beside its weight.
+pub struct SampleSubject {
     /// `event::CAUSE_*`.
     pub cause: u32,
     /// As `StackSample::mm_id`.
     pub mm_id: u64,
     /// kernfs id of the cgroup.
     pub cgroup_id: u64,
-    /// The cgroup, where its id is not known yet.
+    /// Address of the mem_cgroup, where its id is not known yet; else 0.
     pub memcg: u64,
     /// As `StackSample::grown_bytes`.
     pub grown_bytes: u64,
@@ -51,120 +42,102 @@ pub struct Growth {
     pub address: u64,
     /// As `StackSample::size_bytes`.
     pub size_bytes: u64,
-    /// log2 of the unit of the pending growth, bytes.
+    /// log2 of the unit of the pending growth in bytes: 0 for bytes, `page_shift` for pages.
     pub shift: u32,
 }
 
 /// Whether enough has grown for a stack.
 #[inline(always)]
-pub fn due(pending: *mut Pending) -> bool {
-    control!(sample_bytes) != 0 && Pending::grown(pending) >= Pending::next(pending)
+pub fn due(pending: *mut PendingGrowth) -> bool {
+    control!(sample_interval_bytes) != 0 && PendingGrowth::grown(pending) >= PendingGrowth::next(pending)
 }
 
-/// Address of the running thread's user registers, 0 when they are not found: at the end of its kernel stack.
+/// Whether this much alone would have been enough: another CPU's stack stands for it too.
 #[inline(always)]
-pub fn user_registers() -> u64 {
-    if control!(task_pt_regs) == 1 {
-        return unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64;
-    }
-    let stack = pointer(current(), layout!(task_stack));
-    if stack == 0 || control!(thread_bytes) == 0 || layout!(regs_size) == ABSENT {
-        return 0;
-    }
-    let regs = stack + control!(thread_bytes) as u64 - layout!(regs_size) as u64;
-    // Kernel stacks of another size have something else there.
-    let plausible = read::<u64>(regs, layout!(regs_cs)).is_some_and(|cs| cs & USER_MODE == USER_MODE);
-    if layout!(regs_cs) != ABSENT && !plausible { 0 } else { regs }
+pub fn taken_by_another(pending: *mut PendingGrowth, bytes: u64) -> bool {
+    let next = PendingGrowth::next(pending);
+    next > 0 && bytes >= next as u64
 }
 
-/// Whether the running thread is in a system call, by its user registers: else it is in an exception, where there is no
-/// system call number (arch/x86/entry: orig_ax is -1).
+/// Takes a stack for `pending` when it is due and the budget allows it.
 #[inline(always)]
-pub fn in_system_call(regs: u64) -> bool {
-    if layout!(regs_orig_ax) != ABSENT {
-        return read::<i64>(regs, layout!(regs_orig_ax)).unwrap_or(-1) >= 0;
-    }
-    read::<i32>(regs, layout!(regs_syscallno)).unwrap_or(-1) >= 0
-}
-
-/// Takes a stack for `pending`, when it is due and there is budget for it; its weight is what is pending.
-#[inline(always)]
-pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut Pending, growth: &Growth) {
+pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, subject: &SampleSubject) {
     if !due(pending) {
         return;
     }
-    let cgroup_id = if growth.memcg != 0 { kernel::memcg_id(growth.memcg) } else { growth.cgroup_id };
-    let step = (unsafe { STEPS.get(cgroup_id) }.copied().unwrap_or(control!(sample_bytes)) >> growth.shift).max(2);
-    // Half a step to one and a half: one on average.
-    let jittered = (step >> 1) + unsafe { bpf_get_prandom_u32() } as u64 % step;
+    let cgroup_id = if subject.memcg != 0 { kernel::memcg_id(subject.memcg) } else { subject.cgroup_id };
+    let interval_bytes = lookup(&SAMPLE_INTERVALS, cgroup_id).unwrap_or(control!(sample_interval_bytes));
+    let interval = (interval_bytes >> subject.shift).max(2);
+    // Half an interval to one and a half: one on average.
+    let jittered = (interval >> 1) + helper::random() as u64 % interval;
     let jittered = jittered as i64;
-    if Pending::next(pending) == 0 && Pending::grown(pending) < jittered {
+    if PendingGrowth::next(pending) == 0 && PendingGrowth::grown(pending) < jittered {
         // Where the first sample falls is left to chance too.
-        Pending::set_next(pending, jittered);
+        PendingGrowth::set_next(pending, jittered);
         return;
     }
     let now = boot_ns();
     let Some(budget) = STACK_BUDGET.get_ptr_mut(0) else { return };
-    let large = Pending::grown(pending) as u64 >= step * LARGE_STEPS;
+    let large = PendingGrowth::grown(pending) as u64 >= interval * LARGE_INTERVALS;
     let account = afford(unsafe { &mut *budget }, now, large);
     if account == Account::None {
         // What is pending stays pending: the next sample has its weight.
-        Pending::set_next(pending, Pending::grown(pending) + jittered);
+        PendingGrowth::set_next(pending, PendingGrowth::grown(pending) + jittered);
         return;
     }
-    let Some(scratch) = SCRATCH.get_ptr_mut(unsafe { bpf_get_smp_processor_id() } as u32) else { return };
-    let owner = unsafe { &raw mut (*scratch).owner };
-    // Somebody was interrupted in the middle of a sample, on this CPU, by us.
-    if unsafe { read_volatile(owner) } != 0 {
-        lose(Ring::Stacks, Loss::RateLimited);
+    let Some(scratch) = SCRATCH.get_ptr_mut(helper::cpu()) else { return };
+    let owner = field!(scratch.owner);
+    // Another program was interrupted on this CPU in the middle of a sample, by this one.
+    if load(owner) != 0 {
+        lose(Ring::Stacks, LossReason::RateLimited);
         return;
     }
     let token = now | 1;
-    unsafe { write_volatile(owner, token) };
-    // Claimed first: what other threads add meanwhile is for the next one.
-    let weight = Pending::grown(pending);
+    store(owner, token);
+    // Taken off first: what other threads add meanwhile is for the next sample.
+    let weight = PendingGrowth::grown(pending);
     if weight <= 0 {
-        unsafe { write_volatile(owner, 0) };
+        if subject.size_bytes != 0 {
+            lose(Ring::Stacks, LossReason::Merged);
+        }
+        store(owner, 0);
         return;
     }
-    Pending::add(pending, -weight);
-    Pending::set_next(pending, jittered);
-    unsafe {
-        let sample = &raw mut (*scratch).sample;
-        (*sample).weight_bytes = (weight as u64) << growth.shift;
-        (*sample).cause = growth.cause;
-        (*sample).mm_id = growth.mm_id;
-        (*sample).cgroup_id = cgroup_id;
-        (*sample).grown_bytes = growth.grown_bytes;
-        (*sample).address = growth.address;
-        (*sample).size_bytes = growth.size_bytes;
-        (*sample).reserved = 0;
-    }
+    PendingGrowth::add(pending, -weight);
+    PendingGrowth::set_next(pending, jittered);
+    let sample = field!(scratch.sample);
+    set!(sample => {
+        weight_bytes: (weight as u64) << subject.shift,
+        cause: subject.cause,
+        mm_id: subject.mm_id,
+        cgroup_id: cgroup_id,
+        grown_bytes: subject.grown_bytes,
+        address: subject.address,
+        size_bytes: subject.size_bytes,
+        reserved: 0,
+    });
     read_user(regs, scratch);
-    let record = unsafe { &raw mut (*scratch).sample };
-    unsafe {
-        read_task(current(), &raw mut (*record).task);
-        let got = bpf_get_stack(ctx.as_ptr(), (&raw mut (*record).kernel).cast(), (KERNEL_FRAMES * 8) as u32, 0);
-        (*record).kernel_frames = if got > 0 { got as u32 / 8 } else { 0 };
-        let size = (USER_FRAMES * 8) as u32;
-        let got = bpf_get_stack(ctx.as_ptr(), (&raw mut (*record).user).cast(), size, BPF_F_USER_STACK as u64);
-        (*record).user_frames = if got > 0 { got as u32 / 8 } else { 0 };
-    }
-    // Not when written over by whoever had it between our look and our mark.
-    let ours = unsafe { read_volatile(owner) } == token;
+    let sample = field!(scratch.sample);
+    read_task(current(), field!(sample.task));
+    set!(sample => {
+        kernel_frames: helper::kernel_stack(ctx, field!(sample.kernel)),
+        user_frames: helper::user_stack(ctx, field!(sample.user)),
+    });
+    // Not ours when a program that interrupted this one overwrote it between our look and our mark.
+    let ours = load(owner) == token;
     if !ours {
-        lose(Ring::Stacks, Loss::RateLimited);
+        lose(Ring::Stacks, LossReason::RateLimited);
     }
-    let sent = ours && send(scratch, now, unsafe { (*pending).taken } == 0);
+    let sent = ours && emit_sample(scratch, now, unsafe { (*pending).taken } == 0);
     if ours {
-        unsafe { write_volatile(owner, 0) };
+        store(owner, 0);
     }
     if sent {
         unsafe { (*pending).taken += 1 };
     } else {
         // Its weight goes to the next one.
-        Pending::add(pending, weight);
-        Pending::set_next(pending, Pending::grown(pending) + jittered);
+        PendingGrowth::add(pending, weight);
+        PendingGrowth::set_next(pending, PendingGrowth::grown(pending) + jittered);
     }
     let budget = unsafe { &mut *budget };
     let spent = boot_ns() - now;
@@ -180,12 +153,16 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut Pending, growth: 
 /// What a stack is paid from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Account {
+    /// Nothing is left.
     None,
+    /// The budget for everything.
     All,
+    /// The part that is kept for large growth.
     Large,
 }
 
-/// Fills up the budget; what there is of it. CPUs may do so at once: what one overwrites of another's is little.
+/// Adds to the budget what time has passed for, and says what a stack is paid from. CPUs may do so
+/// at once: what one overwrites of another's is little.
 #[inline(always)]
 fn afford(budget: &mut StackBudget, now: u64, large: bool) -> Account {
     let elapsed_us = now.saturating_sub(budget.filled_ns).min(BURST_S * 1_000_000_000) / 1000;
@@ -214,95 +191,54 @@ fn afford(budget: &mut StackBudget, now: u64, large: bool) -> Account {
     Account::None
 }
 
-/// User registers and the stack they point to, as far as it can be read.
+/// Reads the user registers and copies the stack they point to, as far as it can be read.
 #[inline(always)]
-fn read_user(regs: u64, scratch: *mut Scratch) {
-    let sample = unsafe { &raw mut (*scratch).sample };
-    let x86 = layout!(regs_ip) != ABSENT;
-    let ip = read(regs, if x86 { layout!(regs_ip) } else { layout!(regs_pc) }).unwrap_or(0u64);
-    let sp = read(regs, layout!(regs_sp)).unwrap_or(0u64);
-    let (bp, lr) = if x86 {
-        (read(regs, layout!(regs_bp)).unwrap_or(0u64), 0)
-    } else {
-        (arm64_register(regs, 29), arm64_register(regs, 30))
-    };
-    let own = unsafe { SLICES.get(read::<u32>(current(), layout!(task_tgid)).unwrap_or(0)) };
-    let cap = own.copied().unwrap_or(control!(slice_bytes)).min(MAX_SLICE_BYTES as u32);
-    unsafe {
-        (*sample).ip = ip;
-        (*sample).sp = sp;
-        (*sample).bp = bp;
-        (*sample).lr = lr;
-        (*sample).slice_cap_bytes = cap;
-        // In memory that the compiler and the verifier know nothing of, as the length below: masks stay, bounds are found
-        // anew for every page.
-        write_volatile(&raw mut (*sample).slice_bytes, 0);
-    }
-    if ip == 0 || sp == 0 {
+fn read_user(regs: u64, scratch: *mut SampleScratch) {
+    let sample = field!(scratch.sample);
+    let code = code_registers(regs);
+    let own = lookup(&STACK_COPIES, read::<u32>(current(), layout!(task_tgid)).unwrap_or(0));
+    let cap = own.unwrap_or(control!(stack_copy_bytes)).min(MAX_STACK_COPY_BYTES as u32);
+    set!(sample => {
+        ip: code.ip,
+        sp: code.sp,
+        bp: code.bp,
+        lr: code.lr,
+        stack_copy_cap_bytes: cap,
+    });
+    // Lengths pass through memory that the compiler and the verifier know nothing of: masks stay in
+    // the code, and bounds are found anew for every page.
+    store(field!(sample.stack_copy_bytes), 0);
+    if code.ip == 0 || code.sp == 0 {
         return;
     }
-    for _ in 0..SLICE_PAGES {
-        let copied = unsafe { read_volatile(&raw const (*sample).slice_bytes) } & 0xffff;
-        let from = sp + copied as u64;
+    for _ in 0..COPY_PAGES {
+        let copied = load(field!(sample.stack_copy_bytes)) & 0xffff;
+        let from = code.sp + copied as u64;
         // Page by page: a read that meets a hole copies nothing.
         let page = 4096 - (from & 4095) as u32;
         if copied >= cap {
             break;
         }
-        unsafe {
-            write_volatile(&raw mut (*scratch).length, if page > cap - copied { cap - copied } else { page } as u64);
-            let length = read_volatile(&raw const (*scratch).length) as u32 & 0x1fff;
-            let into = (&raw mut (*scratch).slice).cast::<u8>().add(copied as usize);
-            if bpf_probe_read_user(into.cast(), length, from as *const _) != 0 {
-                break;
-            }
-            write_volatile(&raw mut (*sample).slice_bytes, copied + length);
+        store(field!(scratch.length), if page > cap - copied { cap - copied } else { page } as u64);
+        let length = load(field!(scratch.length)) as u32 & 0x1fff;
+        let into = field!(scratch.stack_copy).cast::<u8>().wrapping_add(copied as usize);
+        if unsafe { bpf_probe_read_user(into.cast(), length, from as *const _) } != 0 {
+            break;
         }
+        store(field!(sample.stack_copy_bytes), copied + length);
     }
-}
-
-#[inline(always)]
-fn arm64_register(regs: u64, number: u32) -> u64 {
-    if layout!(regs_regs) == ABSENT { 0 } else { read(regs, layout!(regs_regs) + 8 * number).unwrap_or(0) }
-}
-
-/// Puts the sample into its ring; whether there was room.
-#[inline(always)]
-fn send(scratch: *mut Scratch, at_ns: u64, first: bool) -> bool {
-    let sample = unsafe { &raw mut (*scratch).sample };
-    let slice = unsafe { read_volatile(&raw const (*sample).slice_bytes) } & 0xffff;
-    let size = size_of::<StackSample>() as u32 + slice;
-    let ring = (&raw const STACKS).cast_mut();
-    unsafe {
-        (*sample).header = Header {
-            kind: KIND_STACK_SAMPLE,
-            size: size as u16,
-            cpu: bpf_get_smp_processor_id() as u32,
-            boot_ns: at_ns,
-        };
-        let waiting = bpf_ringbuf_query(ring.cast(), BPF_RB_AVAIL_DATA);
-        let full = bpf_ringbuf_query(ring.cast(), BPF_RB_RING_SIZE);
-        // The first of a process at once: its mappings have to be read before it is gone.
-        let flags = if first || waiting > full / 4 { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
-        if bpf_ringbuf_output(ring.cast::<RingBuf>().cast(), sample.cast(), size as u64, flags) != 0 {
-            lose(Ring::Stacks, Loss::RingFull);
-            return false;
-        }
-    }
-    sent(Ring::Stacks);
-    true
 }
 
 /// Sends the running thread's kernel stack as that of the trigger of a kill.
 #[inline(always)]
 pub fn emit_trigger_stack(ctx: &impl EbpfContext, at_ns: u64, victim_tgid: u32, victim_start_boot_ns: u64) {
-    emit::<KernelStack>(Ring::Stacks, at_ns, |record| unsafe {
-        read_task(current(), &raw mut (*record).task);
-        (*record).victim_tgid = victim_tgid;
-        (*record).victim_start_boot_ns = victim_start_boot_ns;
-        (*record).reserved = 0;
-        let size = (KERNEL_FRAMES * 8) as u32;
-        let got = bpf_get_stack(ctx.as_ptr(), (&raw mut (*record).addresses).cast(), size, 0);
-        (*record).frames = if got > 0 { got as u32 / 8 } else { 0 };
+    emit::<KernelStack>(Ring::Stacks, at_ns, |record| {
+        read_task(current(), field!(record.task));
+        set!(record => {
+            victim_tgid: victim_tgid,
+            victim_start_boot_ns: victim_start_boot_ns,
+            reserved: 0,
+            frames: helper::kernel_stack(ctx, field!(record.addresses)),
+        });
     });
 }

@@ -1,4 +1,4 @@
-//! The daemon: a session whose effects go to disk, to the log and to whoever asks over HTTP.
+//! The daemon: a session whose outputs go to disk, to the log and to whoever asks over HTTP.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -81,6 +81,9 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     for line in session.status().degraded() {
         warn!("degraded: {line}");
     }
+    for fallback in session.status().fallbacks() {
+        warn!("{fallback}");
+    }
     // Readiness is what the listener answers, so it only starts to answer when there is something to say.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
@@ -98,8 +101,8 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
     let mut naming = Naming::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     loop {
-        let effects = tokio::select! {
-            effects = session.step() => effects,
+        let outputs = tokio::select! {
+            outputs = session.step() => outputs,
             Some(ask) = asked.recv() => {
                 answer(ask, &session, &sinks.counters, &naming);
                 continue;
@@ -115,7 +118,7 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         };
-        sinks.take(effects);
+        sinks.take(outputs);
         // One at a time, and the rings and questions in between: a save waits for the disk, they must not wait for it.
         while sinks.save_one(&mut naming) {
             sinks.take(session.pump(false));

@@ -1,4 +1,9 @@
-//! The clocks: boot-clock nanoseconds inside, one anchor to wall time, and what ticks.
+//! The clocks: nanoseconds of the boot clock everywhere inside, one anchor that ties them to wall
+//! time, and the timer that ticks.
+//!
+//! Records carry CLOCK_BOOTTIME (`bpf_ktime_get_boot_ns`), which goes on in suspend and is never
+//! set. Wall time is set and corrected, so it is computed only where a person reads it: wall = boot
+//! + (anchor wall - anchor boot).
 
 use std::io;
 use std::time::Duration;
@@ -9,17 +14,17 @@ use rustix::time::{
 };
 use tokio::net::unix::pipe::Receiver;
 
-use crate::engine::input::Fact;
+use memtrace_engine::input::Fact;
 
-/// Readings of which the tightest becomes the anchor.
+/// Readings of both clocks, of which the one with the least uncertainty becomes the anchor.
 const ATTEMPTS: usize = 5;
 
-/// CLOCK_BOOTTIME in nanoseconds: the clock of every kernel record.
+/// CLOCK_BOOTTIME now, nanoseconds: the clock of every kernel record.
 pub fn boot_ns() -> u64 {
     nanoseconds(ClockId::Boottime).try_into().unwrap_or(0)
 }
 
-/// CPU time of the running thread.
+/// CPU time that the running thread has used.
 pub fn cpu_time() -> Duration {
     let nanoseconds = nanoseconds(ClockId::ThreadCPUTime).try_into();
     nanoseconds.map_or(Duration::ZERO, Duration::from_nanos)
@@ -39,10 +44,10 @@ pub fn anchor() -> Fact {
     }
 }
 
-/// Ticks at a steady pace; ticks that were missed are one.
+/// Ticks at a steady pace; ticks that were missed count as one.
 ///
-/// A timer of the kernel's: the runtime's own takes a wake-up of itself and two of this thread for one in 100 ms, which is
-/// most of what an idle agent costs.
+/// It is a timerfd. tokio's timer needs three wake-ups for each tick, one of its driver and two of
+/// the thread, which is most of what an idle agent costs.
 #[derive(Debug)]
 pub struct Ticker(Receiver);
 
@@ -52,7 +57,8 @@ impl Ticker {
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         let period = Timespec::try_from(period).map_err(io::Error::other)?;
         timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval: period, it_value: period })?;
-        // Polled and read as the reading end of a pipe is, which is all that this type does with it.
+        // A timerfd is polled and read like the reading end of a pipe, which is all that this type
+        // does.
         Ok(Self(Receiver::from_owned_fd_unchecked(timer)?))
     }
 
@@ -60,7 +66,7 @@ impl Ticker {
     pub async fn tick(&mut self) {
         let mut expirations = [0; 8];
         loop {
-            // Only a runtime that is shut down has no answer, and then nobody waits.
+            // An error means that the runtime is shut down, and then nobody waits.
             if self.0.readable().await.is_err() {
                 return std::future::pending().await;
             }

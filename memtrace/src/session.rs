@@ -1,4 +1,4 @@
-//! One run of the tracer: kernel, kernel log and stock in, effects out. The agent and `record` both are one.
+//! One run of the tracer: kernel, kernel log and stock in, outputs out. The agent and `record` both are one.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -10,22 +10,25 @@ use memtrace_common::layout::{ABSENT, KernelLayout};
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
-use crate::cgroup::questions::Questions;
+use crate::cgroup::queries::CgroupQueries;
 use crate::clock::{self, Ticker};
-use crate::engine::Engine;
-use crate::engine::input::{Effect, Fact, Input, OVER_BUDGET, Settings};
+use crate::error::CommandError;
+use crate::host;
 use crate::kernel::hooks::Hook;
 use crate::kernel::probe::{self, Probe};
-use crate::kernel::support::{Facts, MemoryController, Status, plan};
+use crate::kernel::status::Status;
+use crate::kernel::support::{KernelFacts, MemoryController, plan};
 use crate::kernel::{facts, log, object};
-use crate::machine;
 use crate::process::budget::{Cost, Steps};
 use crate::process::known::Processes;
 use crate::process::modules::OpenModule;
 use crate::process::stacks::Stacks;
 use crate::process::stock;
-use crate::refusal::Refusal;
 use crate::store::journal;
+use memtrace_engine::Engine;
+use memtrace_engine::Out;
+use memtrace_engine::input::{Fact, Input, Settings};
+use memtrace_engine::output::{Output, Request};
 
 /// How often time passes for the engine and the rings that do not wake are drained.
 const TICK: Duration = Duration::from_millis(100);
@@ -38,7 +41,7 @@ const BATCHES_PER_TURN: usize = 8;
 /// Processes taken stock of between two looks at the rings.
 const DRAIN_EVERY: usize = 256;
 /// Bytes of user stack copied at first, where it is that deep: enough for most; userspace asks for more where it is not.
-const SLICE_BYTES: u32 = 32 << 10;
+const STACK_COPY_BYTES: u32 = 32 << 10;
 /// The step of cgroups that stacks are not taken of: more than any process grows.
 const NEVER_BYTES: u64 = 1 << 50;
 /// THREAD_SIZE of x86_64 and aarch64 with 4 KiB pages. A kernel with another one (KASAN) that has no bpf_task_pt_regs
@@ -59,12 +62,12 @@ pub struct Session {
     hierarchy: Hierarchy,
     status: Status,
     journal: Option<journal::Writer>,
-    kernel_log: Option<log::Reader>,
+    kernel_log: Option<log::KmsgReader>,
     ticker: Ticker,
     ticks: u32,
     /// A tick that made way for a kill.
     owed: bool,
-    questions: Questions,
+    queries: CgroupQueries,
     losses: Vec<(String, u64)>,
     stacks: Stacks,
     /// The stacks ring holds more than was taken in the last turn.
@@ -81,17 +84,17 @@ pub struct Session {
     /// The segment of the journal that has what stacks are made of.
     stated_segment: u64,
     journal_failures: u64,
-    effects: Vec<Effect>,
+    out: Out,
 }
 
 impl Session {
     /// Finds out what the kernel allows, loads and attaches, takes stock of what already runs.
     ///
     /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
-    /// [`Refusal::Unsupported`].
+    /// [`CommandError::Unsupported`].
     pub fn start(options: &Options) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(survey(options.btf.as_deref()), options)?;
-        let kernel_log = match options.kernel_log.then(log::Reader::open) {
+        let kernel_log = match options.kernel_log.then(log::KmsgReader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
             Some(Err(error)) => {
@@ -117,7 +120,7 @@ impl Session {
             ticker,
             ticks: 0,
             owed: false,
-            questions: Questions::default(),
+            queries: CgroupQueries::default(),
             losses: Vec::new(),
             stacks: Stacks::new(Processes::default()),
             stacks_owed: false,
@@ -128,7 +131,7 @@ impl Session {
             steps_ns: clock::boot_ns(),
             stated_segment: 0,
             journal_failures: 0,
-            effects: Vec::new(),
+            out: Out::default(),
         };
         session.take_stock(options);
         Ok(session)
@@ -150,7 +153,7 @@ impl Session {
             near_misses: options.near_misses,
             sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
         };
-        self.feed(Fact::Start { host: machine::host(), settings });
+        self.feed(Fact::Start { host: host::describe(), settings });
         self.feed(clock::anchor());
         let walk = self.hierarchy.walk(clock::boot_ns());
         if walk.truncated {
@@ -183,16 +186,16 @@ impl Session {
     pub fn feed(&mut self, fact: Fact) {
         let input = Input::Fact(fact);
         record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
-        self.engine.apply(&input, &mut self.effects);
+        self.engine.apply(&input, &mut self.out);
     }
 
     /// Waits for something to happen and gives back what is to be done about it.
-    pub async fn step(&mut self) -> Vec<Effect> {
+    pub async fn step(&mut self) -> Vec<Output> {
         if self.owed {
             return self.pump(true);
         }
         if self.stacks_owed {
-            // Signals and questions get their turn in between.
+            // Signals and queries get their turn in between.
             tokio::task::yield_now().await;
             return self.pump(false);
         }
@@ -207,11 +210,11 @@ impl Session {
     /// Drains everything there is, lets time pass, gives back what is to be done about it.
     ///
     /// A kill is given back before anything that takes longer: a tick it came with is made up for at the next turn.
-    pub fn pump(&mut self, tick: bool) -> Vec<Effect> {
+    pub fn pump(&mut self, tick: bool) -> Vec<Output> {
         // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
         let now = clock::boot_ns();
         // Batch by batch into the journal: what is there survives a kill -9.
-        // A storm that outruns us goes on in the next turn: signals and questions get theirs.
+        // A storm that outruns us goes on in the next turn: signals and queries get theirs.
         for _ in 0..BATCHES_PER_TURN {
             let more = self.drain();
             self.flush_journal();
@@ -220,16 +223,16 @@ impl Session {
             }
         }
         self.drain_stacks();
-        let killed = self.effects.iter().any(|effect| matches!(effect, Effect::Kill(_)));
+        let killed = self.out.outputs.iter().any(|output| matches!(output, Output::Kill(_)));
         if tick && killed && !self.owed {
             self.owed = true;
         } else if tick {
             self.owed = false;
             self.tick(now);
         }
-        self.answer_engine();
+        self.carry_out_requests();
         self.flush_journal();
-        std::mem::take(&mut self.effects)
+        std::mem::take(&mut self.out.outputs)
     }
 
     /// One batch out of the rings; whether more is waiting.
@@ -243,7 +246,7 @@ impl Session {
             }
             let input = Input::Record(bytes);
             record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
-            self.engine.apply(&input, &mut self.effects);
+            self.engine.apply(&input, &mut self.out);
         }
         for id in std::mem::take(&mut self.made) {
             self.sample(id);
@@ -274,7 +277,7 @@ impl Session {
             self.stacks.processes.tick();
         }
         self.tell_stacks();
-        for fact in self.questions.answer(&self.hierarchy, clock::boot_ns()) {
+        for fact in self.queries.answer(&self.hierarchy, clock::boot_ns()) {
             self.feed(fact);
         }
         self.feed(Fact::Tick { boot_ns: now });
@@ -287,14 +290,14 @@ impl Session {
         if journal_lost > 0 {
             totals.push(("journal/not_written".to_owned(), journal_lost));
         }
-        let refused = self.questions.refused();
+        let refused = self.queries.not_watched();
         if refused > 0 {
             totals.push(("cgroup/not_watched".to_owned(), refused));
         }
         totals.extend(self.stacks.losses());
         let (_, Cost { thinned, .. }) = self.stack_cost();
         if thinned > 0 {
-            totals.push((OVER_BUDGET.to_owned(), thinned));
+            totals.push((memtrace_incident::Loss::StacksOverBudget.label().to_owned(), thinned));
         }
         if totals != self.losses {
             self.losses.clone_from(&totals);
@@ -302,27 +305,21 @@ impl Session {
         }
     }
 
-    /// Does what the engine asks of its shell itself: quanta at once, questions with the next tick.
-    fn answer_engine(&mut self) {
-        let probe = &mut self.probe;
-        let questions = &mut self.questions;
-        self.effects.retain(|effect| match effect {
-            Effect::LookUpCgroup { id } => {
-                questions.look_up(*id);
-                false
-            }
-            Effect::WatchOomControl { cgroup_id, path } => {
-                questions.watch(*cgroup_id, path.clone(), clock::boot_ns());
-                false
-            }
-            Effect::SetQuantum { cgroup_id, quantum_bytes } => {
-                if let Err(error) = probe.set_quantum(*cgroup_id, *quantum_bytes) {
-                    debug!("quantum of cgroup {cgroup_id}: {error}");
+    /// Carries out what the engine requests: thresholds at once, queries with the next tick.
+    fn carry_out_requests(&mut self) {
+        for request in self.out.requests.drain(..) {
+            match request {
+                Request::LookUpCgroup { id } => self.queries.look_up(id),
+                Request::WatchOomControl { cgroup_id, path } => {
+                    self.queries.watch(cgroup_id, path, clock::boot_ns());
                 }
-                false
+                Request::SetRssThreshold { cgroup_id, threshold_bytes } => {
+                    if let Err(error) = self.probe.set_rss_threshold(cgroup_id, threshold_bytes) {
+                        debug!("RSS threshold of cgroup {cgroup_id}: {error}");
+                    }
+                }
             }
-            _ => true,
-        });
+        }
     }
 
     fn flush_journal(&mut self) {
@@ -348,18 +345,18 @@ impl Session {
     }
 
     /// Ends the run: drains what is left, closes every incident; what it lost is in the log.
-    pub fn stop(mut self) -> Vec<Effect> {
-        let mut effects = self.pump(true);
+    pub fn stop(mut self) -> Vec<Output> {
+        let mut outputs = self.pump(true);
         self.catch_up();
         self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
-        effects.append(&mut self.pump(false));
+        outputs.append(&mut self.pump(false));
         if self.losses.is_empty() {
             info!("stopped; nothing was lost");
         }
         for (what, count) in &self.losses {
             warn!("stopped; lost {what}: {count}");
         }
-        effects
+        outputs
     }
 
     /// The engine, for its counts and its snapshot.
@@ -401,7 +398,7 @@ impl Session {
 /// Whether RSS counters have per-CPU slots on this kernel, all of which can be found.
 fn sums_slots(layout: &KernelLayout) -> bool {
     let found = [layout.bpf_array_pptrs, layout.percpu_counter_counters, layout.percpu_counter_size];
-    layout.rss_is_percpu == 1 && found.iter().all(|field| *field != ABSENT) && machine::possible_cpus() <= MAX_CPUS
+    layout.rss_is_percpu == 1 && found.iter().all(|field| *field != ABSENT) && host::possible_cpus() <= MAX_CPUS
 }
 
 /// Journals an input before the engine sees it; a failure is counted, never fatal.
@@ -415,12 +412,12 @@ fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &En
 }
 
 /// Fails with everything that keeps memtrace from running, and what to do about it.
-fn refuse(status: &Status) -> Result<(), Refusal> {
+fn refuse(status: &Status) -> Result<(), CommandError> {
     if status.can_run() {
         return Ok(());
     }
     let problems: Vec<String> = status.fatal.iter().map(ToString::to_string).collect();
-    Err(Refusal::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
+    Err(CommandError::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
 }
 
 /// What this machine offers a tracer.
@@ -428,7 +425,7 @@ pub struct Ground {
     /// Where the memory controller is.
     pub hierarchy: Result<Hierarchy, CgroupError>,
     /// Everything a plan is made of.
-    pub facts: Facts,
+    pub facts: KernelFacts,
 }
 
 /// Looks at the machine; `btf` is a file of kernel types to read instead of the running kernel's own.
@@ -444,12 +441,12 @@ pub fn survey(btf: Option<&Path>) -> Ground {
 
 /// Loads and attaches what the ground allows. The tracer runs as long as the probe lives.
 ///
-/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`Refusal::Unsupported`].
+/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`CommandError::Unsupported`].
 pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
     let Ground { hierarchy, facts } = ground;
     let plan = plan(&facts, &options.without);
     refuse(&Status::new(&plan, &[]))?;
-    let unsupported = |what: &str| Refusal::Unsupported(what.to_owned());
+    let unsupported = |what: &str| CommandError::Unsupported(what.to_owned());
     // The plan of a kernel without either is fatal.
     let hierarchy = hierarchy.map_err(|error| unsupported(&error.to_string()))?;
     let layout = facts.layout.ok_or_else(|| unsupported("the kernel's types are not known"))?;
@@ -457,28 +454,28 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
         unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
     })?;
     // Until everything is loaded; a command that is started later has the limit it had.
-    let _memlock = machine::raise_memlock();
-    let settings = probe::Settings {
+    let _memlock = host::raise_memlock();
+    let settings = probe::ProbeSettings {
         control: Control {
-            quantum_bytes: options.quantum_bytes,
+            rss_threshold_bytes: options.quantum_bytes,
             mapping_bytes: options.quantum_bytes.saturating_mul(4),
-            mm_salt: machine::salt(),
+            mm_salt: host::salt(),
             memory_hierarchy_id: hierarchy.hierarchy_id,
-            cpus: machine::possible_cpus().min(MAX_CPUS),
+            cpus: host::possible_cpus().min(MAX_CPUS),
             page_shift: rustix::param::page_size().trailing_zeros(),
             percpu_lookup: u32::from(facts.percpu_lookup && sums_slots(&layout)),
             exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
             task_pt_regs: u32::from(facts.task_pt_regs),
             reclaim_interval_ns: 5_000_000,
-            sample_bytes: match (options.stack_budget_ppm, options.sample_all) {
+            sample_interval_bytes: match (options.stack_budget_ppm, options.sample_all) {
                 (0, _) => 0,
                 (_, true) => options.sample_bytes,
                 (_, false) => NEVER_BYTES,
             },
             stack_budget_ppm: options.stack_budget_ppm,
-            slice_bytes: SLICE_BYTES,
+            stack_copy_bytes: STACK_COPY_BYTES,
             thread_bytes: THREAD_BYTES,
-            charges_tell: u32::from(plan.left_out.contains(&Hook::Rss)),
+            rss_from_charges: u32::from(plan.left_out.contains(&Hook::Rss)),
             reserved: 0,
         },
         ledger_bytes: 1 << 20,
@@ -487,7 +484,7 @@ pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, P
         max_processes: options.max_processes,
     };
     let (probe, results) = Probe::load(object, &layout, &settings, &plan, options.btf.as_deref())
-        .map_err(|error| Refusal::Unsupported(error.to_string()))?;
+        .map_err(|error| CommandError::Unsupported(error.to_string()))?;
     let status = Status::new(&plan, &results);
     refuse(&status)?;
     Ok((hierarchy, probe, status))

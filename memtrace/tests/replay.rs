@@ -1,8 +1,9 @@
 //! A journal replays to the same incidents, byte for byte, whatever the pieces it is read in.
 
-use memtrace::engine::Engine;
-use memtrace::engine::input::{Effect, Fact, Input};
-use memtrace::store::incidents;
+use memtrace_engine::input::{Fact, Input};
+use memtrace_engine::output::Output;
+use memtrace_engine::{Engine, Out};
+
 use memtrace::store::journal::{Decoder, Frame};
 use proptest::prelude::*;
 
@@ -11,7 +12,7 @@ const CAPTURE: &[u8] = include_bytes!("../../tests/golden/burst.mtj");
 
 /// Feeds the capture in pieces that end at `cuts`; the incident files it gives.
 fn replay(cuts: &[usize]) -> Vec<Vec<u8>> {
-    let (mut decoder, mut engine, mut effects) = (Decoder::new(), Engine::new(), Vec::new());
+    let (mut decoder, mut engine, mut out) = (Decoder::new(), Engine::new(), Out::default());
     let mut cuts: Vec<usize> = cuts.iter().copied().chain([CAPTURE.len()]).collect();
     cuts.sort_unstable();
     let (mut last, mut rest, mut done) = (0, CAPTURE, 0);
@@ -25,17 +26,17 @@ fn replay(cuts: &[usize]) -> Vec<Vec<u8>> {
                 Frame::Preamble(fact) => Input::Fact(fact),
             };
             last = input.boot_ns().unwrap_or(0).max(last);
-            engine.apply(&input, &mut effects);
+            engine.apply(&input, &mut out);
         }
     }
     decoder.finish();
     assert_eq!((decoder.stopped(), decoder.torn_bytes()), (None, 0));
-    engine.apply(&Input::Fact(Fact::Stop { boot_ns: last }), &mut effects);
-    let file = |effect: &Effect| match effect {
-        Effect::Save(incident) => incidents::encode(incident).ok(),
+    engine.apply(&Input::Fact(Fact::Stop { boot_ns: last }), &mut out);
+    let file = |output: &Output| match output {
+        Output::Save(incident) => memtrace_incident::codec::encode(incident).ok(),
         _ => None,
     };
-    effects.iter().filter_map(file).collect()
+    out.outputs.iter().filter_map(file).collect()
 }
 
 #[test]

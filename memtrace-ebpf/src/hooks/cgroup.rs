@@ -1,14 +1,13 @@
-//! Life of memory cgroups: made, removed, moved into.
+//! The life of memory cgroups: created, removed, moved into (kernel/cgroup/cgroup.c).
 
-use aya_ebpf::helpers::bpf_probe_read_kernel_str_bytes;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
 use memtrace_common::control::Ring;
-use memtrace_common::event::{CGROUP_MADE, CGROUP_REMOVED, CgroupAttach, CgroupChange, PATH_BYTES, PATH_CUT};
+use memtrace_common::event::{CGROUP_MADE, CGROUP_REMOVED, CgroupAttach, CgroupChange, PATH_BYTES, PATH_CUT, UNKNOWN};
 
 use crate::emit::{boot_ns, emit};
 use crate::kernel::{self, cgroup_id, in_memory_hierarchy, pointer, read};
-use crate::layout;
+use crate::{field, layout, set};
 
 /// `cgroup_mkdir(cgroup, path)`.
 #[raw_tracepoint(tracepoint = "cgroup_mkdir")]
@@ -31,15 +30,18 @@ fn change(cgroup: u64, path: u64, change: u32) {
     }
     let memcg = pointer(cgroup, layout!(cgroup_subsys) + 8 * layout!(memory_cgrp_id));
     let parent = pointer(pointer(cgroup, layout!(cgroup_kn)), layout!(kernfs_parent));
-    emit::<CgroupChange>(Ring::Ledger, boot_ns(), |record| unsafe {
-        kernel::read_memcg(memcg, &raw mut (*record).memcg);
-        (*record).memcg.cgroup_id = cgroup_id(cgroup);
-        (*record).parent_id = read(parent, layout!(kernfs_id)).unwrap_or(memtrace_common::event::UNKNOWN);
-        (*record).change = change;
-        let buffer = &mut *(&raw mut (*record).path);
-        let length = bpf_probe_read_kernel_str_bytes(path as *const u8, buffer).map_or(0, |path| path.len());
-        (*record).path_len = length as u64;
-        (*record).flags = if length >= PATH_BYTES - 1 { PATH_CUT } else { 0 };
+    emit::<CgroupChange>(Ring::Ledger, boot_ns(), |record| {
+        kernel::read_memcg(memcg, field!(record.memcg));
+        set!(record => {
+            memcg.cgroup_id: cgroup_id(cgroup),
+            parent_id: read(parent, layout!(kernfs_id)).unwrap_or(UNKNOWN),
+            change: change,
+        });
+        let length = kernel::read_string(path, field!(record.path));
+        set!(record => {
+            path_len: length as u64,
+            flags: if length >= PATH_BYTES - 1 { PATH_CUT } else { 0 },
+        });
     });
 }
 
@@ -50,10 +52,12 @@ fn cgroup_attach(ctx: RawTracePointContext) -> i32 {
     if !in_memory_hierarchy(cgroup) {
         return 0;
     }
-    emit::<CgroupAttach>(Ring::Ledger, boot_ns(), |record| unsafe {
-        kernel::read_task(task, &raw mut (*record).task);
-        (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(task));
-        (*record).whole_process = (ctx.arg::<i32>(3) as u8 != 0) as u64;
+    emit::<CgroupAttach>(Ring::Ledger, boot_ns(), |record| {
+        kernel::read_task(task, field!(record.task));
+        set!(record => {
+            cgroup_id: kernel::memcg_id(kernel::memcg_of(task)),
+            whole_process: (ctx.arg::<i32>(3) as u8 != 0) as u64,
+        });
     });
     0
 }

@@ -7,7 +7,7 @@
 use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
 use aya_log_ebpf::warn;
-use memtrace_common::control::{Loss, Ring};
+use memtrace_common::control::{LossReason, Ring};
 use memtrace_common::event::{
     Kill, OomDecision, OomVictim, SCOPE_GLOBAL, SCOPE_MEMCG, SCOPE_UNKNOWN, SENDER_EXITING, SENDER_KERNEL,
     SENDER_NOINFO, SENDER_PARENT, SENDER_PROCESS, UNKNOWN, VICTIM_GROUP, VICTIM_KILLED, VICTIM_RSS_APPROXIMATE,
@@ -16,12 +16,14 @@ use memtrace_common::event::{
 use super::reclaim::reclaimed_lately;
 use crate::emit::{boot_ns, emit, lose};
 use crate::kernel::{self, bytes, current, pointer, read, read_u32};
-use crate::layout;
 use crate::maps::LAST_KILL;
+use crate::memory::value;
 use crate::stack::emit_trigger_stack;
+use crate::{field, layout, set};
 
 const SIGKILL: i32 = 9;
-/// How long after a SIGKILL a mark_victim on the same CPU belongs to it: they share one task_lock section.
+/// How long after a SIGKILL a mark_victim on the same CPU belongs to it. Both are in one task_lock
+/// section (mm/oom_kill.c `__oom_kill_process`).
 const KILL_TO_MARK_NS: u64 = 1_000_000_000;
 
 /// `signal_generate(sig, info, task, group, result)`.
@@ -45,14 +47,15 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
     if sender_code == SENDER_KERNEL
         && let Some(last) = LAST_KILL.get_ptr_mut(0)
     {
-        unsafe {
-            (*last).target = target;
-            (*last).tgid = read(target, layout!(task_tgid)).unwrap_or(0);
-            (*last).boot_ns = now;
-        }
+        set!(last => {
+            target: target,
+            tgid: read(target, layout!(task_tgid)).unwrap_or(0),
+            boot_ns: now,
+        });
     }
-    // The init of a pid namespace that exits kills the rest of it in the kernel's name; a parent that exits sends what
-    // its children asked for.
+    // The init of a pid namespace that exits kills the rest of it in the kernel's name
+    // (kernel/pid_namespace.c zap_pid_ns_processes); a parent that exits sends what its children
+    // asked for (prctl PR_SET_PDEATHSIG, kernel/exit.c forget_original_parent).
     let sender_code = match sender_code {
         SENDER_KERNEL if kernel::is_exiting(current()) => SENDER_EXITING,
         SENDER_NOINFO if kernel::is_exiting(current()) => SENDER_PARENT,
@@ -60,12 +63,14 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
     };
     // Anybody can send SIGKILL as fast as they like: only the kernel's own go where nothing is lost.
     let ring = if sender_code == SENDER_KERNEL { Ring::Ledger } else { Ring::Samples };
-    emit::<Kill>(ring, now, |record| unsafe {
-        kernel::read_task(current(), &raw mut (*record).sender);
-        kernel::read_task(target, &raw mut (*record).target);
-        (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(target));
-        (*record).sender_code = sender_code;
-        (*record).result = ctx.arg::<i32>(4) as u32;
+    emit::<Kill>(ring, now, |record| {
+        kernel::read_task(current(), field!(record.sender));
+        kernel::read_task(target, field!(record.target));
+        set!(record => {
+            cgroup_id: kernel::memcg_id(kernel::memcg_of(target)),
+            sender_code: sender_code,
+            result: ctx.arg::<i32>(4) as u32,
+        });
     });
     0
 }
@@ -74,8 +79,7 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "mark_victim")]
 fn mark_victim(ctx: RawTracePointContext) -> i32 {
     let now = boot_ns();
-    let Some(last) = LAST_KILL.get_ptr_mut(0) else { return 0 };
-    let last = unsafe { &mut *last };
+    let Some(last) = value(LAST_KILL.get_ptr_mut(0)) else { return 0 };
     let victim: u64 = if layout!(mark_victim_is_task) == 1 {
         ctx.arg(0)
     } else {
@@ -86,7 +90,7 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
         } else if read_u32(current(), layout!(task_pid)) == pid {
             current()
         } else {
-            lose(Ring::Ledger, Loss::NoOwner);
+            lose(Ring::Ledger, LossReason::NoOwner);
             warn!(&ctx, "mark_victim({}): no such task on this CPU", pid);
             return 0;
         }
@@ -99,12 +103,12 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
 
     let trigger_memcg = kernel::memcg_of(current());
     let victim_memcg = kernel::memcg_of(victim);
-    // Who has just reclaimed for a cgroup hit a cgroup's limit, whatever others have given back meanwhile; the machine's
-    // own shortage reclaims by another path.
+    // A thread that has just reclaimed for a cgroup hit a cgroup's limit, whatever others have
+    // given back meanwhile. When the machine itself runs short, reclaim takes another path.
     let at_limit = kernel::memcg_that_ran_out(trigger_memcg, reclaimed_lately(now));
     let mm = pointer(victim, layout!(task_mm));
     if mm == 0 {
-        lose(Ring::Ledger, Loss::Unreadable);
+        lose(Ring::Ledger, LossReason::Unreadable);
     }
     let mut flags = if killed { VICTIM_KILLED } else { 0 };
     if kernel::oom_group(victim_memcg, at_limit) {
@@ -113,27 +117,29 @@ fn mark_victim(ctx: RawTracePointContext) -> i32 {
     if !kernel::rss_is_exact() {
         flags |= VICTIM_RSS_APPROXIMATE;
     }
-    emit::<OomVictim>(Ring::Ledger, now, |record| unsafe {
-        kernel::read_task(current(), &raw mut (*record).trigger);
-        kernel::read_task(victim, &raw mut (*record).victim);
-        kernel::read_memcg(trigger_memcg, &raw mut (*record).trigger_memcg);
-        kernel::read_memcg(victim_memcg, &raw mut (*record).victim_memcg);
-        kernel::read_memcg(at_limit, &raw mut (*record).oom);
-        (*record).rss.anon_bytes = victim_bytes(mm, layout!(mm_anonpages));
-        (*record).rss.file_bytes = victim_bytes(mm, layout!(mm_filepages));
-        (*record).rss.shmem_bytes = victim_bytes(mm, layout!(mm_shmempages));
-        (*record).rss.swap_bytes = victim_bytes(mm, layout!(mm_swapents));
-        (*record).pagetable_bytes = read(mm, layout!(mm_pgtables_bytes)).unwrap_or(UNKNOWN);
-        (*record).oom_score_adj = kernel::oom_score_adj(victim);
-        (*record).scope = if at_limit != 0 {
-            SCOPE_MEMCG
-        } else if trigger_memcg != 0 {
-            SCOPE_GLOBAL
-        } else {
-            SCOPE_UNKNOWN
-        };
-        (*record).flags = flags;
-        (*record).after_kill_ns = if killed { since_kill as u32 } else { 0 };
+    emit::<OomVictim>(Ring::Ledger, now, |record| {
+        kernel::read_task(current(), field!(record.trigger));
+        kernel::read_task(victim, field!(record.victim));
+        kernel::read_memcg(trigger_memcg, field!(record.trigger_memcg));
+        kernel::read_memcg(victim_memcg, field!(record.victim_memcg));
+        kernel::read_memcg(at_limit, field!(record.oom));
+        set!(record => {
+            rss.anon_bytes: victim_bytes(mm, layout!(mm_anonpages)),
+            rss.file_bytes: victim_bytes(mm, layout!(mm_filepages)),
+            rss.shmem_bytes: victim_bytes(mm, layout!(mm_shmempages)),
+            rss.swap_bytes: victim_bytes(mm, layout!(mm_swapents)),
+            pagetable_bytes: read(mm, layout!(mm_pgtables_bytes)).unwrap_or(UNKNOWN),
+            oom_score_adj: kernel::oom_score_adj(victim),
+            scope: if at_limit != 0 {
+                SCOPE_MEMCG
+            } else if trigger_memcg != 0 {
+                SCOPE_GLOBAL
+            } else {
+                SCOPE_UNKNOWN
+            },
+            flags: flags,
+            after_kill_ns: if killed { since_kill as u32 } else { 0 },
+        });
     });
     let leader = pointer(victim, layout!(task_group_leader));
     let start = read(leader, layout!(task_start_boottime)).unwrap_or(UNKNOWN);
@@ -166,11 +172,13 @@ fn oom_decision_kprobe(ctx: ProbeContext) -> u32 {
 fn decision(oom_control: u64) {
     let memcg = pointer(oom_control, layout!(oom_memcg));
     let chosen = pointer(oom_control, layout!(oom_chosen));
-    emit::<OomDecision>(Ring::Ledger, boot_ns(), |record| unsafe {
-        kernel::read_task(current(), &raw mut (*record).trigger);
-        kernel::read_task(chosen, &raw mut (*record).chosen);
-        kernel::read_memcg(memcg, &raw mut (*record).oom);
-        (*record).constraint = read(oom_control, layout!(oom_constraint)).unwrap_or(u32::MAX);
-        (*record).order = read(oom_control, layout!(oom_order)).unwrap_or(i32::MIN);
+    emit::<OomDecision>(Ring::Ledger, boot_ns(), |record| {
+        kernel::read_task(current(), field!(record.trigger));
+        kernel::read_task(chosen, field!(record.chosen));
+        kernel::read_memcg(memcg, field!(record.oom));
+        set!(record => {
+            constraint: read(oom_control, layout!(oom_constraint)).unwrap_or(u32::MAX),
+            order: read(oom_control, layout!(oom_order)).unwrap_or(i32::MIN),
+        });
     });
 }

@@ -1,4 +1,7 @@
 //! Runs once: learns where each CPU keeps its per-CPU memory, so that RSS counters can be summed.
+//!
+//! From 6.2 on resident memory is counted in `struct percpu_counter`s, whose slots programs cannot
+//! reach: a `__percpu` pointer must be moved by `__per_cpu_offset[cpu]`, which is no symbol of BTF.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::helpers::generated::bpf_map_lookup_percpu_elem;
@@ -9,6 +12,7 @@ use memtrace_common::control::MAX_CPUS;
 use memtrace_common::layout::ABSENT;
 
 use crate::maps::{PERCPU_OFFSETS, PERCPU_PROBE};
+use crate::memory::{load, store};
 use crate::{control, layout};
 
 /// Attached to any busy tracepoint until PERCPU_OFFSETS is filled, then detached.
@@ -22,9 +26,8 @@ fn percpu_init(ctx: RawTracePointContext) -> i32 {
     }
     let Some(first) = PERCPU_OFFSETS.get_ptr_mut(0) else { return 0 };
     let map = forget_pointer(first, (&raw const PERCPU_PROBE) as u64);
-    let Ok(base) = (unsafe { bpf_probe_read_kernel((map + layout!(bpf_array_pptrs) as u64) as *const u64) }) else {
-        return 0;
-    };
+    let pptrs = map + layout!(bpf_array_pptrs) as u64;
+    let Ok(base) = (unsafe { bpf_probe_read_kernel(pptrs as *const u64) }) else { return 0 };
     for cpu in 0..MAX_CPUS {
         if cpu >= control!(cpus) {
             break;
@@ -47,8 +50,6 @@ fn percpu_init(ctx: RawTracePointContext) -> i32 {
 /// Passes an address through memory, so that the verifier takes it for a number and allows arithmetic on it.
 #[inline(always)]
 fn forget_pointer(through: *mut u64, address: u64) -> u64 {
-    unsafe {
-        core::ptr::write_volatile(through, address);
-        core::ptr::read_volatile(through)
-    }
+    store(through, address);
+    load(through)
 }

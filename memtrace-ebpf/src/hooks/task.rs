@@ -1,4 +1,4 @@
-//! Life of processes: fork, exec, exit.
+//! The life of processes: fork, exec, exit.
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
@@ -8,7 +8,7 @@ use memtrace_common::event::{Exec, Exit, FORK_SHARES_MM, Fork, UNKNOWN};
 use super::rss::follow;
 use crate::emit::{boot_ns, emit};
 use crate::kernel::{self, bytes, is_kthread, pointer, read, read_u32};
-use crate::{control, layout};
+use crate::{control, field, layout, set};
 
 /// `sched_process_fork(parent, child)`, threads included; runs when the child is complete.
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
@@ -22,12 +22,14 @@ fn process_fork(ctx: RawTracePointContext) -> i32 {
         return 0;
     }
     let shares = mm == pointer(parent, layout!(task_mm));
-    emit::<Fork>(Ring::Ledger, boot_ns(), |record| unsafe {
-        kernel::read_task(parent, &raw mut (*record).parent);
-        kernel::read_task(child, &raw mut (*record).child);
-        (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(child));
-        (*record).flags = if shares { FORK_SHARES_MM } else { 0 };
-        (*record).reserved = 0;
+    emit::<Fork>(Ring::Ledger, boot_ns(), |record| {
+        kernel::read_task(parent, field!(record.parent));
+        kernel::read_task(child, field!(record.child));
+        set!(record => {
+            cgroup_id: kernel::memcg_id(kernel::memcg_of(child)),
+            flags: if shares { FORK_SHARES_MM } else { 0 },
+            reserved: 0,
+        });
     });
     if !shares {
         follow(mm, child, true);
@@ -40,10 +42,12 @@ fn process_fork(ctx: RawTracePointContext) -> i32 {
 fn process_exec(ctx: RawTracePointContext) -> i32 {
     let task: u64 = ctx.arg(0);
     let mm = pointer(task, layout!(task_mm));
-    emit::<Exec>(Ring::Ledger, boot_ns(), |record| unsafe {
-        kernel::read_task(task, &raw mut (*record).task);
-        (*record).cgroup_id = kernel::memcg_id(kernel::memcg_of(task));
-        (*record).mm_id = mm ^ control!(mm_salt);
+    emit::<Exec>(Ring::Ledger, boot_ns(), |record| {
+        kernel::read_task(task, field!(record.task));
+        set!(record => {
+            cgroup_id: kernel::memcg_id(kernel::memcg_of(task)),
+            mm_id: mm ^ control!(mm_salt),
+        });
     });
     follow(mm, task, true);
     0
@@ -68,12 +72,14 @@ fn process_exit(ctx: RawTracePointContext) -> i32 {
     }
     let group_code = read::<i32>(signal, layout!(signal_group_exit_code)).unwrap_or(0);
     let code = if group_code != 0 { group_code } else { read(task, layout!(task_exit_code)).unwrap_or(0) };
-    emit::<Exit>(Ring::Ledger, boot_ns(), |record| unsafe {
-        kernel::read_task(task, &raw mut (*record).task);
-        kernel::read_memcg(kernel::memcg_of(task), &raw mut (*record).memcg);
-        (*record).max_rss_bytes = bytes(read(signal, layout!(signal_maxrss)).unwrap_or(UNKNOWN));
-        (*record).exit_code = code as u32;
-        (*record).reserved = 0;
+    emit::<Exit>(Ring::Ledger, boot_ns(), |record| {
+        kernel::read_task(task, field!(record.task));
+        kernel::read_memcg(kernel::memcg_of(task), field!(record.memcg));
+        set!(record => {
+            max_rss_bytes: bytes(read(signal, layout!(signal_maxrss)).unwrap_or(UNKNOWN)),
+            exit_code: code as u32,
+            reserved: 0,
+        });
     });
     0
 }

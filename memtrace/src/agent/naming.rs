@@ -8,11 +8,11 @@ use anyhow::Context;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::engine::incident::{AllocationPath, Incident};
 use crate::process::apart;
 use crate::process::modules::OpenModule;
 use crate::process::symbolize::{Questions, Summary, Symbolizer};
 use crate::store::incidents;
+use memtrace_incident::{AllocationPath, Incident};
 
 /// Incidents waiting; the oldest goes without names for one more.
 const MAX_WAITING: usize = 256;

@@ -7,10 +7,12 @@ use anyhow::Context;
 use tracing::{error, info, warn};
 
 use super::sinks::Sinks;
-use crate::engine::Engine;
-use crate::engine::input::{Effect, Fact, Input};
 use crate::store::journal;
 use crate::store::ledger::{self, Entry, Ledger};
+use memtrace_engine::Engine;
+use memtrace_engine::Out;
+use memtrace_engine::input::{Fact, Input};
+use memtrace_engine::output::Output;
 
 /// Where the journal of the run before is kept, below the journal's directory.
 const PREVIOUS: &str = "previous";
@@ -31,32 +33,33 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
         }
     };
     let mut engine = Engine::new();
-    let mut effects = Vec::new();
+    let mut out = Out::default();
     let (mut stopped, mut last_ns) = (false, 0);
     loop {
         match reader.next_input() {
             Ok(Some(input)) => {
                 stopped = matches!(input, Input::Fact(Fact::Stop { .. }));
                 last_ns = input.boot_ns().unwrap_or(0).max(last_ns);
-                engine.apply(&input, &mut effects);
+                engine.apply(&input, &mut out);
             }
             Ok(None) => break,
             Err(error) => warn!("journal of the last run: {error}"),
         }
-        // Only these are of interest, and a long journal must not pile up the rest.
-        effects.retain(|effect| matches!(effect, Effect::Save(_) | Effect::Kill(_) | Effect::Sigkill(_)));
+        // What a session would do is over, alerts were sent: a long journal must not pile them up.
+        out.requests.clear();
+        out.outputs.retain(|output| matches!(output, Output::Save(_) | Output::Kill(_) | Output::Sigkill(_)));
     }
     let stats = reader.stats();
     if stats.torn_bytes > 0 {
         warn!("journal of the last run: dropped a torn tail of {} bytes", stats.torn_bytes);
     }
     if !stopped {
-        engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut effects);
+        engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
         let (mut replayed, mut sent) = (Vec::new(), Vec::new());
-        for effect in &effects {
-            match effect {
-                Effect::Kill(kill) => replayed.push(kill.clone()),
-                Effect::Sigkill(sigkill) => sent.push(sigkill.clone()),
+        for output in &out.outputs {
+            match output {
+                Output::Kill(kill) => replayed.push(kill.clone()),
+                Output::Sigkill(sigkill) => sent.push(sigkill.clone()),
                 _ => {}
             }
         }
@@ -64,7 +67,7 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
         // The ledgers first, as in a run.
         let kills = add_missing(replayed, &mut sinks.kills, failures);
         let sigkills = add_missing(sent, &mut sinks.sigkills, failures);
-        let incidents = save_incidents(effects, sinks);
+        let incidents = save_incidents(out.outputs, sinks);
         info!(
             frames = stats.frames,
             recovered = incidents,
@@ -101,12 +104,12 @@ fn add_missing<E: Entry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, failures: 
 }
 
 /// Saves the incidents that are not on disk; how many.
-fn save_incidents(effects: Vec<Effect>, sinks: &mut Sinks) -> u64 {
+fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
     let known: BTreeSet<String> =
         sinks.incidents.list().unwrap_or_default().into_iter().map(|entry| entry.id).collect();
     let mut saved = 0u64;
-    for effect in effects {
-        let Effect::Save(incident) = effect else { continue };
+    for output in outputs {
+        let Output::Save(incident) = output else { continue };
         if known.contains(&incident.id) {
             continue;
         }

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::engine::incident::{Incident, Timeline};
-use crate::report::json;
 use crate::serve::Library;
 use crate::store::incidents::{self, Incidents};
+use memtrace_incident::{Incident, Timeline};
+use memtrace_report::json;
 
 /// The state directory, read only.
 pub(super) struct Shelf(Incidents);
@@ -52,7 +52,7 @@ impl Library for Shelf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     #[test]
     fn the_newest_come_first_without_what_is_large() {

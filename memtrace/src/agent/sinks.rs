@@ -1,4 +1,4 @@
-//! Where the session's effects end up: ledgers, incident files, log, counters.
+//! Where the session's outputs end up: ledgers, incident files, log, counters.
 
 use std::collections::VecDeque;
 use std::fs::{DirBuilder, File, Metadata};
@@ -13,13 +13,14 @@ use tracing::{error, info, warn};
 
 use super::Options;
 use super::naming::Naming;
-use crate::engine::incident::{Incident, PressureLimit};
-use crate::engine::input::{Effect, Finding, KillEntry, SigkillEntry};
 use crate::serve::Counters;
 use crate::store::incidents::Incidents;
 use crate::store::ledger::{Entry, Ledger};
+use memtrace_engine::output::{Finding, Output};
+use memtrace_incident::{Incident, PressureLimit};
+use memtrace_incident::{KillEntry, SigkillEntry};
 
-/// Where effects end up.
+/// Where outputs end up.
 pub(super) struct Sinks {
     pub(super) incidents: Incidents,
     pub(super) kills: Ledger<KillEntry>,
@@ -47,23 +48,21 @@ impl Sinks {
     }
 
     /// Does at once what must not wait, and remembers what has to be saved.
-    pub(super) fn take(&mut self, effects: Vec<Effect>) {
+    pub(super) fn take(&mut self, outputs: Vec<Output>) {
         let mut sigkills = Vec::new();
-        for effect in effects {
-            match effect {
+        for output in outputs {
+            match output {
                 // The ledger: a kill is durable before anything that takes longer.
-                Effect::Kill(kill) => {
+                Output::Kill(kill) => {
                     self.counters.kills = self.counters.kills.saturating_add(1);
                     if let Err(error) = self.kills.append(std::slice::from_ref(&kill)) {
                         self.counters.write_failures = self.counters.write_failures.saturating_add(1);
                         error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
                     }
                 }
-                Effect::Sigkill(sigkill) => sigkills.push(sigkill),
-                Effect::Alert(finding) => self.tell(&finding),
-                Effect::Save(incident) => self.saves.push_back(incident),
-                // The session answers these itself.
-                Effect::LookUpCgroup { .. } | Effect::WatchOomControl { .. } | Effect::SetQuantum { .. } => {}
+                Output::Sigkill(sigkill) => sigkills.push(sigkill),
+                Output::Alert(finding) => self.tell(&finding),
+                Output::Save(incident) => self.saves.push_back(incident),
             }
         }
         self.note_sigkills(&sigkills);
@@ -103,7 +102,7 @@ impl Sinks {
     fn tell(&mut self, finding: &Finding) {
         let path = |path: &Option<String>| path.clone().unwrap_or_else(|| "an unknown cgroup".to_owned());
         match finding {
-            Finding::OomKill { incident, pid, comm, cgroup_path } => {
+            Finding::OomKill { incident, pid, comm, cgroup_path, .. } => {
                 warn!(%incident, pid, comm, cgroup = path(cgroup_path), "OOM kill");
             }
             Finding::Spike { incident, cgroup_path, peak_bytes, limit_bytes } => {

@@ -1,23 +1,28 @@
 //! The files of a memory cgroup: usage, limit and peak; its id and its path; the walk over all of them.
+//!
+//! A cgroup's id is the inode number of its directory, which is its kernfs id (fs/kernfs/mount.c):
+//! the number that records of the kernel side carry. There is no file that leads from an id to a
+//! path, so `path_of` walks.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::hierarchy::Hierarchy;
-use crate::engine::input::CgroupFound;
+use memtrace_engine::input::CgroupFound;
 
-/// Most cgroups one walk visits.
+/// Most cgroups that one walk visits; the rest is left out.
 pub const MAX_CGROUPS: usize = 10_000;
-/// Deepest cgroup a walk visits, below the root.
+/// Levels below the root that a walk visits; what is deeper is left out.
 pub const MAX_DEPTH: usize = 32;
-/// Version 1 has no word for "no limit": the largest number of pages, which depends on the page size.
+/// Limits from here on are none. Version 1 has no word for it: it writes PAGE_COUNTER_MAX pages in
+/// bytes, a number that depends on the page size (include/linux/page_counter.h).
 const UNLIMITED: u64 = 1 << 62;
 
 /// What a walk found.
 #[derive(Clone, Debug, Default)]
-pub struct Walk {
-    /// The cgroups, parents before children.
+pub struct CgroupWalk {
+    /// The cgroups, parents before children. Cap: [`MAX_CGROUPS`].
     pub found: Vec<CgroupFound>,
     /// There were more than [`MAX_CGROUPS`] or deeper ones than [`MAX_DEPTH`].
     pub truncated: bool,
@@ -39,14 +44,14 @@ impl Hierarchy {
         id_of(&self.dir_of(path)?)
     }
 
-    /// The id of a process' memory cgroup.
+    /// The id of a process' memory cgroup; `None` when either is gone.
     pub fn id_of_process(&self, pid: u32) -> Option<u64> {
         self.id_of(&self.path_of_process(pid)?)
     }
 
-    /// Reads every cgroup there is, within the caps.
-    pub fn walk(&self, boot_ns: u64) -> Walk {
-        let mut walk = Walk::default();
+    /// Reads every cgroup, within [`MAX_CGROUPS`] and [`MAX_DEPTH`].
+    pub fn walk(&self, boot_ns: u64) -> CgroupWalk {
+        let mut walk = CgroupWalk::default();
         let mut seen = 0;
         let complete = self.visit(self.root.clone(), &mut |dir, path, parent_id| {
             seen += 1;
@@ -60,7 +65,8 @@ impl Hierarchy {
         walk
     }
 
-    /// The path of a cgroup by its id. `near` is a cgroup it is likely to be a child of: looked at first.
+    /// The path of a cgroup by its id; `None` when it is gone or was not found within the caps.
+    /// Children of the cgroup `near` are compared first.
     pub fn path_of(&self, id: u64, near: Option<&str>) -> Option<String> {
         let child =
             |parent: &str| children(&self.dir_of(parent)?, parent).into_iter().find(|(_, path)| self.is(path, id));

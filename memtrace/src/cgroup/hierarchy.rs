@@ -1,17 +1,21 @@
-//! Which hierarchy the memory controller is in, and where it is mounted: right on version 1, on
-//! version 2 and on machines that have both.
+//! Which hierarchy the memory controller is in, and where it is mounted: on version 1, on version
+//! 2, and on hosts that have both.
+//!
+//! On a hybrid host cgroup v2 is mounted beside the v1 hierarchies, and a controller is in one of
+//! them only. /proc/cgroups says which: `memory 4 ..` is v1 hierarchy 4, `memory 0 ..` is v2
+//! (kernel/cgroup/cgroup-v1.c `proc_cgroupstats_show`).
 
 use std::path::{Path, PathBuf};
 
 /// Why the memory controller cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CgroupError {
-    /// A file of /proc that cannot be read.
+    /// A file of /proc cannot be read.
     #[error("failed to read {path}: {error}")]
     Proc {
-        /// The file.
+        /// Its path.
         path: String,
-        /// What the kernel said.
+        /// The error of the kernel.
         error: String,
     },
     /// The controller is in a version 1 hierarchy that is not mounted here.
@@ -26,19 +30,19 @@ pub enum CgroupError {
         /// Where it is mounted.
         mount: PathBuf,
     },
-    /// Neither version.
+    /// Neither version is mounted.
     #[error("no cgroup file system with a memory controller is mounted")]
     Nothing,
 }
 
-/// The hierarchy of the memory controller.
+/// The cgroup hierarchy that has the memory controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchy {
     /// cgroup version: 1 or 2.
     pub version: u32,
-    /// Where it is mounted.
+    /// Its mount point.
     pub mount: PathBuf,
-    /// Number of the hierarchy; 0 on version 2.
+    /// Number of the hierarchy, as in /proc/cgroups; 0 on version 2.
     pub hierarchy_id: u32,
     /// The cgroup that is mounted there: `/`, or another one inside a container.
     pub root: String,
@@ -53,7 +57,7 @@ struct Mount {
 }
 
 impl Hierarchy {
-    /// Finds it on this machine.
+    /// Finds it on this host.
     pub fn find() -> Result<Self, CgroupError> {
         let read = |path: &str| {
             std::fs::read_to_string(path)
@@ -79,7 +83,7 @@ impl Hierarchy {
         (!outside).then(|| if below.is_empty() { self.mount.clone() } else { self.mount.join(below) })
     }
 
-    /// The memory cgroup's path in a /proc/PID/cgroup file.
+    /// The path of the memory cgroup in the text of a /proc/PID/cgroup file.
     pub fn path_in(&self, proc_cgroup: &str) -> Option<String> {
         proc_cgroup.lines().find_map(|line| {
             // A path may hold colons.
@@ -109,7 +113,7 @@ impl Hierarchy {
 fn find_in(mountinfo: &str, cgroups: &str, controllers: impl Fn(&Path) -> String) -> Result<Hierarchy, CgroupError> {
     let in_v1 = memory_hierarchy(cgroups).filter(|id| *id != 0);
     let mounts: Vec<Mount> = mountinfo.lines().filter_map(mount).collect();
-    // The widest view first: a mount of the root shows more than one of a container's cgroup.
+    // The widest view first: a mount of the root shows more than a mount of a container's cgroup.
     let widest = |kind: &str, option: Option<&str>| {
         mounts
             .iter()

@@ -1,6 +1,10 @@
-//! Memory cgroups: version, files, id and path.
+//! Memory cgroups, read from their file systems.
+//!
+//! `hierarchy` finds where the memory controller is mounted, on version 1 and 2; `files` reads one
+//! cgroup or all of them there; `queries` answers what the engine asks about a cgroup; `transient`
+//! makes the cgroup that a `record` runs its command in.
 
 pub mod files;
 pub mod hierarchy;
-pub mod questions;
+pub mod queries;
 pub mod transient;

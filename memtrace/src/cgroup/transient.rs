@@ -1,4 +1,4 @@
-//! A cgroup of our own for one program: made, limited, filled, removed.
+//! The cgroup that `record` runs its command in: created, limited, filled, removed.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -8,25 +8,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::hierarchy::Hierarchy;
-use crate::engine::input::CgroupFound;
+use memtrace_engine::input::CgroupFound;
 
-/// How long a removal waits for the last processes to be gone.
+/// How long a removal waits for the last processes to exit.
 const REMOVE_FOR: Duration = Duration::from_secs(2);
 /// Pause between two tries.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// What to do about swap when a limit is set.
+/// What a limit means for swap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Swap {
-    /// Leave it as it is.
+    /// The limit of swap stays as it is.
     Leave,
-    /// The limit is for memory and swap together: none may be swapped out beyond it.
+    /// The limit is for memory and swap together, so nothing can be swapped out to get below it.
     None,
 }
 
-/// A cgroup that lives as long as this value.
+/// A cgroup that is removed when this value is dropped.
 #[derive(Debug)]
-pub struct Transient {
+pub struct TransientCgroup {
     hierarchy: Hierarchy,
     dir: PathBuf,
     path: String,
@@ -35,12 +35,13 @@ pub struct Transient {
 }
 
 impl Hierarchy {
-    /// Makes a cgroup below the caller's own, with this limit.
+    /// Creates a cgroup below the caller's own, with this limit in bytes.
     ///
-    /// On version 2 a cgroup that holds processes cannot hand out controllers, so the next place
-    /// upwards that does is taken, and at last the root. Limits of cgroups passed over this way do
-    /// not hold for the new one.
-    pub fn create_transient(&self, name: &str, limit: Option<u64>) -> anyhow::Result<Transient> {
+    /// On version 2 a cgroup that holds processes cannot enable controllers for its children ("no
+    /// internal processes", Documentation/admin-guide/cgroup-v2.rst). Then the nearest ancestor
+    /// that has the memory controller enabled is taken, at last the root. Limits of the cgroups in
+    /// between do not hold for the new one.
+    pub fn create_transient(&self, name: &str, limit: Option<u64>) -> anyhow::Result<TransientCgroup> {
         let fit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         if name.is_empty() || name.len() > 64 || name.starts_with('.') || !name.bytes().all(fit) {
             bail!("{name:?} is no name for a cgroup");
@@ -49,8 +50,8 @@ impl Hierarchy {
         self.create_below(&own, name, limit)
     }
 
-    fn create_below(&self, own: &str, name: &str, limit: Option<u64>) -> anyhow::Result<Transient> {
-        let mut refusal = anyhow::anyhow!("none of {own} and its ancestors is mounted at {}", self.mount.display());
+    fn create_below(&self, own: &str, name: &str, limit: Option<u64>) -> anyhow::Result<TransientCgroup> {
+        let mut failure = anyhow::anyhow!("none of {own} and its ancestors is mounted at {}", self.mount.display());
         for parent in candidates(own) {
             let Some(dir) = self.dir_of(parent) else { continue };
             let may_enable = parent == own || parent == self.root;
@@ -61,24 +62,24 @@ impl Hierarchy {
                     }
                     return Ok(transient);
                 }
-                Err(error) => refusal = error,
+                Err(error) => failure = error,
             }
             if self.version == 1 {
                 break;
             }
         }
-        Err(refusal).with_context(|| format!("failed to create a memory cgroup {name}"))
+        Err(failure).with_context(|| format!("failed to create a memory cgroup {name}"))
     }
 
-    fn make(&self, parent: &Path, parent_path: &str, name: &str, may_enable: bool) -> anyhow::Result<Transient> {
+    fn make(&self, parent: &Path, parent_path: &str, name: &str, may_enable: bool) -> anyhow::Result<TransientCgroup> {
         if self.version != 1 {
-            hand_out_memory(parent, may_enable)?;
+            enable_memory(parent, may_enable)?;
         }
         let dir = parent.join(name);
         fs::create_dir(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
         let path = format!("{}/{name}", parent_path.trim_end_matches('/'));
         let mut transient =
-            Transient { hierarchy: self.clone(), dir: dir.clone(), path: path.clone(), id: 0, removed: false };
+            TransientCgroup { hierarchy: self.clone(), dir: dir.clone(), path: path.clone(), id: 0, removed: false };
         match self.read(&path, 0) {
             Some(found) if found.usage_bytes.is_some() => transient.id = found.id,
             _ => bail!("{} has no memory controller", dir.display()),
@@ -96,8 +97,9 @@ fn candidates(own: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Sees to it that children of this version 2 cgroup have a memory controller.
-fn hand_out_memory(dir: &Path, may_enable: bool) -> anyhow::Result<()> {
+/// Makes sure that children of this version 2 cgroup have a memory controller; enables it where
+/// that is allowed.
+fn enable_memory(dir: &Path, may_enable: bool) -> anyhow::Result<()> {
     let file = dir.join("cgroup.subtree_control");
     let enabled = |text: String| text.split_whitespace().any(|controller| controller == "memory");
     if fs::read_to_string(&file).is_ok_and(enabled) {
@@ -109,8 +111,8 @@ fn hand_out_memory(dir: &Path, may_enable: bool) -> anyhow::Result<()> {
     fs::write(&file, "+memory").with_context(|| format!("failed to enable memory in {}", file.display()))
 }
 
-impl Transient {
-    /// Path in the hierarchy.
+impl TransientCgroup {
+    /// Its path in the hierarchy.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -120,17 +122,17 @@ impl Transient {
         &self.dir
     }
 
-    /// kernfs id.
+    /// Its kernfs id.
     pub const fn id(&self) -> u64 {
         self.id
     }
 
-    /// What its files say now.
+    /// Reads its files; `None` when it is gone.
     pub fn read(&self, boot_ns: u64) -> Option<CgroupFound> {
         self.hierarchy.read(&self.path, boot_ns)
     }
 
-    /// Moves a process here. 0 moves the caller, as a child does between fork and exec.
+    /// Moves a process into it. 0 moves the caller, as a child does between fork and exec.
     pub fn add(&self, pid: u32) -> anyhow::Result<()> {
         self.write("cgroup.procs", &pid.to_string())
     }
@@ -141,13 +143,14 @@ impl Transient {
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
-    /// Sets the limit; `None` takes it away.
+    /// Sets the limit in bytes; `None` removes it.
     pub fn set_limit(&self, limit: Option<u64>, swap: Swap) -> anyhow::Result<()> {
         let number = |none: &str| limit.map_or_else(|| none.to_owned(), |limit| limit.to_string());
         if self.hierarchy.version == 1 {
             const BOTH: &str = "memory.memsw.limit_in_bytes";
             let both = self.dir.join(BOTH).exists();
-            // The limit for both must never be the lower one: lift it before, lower it after.
+            // The limit of memory and swap must never be below that of memory: raise it before,
+            // lower it after.
             if both {
                 self.write(BOTH, "-1")?;
             }
@@ -164,7 +167,8 @@ impl Transient {
         Ok(())
     }
 
-    /// Removes it and the empty cgroups in it. Fails when processes are still in it after a while.
+    /// Removes it and the empty cgroups in it. Fails when processes are still in it after two
+    /// seconds.
     pub fn remove(mut self) -> anyhow::Result<()> {
         self.removed = true;
         remove_tree(&self.dir, REMOVE_FOR).with_context(|| format!("failed to remove {}", self.dir.display()))
@@ -178,7 +182,7 @@ impl Transient {
     }
 }
 
-impl Drop for Transient {
+impl Drop for TransientCgroup {
     fn drop(&mut self) {
         if !self.removed {
             let _ = remove_tree(&self.dir, REMOVE_FOR);
@@ -243,9 +247,9 @@ mod tests {
         let error = hierarchy.create_below("/a/b/c", "t", None).unwrap_err();
         // This is no cgroup file system, so no files appear in the new directory and it is given back.
         assert!(!dir.path().join("a/t").exists() && !dir.path().join("t").exists(), "{error:#}");
-        assert_eq!(hand_out_memory(&dir.path().join("a"), false).map_err(|e| e.to_string()), Ok(()));
-        assert!(hand_out_memory(&dir.path().join("a/b"), false).is_err());
-        assert!(hand_out_memory(&own, true).is_err());
+        assert_eq!(enable_memory(&dir.path().join("a"), false).map_err(|e| e.to_string()), Ok(()));
+        assert!(enable_memory(&dir.path().join("a/b"), false).is_err());
+        assert!(enable_memory(&own, true).is_err());
     }
 
     #[test]

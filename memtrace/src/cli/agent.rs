@@ -9,8 +9,8 @@ use serde::Deserialize;
 use super::Outcome;
 use super::values::{Share, Size, Span};
 use crate::agent;
+use crate::error::CommandError;
 use crate::kernel::hooks::Hook;
-use crate::refusal::Refusal;
 use crate::session;
 
 /// Rows of the engine's table of processes: to follow more in the kernel would lose them here.
@@ -128,7 +128,8 @@ impl Flags {
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9469))),
             Some("off") => None,
             Some(text) => {
-                let wrong = |_| Refusal::Usage(format!("listen: `{text}` is not an address such as 127.0.0.1:9469"));
+                let wrong =
+                    |_| CommandError::Usage(format!("listen: `{text}` is not an address such as 127.0.0.1:9469"));
                 Some(text.parse().map_err(wrong)?)
             }
         };
@@ -152,13 +153,13 @@ impl Flags {
                 self.journal_size.map_or(16 << 20, |size| size.0),
             )),
         };
-        session.check().map_err(Refusal::Usage)?;
+        session.check().map_err(CommandError::Usage)?;
         if session.max_processes > MAX_PROCESSES {
             let what = format!("max_processes: {} is more than {MAX_PROCESSES}", session.max_processes);
-            return Err(Refusal::Usage(what).into());
+            return Err(CommandError::Usage(what).into());
         }
         if session.before_ns > MAX_BEFORE_NS {
-            return Err(Refusal::Usage("before: at most 10m of history is kept".to_owned()).into());
+            return Err(CommandError::Usage("before: at most 10m of history is kept".to_owned()).into());
         }
         Ok(agent::Options {
             session,
@@ -181,7 +182,8 @@ pub fn run(args: Args) -> Outcome {
 fn read_config(path: &Path) -> anyhow::Result<Flags> {
     let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
     toml::from_str(&text).map_err(|error| {
-        Refusal::Usage(format!("{} is not a valid configuration: {}", path.display(), error.to_string().trim())).into()
+        CommandError::Usage(format!("{} is not a valid configuration: {}", path.display(), error.to_string().trim()))
+            .into()
     })
 }
 
@@ -210,9 +212,9 @@ mod tests {
         let most = Flags { max_processes: Some(32_768), before: Some("10m".parse().unwrap()), ..Flags::default() };
         assert!(most.options().is_ok());
         let error = Flags { max_processes: Some(32_769), ..Flags::default() }.options().unwrap_err();
-        assert!(matches!(error.downcast_ref(), Some(Refusal::Usage(what)) if what.contains("32768")), "{error}");
+        assert!(matches!(error.downcast_ref(), Some(CommandError::Usage(what)) if what.contains("32768")), "{error}");
         let error = Flags { before: Some("601s".parse().unwrap()), ..Flags::default() }.options().unwrap_err();
-        assert!(matches!(error.downcast_ref(), Some(Refusal::Usage(what)) if what.contains("10m")), "{error}");
+        assert!(matches!(error.downcast_ref(), Some(CommandError::Usage(what)) if what.contains("10m")), "{error}");
     }
 
     #[test]

@@ -1,4 +1,8 @@
 //! `memtrace doctor`: what this kernel and these privileges allow, and what is lost without the rest.
+//!
+//! As far as privileges allow it does what the agent does at its start, loads and attaches every
+//! hook, and detaches them again: whether a kernel takes a program is not to be known in another
+//! way.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,9 +14,9 @@ use memtrace_common::layout::ABSENT;
 use serde::Serialize;
 
 use super::Outcome;
-use crate::kernel::support::{
-    self, Facts, Hook, HookStatus, MemoryController, Need, Privileges, Problem, Program, State, Status,
-};
+use crate::kernel::hooks::{Hook, HookNeed, Program};
+use crate::kernel::status::{HookState, HookStatus, Status};
+use crate::kernel::support::{self, KernelFacts, MemoryController, Privileges, Problem};
 use crate::session;
 
 /// Version of the `--json` output.
@@ -45,35 +49,35 @@ pub struct Args {
 /// Whether memtrace can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// With everything.
+pub enum DoctorVerdict {
+    /// It can, with every hook.
     Full,
-    /// With something lost.
+    /// It can, and something is lost.
     Degraded,
-    /// Not at all.
+    /// It cannot.
     Impossible,
 }
 
 /// The whole report; `--json` prints it as it is.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
-    /// Version of this form.
+pub struct DoctorReport {
+    /// Version of this output. A new key leaves it as it is.
     pub schema: u32,
     /// Whether memtrace can run.
-    pub verdict: Verdict,
-    /// Kernel release.
+    pub verdict: DoctorVerdict,
+    /// Kernel release (`uname -r`).
     pub kernel: String,
-    /// Machine.
+    /// Architecture (`uname -m`).
     pub arch: String,
     /// File the kernel's types were read from; null when they are not known.
     pub btf: Option<String>,
-    /// The memory controller; null when there is none.
+    /// Where the memory controller is; null when there is none.
     pub cgroup: Option<MemoryController>,
-    /// What this process may do.
+    /// Effective privileges of this process.
     pub privileges: Privileges,
     /// Lockdown mode; null when it cannot be read.
     pub lockdown: Option<String>,
-    /// What is on, what is off, why, what is lost, what to do.
+    /// Every hook: whether it is on, by which program, why not, what is lost, what to do.
     #[serde(flatten)]
     pub status: Status,
     /// Offsets and facts of the kernel's layout; null where the kernel has none.
@@ -86,9 +90,10 @@ pub fn run(args: &Args) -> Outcome {
     let facts = ground.facts.clone();
     let plan = support::plan(&facts, &args.without);
     let planned = Status::new(&plan, &[]);
-    // What already stands in the way is named in full by the plan; trying would only say the first of it again.
+    // The plan names everything that stands in the way; trying would only name the first of it
+    // again.
     let status = if planned.can_run() { outcome(planned, tried(ground, args)) } else { planned };
-    let report = Report::new(&facts, status);
+    let report = DoctorReport::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
@@ -97,7 +102,7 @@ pub fn run(args: &Args) -> Outcome {
         out.write_all(report.text(colour).as_bytes())?;
     }
     out.flush()?;
-    Ok(if report.verdict == Verdict::Impossible { UNSUPPORTED } else { 0 })
+    Ok(if report.verdict == DoctorVerdict::Impossible { UNSUPPORTED } else { 0 })
 }
 
 /// Loads and attaches for a moment, as the agent would: only the kernel knows.
@@ -109,7 +114,7 @@ fn tried(ground: session::Ground, args: &Args) -> anyhow::Result<Status> {
     session::attach(ground, &options).map(|(_, _, status)| status)
 }
 
-/// What came of trying; a plan that fell through is no plan.
+/// The status after trying. An error is one more problem beside those of the plan.
 fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
     tried.unwrap_or_else(|error| {
         let mut fatal = planned.fatal;
@@ -118,13 +123,13 @@ fn outcome(planned: Status, tried: anyhow::Result<Status>) -> Status {
     })
 }
 
-impl Report {
-    /// Joins the facts with where the hooks stand.
-    pub fn new(facts: &Facts, status: Status) -> Self {
+impl DoctorReport {
+    /// Joins the facts with the status of the hooks.
+    pub fn new(facts: &KernelFacts, status: Status) -> Self {
         let verdict = match (status.can_run(), status.degraded().is_empty()) {
-            (false, _) => Verdict::Impossible,
-            (true, false) => Verdict::Degraded,
-            (true, true) => Verdict::Full,
+            (false, _) => DoctorVerdict::Impossible,
+            (true, false) => DoctorVerdict::Degraded,
+            (true, true) => DoctorVerdict::Full,
         };
         let mut layout = BTreeMap::new();
         if let Some(found) = &facts.layout {
@@ -170,17 +175,22 @@ impl Report {
         line(String::new());
         for hook in &self.status.hooks {
             let word = match (&hook.state, hook.need) {
-                (State::Planned { .. }, _) => paint("32", "try"),
-                (State::Attached { .. }, _) => paint("32", "on "),
-                (_, Need::Optional) => paint("33", "off"),
-                (_, Need::Required) => paint("31", "off"),
+                (HookState::Planned { .. }, _) => paint("32", "try"),
+                (HookState::Attached { .. }, _) => paint("32", "on "),
+                (_, HookNeed::Optional) => paint("33", "off"),
+                (_, HookNeed::Required) => paint("31", "off"),
             };
             line(format!("{word}  {:<14} {}", hook.hook.name(), how(hook)));
+            if let HookState::Attached { refused, .. } = &hook.state {
+                for refusal in refused {
+                    line(format!("     {:<14} refused: {}: {}", "", refusal.program, refusal.reason));
+                }
+            }
             if let Some(lost) = hook.lost {
                 line(format!("     {:<14} lost: {lost}", ""));
             }
         }
-        if self.status.hooks.iter().any(|hook| matches!(hook.state, State::Planned { .. })) {
+        if self.status.hooks.iter().any(|hook| matches!(hook.state, HookState::Planned { .. })) {
             line("\ntry: the types allow it; whether the kernel takes it is seen when memtrace starts.".to_owned());
         }
         let section = |out: &mut String, title: &str, problems: &[Problem]| {
@@ -201,23 +211,23 @@ impl Report {
             out,
             "\n{}",
             match self.verdict {
-                Verdict::Full => paint("32", "memtrace can run here with everything."),
-                Verdict::Degraded => paint("33", "memtrace can run here, without what is named above."),
-                Verdict::Impossible => paint("31", "memtrace cannot run here."),
+                DoctorVerdict::Full => paint("32", "memtrace can run here with everything."),
+                DoctorVerdict::Degraded => paint("33", "memtrace can run here, without what is named above."),
+                DoctorVerdict::Impossible => paint("31", "memtrace cannot run here."),
             }
         );
         out
     }
 }
 
-/// Where a hook stands, in words.
+/// Whether a hook is on, in words.
 fn how(hook: &HookStatus) -> String {
     match &hook.state {
-        State::Planned { programs } => programs.iter().map(Program::to_string).collect::<Vec<_>>().join(", else "),
-        State::Attached { program, .. } => format!("{program} (attached)"),
-        State::Failed { error } => error.clone(),
-        State::Refused { reason } => reason.clone(),
-        State::LeftOut => "left out on request".to_owned(),
+        HookState::Planned { programs } => programs.iter().map(Program::to_string).collect::<Vec<_>>().join(", else "),
+        HookState::Attached { program, .. } => format!("{program} (attached)"),
+        HookState::Failed { error } => error.clone(),
+        HookState::Refused { reason } => reason.clone(),
+        HookState::LeftOut => "left out on request".to_owned(),
     }
 }
 
@@ -243,15 +253,16 @@ fn privileges(privileges: &Privileges) -> String {
 mod tests {
     use super::*;
 
-    fn report(facts: &Facts, without: &[Hook]) -> Report {
-        Report::new(facts, Status::new(&support::plan(facts, without), &[]))
+    fn report(facts: &KernelFacts, without: &[Hook]) -> DoctorReport {
+        DoctorReport::new(facts, Status::new(&support::plan(facts, without), &[]))
     }
 
     #[test]
     fn nothing_known_is_impossible_and_says_what_to_do() {
-        let facts = Facts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..Facts::default() };
+        let facts =
+            KernelFacts { kernel: "5.10.0".into(), btf: Some(Err("no such file".into())), ..KernelFacts::default() };
         let report = report(&facts, &[]);
-        assert_eq!(report.verdict, Verdict::Impossible);
+        assert_eq!(report.verdict, DoctorVerdict::Impossible);
         let text = report.text(false);
         for part in [
             "run as root or give CAP_BPF and CAP_PERFMON",
@@ -267,22 +278,37 @@ mod tests {
 
     #[test]
     fn a_plan_that_falls_through_is_impossible_and_says_why() {
-        let facts = Facts::default();
+        let facts = KernelFacts::default();
         let mut planned = Status::new(&support::plan(&facts, &[]), &[]);
         planned.fatal.clear();
         let error = anyhow::anyhow!("Operation not permitted").context("the rss hook is needed");
-        let report = Report::new(&facts, outcome(planned.clone(), Err(error)));
-        assert_eq!(report.verdict, Verdict::Impossible);
+        let report = DoctorReport::new(&facts, outcome(planned.clone(), Err(error)));
+        assert_eq!(report.verdict, DoctorVerdict::Impossible);
         let text = report.text(false);
         assert!(text.contains("in the way:\n  the rss hook is needed: Operation not permitted\n"), "{text}");
         assert_eq!(outcome(planned.clone(), Ok(planned.clone())), planned);
     }
 
     #[test]
+    fn a_program_that_is_second_best_stands_beside_what_was_refused() {
+        let facts = KernelFacts::default();
+        let mut status = Status::new(&support::plan(&facts, &[]), &[]);
+        let [best, second] = Hook::Rss.programs() else { panic!("the rss hook has two programs") };
+        let refusal = support::ProgramRefusal { program: *best, reason: "invalid access to map value".into() };
+        status.hooks[0].lost = None;
+        status.hooks[0].state =
+            HookState::Attached { program: *second, cost: Default::default(), refused: vec![refusal] };
+        let text = DoctorReport::new(&facts, status).text(false);
+        let lines = "on   rss            raw tracepoint rss_stat (attached)\n     \
+                     \x20              refused: typed tracepoint rss_stat: invalid access to map value\n";
+        assert!(text.contains(lines), "{text}");
+    }
+
+    #[test]
     fn this_machine_gets_a_verdict() {
         let facts = session::survey(None).facts;
         let report = report(&facts, &[Hook::Charge]);
-        assert_ne!(report.verdict, Verdict::Full);
+        assert_ne!(report.verdict, DoctorVerdict::Full);
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["hooks"][14]["hook"], "charge");
         assert_eq!(json["hooks"][14]["state"], "left_out");

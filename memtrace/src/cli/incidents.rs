@@ -7,11 +7,12 @@ use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
 use super::{Outcome, STATE_DIR, listing, terminal};
-use crate::engine::incident::{Incident, Kind};
-use crate::engine::input::SigkillEntry;
-use crate::report::{json, units};
 use crate::store::incidents::{self, Incidents};
 use crate::store::ledger;
+use memtrace_incident::SigkillEntry;
+use memtrace_incident::units;
+use memtrace_incident::{Incident, Kind};
+use memtrace_report::json;
 
 /// Arguments of `memtrace incidents`.
 #[derive(clap::Args, Debug)]
@@ -75,7 +76,7 @@ pub fn run(args: &Args) -> Outcome {
     let mut found = Vec::new();
     for entry in entries {
         // The id has the time to the millisecond: old files need not be opened.
-        if let (Some(since), Some(at)) = (args.since, incidents::happened(&entry.id))
+        if let (Some(since), Some(at)) = (args.since, memtrace_incident::codec::happened(&entry.id))
             && Timestamp::try_from(at).is_ok_and(|at| at.as_millisecond() < since.as_millisecond())
         {
             break;

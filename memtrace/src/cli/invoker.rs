@@ -6,7 +6,7 @@ use anyhow::Context;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use crate::refusal::Refusal;
+use crate::error::CommandError;
 
 /// Supplementary groups taken at most; the kernel takes as many.
 const MAX_GROUPS: usize = 65_536;
@@ -25,7 +25,7 @@ pub struct Invoker {
 impl Invoker {
     /// Who called sudo; `None` when nobody did, or this is not root. Half of an answer is a refusal: to run as root
     /// what was meant for a user would be the wrong guess.
-    pub fn find() -> Result<Option<Self>, Refusal> {
+    pub fn find() -> Result<Option<Self>, CommandError> {
         if !rustix::process::geteuid().is_root() {
             return Ok(None);
         }
@@ -72,7 +72,7 @@ impl Invoker {
 }
 
 /// The ids sudo left in the environment.
-fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)>, Refusal> {
+fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)>, CommandError> {
     if uid.is_none() && gid.is_none() {
         return Ok(None);
     }
@@ -81,7 +81,7 @@ fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)
         // The last number means "leave it as it is" to the kernel.
         parsed.filter(|id| *id != u32::MAX).ok_or_else(|| {
             let found = value.map_or_else(|| "not set".to_owned(), |text| format!("{text:?}"));
-            Refusal::Usage(format!(
+            CommandError::Usage(format!(
                 "{name} is {found}, which is no id: cannot tell whose command this is \
                  (unset SUDO_UID and SUDO_GID to run it as root)"
             ))
@@ -135,7 +135,7 @@ mod tests {
             (Some("4294967295"), Some("100"), "SUDO_UID is \"4294967295\""),
         ] {
             let error = ids(uid, gid).unwrap_err();
-            assert!(matches!(error, Refusal::Usage(_)) && error.to_string().starts_with(named), "{error}");
+            assert!(matches!(error, CommandError::Usage(_)) && error.to_string().starts_with(named), "{error}");
         }
     }
 

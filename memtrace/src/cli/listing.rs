@@ -2,9 +2,10 @@
 
 use jiff::Timestamp;
 
-use crate::engine::incident::{Incident, Kind, Pressure, PressureLimit};
-use crate::engine::input::{SigkillCause, SigkillEntry};
-use crate::report::{plain, units};
+use memtrace_incident::units;
+use memtrace_incident::{Incident, Pressure, PressureLimit};
+use memtrace_incident::{SigkillCause, SigkillEntry};
+use memtrace_report::plain;
 
 /// The table, newest first as given; strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {
@@ -43,17 +44,6 @@ pub(super) fn wall(incident: &Incident) -> Option<Timestamp> {
     incident.at.wall.parse().ok()
 }
 
-/// `oom_kill`, as the file says it.
-pub(super) fn kind(kind: Kind) -> &'static str {
-    match kind {
-        Kind::OomKill => "oom_kill",
-        Kind::Spike => "spike",
-        Kind::NearMiss => "near_miss",
-        Kind::Stuck => "stuck",
-        Kind::Recording => "recording",
-    }
-}
-
 fn row(incident: &Incident) -> [String; 7] {
     let victims = incident.oom.as_ref().map_or(&[][..], |oom| &oom.victims);
     let victim = match (victims, &incident.recording) {
@@ -77,7 +67,7 @@ fn row(incident: &Incident) -> [String; 7] {
     [
         plain::escape(&incident.id),
         when(&incident.at.wall),
-        kind(incident.kind).to_owned(),
+        incident.kind.name().to_owned(),
         victim,
         limit,
         units::known(full.peak_bytes),
@@ -112,7 +102,7 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
+    use memtrace_incident::fixtures;
 
     #[test]
     fn a_row_a_sigkill() {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::refusal::Refusal;
+use crate::error::CommandError;
 
 pub mod agent;
 pub mod completions;
@@ -89,9 +89,9 @@ pub fn run(cli: Cli) -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "memtrace: {error:#}");
-            ExitCode::from(match error.downcast_ref::<Refusal>() {
-                Some(Refusal::Usage(_)) => 2,
-                Some(Refusal::Unsupported(_)) => 3,
+            ExitCode::from(match error.downcast_ref::<CommandError>() {
+                Some(CommandError::Usage(_)) => 2,
+                Some(CommandError::Unsupported(_)) => 3,
                 None => 1,
             })
         }

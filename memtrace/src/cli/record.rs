@@ -17,16 +17,17 @@ use super::invoker::Invoker;
 use super::values::{Share, Size, Span};
 use super::{Outcome, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
-use crate::cgroup::transient::Transient;
+use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
-use crate::engine::incident::{Incident, Kind};
-use crate::engine::input::{Effect, Fact};
+use crate::error::CommandError;
 use crate::process::symbolize::{Questions, Symbolizer};
 use crate::process::{apart, stock};
-use crate::refusal::Refusal;
-use crate::report::text;
 use crate::session::{self, Session};
 use crate::store::incidents;
+use memtrace_engine::input::Fact;
+use memtrace_engine::output::Output;
+use memtrace_incident::{Incident, Kind};
+use memtrace_report::text;
 
 /// What is still on its way when a process has ended: its last records, and the window of a kill.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -89,7 +90,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     if args.command.is_empty() && args.pid.is_none() && args.cgroup.is_none() {
         let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
-        return Err(Refusal::Usage(what).into());
+        return Err(CommandError::Usage(what).into());
     }
     // Asked before anything starts: in doubt about the user nothing is run as root.
     let invoker = Invoker::find()?;
@@ -134,7 +135,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         near_misses: false,
         ..session::Options::default()
     };
-    options.check().map_err(Refusal::Usage)?;
+    options.check().map_err(CommandError::Usage)?;
     // Found before the tracer starts, so that a wrong name costs nothing.
     let mut session = Session::start(&options)?;
     let mut files = Vec::new();
@@ -188,7 +189,7 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         Command::from(exec_in::command(cage.dir(), &args.command)?).spawn().context("failed to start the command")?;
     let status = loop {
         tokio::select! {
-            effects = session.step() => keep(effects, files),
+            outputs = session.step() => keep(outputs, files),
             status = child.wait() => break status.context("failed to wait for the command")?,
             _ = interrupt.recv() => {}
             _ = terminate.recv() => forward_terminate(&child),
@@ -227,7 +228,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
     let end = args.duration.map(|span| Instant::now() + span.0);
     loop {
         tokio::select! {
-            effects = session.step() => keep(effects, files),
+            outputs = session.step() => keep(outputs, files),
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
@@ -256,9 +257,9 @@ async fn settle(session: &mut Session, files: &mut Vec<Incident>, time: Duration
     }
 }
 
-fn keep(effects: Vec<Effect>, files: &mut Vec<Incident>) {
-    files.extend(effects.into_iter().filter_map(|effect| match effect {
-        Effect::Save(incident) => Some(*incident),
+fn keep(outputs: Vec<Output>, files: &mut Vec<Incident>) {
+    files.extend(outputs.into_iter().filter_map(|output| match output {
+        Output::Save(incident) => Some(*incident),
         _ => None,
     }));
 }
@@ -272,7 +273,7 @@ fn forward_terminate(child: &Child) {
 }
 
 /// Removes the command's cgroup; what still runs in it comes to ours. What goes wrong costs a cgroup, not a recording.
-fn free(cage: Transient, hierarchy: &Hierarchy) {
+fn free(cage: TransientCgroup, hierarchy: &Hierarchy) {
     // Our own cgroup, not the cage's parent: on version 2 a cgroup that hands out controllers takes no processes.
     let own = hierarchy.own_path().and_then(|path| hierarchy.dir_of(&path)).map(|dir| dir.join("cgroup.procs"));
     let mut said = false;

@@ -6,12 +6,15 @@ use anyhow::Context;
 
 use super::incidents::note;
 use super::{Outcome, listing, terminal};
-use crate::engine::Engine;
-use crate::engine::incident::Incident;
-use crate::engine::input::{Effect, Fact, Input};
-use crate::report::{json, units};
 use crate::store::incidents::Incidents;
 use crate::store::journal::{OpenError, Reader, Stats};
+use memtrace_engine::Engine;
+use memtrace_engine::Out;
+use memtrace_engine::input::{Fact, Input};
+use memtrace_engine::output::Output;
+use memtrace_incident::Incident;
+use memtrace_incident::units;
+use memtrace_report::json;
 
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]
@@ -40,7 +43,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     let mut reader = Reader::open(&args.capture)?;
     let mut engine = Engine::new();
-    let incidents = replay(&mut reader, |input, effects| engine.apply(input, effects))?;
+    let incidents = replay(&mut reader, |input, out| engine.apply(input, out))?;
     let gaps = gaps(reader.stats());
     if !gaps.is_empty() {
         note(&format!("the journal is not whole: {gaps}"));
@@ -64,15 +67,13 @@ pub fn run(args: &Args) -> Outcome {
 }
 
 /// Feeds a journal to an engine; the incidents it saves, each in its last version, in the order they were opened.
-fn replay(
-    reader: &mut Reader,
-    mut apply: impl FnMut(&Input<'_>, &mut Vec<Effect>),
-) -> Result<Vec<Incident>, OpenError> {
-    let mut effects = Vec::new();
+fn replay(reader: &mut Reader, mut apply: impl FnMut(&Input<'_>, &mut Out)) -> Result<Vec<Incident>, OpenError> {
+    let mut out = Out::default();
     let mut incidents: Vec<Incident> = Vec::new();
-    let mut keep = |effects: &mut Vec<Effect>| {
-        for effect in effects.drain(..) {
-            if let Effect::Save(incident) = effect {
+    let mut keep = |out: &mut Out| {
+        out.requests.clear();
+        for output in out.outputs.drain(..) {
+            if let Output::Save(incident) = output {
                 match incidents.iter_mut().find(|known| known.id == incident.id) {
                     Some(known) => *known = *incident,
                     None => incidents.push(*incident),
@@ -88,12 +89,12 @@ fn replay(
             _ => stopped = false,
         }
         last_ns = input.boot_ns().map_or(last_ns, |boot_ns| last_ns.max(boot_ns));
-        apply(&input, &mut effects);
-        keep(&mut effects);
+        apply(&input, &mut out);
+        keep(&mut out);
     }
     if !stopped {
-        apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut effects);
-        keep(&mut effects);
+        apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
+        keep(&mut out);
     }
     Ok(incidents)
 }
@@ -118,8 +119,8 @@ fn gaps(stats: Stats) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::fixtures;
     use crate::store::journal::Writer;
+    use memtrace_incident::fixtures;
 
     fn replayed(inputs: &[Input<'_>], save_at: usize) -> (Vec<Incident>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
@@ -130,10 +131,10 @@ mod tests {
         }
         drop(writer);
         let mut seen = Vec::new();
-        let incidents = replay(&mut Reader::open(dir.path()).unwrap(), |input, effects| {
+        let incidents = replay(&mut Reader::open(dir.path()).unwrap(), |input, out| {
             seen.push(format!("{input:?}"));
             if seen.len() >= save_at {
-                effects.push(Effect::Save(Box::new(fixtures::burst())));
+                out.outputs.push(Output::Save(Box::new(fixtures::burst())));
             }
         });
         (incidents.unwrap(), seen)

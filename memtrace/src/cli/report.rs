@@ -10,12 +10,12 @@ use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
 use super::{Outcome, STATE_DIR};
-use crate::engine::incident::{Cause, Incident};
+use crate::error::CommandError;
 use crate::process::symbolize::symbolize_file;
-use crate::refusal::Refusal;
-use crate::report::paths::Window;
-use crate::report::{firefox, folded, html, json, pprof, text};
 use crate::store::incidents::{self, FindError, Incidents};
+use memtrace_incident::{Cause, Incident};
+use memtrace_report::paths::Window;
+use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]
@@ -117,7 +117,9 @@ pub fn run(args: &Args) -> Outcome {
         Format::Json => json::incident(&incident)?.into_bytes(),
         Format::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
         Format::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
-            return Err(Refusal::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into());
+            return Err(
+                CommandError::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into()
+            );
         }
         Format::Pprof => pprof::profile(&incident, &window, args.cause)?,
         Format::Firefox => firefox::profile(&incident)?.into_bytes(),
@@ -130,7 +132,8 @@ pub fn run(args: &Args) -> Outcome {
 /// The incident that an argument names: a file, standard input, or an id in the state directory.
 fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     if named == "-" {
-        return incidents::read_from(std::io::stdin().lock()).context("failed to read incident from standard input");
+        return memtrace_incident::codec::read_from(std::io::stdin().lock())
+            .context("failed to read incident from standard input");
     }
     let path = Path::new(named);
     let text = named.to_str().unwrap_or_default();
@@ -142,7 +145,7 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     match Incidents::at(state_dir).find(text) {
         Ok(entry) => Ok(incidents::read(&entry.path)?),
         Err(FindError::NotAnId(_)) => {
-            Err(Refusal::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
+            Err(CommandError::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
         }
         Err(FindError::Io { source, .. }) => Err(unreadable(source, state_dir)),
         Err(other) => Err(other.into()),
@@ -152,7 +155,8 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Style, fixtures};
+    use memtrace_incident::fixtures;
+    use memtrace_report::Style;
 
     fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
         Args {
@@ -211,7 +215,7 @@ mod tests {
     fn what_cannot_be_found_is_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let error = |named: &str| run(&args(named, dir.path(), Format::Text)).unwrap_err();
-        assert!(matches!(error("not-an-id").downcast_ref(), Some(Refusal::Usage(_))));
+        assert!(matches!(error("not-an-id").downcast_ref(), Some(CommandError::Usage(_))));
         assert!(error("./no.memtrace").to_string().starts_with("failed to read incident ./no.memtrace: No such file"));
         assert!(error("01KJ").to_string().starts_with("no incident 01KJ in "));
         assert!(error("latest").to_string().starts_with("no incident latest in "));

@@ -1,7 +1,6 @@
 //! `memtrace schema`.
 
 use super::{Outcome, terminal};
-use crate::engine::incident::Incident;
 
 /// Arguments of `memtrace schema`.
 #[derive(clap::Args, Debug)]
@@ -13,27 +12,6 @@ pub struct Args {}
 
 /// Runs the verb.
 pub fn run(_args: &Args) -> Outcome {
-    terminal::write(&schema()?, None)?;
+    terminal::write(&memtrace_incident::json_schema()?, None)?;
     Ok(0)
-}
-
-/// The JSON Schema of the incident file, as published.
-pub fn schema() -> serde_json::Result<String> {
-    let mut text = serde_json::to_string_pretty(&schemars::schema_for!(Incident))?;
-    text.push('\n');
-    Ok(text)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_published_schema_is_this_one() {
-        let published = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/incident.schema.json");
-        assert!(
-            std::fs::read_to_string(published).unwrap_or_default() == schema().unwrap(),
-            "docs/incident.schema.json is out of date: memtrace schema > docs/incident.schema.json"
-        );
-    }
 }

@@ -1,16 +1,18 @@
 //! A reader of the kernel's own type information (BTF): names to offsets. Pure and total.
 //!
-//! It holds the file's bytes, one offset per type and an index of the names that are asked for, and
-//! is dropped once the layout has been taken. Nothing here trusts the file: every read is checked,
-//! every chain and every search is bounded.
+//! BTF (Documentation/bpf/btf.rst) lists every type of the kernel. `Member("mm_struct", "owner")`
+//! is found by the name of the struct and then that of the member, through anonymous structs and
+//! unions, as a C compiler would. The reader holds the file's bytes, one offset a type and an index
+//! of names, and is dropped once the layout is filled. It trusts nothing in the file: every read is
+//! checked, every chain and search is bounded.
 
-use memtrace_common::layout::{KernelLayout, Source};
+use memtrace_common::layout::{FieldSource, KernelLayout};
 
 /// Most types a file may hold; a distribution kernel has about 150 000.
 pub const MAX_TYPES: usize = 4 << 20;
 /// Longest string section, bytes; a distribution kernel has about 3 MiB.
 pub const MAX_STRINGS: usize = 64 << 20;
-/// Longest name, bytes; a longer one matches nothing.
+/// Longest name, bytes; a longer one is never found.
 const MAX_NAME: usize = 1024;
 /// Longest chain of typedefs and qualifiers followed.
 const MAX_CHAIN: u32 = 32;
@@ -33,13 +35,13 @@ pub enum BtfError {
     /// The file starts with something else.
     #[error("not BTF: it starts with {0:#06x} instead of 0xeb9f")]
     NotBtf(u16),
-    /// An ELF file; the BTF is a section of it.
+    /// An ELF file, which has BTF in a section.
     #[error("an ELF file, not raw BTF: take its .BTF section out with `objcopy -O binary --only-section=.BTF`")]
     Elf,
-    /// BTF of a big-endian kernel.
+    /// The BTF is of a big-endian kernel.
     #[error("BTF of a big-endian kernel; memtrace runs on little-endian kernels")]
     BigEndian,
-    /// Another version of the format.
+    /// The version of the format is not 1.
     #[error("BTF version {0}; memtrace reads version 1")]
     Version(u8),
     /// The header points outside of the file.
@@ -70,7 +72,7 @@ pub enum BtfError {
     },
 }
 
-/// The kinds, as numbered by the format.
+/// Kinds of types (include/uapi/linux/btf.h).
 mod kind {
     pub(super) const INT: u32 = 1;
     pub(super) const PTR: u32 = 2;
@@ -107,10 +109,10 @@ mod kind {
 
 /// A field of the layout that this kernel's BTF does not have.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Missing {
+pub struct MissingField {
     /// Field of [`KernelLayout`].
     pub field: &'static str,
-    /// What was looked for.
+    /// How it was looked for.
     pub source: String,
 }
 
@@ -121,9 +123,10 @@ type Section = (usize, usize);
 pub struct Btf {
     bytes: Vec<u8>,
     strings: Section,
-    /// Where each type starts in `bytes`; type 1 is the first.
+    /// Where each type starts in `bytes`; type 1 is the first. Cap: [`MAX_TYPES`].
     types: Vec<u32>,
-    /// (hash of the name, type) of structs, unions, typedefs and functions, sorted.
+    /// (hash of the name, type) of structs, unions, typedefs and functions, sorted. Cap:
+    /// [`MAX_TYPES`].
     names: Vec<(u32, u32)>,
 }
 
@@ -141,7 +144,7 @@ struct Type {
 
 /// A member that was found: its byte offset and its type.
 #[derive(Clone, Copy)]
-struct Found {
+struct FoundMember {
     offset: u32,
     id: u32,
 }
@@ -207,28 +210,28 @@ impl Btf {
     }
 
     /// The layout memtrace needs, with the required fields this kernel does not have.
-    pub fn layout(&self) -> (KernelLayout, Vec<Missing>) {
+    pub fn layout(&self) -> (KernelLayout, Vec<MissingField>) {
         let mut missing = Vec::new();
         let layout = KernelLayout::fill(
             |source| self.resolve(source),
-            |field, source| missing.push(Missing { field, source: format!("{source:?}") }),
+            |field, source| missing.push(MissingField { field, source: format!("{source:?}") }),
         );
         (layout, missing)
     }
 
-    /// The value of one layout field.
-    pub fn resolve(&self, source: &Source) -> Option<u32> {
+    /// The value of one layout field; `None` when this kernel does not have it.
+    pub fn resolve(&self, source: &FieldSource) -> Option<u32> {
         match *source {
-            Source::Member(of, paths) => self.member(of, paths).map(|found| found.offset),
-            Source::Size(of) => self.aggregates(of).next().map(|t| t.size_or_type),
-            Source::Enumerator(name) => self.enumerator(name),
-            Source::IsArrayOf(of, paths, element) => {
+            FieldSource::Member(of, paths) => self.member(of, paths).map(|found| found.offset),
+            FieldSource::Size(of) => self.aggregates(of).next().map(|t| t.size_or_type),
+            FieldSource::Enumerator(name) => self.enumerator(name),
+            FieldSource::IsArrayOf(of, paths, element) => {
                 let found = self.member(of, paths)?;
                 let (_, t) = self.plain(found.id)?;
                 Some(u32::from(self.is_array_of(&t, element)))
             }
-            Source::TracepointArgs(name) => self.tracepoint(name)?.vlen.checked_sub(1).map(|args| args as u32),
-            Source::TracepointArgIsPointer(name, index) => {
+            FieldSource::TracepointArgs(name) => self.tracepoint(name)?.vlen.checked_sub(1).map(|args| args as u32),
+            FieldSource::TracepointArgIsPointer(name, index) => {
                 let proto = self.tracepoint(name)?;
                 let index = (index as usize).checked_add(1)?;
                 if index >= proto.vlen {
@@ -249,7 +252,7 @@ impl Btf {
         self.named(name).any(|t| t.kind == kind::FUNC)
     }
 
-    /// How many parameters a function has.
+    /// How many parameters a function has; `None` when the kernel does not have it.
     pub fn func_args(&self, name: &str) -> Option<u32> {
         self.named(name)
             .filter(|t| t.kind == kind::FUNC)
@@ -271,18 +274,19 @@ impl Btf {
             .any(|t| self.string(t.name).is_some_and(|name| name.starts_with(b"btf_trace_")))
     }
 
-    /// The value of an enumerator of any enum.
+    /// The value of an enumerator, of whatever enum; `None` when it is negative or larger than 32
+    /// bits.
     pub fn enumerator(&self, name: &str) -> Option<u32> {
         let name = name.as_bytes();
         for id in 1..=self.types.len() as u32 {
             let Some(t) = self.get(id) else { continue };
-            let step = match t.kind {
+            let size = match t.kind {
                 kind::ENUM => 8,
                 kind::ENUM64 => 12,
                 _ => continue,
             };
             for i in 0..t.vlen {
-                let at = t.at + TYPE + i * step;
+                let at = t.at + TYPE + i * size;
                 if self.word(at).and_then(|off| self.string(off)) != Some(name) {
                     continue;
                 }
@@ -307,11 +311,11 @@ impl Btf {
     }
 
     /// The first of the paths (separated by `|`) that a struct or union of this name has.
-    fn member(&self, of: &str, paths: &str) -> Option<Found> {
+    fn member(&self, of: &str, paths: &str) -> Option<FoundMember> {
         paths.split('|').find_map(|path| self.aggregates(of).find_map(|t| self.follow(t, path)))
     }
 
-    fn follow(&self, mut t: Type, path: &str) -> Option<Found> {
+    fn follow(&self, mut t: Type, path: &str) -> Option<FoundMember> {
         let mut offset = 0u32;
         let mut budget = MAX_MEMBERS;
         let mut names = path.split('.').peekable();
@@ -319,14 +323,14 @@ impl Btf {
             let found = self.find_member(&t, name.as_bytes(), MAX_NESTING, &mut budget)?;
             offset = offset.checked_add(found.offset)?;
             if names.peek().is_none() {
-                return Some(Found { offset, id: found.id });
+                return Some(FoundMember { offset, id: found.id });
             }
             t = self.plain(found.id)?.1;
         }
         None
     }
 
-    fn find_member(&self, t: &Type, name: &[u8], nesting: u32, budget: &mut u32) -> Option<Found> {
+    fn find_member(&self, t: &Type, name: &[u8], nesting: u32, budget: &mut u32) -> Option<FoundMember> {
         if !matches!(t.kind, kind::STRUCT | kind::UNION) || name.is_empty() {
             return None;
         }
@@ -336,7 +340,7 @@ impl Btf {
             let (name_off, id, place) = (self.word(at)?, self.word(at + 4)?, self.word(at + 8)?);
             let Some(found) = self.string(name_off) else { continue };
             if found == name {
-                return Some(Found { offset: self.place(t, place, id)?, id });
+                return Some(FoundMember { offset: self.place(t, place, id)?, id });
             }
             if !found.is_empty() || nesting == 0 {
                 continue;
@@ -344,7 +348,7 @@ impl Btf {
             let Some((_, inner)) = self.plain(id) else { continue };
             if let Some(inside) = self.find_member(&inner, name, nesting - 1, budget) {
                 let offset = self.place(t, place, id)?.checked_add(inside.offset)?;
-                return Some(Found { offset, id: inside.id });
+                return Some(FoundMember { offset, id: inside.id });
             }
         }
         None
@@ -398,7 +402,7 @@ impl Btf {
             .filter(move |t| self.string(t.name) == Some(name.as_slice()))
     }
 
-    /// A type with typedefs, qualifiers and type tags taken off.
+    /// The type behind typedefs, qualifiers and type tags.
     fn plain(&self, mut id: u32) -> Option<(u32, Type)> {
         for _ in 0..MAX_CHAIN {
             let t = self.get(id)?;

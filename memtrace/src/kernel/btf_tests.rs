@@ -124,7 +124,7 @@ fn sample() -> Builder {
 #[test]
 fn members_are_found_through_anonymous_structs_typedefs_and_qualifiers() {
     let btf = sample().parse();
-    let member = |paths| btf.resolve(&Source::Member("mm", paths));
+    let member = |paths| btf.resolve(&FieldSource::Member("mm", paths));
     assert_eq!(member("owner"), Some(8));
     assert_eq!(member("first"), Some(16));
     assert_eq!(member("deep"), Some(24));
@@ -137,33 +137,33 @@ fn members_are_found_through_anonymous_structs_typedefs_and_qualifiers() {
     assert_eq!(member("owner.x"), None);
     assert_eq!(member(""), None);
     assert_eq!(member("."), None);
-    assert_eq!(btf.resolve(&Source::Member("nothing", "owner")), None);
-    assert_eq!(btf.resolve(&Source::Size("percpu_counter")), Some(40));
-    assert_eq!(btf.resolve(&Source::Size("forward")), None);
+    assert_eq!(btf.resolve(&FieldSource::Member("nothing", "owner")), None);
+    assert_eq!(btf.resolve(&FieldSource::Size("percpu_counter")), Some(40));
+    assert_eq!(btf.resolve(&FieldSource::Size("forward")), None);
 }
 
 #[test]
 fn bitfields_of_the_old_encoding_are_refused() {
     let btf = sample().parse();
-    let member = |path| btf.resolve(&Source::Member("old", path));
+    let member = |path| btf.resolve(&FieldSource::Member("old", path));
     assert_eq!((member("odd"), member("bits"), member("whole")), (None, None, Some(4)));
 }
 
 #[test]
 fn arrays_enumerators_tracepoints_and_functions() {
     let btf = sample().parse();
-    assert_eq!(btf.resolve(&Source::IsArrayOf("mm", "rss", "percpu_counter")), Some(1));
-    assert_eq!(btf.resolve(&Source::IsArrayOf("mm", "rss", "other")), Some(0));
-    assert_eq!(btf.resolve(&Source::IsArrayOf("mm", "owner", "percpu_counter")), Some(0));
-    assert_eq!(btf.resolve(&Source::IsArrayOf("mm", "none", "percpu_counter")), None);
-    let value = |name| btf.resolve(&Source::Enumerator(name));
+    assert_eq!(btf.resolve(&FieldSource::IsArrayOf("mm", "rss", "percpu_counter")), Some(1));
+    assert_eq!(btf.resolve(&FieldSource::IsArrayOf("mm", "rss", "other")), Some(0));
+    assert_eq!(btf.resolve(&FieldSource::IsArrayOf("mm", "owner", "percpu_counter")), Some(0));
+    assert_eq!(btf.resolve(&FieldSource::IsArrayOf("mm", "none", "percpu_counter")), None);
+    let value = |name| btf.resolve(&FieldSource::Enumerator(name));
     assert_eq!((value("LOW"), value("HIGH"), value("SMALL")), (Some(3), Some(9), Some(7)));
     assert_eq!((value("BIG"), value("NEGATIVE"), value("NONE")), (None, None, None));
-    assert_eq!(btf.resolve(&Source::TracepointArgs("mark_victim")), Some(2));
-    assert_eq!(btf.resolve(&Source::TracepointArgIsPointer("mark_victim", 0)), Some(1));
-    assert_eq!(btf.resolve(&Source::TracepointArgIsPointer("mark_victim", 1)), Some(0));
-    assert_eq!(btf.resolve(&Source::TracepointArgIsPointer("mark_victim", 2)), None);
-    assert_eq!(btf.resolve(&Source::TracepointArgIsPointer("mark_victim", u32::MAX)), None);
+    assert_eq!(btf.resolve(&FieldSource::TracepointArgs("mark_victim")), Some(2));
+    assert_eq!(btf.resolve(&FieldSource::TracepointArgIsPointer("mark_victim", 0)), Some(1));
+    assert_eq!(btf.resolve(&FieldSource::TracepointArgIsPointer("mark_victim", 1)), Some(0));
+    assert_eq!(btf.resolve(&FieldSource::TracepointArgIsPointer("mark_victim", 2)), None);
+    assert_eq!(btf.resolve(&FieldSource::TracepointArgIsPointer("mark_victim", u32::MAX)), None);
     assert!(btf.has_tracepoint("mark_victim") && !btf.has_tracepoint("other") && btf.names_tracepoints());
     assert!(btf.has_func("oom_kill_process") && !btf.has_func("mm"));
     assert_eq!((btf.func_args("oom_kill_process"), btf.func_args("mm")), (Some(3), None));
@@ -202,9 +202,9 @@ fn cycles_end() {
     b.aggregate("s", kind::STRUCT, false, 8, &[("", 3, 0), ("", 3, 0), ("x", 1, 0)]);
     b.add("btf_trace_t", kind::TYPEDEF, false, 0, 1, &[]);
     let btf = b.parse();
-    assert_eq!(btf.resolve(&Source::Member("s", "y")), None);
-    assert_eq!(btf.resolve(&Source::Member("s", "x.y")), None);
-    assert_eq!(btf.resolve(&Source::TracepointArgs("t")), None);
+    assert_eq!(btf.resolve(&FieldSource::Member("s", "y")), None);
+    assert_eq!(btf.resolve(&FieldSource::Member("s", "x.y")), None);
+    assert_eq!(btf.resolve(&FieldSource::TracepointArgs("t")), None);
 }
 
 #[test]
@@ -237,10 +237,10 @@ fn try_everything(bytes: &[u8]) {
         btf.func_args("oom_kill_process");
         btf.names_tracepoints();
         for source in [
-            Source::Member("mm", "deep|memory.max"),
-            Source::IsArrayOf("mm", "rss", "percpu_counter"),
-            Source::TracepointArgIsPointer("mark_victim", 1),
-            Source::Enumerator("SMALL"),
+            FieldSource::Member("mm", "deep|memory.max"),
+            FieldSource::IsArrayOf("mm", "rss", "percpu_counter"),
+            FieldSource::TracepointArgIsPointer("mark_victim", 1),
+            FieldSource::Enumerator("SMALL"),
         ] {
             btf.resolve(&source);
         }

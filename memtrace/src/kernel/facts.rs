@@ -1,27 +1,30 @@
-//! Gathers the facts of this machine: the only reader of the files that tell what is possible here.
+//! Gathers the facts that a plan is made of: the only reader of the files that say what is possible
+//! here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::btf::Btf;
-use super::support::{Attach, Facts, Hook, MemoryController, Privileges, Program};
+use super::hooks::{Attach, Hook, Program};
+use super::support::{KernelFacts, MemoryController, Privileges};
 
 /// The running kernel's own BTF.
 pub const KERNEL_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// Largest BTF file that is read.
 const MAX_BTF_FILE: u64 = 256 << 20;
 
-/// Gathers everything. `btf` is a file to read instead of the kernel's own; `cgroup` is what the
-/// cgroup room found out. Never fails: what cannot be known is said in the facts.
-pub fn gather(btf: Option<&Path>, cgroup: Result<MemoryController, String>) -> Facts {
+/// Gathers everything. `btf` is a file to read instead of the kernel's own types; `cgroup` is where
+/// the memory controller was found. Never fails: a fact that cannot be had is stored with the
+/// reason.
+pub fn gather(btf: Option<&Path>, cgroup: Result<MemoryController, String>) -> KernelFacts {
     let uname = rustix::system::uname();
-    let mut facts = Facts {
+    let mut facts = KernelFacts {
         kernel: uname.release().to_string_lossy().into_owned(),
         arch: uname.machine().to_string_lossy().into_owned(),
         cgroup: Some(cgroup),
         privileges: privileges(),
         lockdown: std::fs::read_to_string("/sys/kernel/security/lockdown").ok().and_then(|text| lockdown(&text)),
-        ..Facts::default()
+        ..KernelFacts::default()
     };
     let path = btf.unwrap_or_else(|| Path::new(KERNEL_BTF));
     match read_btf(path) {
@@ -43,8 +46,8 @@ fn read_btf(path: &Path) -> Result<Btf, String> {
     Btf::from_vec(bytes).map_err(|error| error.to_string())
 }
 
-/// Fills in what the kernel's types tell.
-pub fn describe(facts: &mut Facts, btf: &Btf) {
+/// Fills in what the kernel's types say.
+pub fn describe(facts: &mut KernelFacts, btf: &Btf) {
     let (layout, missing) = btf.layout();
     facts.layout = Some(layout);
     facts.missing = missing.iter().map(|missing| format!("{} ({})", missing.field, missing.source)).collect();
@@ -67,7 +70,7 @@ pub fn describe(facts: &mut Facts, btf: &Btf) {
     facts.task_pt_regs = btf.enumerator("BPF_FUNC_task_pt_regs").is_some();
 }
 
-/// What this process may do.
+/// Effective capabilities of this process, from /proc/self/status.
 pub fn privileges() -> Privileges {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     decode_privileges(rustix::process::geteuid().as_raw(), &status)
@@ -141,7 +144,7 @@ mod tests {
         let facts = gather(None, cgroup);
         assert!(facts.missing.is_empty() && facts.tracepoints_known);
         let plan = plan(&facts, &[]);
-        for hook in Hook::ALL.into_iter().filter(|hook| hook.need() == crate::kernel::support::Need::Required) {
+        for hook in Hook::ALL.into_iter().filter(|hook| hook.need() == crate::kernel::hooks::HookNeed::Required) {
             assert!(plan.steps.iter().any(|step| step.hook == hook), "{hook}");
         }
     }

@@ -1,8 +1,13 @@
 //! The hooks: their stable names, the programs behind them, what each needs and what is lost without it.
+//!
+//! A hook has up to three programs in order of preference, of which one runs. `map`, for example,
+//! is best served by fexit programs on the five mapping calls, of x86_64 or of aarch64; where the
+//! kernel cannot attach to functions, one program on the tracepoint `sys_exit` sees the same calls
+//! among all others.
 
 use serde::{Deserialize, Serialize};
 
-/// A place in the kernel memtrace listens at. The names are what `--without` takes.
+/// An event of the kernel that memtrace is told of. The names are what `--without` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
@@ -15,7 +20,7 @@ pub enum Hook {
     Kill,
     /// A process starts.
     Fork,
-    /// A process becomes another program.
+    /// A process executes another program.
     Exec,
     /// A process ends.
     Exit,
@@ -29,11 +34,11 @@ pub enum Hook {
     CgroupAttach,
     /// A cgroup at its limit begins to reclaim.
     ReclaimBegin,
-    /// It has reclaimed.
+    /// Reclaim for a cgroup ends.
     ReclaimEnd,
-    /// mmap, brk and their kin return.
+    /// mmap, munmap, mremap, brk or madvise returns.
     Map,
-    /// The OOM killer decides.
+    /// The OOM killer decides to kill.
     OomDecision,
     /// A charge against a memory cgroup.
     Charge,
@@ -42,20 +47,22 @@ pub enum Hook {
 /// Whether memtrace runs at all without a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Need {
-    /// Without it memtrace has nothing true to say.
+pub enum HookNeed {
+    /// Without it what memtrace says would be wrong.
     Required,
-    /// Without it something is lost, and said.
+    /// Without it something is lost, and the loss is reported.
     Optional,
 }
 
-/// A kernel function, with what the program believes about it.
+/// A kernel function, with what its program takes for granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Function {
     /// Its name.
     pub name: &'static str,
     /// How many parameters it has; with another number the program would read the wrong ones.
     pub args: u32,
+    /// The architecture (`uname -m`) whose kernels have it; `None`: every kernel.
+    pub arch: Option<&'static str>,
 }
 
 /// As its name.
@@ -66,28 +73,33 @@ impl Serialize for Function {
 }
 
 /// `oom_kill_process(oc, message)`.
-const OOM_KILL_PROCESS: Function = Function { name: "oom_kill_process", args: 2 };
+const OOM_KILL_PROCESS: Function = Function { name: "oom_kill_process", args: 2, arch: None };
 /// `page_counter_try_charge(counter, pages, fail)`.
-const TRY_CHARGE: Function = Function { name: "page_counter_try_charge", args: 3 };
+const TRY_CHARGE: Function = Function { name: "page_counter_try_charge", args: 3, arch: None };
 /// `page_counter_uncharge(counter, pages)`.
-const UNCHARGE: Function = Function { name: "page_counter_uncharge", args: 2 };
+const UNCHARGE: Function = Function { name: "page_counter_uncharge", args: 2, arch: None };
+
+/// What `uname -m` says.
+const X86_64: &str = "x86_64";
+/// What `uname -m` says.
+const AARCH64: &str = "aarch64";
 
 /// Charges and what is paid back.
 const CHARGES_FENTRY: Program = fentry("charge_fentry", TRY_CHARGE).together(&[fentry("uncharge_fentry", UNCHARGE)]);
 const CHARGES_KPROBE: Program = kprobe("charge_kprobe", TRY_CHARGE).together(&[kprobe("uncharge_kprobe", UNCHARGE)]);
-/// What the mapping calls are on x86_64.
-const CALLS_X86: Program = syscall_exit("mmap_exit", "__x64_sys_mmap").together(&[
-    syscall_exit("munmap_exit", "__x64_sys_munmap"),
-    syscall_exit("mremap_exit", "__x64_sys_mremap"),
-    syscall_exit("brk_exit", "__x64_sys_brk"),
-    syscall_exit("madvise_exit", "__x64_sys_madvise"),
+/// The mapping calls of x86_64 (arch/x86/include/asm/syscall_wrapper.h).
+const CALLS_X86: Program = syscall_exit("mmap_exit", "__x64_sys_mmap", X86_64).together(&[
+    syscall_exit("munmap_exit", "__x64_sys_munmap", X86_64),
+    syscall_exit("mremap_exit", "__x64_sys_mremap", X86_64),
+    syscall_exit("brk_exit", "__x64_sys_brk", X86_64),
+    syscall_exit("madvise_exit", "__x64_sys_madvise", X86_64),
 ]);
-/// What they are on aarch64.
-const CALLS_ARM64: Program = syscall_exit("mmap_exit", "__arm64_sys_mmap").together(&[
-    syscall_exit("munmap_exit", "__arm64_sys_munmap"),
-    syscall_exit("mremap_exit", "__arm64_sys_mremap"),
-    syscall_exit("brk_exit", "__arm64_sys_brk"),
-    syscall_exit("madvise_exit", "__arm64_sys_madvise"),
+/// The mapping calls of aarch64 (arch/arm64/include/asm/syscall_wrapper.h).
+const CALLS_ARM64: Program = syscall_exit("mmap_exit", "__arm64_sys_mmap", AARCH64).together(&[
+    syscall_exit("munmap_exit", "__arm64_sys_munmap", AARCH64),
+    syscall_exit("mremap_exit", "__arm64_sys_mremap", AARCH64),
+    syscall_exit("brk_exit", "__arm64_sys_brk", AARCH64),
+    syscall_exit("madvise_exit", "__arm64_sys_madvise", AARCH64),
 ]);
 
 /// How a program is attached.
@@ -96,11 +108,11 @@ const CALLS_ARM64: Program = syscall_exit("mmap_exit", "__arm64_sys_mmap").toget
 pub enum Attach {
     /// A raw tracepoint, by the tracepoint's name.
     RawTracepoint(&'static str),
-    /// The same, whose arguments have types.
+    /// A BTF tracepoint: a raw one whose arguments have types the verifier knows.
     TypedTracepoint(&'static str),
-    /// The entry of a function, by BTF.
+    /// The entry of a function, by a BPF trampoline (5.5).
     Fentry(Function),
-    /// The exit of a function, by BTF.
+    /// The exit of a function, by a BPF trampoline (5.5).
     Fexit(Function),
     /// The entry of a function, by a breakpoint.
     Kprobe(Function),
@@ -128,19 +140,19 @@ impl Attach {
     }
 }
 
-/// One eBPF program: its function in the object and where it goes.
+/// One eBPF program: its function in the object and where it is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Program {
     /// Function name in the object.
     pub name: &'static str,
     /// Where it is attached.
     pub attach: Attach,
-    /// What is attached together with it: all or none.
+    /// Programs that are attached together with it: all or none.
     #[serde(skip_serializing_if = "<[Self]>::is_empty")]
     pub with: &'static [Self],
 }
 
-/// As people are told: where it is attached, and the first of what is attached with it.
+/// For people: `fexit __x64_sys_mmap and 4 more`.
 impl std::fmt::Display for Program {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.attach)?;
@@ -152,7 +164,7 @@ impl std::fmt::Display for Program {
 }
 
 impl Program {
-    /// It and what is attached with it.
+    /// The program and what is attached with it.
     pub fn all(&self) -> impl Iterator<Item = &Self> {
         std::iter::once(self).chain(self.with)
     }
@@ -175,8 +187,8 @@ const fn fentry(name: &'static str, function: Function) -> Program {
 }
 
 /// A system call's function: `regs`, the user's registers, is its only parameter (arch/*/include/asm/syscall_wrapper.h).
-const fn syscall_exit(program: &'static str, name: &'static str) -> Program {
-    Program { name: program, attach: Attach::Fexit(Function { name, args: 1 }), with: &[] }
+const fn syscall_exit(program: &'static str, name: &'static str, arch: &'static str) -> Program {
+    Program { name: program, attach: Attach::Fexit(Function { name, args: 1, arch: Some(arch) }), with: &[] }
 }
 
 const fn kprobe(name: &'static str, function: Function) -> Program {
@@ -209,11 +221,11 @@ impl Hook {
     }
 
     /// Whether memtrace runs without it.
-    pub const fn need(self) -> Need {
+    pub const fn need(self) -> HookNeed {
         self.about().need
     }
 
-    /// Its programs in order of preference; the first that attaches is used.
+    /// Its programs in order of preference; the first that the kernel takes is used.
     pub const fn programs(self) -> &'static [Program] {
         self.about().programs
     }
@@ -234,7 +246,7 @@ impl Hook {
     }
 
     const fn about(self) -> About {
-        use Need::{Optional, Required};
+        use HookNeed::{Optional, Required};
         const ANY: &[&[&str]] = &[];
         match self {
             Self::Rss => About {
@@ -354,10 +366,10 @@ impl Hook {
     }
 }
 
-/// All there is to say about a hook.
+/// The table behind [`Hook`]'s functions.
 struct About {
     name: &'static str,
-    need: Need,
+    need: HookNeed,
     programs: &'static [Program],
     fields: &'static [&'static [&'static str]],
     lost: &'static str,

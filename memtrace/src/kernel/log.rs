@@ -1,8 +1,17 @@
 //! The kernel log: what it says about OOM kills (pure), and the reader of /dev/kmsg.
 //!
+//! It is the second witness of a kill. The kernel writes two lines (mm/oom_kill.c
+//! `dump_oom_summary`, `__oom_kill_process`), for example
+//!
+//! ```text
+//! oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/a,task_memcg=/a/b,task=x,pid=7,uid=0
+//! Memory cgroup out of memory: Killed process 7 (x) total-vm:1kB, ..
+//! ```
+//!
 //! Names of tasks and cgroups are chosen by others and may hold any of the separators. What the
-//! kernel itself writes after them does not, so lines are taken apart from the end. Records that
-//! programs wrote to /dev/kmsg are told by their facility, which the kernel does not let them forge.
+//! kernel writes after them does not, so lines are parsed from the end. Records that programs wrote
+//! to /dev/kmsg are recognised by their facility, which the kernel does not let them set to its own
+//! (kernel/printk/printk.c `devkmsg_write`).
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -12,21 +21,21 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::Context;
 use rustix::io::Errno;
 
-use crate::engine::input::{KernelLogEvent, KernelLogLine};
+use memtrace_engine::input::{KernelLogEvent, KernelLogLine};
 
-/// Where the records are.
+/// The device with the records of the kernel log.
 pub const KMSG: &str = "/dev/kmsg";
-/// Room for one record: the kernel's own limit, and then some.
+/// Room for one record, bytes; the kernel's own limit is below it (kernel/printk/printk.c).
 const RECORD: usize = 16 << 10;
-/// Most records taken in one go; the rest waits for the next.
+/// Most records that one call reads; the rest waits for the next.
 const MAX_RECORDS: usize = 1 << 16;
-/// A task's name is at most this long, bytes.
+/// Longest name of a task, bytes (TASK_COMM_LEN without its NUL).
 const MAX_COMM: usize = 15;
 
 /// One record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
-    /// Its number; the next record has the next number.
+pub struct KmsgRecord {
+    /// Sequence number: the next record has the next one.
     pub seq: u64,
     /// printk's clock, nanoseconds.
     pub printk_ns: u64,
@@ -34,9 +43,10 @@ pub struct Record {
     pub event: Option<KernelLogEvent>,
 }
 
-/// Takes one record of /dev/kmsg apart: `priority,number,microseconds,flags;message`, then lines of
-/// key and value. `None` when it is not of this form.
-pub fn parse_kmsg(record: &str) -> Option<Record> {
+/// Parses one record of /dev/kmsg (Documentation/ABI/testing/dev-kmsg):
+/// `priority,number,microseconds,flags;message`, then lines of key and value. `None` when it is not
+/// of this form.
+pub fn parse_kmsg(record: &str) -> Option<KmsgRecord> {
     let (head, rest) = record.split_once(';')?;
     let mut fields = head.split(',');
     let priority: u32 = fields.next()?.parse().ok()?;
@@ -45,10 +55,10 @@ pub fn parse_kmsg(record: &str) -> Option<Record> {
     let message = rest.split('\n').next().unwrap_or_default();
     // Facility 0 is the kernel.
     let event = if priority < 8 { parse_message(&unescape(message)) } else { None };
-    Some(Record { seq, printk_ns: micros.saturating_mul(1000), event })
+    Some(KmsgRecord { seq, printk_ns: micros.saturating_mul(1000), event })
 }
 
-/// What a message says about an OOM kill.
+/// What a message says about an OOM kill; `None` when it is about something else.
 fn parse_message(message: &str) -> Option<KernelLogEvent> {
     match message.strip_prefix("oom-kill:constraint=") {
         Some(rest) => parse_oom_kill(rest),
@@ -128,7 +138,7 @@ fn unescape(message: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Follows the record numbers and tells how many records are missing.
+/// Follows the sequence numbers, and so knows how many records are missing.
 #[derive(Debug, Default)]
 struct Sequence {
     next: Option<u64>,
@@ -136,8 +146,8 @@ struct Sequence {
 }
 
 impl Sequence {
-    /// Records missing before this one.
-    fn step(&mut self, seq: u64) -> u64 {
+    /// Takes the number of the next record; how many are missing before it.
+    fn advance(&mut self, seq: u64) -> u64 {
         let jumped = self.next.map_or(0, |next| seq.saturating_sub(next));
         // Overrun before the first record was read: at least one is gone.
         let lost = if std::mem::take(&mut self.overrun) { jumped.max(1) } else { jumped };
@@ -148,12 +158,12 @@ impl Sequence {
 
 /// Reads the kernel log from the moment it was opened.
 #[derive(Debug)]
-pub struct Reader {
+pub struct KmsgReader {
     file: File,
     sequence: Sequence,
 }
 
-impl Reader {
+impl KmsgReader {
     /// Opens /dev/kmsg at its end. Needs CAP_SYSLOG where kernel.dmesg_restrict is set.
     pub fn open() -> anyhow::Result<Self> {
         let mut file = File::options()
@@ -186,7 +196,7 @@ impl Reader {
             let mut push = |line| {
                 lines.push(KernelLogLine { printk_ns: record.printk_ns, read_boot_ns: boot_ns_now, line });
             };
-            let lost = self.sequence.step(record.seq);
+            let lost = self.sequence.advance(record.seq);
             if lost > 0 {
                 push(KernelLogEvent::Gap { lines: lost });
             }
@@ -198,13 +208,13 @@ impl Reader {
     }
 }
 
-impl AsFd for Reader {
+impl AsFd for KmsgReader {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 }
 
-impl std::os::fd::AsRawFd for Reader {
+impl std::os::fd::AsRawFd for KmsgReader {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.file.as_raw_fd()
     }
@@ -239,7 +249,7 @@ mod tests {
     #[test]
     fn the_head_of_a_record() {
         let record = parse_kmsg("6,339,5140900,-;hello; world\n SUBSYSTEM=acpi\n").unwrap();
-        assert_eq!(record, Record { seq: 339, printk_ns: 5_140_900_000, event: None });
+        assert_eq!(record, KmsgRecord { seq: 339, printk_ns: 5_140_900_000, event: None });
         assert!(parse_kmsg("6,339,5140900,c,caller=T1;more").is_some());
         for bad in ["", ";", "6,339;x", "a,1,2,-;x", "6,1,2,-", "6,-1,2,-;x"] {
             assert_eq!(parse_kmsg(bad), None, "{bad}");
@@ -318,17 +328,17 @@ mod tests {
     #[test]
     fn gaps_are_counted() {
         let mut sequence = Sequence::default();
-        assert_eq!([sequence.step(10), sequence.step(11), sequence.step(15)], [0, 0, 3]);
+        assert_eq!([sequence.advance(10), sequence.advance(11), sequence.advance(15)], [0, 0, 3]);
         sequence.overrun = true;
-        assert_eq!([sequence.step(20), sequence.step(21)], [4, 0]);
-        assert_eq!(sequence.step(3), 0, "numbers that go back are no gap");
+        assert_eq!([sequence.advance(20), sequence.advance(21)], [4, 0]);
+        assert_eq!(sequence.advance(3), 0, "numbers that go back are no gap");
         let mut fresh = Sequence { overrun: true, next: None };
-        assert_eq!(fresh.step(99), 1);
+        assert_eq!(fresh.advance(99), 1);
     }
 
     #[test]
     fn the_reader_starts_at_the_end_and_never_waits() {
-        let Ok(mut reader) = Reader::open() else { return };
+        let Ok(mut reader) = KmsgReader::open() else { return };
         let lines = reader.read_available(1).unwrap();
         assert!(lines.len() < 1000);
     }

@@ -1,9 +1,10 @@
-//! Calls that the kernel did not show to our programs.
+//! Calls that the kernel did not run a program for.
 //!
-//! A program does not run for a task that comes to it on a CPU where another task, or the same one, is in the middle of it:
-//! a hook on a function can be preempted, and is guarded by CPU (kernel/bpf/trampoline.c, `__bpf_prog_enter_recur`;
-//! kernel/trace/bpf_trace.c for the others). Nothing of ours can notice. From Linux 5.12 on the kernel counts it, and says
-//! so in the fdinfo of the program (`recursion_misses`).
+//! A program is not run while it is already running on the same CPU: for another task that
+//! preempted the first one, or for the same task again (kernel/bpf/trampoline.c
+//! `__bpf_prog_enter_recur`; kernel/trace/bpf_trace.c for tracepoints and kprobes). The program
+//! cannot notice. From 5.12 on the kernel counts such calls in the program's fdinfo
+//! (`recursion_misses`), and they are shown as the loss `HOOK/not_run`.
 
 use std::fs::File;
 use std::os::fd::RawFd;
@@ -11,17 +12,19 @@ use std::os::unix::fs::FileExt;
 
 use super::hooks::Hook;
 
-/// An fdinfo file is a dozen short lines.
+/// Bytes of an fdinfo file that are read; it is a dozen short lines.
 const MAX_BYTES: usize = 1024;
 
 /// The programs of the attached hooks.
 #[derive(Debug, Default)]
 pub(super) struct Misses {
+    /// Cap: the programs of all hooks, 25.
     programs: Vec<(Hook, File)>,
 }
 
 impl Misses {
-    /// Those of these programs, by hook and descriptor, whose misses the kernel counts.
+    /// Opens the fdinfo of these programs, by hook and descriptor; those whose misses the kernel
+    /// does not count are left out.
     pub(super) fn of(programs: impl Iterator<Item = (Hook, RawFd)>) -> Self {
         let open = |(hook, fd)| {
             let file = File::open(format!("/proc/self/fdinfo/{fd}")).ok()?;
@@ -30,7 +33,7 @@ impl Misses {
         Self { programs: programs.filter_map(open).collect() }
     }
 
-    /// Totals by hook, of those that are not 0.
+    /// Calls missed since the start by hook, without those that are 0.
     pub(super) fn totals(&self) -> Vec<(String, u64)> {
         let of_hook = |hook: Hook| {
             let counts = self.programs.iter().filter(|(of, _)| *of == hook).filter_map(|(_, file)| read(file));

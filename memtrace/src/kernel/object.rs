@@ -1,7 +1,7 @@
 //! The eBPF object that this binary carries.
 
-/// The object that `cargo xtask build` put in, aligned as an ELF reader wants it; `None` in a
-/// binary built without one, which can read incidents but trace nothing.
+/// The object that `cargo xtask build` embeds, aligned as an ELF reader needs it. `None` in a
+/// binary that was built without it (`cargo build`), which can read incidents but trace nothing.
 pub fn ebpf_object() -> Option<&'static [u8]> {
     let object: &'static [u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/memtrace.bpf.o"));
     Some(object).filter(|object| !object.is_empty())

@@ -1,4 +1,6 @@
-//! With `object` the only file that names aya: loads the programs, attaches them one by one, drains the rings, reads the counters.
+//! The loaded programs: attaches them one by one, drains the rings, reads the counters.
+//!
+//! With `object` the only file that names aya.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
@@ -20,25 +22,28 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::hooks::{Attach, Hook, Program};
 use super::misses::{Misses, field};
-use super::support::{AttachResult, Cost, Plan};
+use super::status::{AttachResult, ProgramCost};
+use super::support::{AttachPlan, ProgramRefusal};
 
 /// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
 const MAX_BATCH_BYTES: usize = 4 << 20;
 /// How long to wait for the per-CPU offsets to be learnt.
 const PERCPU_PATIENCE: Duration = Duration::from_millis(500);
+/// Longest reason for which a program was refused, bytes. A verifier log can be 16 MiB.
+const MAX_REASON_BYTES: usize = 1024;
 
-/// What the kernel side is told, beyond the layout.
+/// What the kernel side is given, beside the layout.
 #[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    /// Frozen settings.
+pub struct ProbeSettings {
+    /// Settings that are frozen into the programs.
     pub control: Control,
     /// Size of the ledger ring, bytes (a power of two of pages).
     pub ledger_bytes: u32,
-    /// Size of the samples ring, bytes.
+    /// Size of the samples ring, bytes (likewise).
     pub samples_bytes: u32,
-    /// Size of the stacks ring, bytes.
+    /// Size of the stacks ring, bytes (likewise).
     pub stacks_bytes: u32,
-    /// Address spaces followed at most.
+    /// Address spaces that are followed at most.
     pub max_processes: u32,
 }
 
@@ -51,9 +56,9 @@ pub enum ProbeError {
     /// The BTF file could not be used.
     #[error("failed to read kernel type information from {path}: {reason}")]
     Btf {
-        /// File.
+        /// The file.
         path: String,
-        /// Why.
+        /// What is wrong with it.
         reason: String,
     },
     /// A map is missing from the object or of the wrong kind.
@@ -83,13 +88,13 @@ pub struct Probe {
 impl Probe {
     /// Loads `object` and tries every step of the plan, each by the first of its programs the kernel takes.
     ///
-    /// What came of each is in the answer; `support::Status` tells whether it is enough. Must run inside a tokio
-    /// runtime.
+    /// Returns what came of each step; `status::Status` says whether it is enough. Must run inside
+    /// a tokio runtime.
     pub fn load(
         object: &[u8],
         layout: &KernelLayout,
-        settings: &Settings,
-        plan: &Plan,
+        settings: &ProbeSettings,
+        plan: &AttachPlan,
         btf: Option<&Path>,
     ) -> Result<(Self, Vec<(Hook, AttachResult)>), ProbeError> {
         let btf = match btf {
@@ -129,19 +134,13 @@ impl Probe {
                 .map_err(|error| ProbeError::Load(format!("failed to poll a ring: {error}")))?;
             rings.push((ring, buffer));
         }
-        let results: Vec<(Hook, AttachResult)> = plan
-            .steps
-            .iter()
-            .map(|step| match attach_first(&mut ebpf, &step.programs, &btf) {
-                Ok(program) => (step.hook, AttachResult::Attached(program, cost(&ebpf, &program))),
-                Err(reason) => (step.hook, AttachResult::Failed(reason)),
-            })
-            .collect();
+        let results: Vec<(Hook, AttachResult)> =
+            plan.steps.iter().map(|step| (step.hook, attach_first(&mut ebpf, &step.programs, &btf))).collect();
         let misses = Misses::of(descriptors(&ebpf, &results).into_iter());
         Ok((Self { ebpf, messages, rings, misses, arena: Vec::new(), slots: Vec::new() }, results))
     }
 
-    /// Waits until a ring wants to be drained.
+    /// Waits until a ring has woken its reader.
     pub async fn ready(&mut self) {
         let [(_, ledger), (_, samples), (_, stacks)] = self.rings.as_mut_slice() else {
             return std::future::pending().await;
@@ -185,8 +184,9 @@ impl Probe {
         (records, more)
     }
 
-    /// Lends every record of the stacks ring to `take`, at most `most` of them, in the ring's own memory: what is on a
-    /// stack is nobody's to copy. Whether more is waiting.
+    /// Lends records of the stacks ring to `take`, at most `most` of them, in the ring's own
+    /// memory: they hold stacks of other programs, secrets included, which must not be copied.
+    /// Returns whether more is waiting.
     pub fn drain_stacks(&mut self, most: usize, mut take: impl FnMut(&[u8])) -> bool {
         let Some((_, buffer)) = self.rings.iter_mut().find(|(ring, _)| *ring == Ring::Stacks) else { return false };
         let buffer = buffer.get_mut();
@@ -197,15 +197,15 @@ impl Probe {
         true
     }
 
-    /// Passes on what the programs have to say (aya-log).
+    /// Passes messages of the programs (aya-log) to this process' log.
     pub fn pass_messages(&mut self) {
         if let Some(messages) = &mut self.messages {
             messages.flush();
         }
     }
 
-    /// Totals of what the kernel side lost, by `ring/reason` and, of calls that our programs were not run for, by
-    /// `hook/not_run`; only those that are not 0.
+    /// Totals of what the kernel side lost since the start, without those that are 0: records by
+    /// `ring/reason`, and calls that a program was not run for by `hook/not_run`.
     pub fn losses(&self) -> Vec<(String, u64)> {
         let Some(Ok(losses)) = self.ebpf.map("LOSSES").map(PerCpuArray::<_, u64>::try_from) else {
             return vec![("counters unreadable".to_owned(), 1)];
@@ -232,19 +232,19 @@ impl Probe {
         RINGS.iter().map(|(ring, _, label)| (*label, sum(&sent, *ring as u32))).collect()
     }
 
-    /// Gives a cgroup a quantum of its own.
-    pub fn set_quantum(&mut self, cgroup_id: u64, quantum_bytes: u64) -> Result<(), String> {
-        self.put("QUANTA", cgroup_id, quantum_bytes)
+    /// Gives a cgroup an RSS threshold of its own.
+    pub fn set_rss_threshold(&mut self, cgroup_id: u64, threshold_bytes: u64) -> Result<(), String> {
+        self.put("RSS_THRESHOLDS", cgroup_id, threshold_bytes)
     }
 
-    /// Gives a cgroup a sampling step of its own, bytes.
-    pub fn set_step(&mut self, cgroup_id: u64, step_bytes: u64) -> Result<(), String> {
-        self.put("STEPS", cgroup_id, step_bytes)
+    /// Gives a cgroup a sample interval of its own.
+    pub fn set_sample_interval(&mut self, cgroup_id: u64, interval_bytes: u64) -> Result<(), String> {
+        self.put("SAMPLE_INTERVALS", cgroup_id, interval_bytes)
     }
 
-    /// Copies this much of the stacks of a process.
-    pub fn set_slice(&mut self, pid: u32, slice_bytes: u32) -> Result<(), String> {
-        self.put("SLICES", pid, slice_bytes)
+    /// Sets how much of its threads' stacks is copied for a process.
+    pub fn set_stack_copy(&mut self, pid: u32, copy_bytes: u32) -> Result<(), String> {
+        self.put("STACK_COPIES", pid, copy_bytes)
     }
 
     fn put<K: aya::Pod, V: aya::Pod>(&mut self, name: &'static str, key: K, value: V) -> Result<(), String> {
@@ -253,20 +253,22 @@ impl Probe {
         map.insert(key, value, 0).map_err(|error| error.to_string())
     }
 
-    /// What stacks have cost; `None` when it cannot be read.
+    /// What stacks have cost in the kernel; `None` when it cannot be read.
     pub fn stack_budget(&self) -> Option<StackBudget> {
         let map: Array<_, [u8; size_of::<StackBudget>()]> = Array::try_from(self.ebpf.map("STACK_BUDGET")?).ok()?;
         StackBudget::read_from_bytes(&map.get(&0, 0).ok()?).ok()
     }
 
-    /// Tells the kernel side what has been spent here on stacks since the start, nanoseconds.
+    /// Sets what userspace has spent on stacks since the start, nanoseconds: it counts against the
+    /// kernel side's budget.
     pub fn set_user_spent(&mut self, spent_ns: u64) -> Result<(), String> {
         let map = self.ebpf.map_mut("USER_SPENT").ok_or("no map USER_SPENT")?;
         let mut map: Array<_, u64> = Array::try_from(map).map_err(|error| error.to_string())?;
         map.set(0, spent_ns, 0).map_err(|error| error.to_string())
     }
 
-    /// Memory of every map, rings included, as the kernel accounts it; `None` when it does not say.
+    /// Memory of all maps in bytes, rings included, as the kernel accounts it; `None` when it does
+    /// not say.
     pub fn map_bytes(&self) -> Option<u64> {
         let mut total = 0u64;
         let maps = self.ebpf.maps().filter_map(|(_, map)| map_fd(map));
@@ -328,23 +330,38 @@ fn learn_percpu_offsets(ebpf: &mut Ebpf, control: &Control) -> Result<(), ProbeE
     if learnt { Ok(()) } else { Err(ProbeError::Load("the per-CPU offsets were not learnt in time".into())) }
 }
 
-/// Loads and attaches the first program of the list the kernel takes; else every refusal.
-fn attach_first(ebpf: &mut Ebpf, programs: &[Program], btf: &Btf) -> Result<Program, String> {
-    let mut refusals = Vec::new();
+/// Loads and attaches the first program of the list that the kernel takes.
+fn attach_first(ebpf: &mut Ebpf, programs: &[Program], btf: &Btf) -> AttachResult {
+    let (mut refused, mut reasons) = (Vec::new(), Vec::new());
     for program in programs {
-        let refused = program.all().find_map(|one| Some(format!("{}: {}", one.attach, attach(ebpf, one, btf).err()?)));
-        match refused {
-            None => return Ok(*program),
-            Some(reason) => refusals.push(reason),
-        }
+        let refusal = program.all().find_map(|one| Some((one, attach(ebpf, one, btf).err()?)));
+        let Some((one, reason)) = refusal else {
+            return AttachResult::Attached { program: *program, cost: cost(ebpf, program), refused };
+        };
+        let named = format!("{}: {}", one.attach, bounded(&reason));
+        let reason = if one == program { bounded(&reason) } else { named.clone() };
+        refused.push(ProgramRefusal { program: *program, reason });
+        reasons.push(named);
         program.all().for_each(|one| unload(ebpf, one));
     }
-    Err(refusals.join("; "))
+    AttachResult::Failed(reasons.join("; "))
 }
 
-/// Takes back what was attached of a set that is not complete.
+/// A reason cut to [`MAX_REASON_BYTES`] in the middle: what was tried stands first, what the kernel
+/// said last.
+fn bounded(reason: &str) -> String {
+    let half = MAX_REASON_BYTES / 2;
+    if reason.len() <= MAX_REASON_BYTES {
+        return reason.to_owned();
+    }
+    let head = reason.get(..reason.floor_char_boundary(half)).unwrap_or_default();
+    let tail = reason.get(reason.ceil_char_boundary(reason.len().saturating_sub(half))..).unwrap_or_default();
+    format!("{head} ... {tail}")
+}
+
+/// Detaches and unloads a program of a set that could not be attached as a whole.
 fn unload(ebpf: &mut Ebpf, program: &Program) {
-    // Of what was never loaded there is nothing to take back.
+    // A program that was never loaded is an error here, and nothing to undo.
     let _ = match ebpf.program_mut(program.name) {
         Some(AyaProgram::FEntry(fentry)) => fentry.unload(),
         Some(AyaProgram::FExit(fexit)) => fexit.unload(),
@@ -380,25 +397,27 @@ fn attach(ebpf: &mut Ebpf, program: &Program, btf: &Btf) -> Result<(), String> {
 fn descriptors(ebpf: &Ebpf, results: &[(Hook, AttachResult)]) -> Vec<(Hook, RawFd)> {
     let mut found = Vec::new();
     for (hook, result) in results {
-        let AttachResult::Attached(program, _) = result else { continue };
+        let AttachResult::Attached { program, .. } = result else { continue };
         let fds = program.all().filter_map(|one| Some(ebpf.program(one.name)?.fd().ok()?.as_fd().as_raw_fd()));
         found.extend(fds.map(|fd| (*hook, fd)));
     }
     found
 }
 
-/// Of a program with what is attached with it. Nothing hangs on it: what the kernel does not tell is unknown.
-fn cost(ebpf: &Ebpf, program: &Program) -> Cost {
+/// Verifier and JIT cost of a program and of what is attached with it. Best effort: what the kernel
+/// does not say stays `None`.
+fn cost(ebpf: &Ebpf, program: &Program) -> ProgramCost {
     let infos: Option<Vec<_>> = program.all().map(|one| ebpf.program(one.name)?.info().ok()).collect();
-    let Some(infos) = infos else { return Cost::default() };
+    let Some(infos) = infos else { return ProgramCost::default() };
     let sum = |of: fn(&ProgramInfo) -> Option<u32>| infos.iter().map(of).sum();
-    Cost {
+    ProgramCost {
         verified_instructions: sum(ProgramInfo::verified_instruction_count),
         jited_bytes: sum(|info| Some(info.size_jitted()).filter(|bytes| *bytes > 0)),
     }
 }
 
-/// An error with its causes on one line; of a verifier log only the end.
+/// An error with its causes on one line. Of a verifier log the first line and the last three that
+/// are no statistics: what the verifier objects to is at the end.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut next = Some(error);
@@ -412,13 +431,42 @@ fn chain(error: &dyn std::error::Error) -> String {
             [first, .., third, second, last] => format!("{first} ... {third} | {second} | {last}"),
             lines => lines.join(" | "),
         };
-        if !text.contains(&message) {
+        // A refusal before the verifier looked has an empty log.
+        let message = message.trim_end_matches(" Verifier output:");
+        if !text.contains(message) {
             if !text.is_empty() {
                 text.push_str(": ");
             }
-            text.push_str(&message);
+            text.push_str(message);
         }
         next = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the BPF_PROG_LOAD syscall failed. Verifier output: {0}")]
+    struct Refused(String);
+
+    #[test]
+    fn of_a_verifier_log_what_it_objects_to_is_left() {
+        let log = "func#0 @0\n0: R1=ctx()\n1: (79) r1 = *(u64 *)(r1 +0)\ninvalid access to map value\n\
+                   verification time 3 usec\nstack depth 16\nprocessed 2 insns\n";
+        let text = chain(&Refused(log.into()));
+        assert!(text.starts_with("the BPF_PROG_LOAD syscall failed. Verifier output: func#0 @0 ... "), "{text}");
+        assert!(text.ends_with("| invalid access to map value"), "{text}");
+        assert_eq!(chain(&Refused(String::new())), "the BPF_PROG_LOAD syscall failed.");
+    }
+
+    #[test]
+    fn a_reason_is_bounded_and_keeps_both_ends() {
+        assert_eq!(bounded("Operation not permitted"), "Operation not permitted");
+        let text = bounded(&format!("load: {}: invalid access", "\u{e4}".repeat(10_000)));
+        assert!(text.starts_with("load: ") && text.ends_with(": invalid access"));
+        assert!(text.len() <= MAX_REASON_BYTES + " ... ".len());
+    }
 }

@@ -1,33 +1,36 @@
-//! What this kernel and these privileges allow: facts in, a plan out, and what became of the plan. Pure.
+//! What this kernel and these privileges allow: facts in, a plan out. Pure.
 //!
-//! Nothing is decided by kernel version. A hook is planned when the facts it needs are there; whether
-//! the kernel then takes its programs is found out by trying them, one by one, in order.
+//! Nothing is decided by kernel version. A hook is planned when the facts it needs are there;
+//! whether the kernel then takes its programs is found out by trying them, one by one, in order of
+//! preference. Take `oom_decision`: a kernel whose BTF has `oom_kill_process` gets fentry first and
+//! a kprobe second; one whose BTF lacks the function (it is static) gets the kprobe alone, and the
+//! plan remembers why fentry was passed over. What became of a plan is in `status`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use memtrace_common::layout::{ABSENT, KernelLayout};
 use serde::Serialize;
 
-pub use super::hooks::{Attach, Function, Hook, Need, Program};
+use super::hooks::{Attach, Hook, HookNeed, Program};
 
-/// What was found out about the machine before anything is loaded.
+/// What was found out about the kernel and this process before anything is loaded.
 #[derive(Clone, Debug, Default)]
-pub struct Facts {
-    /// Kernel release, shown and never decided by.
+pub struct KernelFacts {
+    /// Kernel release (`uname -r`): shown, nothing is decided by it.
     pub kernel: String,
-    /// Machine, as uname says.
+    /// Architecture (`uname -m`).
     pub arch: String,
     /// Where the kernel's types were read from, or why they were not.
     pub btf: Option<Result<String, String>>,
-    /// Where the kernel keeps what is read; `None` without BTF.
+    /// Offsets of the fields that are read; `None` without BTF.
     pub layout: Option<KernelLayout>,
-    /// Required layout fields that were not found.
+    /// Required layout fields that this kernel does not have.
     pub missing: Vec<String>,
-    /// Tracepoints of the hooks that the kernel has.
+    /// Those tracepoints of the hooks that the kernel has.
     pub tracepoints: BTreeSet<&'static str>,
-    /// False when the BTF is cut down and names no tracepoint at all: then each is tried.
+    /// False when the BTF is cut down and names no tracepoint at all: then every one is tried.
     pub tracepoints_known: bool,
-    /// Functions of the hooks that the kernel's BTF has, with how many parameters each has.
+    /// Those functions of the hooks that the kernel's BTF has, with their numbers of parameters.
     pub functions: BTreeMap<&'static str, u32>,
     /// The kernel has bpf_map_lookup_percpu_elem (5.19), by which per-CPU counters are summed.
     pub percpu_lookup: bool,
@@ -108,17 +111,17 @@ impl Privileges {
     }
 }
 
-/// Something that is not as it should be, and what to do about it.
+/// Something that is missing or in the way, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// What is the matter.
+    /// What is wrong, one sentence.
     pub what: String,
     /// What to do; `None` when nothing helps on this kernel.
     pub remedy: Option<String>,
 }
 
 impl Problem {
-    fn new(what: impl Into<String>, remedy: Option<&str>) -> Self {
+    pub(super) fn new(what: impl Into<String>, remedy: Option<&str>) -> Self {
         Self { what: what.into(), remedy: remedy.map(Into::into) }
     }
 }
@@ -130,22 +133,33 @@ impl std::fmt::Display for Problem {
     }
 }
 
+/// A program that cannot run here, though it belongs to this machine's hooks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ProgramRefusal {
+    /// The program.
+    pub program: Program,
+    /// What the kernel lacks, or what it said when the program was loaded or attached.
+    pub reason: String,
+}
+
 /// One hook to attach.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct AttachStep {
     /// The hook.
     pub hook: Hook,
-    /// Programs to try, in order.
+    /// Programs to try, in order of preference. Cap: the hook's programs, three at most.
     pub programs: Vec<Program>,
+    /// Programs that need something this kernel lacks. Cap: likewise.
+    pub passed_over: Vec<ProgramRefusal>,
     /// Without it memtrace does not run.
     pub required: bool,
 }
 
 /// What to attach.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
+pub struct AttachPlan {
     /// Hooks to attach, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<AttachStep>,
     /// Hooks that cannot be attached here, with the reason.
     pub refused: Vec<(Hook, String)>,
     /// Hooks left out on request.
@@ -157,13 +171,13 @@ pub struct Plan {
 }
 
 /// Decides what to attach, leaving out what the user asked to leave out.
-pub fn plan(facts: &Facts, without: &[Hook]) -> Plan {
-    let mut plan = Plan { fatal: obstacles(facts), notes: notes(facts), ..Plan::default() };
+pub fn plan(facts: &KernelFacts, without: &[Hook]) -> AttachPlan {
+    let mut plan = AttachPlan { fatal: obstacles(facts), notes: notes(facts), ..AttachPlan::default() };
     for hook in Hook::ALL {
-        let required = hook.need() == Need::Required;
+        let required = hook.need() == HookNeed::Required;
         if without.contains(&hook) {
             plan.left_out.push(hook);
-            // Charges can tell of memory in its place.
+            // Charges say when to read an address space in its place.
             let replaced =
                 hook == Hook::Rss && !without.contains(&Hook::Charge) && programs(facts, Hook::Charge).is_ok();
             if required && !replaced {
@@ -173,7 +187,7 @@ pub fn plan(facts: &Facts, without: &[Hook]) -> Plan {
             continue;
         }
         match programs(facts, hook) {
-            Ok(programs) => plan.steps.push(Step { hook, programs, required }),
+            Ok((programs, passed_over)) => plan.steps.push(AttachStep { hook, programs, passed_over, required }),
             Err(reason) => {
                 // Without BTF every hook is refused for the same reason, which is already said.
                 if required && facts.layout.is_some() {
@@ -187,7 +201,7 @@ pub fn plan(facts: &Facts, without: &[Hook]) -> Plan {
 }
 
 /// What stands in the way of every hook.
-fn obstacles(facts: &Facts) -> Vec<Problem> {
+fn obstacles(facts: &KernelFacts) -> Vec<Problem> {
     let mut fatal = Vec::new();
     if !facts.privileges.may_load() {
         fatal.extend(facts.privileges.lost().into_iter().take(1));
@@ -223,7 +237,7 @@ fn obstacles(facts: &Facts) -> Vec<Problem> {
 }
 
 /// What is lost besides hooks.
-fn notes(facts: &Facts) -> Vec<Problem> {
+fn notes(facts: &KernelFacts) -> Vec<Problem> {
     let mut notes: Vec<Problem> =
         facts.privileges.lost().into_iter().skip(usize::from(!facts.privileges.may_load())).collect();
     if let Some(layout) = &facts.layout {
@@ -247,8 +261,17 @@ fn notes(facts: &Facts) -> Vec<Problem> {
     notes
 }
 
-/// The programs worth trying for a hook, or why there are none.
-fn programs(facts: &Facts, hook: Hook) -> Result<Vec<Program>, String> {
+/// Why a program is not tried.
+enum Unfit {
+    /// It needs something that this kernel lacks.
+    Lacking(String),
+    /// It is not meant for this machine: another one serves as well.
+    NotMeant(String),
+}
+
+/// The programs worth trying for a hook and those that were passed over, or why there are none to
+/// try.
+fn programs(facts: &KernelFacts, hook: Hook) -> Result<(Vec<Program>, Vec<ProgramRefusal>), String> {
     let Some(layout) = &facts.layout else {
         return Err("the kernel's types (BTF) are not known".into());
     };
@@ -262,23 +285,21 @@ fn programs(facts: &Facts, hook: Hook) -> Result<Vec<Program>, String> {
     if !absent.is_empty() {
         return Err(format!("the kernel's types have no {}", absent.join(", ")));
     }
-    let mut reason = String::new();
-    let programs: Vec<Program> = hook
-        .programs()
-        .iter()
-        .filter(|program| match program.all().try_for_each(|program| fits(facts, program)) {
-            Ok(()) => true,
-            Err(why) => {
-                reason = why;
-                false
+    let (mut programs, mut passed_over, mut last) = (Vec::new(), Vec::new(), String::new());
+    for program in hook.programs() {
+        match program.all().try_for_each(|one| fits(facts, one)) {
+            Ok(()) => programs.push(*program),
+            Err(Unfit::NotMeant(reason)) => last = reason,
+            Err(Unfit::Lacking(reason)) => {
+                last.clone_from(&reason);
+                passed_over.push(ProgramRefusal { program: *program, reason });
             }
-        })
-        .copied()
-        .collect();
-    if programs.is_empty() { Err(reason) } else { Ok(programs) }
+        }
+    }
+    if programs.is_empty() { Err(last) } else { Ok((programs, passed_over)) }
 }
 
-/// What the best of the hook's sets of fields lacks.
+/// What this kernel lacks of the hook's sets of fields: of the set that it lacks least of.
 fn absent_fields(layout: &KernelLayout, hook: Hook) -> Vec<&'static str> {
     let mut absent = BTreeSet::new();
     layout.each(|name, value| {
@@ -293,172 +314,34 @@ fn absent_fields(layout: &KernelLayout, hook: Hook) -> Vec<&'static str> {
         .unwrap_or_default()
 }
 
-fn fits(facts: &Facts, program: &Program) -> Result<(), String> {
+fn fits(facts: &KernelFacts, program: &Program) -> Result<(), Unfit> {
     match program.attach {
-        // It makes every update cheaper, and before 6.2 there are few.
+        // It makes every update of a per-CPU counter cheaper. Before 6.2 there are none, and few
+        // updates.
         Attach::TypedTracepoint(name) if facts.layout.is_none_or(|layout| layout.rss_is_percpu != 1) => {
-            Err(format!("{name} needs no types here"))
+            Err(Unfit::NotMeant(format!("{name} needs no types here")))
         }
         Attach::RawTracepoint(name) | Attach::TypedTracepoint(name) => {
             if facts.tracepoints.contains(name) || !facts.tracepoints_known {
                 Ok(())
             } else {
-                Err(format!("this kernel has no tracepoint {name}"))
+                Err(Unfit::Lacking(format!("this kernel has no tracepoint {name}")))
             }
         }
         Attach::Fentry(function) | Attach::Fexit(function) | Attach::Kprobe(function) => {
-            match facts.functions.get(function.name) {
-                Some(args) if *args == function.args => Ok(()),
-                Some(args) => Err(format!("{} takes {args} arguments here, not {}", function.name, function.args)),
+            let reason = match facts.functions.get(function.name) {
+                Some(args) if *args == function.args => return Ok(()),
+                Some(args) => format!("{} takes {args} arguments here, not {}", function.name, function.args),
                 // BTF of some kernels leaves out static functions; a breakpoint goes by the symbol.
-                None if matches!(program.attach, Attach::Kprobe(_)) => Ok(()),
-                None => Err(format!("the kernel's types have no function {}", function.name)),
-            }
-        }
-    }
-}
-
-/// What became of a step.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AttachResult {
-    /// This program runs, and this is what it took.
-    Attached(Program, Cost),
-    /// None of its programs could be loaded and attached.
-    Failed(String),
-}
-
-/// What the kernel tells about a program it has loaded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Cost {
-    /// Instructions the verifier went through, out of the million it allows; `None` before 5.16, which does not say.
-    pub verified_instructions: Option<u32>,
-    /// Bytes of machine code; `None` where programs are interpreted.
-    pub jited_bytes: Option<u32>,
-}
-
-/// Where a hook stands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-pub enum State {
-    /// Will be tried.
-    Planned {
-        /// The programs, in order.
-        programs: Vec<Program>,
-    },
-    /// Runs.
-    Attached {
-        /// The program.
-        program: Program,
-        /// What it took.
-        #[serde(flatten)]
-        cost: Cost,
-    },
-    /// Was tried in vain.
-    Failed {
-        /// What the kernel said.
-        error: String,
-    },
-    /// Cannot be tried here.
-    Refused {
-        /// Why.
-        reason: String,
-    },
-    /// Left out on request.
-    LeftOut,
-}
-
-/// One hook, what became of it and what is lost.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct HookStatus {
-    /// The hook.
-    pub hook: Hook,
-    /// Whether memtrace runs without it.
-    pub need: Need,
-    /// Where it stands.
-    #[serde(flatten)]
-    pub state: State,
-    /// What is lost without it; `None` while it is on.
-    pub lost: Option<&'static str>,
-}
-
-impl HookStatus {
-    /// Whether it runs, or will be tried.
-    pub const fn on(&self) -> bool {
-        matches!(self.state, State::Planned { .. } | State::Attached { .. })
-    }
-}
-
-/// The whole report: what is on, what is off, why, what is lost, what to do.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Status {
-    /// Every hook, in order.
-    pub hooks: Vec<HookStatus>,
-    /// Why memtrace cannot run; empty when it can.
-    pub fatal: Vec<Problem>,
-    /// What else is lost.
-    pub notes: Vec<Problem>,
-}
-
-impl Status {
-    /// Joins the plan with what became of its steps; a step without a result stays planned.
-    pub fn new(plan: &Plan, results: &[(Hook, AttachResult)]) -> Self {
-        let mut fatal = plan.fatal.clone();
-        let hooks = Hook::ALL
-            .into_iter()
-            .map(|hook| {
-                let state = state(plan, results, hook);
-                if let (State::Failed { error }, Need::Required) = (&state, hook.need()) {
-                    let what = format!("the {hook} hook is needed and could not be attached: {error}");
-                    fatal.push(Problem::new(what, None));
-                }
-                let on = matches!(state, State::Planned { .. } | State::Attached { .. });
-                if let (Hook::Charge, State::Failed { error }, true) =
-                    (hook, &state, plan.left_out.contains(&Hook::Rss))
-                {
-                    let what =
-                        format!("the charge hook is needed without the rss hook, and could not be attached: {error}");
-                    fatal.push(Problem::new(what, Some("leave `--without rss` away")));
-                }
-                HookStatus { hook, need: hook.need(), state, lost: (!on).then(|| hook.lost()) }
-            })
-            .collect();
-        Self { hooks, fatal, notes: plan.notes.clone() }
-    }
-
-    /// Whether memtrace can run.
-    pub const fn can_run(&self) -> bool {
-        self.fatal.is_empty()
-    }
-
-    /// Whether a hook runs (or, before attaching, will be tried).
-    pub fn on(&self, hook: Hook) -> bool {
-        self.hooks.iter().any(|status| status.hook == hook && status.on())
-    }
-
-    /// The hooks that are off with what is lost, and the notes: one sentence each, for the incident file.
-    pub fn degraded(&self) -> Vec<String> {
-        let hooks = self.hooks.iter().filter_map(|status| Some(format!("{}: {}", status.hook, status.lost?)));
-        hooks.chain(self.notes.iter().map(|note| note.what.clone())).collect()
-    }
-}
-
-fn state(plan: &Plan, results: &[(Hook, AttachResult)], hook: Hook) -> State {
-    if plan.left_out.contains(&hook) {
-        return State::LeftOut;
-    }
-    if let Some((_, reason)) = plan.refused.iter().find(|(refused, _)| *refused == hook) {
-        return State::Refused { reason: reason.clone() };
-    }
-    match results.iter().find(|(tried, _)| *tried == hook) {
-        Some((_, AttachResult::Attached(program, cost))) => State::Attached { program: *program, cost: *cost },
-        Some((_, AttachResult::Failed(error))) => State::Failed { error: error.clone() },
-        None => {
-            let step = plan.steps.iter().find(|step| step.hook == hook);
-            State::Planned { programs: step.map(|step| step.programs.clone()).unwrap_or_default() }
+                None if matches!(program.attach, Attach::Kprobe(_)) => return Ok(()),
+                None => format!("the kernel's types have no function {}", function.name),
+            };
+            let foreign = function.arch.is_some_and(|arch| arch != facts.arch);
+            Err(if foreign { Unfit::NotMeant(reason) } else { Unfit::Lacking(reason) })
         }
     }
 }
 
 #[cfg(test)]
 #[path = "support_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -3,7 +3,7 @@
 use super::*;
 
 /// A kernel that has everything.
-fn full() -> Facts {
+pub(in crate::kernel) fn full() -> KernelFacts {
     let mut layout = KernelLayout::NOTHING;
     layout.rss_is_percpu = 1;
     layout.percpu_counter_size = 40;
@@ -15,7 +15,7 @@ fn full() -> Facts {
     (layout.regs_orig_ax, layout.regs_di, layout.regs_si) = (120, 112, 104);
     (layout.regs_dx, layout.regs_r10) = (96, 56);
     let programs = || Hook::ALL.into_iter().flat_map(|hook| hook.programs());
-    Facts {
+    KernelFacts {
         kernel: "6.18.0".into(),
         arch: "x86_64".into(),
         btf: Some(Ok("/sys/kernel/btf/vmlinux".into())),
@@ -42,15 +42,15 @@ fn full() -> Facts {
             cap_dac_read_search: true,
             cap_checkpoint_restore: true,
         },
-        ..Facts::default()
+        ..KernelFacts::default()
     }
 }
 
-fn names(plan: &Plan, hook: Hook) -> Vec<&'static str> {
+fn names(plan: &AttachPlan, hook: Hook) -> Vec<&'static str> {
     plan.steps.iter().filter(|s| s.hook == hook).flat_map(|s| &s.programs).map(|p| p.name).collect()
 }
 
-fn refusal(plan: &Plan, hook: Hook) -> Option<&str> {
+fn refusal(plan: &AttachPlan, hook: Hook) -> Option<&str> {
     plan.refused.iter().find(|(refused, _)| *refused == hook).map(|(_, reason)| reason.as_str())
 }
 
@@ -98,7 +98,7 @@ fn an_optional_tracepoint_that_is_missing_is_refused_a_required_one_is_fatal() {
 
 #[test]
 fn a_cut_down_btf_file_makes_every_tracepoint_worth_trying() {
-    let facts = Facts { tracepoints: BTreeSet::new(), tracepoints_known: false, ..full() };
+    let facts = KernelFacts { tracepoints: BTreeSet::new(), tracepoints_known: false, ..full() };
     assert!(plan(&facts, &[]).refused.is_empty());
 }
 
@@ -113,12 +113,9 @@ fn a_static_function_missing_from_btf_leaves_the_kprobe() {
 }
 
 #[test]
-fn charges_tell_of_memory_in_place_of_the_rss_hook() {
+fn charges_stand_in_for_the_rss_hook() {
     let without = plan(&full(), &[Hook::Rss]);
     assert!(without.fatal.is_empty() && without.left_out == [Hook::Rss]);
-    assert!(Status::new(&without, &[]).can_run());
-    let failed = Status::new(&without, &[(Hook::Charge, AttachResult::Failed("EPERM".into()))]);
-    assert!(failed.fatal[0].what.contains("charge hook is needed"));
     let mut facts = full();
     facts.functions.remove("page_counter_uncharge");
     let kprobe = plan(&facts, &[]);
@@ -147,7 +144,7 @@ fn registers_are_needed_in_full_for_one_architecture() {
 
 #[test]
 fn without_btf_there_is_one_reason_and_a_remedy() {
-    let facts = Facts { btf: Some(Err("no such file".into())), layout: None, ..full() };
+    let facts = KernelFacts { btf: Some(Err("no such file".into())), layout: None, ..full() };
     let plan = plan(&facts, &[]);
     assert_eq!(plan.refused.len(), Hook::ALL.len());
     assert_eq!(plan.fatal.len(), 1);
@@ -157,7 +154,7 @@ fn without_btf_there_is_one_reason_and_a_remedy() {
 
 #[test]
 fn privileges() {
-    let with = |privileges: Privileges| plan(&Facts { privileges, ..full() }, &[]);
+    let with = |privileges: Privileges| plan(&KernelFacts { privileges, ..full() }, &[]);
     let none = with(Privileges { euid: 1000, ..Privileges::default() });
     assert_eq!(none.fatal.len(), 1);
     assert_eq!(none.fatal[0].remedy.as_deref(), Some("run as root or give CAP_BPF and CAP_PERFMON"));
@@ -175,17 +172,17 @@ fn privileges() {
 
 #[test]
 fn lockdown_cgroup_and_missing_fields() {
-    let locked = |mode: &str| plan(&Facts { lockdown: Some(mode.into()), ..full() }, &[]).fatal.len();
+    let locked = |mode: &str| plan(&KernelFacts { lockdown: Some(mode.into()), ..full() }, &[]).fatal.len();
     assert_eq!((locked("none"), locked("integrity"), locked("confidentiality")), (0, 0, 1));
-    let no_cgroup = Facts { cgroup: Some(Err("it is not mounted".into())), ..full() };
+    let no_cgroup = KernelFacts { cgroup: Some(Err("it is not mounted".into())), ..full() };
     assert!(plan(&no_cgroup, &[]).fatal[0].what.contains("it is not mounted"));
-    let missing = Facts { missing: vec!["task_mm".into(), "task_tgid".into()], ..full() };
+    let missing = KernelFacts { missing: vec!["task_mm".into(), "task_tgid".into()], ..full() };
     assert_eq!(plan(&missing, &[]).fatal[0].what, "this kernel has no task_mm, no task_tgid");
 }
 
 #[test]
 fn inexact_counters_are_said() {
-    let facts = Facts { percpu_lookup: false, ..full() };
+    let facts = KernelFacts { percpu_lookup: false, ..full() };
     assert!(plan(&facts, &[]).notes[0].what.contains("per-CPU part"));
     let mut old = full();
     old.percpu_lookup = false;
@@ -203,27 +200,67 @@ fn leaving_out() {
     assert_eq!(plan.steps.len(), Hook::ALL.len() - 2);
 }
 
+/// Reasons for which programs of the hook were passed over, by program.
+fn passed_over(facts: &KernelFacts, hook: Hook) -> Vec<(&'static str, String)> {
+    let plan = plan(facts, &[]);
+    let step = plan.steps.into_iter().find(|step| step.hook == hook);
+    let passed_over = step.into_iter().flat_map(|step| step.passed_over);
+    passed_over.map(|refusal| (refusal.program.name, refusal.reason)).collect()
+}
+
 #[test]
-fn the_status_joins_plan_and_results() {
-    let plan = plan(&full(), &[Hook::Map]);
-    let planned = Status::new(&plan, &[]);
-    assert!(planned.can_run() && planned.on(Hook::Charge) && !planned.on(Hook::Map));
-    let program = Hook::OomDecision.programs()[1];
-    let cost = Cost { verified_instructions: Some(3323), jited_bytes: None };
-    let attached = AttachResult::Attached(program, cost);
-    let results = [(Hook::OomDecision, attached), (Hook::Charge, AttachResult::Failed("EPERM".into()))];
-    let status = Status::new(&plan, &results);
-    assert!(status.can_run() && status.on(Hook::OomDecision) && !status.on(Hook::Charge));
-    let degraded = status.degraded();
-    assert_eq!(degraded.len(), 2);
-    assert!(degraded[0].starts_with("map: ") && degraded[1].starts_with("charge: "));
-    let broken = Status::new(&plan, &[(Hook::Kill, AttachResult::Failed("EINVAL".into()))]);
-    assert!(!broken.can_run());
-    let json = serde_json::to_value(&status).unwrap();
-    assert_eq!(json["hooks"][13]["state"], "attached");
-    assert_eq!(json["hooks"][13]["verified_instructions"], 3323);
-    assert!(json["hooks"][13]["jited_bytes"].is_null());
-    assert_eq!(json["hooks"][13]["program"]["attach"]["kind"], "kprobe");
-    assert_eq!(json["hooks"][13]["program"]["attach"]["target"], "oom_kill_process");
-    assert_eq!(json["hooks"][14]["error"], "EPERM");
+fn which_programs_are_tried_and_which_are_passed_over() {
+    let x86 = || {
+        let mut facts = full();
+        facts.functions.retain(|name, _| !name.starts_with("__arm64_"));
+        facts
+    };
+    let lacking = |function: &str| {
+        let mut facts = x86();
+        facts.functions.remove(function);
+        facts
+    };
+    let without_types = |name: &str| format!("the kernel's types have no function {name}");
+    let mut atomics = x86();
+    atomics.layout.as_mut().unwrap().rss_is_percpu = 0;
+    let mut arm = full();
+    arm.arch = "aarch64".into();
+    arm.functions.retain(|name, _| !name.starts_with("__x64_"));
+    let mut arm_without = arm.clone();
+    arm_without.functions.remove("__arm64_sys_brk");
+    let mut other_signature = x86();
+    other_signature.functions.insert("oom_kill_process", 3);
+    let trampoline = |name: &'static str, reason: String| vec![(name, reason)];
+    // Facts, hook, programs that are tried, programs that were passed over. What belongs to the
+    // other architecture, or is no better here, is not passed over: nothing is lost without it.
+    let table = [
+        (x86(), Hook::Map, vec!["mmap_exit", "sys_exit"], vec![]),
+        (arm, Hook::Map, vec!["mmap_exit", "sys_exit"], vec![]),
+        (
+            lacking("__x64_sys_brk"),
+            Hook::Map,
+            vec!["sys_exit"],
+            trampoline("mmap_exit", without_types("__x64_sys_brk")),
+        ),
+        (arm_without, Hook::Map, vec!["sys_exit"], trampoline("mmap_exit", without_types("__arm64_sys_brk"))),
+        (x86(), Hook::Rss, vec!["rss_stat_btf", "rss_stat"], vec![]),
+        (atomics, Hook::Rss, vec!["rss_stat"], vec![]),
+        (
+            lacking("oom_kill_process"),
+            Hook::OomDecision,
+            vec!["oom_decision_kprobe"],
+            trampoline("oom_decision_fentry", without_types("oom_kill_process")),
+        ),
+        (other_signature, Hook::OomDecision, vec![], vec![]),
+        (
+            lacking("page_counter_uncharge"),
+            Hook::Charge,
+            vec!["charge_kprobe"],
+            trampoline("charge_fentry", without_types("page_counter_uncharge")),
+        ),
+    ];
+    for (facts, hook, tried, over) in table {
+        assert_eq!(names(&plan(&facts, &[]), hook), tried, "{hook} on {}", facts.arch);
+        assert_eq!(passed_over(&facts, hook), over, "{hook} on {}", facts.arch);
+    }
 }

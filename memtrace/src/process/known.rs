@@ -10,7 +10,7 @@ use super::modules::{Module, ModuleId, ModuleLosses, Modules, OpenModule};
 use super::proc_dir::ProcDir;
 use super::rule::Registers;
 use super::unwind::{Code, Found, Stack, Unwinder};
-use crate::engine::allocation::{Cut, Frame};
+use memtrace_incident::{Cut, Frame};
 
 /// Processes whose code is known; beyond it the one that was not met for longest is forgotten.
 pub const MAX_PROCESSES: usize = 1024;

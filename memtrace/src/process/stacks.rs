@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use memtrace_common::event::{
     CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, CGROUP_MADE, CgroupChange, Exec, Exit, Header, KIND_CGROUP,
-    KIND_EXEC, KIND_EXIT, KIND_KERNEL_STACK, KIND_RECLAIM, KIND_STACK_SAMPLE, MAX_SLICE_BYTES, RECLAIM_BEGIN, Reclaim,
-    StackSample, UNKNOWN,
+    KIND_EXEC, KIND_EXIT, KIND_KERNEL_STACK, KIND_RECLAIM, KIND_STACK_SAMPLE, MAX_STACK_COPY_BYTES, RECLAIM_BEGIN,
+    Reclaim, StackSample, UNKNOWN,
 };
 use zerocopy::FromBytes;
 
@@ -17,8 +17,8 @@ use super::modules::ModuleId;
 use super::rule::Registers;
 use super::trigger::TriggerStacks;
 use super::unwind::Found;
-use crate::engine::allocation::{Cause, Cut};
-use crate::engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+use memtrace_engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+use memtrace_incident::{Cause, Cut};
 
 /// Stacks waiting for the names of their kernel frames.
 const MAX_WAITING: usize = 8192;
@@ -27,7 +27,7 @@ const MAX_PATHS: usize = PATHS_KNOWN as usize;
 /// Processes whose stacks are known to be deep.
 const MAX_DEEP: usize = 4096;
 /// What a slice that was too short is followed by, bytes: the last is the most a record can carry.
-const SLICES: [u32; 4] = [8 << 10, 16 << 10, 32 << 10, MAX_SLICE_BYTES as u32];
+const SLICES: [u32; 4] = [8 << 10, 16 << 10, 32 << 10, MAX_STACK_COPY_BYTES as u32];
 
 /// A stack without names in the kernel.
 struct Waiting {
@@ -103,7 +103,7 @@ impl Stacks {
 
     fn sample(&mut self, record: &[u8]) -> Option<u64> {
         let (sample, rest) = StackSample::ref_from_prefix(record).ok()?;
-        let slice = rest.get(..sample.slice_bytes as usize)?;
+        let slice = rest.get(..sample.stack_copy_bytes as usize)?;
         let cause = cause(sample.cause)?;
         if self.waiting.len() >= MAX_WAITING {
             self.refused = self.refused.saturating_add(1);
@@ -121,7 +121,7 @@ impl Stacks {
         };
         self.unwound = self.unwound.saturating_add(1);
         if cut == Some(Cut::Slice) {
-            self.ask_for_more(task.tgid, sample.slice_cap_bytes, sample.slice_bytes);
+            self.ask_for_more(task.tgid, sample.stack_copy_cap_bytes, sample.stack_copy_bytes);
         }
         self.waiting.push_back(Waiting {
             found: StackFound {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use procfs::process::Process;
 
-use crate::engine::input::ProcessFound;
+use memtrace_engine::input::ProcessFound;
 
 /// Most processes taken stock of; more are counted and left out.
 pub const MAX_PROCESSES: usize = 65_536;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::debug_files::{self, Candidate};
 use super::modules::OpenModule;
 use super::proc_dir::fd_path;
-use crate::engine::incident::{Frame, Incident};
+use memtrace_incident::{Frame, Incident};
 
 /// Bytes of a name that are kept; a longer one is shortened in its middle.
 pub const MAX_NAME_BYTES: usize = 4096;

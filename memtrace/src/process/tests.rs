@@ -9,8 +9,8 @@ use super::proc_dir::ProcDir;
 use super::rule::Registers;
 use super::symbolize::Symbolizer;
 use super::unwind::Stack;
-use crate::engine::allocation::{AllocationPath, Cause, Cut, Frame};
-use crate::engine::incident::Incident;
+use memtrace_incident::Incident;
+use memtrace_incident::{AllocationPath, Cause, Cut, Frame};
 
 const SLICE: usize = 60 << 10;
 /// Says that it is there, and its frame pointer, then waits. Not inlined, so that `wait` is in every stack.
@@ -136,12 +136,12 @@ fn incident_of(frames: Vec<Frame>) -> Incident {
     let path = AllocationPath {
         weight_bytes: 1,
         cause: Cause::Touch,
-        process: crate::engine::incident::Process { pid: 1, tid: 1, start_boot_ns: 1, comm: String::new() },
+        process: memtrace_incident::Process { pid: 1, tid: 1, start_boot_ns: 1, comm: String::new() },
         frames,
         cut: None,
         mapped_by: None,
     };
-    Incident { allocation_paths: vec![path], ..crate::report::fixtures::burst() }
+    Incident { allocation_paths: vec![path], ..memtrace_incident::fixtures::burst() }
 }
 
 fn named_with(symbolizer: &Symbolizer, frames: Vec<Frame>) -> Vec<Frame> {

@@ -6,7 +6,7 @@ use memtrace_common::event::KernelStack;
 use zerocopy::FromBytes;
 
 use super::kallsyms::KernelSymbols;
-use crate::engine::input::Fact;
+use memtrace_engine::input::Fact;
 
 /// Kernel stacks waiting for their names.
 const MAX_STACKS: usize = 1024;

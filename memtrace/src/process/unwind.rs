@@ -9,7 +9,7 @@ use super::cfi::Scratch;
 use super::maps::Maps;
 use super::modules::{Module, ModuleId, Modules};
 use super::rule::{Missing, Registers, Rule, Slice, Step};
-use crate::engine::allocation::Cut;
+use memtrace_incident::Cut;
 
 /// Frames of one stack.
 pub const MAX_FRAMES: usize = 512;

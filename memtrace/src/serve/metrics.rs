@@ -9,8 +9,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Readings;
-use crate::engine::input::SigkillCause;
-use crate::engine::snapshot::CgroupView;
+use memtrace_engine::snapshot::CgroupView;
+use memtrace_incident::SigkillCause;
 
 /// Cgroups with series of their own, those with a limit and the most memory first.
 const MAX_CGROUPS: usize = 1000;

@@ -13,10 +13,10 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::error;
 
-use crate::engine::Counts;
-use crate::engine::incident::{Incident, Kind};
-use crate::engine::input::SigkillCause;
-use crate::engine::snapshot::Snapshot;
+use memtrace_engine::Counts;
+use memtrace_engine::snapshot::Snapshot;
+use memtrace_incident::SigkillCause;
+use memtrace_incident::{Incident, Kind};
 
 mod metrics;
 

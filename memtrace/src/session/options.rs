@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::engine::input::Settings;
-use crate::kernel::hooks::{Hook, Need};
+use crate::kernel::hooks::{Hook, HookNeed};
+use memtrace_engine::input::Settings;
 
 /// What a run is told.
 #[derive(Clone, Debug)]
@@ -92,7 +92,7 @@ impl Options {
         }
         // Charges can tell of memory in place of the rss hook, where they can be hooked.
         let replaced = |hook: &Hook| *hook == Hook::Rss && !self.without.contains(&Hook::Charge);
-        match self.without.iter().find(|hook| matches!(hook.need(), Need::Required) && !replaced(hook)) {
+        match self.without.iter().find(|hook| matches!(hook.need(), HookNeed::Required) && !replaced(hook)) {
             Some(hook) => Err(format!("without: {hook} is needed, memtrace cannot run without it")),
             None => Ok(()),
         }

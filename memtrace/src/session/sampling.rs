@@ -24,7 +24,7 @@ impl Session {
         if self.sampled.len() >= MAX_SAMPLED || !self.sampled.insert(cgroup_id) {
             return;
         }
-        if let Err(error) = self.probe.set_step(cgroup_id, self.steps.usual_bytes()) {
+        if let Err(error) = self.probe.set_sample_interval(cgroup_id, self.steps.usual_bytes()) {
             warn!("no stacks of cgroup {cgroup_id} are taken: {error}");
         }
         let below: Vec<u64> = self.engine.children(cgroup_id).collect();
@@ -49,7 +49,7 @@ impl Session {
         }
         self.stacks_owed = owed;
         for (pid, bytes) in self.stacks.deeper() {
-            if let Err(error) = self.probe.set_slice(pid, bytes) {
+            if let Err(error) = self.probe.set_stack_copy(pid, bytes) {
                 debug!("stack slices of process {pid}: {error}");
             }
         }
@@ -89,7 +89,7 @@ impl Session {
     pub(super) fn adjust_steps(&mut self, now: u64) {
         let (_, cost) = self.stack_cost();
         for (cgroup, bytes) in self.steps.look(cost, now.saturating_sub(self.steps_ns)) {
-            if let Err(error) = self.probe.set_step(cgroup, bytes) {
+            if let Err(error) = self.probe.set_sample_interval(cgroup, bytes) {
                 debug!("sampling step of cgroup {cgroup}: {error}");
             }
         }

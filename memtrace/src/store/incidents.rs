@@ -1,74 +1,21 @@
-//! Incident files: one `<id>.memtrace` each, zstd over JSON; written whole, read with suspicion, dropped by age and size.
+//! The directory of incidents: one `<id>.memtrace` each, written whole or not at all, dropped by age and size.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use serde::Deserialize;
+use memtrace_incident::Incident;
+use memtrace_incident::codec::{self, Unreadable, happened, is_id};
 
 use super::atomic;
-use crate::engine::incident::{Incident, SCHEMA};
 
-/// Largest file read.
-pub const MAX_FILE_BYTES: u64 = 64 << 20;
-/// Largest JSON read out of it.
-pub const MAX_JSON_BYTES: u64 = 512 << 20;
 /// Ending of an incident file's name.
 pub const EXTENSION: &str = "memtrace";
 
-const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-const ZSTD_LEVEL: i32 = 3;
 const FILE_MODE: u32 = 0o640;
 const DIR_MODE: u32 = 0o750;
-
-/// Why a file is not an incident this build reads.
-#[derive(Debug, thiserror::Error)]
-pub enum Unreadable {
-    /// The file cannot be read.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    /// It is not zstd.
-    #[error("not a memtrace incident (no zstd header)")]
-    NotZstd,
-    /// It ends too early.
-    #[error("the file is truncated")]
-    Truncated,
-    /// Its zstd frame is damaged.
-    #[error("the file is damaged: {0}")]
-    Damaged(io::Error),
-    /// It is larger than a cap.
-    #[error("{what} is larger than {limit} bytes")]
-    TooLarge {
-        /// What is.
-        what: &'static str,
-        /// The cap.
-        limit: u64,
-    },
-    /// The JSON in it is not an incident.
-    #[error("not a memtrace incident: {0}")]
-    NotAnIncident(serde_json::Error),
-    /// Its schema is not one of those this build reads.
-    #[error("schema {found} is {} than this memtrace reads ({SCHEMA}){}", if *found > SCHEMA { "newer" } else { "older" }, if *found > SCHEMA { "; update memtrace" } else { "" })]
-    Schema {
-        /// Its schema.
-        found: u32,
-    },
-    /// Its id is not a ULID.
-    #[error("its id is not a ULID")]
-    BadId,
-    /// A timeline column has another length than `boot_ns`.
-    #[error("timeline column {column} has {found} rows, boot_ns has {expected}")]
-    Column {
-        /// Which.
-        column: &'static str,
-        /// Its length.
-        found: usize,
-        /// Length of `boot_ns`.
-        expected: usize,
-    },
-}
 
 /// [`Unreadable`], and which file.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +136,7 @@ impl Incidents {
             return list()?.into_iter().next().ok_or_else(not_found);
         }
         let wanted = id.to_ascii_uppercase();
-        if wanted.is_empty() || wanted.len() > 26 || !wanted.bytes().all(is_id_byte) {
+        if !codec::is_id_prefix(&wanted) {
             return Err(FindError::NotAnId(id.chars().take(80).collect()));
         }
         let mut matching: Vec<Entry> = list()?.into_iter().filter(|entry| entry.id.starts_with(&wanted)).collect();
@@ -235,121 +182,14 @@ impl Incidents {
 
 /// Writes an incident to any path, whole or not at all.
 pub fn write(path: &Path, incident: &Incident) -> io::Result<()> {
-    atomic::write(path, &encode(incident)?, Some(FILE_MODE))
+    atomic::write(path, &codec::encode(incident)?, Some(FILE_MODE))
 }
 
 /// Reads an incident file.
 pub fn read(path: &Path) -> Result<Incident, ReadError> {
     let wrong = |why| ReadError { path: path.to_owned(), why };
     let file = File::open(path).map_err(|error| wrong(error.into()))?;
-    read_from(file).map_err(wrong)
-}
-
-/// Reads an incident from a stream.
-pub fn read_from(stream: impl Read) -> Result<Incident, Unreadable> {
-    let mut bytes = Vec::new();
-    stream.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
-    decode(&bytes)
-}
-
-/// An incident as the bytes of its file.
-pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
-    let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
-    encoder.include_checksum(true)?;
-    serde_json::to_writer(&mut encoder, incident)?;
-    encoder.finish()
-}
-
-/// The bytes of an incident file as an incident; total.
-pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Unreadable::TooLarge { what: "the file", limit: MAX_FILE_BYTES });
-    }
-    if !bytes.starts_with(&ZSTD_MAGIC) {
-        return Err(if !bytes.is_empty() && ZSTD_MAGIC.starts_with(bytes) {
-            Unreadable::Truncated
-        } else {
-            Unreadable::NotZstd
-        });
-    }
-    let json = decompress(bytes, MAX_JSON_BYTES)?;
-    let incident: Incident = match serde_json::from_slice(&json) {
-        Ok(incident) => incident,
-        // A newer schema may well fail to parse: its number is the better message.
-        Err(error) => {
-            return Err(match serde_json::from_slice::<Versioned>(&json) {
-                Ok(Versioned { schema }) if schema != SCHEMA => Unreadable::Schema { found: schema },
-                _ => Unreadable::NotAnIncident(error),
-            });
-        }
-    };
-    check(&incident)?;
-    Ok(incident)
-}
-
-/// Whether `id` is a ULID as memtrace writes it: a safe file name.
-pub fn is_id(id: &str) -> bool {
-    id.len() == 26 && id.bytes().all(is_id_byte) && id.starts_with(|first| ('0'..='7').contains(&first))
-}
-
-/// When the incident with this id happened, to the millisecond.
-pub fn happened(id: &str) -> Option<SystemTime> {
-    let ulid = ulid::Ulid::from_string(id).ok()?;
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ulid.timestamp_ms()))
-}
-
-#[derive(Deserialize)]
-struct Versioned {
-    schema: u32,
-}
-
-/// Measured before anything is kept: a bomb costs time up to the cap, never memory.
-fn decompress(bytes: &[u8], limit: u64) -> Result<Vec<u8>, Unreadable> {
-    let unpack = || zstd::Decoder::with_buffer(bytes).map(|decoder| decoder.take(limit.saturating_add(1)));
-    let wrong = |error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => Unreadable::Truncated,
-        _ => Unreadable::Damaged(error),
-    };
-    let size = unpack().and_then(|mut json| io::copy(&mut json, &mut io::sink())).map_err(wrong)?;
-    if size > limit {
-        return Err(Unreadable::TooLarge { what: "the JSON in the file", limit });
-    }
-    let mut json = Vec::new();
-    let room = usize::try_from(size).ok().and_then(|size| json.try_reserve_exact(size).ok());
-    room.ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-    unpack().and_then(|mut unpacked| unpacked.read_to_end(&mut json)).map_err(wrong)?;
-    Ok(json)
-}
-
-fn check(incident: &Incident) -> Result<(), Unreadable> {
-    if incident.schema != SCHEMA {
-        return Err(Unreadable::Schema { found: incident.schema });
-    }
-    if !is_id(&incident.id) {
-        return Err(Unreadable::BadId);
-    }
-    let columns = &incident.timeline.columns;
-    let expected = columns.boot_ns.len();
-    let lengths = [
-        ("usage_bytes", columns.usage_bytes.len()),
-        ("limit_bytes", columns.limit_bytes.len()),
-        ("watermark_bytes", columns.watermark_bytes.len()),
-        ("anon_bytes", columns.anon_bytes.len()),
-        ("file_bytes", columns.file_bytes.len()),
-        ("shmem_bytes", columns.shmem_bytes.len()),
-        ("swap_bytes", columns.swap_bytes.len()),
-        ("swap_usage_bytes", columns.swap_usage_bytes.len()),
-        ("swap_limit_bytes", columns.swap_limit_bytes.len()),
-    ];
-    match lengths.into_iter().find(|(_, found)| *found != expected) {
-        Some((column, found)) => Err(Unreadable::Column { column, found, expected }),
-        None => Ok(()),
-    }
-}
-
-/// Crockford's base 32.
-fn is_id_byte(byte: u8) -> bool {
-    byte.is_ascii_digit() || (byte.is_ascii_uppercase() && !b"ILOU".contains(&byte))
+    codec::read_from(file).map_err(wrong)
 }
 
 #[cfg(test)]

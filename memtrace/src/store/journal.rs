@@ -9,7 +9,7 @@ use std::path::Path;
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use crate::engine::input::{Fact, Input};
+use memtrace_engine::input::{Fact, Input};
 
 mod reader;
 mod writer;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::atomic;
-use crate::engine::input::{KillEntry, SigkillEntry};
+use memtrace_incident::{KillEntry, SigkillEntry};
 
 /// What a ledger holds, and how.
 pub trait Entry: Serialize + DeserializeOwned {
@@ -181,7 +181,7 @@ fn whole_lines(file: &mut File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::input::SigkillCause;
+    use memtrace_incident::SigkillCause;
 
     type Kills = Ledger<KillEntry>;
 

@@ -1,14 +1,14 @@
 //! The engine under test. Nothing else in this crate names its crate: what the engine's doors are called is said here.
 
-use memtrace::engine::Engine;
-use memtrace::engine::incident::Host;
-use memtrace::engine::input::Settings;
-use memtrace::engine::input::{CgroupFound, Effect, Finding, Input, KernelLogEvent, KernelLogLine, ProcessFound};
-use memtrace::engine::input::{ModuleFound, PathFound, PathFrame, SigkillCause, StackFound};
+use memtrace_engine::input::{CgroupFound, Input, KernelLogEvent, KernelLogLine, ModuleFound, PathFound, PathFrame};
+use memtrace_engine::input::{ProcessFound, Settings, StackFound};
+use memtrace_engine::output::{Finding, Output, Request};
+use memtrace_engine::{Engine, Out as Effects};
+use memtrace_incident::{Host, Loss, SigkillCause};
 
-pub(crate) use memtrace::engine::incident::{Cause, Incident, Kind, Victim};
-pub(crate) use memtrace::engine::input::Fact;
-pub(crate) use memtrace::engine::{Counts, Snapshot};
+pub(crate) use memtrace_engine::input::Fact;
+pub(crate) use memtrace_engine::{Counts, Snapshot};
+pub(crate) use memtrace_incident::{Cause, Incident, Kind, Victim};
 
 use memtrace_common::event::NO_LIMIT;
 
@@ -45,21 +45,43 @@ pub(crate) enum Out {
     Other(String),
 }
 
-impl From<Effect> for Out {
-    fn from(effect: Effect) -> Self {
-        match effect {
-            Effect::Kill(k) => Self::Kill { incident: k.incident, key: (k.pid, k.start_boot_ns), killed: k.killed },
-            Effect::Sigkill(s) => {
+impl From<Output> for Out {
+    fn from(output: Output) -> Self {
+        match output {
+            Output::Kill(k) => Self::Kill { incident: k.incident, key: (k.pid, k.start_boot_ns), killed: k.killed },
+            Output::Sigkill(s) => {
                 Self::Sigkill { key: (s.pid, s.start_boot_ns), oom: s.cause == SigkillCause::Oom, incident: s.incident }
             }
-            Effect::Save(incident) => Self::Save(incident),
-            Effect::Alert(Finding::Disagreement { pid, only_in }) if only_in == "kernel_log" => Self::OnlyInLog(pid),
-            Effect::Alert(finding) => Self::Other(format!("{finding:?}")),
-            Effect::LookUpCgroup { id } => Self::LookUp(id),
-            Effect::WatchOomControl { cgroup_id, .. } => Self::Watch(cgroup_id),
-            Effect::SetQuantum { cgroup_id, quantum_bytes } => Self::Threshold(cgroup_id, quantum_bytes),
+            Output::Save(incident) => Self::Save(incident),
+            Output::Alert(Finding::Disagreement { pid, only_in }) if only_in == "kernel_log" => Self::OnlyInLog(pid),
+            Output::Alert(finding) => Self::Other(format!("{finding:?}")),
         }
     }
+}
+
+impl From<Request> for Out {
+    fn from(request: Request) -> Self {
+        match request {
+            Request::LookUpCgroup { id } => Self::LookUp(id),
+            Request::WatchOomControl { cgroup_id, .. } => Self::Watch(cgroup_id),
+            Request::SetRssThreshold { cgroup_id, threshold_bytes } => Self::Threshold(cgroup_id, threshold_bytes),
+        }
+    }
+}
+
+/// Whether an incident says that something is missing from it.
+fn lacks(incident: &Incident, loss: Loss) -> bool {
+    incident.losses.iter().any(|note| note.what == loss.label())
+}
+
+/// More were killed than it lists.
+pub(crate) fn left_out(incident: &Incident) -> bool {
+    lacks(incident, Loss::VictimsNotListed)
+}
+
+/// It was closed before its time.
+pub(crate) fn early(incident: &Incident) -> bool {
+    lacks(incident, Loss::WindowCutShort)
 }
 
 impl Out {
@@ -93,7 +115,7 @@ pub(crate) struct Subject {
     engine: Engine,
     fault: Fault,
     seen: u64,
-    effects: Vec<Effect>,
+    effects: Effects,
 }
 
 impl Subject {
@@ -110,7 +132,8 @@ impl Subject {
             Step::Record(bytes) => self.engine.apply(&Input::Record(bytes), &mut self.effects),
             Step::Fact(fact) => self.engine.apply(&Input::Fact(fact.clone()), &mut self.effects),
         }
-        let outs: Vec<Out> = self.effects.drain(..).map(Out::from).collect();
+        let outputs = self.effects.outputs.drain(..).map(Out::from);
+        let outs: Vec<Out> = outputs.chain(self.effects.requests.drain(..).map(Out::from)).collect();
         self.spoil(outs)
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::adapter::{Cause, Incident, Kind, Out, Snapshot, Victim as Shown};
+use crate::adapter::{Cause, Incident, Kind, Out, Snapshot, Victim as Shown, early, left_out};
 use crate::distort::{Distortion, Lost};
 use crate::model::{Held, Key, Victim, World};
 use crate::wire::Blind;
@@ -50,8 +50,8 @@ impl Saved {
             id: incident.id.clone(),
             kind: incident.kind,
             victims: victims.map(listed).collect(),
-            early: incident.losses.iter().any(|note| note.what == "window cut short"),
-            left_out: incident.losses.iter().any(|note| note.what == "victims not listed"),
+            early: early(incident),
+            left_out: left_out(incident),
         }
     }
 }

@@ -135,7 +135,7 @@ impl World {
         if followed && held.resident() > 4 * MIB && self.rng.percent(50) {
             let half = Held { anon: held.anon / 2, ..held };
             self.set_held(serial, half);
-            self.reading(serial, RSS_QUANTUM);
+            self.reading(serial, RSS_MOVED);
         }
         let hook = self.hook();
         if let Some(space) = self.spaces.get(&serial).filter(|s| s.followed) {
@@ -234,7 +234,7 @@ impl World {
         }
         let moved = space.held.resident().abs_diff(space.sent.resident()) + space.held.swap.abs_diff(space.sent.swap);
         if moved >= self.threshold(space.cgroup) {
-            self.reading(serial, RSS_QUANTUM);
+            self.reading(serial, RSS_MOVED);
         }
     }
 

@@ -10,7 +10,6 @@ use memtrace_common::event;
 use crate::rng::Rng;
 use crate::wire::{self, Blind, Hook, Ring};
 
-pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MS: u64 = 1_000_000;
 pub(crate) const SEC: u64 = 1_000_000_000;
 pub(crate) const MIB: u64 = 1 << 20;

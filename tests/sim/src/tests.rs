@@ -1,3 +1,5 @@
+//! Seeds that must hold, and faults that must be found.
+
 use super::*;
 
 fn check(seed: u64, events: u64) {

@@ -88,13 +88,13 @@ pub(crate) fn task(tgid: u32, tid: u32, start_boot_ns: u64, name: &str) -> Task 
     Task { tgid, tid, start_boot_ns, comm }
 }
 
-fn header<T: Record>(hook: Hook) -> Header {
+fn header<T: WireRecord>(hook: Hook) -> Header {
     let size = u16::try_from(size_of::<T>()).unwrap_or(0);
     Header { kind: T::KIND, size, cpu: hook.cpu, boot_ns: hook.ns }
 }
 
 /// A record with its header and all else zero.
-pub(crate) fn blank<T: Record + FromZeros + HasHeader>(hook: Hook) -> T {
+pub(crate) fn blank<T: WireRecord + FromZeros + HasHeader>(hook: Hook) -> T {
     let mut record = T::new_zeroed();
     *record.header() = header::<T>(hook);
     record

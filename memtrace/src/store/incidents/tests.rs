@@ -1,16 +1,9 @@
-//! Tests of the incident store: round trips, hostile files, retention.
+//! Tests of the directory of incidents: round trips, ids, retention.
 
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 
-use proptest::prelude::*;
-
 use super::*;
-use crate::report::fixtures;
-
-fn packed(json: &[u8]) -> Vec<u8> {
-    zstd::encode_all(json, 1).unwrap()
-}
+use memtrace_incident::fixtures;
 
 fn id(time_ms: u64, rest: u128) -> String {
     ulid::Ulid::from_parts(time_ms, rest).to_string()
@@ -41,51 +34,12 @@ fn what_is_saved_is_read_back() {
 }
 
 #[test]
-fn every_kind_of_damage_has_its_message() {
-    let good = encode(&fixtures::burst()).unwrap();
-    let message = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
-    assert_eq!(message(b"hello"), "not a memtrace incident (no zstd header)");
-    assert_eq!(message(b""), "not a memtrace incident (no zstd header)");
-    assert_eq!(message(&good[..3]), "the file is truncated");
-    assert_eq!(message(&good[..good.len() - 1]), "the file is truncated");
-    assert_eq!(message(&good[..good.len() / 2]), "the file is truncated");
-    assert!(message(&packed(b"{}")).starts_with("not a memtrace incident: missing field"));
-    assert!(
-        message(&packed(&[b"{\"x\":".as_slice(), &[b'['; 100_000]].concat())).starts_with("not a memtrace incident: ")
-    );
-    assert_eq!(
-        message(&packed(br#"{"schema":7,"brand":"new"}"#)),
-        "schema 7 is newer than this memtrace reads (1); update memtrace"
-    );
-
-    let mut newer = fixtures::burst();
-    newer.schema = 7;
-    assert_eq!(message(&encode(&newer).unwrap()), "schema 7 is newer than this memtrace reads (1); update memtrace");
-    let mut short = fixtures::burst();
-    short.timeline.columns.anon_bytes.pop();
-    assert!(message(&encode(&short).unwrap()).starts_with("timeline column anon_bytes has "));
-
+fn an_unreadable_file_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.memtrace");
     fs::write(&path, b"hello").unwrap();
     let told = read(&path).unwrap_err().to_string();
     assert_eq!(told, format!("failed to read incident {}: not a memtrace incident (no zstd header)", path.display()));
-}
-
-#[test]
-fn a_bomb_is_refused_at_the_cap() {
-    let bomb = packed(&vec![b' '; 4 << 20]);
-    assert!(bomb.len() < 4096);
-    assert!(matches!(decompress(&bomb, 1 << 20), Err(Unreadable::TooLarge { .. })));
-    assert_eq!(decompress(&bomb, 4 << 20).unwrap().len(), 4 << 20);
-    // The whole of it: a frame that claims and holds more than the real cap.
-    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
-    let zeros = vec![b' '; 1 << 20];
-    for _ in 0..=(MAX_JSON_BYTES >> 20) {
-        encoder.write_all(&zeros).unwrap();
-    }
-    let bomb = encoder.finish().unwrap();
-    assert!(decode(&bomb).unwrap_err().to_string().contains("larger than"));
 }
 
 #[test]
@@ -95,7 +49,6 @@ fn an_id_cannot_leave_the_directory() {
         let mut incident = fixtures::burst();
         incident.id = evil.to_owned();
         assert!(store.save(&incident).is_err(), "{evil}");
-        assert!(matches!(decode(&encode(&incident).unwrap()), Err(Unreadable::BadId)), "{evil}");
     }
     assert!(matches!(store.find("../x"), Err(FindError::NotAnId(_))));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -134,24 +87,4 @@ fn a_crash_leaves_nothing_half_written() {
     Incidents::create(&inner).unwrap();
     assert_eq!(store.list().unwrap().len(), 1);
     assert_eq!(fs::read_dir(&inner).unwrap().count(), 2);
-}
-
-proptest! {
-    #[test]
-    fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
-        prop_assert!(decode(&bytes).is_err());
-        prop_assert!(decode(&packed(&bytes)).is_err());
-        let mut headed = ZSTD_MAGIC.to_vec();
-        headed.extend_from_slice(&bytes);
-        let _ = decode(&headed);
-    }
-
-    #[test]
-    fn any_damage_is_survived(at in any::<prop::sample::Index>(), byte in any::<u8>(), packed_first in any::<bool>()) {
-        let good = encode(&fixtures::group()).unwrap();
-        let mut bytes = if packed_first { good } else { zstd::decode_all(&good[..]).unwrap() };
-        let at = at.index(bytes.len());
-        bytes[at] = byte;
-        let _ = decode(&if packed_first { bytes } else { packed(&bytes) });
-    }
 }

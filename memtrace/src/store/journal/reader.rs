@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::{Decoder, Step, Stop, sequence};
-use crate::engine::input::Input;
+use memtrace_engine::input::Input;
 
 /// Bytes read at a time.
 const CHUNK_BYTES: usize = 64 << 10;

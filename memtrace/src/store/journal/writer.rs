@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{KIND_FACT, KIND_PREAMBLE, KIND_RECORD, MAGIC, VERSION, encode, file_name, sequence};
-use crate::engine::input::{Fact, Input};
+use memtrace_engine::input::{Fact, Input};
 
 /// Frames are handed to the kernel in pieces of about this size.
 const BUFFER_BYTES: usize = 64 << 10;

@@ -1,0 +1,394 @@
+//! The doors of the engine, and which room an input goes to.
+
+use std::collections::BTreeMap;
+
+use memtrace_common::event as wire;
+use memtrace_incident::{Host, Loss};
+use serde::Serialize;
+
+use crate::build::recording::{Ending, RecordingState, Subject};
+use crate::build::{Scene, recording};
+use crate::clock::Anchor;
+use crate::decode::{self, DecodeError, Reading, Record, known};
+use crate::growth::Attribution;
+use crate::input::{CgroupFound, Fact, Input, Settings};
+use crate::limits::Limits;
+use crate::oom::Oom;
+use crate::output::{Out, Output, Request};
+use crate::run::Run;
+use crate::world::{MAX_BEFORE_NS, World};
+
+/// How many totals of losses a window is divided into.
+const LOSS_MOMENTS: u64 = 100;
+
+/// What incidents are built from. A macro and not a method: it borrows three fields and leaves the others free.
+macro_rules! scene {
+    ($engine:expr) => {
+        Scene { run: &$engine.run, world: &$engine.world, growth: &$engine.growth }
+    };
+}
+
+/// The engine. Same inputs, same outputs, byte for byte.
+#[derive(Clone, Debug, Default)]
+pub struct Engine {
+    pub(crate) run: Run,
+    pub(crate) started: bool,
+    /// The run has ended: the next start begins afresh.
+    pub(crate) stopped: bool,
+    records: BTreeMap<&'static str, u64>,
+    bad_records: u64,
+    unknown_kinds: u64,
+    /// Evictions already counted as losses, in the order of [`Engine::evictions`].
+    evictions_counted: [u64; 5],
+    pub(crate) world: World,
+    growth: Attribution,
+    pub(crate) oom: Oom,
+    pub(crate) limits: Limits,
+    pub(crate) recording: Option<RecordingState>,
+    /// Outputs that the recording has looked at.
+    followed: usize,
+}
+
+/// Numbers about the engine itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Records decoded, by kind.
+    pub records: BTreeMap<&'static str, u64>,
+    /// Records of a known kind and a wrong size, or shorter than a header.
+    pub bad_records: u64,
+    /// Records of a kind this build does not know.
+    pub unknown_kinds: u64,
+    /// Incidents that still gather.
+    pub open_incidents: u64,
+    /// Cgroups that wait for memory with their OOM killer off.
+    pub stuck_cgroups: u64,
+    /// Cgroups known, removed ones that are remembered included.
+    pub cgroups: u64,
+    /// Processes that live.
+    pub processes: u64,
+    /// Processes that are dead and remembered, for the incidents they belong to.
+    pub dead_processes: u64,
+    /// Processes, cgroups, curves and detectors given up for want of room.
+    pub evictions: u64,
+    /// Everything lost since the start, by label: what the kernel side and the session stated, and the engine's own.
+    pub losses: BTreeMap<String, u64>,
+    /// Roughly what all this takes.
+    pub memory_estimate_bytes: u64,
+}
+
+impl Engine {
+    /// An engine that knows nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes one input in and adds what follows from it to `out`.
+    pub fn apply(&mut self, input: &Input<'_>, out: &mut Out) {
+        match input {
+            Input::Record(bytes) => match decode::decode(bytes) {
+                Ok(record) => self.apply_record(&record, out),
+                Err(error) => self.count_undecoded(error),
+            },
+            Input::Fact(fact) => {
+                self.followed = out.outputs.len();
+                self.fact(fact, out);
+                self.finish_input(out);
+            }
+        }
+    }
+
+    /// As [`Engine::apply`], for a record that is decoded already.
+    pub fn apply_record(&mut self, record: &Record, out: &mut Out) {
+        self.followed = out.outputs.len();
+        let count = self.records.entry(record.name()).or_default();
+        *count = count.saturating_add(1);
+        self.record(record, out);
+        self.finish_input(out);
+    }
+
+    /// Counts bytes that are no record.
+    pub fn count_undecoded(&mut self, error: DecodeError) {
+        if matches!(error, DecodeError::UnknownKind { .. }) {
+            self.unknown_kinds += 1;
+            self.run.losses.count(Loss::UnknownRecordKinds, 1);
+        } else {
+            self.bad_records += 1;
+            self.run.losses.count(Loss::BadRecords, 1);
+        }
+    }
+
+    /// Whoever follows what this input changed does so here, once: the recording, growing curves, the cgroups that
+    /// must not be forgotten, and the questions that the world has.
+    fn finish_input(&mut self, out: &mut Out) {
+        self.follow(out);
+        self.oom.input_over();
+        self.limits.input_over();
+        let pins_changed = self.oom.take_changed() | self.limits.take_changed();
+        let recorded = self.recording.as_ref().and_then(RecordingState::cgroup);
+        if pins_changed || recorded != self.world.cgroups.pinned_recording {
+            self.world.cgroups.pinned_recording = recorded;
+            let ids: Vec<u64> = self.oom.cgroups().chain(self.limits.cgroups()).chain(recorded).collect();
+            self.world.cgroups.pinned = ids.into_iter().flat_map(|id| self.world.cgroups.chain(id)).collect();
+        }
+        self.world.changes.clear();
+        out.requests.extend(self.world.cgroups.asks.drain(..).map(|id| Request::LookUpCgroup { id }));
+    }
+
+    fn follow(&mut self, out: &Out) {
+        let news = out.outputs.get(self.followed..).unwrap_or_default();
+        self.followed = out.outputs.len();
+        if let Some(recording) = &mut self.recording {
+            recording.follow(&self.world, news);
+        }
+        self.oom.follow(&self.world);
+        self.limits.follow(&self.world);
+    }
+
+    fn record(&mut self, record: &Record, out: &mut Out) {
+        match record {
+            Record::Rss(r) => {
+                self.world.rss(r);
+                self.growth.grew(r);
+                self.watch(r.header.boot_ns, &Reading::from(&r.memcg), out);
+            }
+            Record::Charge(r) => self.reading(r.header.boot_ns, &Reading::from(&r.memcg), out),
+            Record::Reclaim(r) => {
+                self.reading(r.header.boot_ns, &Reading::from(&r.memcg), out);
+                self.limits.reclaim(r, &mut self.world, &self.run, out);
+            }
+            Record::Mapping(r) => self.world.mapping(r),
+            Record::Kill(r) => {
+                self.oom.kill(r, &self.world, &mut self.run);
+                self.oom.report(false, &self.world, &self.run, out);
+            }
+            Record::OomVictim(m) => self.mark(m, out),
+            Record::OomDecision(r) => self.oom.decision(r, &self.world, &self.run),
+            Record::Fork(r) => self.world.fork(r),
+            Record::Exec(r) => self.world.exec(r),
+            Record::Exit(r) => {
+                self.world.exit(r);
+                self.oom.victim_exited((r.task.tgid, r.task.start_boot_ns), r.header.boot_ns);
+                if known(r.memcg.usage_bytes).is_some() {
+                    self.reading(r.header.boot_ns, &Reading::from(&r.memcg), out);
+                }
+            }
+            Record::MmGone(r) => {
+                self.world.mm_gone(r);
+                self.growth.gone(r);
+            }
+            Record::Attach(r) => self.world.attach(r),
+            Record::Cgroup(r) => {
+                self.world.cgroup_change(r);
+                if r.change == wire::CGROUP_REMOVED {
+                    self.limits.unstuck(r.memcg.cgroup_id, r.header.boot_ns);
+                }
+                self.watch(r.header.boot_ns, &Reading::from(&r.memcg), out);
+            }
+            // Addresses mean nothing here; the names come as a fact.
+            Record::KernelStack(_) => {}
+        }
+    }
+
+    fn fact(&mut self, fact: &Fact, out: &mut Out) {
+        match fact {
+            Fact::Start { host, settings } => self.start(host, settings, out),
+            Fact::Anchor { boot_ns, wall_ns, uncertainty_ns } => {
+                let anchor = Anchor { boot_ns: *boot_ns, wall_ns: *wall_ns, uncertainty_ns: *uncertainty_ns };
+                self.run.clock.anchor = Some(anchor);
+            }
+            Fact::Cgroup(found) => self.cgroup_found(found, out),
+            Fact::Process(found) => self.world.process_found(found),
+            Fact::KernelLog(line) => self.oom.kernel_log_line(line, &self.world, &self.run),
+            Fact::KernelStack { victim_pid, victim_start_boot_ns, functions } => {
+                self.oom.kernel_stack((*victim_pid, *victim_start_boot_ns), functions);
+            }
+            Fact::Module(found) => self.growth.module(found),
+            Fact::Path(found) => self.growth.path(found),
+            Fact::Stack(found) => self.growth.stack(found),
+            // Before the first tick they are what an earlier segment has counted already.
+            Fact::Losses { totals } => self.run.losses.state(totals, self.run.now == 0),
+            Fact::OomControl { cgroup_id, boot_ns, kill_disabled, under_oom } => {
+                let state = (*kill_disabled, *under_oom);
+                if self.limits.oom_control(*cgroup_id, *boot_ns, state, &mut self.world, &mut self.run) {
+                    self.limits.open_stuck(*cgroup_id, *boot_ns, &scene!(self), out);
+                }
+            }
+            Fact::Tick { boot_ns } => self.tick(*boot_ns, out),
+            Fact::RecordingBegin { cgroup_id, pid, command, boot_ns } => {
+                let subject = Subject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };
+                self.begin_recording(subject, out);
+            }
+            Fact::RecordingEnd { boot_ns, exit_code, signal, cgroup_peak_bytes } => {
+                let ending = Ending {
+                    boot_ns: *boot_ns,
+                    exit_code: *exit_code,
+                    signal: *signal,
+                    cgroup_peak_bytes: *cgroup_peak_bytes,
+                };
+                self.end_recording(&ending, out);
+            }
+            Fact::Stop { boot_ns } => self.stop(*boot_ns, out),
+        }
+    }
+
+    /// A new run. After a stop or on another boot everything before is over; else what is known stays (a preamble
+    /// repeats the start of its own run).
+    fn start(&mut self, host: &Host, settings: &Settings, out: &mut Out) {
+        if self.started && (self.stopped || self.run.host.boot_id != host.boot_id) {
+            self.stop(self.run.now, out);
+            let (records, bad, unknown) = (std::mem::take(&mut self.records), self.bad_records, self.unknown_kinds);
+            *self = Self { records, bad_records: bad, unknown_kinds: unknown, ..Self::default() };
+        }
+        self.started = true;
+        self.run.host = host.clone();
+        self.run.settings = settings.clone();
+        self.run.settings.before_ns = settings.before_ns.min(MAX_BEFORE_NS);
+        self.world.configure(settings);
+    }
+
+    fn stop(&mut self, boot_ns: u64, out: &mut Out) {
+        self.tick(boot_ns, out);
+        self.close_incidents(true, out);
+        self.oom.report_sigkills(true, &self.world, &mut self.run, out);
+        self.end_recording(&Ending { boot_ns: self.run.now, ..Ending::default() }, out);
+        self.stopped = true;
+    }
+
+    fn tick(&mut self, boot_ns: u64, out: &mut Out) {
+        let now = self.run.now.max(boot_ns);
+        self.run.now = now;
+        self.world.tick(now);
+        let recorded = self.recording.as_ref().map(|recording| recording.subject.boot_ns);
+        self.growth.tick(now, self.run.settings.before_ns, recorded);
+        self.count_evictions();
+        self.run.losses.remember(now, self.run.settings.before_ns / LOSS_MOMENTS);
+        self.close_incidents(false, out);
+        self.oom.report_sigkills(false, &self.world, &mut self.run, out);
+        self.oom.tick(&self.run, out);
+        let scene = scene!(self);
+        self.limits.report_found(&scene, out);
+    }
+
+    /// Windows close; with `all`, every one of them.
+    fn close_incidents(&mut self, all: bool, out: &mut Out) {
+        self.oom.take_sharers(all, &mut self.world, &self.run);
+        let scene = scene!(self);
+        self.oom.close_due(all, &scene, out);
+        self.limits.close_stuck(all, &scene, out);
+    }
+
+    fn count_evictions(&mut self) {
+        let now = self.evictions();
+        let losses = [
+            Loss::ProcessesEvicted,
+            Loss::CgroupsEvicted,
+            Loss::CurvesDropped,
+            Loss::DetectorsRefused,
+            Loss::GrowthDropped,
+        ];
+        for ((loss, total), counted) in losses.into_iter().zip(now).zip(self.evictions_counted) {
+            self.run.losses.count(loss, total.saturating_sub(counted));
+        }
+        self.evictions_counted = now;
+    }
+
+    fn evictions(&self) -> [u64; 5] {
+        let cgroups = &self.world.cgroups;
+        [
+            self.world.processes.evicted,
+            cgroups.evicted,
+            cgroups.curves_dropped,
+            self.limits.refused(),
+            self.growth.dropped,
+        ]
+    }
+
+    /// A reading that does not come with resident memory: onto the curve, then as [`Engine::watch`].
+    fn reading(&mut self, boot_ns: u64, reading: &Reading, out: &mut Out) {
+        self.world.read(boot_ns, reading);
+        self.watch(boot_ns, reading, out);
+    }
+
+    /// What limits make of a reading that is on the curve.
+    fn watch(&mut self, boot_ns: u64, reading: &Reading, out: &mut Out) {
+        self.limits.reading(boot_ns, reading, &mut self.world, &self.run, out);
+    }
+
+    /// The OOM killer marked a victim.
+    fn mark(&mut self, m: &wire::OomVictim, out: &mut Out) {
+        self.world.mark(m);
+        self.oom.mark(m, &scene!(self), out);
+        let mut read = Vec::with_capacity(3);
+        for reading in [&m.victim_memcg, &m.trigger_memcg, &m.oom].map(Reading::from) {
+            if !read.contains(&reading.cgroup_id) {
+                read.push(reading.cgroup_id);
+                self.reading(m.header.boot_ns, &reading, out);
+            }
+        }
+        self.limits.explained_by(m, &self.world);
+        self.oom.report(false, &self.world, &self.run, out);
+    }
+
+    fn cgroup_found(&mut self, found: &CgroupFound, out: &mut Out) {
+        let before = self.world.cgroups.limit(found.id);
+        self.world.cgroup_found(found);
+        self.limits.cgroup_found(found, before, &mut self.world, &self.run, out);
+    }
+
+    fn begin_recording(&mut self, subject: Subject, out: &mut Out) {
+        if self.recording.as_ref().is_some_and(|r| r.subject == subject) {
+            return;
+        }
+        self.end_recording(&Ending { boot_ns: subject.boot_ns, ..Ending::default() }, out);
+        if let Some(id) = subject.cgroup_id
+            && self.world.cgroups.get(id).is_none()
+        {
+            self.world.read(subject.boot_ns, &Reading { cgroup_id: Some(id), ..Reading::default() });
+        }
+        let base = self.run.losses.current();
+        self.recording = Some(RecordingState::begin(subject, &self.world, base));
+    }
+
+    fn end_recording(&mut self, ending: &Ending, out: &mut Out) {
+        if self.recording.is_none() {
+            return;
+        }
+        // What this very input changed belongs to it, and so do the kills that are not certain yet.
+        self.oom.report(true, &self.world, &self.run, out);
+        self.follow(out);
+        let Some(recording) = self.recording.take() else { return };
+        let scene = scene!(self);
+        let oom = self.oom.latest_of(recording.oom_ids(), &scene);
+        out.outputs.push(Output::Save(Box::new(recording::end(recording, ending, oom, &scene))));
+    }
+
+    /// Cgroups known right below this one.
+    pub fn children(&self, cgroup_id: u64) -> impl Iterator<Item = u64> + '_ {
+        let below = self.world.cgroups.iter().filter(move |(_, row)| row.parent == Some(cgroup_id) && !row.removed);
+        below.map(|(id, _)| id)
+    }
+
+    /// Numbers about the engine itself.
+    pub fn counts(&self) -> Counts {
+        let recording = self.recording.as_ref().map_or(0, RecordingState::memory_estimate);
+        let rooms = [
+            self.world.memory_estimate(),
+            self.growth.memory_estimate(),
+            self.oom.memory_estimate(),
+            self.limits.memory_estimate(),
+        ];
+        Counts {
+            records: self.records.clone(),
+            bad_records: self.bad_records,
+            unknown_kinds: self.unknown_kinds,
+            open_incidents: self.oom.open_incidents() as u64,
+            stuck_cgroups: self.limits.stuck_cgroups() as u64,
+            cgroups: self.world.cgroups.len() as u64,
+            processes: self.world.processes.live() as u64,
+            dead_processes: self.world.processes.dead() as u64,
+            evictions: self.evictions().iter().sum(),
+            losses: self.run.losses.current(),
+            memory_estimate_bytes: (rooms.iter().sum::<usize>() + recording) as u64,
+        }
+    }
+}

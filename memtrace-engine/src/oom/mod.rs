@@ -1,0 +1,353 @@
+//! OOM kills, from the kernel's decision to the closed incident, and all other SIGKILLs.
+//!
+//! The kernel speaks in pieces: a decision, a SIGKILL, a mark of the victim, lines in its log, the
+//! victim's exit. [`pairing`] joins them, [`open_incident`] gathers until its window is over,
+//! [`kernel_log`] is the second witness, [`sigkills`] says of every other SIGKILL who sent it.
+
+use memtrace_common::event as wire;
+use memtrace_incident::{Kind, Oom as OomFacts};
+
+use crate::build::Scene;
+use crate::clock::Identity;
+use crate::decode::Reading;
+use crate::input::KernelLogLine;
+use crate::output::{Finding, Out, Output};
+use crate::run::Run;
+use crate::world::{Moments, ProcessKey, View, World};
+use memtrace_incident::KillEntry;
+
+mod incident;
+mod kernel_log;
+mod open_incident;
+mod pairing;
+mod scope;
+mod sigkills;
+
+use kernel_log::KernelLog;
+pub(crate) use open_incident::OPEN_CAP;
+use open_incident::OpenIncident;
+use pairing::{Decision, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
+use scope::{counters, scope, view_of};
+use sigkills::Sigkills;
+
+/// Everything about kills.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Oom {
+    /// At most [`OPEN_CAP`].
+    open: Vec<OpenIncident>,
+    pairing: Pairing,
+    sigkills: Sigkills,
+    log: KernelLog,
+    /// The cgroups that must not be forgotten may be others than before.
+    changed: bool,
+}
+
+impl Oom {
+    /// Somebody sent SIGKILL.
+    pub(crate) fn kill(&mut self, r: &wire::Kill, world: &World, run: &mut Run) {
+        self.sigkills.sent_by(r, world, run);
+        if r.sender_code != wire::SENDER_KERNEL {
+            return;
+        }
+        let key = (r.target.tgid, r.target.start_boot_ns);
+        let ns = r.header.boot_ns;
+        for open in &mut self.open {
+            let first = open.victims.first().map(OpenVictim::key) == Some(key) && open.id.is_none();
+            let Some(v) = open.victims.iter_mut().find(|v| v.key() == key) else { continue };
+            let of_mark = v.marked_ns.is_some_and(|mark| mark.abs_diff(ns) <= PAIR_NS);
+            if v.kill_ns.is_none() && of_mark && !v.reported {
+                v.kill_ns = Some(ns);
+                v.victim.killed = true;
+                v.victim.at_boot_ns = ns;
+                if first {
+                    open.at_ns = ns;
+                }
+            }
+            if of_mark || v.marked_ns.is_none() {
+                return;
+            }
+        }
+        self.pairing.wait(r);
+    }
+
+    /// The kernel decided on a kill.
+    pub(crate) fn decision(&mut self, r: &wire::OomDecision, world: &World, run: &Run) {
+        let decision = self.pairing.decide(r);
+        let late = |o: &&mut OpenIncident| {
+            o.decision.is_none()
+                && o.trigger == decision.trigger
+                && o.at_ns >= decision.boot_ns
+                && o.at_ns - decision.boot_ns <= PAIR_NS
+        };
+        if let Some(open) = self.open.iter_mut().find(late) {
+            open.decision = Some(decision);
+            self.refine(world, run);
+        }
+    }
+
+    /// The OOM killer marked a victim. What the mark reads of cgroups is put on their curves after this.
+    pub(crate) fn mark(&mut self, m: &wire::OomVictim, scene: &Scene<'_>, out: &mut Out) {
+        let key = (m.victim.tgid, m.victim.start_boot_ns);
+        let verified = self.pairing.verify(m, scene.run.settings.kills_seen);
+        let victim = marked(m, verified);
+        self.log.hook_saw(m.victim.tgid, m.victim.tid, victim.victim.at_boot_ns);
+        if let Some(known) = self.open.iter_mut().find_map(|o| o.victim(key)) {
+            if known.marked_ns.is_none() {
+                let reported = known.reported;
+                *known = OpenVictim { reported, kill_ns: known.kill_ns.or(victim.kill_ns), ..victim };
+                known.victim.killed |= reported;
+            } else if known.kill_ns.is_none() && !known.reported {
+                known.kill_ns = victim.kill_ns;
+                known.victim.killed = victim.victim.killed;
+            }
+            return;
+        }
+        let decision = self.pairing.decision((&m.trigger).into(), m.header.boot_ns);
+        match self.open.iter_mut().find(|o| o.joins(m, decision)) {
+            Some(open) => {
+                open.group |= m.flags & wire::VICTIM_GROUP != 0;
+                open.decision = open.decision.or(decision);
+                open.add(victim);
+            }
+            None => self.open_incident(m, victim, decision, scene, out),
+        }
+        self.changed = true;
+    }
+
+    fn open_incident(
+        &mut self,
+        m: &wire::OomVictim,
+        victim: OpenVictim,
+        decision: Option<Decision>,
+        scene: &Scene<'_>,
+        out: &mut Out,
+    ) {
+        if self.open.len() >= OPEN_CAP {
+            let mut oldest = self.open.remove(0);
+            oldest.early = true;
+            self.close(oldest, scene, out);
+        }
+        let (world, run) = (scene.world, scene.run);
+        let at_ns = victim.victim.at_boot_ns;
+        let when = Moments { from_ns: run.window_start(at_ns), at_ns, mark_ns: m.header.boot_ns };
+        let victim_memcg = Reading::from(&m.victim_memcg);
+        let trigger_memcg = Reading::from(&m.trigger_memcg);
+        let marked_oom = Reading::from(&m.oom);
+        let log = self.log.about(victim.victim.pid, victim.tid, at_ns);
+        let (own, out_of) = (victim_memcg.cgroup_id, marked_oom.cgroup_id);
+        let ran_out = scope(m.scope, own, out_of, decision.as_ref(), log, &world.cgroups);
+        let decided = decision.map(|d| d.oom).unwrap_or_default();
+        let sums_of = |id: u64| world.cgroups.get(id).map(|r| r.tree).unwrap_or_default();
+        let mut view = View::new(world, view_of(ran_out, own, when, world), when, at_ns, sums_of);
+        incident::mark_victim(&mut view.tasks, &victim);
+        self.open.push(OpenIncident {
+            id: None,
+            at_ns,
+            trigger: (&m.trigger).into(),
+            trigger_process: process(&m.trigger),
+            mark_scope: m.scope,
+            decision,
+            mark_ns: m.header.boot_ns,
+            ran_out,
+            victim_memcg,
+            trigger_memcg,
+            marked_oom,
+            oom: counters(ran_out, marked_oom, &[decided, victim_memcg, trigger_memcg], &world.cgroups),
+            group: m.flags & wire::VICTIM_GROUP != 0,
+            stack: self.pairing.take_stack(victim.key()).unwrap_or_default(),
+            victims: vec![victim],
+            victims_left_out: 0,
+            view,
+            loss_base: run.losses.at(when.from_ns),
+            early: false,
+        });
+    }
+
+    /// Lines of the kernel log about a kill.
+    pub(crate) fn kernel_log_line(&mut self, line: &KernelLogLine, world: &World, run: &Run) {
+        self.log.line(line);
+        self.refine(world, run);
+    }
+
+    /// Names of a trigger's kernel stack have come.
+    pub(crate) fn kernel_stack(&mut self, victim: ProcessKey, functions: &[String]) {
+        let functions = pairing::functions(functions);
+        match self.open.iter_mut().find(|o| o.victims.iter().any(|v| v.key() == victim)) {
+            Some(open) if open.stack.is_empty() => open.stack = functions,
+            Some(_) => {}
+            None => self.pairing.keep_stack(victim, functions),
+        }
+    }
+
+    /// The last thread of a process exited.
+    pub(crate) fn victim_exited(&mut self, key: ProcessKey, boot_ns: u64) {
+        for v in self.open.iter_mut().filter_map(|o| o.victim(key)) {
+            v.victim.exit_boot_ns = Some(boot_ns);
+        }
+    }
+
+    fn refine(&mut self, world: &World, run: &Run) {
+        for open in &mut self.open {
+            self.changed |= open.refine(&self.log, world, run);
+        }
+    }
+
+    /// Gives incidents their id and reports kills that are certain; with `all`, every one.
+    pub(crate) fn report(&mut self, all: bool, world: &World, run: &Run, out: &mut Out) {
+        for open in &mut self.open {
+            report_one(open, &mut self.sigkills, all, world, run, out);
+        }
+    }
+
+    /// SIGKILLs that never got a mark: those that followed a mark by the same trigger went to sharers of its memory.
+    pub(crate) fn take_sharers(&mut self, all: bool, world: &mut World, run: &Run) {
+        for kill in self.pairing.overdue(run.now, all) {
+            let target = (kill.target.tgid, kill.target.start_boot_ns);
+            let open = self
+                .open
+                .iter_mut()
+                .filter(|o| o.trigger == kill.trigger)
+                .filter_map(|o| o.shared_at(kill.boot_ns).map(|mark| (mark, o)))
+                .max_by_key(|(mark, _)| *mark);
+            let Some((_, open)) = open else { continue };
+            self.pairing.take(target);
+            if open.victim(target).is_some() {
+                continue;
+            }
+            let mut victim = sharer(&kill);
+            let key = world.find(&kill.target);
+            let row = key.and_then(|key| world.processes.get(key));
+            if let Some(sums) = row.and_then(|row| world.sums_of(row)) {
+                let v = &mut victim.victim;
+                (v.anon_bytes, v.file_bytes) = (Some(sums.anon), Some(sums.file));
+                (v.shmem_bytes, v.swap_bytes) = (Some(sums.shmem), Some(sums.swap));
+            }
+            victim.victim.exit_boot_ns = row.and_then(|row| row.exited).map(|(ns, _)| ns);
+            self.log.hook_saw(victim.victim.pid, victim.tid, kill.boot_ns);
+            open.add(victim);
+            self.changed = true;
+        }
+    }
+
+    /// Windows close; with `all`, every one of them. Sharers have been taken in.
+    pub(crate) fn close_due(&mut self, all: bool, scene: &Scene<'_>, out: &mut Out) {
+        let (now, after_ns) = (scene.run.now, scene.run.settings.after_ns);
+        self.report(all, scene.world, scene.run, out);
+        let due = |o: &mut OpenIncident| all || now >= o.deadline(after_ns);
+        let closing: Vec<OpenIncident> = self.open.extract_if(.., due).collect();
+        for mut open in closing {
+            open.early = all && now < open.deadline(after_ns);
+            self.close(open, scene, out);
+        }
+    }
+
+    fn close(&mut self, mut open: OpenIncident, scene: &Scene<'_>, out: &mut Out) {
+        open.view.follow(scene.world);
+        open.refine(&self.log, scene.world, scene.run);
+        report_one(&mut open, &mut self.sigkills, true, scene.world, scene.run, out);
+        let incident = incident::oom_incident(&open, &self.log, scene);
+        if scene.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
+            for v in incident::missing_in_log(&open, &self.log) {
+                let only_in = "hook".to_owned();
+                out.outputs.push(Output::Alert(Finding::Disagreement { pid: v.victim.pid, only_in }));
+            }
+        }
+        self.changed = true;
+        out.outputs.push(Output::Save(Box::new(incident)));
+    }
+
+    /// The kill, as known so far, of the newest open incident among these ids.
+    pub(crate) fn latest_of(&self, ids: &[String], scene: &Scene<'_>) -> Option<OomFacts> {
+        let open = self.open.iter().rev().find(|o| o.id.as_ref().is_some_and(|id| ids.contains(id)));
+        open.map(|open| incident::oom(open, &self.log, scene))
+    }
+
+    /// Reports the SIGKILLs that have waited long enough; with `all`, every one of them.
+    pub(crate) fn report_sigkills(&mut self, all: bool, world: &World, run: &mut Run, out: &mut Out) {
+        self.sigkills.report_due(all, world, run, out);
+    }
+
+    /// Time passes: old decisions are forgotten, kills that only the kernel log knows are reported.
+    pub(crate) fn tick(&mut self, run: &Run, out: &mut Out) {
+        self.pairing.tick(run.now);
+        for pid in self.log.unseen(run.now) {
+            if run.settings.kernel_log {
+                let only_in = "kernel_log".to_owned();
+                out.outputs.push(Output::Alert(Finding::Disagreement { pid, only_in }));
+            }
+        }
+    }
+
+    /// Growing curves take in what the input at hand changed.
+    pub(crate) fn follow(&mut self, world: &World) {
+        self.open.iter_mut().for_each(|open| open.view.follow(world));
+    }
+
+    /// The input is over.
+    pub(crate) fn input_over(&mut self) {
+        self.open.iter_mut().for_each(|open| open.view.input_over());
+    }
+
+    /// Whether [`Oom::cgroups`] may be others than when this was asked last.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// Cgroups that must not be forgotten.
+    pub(crate) fn cgroups(&self) -> impl Iterator<Item = u64> + '_ {
+        let of_open = self.open.iter().flat_map(|o| {
+            let victims = o.victims.iter().map(|v| v.victim.cgroup_id);
+            victims.chain([o.view.curve_of, o.oom.cgroup_id, o.trigger_memcg.cgroup_id])
+        });
+        of_open.flatten()
+    }
+
+    /// Incidents that still gather.
+    pub(crate) fn open_incidents(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Roughly what it takes.
+    pub(crate) fn memory_estimate(&self) -> usize {
+        let views: usize = self.open.iter().map(|open| open.view.memory_estimate()).sum();
+        views + self.sigkills.memory_estimate()
+    }
+}
+
+/// Gives an incident its id and reports what is certain of it; with `all`, everything.
+fn report_one(open: &mut OpenIncident, sigkills: &mut Sigkills, all: bool, world: &World, run: &Run, out: &mut Out) {
+    let (now, kills_seen) = (run.now, run.settings.kills_seen);
+    let certain = |v: &OpenVictim| all || v.settled(now, kills_seen);
+    let Some(first) = open.victims.first().filter(|v| open.id.is_some() || certain(v)) else { return };
+    let (pid, start_boot_ns) = first.key();
+    let comm = first.victim.comm.clone();
+    let cgroup_id = first.victim.cgroup_id;
+    let fresh = open.id.is_none();
+    let (kind, boot_id) = (Kind::OomKill.name(), &run.host.boot_id);
+    let identity = Identity { kind, boot_id, boot_ns: open.at_ns, pid, start_boot_ns };
+    let id = open.id.get_or_insert_with(|| run.clock.incident_id(&identity)).clone();
+    for v in open.victims.iter_mut().filter(|v| !v.reported && certain(v)) {
+        v.reported = true;
+        if v.victim.killed {
+            sigkills.of_victim(v, &open.trigger_process, &id, world, run, out);
+        }
+        out.outputs.push(Output::Kill(KillEntry {
+            incident: id.clone(),
+            boot_ns: v.victim.at_boot_ns,
+            wall: run.clock.wall(v.victim.at_boot_ns),
+            pid: v.victim.pid,
+            start_boot_ns: v.victim.start_boot_ns,
+            comm: v.victim.comm.clone(),
+            cgroup_path: world.cgroups.path(v.victim.cgroup_id),
+            usage_bytes: open.oom.usage,
+            limit_bytes: open.oom.limit.bytes(),
+            trigger_pid: open.trigger_process.pid,
+            killed: v.victim.killed,
+        }));
+    }
+    if fresh {
+        let cgroup_path = world.cgroups.path(cgroup_id);
+        let found = Finding::OomKill { incident: id, cgroup_id, pid, comm, cgroup_path };
+        out.outputs.push(Output::Alert(found));
+    }
+}

@@ -1,0 +1,284 @@
+//! The ledger of kills: which SIGKILL belongs to which mark, and which marks to one decision of the OOM killer.
+//!
+//! The kernel's order on one thread is: decision, SIGKILL to the victim, mark of the victim, SIGKILLs to processes
+//! that share its memory (never marked); for a group, again per member. Records of different CPUs may come in
+//! either order, so a SIGKILL waits a while for its mark, and a mark for its SIGKILL.
+
+use std::collections::VecDeque;
+
+use memtrace_common::event as wire;
+
+use crate::decode::{Reading, cgroup_id, known};
+use crate::world::{ProcessKey, comm};
+use memtrace_incident::{Process, Victim};
+
+const MS: u64 = 1_000_000;
+/// A SIGKILL and a mark of one process this far apart belong together.
+pub(super) const PAIR_NS: u64 = 1000 * MS;
+/// A SIGKILL by the same trigger this soon after a mark goes to a process that shares the memory.
+pub(super) const SHARER_NS: u64 = 100 * MS;
+/// A mark without a SIGKILL waits this long for one that is late.
+pub(super) const SETTLE_NS: u64 = 100 * MS;
+/// A decision governs marks of its trigger for this long.
+const DECISION_NS: u64 = 10_000 * MS;
+const KILLS_CAP: usize = 1024;
+const DECISIONS_CAP: usize = 256;
+const STACKS_CAP: usize = 64;
+/// Functions of a trigger's kernel stack.
+const FUNCTIONS_CAP: usize = wire::KERNEL_FRAMES;
+
+/// One thread of one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Thread {
+    pub(super) key: ProcessKey,
+    pub(super) tid: u32,
+}
+
+impl From<&wire::Task> for Thread {
+    fn from(t: &wire::Task) -> Self {
+        Self { key: (t.tgid, t.start_boot_ns), tid: t.tid }
+    }
+}
+
+/// A SIGKILL from the kernel that waits for its mark.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KernelKill {
+    pub(super) boot_ns: u64,
+    pub(super) trigger: Thread,
+    pub(super) target: wire::Task,
+    pub(super) cgroup: Option<u64>,
+}
+
+/// A decision of the OOM killer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Decision {
+    pub(super) boot_ns: u64,
+    pub(super) trigger: Thread,
+    pub(super) oom: Reading,
+    pub(super) constraint: u32,
+}
+
+/// Somebody the OOM killer killed or chose.
+#[derive(Clone, Debug)]
+pub(super) struct OpenVictim {
+    pub(super) victim: Victim,
+    pub(super) tid: u32,
+    /// When it was marked; none for those who share a victim's memory.
+    pub(super) marked_ns: Option<u64>,
+    pub(super) kill_ns: Option<u64>,
+    /// It went to the ledger.
+    pub(super) reported: bool,
+}
+
+impl OpenVictim {
+    pub(super) fn key(&self) -> ProcessKey {
+        (self.victim.pid, self.victim.start_boot_ns)
+    }
+
+    /// Nothing more is to be learnt about when it was killed.
+    pub(super) fn settled(&self, now: u64, kills_seen: bool) -> bool {
+        let waited = self.marked_ns.is_none_or(|ns| now >= ns.saturating_add(SETTLE_NS));
+        self.kill_ns.is_some() || !kills_seen || waited
+    }
+}
+
+/// What a mark says about when and whether its process was killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Verified {
+    pub(super) kill_ns: Option<u64>,
+    pub(super) killed: bool,
+}
+
+/// SIGKILLs, decisions and stacks that wait for the rest.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pairing {
+    kills: VecDeque<KernelKill>,
+    decisions: VecDeque<Decision>,
+    stacks: VecDeque<(ProcessKey, Vec<String>)>,
+}
+
+fn push<T>(queue: &mut VecDeque<T>, cap: usize, item: T) {
+    if queue.len() >= cap {
+        queue.pop_front();
+    }
+    queue.push_back(item);
+}
+
+impl Pairing {
+    /// A SIGKILL that belongs to nothing yet.
+    pub(super) fn wait(&mut self, r: &wire::Kill) {
+        let kill = KernelKill {
+            boot_ns: r.header.boot_ns,
+            trigger: (&r.sender).into(),
+            target: r.target,
+            cgroup: cgroup_id(r.cgroup_id),
+        };
+        push(&mut self.kills, KILLS_CAP, kill);
+    }
+
+    /// The SIGKILL of a mark: the earliest that fits. All of that process are taken.
+    pub(super) fn verify(&mut self, m: &wire::OomVictim, kills_seen: bool) -> Verified {
+        let mark_ns = m.header.boot_ns;
+        let key: ProcessKey = (m.victim.tgid, m.victim.start_boot_ns);
+        let fits =
+            |k: &KernelKill| (k.target.tgid, k.target.start_boot_ns) == key && k.boot_ns.abs_diff(mark_ns) <= PAIR_NS;
+        let seen = self.kills.iter().filter(|k| fits(k)).map(|k| k.boot_ns).min();
+        self.kills.retain(|k| !fits(k));
+        let flagged = m.flags & wire::VICTIM_KILLED != 0;
+        let told = (flagged && m.after_kill_ns != u32::MAX).then(|| mark_ns.saturating_sub(u64::from(m.after_kill_ns)));
+        let kill_ns = seen.or(told).or((flagged || !kills_seen).then_some(mark_ns));
+        Verified { kill_ns, killed: kill_ns.is_some() }
+    }
+
+    /// SIGKILLs that have waited long enough for a mark of their own, and those to give up on are dropped.
+    pub(super) fn overdue(&mut self, now: u64, all: bool) -> Vec<KernelKill> {
+        let due = |k: &KernelKill| all || k.boot_ns.saturating_add(SHARER_NS) <= now;
+        let overdue = self.kills.iter().filter(|k| due(k)).copied().collect();
+        self.kills.retain(|k| k.boot_ns.saturating_add(PAIR_NS) > now);
+        overdue
+    }
+
+    /// This SIGKILL has found its incident.
+    pub(super) fn take(&mut self, target: ProcessKey) {
+        self.kills.retain(|k| (k.target.tgid, k.target.start_boot_ns) != target);
+    }
+
+    pub(super) fn decide(&mut self, r: &wire::OomDecision) -> Decision {
+        let decision = Decision {
+            boot_ns: r.header.boot_ns,
+            trigger: (&r.trigger).into(),
+            oom: Reading::from(&r.oom),
+            constraint: r.constraint,
+        };
+        push(&mut self.decisions, DECISIONS_CAP, decision);
+        decision
+    }
+
+    /// The decision a mark follows from.
+    pub(super) fn decision(&self, trigger: Thread, mark_ns: u64) -> Option<Decision> {
+        self.decisions
+            .iter()
+            .filter(|d| d.trigger == trigger && d.boot_ns <= mark_ns && mark_ns - d.boot_ns <= DECISION_NS)
+            .max_by_key(|d| d.boot_ns)
+            .copied()
+    }
+
+    pub(super) fn keep_stack(&mut self, victim: ProcessKey, functions: Vec<String>) {
+        push(&mut self.stacks, STACKS_CAP, (victim, functions));
+    }
+
+    pub(super) fn take_stack(&mut self, victim: ProcessKey) -> Option<Vec<String>> {
+        let at = self.stacks.iter().position(|(key, _)| *key == victim)?;
+        self.stacks.remove(at).map(|(_, functions)| functions)
+    }
+
+    pub(super) fn tick(&mut self, now: u64) {
+        self.decisions.retain(|d| d.boot_ns.saturating_add(DECISION_NS) > now);
+    }
+}
+
+/// Function names as kept: bounded, printable.
+pub(super) fn functions(names: &[String]) -> Vec<String> {
+    names.iter().take(FUNCTIONS_CAP).map(|n| crate::decode::printable(n.as_bytes())).collect()
+}
+
+/// A wire task as the file shows it.
+pub(super) fn process(t: &wire::Task) -> Process {
+    Process { pid: t.tgid, tid: t.tid, start_boot_ns: t.start_boot_ns, comm: comm(t) }
+}
+
+/// The victim of a mark.
+pub(super) fn marked(m: &wire::OomVictim, verified: Verified) -> OpenVictim {
+    let mark_ns = m.header.boot_ns;
+    let victim = Victim {
+        pid: m.victim.tgid,
+        start_boot_ns: m.victim.start_boot_ns,
+        comm: comm(&m.victim),
+        cgroup_id: cgroup_id(m.victim_memcg.cgroup_id),
+        cgroup_path: None,
+        at_boot_ns: verified.kill_ns.unwrap_or(mark_ns),
+        anon_bytes: known(m.rss.anon_bytes),
+        file_bytes: known(m.rss.file_bytes),
+        shmem_bytes: known(m.rss.shmem_bytes),
+        swap_bytes: known(m.rss.swap_bytes),
+        pagetable_bytes: known(m.pagetable_bytes),
+        oom_score_adj: (m.oom_score_adj != wire::UNKNOWN_I32).then_some(m.oom_score_adj),
+        killed: verified.killed,
+        shares_mm: false,
+        exit_boot_ns: None,
+    };
+    OpenVictim { victim, tid: m.victim.tid, marked_ns: Some(mark_ns), kill_ns: verified.kill_ns, reported: false }
+}
+
+/// Somebody killed for sharing a victim's memory.
+pub(super) fn sharer(k: &KernelKill) -> OpenVictim {
+    let victim = Victim {
+        pid: k.target.tgid,
+        start_boot_ns: k.target.start_boot_ns,
+        comm: comm(&k.target),
+        cgroup_id: k.cgroup,
+        cgroup_path: None,
+        at_boot_ns: k.boot_ns,
+        anon_bytes: None,
+        file_bytes: None,
+        shmem_bytes: None,
+        swap_bytes: None,
+        pagetable_bytes: None,
+        oom_score_adj: None,
+        killed: true,
+        shares_mm: true,
+        exit_boot_ns: None,
+    };
+    OpenVictim { victim, tid: k.target.tid, marked_ns: None, kill_ns: Some(k.boot_ns), reported: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::{self as sample, MS};
+
+    #[test]
+    fn the_decision_table_of_a_mark() {
+        // (name, SIGKILL at, flagged, after_kill_ns, kills seen) -> (kill time, killed); the mark is at 5000 ms.
+        type Case = (&'static str, Option<u64>, bool, u32, bool, Option<u64>);
+        let cases: [Case; 8] = [
+            ("SIGKILL before", Some(4999), false, 0, true, Some(4999 * MS)),
+            ("SIGKILL record after", Some(5001), false, 0, true, Some(5001 * MS)),
+            ("record beats the flag's time", Some(4999), true, 7, true, Some(4999 * MS)),
+            ("flag alone", None, true, 1_000_000, true, Some(4999 * MS)),
+            ("flag, too long ago to say when", None, true, u32::MAX, true, Some(5000 * MS)),
+            ("mark alone: chosen while exiting", None, false, 0, true, None),
+            ("mark alone, SIGKILLs not seen", None, false, 0, false, Some(5000 * MS)),
+            ("an old SIGKILL is another story", Some(3000), false, 0, true, None),
+        ];
+        for (name, kill_ms, flagged, after_kill_ns, kills_seen, expected) in cases {
+            let mut ledger = Pairing::default();
+            if let Some(ms) = kill_ms {
+                ledger.wait(&sample::kill(ms * MS, 1, 2, 5));
+            }
+            ledger.wait(&sample::kill(4999 * MS, 1, 3, 5));
+            let mut mark = sample::victim(5000 * MS, 1, 2, sample::memcg(5, 1), sample::memcg(5, 1), 1);
+            mark.flags = if flagged { wire::VICTIM_KILLED } else { 0 };
+            mark.after_kill_ns = after_kill_ns;
+            let verified = ledger.verify(&mark, kills_seen);
+            assert_eq!(verified, Verified { kill_ns: expected, killed: expected.is_some() }, "{name}");
+        }
+    }
+
+    #[test]
+    fn everything_that_waits_is_bounded() {
+        let mut ledger = Pairing::default();
+        for i in 0..5000u32 {
+            ledger.wait(&sample::kill(1, 1, i, 5));
+            ledger.decide(&sample::decision(1, 1, i, sample::no_memcg(), 0));
+            ledger.keep_stack((i, 0), Vec::new());
+        }
+        assert_eq!(
+            (ledger.kills.len(), ledger.decisions.len(), ledger.stacks.len()),
+            (KILLS_CAP, DECISIONS_CAP, STACKS_CAP)
+        );
+        ledger.overdue(2 * PAIR_NS, false);
+        ledger.tick(2 * DECISION_NS);
+        assert!(ledger.kills.is_empty() && ledger.decisions.is_empty());
+    }
+}

@@ -1,0 +1,185 @@
+//! What ran out, and what an incident shows because of it.
+
+use memtrace_common::event as wire;
+use memtrace_incident::{KernelLogKill, Scope};
+
+use super::pairing::Decision;
+use crate::decode::Reading;
+use crate::world::{Cgroups, Moments, ViewOf, World};
+
+/// What ran out, with the id of the cgroup, for a cgroup.
+pub(super) type RanOut = (Scope, Option<u64>);
+
+/// What ran out, from everything that speaks about it: the kernel's own decision first, then the kernel log, then
+/// what the mark made of the page counters.
+pub(super) fn scope(
+    mark_scope: u32,
+    victim: Option<u64>,
+    oom: Option<u64>,
+    decision: Option<&Decision>,
+    log: Option<&KernelLogKill>,
+    cgroups: &Cgroups,
+) -> RanOut {
+    let memcg = |id: u64| if Some(id) == victim { (Scope::Cgroup, Some(id)) } else { (Scope::Ancestor, Some(id)) };
+    match decision.map(|d| (d.constraint, d.oom.cgroup_id)) {
+        Some((1, _)) => return (Scope::Cpuset, None),
+        Some((3, Some(id))) => return memcg(id),
+        Some((0 | 2, _)) => return (Scope::Global, None),
+        _ => {}
+    }
+    let from_mark = oom.filter(|_| mark_scope == wire::SCOPE_MEMCG).map(memcg);
+    let from_log = log.and_then(|l| match l.constraint.as_deref()? {
+        "CONSTRAINT_CPUSET" => Some((Scope::Cpuset, None)),
+        "CONSTRAINT_NONE" | "CONSTRAINT_MEMORY_POLICY" => Some((Scope::Global, None)),
+        "CONSTRAINT_MEMCG" => {
+            let path = l.oom_memcg.as_deref()?;
+            if l.task_memcg.as_deref() == Some(path) || cgroups.path(victim).as_deref() == Some(path) {
+                return Some((Scope::Cgroup, victim));
+            }
+            // A path may be used again; the victim is below the cgroup that is meant.
+            let above = victim.map(|id| cgroups.chain(id)).unwrap_or_default();
+            let above = above.into_iter().find(|id| cgroups.path(Some(*id)).as_deref() == Some(path));
+            let id = above.or_else(|| cgroups.id_of_path(path));
+            id.map(memcg).or(from_mark).or(Some((Scope::Ancestor, None)))
+        }
+        _ => None,
+    });
+    let unsaid = if mark_scope == wire::SCOPE_GLOBAL { Scope::Global } else { Scope::Unknown };
+    from_log.or(from_mark).unwrap_or((unsaid, None))
+}
+
+/// Whose tree an incident is about. Where there is no id the tree is that of no cgroup at all, never the machine.
+pub(super) fn tree(ran_out: RanOut, victim: Option<u64>) -> Option<u64> {
+    match ran_out {
+        (Scope::Global | Scope::Cpuset, _) => None,
+        (Scope::Cgroup | Scope::Ancestor, out) => Some(out.unwrap_or(0)),
+        (Scope::Unknown, _) => Some(victim.unwrap_or(0)),
+    }
+}
+
+/// The counters of what ran out, from those read at the kill; none are made up.
+pub(super) fn counters(ran_out: RanOut, marked: Reading, read: &[Reading], cgroups: &Cgroups) -> Reading {
+    match ran_out {
+        (Scope::Unknown, _) => marked,
+        (_, None) => Reading::default(),
+        (_, Some(id)) => {
+            let of_it =
+                [marked].iter().chain(read).filter(|r| r.cgroup_id == Some(id)).copied().reduce(|a, b| a.or(&b));
+            let last = cgroups.get(id).map(|row| row.last).unwrap_or_default();
+            of_it.unwrap_or(Reading { cgroup_id: Some(id), usage: None, swap_usage: None, ..last })
+        }
+    }
+}
+
+/// What an incident shows of what ran out: the curve of an ancestor that ran out where it has readings of its own,
+/// else that of the victim's cgroup.
+pub(super) fn view_of(ran_out: RanOut, victim: Option<u64>, when: Moments, world: &World) -> ViewOf {
+    let (scope, out) = ran_out;
+    let has_readings = |id: &u64| world.cgroups.rows(*id, when.from_ns..=when.at_ns).any(|p| p.usage().is_some());
+    let ancestor = out.filter(|id| scope == Scope::Ancestor && has_readings(id));
+    ViewOf { tree: tree(ran_out, victim), composition: out.or(victim), curve: ancestor.or(victim) }
+}
+
+#[cfg(test)]
+mod tests {
+    use memtrace_common::event::*;
+
+    use super::*;
+    use crate::oom::pairing::Pairing;
+    use crate::test_support::{self as sample, SEC};
+
+    const T: u64 = 1_000 * SEC;
+    const OWN: u64 = 50;
+
+    #[test]
+    fn the_decision_table_of_scopes() {
+        let log = |constraint: &str, oom: Option<&str>| {
+            Some(KernelLogKill {
+                constraint: Some(constraint.into()),
+                oom_memcg: oom.map(Into::into),
+                task_memcg: Some("/app".into()),
+                ..KernelLogKill::default()
+            })
+        };
+        let decided = |constraint: u32, id: u64| {
+            let mut pairing = Pairing::default();
+            Some(pairing.decide(&sample::decision(T, 1, 2, sample::memcg(id, 1), constraint)))
+        };
+        let mut cgroups = Cgroups::default();
+        cgroups.learn(OWN, Some(2), Some("/app".into()), 0);
+        cgroups.learn(2, None, Some("/".into()), 0);
+        let cases = [
+            ("own", SCOPE_MEMCG, Some(OWN), None, None, Scope::Cgroup, Some(OWN)),
+            ("ancestor", SCOPE_MEMCG, Some(2), None, None, Scope::Ancestor, Some(2)),
+            ("global", SCOPE_GLOBAL, None, None, None, Scope::Global, None),
+            ("unknown", SCOPE_UNKNOWN, None, None, None, Scope::Unknown, None),
+            ("memcg without an id", SCOPE_MEMCG, None, None, None, Scope::Unknown, None),
+            ("log: cpuset", SCOPE_GLOBAL, None, None, log("CONSTRAINT_CPUSET", None), Scope::Cpuset, None),
+            (
+                "log overrules a reading: none",
+                SCOPE_MEMCG,
+                Some(OWN),
+                None,
+                log("CONSTRAINT_NONE", None),
+                Scope::Global,
+                None,
+            ),
+            (
+                "log overrules: cpuset",
+                SCOPE_MEMCG,
+                Some(OWN),
+                None,
+                log("CONSTRAINT_CPUSET", None),
+                Scope::Cpuset,
+                None,
+            ),
+            ("log: none", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_NONE", None), Scope::Global, None),
+            ("log: own", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_MEMCG", Some("/app")), Scope::Cgroup, Some(OWN)),
+            ("log: ancestor", SCOPE_UNKNOWN, None, None, log("CONSTRAINT_MEMCG", Some("/")), Scope::Ancestor, Some(2)),
+            (
+                "log: ancestor nobody knows",
+                SCOPE_UNKNOWN,
+                None,
+                None,
+                log("CONSTRAINT_MEMCG", Some("/x")),
+                Scope::Ancestor,
+                None,
+            ),
+            (
+                "log overrules a reading: ancestor",
+                SCOPE_MEMCG,
+                Some(OWN),
+                None,
+                log("CONSTRAINT_MEMCG", Some("/")),
+                Scope::Ancestor,
+                Some(2),
+            ),
+            (
+                "log's path is not known: the reading stays",
+                SCOPE_MEMCG,
+                Some(OWN),
+                None,
+                log("CONSTRAINT_MEMCG", Some("/x")),
+                Scope::Cgroup,
+                Some(OWN),
+            ),
+            (
+                "decision overrules the log",
+                SCOPE_GLOBAL,
+                None,
+                decided(3, 2),
+                log("CONSTRAINT_NONE", None),
+                Scope::Ancestor,
+                Some(2),
+            ),
+            ("decision: cpuset", SCOPE_GLOBAL, None, decided(1, UNKNOWN), None, Scope::Cpuset, None),
+            ("decision: memcg", SCOPE_UNKNOWN, None, decided(3, 2), None, Scope::Ancestor, Some(2)),
+            ("decision: none", SCOPE_UNKNOWN, None, decided(0, UNKNOWN), None, Scope::Global, None),
+            ("decision: unknown", SCOPE_MEMCG, Some(2), decided(u32::MAX, UNKNOWN), None, Scope::Ancestor, Some(2)),
+        ];
+        for (name, mark, oom, decision, log, scope, id) in cases {
+            let found = super::scope(mark, Some(OWN), oom, decision.as_ref(), log.as_ref(), &cgroups);
+            assert_eq!(found, (scope, id), "{name}");
+        }
+    }
+}

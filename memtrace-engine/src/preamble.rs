@@ -1,0 +1,62 @@
+//! What a fresh engine must be told to go on where this one is: the head of a journal segment.
+
+use crate::Engine;
+use crate::input::{CgroupFound, Fact, ProcessFound};
+
+impl Engine {
+    /// Facts that give a fresh engine what this one knows about who is who: for the head of a journal segment, so
+    /// that a replay that lost the older ones still knows paths. Applied to this engine they change nothing.
+    pub fn preamble(&self, boot_ns: u64) -> Vec<Fact> {
+        let mut facts = Vec::new();
+        if self.stopped {
+            return facts;
+        }
+        if self.started {
+            facts.push(Fact::Start { host: self.run.host.clone(), settings: self.run.settings.clone() });
+        }
+        if let Some(a) = self.run.clock.anchor {
+            facts.push(Fact::Anchor { boot_ns: a.boot_ns, wall_ns: a.wall_ns, uncertainty_ns: a.uncertainty_ns });
+        }
+        let totals = self.run.losses.stated();
+        if !totals.is_empty() {
+            facts.push(Fact::Losses { totals });
+        }
+        let cgroups = self.world.cgroups.iter().filter(|(_, row)| !row.removed);
+        facts.extend(cgroups.filter_map(|(id, row)| {
+            Some(Fact::Cgroup(CgroupFound {
+                id,
+                parent_id: row.parent,
+                path: row.path.clone()?,
+                boot_ns,
+                // No usage: who it is, not a reading.
+                usage_bytes: None,
+                limit_bytes: row.last.limit.bytes(),
+                peak_bytes: row.last.watermark,
+            }))
+        }));
+        let live = self.world.processes.iter().filter(|row| row.exited.is_none());
+        facts.extend(live.map(|row| {
+            let sums = self.world.sums_of(row).unwrap_or_default();
+            Fact::Process(ProcessFound {
+                pid: row.pid,
+                parent_pid: row.parent_pid,
+                start_ticks: row.start_ticks,
+                comm: row.comm.clone(),
+                cgroup_id: row.cgroup.unwrap_or(0),
+                boot_ns,
+                anon_bytes: sums.anon,
+                file_bytes: sums.file,
+                shmem_bytes: sums.shmem,
+                swap_bytes: sums.swap,
+                peak_bytes: row.peak.unwrap_or(0),
+            })
+        }));
+        facts.extend(self.limits.facts());
+        if let Some(r) = &self.recording {
+            let s = &r.subject;
+            let (cgroup_id, pid, command) = (s.cgroup_id, s.pid, s.command.clone());
+            facts.push(Fact::RecordingBegin { cgroup_id, pid, command, boot_ns: s.boot_ns });
+        }
+        facts
+    }
+}

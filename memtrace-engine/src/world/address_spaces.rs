@@ -1,0 +1,113 @@
+//! Address spaces: made, shared, taken over and let go, and what a cgroup is charged for them.
+
+use memtrace_common::event as wire;
+
+use super::{ProcessKey, Sums, World};
+
+/// An address space. There are at most as many as processes, plus those that are dying.
+#[derive(Clone, Debug)]
+pub(crate) struct AddressSpace {
+    /// The wire's identity; none for a process found running.
+    pub(crate) mm_id: Option<u64>,
+    /// When it was first named. An identity is used again; what is older speaks of the one before.
+    pub(crate) since_ns: u64,
+    pub(crate) owner: ProcessKey,
+    pub(crate) cgroup: Option<u64>,
+    pub(crate) sums: Sums,
+    pub(crate) users: u32,
+}
+
+impl World {
+    /// The space of an identity. One that nobody uses any more was another's: its memory is gone, the identity is not.
+    pub(crate) fn space_of(&mut self, mm_id: u64, owner: ProcessKey, cgroup: Option<u64>, ns: u64) -> u64 {
+        if let Some(serial) = self.by_mm_id.get(&mm_id).copied() {
+            if self.spaces.get(&serial).is_some_and(|space| space.users > 0) {
+                return serial;
+            }
+            self.drop_space(serial);
+        }
+        self.new_space(Some(mm_id), owner, cgroup, ns)
+    }
+
+    /// The space of an identity, if it was this task's at that time.
+    pub(crate) fn owned_by(&self, mm_id: u64, task: &wire::Task, ns: u64) -> Option<u64> {
+        let serial = self.by_mm_id.get(&mm_id).copied()?;
+        let space = self.spaces.get(&serial)?;
+        (space.owner == (task.tgid, task.start_boot_ns) && space.since_ns <= ns).then_some(serial)
+    }
+
+    pub(crate) fn new_space(
+        &mut self,
+        mm_id: Option<u64>,
+        owner: ProcessKey,
+        cgroup: Option<u64>,
+        since_ns: u64,
+    ) -> u64 {
+        self.next_space += 1;
+        let serial = self.next_space;
+        self.spaces.insert(serial, AddressSpace { mm_id, since_ns, owner, cgroup, sums: Sums::default(), users: 0 });
+        if let Some(id) = mm_id {
+            self.by_mm_id.insert(id, serial);
+        }
+        serial
+    }
+
+    pub(crate) fn attach_space(&mut self, key: ProcessKey, serial: u64) {
+        let Some(row) = self.processes.get_mut(key) else { return };
+        if row.mm == Some(serial) {
+            return;
+        }
+        let old = row.mm.replace(serial);
+        if let Some(space) = self.spaces.get_mut(&serial) {
+            space.users = space.users.saturating_add(1);
+        }
+        if let Some(old) = old {
+            self.release(old);
+        }
+    }
+
+    pub(crate) fn release(&mut self, serial: u64) {
+        let Some(space) = self.spaces.get_mut(&serial) else { return };
+        space.users = space.users.saturating_sub(1);
+        self.drop_unused(serial);
+    }
+
+    pub(crate) fn drop_unused(&mut self, serial: u64) {
+        if self.spaces.get(&serial).is_some_and(|space| space.users == 0) {
+            self.drop_space(serial);
+        }
+    }
+
+    pub(crate) fn drop_space(&mut self, serial: u64) {
+        let Some(space) = self.spaces.remove(&serial) else { return };
+        if let Some(id) = space.mm_id {
+            self.by_mm_id.remove(&id);
+        }
+        if let Some(cgroup) = space.cgroup {
+            self.cgroups.account(cgroup, &space.sums, &Sums::default());
+        }
+        if let Some(row) = self.processes.get_mut(space.owner).filter(|row| row.mm == Some(serial)) {
+            row.mm = None;
+        }
+    }
+
+    pub(crate) fn set_space(&mut self, serial: u64, cgroup: Option<u64>, sums: Sums) {
+        let Some(space) = self.spaces.get_mut(&serial) else { return };
+        let (old_cgroup, old) = (space.cgroup, space.sums);
+        space.cgroup = cgroup.or(old_cgroup);
+        space.sums = sums;
+        let new_cgroup = space.cgroup;
+        if old_cgroup == new_cgroup {
+            if let Some(id) = new_cgroup {
+                self.cgroups.account(id, &old, &sums);
+            }
+            return;
+        }
+        if let Some(id) = old_cgroup {
+            self.cgroups.account(id, &old, &Sums::default());
+        }
+        if let Some(id) = new_cgroup {
+            self.cgroups.account(id, &Sums::default(), &sums);
+        }
+    }
+}

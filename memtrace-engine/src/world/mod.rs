@@ -1,0 +1,594 @@
+//! Who holds what: processes, their address spaces and the cgroups those are charged to, kept consistent.
+//!
+//! Memory belongs to an address space; an address space belongs to its owner's cgroup. So processes that share one
+//! are counted once, and everything a cgroup holds is a sum over address spaces.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use memtrace_common::event as wire;
+use memtrace_incident::MappingNote;
+
+use crate::decode::{Reading, cgroup_id, field_text, known, printable};
+use crate::input::{CgroupFound, ProcessFound, Settings};
+
+mod address_spaces;
+mod cgroups;
+mod changes;
+mod processes;
+mod queries;
+mod timeline;
+mod view;
+
+use address_spaces::AddressSpace;
+pub(crate) use cgroups::{CGROUPS_CAP, Cgroups};
+pub(crate) use changes::Changes;
+#[cfg(test)]
+pub(crate) use processes::PROCESSES_CAP;
+pub(crate) use processes::{ProcessKey, ProcessRow, Processes, comm};
+pub(crate) use queries::{GROWTH_CAP, TASKS_CAP, VICTIMS_CAP, resident};
+pub(crate) use timeline::{CURVE_CAP, Curve, MAX_BEFORE_NS, Point, Sums, TIMELINE_CAP, columns};
+pub(crate) use view::{Moments, VIEW_NOTES_CAP, View, ViewOf};
+
+use processes::History;
+
+/// Address spaces whose last user has exited and that are not yet torn down.
+const DYING_CAP: usize = 4096;
+/// The memory of such an address space is believed gone after this, if nobody says so.
+const DYING_NS: u64 = 2_000_000_000;
+
+/// Processes, address spaces and cgroups.
+#[derive(Clone, Debug)]
+pub(crate) struct World {
+    pub(crate) processes: Processes,
+    pub(crate) cgroups: Cgroups,
+    /// By serial. At most as many as processes, and those that are dying.
+    pub(crate) spaces: BTreeMap<u64, AddressSpace>,
+    pub(crate) by_mm_id: BTreeMap<u64, u64>,
+    dying: VecDeque<(u64, u64)>,
+    pub(crate) next_space: u64,
+    before_ns: u64,
+    /// What the input at hand changed, for those who follow; emptied after each input.
+    pub(crate) changes: Changes,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        let settings = Settings::default();
+        let mut processes = Processes::default();
+        processes.ticks_per_second = settings.ticks_per_second;
+        Self {
+            processes,
+            cgroups: Cgroups::default(),
+            spaces: BTreeMap::new(),
+            by_mm_id: BTreeMap::new(),
+            dying: VecDeque::new(),
+            next_space: 0,
+            before_ns: settings.before_ns,
+            changes: Changes::default(),
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn configure(&mut self, settings: &Settings) {
+        self.before_ns = settings.before_ns.min(MAX_BEFORE_NS);
+        self.processes.ticks_per_second = settings.ticks_per_second;
+    }
+
+    /// Resident memory moved.
+    pub(crate) fn rss(&mut self, r: &wire::RssChange) {
+        let ns = r.header.boot_ns;
+        let reading = Reading::from(&r.memcg);
+        let dying = r.flags & wire::RSS_DYING != 0;
+        let key = if dying {
+            self.processes.find(r.task.tgid, r.task.start_boot_ns)
+        } else {
+            Some(self.touch(&r.task, r.memcg.cgroup_id, ns))
+        };
+        self.ensure(reading.cgroup_id, ns);
+        let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
+        let live_mm = alive.map(|row| row.mm);
+        let space = match (known(r.mm_id), live_mm) {
+            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id, ns)),
+            (Some(id), _) => self.owned_by(id, &r.task, ns),
+            (None, mm) => mm.flatten(),
+        };
+        if let (Some(key), Some(serial), true, Some(_)) = (key, space, !dying, live_mm) {
+            self.attach_space(key, serial);
+        }
+        let mut resident = None;
+        if let Some(serial) = space
+            && let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&r.rss, s.sums))
+        {
+            self.set_space(serial, reading.cgroup_id, sums);
+            resident = Some(sums.resident());
+            if let (Some(key), Some(s)) = (key, self.spaces.get_mut(&serial)) {
+                s.owner = key;
+            }
+        }
+        if let Some(row) = key.and_then(|k| self.processes.get_mut(k)) {
+            let now = resident.unwrap_or_else(|| Sums::from_wire(&r.rss, Sums::default()).resident());
+            row.raise_peak(now.max(known(r.peak_bytes).unwrap_or(0)));
+            row.history.push(ns, now);
+        }
+        self.read(ns, &reading);
+        self.changes.processes.extend(key);
+        self.changes.moved = key.map(|key| (key, ns));
+    }
+
+    /// A process was created.
+    pub(crate) fn fork(&mut self, r: &wire::Fork) {
+        let ns = r.header.boot_ns;
+        self.ensure(cgroup_id(r.cgroup_id), ns);
+        let parent = self.processes.find(r.parent.tgid, r.parent.start_boot_ns);
+        let (serial, shared) = parent
+            .and_then(|k| self.processes.get(k))
+            .map_or((None, None), |row| (Some(row.serial), row.mm.filter(|_| r.flags & wire::FORK_SHARES_MM != 0)));
+        let key = self.touch(&r.child, r.cgroup_id, ns);
+        if let Some(row) = self.processes.get_mut(key) {
+            row.parent_pid = r.parent.tgid;
+            row.parent_serial = serial.filter(|s| *s != row.serial);
+            let fresh = row.mm.is_none() && row.exited.is_none();
+            if let Some(space) = shared.filter(|_| fresh) {
+                self.attach_space(key, space);
+            }
+        }
+        self.changes.processes.push(key);
+    }
+
+    /// A process replaced its program: the old address space is no longer its own.
+    pub(crate) fn exec(&mut self, r: &wire::Exec) {
+        let ns = r.header.boot_ns;
+        self.ensure(cgroup_id(r.cgroup_id), ns);
+        let key = self.touch(&r.task, r.cgroup_id, ns);
+        let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
+        if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
+            row.comm = comm(&r.task);
+        }
+        if let Some(id) = known(r.mm_id).filter(|_| alive) {
+            let space = self.space_of(id, key, cgroup_id(r.cgroup_id), ns);
+            self.attach_space(key, space);
+            // What the image before held says nothing about this one.
+            if let Some(row) = self.processes.get_mut(key) {
+                row.peak = None;
+                row.history = History::default();
+            }
+        } else if let Some(old) = self.processes.get_mut(key).and_then(|row| row.mm.take()) {
+            self.release(old);
+        }
+        self.changes.processes.push(key);
+        self.changes.exec = Some((key, ns));
+    }
+
+    /// A process exited. Its memory stays counted until the address space is gone.
+    pub(crate) fn exit(&mut self, r: &wire::Exit) {
+        let Some(key) = self.processes.find(r.task.tgid, r.task.start_boot_ns) else { return };
+        let Some(row) = self.processes.get_mut(key) else { return };
+        row.called(&r.task);
+        row.max_rss = row.max_rss.max(known(r.max_rss_bytes));
+        self.gone(key, r.header.boot_ns, Some(r.exit_code));
+        self.changes.processes.push(key);
+    }
+
+    /// An address space is gone. The record may come after the first one of whoever has its identity next.
+    pub(crate) fn mm_gone(&mut self, r: &wire::MmGone) {
+        if let Some(serial) = self.owned_by(r.mm_id, &r.task, r.header.boot_ns) {
+            self.drop_space(serial);
+        }
+        let Some(key) = self.processes.find(r.task.tgid, r.task.start_boot_ns) else { return };
+        let Some(row) = self.processes.get_mut(key) else { return };
+        if let Some(peak) = known(r.peak_bytes) {
+            row.raise_peak(peak);
+        }
+        self.changes.processes.push(key);
+    }
+
+    /// A process moved into a cgroup; the memory it owns goes along.
+    pub(crate) fn attach(&mut self, r: &wire::CgroupAttach) {
+        let ns = r.header.boot_ns;
+        let Some(id) = cgroup_id(r.cgroup_id) else { return };
+        if r.whole_process == 0 && r.task.tid != r.task.tgid {
+            return;
+        }
+        self.ensure(Some(id), ns);
+        let key = self.touch(&r.task, r.cgroup_id, ns);
+        let mm = self.processes.get(key).and_then(|row| row.mm);
+        if let Some((serial, sums)) =
+            mm.and_then(|s| self.spaces.get(&s).filter(|space| space.owner == key).map(|space| (s, space.sums)))
+        {
+            self.set_space(serial, Some(id), sums);
+        }
+        self.changes.processes.push(key);
+    }
+
+    /// A cgroup was made or removed.
+    pub(crate) fn cgroup_change(&mut self, r: &wire::CgroupChange) {
+        let ns = r.header.boot_ns;
+        let reading = Reading::from(&r.memcg);
+        let Some(id) = reading.cgroup_id else { return };
+        let bytes = usize::try_from(r.path_len).ok().and_then(|len| r.path.get(..len)).unwrap_or(&r.path);
+        let mut path = field_text(bytes);
+        if r.flags & wire::PATH_CUT != 0 {
+            path.push('…');
+        }
+        if self.cgroups.learn(id, cgroup_id(r.parent_id), (!path.is_empty()).then_some(path), ns) {
+            self.rebuild();
+        }
+        if let Some(row) = self.cgroups.get_mut(id).filter(|_| r.change == wire::CGROUP_MADE) {
+            row.removed = false;
+        }
+        self.read(ns, &reading);
+        if r.change == wire::CGROUP_REMOVED {
+            self.cgroups.remove(id);
+        }
+    }
+
+    /// A mapping call.
+    pub(crate) fn mapping(&mut self, r: &wire::Mapping) {
+        let Some(id) = cgroup_id(r.cgroup_id) else { return };
+        self.ensure(Some(id), r.header.boot_ns);
+        let size = i64::try_from(r.size_bytes).unwrap_or(i64::MAX);
+        let (call, grew) = match r.call {
+            wire::CALL_MMAP => ("mmap", true),
+            wire::CALL_MUNMAP => ("munmap", false),
+            wire::CALL_MREMAP => ("mremap", r.grew != 0),
+            wire::CALL_BRK => ("brk", r.grew != 0),
+            wire::CALL_MADVISE => ("madvise", false),
+            _ => ("unknown", r.grew != 0),
+        };
+        let note = MappingNote {
+            boot_ns: r.header.boot_ns,
+            pid: r.task.tgid,
+            comm: comm(&r.task),
+            call: call.to_owned(),
+            address: r.address,
+            change_bytes: if grew { size } else { -size },
+            small_mapped_bytes: known(r.mapped_bytes).unwrap_or(0),
+            small_unmapped_bytes: known(r.unmapped_bytes).unwrap_or(0),
+        };
+        self.cgroups.note(id, note.clone());
+        self.changes.mapped = Some((id, note));
+    }
+
+    /// The OOM killer marked a victim. What the mark says it holds is exact, where readings are up to the threshold old:
+    /// the sums follow it.
+    pub(crate) fn mark(&mut self, m: &wire::OomVictim) {
+        let Some(key) = self.find(&m.victim) else { return };
+        let Some(serial) = self.processes.get(key).and_then(|row| row.mm) else { return };
+        let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&m.rss, s.sums)) else { return };
+        self.set_space(serial, None, sums);
+        if let Some(row) = self.processes.get_mut(key) {
+            row.history.push(m.header.boot_ns, sums.resident());
+            row.raise_peak(sums.resident());
+        }
+    }
+
+    /// A reading of a cgroup's counters, from whatever record.
+    pub(crate) fn read(&mut self, boot_ns: u64, reading: &Reading) {
+        if let Some(id) = reading.cgroup_id {
+            self.ensure(Some(id), boot_ns);
+            self.cgroups.read(boot_ns, reading, self.before_ns, &mut self.changes.points);
+        }
+    }
+
+    /// A cgroup found. Without usage the fact tells who it is; with usage it is a reading too.
+    pub(crate) fn cgroup_found(&mut self, found: &CgroupFound) {
+        let Some(id) = cgroup_id(found.id) else { return };
+        let path = printable(found.path.as_bytes());
+        let parent = found.parent_id.and_then(cgroup_id);
+        if self.cgroups.learn(id, parent, (!path.is_empty()).then_some(path), found.boot_ns) {
+            self.rebuild();
+        }
+        match found.usage_bytes {
+            None => self.cgroups.fill(id, found.limit_bytes, found.peak_bytes),
+            Some(usage) => {
+                let limit = found.limit_bytes.map_or(crate::decode::Limit::Unlimited, crate::decode::Limit::Bytes);
+                let reading = Reading {
+                    cgroup_id: Some(id),
+                    usage: Some(usage),
+                    limit,
+                    watermark: found.peak_bytes,
+                    ..Reading::default()
+                };
+                self.read(found.boot_ns, &reading);
+            }
+        }
+    }
+
+    /// A process found running. What records have told already stays.
+    pub(crate) fn process_found(&mut self, found: &ProcessFound) {
+        let sums = Sums::of(found.anon_bytes, found.file_bytes, found.shmem_bytes, found.swap_bytes);
+        let cgroup = cgroup_id(found.cgroup_id);
+        let known = self.processes.find_by_ticks(found.pid, found.start_ticks);
+        let key = match known {
+            Some(key) => key,
+            None => {
+                self.make_room();
+                let start = self.processes.start_of_ticks(found.start_ticks);
+                self.processes.insert((found.pid, start), false, found.start_ticks, found.boot_ns);
+                if let Some(row) = self.processes.get_mut((found.pid, start)) {
+                    row.parent_pid = found.parent_pid;
+                    row.comm = printable(found.comm.as_bytes());
+                }
+                (found.pid, start)
+            }
+        };
+        let homeless = self.processes.get(key).is_some_and(|row| row.cgroup.is_none());
+        let wants_cgroup = cgroup.is_some() && homeless;
+        if wants_cgroup {
+            self.ensure(cgroup, found.boot_ns);
+        }
+        let Some(row) = self.processes.get_mut(key) else { return };
+        row.cgroup = row.cgroup.or(cgroup);
+        let wants_space = row.mm.is_none() && row.exited.is_none() && !sums.is_zero();
+        if wants_space {
+            row.history.push(found.boot_ns, sums.resident());
+            row.raise_peak(sums.resident().max(found.peak_bytes));
+            let cgroup = row.cgroup;
+            let serial = self.new_space(None, key, cgroup, found.boot_ns);
+            self.attach_space(key, serial);
+            self.set_space(serial, cgroup, sums);
+        }
+        if known.is_none() || wants_cgroup || wants_space {
+            self.changes.processes.push(key);
+        }
+    }
+
+    /// Time passes.
+    pub(crate) fn tick(&mut self, now: u64) {
+        while self.dying.front().is_some_and(|(ns, _)| ns.saturating_add(DYING_NS) < now) {
+            let Some((_, serial)) = self.dying.pop_front() else { break };
+            self.drop_unused(serial);
+        }
+        for serial in self.processes.tick(now) {
+            self.release(serial);
+        }
+    }
+
+    /// Resident memory of a process now.
+    pub(crate) fn sums_of(&self, row: &ProcessRow) -> Option<Sums> {
+        self.space_sums(row.mm?)
+    }
+
+    pub(crate) fn space_sums(&self, serial: u64) -> Option<Sums> {
+        self.spaces.get(&serial).map(|s| s.sums)
+    }
+
+    /// The row of a wire task, as [`Processes::find`].
+    pub(crate) fn find(&mut self, task: &wire::Task) -> Option<ProcessKey> {
+        self.processes.find(task.tgid, task.start_boot_ns)
+    }
+
+    #[cfg(test)]
+    fn spaces(&self) -> usize {
+        self.spaces.len()
+    }
+
+    pub(crate) fn memory_estimate(&self) -> usize {
+        self.processes.memory_estimate() + self.cgroups.memory_estimate() + self.spaces.len() * 180
+    }
+
+    /// The row of a live process, made when there is none. An older process of the same id must be gone.
+    fn touch(&mut self, task: &wire::Task, cgroup: u64, ns: u64) -> ProcessKey {
+        let key = match self.processes.find(task.tgid, task.start_boot_ns) {
+            Some(key) => key,
+            None => {
+                let key = (task.tgid, task.start_boot_ns);
+                let stale: Vec<ProcessKey> = self
+                    .processes
+                    .of_pid(task.tgid)
+                    .filter(|r| r.exited.is_none() && r.start_boot_ns < key.1)
+                    .map(ProcessRow::key)
+                    .collect();
+                for old in stale {
+                    self.gone(old, ns, None);
+                }
+                self.make_room();
+                let ticks = self.processes.ticks(task.start_boot_ns);
+                self.processes.insert(key, true, ticks, ns);
+                key
+            }
+        };
+        if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
+            row.called(task);
+            row.cgroup = cgroup_id(cgroup).or(row.cgroup);
+            row.last_ns = row.last_ns.max(ns);
+        }
+        key
+    }
+
+    fn make_room(&mut self) {
+        for serial in self.processes.make_room() {
+            self.release(serial);
+        }
+    }
+
+    fn ensure(&mut self, id: Option<u64>, ns: u64) {
+        if id.is_some_and(|id| self.cgroups.ensure(id, ns)) {
+            self.rebuild();
+        }
+    }
+
+    fn rebuild(&mut self) {
+        self.cgroups.rebuild(self.spaces.values().filter_map(|s| s.cgroup.map(|id| (id, s.sums))));
+    }
+
+    fn gone(&mut self, key: ProcessKey, ns: u64, code: Option<u32>) {
+        let Some(serial) = self.processes.exit(key, ns, code) else { return };
+        let Some(space) = self.spaces.get_mut(&serial) else { return };
+        space.users = space.users.saturating_sub(1);
+        if space.users > 0 {
+            return;
+        }
+        if self.dying.len() >= DYING_CAP
+            && let Some((_, oldest)) = self.dying.pop_front()
+        {
+            self.drop_unused(oldest);
+        }
+        self.dying.push_back((ns, serial));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::{self as sample, MIB, Tweak};
+
+    fn tree(world: &World, id: u64) -> u64 {
+        world.cgroups.get(id).map_or(0, |row| row.tree.anon)
+    }
+
+    #[test]
+    fn processes_that_share_an_address_space_count_once() {
+        let mut b = World::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB).owned_by(100));
+        b.fork(&sample::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        assert_eq!(tree(&b, 5), 50 * MIB);
+        b.exit(&sample::exit(3_000, 10, 5, 9));
+        b.tick(10_000_000_000);
+        assert_eq!(tree(&b, 5), 50 * MIB, "the sharer still holds it");
+        b.exit(&sample::exit(4_000, 11, 5, 9));
+        assert_eq!(tree(&b, 5), 50 * MIB, "not yet torn down");
+        b.mm_gone(&sample::mm_gone(5_000, 10, 77, 60 * MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+        assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
+    }
+
+    #[test]
+    fn exec_replaces_and_attach_moves_memory() {
+        let mut b = World::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.attach(&sample::attach(1_500, 10, 6));
+        assert_eq!((tree(&b, 5), tree(&b, 6)), (0, 50 * MIB));
+        b.exec(&sample::exec(2_000, 10, 6, "new", 10, 78));
+        assert_eq!((tree(&b, 6), b.spaces()), (0, 1));
+        b.rss(&sample::rss(3_000, 10, 6, 78, 3 * MIB));
+        let row = b.processes.get((10, sample::start(10))).unwrap();
+        assert_eq!((tree(&b, 6), row.peak), (3 * MIB, Some(3 * MIB)));
+    }
+
+    #[test]
+    fn memory_nobody_saw_torn_down_is_dropped_after_a_while_and_late_records_do_not_bring_it_back() {
+        let mut b = World::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.exit(&sample::exit(2_000, 10, 5, 0));
+        b.tick(2_000 + DYING_NS + 1);
+        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+        b.rss(&sample::rss(1_500, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+    }
+
+    #[test]
+    fn an_identity_taken_over_while_the_old_space_is_dying_is_a_new_space() {
+        let mut b = World::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.exit(&sample::exit(2_000, 10, 5, 0));
+        b.rss(&sample::rss(3_000, 11, 6, 77, 20 * MIB));
+        assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1));
+        b.tick(2_000 + DYING_NS + 1);
+        assert_eq!(tree(&b, 6), 20 * MIB, "the dying one was another");
+    }
+
+    #[test]
+    fn records_of_an_older_space_do_not_touch_the_one_that_has_its_identity_now() {
+        for exit_first in [true, false] {
+            let mut b = World::default();
+            b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+            if exit_first {
+                b.exit(&sample::exit(2_000, 10, 5, 0));
+            }
+            b.rss(&sample::rss(11_000, 11, 6, 77, 20 * MIB));
+            b.exit(&sample::exit(2_000, 10, 5, 0));
+            let mut falling = sample::rss(9_000, 10, 5, 77, 40 * MIB);
+            falling.flags = wire::RSS_DYING;
+            b.rss(&falling);
+            b.mm_gone(&sample::mm_gone(10_000, 10, 77, 60 * MIB));
+            assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1), "{exit_first}");
+            assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
+            b.tick(20_000 + DYING_NS);
+            assert_eq!(tree(&b, 6), 20 * MIB);
+            b.exit(&sample::exit(30_000, 11, 6, 0));
+            b.mm_gone(&sample::mm_gone(31_000, 11, 77, 20 * MIB));
+            assert_eq!((tree(&b, 6), b.spaces()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_process_that_execs_back_onto_an_identity_keeps_its_memory() {
+        let mut b = World::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        b.rss(&sample::rss(11_000, 10, 5, 78, MIB));
+        b.rss(&sample::rss(13_000, 10, 5, 77, 20 * MIB));
+        b.mm_gone(&sample::mm_gone(10_000, 10, 77, 50 * MIB));
+        b.mm_gone(&sample::mm_gone(12_000, 10, 78, MIB));
+        assert_eq!((tree(&b, 5), b.spaces()), (20 * MIB, 1));
+    }
+
+    #[test]
+    fn a_found_process_is_replaced_by_its_records_and_not_the_other_way_round() {
+        let mut b = World::default();
+        let ticks = b.processes.ticks(sample::start(10));
+        let found = ProcessFound {
+            pid: 10,
+            start_ticks: ticks,
+            cgroup_id: 5,
+            anon_bytes: 40 * MIB,
+            comm: "old\x1b".into(),
+            ..ProcessFound::default()
+        };
+        b.process_found(&found);
+        assert_eq!(tree(&b, 5), 40 * MIB);
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+        b.process_found(&found);
+        assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+    }
+
+    #[test]
+    fn a_process_is_not_called_by_the_name_of_a_thread() {
+        let mut b = World::default();
+        let name = |b: &World| b.processes.get((10, sample::start(10))).unwrap().comm.clone();
+        let thread = |tid, comm| wire::Task { tid, ..sample::named(10, comm) };
+        let mut rss = sample::rss(1_000, 10, 5, 77, MIB);
+        rss.task = thread(12, "worker");
+        b.rss(&rss);
+        assert_eq!(name(&b), "worker", "better than none");
+        rss.task = thread(10, "server");
+        b.rss(&rss);
+        rss.task = thread(12, "worker");
+        b.rss(&rss);
+        assert_eq!(name(&b), "server");
+        let mut exec = sample::exec(2_000, 10, 5, "next", 0, 78);
+        exec.task.tid = 12;
+        b.exec(&exec);
+        assert_eq!(name(&b), "next");
+        let mut exit = sample::exit(3_000, 10, 5, 0);
+        exit.task = thread(13, "last");
+        b.exit(&exit);
+        assert_eq!(name(&b), "next");
+    }
+
+    #[test]
+    fn a_reused_pid_ends_the_older_process() {
+        let mut b = World::default();
+        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+        let mut second = sample::rss(2_000, 10, 5, 78, MIB);
+        second.task.start_boot_ns += 1_000_000_000;
+        b.rss(&second);
+        let first = b.processes.get((10, sample::start(10))).unwrap();
+        assert_eq!(first.exited, Some((2_000, None)));
+        assert_eq!(b.tasks(Some(5)).0.len(), 1);
+    }
+
+    #[test]
+    fn growth_knows_what_it_does_not_know() {
+        let mut b = World::default();
+        let s = sample::start(10);
+        b.rss(&sample::rss(s + 20_000_000_000, 10, 5, 77, 50 * MIB));
+        b.rss(&sample::rss(s + 20_050_000_000, 10, 5, 77, 70 * MIB));
+        let g = &b.growth(s + 20_200_000_000, |_| true)[0];
+        assert_eq!((g.rss_bytes, g.last_100ms_bytes, g.last_1s_bytes), (70 * MIB, Some(0), None));
+        let g = &b.growth(s + 20_140_000_000, |_| true)[0];
+        assert_eq!(g.last_100ms_bytes, Some(20 * MIB as i64));
+    }
+}

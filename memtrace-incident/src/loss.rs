@@ -1,0 +1,250 @@
+//! Everything that can be missing from what memtrace says: one row a loss.
+//!
+//! A label is `source/what`. It is the same in the incident file, in `/metrics`, in the agent's log
+//! and on the terminal. Losses of the kernel side are counted per ring (`samples/ring_full`) or per
+//! hook (`map/not_run`): these rows hold what comes after the slash.
+
+/// A reason why something is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Loss {
+    /// Kernel side, by ring.
+    RingFull,
+    /// Kernel side, by ring.
+    TableFull,
+    /// Kernel side, by ring.
+    NoOwner,
+    /// Kernel side, by ring.
+    Unreadable,
+    /// Kernel side, by ring.
+    RateLimited,
+    /// Kernel side, by ring.
+    Compat,
+    /// Kernel side, by ring.
+    Merged,
+    /// Kernel side, by hook.
+    NotRun,
+    /// The counters of the kernel side could not be read.
+    CountersUnreadable,
+    /// A record of the wrong size.
+    BadRecords,
+    /// A record of a newer build.
+    UnknownRecordKinds,
+    /// Cap of processes.
+    ProcessesEvicted,
+    /// Cap of cgroups.
+    CgroupsEvicted,
+    /// Cap of readings over all cgroups.
+    CurvesDropped,
+    /// Cap of spike and near-miss detectors.
+    DetectorsRefused,
+    /// Cap of allocation samples.
+    GrowthDropped,
+    /// Cap of cgroups watched for being stuck.
+    StuckNotFollowed,
+    /// Rate of SIGKILLs in the ledger.
+    SigkillsNotReported,
+    /// More names of losses than are kept.
+    Other,
+    /// The incident was closed before its window was over.
+    WindowCutShort,
+    /// Cap of victims in one incident.
+    VictimsNotListed,
+    /// Cap of the task table.
+    TasksNotListed,
+    /// Cap of mapping notes.
+    MappingsNotListed,
+    /// The curve keeps less of what is older.
+    TimelineThinned,
+    /// The kernel overwrote lines of its log.
+    KernelLogLinesLost,
+    /// The second witness is silent.
+    KernelLogSilent,
+    /// The stack budget was used up.
+    StacksOverBudget,
+    /// Cap of stacks that wait for their process to be read.
+    StacksNoRoomToWait,
+    /// A stack record of the wrong size.
+    StacksBadRecords,
+    /// Cap of processes whose mappings are cached.
+    StackProcessesForgotten,
+    /// Cap of mappings of one process.
+    StackMappingsLeftOut,
+    /// Cap of modules.
+    ModulesForgotten,
+    /// Cap of open module files.
+    ModulesClosedEarly,
+    /// Cap of unwind information of one module.
+    UnwindInformationTooLarge,
+    /// The journal could not be written.
+    JournalNotWritten,
+    /// Cap of cgroups whose oom_control is read.
+    CgroupNotWatched,
+}
+
+/// One row: the loss, its label, and a sentence for people.
+type Row = (Loss, &'static str, &'static str);
+
+/// All of them. The first eight labels stand after `RING/` or `HOOK/`.
+const ROWS: [Row; 36] = [
+    (Loss::RingFull, "ring_full", "Records found no room in their ring."),
+    (
+        Loss::TableFull,
+        "table_full",
+        "The kernel side's table of address spaces was full: new processes were not followed.",
+    ),
+    (Loss::NoOwner, "no_owner", "A victim was named by a pid alone and could not be found."),
+    (Loss::Unreadable, "unreadable", "The cgroup of an owner or the address space of a victim could not be read."),
+    (Loss::RateLimited, "rate_limited", "Reclaim records were left out to bound their rate."),
+    (Loss::Compat, "compat", "Mapping calls of 32-bit programs are not read."),
+    (
+        Loss::Merged,
+        "merged",
+        "Two threads mapped memory at once: the stack of one stands for both, the other mapping has none.",
+    ),
+    (Loss::NotRun, "not_run", "The kernel did not run the hook: a task was preempted inside it on that CPU."),
+    (
+        Loss::CountersUnreadable,
+        "kernel/counters_unreadable",
+        "The kernel side's loss counters could not be read: what was lost is not known.",
+    ),
+    (Loss::BadRecords, "engine/bad_records", "Records had the wrong size."),
+    (
+        Loss::UnknownRecordKinds,
+        "engine/unknown_record_kinds",
+        "Records were of a kind that this version does not know.",
+    ),
+    (
+        Loss::ProcessesEvicted,
+        "engine/processes_evicted",
+        "More processes than are followed: the longest silent were dropped.",
+    ),
+    (
+        Loss::CgroupsEvicted,
+        "engine/cgroups_evicted",
+        "More cgroups than are followed: the longest silent were dropped.",
+    ),
+    (
+        Loss::CurvesDropped,
+        "engine/curves_dropped",
+        "The memory for curves was used up: those of the longest silent cgroups were dropped.",
+    ),
+    (
+        Loss::DetectorsRefused,
+        "engine/detectors_refused",
+        "More cgroups with a limit than are watched for spikes and near misses.",
+    ),
+    (Loss::GrowthDropped, "engine/growth_dropped", "More allocation samples than are kept."),
+    (
+        Loss::StuckNotFollowed,
+        "engine/stuck_cgroups_not_followed",
+        "More cgroups were stuck at their limit than are followed.",
+    ),
+    (Loss::SigkillsNotReported, "engine/sigkills_not_reported", "SIGKILLs came faster than their ledger takes them."),
+    (Loss::Other, "engine/other_losses", "Losses under more names than are kept."),
+    (Loss::WindowCutShort, "incident/window_cut_short", "The incident was closed before its window was over."),
+    (Loss::VictimsNotListed, "incident/victims_not_listed", "More victims than an incident lists."),
+    (Loss::TasksNotListed, "incident/tasks_not_listed", "More processes than the task table lists."),
+    (Loss::MappingsNotListed, "incident/mappings_not_listed", "More mappings than an incident lists."),
+    (
+        Loss::TimelineThinned,
+        "timeline/thinned",
+        "Readings were left out of the curve, which keeps less of what is older.",
+    ),
+    (Loss::KernelLogLinesLost, "kernel_log/lines_lost", "The kernel overwrote lines of its log before they were read."),
+    (Loss::KernelLogSilent, "kernel_log/no_line", "The kernel log has no line for a kill that the hooks saw."),
+    (
+        Loss::StacksOverBudget,
+        "stacks/over_budget",
+        "The budget for stacks was used up: the next stack of the same process stands for these bytes too.",
+    ),
+    (Loss::StacksNoRoomToWait, "stacks/no_room_to_wait", "Too many stacks waited for their process to be read."),
+    (Loss::StacksBadRecords, "stacks/bad_records", "Stack records had the wrong size."),
+    (
+        Loss::StackProcessesForgotten,
+        "stacks/processes_forgotten",
+        "More processes than have their mappings cached: they are read again.",
+    ),
+    (
+        Loss::StackMappingsLeftOut,
+        "stacks/mappings_left_out",
+        "A process had more mappings than are kept: stacks through the rest are cut.",
+    ),
+    (Loss::ModulesForgotten, "stacks/modules_forgotten", "More modules than are cached: they are read again."),
+    (
+        Loss::ModulesClosedEarly,
+        "stacks/modules_closed_early",
+        "More module files than are held open: functions of the closed ones may stay unnamed.",
+    ),
+    (
+        Loss::UnwindInformationTooLarge,
+        "stacks/unwind_information_too_large",
+        "A module's unwind information is larger than is read: stacks through it are cut.",
+    ),
+    (
+        Loss::JournalNotWritten,
+        "journal/not_written",
+        "The journal could not be written: a replay of it lacks these inputs.",
+    ),
+    (Loss::CgroupNotWatched, "cgroup/not_watched", "More cgroups at their limit than are watched for being stuck."),
+];
+
+impl Loss {
+    /// Every loss.
+    pub fn all() -> impl Iterator<Item = Self> {
+        ROWS.iter().map(|(loss, ..)| *loss)
+    }
+
+    /// The label; of losses counted by ring or hook what stands after `RING/` or `HOOK/`.
+    pub fn label(self) -> &'static str {
+        self.row().1
+    }
+
+    /// One sentence for people.
+    pub fn sentence(self) -> &'static str {
+        self.row().2
+    }
+
+    /// The loss of a label as files and metrics have it, with its ring or hook.
+    pub fn of(label: &str) -> Option<Self> {
+        let suffix = label.rsplit_once('/').map_or(label, |(_, suffix)| suffix);
+        ROWS.iter().find(|(_, known, _)| *known == label || *known == suffix).map(|(loss, ..)| *loss)
+    }
+
+    /// A label as this version writes it. Versions before wrote some with spaces, and journals of
+    /// theirs are replayed.
+    pub fn canonical(label: &str) -> String {
+        label.replace(' ', "_")
+    }
+
+    fn row(self) -> &'static Row {
+        const UNKNOWN: Row = (Loss::Other, "engine/other_losses", "");
+        ROWS.iter().find(|(loss, ..)| *loss == self).unwrap_or(&UNKNOWN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_loss_has_one_row_with_a_label_and_a_sentence() {
+        let mut labels: Vec<&str> = Loss::all().map(Loss::label).collect();
+        assert_eq!(labels.len(), Loss::CgroupNotWatched as usize + 1);
+        for loss in Loss::all() {
+            assert_eq!(Loss::of(loss.label()), Some(loss));
+            assert!(loss.sentence().ends_with('.'), "{loss:?}");
+            assert!(loss.label().bytes().all(|b| b.is_ascii_lowercase() || b"_/".contains(&b)));
+        }
+        labels.sort_unstable();
+        labels.dedup();
+        assert_eq!(labels.len(), ROWS.len());
+    }
+
+    #[test]
+    fn losses_of_the_kernel_side_are_found_by_ring_and_hook() {
+        assert_eq!(Loss::of("samples/ring_full"), Some(Loss::RingFull));
+        assert_eq!(Loss::of("map/not_run"), Some(Loss::NotRun));
+        assert_eq!(Loss::of("something/else"), None);
+        assert_eq!(Loss::canonical("stacks/over budget"), Loss::StacksOverBudget.label());
+    }
+}

@@ -1,0 +1,163 @@
+//! Incident to one page of HTML that needs nothing else: its data, its script and its style are inside.
+//!
+//! Rust puts only JSON and constants into the page; `html/*.js` reads that JSON and sets text, never markup. A policy
+//! in the page (CSP) lets only the scripts and styles run whose hashes it names, and no request go out.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use sha2::{Digest, Sha256};
+
+use memtrace_incident::Incident;
+
+const STYLES: [&str; 2] = [include_str!("html/uplot/uPlot.min.css"), include_str!("html/page.css")];
+
+/// In the order in which they run: each uses those before it.
+const SCRIPTS: [&str; 7] = [
+    include_str!("html/uplot/uPlot.iife.min.js"),
+    include_str!("html/dom.js"),
+    include_str!("html/data.js"),
+    include_str!("html/flame.js"),
+    include_str!("html/curve.js"),
+    include_str!("html/tables.js"),
+    include_str!("html/page.js"),
+];
+
+const BODY: &str = include_str!("html/page.html");
+
+/// The page of an incident.
+pub fn page(incident: &Incident) -> String {
+    let mut page = String::with_capacity(256 * 1024);
+    page.push_str("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
+    page.push_str("<meta http-equiv=\"Content-Security-Policy\" content=\"");
+    page.push_str(&policy());
+    page.push_str("\">\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n");
+    page.push_str("<meta name=\"referrer\" content=\"no-referrer\">\n<title>memtrace</title>\n");
+    for style in STYLES {
+        element(&mut page, "style", style);
+    }
+    page.push_str("</head>\n<body>\n");
+    page.push_str(BODY);
+    page.push_str("<script type=\"application/json\" id=\"incident\">");
+    page.push_str(&data(incident));
+    page.push_str("</script>\n");
+    for script in SCRIPTS {
+        element(&mut page, "script", script);
+    }
+    page.push_str("</body>\n</html>\n");
+    page
+}
+
+fn element(page: &mut String, name: &str, content: &str) {
+    page.push_str(&format!("<{name}>{content}</{name}>\n"));
+}
+
+/// What the page may do: run its own scripts, and nothing else.
+fn policy() -> String {
+    let hashes = |contents: &[&str]| {
+        let named = contents.iter().map(|content| format!(" 'sha256-{}'", STANDARD.encode(Sha256::digest(content))));
+        named.collect::<String>()
+    };
+    format!(
+        "default-src 'none'; script-src{}; style-src{}; base-uri 'none'; form-action 'none'",
+        hashes(&SCRIPTS),
+        hashes(&STYLES)
+    )
+}
+
+/// The incident as JSON that ends no element and starts none.
+fn data(incident: &Incident) -> String {
+    // An incident has nothing that JSON cannot hold; if that changes, the page says that it has no data.
+    let json = serde_json::to_string(incident).unwrap_or_else(|_| "null".to_owned());
+    json.chars().fold(String::with_capacity(json.len()), |mut out, character| {
+        match character {
+            // Outside of strings JSON has none of these, and inside each may be written as its code.
+            '<' | '>' | '&' => out.push_str(&format!("\\u{:04x}", u32::from(character))),
+            // Nor what a terminal obeys, for whoever prints the page: controls, line ends, and what turns text around.
+            '\u{7f}'..='\u{9f}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2066}'..='\u{2069}'
+            | '\u{feff}' => {
+                out.push_str(&format!("\\u{:04x}", u32::from(character)));
+            }
+            other => out.push(other),
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memtrace_incident::fixtures;
+
+    fn embedded(page: &str) -> &str {
+        let (_, rest) = page.split_once("<script type=\"application/json\" id=\"incident\">").unwrap();
+        rest.split_once("</script>").unwrap().0
+    }
+
+    #[test]
+    fn the_data_is_the_incident() {
+        for incident in [fixtures::burst(), fixtures::near_miss(), fixtures::hostile()] {
+            let page = page(&incident);
+            assert_eq!(serde_json::from_str::<Incident>(embedded(&page)).unwrap(), incident);
+        }
+    }
+
+    #[test]
+    fn names_full_of_markup_add_no_element() {
+        let mut hostile = fixtures::hostile();
+        let (plain, name) = (page(&fixtures::burst()), "</script><script>alert(1)</script><!--&\u{2028}\u{2029}");
+        hostile.cgroup.path = Some(name.to_owned());
+        hostile.verdict.summary = name.to_owned();
+        let page = page(&hostile);
+        assert!(!embedded(&page).contains(['<', '>', '&', '\u{2028}', '\u{2029}']));
+        for tag in ["<script", "</script", "<style", "<img", "<!--"] {
+            assert_eq!(page.matches(tag).count(), plain.matches(tag).count(), "{tag}");
+        }
+        assert_eq!(serde_json::from_str::<Incident>(embedded(&page)).unwrap(), hostile);
+    }
+
+    #[test]
+    fn the_policy_names_what_is_in_the_page_and_forbids_the_rest() {
+        let page = page(&fixtures::burst());
+        let (_, rest) = page.split_once("Content-Security-Policy\" content=\"").unwrap();
+        let policy = rest.split_once('"').unwrap().0;
+        assert!(policy.starts_with("default-src 'none'; script-src 'sha256-"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+        assert_eq!(policy.matches("'sha256-").count(), SCRIPTS.len() + STYLES.len());
+        // the hash of `alert('Hello, world.');`, as the specification of CSP has it
+        let hello = STANDARD.encode(Sha256::digest("alert('Hello, world.');"));
+        assert_eq!(hello, "qznLcsROx4GACP2dm0UCKCzCG+HiZ1guq6ZZDob/Tng=");
+    }
+
+    #[test]
+    fn no_part_of_the_page_ends_itself_or_makes_markup_of_text() {
+        for script in SCRIPTS {
+            assert!(!script.contains("</script") && !script.contains("<!--"));
+            for word in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser"] {
+                assert!(!script.contains(word), "{word}");
+            }
+        }
+        for style in STYLES {
+            assert!(!style.contains("</style") && !style.contains("url(") && !style.contains("@import"));
+        }
+        assert!(!BODY.contains("src=") && !BODY.contains("href="));
+    }
+
+    #[test]
+    fn the_scripts_are_short() {
+        for script in SCRIPTS.iter().skip(1) {
+            assert!(script.lines().count() < 500);
+        }
+    }
+
+    #[test]
+    fn a_page_without_data_is_small() {
+        let mut bare = fixtures::burst();
+        bare.timeline = memtrace_incident::Timeline::default();
+        bare.allocation_paths.clear();
+        bare.allocations = None;
+        assert!(page(&bare).len() < 160 * 1024);
+    }
+}

@@ -1,0 +1,57 @@
+//! What the text report says of a limit that was hit without a kill.
+
+use super::text::short_place;
+use memtrace_incident::units;
+
+use super::Style;
+use memtrace_incident::{Incident, Pressure, PressureLimit};
+
+/// The first line.
+pub(super) fn headline(incident: &Incident, pressure: &Pressure, style: &Style) -> String {
+    let cgroup = &incident.cgroup;
+    let place = short_place(cgroup, style);
+    let hits = hits(pressure);
+    let of = |bytes: Option<u64>| bytes.map_or_else(|| " (unknown)".to_owned(), |b| format!(" of {}", units::bytes(b)));
+    if let Some(ns) = pressure.under_oom_ns {
+        let of = of(cgroup.limit_bytes);
+        return format!("Stuck: {place} waited {} at its limit{of} with its OOM killer off.", units::duration(ns));
+    }
+    match pressure.limit {
+        PressureLimit::Max => {
+            format!("Near miss: {place} hit its limit{}, {hits}; nobody was killed.", of(cgroup.limit_bytes))
+        }
+        PressureLimit::High => format!("Slowed down: {place} hit its memory.high{}, {hits}.", of(cgroup.high_bytes)),
+    }
+}
+
+/// The numbers.
+pub(super) fn line(pressure: &Pressure) -> String {
+    let mut text = format!(
+        "{} at {}",
+        hits(pressure),
+        match pressure.limit {
+            PressureLimit::Max => "the limit",
+            PressureLimit::High => "memory.high",
+        }
+    );
+    match pressure.stalled_ns {
+        None => text.push_str(", for how long tasks were held up is unknown"),
+        Some(0) => text.push_str(", no task held up for 1 ms"),
+        Some(ns) => text.push_str(&format!(", tasks held up {}", units::duration(ns))),
+    }
+    if let Some(ns) = pressure.under_oom_ns {
+        text.push_str(&format!(", under OOM {}", units::duration(ns)));
+    }
+    match pressure.oom_kill_disabled {
+        Some(true) => text.push_str("; OOM killer off"),
+        Some(false) => text.push_str("; OOM killer on"),
+        None => {}
+    }
+    text
+}
+
+fn hits(pressure: &Pressure) -> String {
+    let span = pressure.until_boot_ns.saturating_sub(pressure.from_boot_ns);
+    let hits = units::count(pressure.hits, "hit", "hits");
+    if pressure.hits > 1 { format!("{hits} in {}", units::duration(span)) } else { hits }
+}

@@ -1,0 +1,181 @@
+//! What the engine asks about cgroups: which cgroup has an id that it does not know, and whether a
+//! cgroup waits for memory with its OOM killer off.
+//!
+//! The engine is pure, so it asks by an effect and the answer comes back as a fact with a later
+//! tick. A look-up can mean a walk of the whole tree: some are answered at each tick, the others
+//! wait.
+
+use std::collections::VecDeque;
+use std::fs;
+
+use super::hierarchy::Hierarchy;
+use memtrace_engine::input::Fact;
+
+/// Cgroups looked up in one tick.
+const LOOKUPS_AT_ONCE: usize = 16;
+/// Cgroups waiting to be looked up; the engine asks again for one that found no room.
+const MAX_LOOKUPS: usize = 1024;
+/// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
+const MAX_WATCHED: usize = 64;
+/// How long a cgroup is watched after it was asked for; longer as long as it waits.
+const WATCH_NS: u64 = 5_000_000_000;
+
+/// Queries that wait for an answer.
+#[derive(Debug, Default)]
+pub struct CgroupQueries {
+    /// Cap: [`MAX_LOOKUPS`].
+    lookups: VecDeque<u64>,
+    /// Cap: [`MAX_WATCHED`].
+    watched: Vec<Watched>,
+    not_watched: u64,
+}
+
+#[derive(Debug)]
+struct Watched {
+    id: u64,
+    path: String,
+    until_ns: u64,
+    last: Option<OomControl>,
+}
+
+/// What memory.oom_control says: version 1 only, version 2 has no way to turn the OOM killer off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct OomControl {
+    kill_disabled: bool,
+    under_oom: bool,
+}
+
+impl CgroupQueries {
+    /// Asks for the path and the counters of a cgroup, by its id.
+    pub fn look_up(&mut self, id: u64) {
+        if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&id) {
+            self.lookups.push_back(id);
+        }
+    }
+
+    /// Asks for changes of a cgroup's memory.oom_control.
+    pub fn watch(&mut self, id: u64, path: String, boot_ns: u64) {
+        let until_ns = boot_ns.saturating_add(WATCH_NS);
+        if let Some(known) = self.watched.iter_mut().find(|watched| watched.id == id) {
+            (known.path, known.until_ns) = (path, until_ns);
+        } else if self.watched.len() < MAX_WATCHED {
+            self.watched.push(Watched { id, path, until_ns, last: None });
+        } else {
+            self.not_watched = self.not_watched.saturating_add(1);
+        }
+    }
+
+    /// How often a cgroup was not watched because [`MAX_WATCHED`] others were.
+    pub fn not_watched(&self) -> u64 {
+        self.not_watched
+    }
+
+    /// Answers at most [`LOOKUPS_AT_ONCE`] look-ups, and says which watched cgroups changed.
+    pub fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64) -> Vec<Fact> {
+        let mut facts = Vec::new();
+        for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_AT_ONCE)) {
+            let found = hierarchy.path_of(id, None).and_then(|path| hierarchy.read(&path, boot_ns));
+            facts.extend(found.filter(|found| found.id == id).map(Fact::Cgroup));
+        }
+        self.watched.retain_mut(|watched| watched.answer(hierarchy, boot_ns, &mut facts));
+        facts
+    }
+}
+
+impl Watched {
+    /// Adds a fact when the cgroup changed; false when it need not be watched any longer.
+    fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64, facts: &mut Vec<Fact>) -> bool {
+        let now = (hierarchy.id_of(&self.path) == Some(self.id)).then(|| read(hierarchy, &self.path)).flatten();
+        // A cgroup that is gone does not wait.
+        let Some(control) = now.or(self.last.map(|last| OomControl { under_oom: false, ..last })) else { return false };
+        if self.last != Some(control) {
+            self.last = Some(control);
+            if control.under_oom {
+                // A cgroup without processes has no readings of its own: these are the counters it
+                // is stuck at.
+                facts.extend(hierarchy.read(&self.path, boot_ns).map(Fact::Cgroup));
+            }
+            let OomControl { kill_disabled, under_oom } = control;
+            facts.push(Fact::OomControl { cgroup_id: self.id, boot_ns, kill_disabled, under_oom });
+        }
+        control.under_oom || (now.is_some() && boot_ns < self.until_ns)
+    }
+}
+
+fn read(hierarchy: &Hierarchy, path: &str) -> Option<OomControl> {
+    parse(&fs::read_to_string(hierarchy.dir_of(path)?.join("memory.oom_control")).ok()?)
+}
+
+fn parse(text: &str) -> Option<OomControl> {
+    let flag = |name: &str| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        value.trim().parse::<u64>().ok().map(|value| value != 0)
+    };
+    Some(OomControl { kill_disabled: flag("oom_kill_disable")?, under_oom: flag("under_oom")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEC: u64 = 1_000_000_000;
+
+    #[test]
+    fn the_file_is_read() {
+        let control = |kill_disabled, under_oom| Some(OomControl { kill_disabled, under_oom });
+        assert_eq!(parse("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"), control(false, false));
+        assert_eq!(parse("oom_kill_disable 1\nunder_oom 1\n"), control(true, true));
+        for text in ["", "oom_kill_disable 1\n", "under_oom x\noom_kill_disable 1", "oom_kill_disabled 1\nunder_oom 1"]
+        {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn changes_are_reported_and_watching_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { version: 1, mount: dir.path().into(), hierarchy_id: 4, root: "/".into() };
+        let (a, file) = (dir.path().join("a"), dir.path().join("a/memory.oom_control"));
+        fs::create_dir(&a).unwrap();
+        let id = hierarchy.id_of("/a").unwrap();
+        let mut q = CgroupQueries::default();
+        let changes = |q: &mut CgroupQueries, sec: u64| -> Vec<Option<(bool, bool)>> {
+            let facts = q.answer(&hierarchy, sec * SEC);
+            facts
+                .into_iter()
+                .map(|fact| match fact {
+                    Fact::OomControl { kill_disabled, under_oom, .. } => Some((kill_disabled, under_oom)),
+                    _ => None,
+                })
+                .collect()
+        };
+        q.watch(id, "/a".into(), 0);
+        assert!(changes(&mut q, 1).is_empty() && q.watched.is_empty(), "no such file: no version 1");
+        fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
+        q.watch(id, "/a".into(), SEC);
+        assert_eq!(changes(&mut q, 2), [Some((true, false))]);
+        assert!(changes(&mut q, 3).is_empty(), "on change only");
+        fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
+        assert_eq!(changes(&mut q, 4), [None, Some((true, true))], "with its counters");
+        assert!(changes(&mut q, 100).is_empty() && q.watched.len() == 1, "as long as it waits");
+        fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
+        assert_eq!((changes(&mut q, 101), q.watched.len()), (vec![Some((true, false))], 0));
+        // Gone while it waited, and another cgroup under its name.
+        fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
+        q.watch(id, "/a".into(), 102 * SEC);
+        assert_eq!(changes(&mut q, 102).len(), 2);
+        fs::rename(&a, dir.path().join("b")).unwrap();
+        assert_eq!((changes(&mut q, 103), q.watched.len()), (vec![Some((true, false))], 0));
+    }
+
+    #[test]
+    fn both_lists_are_bounded() {
+        let mut q = CgroupQueries::default();
+        for id in 0..5000u64 {
+            q.look_up(id);
+            q.look_up(id);
+            q.watch(id, "/a".into(), 0);
+        }
+        assert_eq!((q.lookups.len(), q.watched.len(), q.not_watched()), (MAX_LOOKUPS, MAX_WATCHED, 5000 - 64));
+    }
+}
