@@ -42,7 +42,10 @@ pub(crate) enum Out {
     LookUp(u64),
     Watch(u64),
     Threshold(u64, u64),
-    Other(String),
+    /// Anything else, as text: only replays compare it.
+    Other {
+        text: String,
+    },
 }
 
 impl From<Output> for Out {
@@ -54,7 +57,7 @@ impl From<Output> for Out {
             }
             Output::Save(incident) => Self::Save(incident),
             Output::Alert(Finding::Disagreement { pid, only_in }) if only_in == "kernel_log" => Self::OnlyInLog(pid),
-            Output::Alert(finding) => Self::Other(format!("{finding:?}")),
+            Output::Alert(finding) => Self::Other { text: format!("{finding:?}") },
         }
     }
 }
@@ -89,6 +92,7 @@ impl Out {
     pub(crate) fn text(&self) -> String {
         match self {
             Self::Save(incident) => serde_json::to_string(incident).unwrap_or_else(|error| error.to_string()),
+            Self::Other { text } => text.clone(),
             other => format!("{other:?}"),
         }
     }
@@ -96,6 +100,7 @@ impl Out {
 
 /// A fault put between engine and checks, to prove that the checks can fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(test), expect(dead_code, reason = "only tests put a fault in"))]
 pub(crate) enum Fault {
     #[default]
     None,

@@ -84,6 +84,10 @@ pub(crate) mod known {
     pub(crate) const EVICTED: &str = "an incident closed early loses those who share memory";
     /// A reading that comes late takes the place of a newer one.
     pub(crate) const OVERTAKEN: &str = "a late reading replaces a newer one";
+    /// A process that was found running has a child that shares its memory, and then its first reading: it gets a new
+    /// address space, the child keeps the old one, and the memory of both is counted.
+    pub(crate) const UNNAMED: &str =
+        "memory of a process found running counts twice when it was shared before its first reading";
     /// A child that shares its parent's memory is told of before the first reading of that memory.
     pub(crate) const EARLY_CHILD: &str = "a child that shares memory nobody has told of yet is not counted as its user";
 }
@@ -156,8 +160,15 @@ impl Witness {
     }
 
     /// Lets pass what is known of sums of memory.
-    pub(crate) fn unless_known(&mut self, found: Result<(), Violation>, how: Distortion) -> Result<(), Violation> {
+    pub(crate) fn unless_known(
+        &mut self,
+        found: Result<(), Violation>,
+        how: Distortion,
+        world: &World,
+    ) -> Result<(), Violation> {
+        let unnamed = world.spaces.values().any(|s| s.shared_unnamed);
         match &found {
+            Err(_) if unnamed => self.knows(known::UNNAMED),
             Err(_) if how.wild => self.knows(known::OVERTAKEN),
             Err(v) if how.late_ns > 0 && v.invariant == HEIR => self.knows(known::LATE_MARK),
             Err(v) if how.late_ns > 0 && v.invariant == SHOWN => self.knows(known::EARLY_CHILD),

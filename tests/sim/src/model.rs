@@ -71,6 +71,8 @@ pub(crate) struct Space {
     pub(crate) users: Vec<u32>,
     /// The hook follows it. One that was found running is not followed before it changes.
     pub(crate) followed: bool,
+    /// It got a second user before the hook followed it.
+    pub(crate) shared_unnamed: bool,
     /// The task and cgroup the hook last saw as its owner.
     pub(crate) seen: event::Task,
     pub(crate) cgroup: u64,
@@ -306,6 +308,7 @@ impl World {
             owner: Some(owner),
             users: vec![owner],
             followed: false,
+            shared_unnamed: false,
             seen: wire::task(0, 0, 0, ""),
             cgroup,
             sent: Held::default(),

@@ -352,7 +352,7 @@ impl Run {
             return Ok(());
         }
         let agrees = sums(&self.subject.snapshot(), &self.world, self.story.shape.unseen == 0);
-        self.witness.unless_known(agrees, self.story.shape.distortion)
+        self.witness.unless_known(agrees, self.story.shape.distortion, &self.world)
     }
 
     /// The moment at which other engines will begin or stop.
