@@ -15,9 +15,9 @@ Examples:
   sudo memtrace agent --config /etc/memtrace.toml
   memtrace agent --print-config > memtrace.toml     a file to start from
 
-The agent is ready when it logs `ready` and /readyz answers 200. SIGTERM stops it: it closes open incidents and logs
-what it lost. Every flag but --config and --print-config is also a key of the file, with `_` for `-`
-(`state_dir = \"/srv/memtrace\"`); a flag wins over the file.")]
+The agent is ready when it logs `ready` and /readyz answers 200. SIGTERM stops it: it closes open
+incidents and logs what it lost. Every flag but --config and --print-config is also a key of the
+file, with `_` for `-` (`state_dir = \"/srv/memtrace\"`); a flag wins over the file.")]
 pub struct Args {
     /// TOML file with settings
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]

@@ -46,10 +46,10 @@ Examples:
   sudo memtrace record --pid 4242 --for 30s
   sudo memtrace record --cgroup /system.slice/nginx.service
 
-The command runs as the user who called sudo, in a memory cgroup of its own; its input and output are left alone.
-The recording is written with the rights of that user. A report is printed to standard error at the end.
-The exit code is the command's, or 128 + signal when it was killed. The recording is an incident file:
-`memtrace report FILE` shows it again, on any machine.")]
+The command runs as the user who called sudo, in a memory cgroup of its own; its input and output
+are left alone. The recording is written with the rights of that user, and a report is printed to
+standard error at the end. The exit code is the command's, or 128 + signal when it was killed.
+The recording is an incident file: `memtrace report FILE` shows it again, on any machine.")]
 pub struct Args {
     /// Limit the memory of the command; it is OOM-killed when it needs more
     #[arg(long, value_name = "SIZE", requires = "command")]
