@@ -5,7 +5,7 @@
 //! (`apt`, `kernels`) and one archive of programs (`payload`); process 1 in it is
 //! `tests/vm/guest`. Host and guest communicate over the serial console (`console`) and a shared
 //! directory. `matrix` runs the tests on every kernel, `task` runs one benchmark on some.
-//! Example: `cargo xtask vm sid --cgroup v2 --filter kernel_rss`.
+//! Example: `cargo xtask vm sid --cgroup v2 --filter quiet_moments`.
 
 mod apt;
 mod console;
