@@ -4,6 +4,7 @@
 
 mod demo;
 mod fuzz;
+mod sim;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ enum Verb {
     Bench(bench::Args),
     /// Fuzz one target, or each in turn
     Fuzz(fuzz::Args),
+    /// Kernel stories through the engine, held against invariants: one seed, or new ones for a while
+    Sim(sim::Args),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Verb::Truth(args) => truth::run(&checkout, &args),
         Verb::Bench(args) => bench::run(&checkout, &args),
         Verb::Fuzz(args) => fuzz::run(&checkout, &args),
+        Verb::Sim(args) => sim::run(&checkout, &args),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,9 +10,10 @@ mod layer;
 mod summary;
 
 use std::io::Write;
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use memtrace_bench::{InstructionExtent, count_instructions};
 use memtrace_checks::ci;
 use memtrace_harness::built::{Built, TestExecutable};
@@ -32,6 +33,9 @@ const IN_BROWSER: &str = "browser_";
 
 /// Prefix of those that would harm this machine; they only run in emulated ones.
 const HARMFUL: &str = "vm_";
+
+/// How long the simulator runs new seeds.
+const SIMULATED_SECONDS: &str = "60";
 
 /// Arguments of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -83,9 +87,14 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
             let built = built.clone();
             move || in_machines(checkout, &built, args, machines)
         });
+        let simulated = scope.spawn({
+            let built = built.clone();
+            move || if checks { vec![simulation(&built)] } else { Vec::new() }
+        });
         let here = here(&built, args.filter.as_deref());
         let machines = machines.join().map_err(|_| anyhow!("the machines' thread panicked"))?;
-        Ok::<_, anyhow::Error>([vec![setup, ebpf], read, vec![build], here?, machines].into_iter().flatten())
+        let simulated = simulated.join().map_err(|_| anyhow!("the simulator's thread panicked"))?;
+        Ok::<_, anyhow::Error>([vec![setup, ebpf], read, vec![build], simulated, here?, machines].into_iter().flatten())
     })?);
 
     let mut summary = summary::sum_up(&layers, std::env::var("CI").is_ok_and(|ci| ci == "true"));
@@ -107,6 +116,15 @@ pub fn run(checkout: &Checkout, args: &Args) -> Result<()> {
 /// Checks that compile the sources. They share one build, of metadata alone.
 fn reading(checkout: &Checkout) -> Vec<Layer> {
     vec![Layer::of_work("lints", || ci::lints(checkout)), Layer::of_work("docs", || ci::docs(checkout))]
+}
+
+/// Runs new kernel stories through the engine for a while. What fails prints its seed.
+fn simulation(built: &Built) -> Layer {
+    Layer::of_work("simulator, new seeds", || {
+        let mut simulator = Command::new("nice");
+        simulator.arg("-n5").arg(built.program("memtrace-sim")?).args(["--seconds", SIMULATED_SECONDS]);
+        memtrace_harness::run::run(&mut simulator).context("repeat it with `cargo xtask sim --seed N`")
+    })
 }
 
 /// Runs the layers of this machine.
