@@ -100,6 +100,38 @@ pub fn decode(bytes: &[u8]) -> Result<Record, DecodeError> {
     .ok_or(wrong)
 }
 
+/// A record of the STACKS ring, decoded in place: a stack copy has up to 60 KiB.
+#[derive(Clone, Copy, Debug)]
+pub enum StackRecord<'a> {
+    /// A process or a cgroup grew; with the bytes of its user stack, from the stack pointer up.
+    Sample(&'a wire::StackSample, &'a [u8]),
+    /// Kernel stack of the thread whose failed charge led to a kill.
+    KernelStack(&'a wire::KernelStack),
+}
+
+/// Decodes one record of the STACKS ring. Any bytes give a record or a typed error.
+pub fn decode_stack(bytes: &[u8]) -> Result<StackRecord<'_>, DecodeError> {
+    let Ok((header, _)) = wire::Header::read_from_prefix(bytes) else {
+        return Err(DecodeError::Short { len: bytes.len() });
+    };
+    let (kind, stated, actual) = (header.kind, usize::from(header.size), bytes.len());
+    let wrong = |expected| DecodeError::WrongSize { kind, expected, stated, actual };
+    match kind {
+        wire::KIND_STACK_SAMPLE => {
+            let expected = size_of::<wire::StackSample>();
+            let (sample, rest) = wire::StackSample::ref_from_prefix(bytes).map_err(|_| wrong(expected))?;
+            let length = sample.stack_copy_bytes as usize;
+            let copy = rest.get(..length).ok_or_else(|| wrong(expected.saturating_add(length)))?;
+            Ok(StackRecord::Sample(sample, copy))
+        }
+        wire::KIND_KERNEL_STACK => match wire::KernelStack::ref_from_prefix(bytes) {
+            Ok((stack, _)) => Ok(StackRecord::KernelStack(stack)),
+            Err(_) => Err(wrong(size_of::<wire::KernelStack>())),
+        },
+        kind => Err(DecodeError::UnknownKind { kind }),
+    }
+}
+
 fn read<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Option<T> {
     T::read_from_bytes(bytes).ok()
 }
@@ -254,7 +286,7 @@ mod tests {
     use super::*;
     use crate::test_support as sample;
     use proptest::prelude::*;
-    use zerocopy::IntoBytes;
+    use zerocopy::{FromZeros, IntoBytes};
 
     #[test]
     fn every_kind_decodes_from_a_zeroed_record() {
@@ -266,6 +298,22 @@ mod tests {
             bytes.pop();
             assert!(matches!(decode(&bytes), Err(DecodeError::WrongSize { .. })), "{name}");
         }
+    }
+
+    #[test]
+    fn a_stack_sample_has_all_of_its_stack_or_is_none() {
+        let mut sample = wire::StackSample::new_zeroed();
+        sample.header.kind = wire::KIND_STACK_SAMPLE;
+        sample.stack_copy_bytes = 8;
+        // Words, since the ring gives aligned memory.
+        let mut words: Vec<u64> =
+            sample.as_bytes().chunks(8).map(|c| u64::from_ne_bytes(c.try_into().unwrap())).collect();
+        assert!(matches!(decode_stack(words.as_bytes()), Err(DecodeError::WrongSize { expected: 1560, .. })));
+        words.push(u64::from_ne_bytes([7; 8]));
+        let Ok(StackRecord::Sample(decoded, copy)) = decode_stack(words.as_bytes()) else { panic!("a sample") };
+        assert_eq!((decoded.stack_copy_bytes, copy), (8, &[7; 8][..]));
+        assert_eq!(decode_stack(&[1]).unwrap_err(), DecodeError::Short { len: 1 });
+        assert_eq!(decode_stack(&[0xff; 64]).unwrap_err(), DecodeError::UnknownKind { kind: 0xffff });
     }
 
     #[test]

@@ -42,3 +42,4 @@ mod world;
 pub use engine::{Counts, Engine};
 pub use output::Out;
 pub use snapshot::{CgroupView, ProcessView, Snapshot};
+pub use world::{MAX_BEFORE_NS, PROCESSES_CAP};

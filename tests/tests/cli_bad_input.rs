@@ -101,21 +101,6 @@ fn the_agent_without_root_says_what_to_do() -> anyhow::Result<()> {
 }
 
 #[test]
-fn an_unknown_configuration_key_is_named() -> anyhow::Result<()> {
-    let dir = tempfile::tempdir()?;
-    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
-    let file = dir.path().join("memtrace.toml");
-    std::fs::write(&file, "no_such_key = 1\n")?;
-    let mut command = memtrace(&["agent", "--config"])?;
-    command.arg(&file);
-    refuses(as_nobody(command), 2, &["no_such_key"])?;
-    std::fs::write(&file, "this is not = = toml\n")?;
-    let mut command = memtrace(&["agent", "--config"])?;
-    command.arg(&file);
-    refuses(as_nobody(command), 2, &["memtrace.toml"])
-}
-
-#[test]
 fn an_incident_that_does_not_exist_fails_with_a_hint() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let mut command = memtrace(&["report", "01J00000000000000000000000", "--state-dir"])?;

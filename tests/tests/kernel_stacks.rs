@@ -128,9 +128,13 @@ fn named(trial: &Trial, cage: &Cage) -> anyhow::Result<Value> {
     loop {
         let incident = trial.options().report(id)?;
         let paths = json::list(&incident, "/allocation_paths")?;
-        let nameless = |frame: &Value| frame["kernel"] != true && frame["symbol"].is_null();
-        let unnamed = paths.iter().filter(|path| path["frames"].as_array().is_some_and(|f| f.iter().all(nameless)));
-        if (!paths.is_empty() && unnamed.count() == 0) || deadline.has_passed() {
+        let unnamed = |path: &&Value| {
+            let mut of_process =
+                path["frames"].as_array().into_iter().flatten().filter(|frame| frame["kernel"] != true);
+            let first = of_process.next().is_some_and(|frame| frame["symbol"].is_null());
+            first && of_process.all(|frame| frame["symbol"].is_null())
+        };
+        if (!paths.is_empty() && paths.iter().filter(unnamed).count() == 0) || deadline.has_passed() {
             return Ok(incident);
         }
         std::thread::sleep(Duration::from_millis(100));

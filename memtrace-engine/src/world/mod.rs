@@ -22,11 +22,11 @@ mod view;
 use address_spaces::AddressSpace;
 pub(crate) use cgroups::{CGROUPS_CAP, Cgroups};
 pub(crate) use changes::Changes;
-#[cfg(test)]
-pub(crate) use processes::PROCESSES_CAP;
+pub use processes::PROCESSES_CAP;
 pub(crate) use processes::{ProcessKey, ProcessRow, Processes, comm};
 pub(crate) use queries::{GROWTH_CAP, TASKS_CAP, VICTIMS_CAP, resident};
-pub(crate) use timeline::{CURVE_CAP, Curve, MAX_BEFORE_NS, Point, Sums, TIMELINE_CAP, columns};
+pub use timeline::MAX_BEFORE_NS;
+pub(crate) use timeline::{CURVE_CAP, Curve, Point, Sums, TIMELINE_CAP, columns};
 pub(crate) use view::{Moments, VIEW_NOTES_CAP, View, ViewOf};
 
 use processes::History;

@@ -7,7 +7,7 @@ use memtrace_common::event::Task;
 use crate::decode::field_text;
 
 /// Most processes known at once, dead ones included.
-pub(crate) const PROCESSES_CAP: usize = 32_768;
+pub const PROCESSES_CAP: usize = 32_768;
 /// A dead process is forgotten after this.
 const DEAD_KEEP_NS: u64 = 60_000_000_000;
 /// Dead processes that room is kept for.

@@ -19,7 +19,7 @@ const COARSE_SPACING_NS: u64 = 100_000_000;
 /// Then at least this far apart.
 const OLD_SPACING_NS: u64 = 1_000_000_000;
 /// Longest history, whatever the settings say.
-pub(crate) const MAX_BEFORE_NS: u64 = 600_000_000_000;
+pub const MAX_BEFORE_NS: u64 = 600_000_000_000;
 
 const FINE_CAP: usize = 2048;
 const MID_CAP: usize = 1024;

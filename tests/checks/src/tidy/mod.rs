@@ -2,6 +2,7 @@
 
 mod code;
 mod manifest;
+mod rooms;
 mod rules;
 
 use std::path::Path;

@@ -1,7 +1,8 @@
-//! Rules for source: size, names, purity of the engine, who may import whom, where `unsafe` and aya live.
+//! Rules for source: size, names, where `unsafe` and aya live. Who may import whom is in `rooms`; purity is held by
+//! Cargo, cargo-deny and the `clippy.toml` of the pure crates.
 
 use super::code::{Line, has_word, is_all_tests, length_without_tests, lines};
-use super::{File, Finding};
+use super::{File, Finding, rooms};
 
 /// A file is one thing, and one screenful of things.
 const MAX_LINES: usize = 500;
@@ -11,34 +12,6 @@ const MAX_MAIN_LINES: usize = 100;
 
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 8] = ["utils", "util", "helpers", "helper", "common", "types", "misc", "shared"];
-
-/// What the engine must not name: it has no file, socket, clock, thread, environment, aya or tokio.
-const IMPURE: [&str; 11] = [
-    "std::fs",
-    "std::net",
-    "std::env",
-    "std::thread",
-    "std::process",
-    "std::time::Instant",
-    "std::time::SystemTime",
-    "SystemTime::now",
-    "Instant::now",
-    "tokio",
-    "aya",
-];
-
-/// The shells around the engine; none imports another.
-const SHELLS: [&str; 5] = ["cgroup", "process", "store", "report", "serve"];
-
-/// The rooms of the agent crate, floor by floor from the ground: none takes from a floor above its own.
-const FLOORS: [&[&str]; 6] = [
-    &["engine"],
-    &["error", "clock", "kernel", "cgroup", "process", "store", "report", "serve"],
-    &["host"],
-    &["session"],
-    &["agent"],
-    &["cli"],
-];
 
 /// Userspace files that may hold `unsafe`, one leaf each. Adding one is a decision: say why beside it.
 const UNSAFE_FILES: &[&str] = &[
@@ -73,9 +46,9 @@ pub(crate) fn check(file: &File) -> impl Iterator<Item = Finding> + use<> {
         opening(file, &mut findings);
         size(file, &mut findings);
         let code = if is_all_tests(&file.path) { Vec::new() } else { lines(&file.text) };
-        engine(file, &code, &mut findings);
-        floors(file, &code, &mut findings);
-        shells(file, &code, &mut findings);
+        for (line, message) in rooms::breaches(&file.path, &code) {
+            findings.add(line, message);
+        }
         loader(file, &code, &mut findings);
         unsafety(file, &code, &mut findings);
     }
@@ -136,50 +109,9 @@ fn size(file: &File, findings: &mut Findings) {
     }
 }
 
-fn engine(file: &File, code: &[Line], findings: &mut Findings) {
-    if !file.path.starts_with("memtrace/src/engine/") {
-        return;
-    }
-    for line in code {
-        for name in IMPURE.iter().filter(|name| has_word(&line.code, name)) {
-            findings.add(line.number, format!("the engine is pure: no `{name}`"));
-        }
-    }
-}
-
-/// The room of the agent crate a file is in.
-fn room(file: &File) -> Option<&str> {
-    file.path.strip_prefix("memtrace/src/")?.split(['/', '.']).next()
-}
-
-fn floors(file: &File, code: &[Line], findings: &mut Findings) {
-    let Some(room) = room(file) else { return };
-    let Some(floor) = FLOORS.iter().position(|rooms| rooms.contains(&room)) else { return };
-    let above: Vec<&str> = FLOORS.iter().skip(floor + 1).flat_map(|rooms| rooms.iter().copied()).collect();
-    for line in code {
-        for other in above.iter().filter(|other| has_word(&line.code, &format!("crate::{other}"))) {
-            findings.add(line.number, format!("`{room}` stands below `{other}` and takes nothing from it"));
-        }
-    }
-}
-
-fn shells(file: &File, code: &[Line], findings: &mut Findings) {
-    let Some(shell) = room(file) else { return };
-    if !SHELLS.contains(&shell) {
-        return;
-    }
-    for line in code {
-        for other in SHELLS.iter().filter(|other| **other != shell) {
-            if has_word(&line.code, &format!("crate::{other}")) {
-                findings.add(line.number, format!("shells do not import one another: `{shell}` takes `{other}`"));
-            }
-        }
-    }
-}
-
 fn loader(file: &File, code: &[Line], findings: &mut Findings) {
     let Some(room) = file.path.strip_prefix("memtrace/src/") else { return };
-    if room.starts_with("kernel/probe") || room.starts_with("kernel/object") || room.starts_with("engine/") {
+    if room.starts_with("kernel/probe") || room.starts_with("kernel/object") {
         return;
     }
     for line in code {
@@ -240,38 +172,6 @@ mod tests {
         assert_eq!(breaches("memtrace/src/utils.rs", ""), 1);
         assert_eq!(breaches("tests/tests/common/mod.rs", ""), 1);
         assert_eq!(breaches("memtrace-common/src/event.rs", ""), 0);
-    }
-
-    #[test]
-    fn the_engine_is_pure() {
-        assert_eq!(breaches("memtrace/src/engine/x.rs", "use std::fs;"), 1);
-        assert_eq!(breaches("memtrace/src/engine/x.rs", "let now = std::time::Instant::now();"), 2);
-        assert_eq!(breaches("memtrace/src/engine/x.rs", "use std::time::Duration;"), 0);
-        assert_eq!(breaches("memtrace/src/engine/x.rs", "use crate::kernel::Facts;"), 1);
-        assert_eq!(breaches("memtrace/src/engine/x.rs", "// not std::fs"), 0);
-        assert_eq!(breaches("memtrace/src/engine/x.rs", "#[cfg(test)]\nmod tests {\nuse std::fs;\n}"), 0);
-        assert_eq!(breaches("memtrace/src/agent.rs", "use std::fs;"), 0);
-    }
-
-    #[test]
-    fn nothing_takes_from_a_floor_above() {
-        assert_eq!(breaches("memtrace/src/session.rs", "use crate::cli::STATE_DIR;"), 1);
-        assert_eq!(breaches("memtrace/src/session.rs", "use crate::error::CommandError;\nuse crate::host;"), 0);
-        assert_eq!(breaches("memtrace/src/agent/shelf.rs", "use crate::cli;\nuse crate::session::Session;"), 1);
-        assert_eq!(breaches("memtrace/src/host.rs", "use crate::clock;\nuse crate::session;"), 1);
-        assert_eq!(breaches("memtrace/src/clock.rs", "use crate::host;"), 1);
-        assert_eq!(breaches("memtrace/src/kernel/probe.rs", "use crate::agent;"), 1);
-        assert_eq!(breaches("memtrace/src/cli/doctor.rs", "use crate::agent;\nuse crate::host;"), 0);
-        for room in ["clock", "host", "error", "session"] {
-            assert_eq!(breaches("memtrace/src/engine/x.rs", &format!("use crate::{room};")), 1, "{room}");
-        }
-    }
-
-    #[test]
-    fn shells_do_not_import_one_another() {
-        assert_eq!(breaches("memtrace/src/serve/mod.rs", "use crate::store::Store;"), 1);
-        assert_eq!(breaches("memtrace/src/store/mod.rs", "use crate::store::x;\nuse crate::engine::y;"), 0);
-        assert_eq!(breaches("memtrace/src/agent.rs", "use crate::store::Store;"), 0);
     }
 
     #[test]
