@@ -7,6 +7,7 @@ use crate::distort::{Distortion, Lost};
 use crate::model::{Held, Key, Victim, World};
 use crate::wire::Blind;
 
+const TREE: &str = "a cgroup holds what its processes do";
 const HEIR: &str = "who inherits an identity holds what was told";
 const SHOWN: &str = "every process is shown";
 
@@ -82,8 +83,8 @@ pub(crate) mod known {
     pub(crate) const LATE_MARK: &str = "a late mark replaces what the next user of an identity holds";
     /// More than 32 incidents open: the oldest is closed before those that share its victim's memory are looked for.
     pub(crate) const EVICTED: &str = "an incident closed early loses those who share memory";
-    /// A reading that comes late takes the place of a newer one.
-    pub(crate) const OVERTAKEN: &str = "a late reading replaces a newer one";
+    /// A reading that comes late takes the place of a newer one, and its cgroup that of a newer move.
+    pub(crate) const OVERTAKEN: &str = "a late reading replaces a newer one, or a newer move";
     /// A process that was found running has a child that shares its memory, and then its first reading: it gets a new
     /// address space, the child keeps the old one, and the memory of both is counted.
     pub(crate) const UNNAMED: &str =
@@ -169,6 +170,7 @@ impl Witness {
         let unnamed = world.spaces.values().any(|s| s.shared_unnamed);
         match &found {
             Err(_) if unnamed => self.knows(known::UNNAMED),
+            Err(v) if how.late_ns > 0 && v.invariant == TREE => self.knows(known::OVERTAKEN),
             Err(_) if how.wild => self.knows(known::OVERTAKEN),
             Err(v) if how.late_ns > 0 && v.invariant == HEIR => self.knows(known::LATE_MARK),
             Err(v) if how.late_ns > 0 && v.invariant == SHOWN => self.knows(known::EARLY_CHILD),
@@ -357,9 +359,7 @@ pub(crate) fn sums(snapshot: &Snapshot, world: &World, trees: bool) -> Result<()
     for c in snapshot.cgroups.iter().filter(|_| trees) {
         let truth = told.get(&c.id).copied().unwrap_or_default();
         let shown = Held { anon: c.anon_bytes, file: c.file_bytes, shmem: c.shmem_bytes, swap: c.swap_bytes };
-        hold("a cgroup holds what its processes do", truth == shown, || {
-            format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path)
-        })?;
+        hold(TREE, truth == shown, || format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path))?;
     }
     Ok(())
 }

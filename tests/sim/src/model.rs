@@ -423,7 +423,7 @@ impl World {
         let over = offline > OFFLINE_CAP;
         self.cgroups.retain(|id, c| {
             let idle = c.usage == 0 || over;
-            !(c.removed && idle && !parents.contains(id) && !used.contains(id))
+            !c.removed || !idle || parents.contains(id) || used.contains(id)
         });
     }
 

@@ -190,7 +190,8 @@ impl World {
         let hook = self.hook();
         let killed_at = self.killed_at(d, key);
         let killed = killed_at.is_some();
-        // A preempted trigger may have changed its CPU between SIGKILL and mark: then the hook does not know of the first.
+        // A preempted trigger may have changed its CPU between SIGKILL and mark: then the hook knows
+        // nothing of the first.
         let killed_at = killed_at.filter(|_| !self.rng.percent(5));
         let blind = self.switches.blind;
         let held = self.spaces.get(&serial).map(|s| s.held).unwrap_or_default();

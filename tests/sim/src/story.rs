@@ -208,7 +208,7 @@ impl Story {
                     world.kill(pid, target, SENDER_NOINFO);
                 }
             }
-            // RLIMIT_CPU: the kernel, in the process' own context; never in that of a thread that just ran out of memory.
+            // RLIMIT_CPU: the kernel, in the process' own context; not after that may be a trigger's.
             1 if world.victims.is_empty() => world.kill(target, target, SENDER_KERNEL),
             2 => world.kill(pid, target, SENDER_PARENT),
             _ => world.kill(pid, target, SENDER_PROCESS),
