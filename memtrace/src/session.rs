@@ -142,7 +142,7 @@ impl Session {
         let settings = Settings {
             before_ns: options.before_ns,
             after_ns: options.after_ns,
-            quantum_bytes: options.quantum_bytes,
+            rss_threshold_bytes: options.quantum_bytes,
             cgroup_version: self.hierarchy.version,
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),

@@ -46,7 +46,7 @@ impl Default for Options {
         Self {
             btf: None,
             without: Vec::new(),
-            quantum_bytes: settings.quantum_bytes,
+            quantum_bytes: settings.rss_threshold_bytes,
             before_ns: settings.before_ns,
             after_ns: settings.after_ns,
             max_processes: 32_768,
