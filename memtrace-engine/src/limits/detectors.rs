@@ -43,10 +43,10 @@ pub(crate) enum DetectedEvent {
 pub(crate) struct Spike {
     pub(crate) cgroup: u64,
     pub(crate) base_ns: u64,
-    pub(crate) base: u64,
+    pub(crate) base_bytes: u64,
     pub(crate) peak_ns: u64,
-    pub(crate) peak: u64,
-    pub(crate) limit: u64,
+    pub(crate) peak_bytes: u64,
+    pub(crate) limit_bytes: u64,
 }
 
 /// Reclaim at a limit without a kill.
@@ -140,13 +140,20 @@ impl Detector {
                     && u128::from(usage) * 5 >= u128::from(limit) * 4
                     && usage.saturating_sub(base) >= limit / 4
                 {
-                    self.phase = Phase::High(Spike { cgroup, base_ns, base, peak_ns: ns, peak: usage, limit });
+                    self.phase = Phase::High(Spike {
+                        cgroup,
+                        base_ns,
+                        base_bytes: base,
+                        peak_ns: ns,
+                        peak_bytes: usage,
+                        limit_bytes: limit,
+                    });
                 }
             }
             Phase::High(spike) => {
-                if usage > spike.peak {
-                    (spike.peak, spike.peak_ns) = (usage, ns);
-                } else if usage < spike.peak.saturating_sub(spike.limit / 8) {
+                if usage > spike.peak_bytes {
+                    (spike.peak_bytes, spike.peak_ns) = (usage, ns);
+                } else if usage < spike.peak_bytes.saturating_sub(spike.limit_bytes / 8) {
                     self.phase = Phase::Fallen(*spike, ns);
                 } else if ns > spike.peak_ns.saturating_add(PLATEAU_NS) {
                     self.phase = Phase::Quiet;
@@ -309,7 +316,7 @@ mod tests {
         }
         d.tick((last + 1000) * MS, true)
             .into_iter()
-            .filter_map(|f| if let DetectedEvent::Spike(s) = f { Some((s.peak_ns / MS, s.peak)) } else { None })
+            .filter_map(|f| if let DetectedEvent::Spike(s) = f { Some((s.peak_ns / MS, s.peak_bytes)) } else { None })
             .collect()
     }
 

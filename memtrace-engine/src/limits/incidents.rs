@@ -18,8 +18,8 @@ pub(super) fn report_spike(spike: &Spike, context: &BuildContext<'_>, out: &mut 
     out.outputs.push(Output::Alert(Finding::Spike {
         incident: incident.id.clone(),
         cgroup_path: incident.cgroup.path.clone(),
-        peak_bytes: spike.peak,
-        limit_bytes: spike.limit,
+        peak_bytes: spike.peak_bytes,
+        limit_bytes: spike.limit_bytes,
     }));
     out.outputs.push(Output::Save(Box::new(incident)));
 }
@@ -31,18 +31,18 @@ fn spike_incident(spike: &Spike, context: &BuildContext<'_>) -> Incident {
     let sums = points.iter().rev().find(|p| p.boot_ns <= spike.peak_ns).map(|p| p.sums).unwrap_or_default();
     let growth = world.growth(spike.peak_ns, |p| world.in_scope(p, Some(spike.cgroup)));
     let last = world.cgroups.get(spike.cgroup).map(|row| row.last).unwrap_or_default();
-    let reading = Reading { usage: Some(spike.peak), limit: Limit::Bytes(spike.limit), ..last };
+    let reading = Reading { usage: Some(spike.peak_bytes), limit: Limit::Bytes(spike.limit_bytes), ..last };
     let cgroup = cgroup(Some(spike.cgroup), &reading, context);
     let draft = Draft {
         kind: Kind::Spike,
         id: incident_id(Kind::Spike, spike.peak_ns, spike.cgroup, context),
         at_ns: spike.peak_ns,
-        usage: Some(spike.peak),
+        usage: Some(spike.peak_bytes),
         sums,
         about: About::Spike,
         verdict_at_ns: spike.peak_ns,
-        verdict_usage: Some(spike.peak),
-        verdict_limit: Some(spike.limit),
+        verdict_usage: Some(spike.peak_bytes),
+        verdict_limit: Some(spike.limit_bytes),
         verdict_path: cgroup.path.clone(),
         tasks: &[],
         growth: &growth,
