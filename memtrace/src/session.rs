@@ -117,7 +117,7 @@ impl Session {
         let settings = Settings {
             before_ns: config.before_ns,
             after_ns: config.after_ns,
-            quantum_bytes: config.rss_threshold_bytes,
+            rss_threshold_bytes: config.rss_threshold_bytes,
             cgroup_version: self.hierarchy.version,
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),
