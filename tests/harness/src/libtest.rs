@@ -63,7 +63,7 @@ pub struct LibtestReader {
     pub not_run: Vec<String>,
     /// Names of the failed tests.
     pub failed: BTreeSet<String>,
-    /// Output of each failed test, at most [`MOST_SAID`] lines.
+    /// Output of each failed test, at most `MOST_SAID` lines.
     pub said: BTreeMap<String, Vec<String>>,
     /// The failed test whose output is being read.
     listed: Option<String>,
