@@ -1,6 +1,6 @@
 //! Finds container and pod in a cgroup path. Runtimes write ids into the path in a few known forms,
-//! so no call to a runtime or to Kubernetes is needed. Example: `/kubepods/burstable/pod<uid>/<64
-//! hex>`.
+//! so no call to a runtime or to Kubernetes is needed. Example:
+//! `/kubepods/burstable/pod<uid>/<64 hex>`.
 
 use memtrace_incident::{Container, Kubernetes};
 
