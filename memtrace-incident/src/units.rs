@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes() {
+    fn sizes_have_about_three_digits() {
         let cases = [
             (0, "0 B"),
             (1023, "1023 B"),
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn changes() {
+    fn changes_have_a_sign() {
         assert_eq!(growth(0), "0 B");
         assert_eq!(growth(320 << 20), "+320 MiB");
         assert_eq!(growth(-12288), "-12 KiB");
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn spans() {
+    fn durations_have_at_most_two_units() {
         let cases = [
             (850, "850 ns"),
             (1_240, "1.24 us"),

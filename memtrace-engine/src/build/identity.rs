@@ -1,6 +1,6 @@
 //! Finds container and pod in a cgroup path. Runtimes write ids into the path in a few known forms,
-//! so no call to a runtime or to Kubernetes is needed. Example: `/kubepods/burstable/pod<uid>/<64
-//! hex>`.
+//! so no call to a runtime or to Kubernetes is needed. Example:
+//! `/kubepods/burstable/pod<uid>/<64 hex>`.
 
 use memtrace_incident::{Container, Kubernetes};
 
@@ -17,8 +17,8 @@ pub(crate) fn identify(path: &str) -> (Option<Container>, Option<Kubernetes>) {
     (container, pod(&parts))
 }
 
-/// A container id in one component: `<prefix>-<64 hex>[.scope]`, `<slice>:<prefix>:<64 hex>`, `<64
-/// hex>`.
+/// A container id in one component: `<prefix>-<64 hex>[.scope]`, `<slice>:<prefix>:<64 hex>` or
+/// `<64 hex>`.
 fn container(part: &str, parent: Option<&str>) -> Option<Container> {
     let part = part.strip_suffix(".scope").unwrap_or(part);
     let (prefix, id) = match part.rsplit_once([':', '-']) {

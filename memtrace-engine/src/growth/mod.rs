@@ -2,8 +2,8 @@
 //!
 //! The kernel side reports the total growth of every address space, and every touch sample has the
 //! part of it that it stands for. What no sample stands for is growth without a stack, so both
-//! parts always add up to the kernel's figure. For example, total growth of 9 MiB with samples of 4
-//! MiB leaves 5 MiB without a stack, with a reason ([`NoStackReason`]), in the process and at the
+//! parts always add up to the kernel's figure. For example, total growth of 9 MiB with samples of
+//! 4 MiB leaves 5 MiB without a stack, with a reason ([`NoStackReason`]), in the process and at the
 //! time it grew.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -12,7 +12,7 @@ fn packed(json: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_encoded_is_decoded() {
+fn decoding_gives_what_was_encoded() {
     for incident in [fixtures::burst(), fixtures::group(), fixtures::near_miss(), fixtures::recording()] {
         let decoded = decode(&encode(&incident).unwrap()).unwrap();
         assert_eq!(decoded, incident);
@@ -43,7 +43,7 @@ fn an_id_is_a_safe_file_name_or_refused() {
 }
 
 #[test]
-fn every_kind_of_damage_has_its_message() {
+fn each_kind_of_damage_has_its_own_message() {
     let good = encode(&fixtures::burst()).unwrap();
     let message = |bytes: &[u8]| decode(bytes).unwrap_err().to_string();
     assert_eq!(message(b"hello"), "not a memtrace incident (no zstd header)");
@@ -69,7 +69,7 @@ fn every_kind_of_damage_has_its_message() {
 }
 
 #[test]
-fn a_bomb_is_refused_at_the_cap() {
+fn a_zip_bomb_is_refused_at_the_cap() {
     let bomb = packed(&vec![b' '; 4 << 20]);
     assert!(bomb.len() < 4096);
     assert!(matches!(measure(&bomb, 1 << 20), Err(Unreadable::TooLarge { .. })));
@@ -86,7 +86,7 @@ fn a_bomb_is_refused_at_the_cap() {
 
 proptest! {
     #[test]
-    fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+    fn any_bytes_give_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
         prop_assert!(decode(&bytes).is_err());
         prop_assert!(decode(&packed(&bytes)).is_err());
         let mut headed = ZSTD_MAGIC.to_vec();
@@ -95,7 +95,7 @@ proptest! {
     }
 
     #[test]
-    fn any_damage_is_survived(at in any::<prop::sample::Index>(), byte in any::<u8>(), packed_first in any::<bool>()) {
+    fn any_damage_gives_no_panic(at in any::<prop::sample::Index>(), byte in any::<u8>(), packed_first in any::<bool>()) {
         let good = encode(&fixtures::group()).unwrap();
         let mut bytes = if packed_first { good } else { zstd::decode_all(&good[..]).unwrap() };
         let at = at.index(bytes.len());
