@@ -1,12 +1,11 @@
 //! Who took the memory: the section of the text report about the code that grew it.
 
-use super::paths::{self, Culprit, Window};
-use super::sections::Page;
-use super::table::{Align, Table};
-use memtrace_incident::units;
+use memtrace_incident::{AllocationPath, Allocations, Cause, Cut, Incident, Kind, units};
 
-use super::{Line, Paint, plain};
-use memtrace_incident::{Allocations, Cause, Incident, Kind};
+use super::paths::{self, Culprit, GrowthWindow};
+use super::sections::TextPage;
+use super::table::{Align, TextTable};
+use super::{Paint, StyledLine, plain};
 
 /// Culprits in the table.
 const CULPRITS: usize = 8;
@@ -22,12 +21,12 @@ const NAME: usize = 44;
 const PART: u64 = 200;
 
 /// The section; nothing where no stacks were taken.
-pub(super) fn section(page: &mut Page<'_>, incident: &Incident) {
+pub(super) fn section(page: &mut TextPage<'_>, incident: &Incident) {
     let Some(allocations) = &incident.allocations else {
         return;
     };
     let windows = windows(incident, allocations);
-    let spans: Vec<Window> = windows.iter().map(|(_, window)| *window).collect();
+    let spans: Vec<GrowthWindow> = windows.iter().map(|(_, window)| *window).collect();
     let culprits = paths::culprits(incident, &spans, Cause::Touch);
     page.blank();
     if allocations.growth_bytes == 0 && culprits.is_empty() {
@@ -43,11 +42,11 @@ pub(super) fn section(page: &mut Page<'_>, incident: &Incident) {
 }
 
 /// The windows that differ, shortest first, the whole one last.
-fn windows(incident: &Incident, allocations: &Allocations) -> Vec<(String, Window)> {
+fn windows(incident: &Incident, allocations: &Allocations) -> Vec<(String, GrowthWindow)> {
     let first_ns = allocations.samples.rows().map(|(boot_ns, _, _)| boot_ns).min();
     let last_ns = allocations.samples.rows().map(|(boot_ns, _, _)| boot_ns).max();
-    let mut windows: Vec<(String, Window)> = [("last 100 ms", 100), ("last 1 s", 1_000), ("last 10 s", 10_000)]
-        .map(|(name, ms)| (name.to_owned(), Window::before(incident, ms * 1_000_000)))
+    let mut windows: Vec<(String, GrowthWindow)> = [("last 100 ms", 100), ("last 1 s", 1_000), ("last 10 s", 10_000)]
+        .map(|(name, ms)| (name.to_owned(), GrowthWindow::before(incident, ms * 1_000_000)))
         .into();
     // One that begins before the first sample says nothing that the whole does not say.
     windows.retain(|(_, window)| first_ns.is_some_and(|first| first < window.from_ns));
@@ -58,12 +57,17 @@ fn windows(incident: &Incident, allocations: &Allocations) -> Vec<(String, Windo
         }
         _ => "all".to_owned(),
     };
-    windows.push((whole, Window::WHOLE));
+    windows.push((whole, GrowthWindow::WHOLE));
     windows
 }
 
 /// The culprit in words: of the shortest window that saw a good part of the growth.
-fn headline(page: &mut Page<'_>, incident: &Incident, windows: &[(String, Window)], culprits: &[Culprit<'_>]) {
+fn headline(
+    page: &mut TextPage<'_>,
+    incident: &Incident,
+    windows: &[(String, GrowthWindow)],
+    culprits: &[Culprit<'_>],
+) {
     page.title(&format!("Who took the memory (windows end {})", incident.kind.moment()));
     let growths: Vec<u64> = windows.iter().enumerate().map(|(at, _)| growth(incident, windows, culprits, at)).collect();
     let whole = growths.last().copied().unwrap_or(0);
@@ -99,14 +103,14 @@ fn headline(page: &mut Page<'_>, incident: &Incident, windows: &[(String, Window
 }
 
 /// Growth of resident memory in a window: with a stack and without.
-fn growth(incident: &Incident, windows: &[(String, Window)], culprits: &[Culprit<'_>], at: usize) -> u64 {
+fn growth(incident: &Incident, windows: &[(String, GrowthWindow)], culprits: &[Culprit<'_>], at: usize) -> u64 {
     let attributed =
         culprits.iter().filter_map(|culprit| culprit.bytes.get(at)).fold(0, |s: u64, b| s.saturating_add(*b));
     let without = windows.get(at).map_or(0, |(_, window)| paths::without_stack(incident, window));
     attributed.saturating_add(without)
 }
 
-fn table(page: &mut Page<'_>, incident: &Incident, windows: &[(String, Window)], culprits: &[Culprit<'_>]) {
+fn table(page: &mut TextPage<'_>, incident: &Incident, windows: &[(String, GrowthWindow)], culprits: &[Culprit<'_>]) {
     let unicode = page.style.unicode;
     let several = culprits.iter().any(|culprit| culprit.path.process.comm != first_comm(culprits));
     let whole = growth(incident, windows, culprits, windows.len().saturating_sub(1));
@@ -126,7 +130,7 @@ fn table(page: &mut Page<'_>, incident: &Incident, windows: &[(String, Window)],
     head.push((if several { "process" } else { "" }.to_owned(), Align::Left));
     head.extend(windows.iter().map(|(name, _)| (name.clone(), Align::Right)));
     head.push(("share".to_owned(), Align::Right));
-    let mut table = Table::of(head).spare(&[windows.len() + 2, 1]);
+    let mut table = TextTable::of(head).spare(&[windows.len() + 2, 1]);
     let sums = |of: &dyn Fn(usize) -> u64| (0..windows.len()).map(|at| units::bytes(of(at))).collect::<Vec<_>>();
     let mut row = |paint: Paint, name: String, comm: String, bytes: Vec<String>, percent: String| {
         table.push(paint, [vec![format!("  {name}"), comm], bytes, vec![percent]].concat());
@@ -166,7 +170,7 @@ fn first_comm<'a>(culprits: &'a [Culprit<'_>]) -> &'a str {
 }
 
 /// How the heaviest culprits came to it.
-fn stacks(page: &mut Page<'_>, incident: &Incident, culprits: &[Culprit<'_>]) {
+fn stacks(page: &mut TextPage<'_>, incident: &Incident, culprits: &[Culprit<'_>]) {
     let heaviest = culprits.first().and_then(|culprit| culprit.bytes.last()).copied().unwrap_or(0);
     // What is small beside the first would only distract from it.
     let worth = |culprit: &&Culprit<'_>| {
@@ -183,7 +187,7 @@ fn stacks(page: &mut Page<'_>, incident: &Incident, culprits: &[Culprit<'_>]) {
             paths => format!(", the heaviest of {paths} stacks"),
         };
         let chain = chain(culprit, unicode);
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(page.style, Paint::Strong, &format!("  {:>9}  ", units::bytes(bytes)));
         line.add(page.style, Paint::Plain, &format!("{} in {who}{more}", plain::elide(&culprit.name, NAME, unicode)));
         page.line(line);
@@ -219,7 +223,7 @@ fn chain(culprit: &Culprit<'_>, unicode: bool) -> String {
 }
 
 /// `mapped by grow (src/a.rs:7), via malloc`.
-fn mapped(path: &memtrace_incident::AllocationPath, unicode: bool) -> String {
+fn mapped(path: &AllocationPath, unicode: bool) -> String {
     let name = paths::name(path);
     let place =
         paths::culprit(path).and_then(paths::place).map(|place| format!(" ({})", plain::elide(&place, 60, unicode)));
@@ -229,7 +233,7 @@ fn mapped(path: &memtrace_incident::AllocationPath, unicode: bool) -> String {
 }
 
 /// Why there is no stack for a part of the growth.
-fn unattributed(page: &mut Page<'_>, allocations: &Allocations) {
+fn unattributed(page: &mut TextPage<'_>, allocations: &Allocations) {
     if allocations.unattributed_bytes().saturating_mul(PART) < allocations.growth_bytes {
         return;
     }
@@ -243,13 +247,13 @@ fn unattributed(page: &mut Page<'_>, allocations: &Allocations) {
 }
 
 /// The other ledgers, which are not part of the growth.
-fn asked(page: &mut Page<'_>, incident: &Incident) {
+fn asked(page: &mut TextPage<'_>, incident: &Incident) {
     for (cause, what) in [
         (Cause::Map, "of address space asked for with mmap"),
         (Cause::Brk, "of address space asked for with brk"),
         (Cause::Charge, "charged in system calls (page cache, sockets, kernel memory)"),
     ] {
-        let culprits = paths::culprits(incident, &[Window::WHOLE], cause);
+        let culprits = paths::culprits(incident, &[GrowthWindow::WHOLE], cause);
         let bytes = |culprit: &Culprit<'_>| culprit.bytes.first().copied().unwrap_or(0);
         let total = culprits.iter().fold(0u64, |sum, culprit| sum.saturating_add(bytes(culprit)));
         if total == 0 {
@@ -275,7 +279,7 @@ fn asked(page: &mut Page<'_>, incident: &Incident) {
 }
 
 /// How far the section can be trusted.
-fn coarse(page: &mut Page<'_>, allocations: &Allocations, culprits: &[Culprit<'_>]) {
+fn coarse(page: &mut TextPage<'_>, allocations: &Allocations, culprits: &[Culprit<'_>]) {
     let mut notes = Vec::new();
     if allocations.sample_bytes > 0 {
         notes.push(format!("a stack every {} a process grew", units::bytes(allocations.sample_bytes)));
@@ -299,8 +303,7 @@ fn coarse(page: &mut Page<'_>, allocations: &Allocations, culprits: &[Culprit<'_
     }
 }
 
-fn why_cut(cut: memtrace_incident::Cut) -> &'static str {
-    use memtrace_incident::Cut;
+fn why_cut(cut: Cut) -> &'static str {
     match cut {
         Cut::Slice => "the stack is deeper than the copied part of it",
         Cut::Module => "code of no known module, without frame pointers",

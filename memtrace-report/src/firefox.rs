@@ -6,9 +6,9 @@ use fxprof_processed_profile::{
     CategoryColor, CategoryHandle, CpuDelta, Frame as ProfileFrame, FrameFlags, FrameInfo, Profile, ReferenceTimestamp,
     SamplingInterval, StackHandle, ThreadHandle, Timestamp, WeightType,
 };
+use memtrace_incident::{AllocationPath, Cause, Incident};
 
 use super::{frames, paths, plain};
-use memtrace_incident::{AllocationPath, Cause, Incident};
 
 /// Processes with a thread of their own; what more there are share one.
 const PROCESSES: usize = 512;
@@ -31,7 +31,7 @@ fn build(incident: &Incident) -> Profile {
         columns.boot_ns.iter().zip(&columns.usage_bytes).filter_map(|(at, usage)| Some((*at, (*usage)?))).collect();
     curve.sort_by_key(|(boot_ns, _)| *boot_ns);
     let first = rows.first().map(|row| row.0).into_iter().chain(curve.first().map(|reading| reading.0)).min();
-    let mut writer = Writer::new(incident, first.unwrap_or(incident.at.boot_ns));
+    let mut writer = ProfileWriter::new(incident, first.unwrap_or(incident.at.boot_ns));
     for (boot_ns, path, weight) in rows {
         writer.sample(boot_ns, path, weight);
     }
@@ -40,7 +40,7 @@ fn build(incident: &Incident) -> Profile {
 }
 
 /// A profile under construction.
-struct Writer<'a> {
+struct ProfileWriter<'a> {
     incident: &'a Incident,
     profile: Profile,
     zero_ns: u64,
@@ -50,11 +50,11 @@ struct Writer<'a> {
     /// Per index in `allocation_paths`.
     stacks: HashMap<usize, (ThreadHandle, Option<StackHandle>)>,
     shared: Option<ThreadHandle>,
-    nobody: Option<(ThreadHandle, Option<StackHandle>)>,
+    without_stack: Option<(ThreadHandle, Option<StackHandle>)>,
     splits: u64,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> ProfileWriter<'a> {
     fn new(incident: &'a Incident, zero_ns: u64) -> Self {
         let zero = paths::wall_ns(incident, zero_ns).unwrap_or(0);
         let reference = ReferenceTimestamp::from_millis_since_unix_epoch(zero as f64 / 1e6);
@@ -73,7 +73,7 @@ impl<'a> Writer<'a> {
             threads: HashMap::new(),
             stacks: HashMap::new(),
             shared: None,
-            nobody: None,
+            without_stack: None,
             splits: SPLITS,
         }
     }
@@ -88,7 +88,7 @@ impl<'a> Writer<'a> {
         let (thread, stack) = match found {
             Some((_, path)) if path.cause != Cause::Touch => return,
             Some((at, path)) => self.stack(at, path),
-            None => self.nobody(),
+            None => self.name_without_culprit(),
         };
         let (time, most) = (self.time(boot_ns), i32::MAX.unsigned_abs());
         let mut left = weight;
@@ -146,13 +146,13 @@ impl<'a> Writer<'a> {
         (thread, stack)
     }
 
-    fn nobody(&mut self) -> (ThreadHandle, Option<StackHandle>) {
-        if let Some(known) = self.nobody {
+    fn name_without_culprit(&mut self) -> (ThreadHandle, Option<StackHandle>) {
+        if let Some(known) = self.without_stack {
             return known;
         }
         let thread = self.thread("growth without a stack", 0);
         let stack = self.intern(thread, &[("[no stack]".to_owned(), false)]);
-        *self.nobody.insert((thread, stack))
+        *self.without_stack.insert((thread, stack))
     }
 
     fn intern(&mut self, thread: ThreadHandle, labels: &[(String, bool)]) -> Option<StackHandle> {
@@ -187,9 +187,9 @@ impl<'a> Writer<'a> {
 
 #[cfg(test)]
 mod tests {
+    use memtrace_incident::{Allocations, fixtures};
+
     use super::*;
-    use memtrace_incident::Allocations;
-    use memtrace_incident::fixtures;
 
     fn weights(incident: &Incident) -> f64 {
         let json: serde_json::Value = serde_json::from_str(&profile(incident).unwrap()).unwrap();

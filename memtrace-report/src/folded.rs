@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::paths::Window;
-use super::{frames, paths, plain};
 use memtrace_incident::{Cause, Incident};
+
+use super::paths::GrowthWindow;
+use super::{frames, paths, plain};
 
 /// The stacks of one cause in a window, one a line, in order of their names. Kernel functions end in `_[k]`; where
 /// `cause` is touch, growth without a stack is there as `[no stack: reason]`, so that all lines add up to the growth.
-pub fn stacks(incident: &Incident, window: &Window, cause: Cause) -> String {
+pub fn stacks(incident: &Incident, window: &GrowthWindow, cause: Cause) -> String {
     let mut lines: BTreeMap<String, u64> = BTreeMap::new();
     let mut add = |stack: String, bytes: u64| {
         if bytes > 0 {
@@ -51,8 +52,9 @@ fn part(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     fn sum(text: &str) -> u64 {
         text.lines().map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
@@ -61,9 +63,9 @@ mod tests {
     #[test]
     fn lines_add_up_to_the_growth() {
         let burst = fixtures::burst();
-        let text = stacks(&burst, &Window::WHOLE, Cause::Touch);
+        let text = stacks(&burst, &GrowthWindow::WHOLE, Cause::Touch);
         assert_eq!(sum(&text), burst.allocations.as_ref().unwrap().growth_bytes);
-        let second = Window::before(&burst, 1_000_000_000);
+        let second = GrowthWindow::before(&burst, 1_000_000_000);
         let in_second = sum(&stacks(&burst, &second, Cause::Touch));
         assert!(in_second < sum(&text) && in_second > 0);
         insta::assert_snapshot!(text);
@@ -72,8 +74,8 @@ mod tests {
     #[test]
     fn causes_are_apart() {
         let burst = fixtures::burst();
-        insta::assert_snapshot!(stacks(&burst, &Window::WHOLE, Cause::Map));
-        assert_eq!(stacks(&burst, &Window::WHOLE, Cause::Charge), "");
+        insta::assert_snapshot!(stacks(&burst, &GrowthWindow::WHOLE, Cause::Map));
+        assert_eq!(stacks(&burst, &GrowthWindow::WHOLE, Cause::Charge), "");
     }
 
     #[test]
@@ -85,7 +87,9 @@ mod tests {
                 frame.symbol = Some("x;y \u{1b}[31m\n9".into());
             }
         }
-        for line in stacks(&burst, &Window::WHOLE, Cause::Touch).lines().filter(|line| !line.starts_with("[no stack")) {
+        for line in
+            stacks(&burst, &GrowthWindow::WHOLE, Cause::Touch).lines().filter(|line| !line.starts_with("[no stack"))
+        {
             assert!(line.starts_with("a:b\\nc-"), "{line}");
             assert!(line.split(';').skip(1).all(|part| part.starts_with("x:y ") || part.starts_with("[cut")), "{line}");
         }

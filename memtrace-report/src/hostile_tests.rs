@@ -1,12 +1,10 @@
 //! What no incident file can do to the formats that show allocation paths: panic, or print what a terminal obeys.
 
+use memtrace_incident::*;
 use proptest::prelude::*;
 
-use super::paths::Window;
-use memtrace_incident::fixtures;
-
+use super::paths::GrowthWindow;
 use super::{Style, firefox, folded, plain, pprof, text};
-use memtrace_incident::*;
 
 /// Every format, every cause, with and without a window.
 fn every_format(incident: &Incident) {
@@ -14,7 +12,7 @@ fn every_format(incident: &Incident) {
         let shown = text::report(incident, &Style { colour: false, width: 80, unicode });
         assert!(shown.chars().all(|character| character == '\n' || !plain::is_dangerous(character)), "{shown:?}");
     }
-    for window in [Window::WHOLE, Window::before(incident, 1_000_000_000)] {
+    for window in [GrowthWindow::WHOLE, GrowthWindow::before(incident, 1_000_000_000)] {
         for cause in Cause::ALL {
             let lines = folded::stacks(incident, &window, cause);
             assert!(
@@ -119,8 +117,8 @@ fn as_much_as_a_file_holds() {
     samples.weight_bytes = vec![1 << 20; 20_000];
     let shown = text::report(&incident, &Style::PLAIN);
     assert!(shown.lines().count() < 80, "{shown}");
-    assert!(folded::stacks(&incident, &Window::WHOLE, Cause::Touch).lines().count() <= 2048 + 3);
-    pprof::profile(&incident, &Window::WHOLE, Cause::Touch).unwrap();
+    assert!(folded::stacks(&incident, &GrowthWindow::WHOLE, Cause::Touch).lines().count() <= 2048 + 3);
+    pprof::profile(&incident, &GrowthWindow::WHOLE, Cause::Touch).unwrap();
     firefox::profile(&incident).unwrap();
 }
 
@@ -133,6 +131,6 @@ fn nothing_at_all() {
         incident.allocation_paths.clear();
         incident.timeline = Timeline::default();
         every_format(&incident);
-        assert_eq!(folded::stacks(&incident, &Window::WHOLE, Cause::Touch), "");
+        assert_eq!(folded::stacks(&incident, &GrowthWindow::WHOLE, Cause::Touch), "");
     }
 }

@@ -5,9 +5,8 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sha2::{Digest, Sha256};
-
 use memtrace_incident::Incident;
+use sha2::{Digest, Sha256};
 
 const STYLES: [&str; 2] = [include_str!("html/uplot/uPlot.min.css"), include_str!("html/page.css")];
 
@@ -88,8 +87,9 @@ fn data(incident: &Incident) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     fn embedded(page: &str) -> &str {
         let (_, rest) = page.split_once("<script type=\"application/json\" id=\"incident\">").unwrap();

@@ -2,14 +2,14 @@
 
 use std::borrow::Borrow;
 
+use memtrace_incident::{
+    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording,
+    SigkillEntry, Verdict,
+};
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
 
 use super::plain;
-use memtrace_incident::SigkillEntry;
-use memtrace_incident::{
-    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording, Verdict,
-};
 
 /// The whole incident, pretty.
 pub fn incident(incident: &Incident) -> serde_json::Result<String> {
@@ -29,7 +29,7 @@ pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json:
     let mut serializer = serde_json::Serializer::pretty(&mut text);
     let mut list = serializer.serialize_seq(None)?;
     for incident in incidents {
-        list.serialize_element(&Listed::from(incident.borrow()))?;
+        list.serialize_element(&ListedIncident::from(incident.borrow()))?;
     }
     list.end()?;
     // A serializer of JSON writes UTF-8.
@@ -43,7 +43,7 @@ pub fn sigkills(entries: &[SigkillEntry]) -> serde_json::Result<String> {
 
 /// An incident file without what is large in it.
 #[derive(Serialize)]
-struct Listed<'a> {
+struct ListedIncident<'a> {
     schema: u32,
     id: &'a str,
     kind: Kind,
@@ -61,7 +61,7 @@ struct Listed<'a> {
     losses: &'a [LossNote],
 }
 
-impl<'a> From<&'a Incident> for Listed<'a> {
+impl<'a> From<&'a Incident> for ListedIncident<'a> {
     fn from(incident: &'a Incident) -> Self {
         Self {
             schema: incident.schema,
@@ -108,8 +108,9 @@ fn harmless(mut text: String) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     #[test]
     fn the_list_form_leaves_out_what_is_large_and_nothing_else() {

@@ -60,12 +60,12 @@ enum Paint {
 
 /// A line under construction: text with colours and its width without them.
 #[derive(Clone, Debug, Default)]
-struct Line {
+struct StyledLine {
     text: String,
     columns: usize,
 }
 
-impl Line {
+impl StyledLine {
     /// Adds text that is already escaped.
     fn add(&mut self, style: &Style, paint: Paint, text: &str) {
         self.columns += text.chars().count();
@@ -97,7 +97,7 @@ impl Line {
     }
 
     /// Adds a whole line.
-    fn join(&mut self, other: &Line) {
+    fn join(&mut self, other: &StyledLine) {
         self.text.push_str(&other.text);
         self.columns += other.columns;
     }

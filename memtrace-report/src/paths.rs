@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::frames::{self, Owner};
 use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
+
+use super::frames::{self, CodeOwner};
 
 /// Paths looked at: a file may hold any number of them, the recorder writes at most 2048.
 const PATHS: usize = 4096;
@@ -16,14 +17,14 @@ const CLOSURE: usize = 4;
 
 /// A stretch of boot-clock time, both ends in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
+pub struct GrowthWindow {
     /// From.
     pub from_ns: u64,
     /// To.
     pub until_ns: u64,
 }
 
-impl Window {
+impl GrowthWindow {
     /// All there is.
     pub const WHOLE: Self = Self { from_ns: 0, until_ns: u64::MAX };
 
@@ -33,7 +34,7 @@ impl Window {
         Self { from_ns: until_ns.saturating_sub(span_ns), until_ns }
     }
 
-    fn holds(&self, boot_ns: u64) -> bool {
+    fn contains(&self, boot_ns: u64) -> bool {
         (self.from_ns..=self.until_ns).contains(&boot_ns)
     }
 }
@@ -56,10 +57,10 @@ pub(super) fn anchor(incident: &Incident) -> u64 {
 }
 
 /// Bytes per path of `allocation_paths` in a window; 0 for paths of other causes.
-pub(super) fn weights(incident: &Incident, window: &Window, cause: Cause) -> Vec<u64> {
+pub(super) fn weights(incident: &Incident, window: &GrowthWindow, cause: Cause) -> Vec<u64> {
     let of_cause = |path: &AllocationPath| path.cause == cause;
     let Some(allocations) = &incident.allocations else {
-        let whole = *window == Window::WHOLE;
+        let whole = *window == GrowthWindow::WHOLE;
         let weight = |path: &AllocationPath| if whole && of_cause(path) { path.weight_bytes } else { 0 };
         return incident.allocation_paths.iter().map(weight).collect();
     };
@@ -67,7 +68,7 @@ pub(super) fn weights(incident: &Incident, window: &Window, cause: Cause) -> Vec
     for (boot_ns, path, weight) in allocations.samples.rows() {
         let Some(at) = path.and_then(|path| usize::try_from(path).ok()) else { continue };
         let (Some(path), Some(sum)) = (incident.allocation_paths.get(at), weights.get_mut(at)) else { continue };
-        if of_cause(path) && window.holds(boot_ns) {
+        if of_cause(path) && window.contains(boot_ns) {
             *sum = sum.saturating_add(weight);
         }
     }
@@ -75,19 +76,19 @@ pub(super) fn weights(incident: &Incident, window: &Window, cause: Cause) -> Vec
 }
 
 /// Growth of resident memory in a window that has no stack; rows whose path the file does not hold are among it.
-pub(super) fn without_stack(incident: &Incident, window: &Window) -> u64 {
+pub(super) fn without_stack(incident: &Incident, window: &GrowthWindow) -> u64 {
     let Some(allocations) = &incident.allocations else { return 0 };
     let known = |path: u32| usize::try_from(path).is_ok_and(|path| path < incident.allocation_paths.len());
     (allocations.samples.rows())
-        .filter(|(boot_ns, path, _)| window.holds(*boot_ns) && !path.is_some_and(known))
+        .filter(|(boot_ns, path, _)| window.contains(*boot_ns) && !path.is_some_and(known))
         .fold(0, |sum, (_, _, weight)| sum.saturating_add(weight))
 }
 
 /// Growth without a stack by reason. Samples do not say why, so that only the whole window is split.
-pub(super) fn without_stack_by_reason(incident: &Incident, window: &Window) -> Vec<(String, u64)> {
+pub(super) fn without_stack_by_reason(incident: &Incident, window: &GrowthWindow) -> Vec<(String, u64)> {
     let mut left = without_stack(incident, window);
     let mut reasons = Vec::new();
-    if *window == Window::WHOLE {
+    if *window == GrowthWindow::WHOLE {
         for part in incident.allocations.iter().flat_map(|allocations| &allocations.unattributed).take(REASONS) {
             let bytes = part.bytes.min(left);
             left -= bytes;
@@ -124,7 +125,7 @@ pub(super) struct Culprit<'a> {
 }
 
 /// Culprits with their bytes in each window, heaviest in the last one first.
-pub(super) fn culprits<'a>(incident: &'a Incident, windows: &[Window], cause: Cause) -> Vec<Culprit<'a>> {
+pub(super) fn culprits<'a>(incident: &'a Incident, windows: &[GrowthWindow], cause: Cause) -> Vec<Culprit<'a>> {
     let weights: Vec<Vec<u64>> = windows.iter().map(|window| weights(incident, window, cause)).collect();
     let mut found: HashMap<(String, Option<&str>, &str), (Culprit<'a>, u64)> = HashMap::new();
     for (at, path) in incident.allocation_paths.iter().enumerate().take(PATHS) {
@@ -166,18 +167,20 @@ pub(super) fn culprit(path: &AllocationPath) -> Option<&Frame> {
 }
 
 fn culprit_at(path: &AllocationPath) -> Option<usize> {
-    let of = |wanted: Owner| path.frames.iter().position(|frame| frames::owner(frame) == wanted);
-    of(Owner::Program).or_else(|| of(Owner::Dependency))
+    let of = |wanted: CodeOwner| path.frames.iter().position(|frame| frames::code_owner(frame) == wanted);
+    of(CodeOwner::Program).or_else(|| of(CodeOwner::Dependency))
 }
 
 /// The culprit's name, short; for a path without one what it is put under. Not escaped.
 pub(super) fn name(path: &AllocationPath) -> String {
-    culprit_at(path).and_then(|at| told(path, at, frames::short)).unwrap_or_else(|| nobody(path))
+    culprit_at(path)
+        .and_then(|at| frame_name(path, at, frames::short_name))
+        .unwrap_or_else(|| name_without_culprit(path))
 }
 
 /// The name of a frame, shortened. An inlined closure has none but `{closure#0}`; who called it has the whole one among
 /// its generic arguments.
-fn told(path: &AllocationPath, at: usize, shorten: fn(&str) -> String) -> Option<String> {
+fn frame_name(path: &AllocationPath, at: usize, shorten: fn(&str) -> String) -> Option<String> {
     let frame = path.frames.get(at)?;
     let Some(symbol) = &frame.symbol else { return Some(frames::label(frame)) };
     let short = shorten(symbol);
@@ -197,19 +200,19 @@ fn told(path: &AllocationPath, at: usize, shorten: fn(&str) -> String) -> Option
 }
 
 /// What a path without a culprit is put under.
-fn nobody(path: &AllocationPath) -> String {
+fn name_without_culprit(path: &AllocationPath) -> String {
     let users: Vec<&Frame> = path.frames.iter().filter(|frame| !frame.kernel).collect();
     fn module<'a>(frame: &&'a Frame) -> Option<&'a str> {
-        frame.module.as_deref().map(frames::base)
+        frame.module.as_deref().map(frames::file_name)
     }
     let of_linker = |name: &str| name.starts_with("ld-") || name.starts_with("ld.so") || name.starts_with("ld64");
     if users.iter().rev().find_map(module).is_some_and(of_linker) {
         return "the dynamic linker".to_owned();
     }
-    match users.iter().find(|frame| frames::owner(frame) != Owner::Nobody) {
+    match users.iter().find(|frame| frames::code_owner(frame) != CodeOwner::Unknown) {
         Some(frame) => match module(frame) {
-            Some(module) => format!("{} in {module}", frames::called(frame)),
-            None => frames::called(frame),
+            Some(module) => format!("{} in {module}", frames::called_name(frame)),
+            None => frames::called_name(frame),
         },
         None => match path.frames.is_empty() {
             true => "[no frames]".to_owned(),
@@ -229,7 +232,7 @@ pub(super) fn via(path: &AllocationPath) -> Option<String> {
     let folded = path.frames.get(..culprit_at(path)?)?;
     let folded: Vec<&Frame> = folded.iter().filter(|frame| !frame.kernel).collect();
     let (innermost, called) = (folded.first()?, folded.last()?);
-    let (innermost, called) = (frames::called(innermost), frames::called(called));
+    let (innermost, called) = (frames::called_name(innermost), frames::called_name(called));
     let telling = ["memset", "memcpy", "memcpy/memmove", "read", "pread64", "recv"].contains(&innermost.as_str());
     Some(if telling && innermost != called { format!("{called} ({innermost})") } else { called })
 }
@@ -237,13 +240,13 @@ pub(super) fn via(path: &AllocationPath) -> Option<String> {
 /// The program's own functions on a path, outermost first, each with its place; what lies between is folded. At most
 /// six, the outermost and the last ones; `None` stands for those left out.
 pub(super) fn chain(path: &AllocationPath) -> Vec<Option<(String, Option<String>)>> {
-    let wanted = culprit(path).map(frames::owner);
+    let wanted = culprit(path).map(frames::code_owner);
     let mut chain: Vec<(String, Option<String>)> = Vec::new();
     for (at, frame) in path.frames.iter().enumerate().rev() {
-        if Some(frames::owner(frame)) != wanted {
+        if Some(frames::code_owner(frame)) != wanted {
             continue;
         }
-        let name = told(path, at, frames::brief).unwrap_or_default();
+        let name = frame_name(path, at, frames::brief_name).unwrap_or_default();
         let place = place(frame);
         match chain.last_mut() {
             // Recursion.
@@ -266,8 +269,9 @@ pub(super) fn mapped_by<'a>(incident: &'a Incident, path: &AllocationPath) -> Op
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -287,7 +291,7 @@ mod tests {
         let burst = fixtures::burst();
         let mut before = 0;
         for span_ns in [SECOND / 10, SECOND, 10 * SECOND, u64::MAX] {
-            let window = Window::before(&burst, span_ns);
+            let window = GrowthWindow::before(&burst, span_ns);
             let growth = weights(&burst, &window, Cause::Touch).iter().sum::<u64>() + without_stack(&burst, &window);
             assert!(growth > before, "{span_ns}");
             before = growth;
@@ -360,6 +364,6 @@ mod tests {
         let mut recording = fixtures::recording();
         let columns = &mut recording.timeline.columns;
         (columns.boot_ns, columns.usage_bytes) = (vec![1, 5, 9], vec![None, Some(7), Some(3)]);
-        assert_eq!(Window::before(&recording, 4), Window { from_ns: 1, until_ns: 5 });
+        assert_eq!(GrowthWindow::before(&recording, 4), GrowthWindow { from_ns: 1, until_ns: 5 });
     }
 }

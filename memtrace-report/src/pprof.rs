@@ -5,11 +5,11 @@ use std::io::Write;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 use prost::Message;
 
-use super::paths::Window;
+use super::paths::GrowthWindow;
 use super::{frames, paths, plain};
-use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 
 /// Frames of one stack that are written.
 const FRAMES: usize = 512;
@@ -17,14 +17,14 @@ const FRAMES: usize = 512;
 const MODULE_SPAN: u64 = 1 << 40;
 
 /// The incident's stacks in a window as a profile with one value per cause, `default` the one a reader shows unasked.
-pub fn profile(incident: &Incident, window: &Window, default: Cause) -> std::io::Result<Vec<u8>> {
+pub fn profile(incident: &Incident, window: &GrowthWindow, default: Cause) -> std::io::Result<Vec<u8>> {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
     gzip.write_all(&build(incident, window, default).encode_to_vec())?;
     gzip.finish()
 }
 
-fn build(incident: &Incident, window: &Window, default: Cause) -> Profile {
-    let mut builder = Builder::default();
+fn build(incident: &Incident, window: &GrowthWindow, default: Cause) -> Profile {
+    let mut builder = ProfileBuilder::default();
     builder.string("");
     let bytes = builder.string("bytes");
     let sample_type = Cause::ALL.map(|cause| ValueType { r#type: builder.string(cause.name()), unit: bytes }).into();
@@ -59,7 +59,7 @@ fn build(incident: &Incident, window: &Window, default: Cause) -> Profile {
 }
 
 /// From the first to the last sample of the window.
-fn span(incident: &Incident, window: &Window) -> (u64, u64) {
+fn span(incident: &Incident, window: &GrowthWindow) -> (u64, u64) {
     let times = || incident.allocations.iter().flat_map(|allocations| &allocations.samples.boot_ns).copied();
     let first = times().min().unwrap_or(incident.at.boot_ns).max(window.from_ns);
     let last = times().max().unwrap_or(incident.at.boot_ns).min(window.until_ns);
@@ -75,7 +75,7 @@ fn values(at: usize, weight: u64) -> Vec<i64> {
 
 /// The tables of a profile under construction; ids are positions counted from 1.
 #[derive(Default)]
-struct Builder {
+struct ProfileBuilder {
     strings: Vec<String>,
     mapping: Vec<Mapping>,
     location: Vec<Location>,
@@ -86,7 +86,7 @@ struct Builder {
     function_at: HashMap<Function, u64>,
 }
 
-impl Builder {
+impl ProfileBuilder {
     fn string(&mut self, text: &str) -> i64 {
         if let Some(at) = self.string_at.get(text) {
             return *at;
@@ -146,7 +146,8 @@ impl Builder {
     fn line(&mut self, frame: &Frame) -> Line {
         let whole = plain::escape(&frames::label(frame));
         // pprof drops what is in angle brackets itself, and of `<A as B>::c` leaves `::c`.
-        let name = frame.symbol.as_deref().map_or_else(|| whole.clone(), |name| plain::escape(&frames::short(name)));
+        let name =
+            frame.symbol.as_deref().map_or_else(|| whole.clone(), |name| plain::escape(&frames::short_name(name)));
         let name = if frame.kernel { format!("{name}_[k]") } else { name };
         let mut function = Function { name: self.string(&name), ..Function::default() };
         function.system_name = self.string(&whole);
@@ -311,8 +312,9 @@ struct Function {
 mod tests {
     use std::io::Read;
 
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     fn decoded(bytes: &[u8]) -> Profile {
         let mut raw = Vec::new();
@@ -329,7 +331,7 @@ mod tests {
     fn what_is_read_back_adds_up() {
         let burst = fixtures::burst();
         let allocations = burst.allocations.as_ref().unwrap();
-        let read = decoded(&profile(&burst, &Window::WHOLE, Cause::Touch).unwrap());
+        let read = decoded(&profile(&burst, &GrowthWindow::WHOLE, Cause::Touch).unwrap());
         assert_eq!(sum(&read, Cause::Touch), allocations.growth_bytes);
         for cause in [Cause::Map, Cause::Brk, Cause::Charge] {
             let of = burst.allocation_paths.iter().filter(|path| path.cause == cause);
@@ -359,7 +361,7 @@ mod tests {
     #[test]
     fn a_window_has_what_was_in_it() {
         let burst = fixtures::burst();
-        let window = Window::before(&burst, 1_000_000_000);
+        let window = GrowthWindow::before(&burst, 1_000_000_000);
         let read = decoded(&profile(&burst, &window, Cause::Map).unwrap());
         let wanted = paths::weights(&burst, &window, Cause::Touch).iter().sum::<u64>();
         assert_eq!(sum(&read, Cause::Touch), wanted + paths::without_stack(&burst, &window));

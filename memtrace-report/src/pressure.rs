@@ -1,10 +1,9 @@
 //! What the text report says of a limit that was hit without a kill.
 
-use super::text::short_place;
-use memtrace_incident::units;
+use memtrace_incident::{Incident, Pressure, PressureLimit, units};
 
 use super::Style;
-use memtrace_incident::{Incident, Pressure, PressureLimit};
+use super::text::short_place;
 
 /// The first line.
 pub(super) fn headline(incident: &Incident, pressure: &Pressure, style: &Style) -> String {

@@ -1,11 +1,10 @@
 //! The sections of the text report below its headline: curve, processes, mappings, composition, losses.
 
-use super::table::{Align, Table};
-use super::text::{name, signal_name};
-use memtrace_incident::units;
+use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, Recording, Scope, TaskRow, units};
 
-use super::{Line, Paint, Style, curve, plain, plot};
-use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
+use super::table::{Align, TextTable};
+use super::text::{name, signal_name};
+use super::{Paint, Style, StyledLine, curve, plain, plot};
 
 /// Rows of the process tables.
 const PROCESSES: usize = 8;
@@ -23,12 +22,12 @@ const GUTTER: usize = 16;
 const PLOT_ROWS: u64 = 8;
 
 /// The report under construction.
-pub(super) struct Page<'a> {
+pub(super) struct TextPage<'a> {
     pub(super) style: &'a Style,
-    lines: Vec<Line>,
+    lines: Vec<StyledLine>,
 }
 
-impl<'a> Page<'a> {
+impl<'a> TextPage<'a> {
     /// Columns before the text of a fact.
     pub(super) const LABEL: usize = 14;
 
@@ -41,13 +40,13 @@ impl<'a> Page<'a> {
     }
 
     pub(super) fn blank(&mut self) {
-        self.lines.push(Line::default());
+        self.lines.push(StyledLine::default());
     }
 
     /// A paragraph; `text` is escaped here.
     pub(super) fn wrapped(&mut self, paint: Paint, text: &str, indent: usize) {
         for part in plain::wrap(text, self.style.columns().saturating_sub(indent)) {
-            let mut line = Line::default();
+            let mut line = StyledLine::default();
             line.pad(indent);
             line.add(self.style, paint, &part);
             self.lines.push(line);
@@ -57,7 +56,7 @@ impl<'a> Page<'a> {
     /// A bullet.
     pub(super) fn item(&mut self, text: &str) {
         for (number, part) in plain::wrap(text, self.style.columns().saturating_sub(4)).into_iter().enumerate() {
-            let mut line = Line::default();
+            let mut line = StyledLine::default();
             line.add(self.style, Paint::Plain, if number == 0 { "  - " } else { "    " });
             line.add(self.style, Paint::Plain, &part);
             self.lines.push(line);
@@ -74,7 +73,7 @@ impl<'a> Page<'a> {
 
     /// A labelled line of escaped text, however long.
     pub(super) fn fact_unbroken(&mut self, label: &str, text: &str) {
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(self.style, Paint::Faint, &format!("  {label}"));
         line.pad(Self::LABEL);
         line.add(self.style, Paint::Plain, text);
@@ -82,25 +81,25 @@ impl<'a> Page<'a> {
     }
 
     /// A line of escaped text.
-    pub(super) fn line(&mut self, line: Line) {
+    pub(super) fn line(&mut self, line: StyledLine) {
         self.lines.push(line);
     }
 
     /// A table.
-    pub(super) fn table(&mut self, table: &Table, indent: usize) {
+    pub(super) fn table(&mut self, table: &TextTable, indent: usize) {
         self.lines.extend(table.lines(self.style, indent));
     }
 
     /// The title of a section.
     pub(super) fn title(&mut self, text: &str) {
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(self.style, Paint::Strong, text);
         self.lines.push(line);
     }
 }
 
 /// The curve, and beside or below it a closer look at a fast rise.
-pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
+pub(super) fn curve(page: &mut TextPage<'_>, incident: &Incident) {
     let columns = &incident.timeline.columns;
     let style = page.style;
     if columns.boot_ns.is_empty() {
@@ -111,7 +110,7 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
         (Kind::Recording, Some(recording)) => {
             let start_ns = recording.start_boot_ns;
             let end_ns = start_ns.saturating_add(recording.duration_ns);
-            (curve::Window { start_ns, end_ns, zero_ns: start_ns }, None)
+            (curve::DrawnSpan { start_ns, end_ns, zero_ns: start_ns }, None)
         }
         (Kind::Spike | Kind::NearMiss | Kind::Stuck, _) => curve::windows(columns, incident.at.boot_ns, 1_000_000_000),
         _ => curve::windows(columns, incident.at.boot_ns, 0),
@@ -125,20 +124,20 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     let mut right = closer.map(|closer| (closer, curve::sample(columns, &closer, width)));
     // Files from before the limit was first read with the curve still know it.
     for level in left.iter_mut().chain(right.iter_mut().flat_map(|(_, levels)| levels.iter_mut())) {
-        level.limit = level.limit.or(incident.cgroup.limit_bytes);
+        level.limit_bytes = level.limit_bytes.or(incident.cgroup.limit_bytes);
     }
     let top_bytes = plot::top(&[&left, right.as_ref().map_or(&[][..], |(_, levels)| levels)]);
-    let frame = plot::Frame { rows: PLOT_ROWS, top_bytes, gutter };
+    let area = plot::PlotArea { rows: PLOT_ROWS, top_bytes, gutter };
 
     let until = incident.kind.curve_span();
-    let drawn = left.iter().any(|level| level.limit.is_some_and(|limit| limit <= top_bytes));
-    let mut title = Line::default();
+    let drawn = left.iter().any(|level| level.limit_bytes.is_some_and(|limit| limit <= top_bytes));
+    let mut title = StyledLine::default();
     let whose = match &incident.oom {
         Some(oom) if oom.scope != Scope::Cgroup => "the victim's cgroup",
         _ => "the cgroup",
     };
     title.add(style, Paint::Strong, &format!("Memory of {whose} {until}"));
-    if left.iter().all(|level| level.usage.is_none()) {
+    if left.iter().all(|level| level.usage_bytes.is_none()) {
         title.add(style, Paint::Alarm, " (usage unknown, anonymous only)");
     }
     match incident.cgroup.limit_bytes {
@@ -152,10 +151,10 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     title.join(&legend);
     page.lines.push(title);
 
-    let mut plot = plot::lines(&left, &overview, &frame, style);
+    let mut plot = plot::lines(&left, &overview, &area, style);
     if let Some((closer, levels)) = right {
         let label = if beside { 0 } else { gutter };
-        let closer = plot::lines(&levels, &closer, &plot::Frame { gutter: label, ..frame }, style);
+        let closer = plot::lines(&levels, &closer, &plot::PlotArea { gutter: label, ..area }, style);
         if beside {
             for (line, closer) in plot.iter_mut().zip(&closer) {
                 line.pad(gutter + 2 + width + 3);
@@ -169,7 +168,7 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
 }
 
 /// Who had the memory and who grew: the largest, the victims and the fastest growers.
-pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
+pub(super) fn processes(page: &mut TextPage<'_>, incident: &Incident) {
     let of_pressure = || incident.pressure.as_ref().map_or(&[][..], |pressure| &pressure.tasks);
     let tasks = incident.oom.as_ref().map_or_else(of_pressure, |oom| &oom.tasks);
     let considered =
@@ -183,7 +182,7 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
         page.title("Processes: none known");
         return;
     }
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         (&*format!("Processes{more}"), Align::Left),
         ("pid", Align::Right),
         ("", Align::Left),
@@ -230,11 +229,11 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
 }
 
 /// Processes of a recording by peak.
-pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Recording) {
+pub(super) fn recorded(page: &mut TextPage<'_>, incident: &Incident, recording: &Recording) {
     let shown = recording.processes.len().min(PROCESSES) as u64;
     let all = (recording.processes.len() as u64).saturating_add(recording.processes_left_out);
     let more = if all > shown { format!(" ({shown} of {all})") } else { String::new() };
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         (&*format!("Processes{more}"), Align::Left),
         ("pid", Align::Right),
         ("peak", Align::Right),
@@ -283,7 +282,7 @@ pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Rec
 }
 
 /// The large mapping calls, in the order they were made.
-pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
+pub(super) fn mappings(page: &mut TextPage<'_>, incident: &Incident) {
     let notes = &incident.mappings;
     if notes.is_empty() {
         return;
@@ -310,7 +309,7 @@ pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
     };
     page.title(&format!("Mapped {}, given back {}{which}", units::bytes(mapped), units::bytes(given_back)));
     for note in largest {
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(page.style, Paint::Plain, &format!("  {:>10}", offset(note.boot_ns, origin)));
         line.add(page.style, Paint::Plain, &format!("  {:<7}", plain::elide(&note.call, 10, page.style.unicode)));
         line.add(page.style, Paint::Strong, &format!("  {:>10}", units::growth(note.change_bytes)));
@@ -321,7 +320,7 @@ pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
 }
 
 /// What memory was made of, and what nobody accounts for.
-pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
+pub(super) fn composition(page: &mut TextPage<'_>, incident: &Incident) {
     let parts = &incident.composition;
     // The parts add up to the usage at the moment they are of, which for a recording is its highest.
     let unattributed = parts.unattributed_bytes.and_then(|bytes| u64::try_from(bytes).ok());
@@ -351,7 +350,7 @@ pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
 }
 
 /// What is missing from the file, with a sentence for each loss; "nothing" is said, too.
-pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
+pub(super) fn losses(page: &mut TextPage<'_>, incident: &Incident) {
     page.blank();
     let name = |text: &str| plain::elide(text, 60, page.style.unicode);
     // What is no loss and has no count is a hook or a source that is off: its name before the colon.
@@ -384,12 +383,12 @@ pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
 
 /// A process of the table: as it was at the kill, as it grew, or both.
 #[derive(Clone, Copy)]
-struct Row<'a> {
+struct ProcessRow<'a> {
     task: Option<&'a TaskRow>,
     growth: Option<&'a Growth>,
 }
 
-impl Row<'_> {
+impl ProcessRow<'_> {
     fn who(&self) -> (&str, u32) {
         match (self.task, self.growth) {
             (Some(task), _) => (&task.comm, task.pid),
@@ -410,27 +409,27 @@ impl Row<'_> {
     }
 }
 
-fn join<'a>(tasks: &'a [TaskRow], growth: &'a [Growth]) -> Vec<Row<'a>> {
+fn join<'a>(tasks: &'a [TaskRow], growth: &'a [Growth]) -> Vec<ProcessRow<'a>> {
     let same = |task: &TaskRow, growth: &Growth| {
         task.pid == growth.pid && task.start_boot_ns.is_none_or(|start| start == growth.start_boot_ns)
     };
-    let mut rows: Vec<Row<'a>> = (tasks.iter())
-        .map(|task| Row { task: Some(task), growth: growth.iter().find(|growth| same(task, growth)) })
+    let mut rows: Vec<ProcessRow<'a>> = (tasks.iter())
+        .map(|task| ProcessRow { task: Some(task), growth: growth.iter().find(|growth| same(task, growth)) })
         .collect();
     let gone = growth.iter().filter(|growth| !tasks.iter().any(|task| same(task, growth)));
-    rows.extend(gone.map(|growth| Row { task: None, growth: Some(growth) }));
+    rows.extend(gone.map(|growth| ProcessRow { task: None, growth: Some(growth) }));
     rows.sort_by_key(|row| std::cmp::Reverse(row.rss()));
     rows
 }
 
 /// The largest, but victims and the fastest growers in any case; largest first.
-fn select<'a>(rows: &[Row<'a>]) -> Vec<Row<'a>> {
+fn select<'a>(rows: &[ProcessRow<'a>]) -> Vec<ProcessRow<'a>> {
     let mut growers: Vec<(i64, usize)> = (rows.iter().enumerate())
         .filter_map(|(at, row)| Some((row.growth?.last_1s_bytes.or(row.growth?.last_10s_bytes)?, at)))
         .filter(|(grown, _)| *grown > 0)
         .collect();
     growers.sort_by_key(|(grown, _)| std::cmp::Reverse(*grown));
-    let victims = (0..rows.len()).filter(|at| rows.get(*at).is_some_and(Row::victim));
+    let victims = (0..rows.len()).filter(|at| rows.get(*at).is_some_and(ProcessRow::victim));
     let mut chosen: Vec<usize> = Vec::new();
     for at in victims
         .take(PROCESSES - GROWERS)
@@ -445,7 +444,7 @@ fn select<'a>(rows: &[Row<'a>]) -> Vec<Row<'a>> {
     chosen.into_iter().filter_map(|at| rows.get(at).copied()).collect()
 }
 
-fn mark(oom: Option<&Oom>, row: &Row<'_>) -> &'static str {
+fn mark(oom: Option<&Oom>, row: &ProcessRow<'_>) -> &'static str {
     let Some(oom) = oom else { return "" };
     let (_, pid) = row.who();
     let trigger = oom.trigger.pid == pid;

@@ -1,6 +1,6 @@
 //! A table of text cells: columns as wide as their widest cell.
 
-use super::{Line, Paint, Style};
+use super::{Paint, Style, StyledLine};
 
 /// How a column's cells stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,14 +11,14 @@ pub(super) enum Align {
 
 /// Cells that are already escaped.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct TextTable {
     head: Vec<(String, Align)>,
     rows: Vec<(Paint, Vec<String>)>,
     /// Columns given up where the line is too long, first first.
     spare: Vec<usize>,
 }
 
-impl Table {
+impl TextTable {
     pub(super) fn new<const N: usize>(head: [(&str, Align); N]) -> Self {
         Self::of(head.map(|(title, align)| (title.to_owned(), align)).into())
     }
@@ -38,7 +38,7 @@ impl Table {
         self.push(paint, cells.into());
     }
 
-    /// A row of a table made by [`Table::of`].
+    /// A row of a table made by [`TextTable::of`].
     pub(super) fn push(&mut self, paint: Paint, cells: Vec<String>) {
         self.rows.push((paint, cells));
     }
@@ -48,7 +48,7 @@ impl Table {
     }
 
     /// The lines, the head first; columns that are the same in every row and say nothing (`-`) are left out.
-    pub(super) fn lines(&self, style: &Style, indent: usize) -> Vec<Line> {
+    pub(super) fn lines(&self, style: &Style, indent: usize) -> Vec<StyledLine> {
         let mut columns: Vec<(usize, usize, Align)> = (self.head.iter().enumerate())
             .filter(|(at, _)| self.column(*at).any(|cell| cell != "-" && !cell.is_empty()))
             .map(|(at, (title, align))| {
@@ -75,7 +75,7 @@ impl Table {
                         Align::Right => text.push_str(&format!("{gap}{cell:>width$}")),
                     }
                 }
-                let mut line = Line::default();
+                let mut line = StyledLine::default();
                 line.add(style, paint, text.trim_end());
                 line
             })

@@ -1,12 +1,10 @@
 //! The post-mortem on one screen: what an on-call engineer needs to know, most important first.
 
-use super::sections::{self, Page};
-use super::table::{Align, Table};
-use memtrace_incident::units;
+use memtrace_incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim, units};
 
-use super::{Paint, Style, plain};
-use super::{allocations, pressure};
-use memtrace_incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim};
+use super::sections::{self, TextPage};
+use super::table::{Align, TextTable};
+use super::{Paint, Style, allocations, plain, pressure};
 
 /// Victims shown one by one.
 const VICTIMS: usize = 4;
@@ -18,7 +16,7 @@ const PATH_WIDTH: usize = 48;
 /// The report as text that ends with a line end. Whatever the incident says, it holds no control character but line
 /// ends and, with `style.colour`, its own colours.
 pub fn report(incident: &Incident, style: &Style) -> String {
-    let mut page = Page::new(style);
+    let mut page = TextPage::new(style);
     let headline = match (incident.kind, &incident.oom, &incident.recording) {
         (Kind::Recording, _, Some(recording)) => recording_headline(incident, recording, style),
         (Kind::Spike, _, _) => spike_headline(incident, style),
@@ -119,7 +117,7 @@ fn recording_headline(incident: &Incident, recording: &Recording, style: &Style)
     format!("Recording: {what} ran {} {end}{}.", units::duration(recording.duration_ns), peak.unwrap_or_default())
 }
 
-fn verdict(page: &mut Page<'_>, incident: &Incident) {
+fn verdict(page: &mut TextPage<'_>, incident: &Incident) {
     let verdict = &incident.verdict;
     let most = page.style.columns() * 2;
     if !verdict.summary.is_empty() {
@@ -133,7 +131,7 @@ fn verdict(page: &mut Page<'_>, incident: &Incident) {
     }
 }
 
-fn when(page: &mut Page<'_>, incident: &Incident) {
+fn when(page: &mut TextPage<'_>, incident: &Incident) {
     let at = &incident.at;
     let plus_minus = if page.style.unicode { "±" } else { "+-" };
     page.fact(
@@ -147,7 +145,7 @@ fn when(page: &mut Page<'_>, incident: &Incident) {
     );
 }
 
-fn place(page: &mut Page<'_>, incident: &Incident) {
+fn place(page: &mut TextPage<'_>, incident: &Incident) {
     let host = &incident.host;
     let unicode = page.style.unicode;
     let or_unknown = |text: &str| match text {
@@ -187,7 +185,7 @@ fn place(page: &mut Page<'_>, incident: &Incident) {
     page.fact("memory", &memory(cgroup));
 }
 
-fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
+fn kill(page: &mut TextPage<'_>, incident: &Incident, oom: &Oom) {
     let style = *page.style;
     if let (Scope::Ancestor, Some(ancestor)) = (oom.scope, &oom.oom_cgroup) {
         page.fact_unbroken(
@@ -203,7 +201,7 @@ fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
     }
     page.fact("trigger", &trigger(oom, &style));
     if !oom.trigger_kernel_stack.is_empty() {
-        page.fact_unbroken("stack", &stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)));
+        page.fact_unbroken("stack", &stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(TextPage::LABEL)));
     }
     page.fact("kernel log", &kernel_log(oom, &style));
 }
@@ -276,11 +274,11 @@ fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
     text
 }
 
-fn victim_table(victims: &[Victim], style: &Style) -> Table {
+fn victim_table(victims: &[Victim], style: &Style) -> TextTable {
     let shown = victims.len().min(VICTIMS);
     let title =
         if shown < victims.len() { format!("killed ({shown} of {})", victims.len()) } else { "killed".to_owned() };
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         (&*title, Align::Left),
         ("pid", Align::Right),
         ("anon", Align::Right),

@@ -14,7 +14,7 @@ use crate::error::CommandError;
 use crate::process::symbolize::symbolize_file;
 use crate::store::incidents::{self, FindError, Incidents};
 use memtrace_incident::{Cause, Incident};
-use memtrace_report::paths::Window;
+use memtrace_report::paths::GrowthWindow;
 use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 /// Arguments of `memtrace report`.
@@ -109,8 +109,8 @@ pub fn run(args: &Args) -> Outcome {
         symbolize_file(&mut incident, &args.debug_dir);
     }
     let window = match args.window {
-        Within::All => Window::WHOLE,
-        Within::Last(span) => Window::before(&incident, span.nanoseconds()),
+        Within::All => GrowthWindow::WHOLE,
+        Within::Last(span) => GrowthWindow::before(&incident, span.nanoseconds()),
     };
     let rendered = match args.format {
         Format::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
