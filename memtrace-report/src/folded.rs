@@ -1,4 +1,6 @@
-//! Folded stacks, as flame graph tools read them: `process;outermost;...;innermost bytes`.
+//! Folded stacks, the input of flame graph tools: one line per stack, outermost frame first.
+//!
+//! Example: `worker-4242;main;app::load;app::Cache::fill;memset 7340032`. The number is bytes.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +9,9 @@ use memtrace_incident::{Cause, Incident};
 use super::paths::GrowthWindow;
 use super::{frames, paths, plain};
 
-/// The stacks of one cause in a window, one a line, in order of their names. Kernel functions end in `_[k]`; where
-/// `cause` is touch, growth without a stack is there as `[no stack: reason]`, so that all lines add up to the growth.
+/// The stacks of one cause in a window, one a line, sorted. Kernel functions end in `_[k]`, as perf
+/// marks them. For [`Cause::Touch`], growth without a stack has lines `[no stack: reason]`, so all
+/// lines add up to the growth.
 pub fn stacks(incident: &Incident, window: &GrowthWindow, cause: Cause) -> String {
     let mut lines: BTreeMap<String, u64> = BTreeMap::new();
     let mut add = |stack: String, bytes: u64| {
@@ -19,7 +22,7 @@ pub fn stacks(incident: &Incident, window: &GrowthWindow, cause: Cause) -> Strin
     };
     let weights = paths::weights(incident, window, cause);
     for (path, bytes) in incident.allocation_paths.iter().zip(weights).filter(|(_, bytes)| *bytes > 0) {
-        let mut stack = process(&path.process.comm, path.process.pid);
+        let mut stack = process_part(&path.process.comm, path.process.pid);
         if let Some(cut) = path.cut {
             stack.push_str(&format!(";[cut: {}]", cut.name()));
         }
@@ -40,12 +43,12 @@ pub fn stacks(incident: &Incident, window: &GrowthWindow, cause: Cause) -> Strin
     lines.into_iter().map(|(stack, bytes)| format!("{stack} {bytes}\n")).collect()
 }
 
-/// `worker-4242`: two processes of one name are two stacks.
-fn process(comm: &str, pid: u32) -> String {
+/// `worker-4242`: with the pid, so that two processes of one name stay two stacks.
+fn process_part(comm: &str, pid: u32) -> String {
     format!("{}-{pid}", part(comm))
 }
 
-/// A name as one part of a line: nothing that ends a part, a line, or that a terminal obeys.
+/// A name as one part of a line: `;` would end the part, and control characters are escaped.
 fn part(name: &str) -> String {
     plain::escape(name).replace(';', ":")
 }

@@ -1,23 +1,28 @@
-//! A frame for people: its label, whose code it is, and its name without what a reader does not need.
+//! Frames as people read them: a label, whose code it is, and a short name.
+//!
+//! A report blames the innermost function of the program itself, so it has to tell the program from
+//! its allocator, its libc and its standard library. Names and source files decide that, because all
+//! of these may be linked into one executable. Example: with `malloc` (runtime), `ringlog::grow`
+//! (dependency) and `app::load` (program) on a stack, `app::load` is blamed.
 
 use memtrace_incident::Frame;
 
 /// Whose code a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CodeOwner {
-    /// The process' own.
+    /// The program itself.
     Program,
-    /// A crate from a registry.
+    /// A crate from a registry or from git.
     Dependency,
-    /// Standard libraries, allocators, libc, the dynamic linker: never what a reader looks for.
+    /// Standard library, allocator, libc or dynamic linker: never blamed.
     Runtime,
-    /// The kernel.
+    /// A kernel function.
     Kernel,
-    /// No module and no name.
+    /// The frame has neither module nor name.
     Unknown,
 }
 
-/// Shared objects whose code is [`CodeOwner::Runtime`], by the beginning of their file's name.
+/// Prefixes of file names of shared objects whose code is [`CodeOwner::Runtime`].
 const RUNTIME_MODULES: [&str; 24] = [
     "libc.so",
     "libc-2.",
@@ -45,7 +50,7 @@ const RUNTIME_MODULES: [&str; 24] = [
     "[vdso]",
 ];
 
-/// Parts of the paths of source files that are [`CodeOwner::Runtime`].
+/// Source files with one of these in their path are [`CodeOwner::Runtime`].
 const RUNTIME_FILES: [&str; 14] = [
     "/rustc/",
     "/library/std/src/",
@@ -63,7 +68,7 @@ const RUNTIME_FILES: [&str; 14] = [
     "/mimalloc/src/",
 ];
 
-/// Source files of glibc as its distributions compile it: relative to the directory of the part.
+/// Prefixes of glibc's source files: distributions compile it with paths relative to each part.
 const LIBC_FILES: [&str; 10] = [
     "./csu/",
     "./elf/",
@@ -77,7 +82,7 @@ const LIBC_FILES: [&str; 10] = [
     "../sysdeps/",
 ];
 
-/// Beginnings of symbols that are [`CodeOwner::Runtime`] wherever they are.
+/// Prefixes of symbols that are [`CodeOwner::Runtime`] in any file.
 const RUNTIME_PREFIXES: [&str; 28] = [
     "std::",
     "core::",
@@ -109,7 +114,8 @@ const RUNTIME_PREFIXES: [&str; 28] = [
     "PyMem_",
 ];
 
-/// Symbols that are [`CodeOwner::Runtime`] where no source file says otherwise: a program may have a `read` of its own.
+/// Symbols that are [`CodeOwner::Runtime`] if their source file is unknown. With a known file they
+/// are judged by it: a program may have a `read` of its own.
 const RUNTIME_NAMES: [&str; 62] = [
     "malloc",
     "calloc",
@@ -175,7 +181,7 @@ const RUNTIME_NAMES: [&str; 62] = [
     "_PyObject_Realloc",
 ];
 
-/// What to call a frame: its function, else its place in a module, else `[unknown]`. Not escaped.
+/// The function of a frame, else `module+0xoffset`, else `[unknown]`. Not escaped.
 pub(super) fn label(frame: &Frame) -> String {
     match (&frame.symbol, &frame.module, frame.offset) {
         (Some(symbol), _, _) if !symbol.is_empty() => symbol.clone(),
@@ -185,7 +191,7 @@ pub(super) fn label(frame: &Frame) -> String {
     }
 }
 
-/// Whose code a frame is.
+/// Decides whose code a frame is, by module, then source file, then symbol.
 pub(super) fn code_owner(frame: &Frame) -> CodeOwner {
     if frame.kernel {
         return CodeOwner::Kernel;
@@ -208,7 +214,8 @@ pub(super) fn code_owner(frame: &Frame) -> CodeOwner {
     }
     let of_dependency = file.contains("/registry/src/") || file.contains("/.cargo/git/");
     if file.is_empty() {
-        // `<alloc::vec::Vec<T> as Trait>::method` may be the program's own; without a file it is not taken for that.
+        // `<alloc::vec::Vec<T> as Trait>::method` may be a method of the program. Without a file
+        // there is no evidence for that, and the standard library is far more frequent.
         let implementor = symbol.trim_start_matches(['<', '&', '[', '*']);
         let of_std =
             implementor.len() < symbol.len() && RUNTIME_PREFIXES.iter().take(4).any(|std| implementor.starts_with(std));
@@ -219,8 +226,8 @@ pub(super) fn code_owner(frame: &Frame) -> CodeOwner {
     if of_dependency { CodeOwner::Dependency } else { CodeOwner::Program }
 }
 
-/// A function's name without generic arguments and trait: `<app::Cache<u8> as app::Fill>::fill::<u8>` is
-/// `app::Cache::fill`.
+/// A function's name without generic arguments, trait and C++ parameters:
+/// `<app::Cache<u8> as app::Fill>::fill::<u8>` becomes `app::Cache::fill`.
 pub(super) fn short_name(symbol: &str) -> String {
     if symbol.contains("operator") {
         return symbol.to_owned();
@@ -234,7 +241,7 @@ pub(super) fn short_name(symbol: &str) -> String {
         let implementor = before_as(inside).trim_start_matches("dyn ");
         return format!("{}{}", without_generics(implementor.trim_start_matches('<')), without_generics(after));
     }
-    // Arguments of a C++ function.
+    // Parameters of a C++ function.
     let symbol = match symbol.find('(') {
         Some(at) if at > 0 => symbol.get(..at).unwrap_or(symbol),
         _ => symbol,
@@ -242,20 +249,22 @@ pub(super) fn short_name(symbol: &str) -> String {
     without_generics(symbol)
 }
 
-/// The last parts of a function's name: `Cache::fill`, with closures as part of who has them.
+/// The last part of a function's name, with its type and its closures: `Cache::fill`,
+/// `Cache::fill::{closure#0}`, `main`.
 pub(super) fn brief_name(symbol: &str) -> String {
     let short = short_name(symbol);
     let parts: Vec<&str> = short.split("::").filter(|part| !part.is_empty()).collect();
     let is_closure = |part: &&&str| part.contains("closure") || part.contains("{{");
     let kept = 1 + parts.iter().rev().take_while(is_closure).count();
-    // A method is told with its type, a function without its module.
+    // A method keeps its type, a function loses its module.
     let typed = (parts.len().checked_sub(kept + 1).and_then(|at| parts.get(at)))
         .is_some_and(|part| part.starts_with(|first: char| first.is_uppercase()));
     let from = parts.len().saturating_sub(kept + usize::from(typed));
     parts.get(from..).map(|parts| parts.join("::")).unwrap_or_default()
 }
 
-/// What the program called: the name as its source has it, without what a libc or an allocator makes of it.
+/// The name as the program's source has it: `memset` for `__memset_avx2_unaligned_erms`, `malloc`
+/// for `__GI___libc_malloc`, `Vec::push` for an inlined `push` of `alloc/src/vec`.
 pub(super) fn called_name(frame: &Frame) -> String {
     let Some(symbol) = frame.symbol.as_deref().filter(|symbol| !symbol.is_empty()) else {
         return frame.module.as_deref().map_or_else(|| "[unknown]".to_owned(), |module| file_name(module).to_owned());
@@ -284,7 +293,7 @@ pub(super) fn called_name(frame: &Frame) -> String {
         return bare.to_owned();
     }
     let brief = brief_name(symbol);
-    // Inlined functions come without the path to them; the file tells the type of the well-known ones.
+    // DWARF names an inlined function without its path; for well-known types the file gives it.
     let file = frame.file.as_deref().unwrap_or_default();
     let of_type = [
         ("/alloc/src/vec/", "Vec"),
@@ -304,8 +313,8 @@ pub(super) fn called_name(frame: &Frame) -> String {
     }
 }
 
-/// A source file without the directories that every file of its project has: from the last `src` or `lib` on, or its
-/// last two parts.
+/// A source file without the directories that all files of its project share: from its last `src`
+/// on, else its last two parts.
 pub(super) fn short_file(file: &str) -> &str {
     let within = |marker: &str| file.rfind(marker).and_then(|at| file.get(at + 1..));
     if let Some(short) = within("/src/").filter(|short| short.len() < file.len()) {
@@ -315,12 +324,12 @@ pub(super) fn short_file(file: &str) -> &str {
     file.get(from..).unwrap_or(file)
 }
 
-/// The last part of a path.
+/// The last part of a path; the path itself if it ends in `/`.
 pub(super) fn file_name(path: &str) -> &str {
     path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(path)
 }
 
-/// Where the `>` is that closes what is already open.
+/// The byte position of the `>` that closes a `<` before `text`. The one of `->` does not count.
 fn closing_angle(text: &str) -> Option<usize> {
     let mut depth = 1usize;
     let mut before = ' ';
@@ -354,7 +363,7 @@ fn before_as(text: &str) -> &str {
     text
 }
 
-/// `a::B<C>::d::<E>` is `a::B::d`.
+/// `a::B<C>::d::<E>` becomes `a::B::d`.
 fn without_generics(text: &str) -> String {
     let mut out = String::new();
     let mut depth = 0usize;

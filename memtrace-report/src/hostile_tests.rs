@@ -1,4 +1,4 @@
-//! What no incident file can do to the formats that show allocation paths: panic, or print what a terminal obeys.
+//! No incident file makes a format that shows allocation paths panic or print control characters.
 
 use memtrace_incident::*;
 use proptest::prelude::*;
@@ -6,8 +6,8 @@ use proptest::prelude::*;
 use super::paths::GrowthWindow;
 use super::{Style, firefox, folded, plain, pprof, text};
 
-/// Every format, every cause, with and without a window.
-fn every_format(incident: &Incident) {
+/// Writes every format, for every cause, with and without a window.
+fn write_every_format(incident: &Incident) {
     for unicode in [false, true] {
         let shown = text::report(incident, &Style { colour: false, width: 80, unicode });
         assert!(shown.chars().all(|character| character == '\n' || !plain::is_dangerous(character)), "{shown:?}");
@@ -91,12 +91,12 @@ proptest! {
         incident.allocations = allocations;
         incident.at.boot_ns = at;
         incident.at.wall = wall.unwrap_or_default();
-        every_format(&incident);
+        write_every_format(&incident);
     }
 }
 
 #[test]
-fn as_much_as_a_file_holds() {
+fn a_file_at_its_caps_is_shown_in_a_few_lines() {
     let mut incident = fixtures::burst();
     let deep = |number: u64| AllocationPath {
         frames: (0..200)
@@ -123,14 +123,14 @@ fn as_much_as_a_file_holds() {
 }
 
 #[test]
-fn nothing_at_all() {
+fn an_incident_without_allocations_is_shown() {
     let mut incident = fixtures::burst();
     for allocations in [None, Some(Allocations::default())] {
         incident.allocations = allocations;
-        every_format(&incident);
+        write_every_format(&incident);
         incident.allocation_paths.clear();
         incident.timeline = Timeline::default();
-        every_format(&incident);
+        write_every_format(&incident);
         assert_eq!(folded::stacks(&incident, &GrowthWindow::WHOLE, Cause::Touch), "");
     }
 }

@@ -1,4 +1,6 @@
-//! The memory curve in block characters: usage, the part of it that is anonymous, and the limit.
+//! Draws the memory curve in block characters: usage, its anonymous part, and the limit.
+//!
+//! A cell is one column of the curve and eight steps high (`▁` to `█`). ASCII has one step per cell.
 
 use std::cmp::Ordering;
 
@@ -7,26 +9,27 @@ use memtrace_incident::units;
 use super::curve::{self, CurveLevel, DrawnSpan};
 use super::{Paint, Style, StyledLine};
 
-/// Lower blocks of one to seven eighths.
+/// Blocks that fill one to seven eighths of a cell from below.
 const EIGHTHS: [char; 7] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇'];
-/// Columns a tick of the time axis and its label need.
+/// Columns that a tick of the time axis needs, with its label.
 const TICK_COLUMNS: usize = 10;
-/// Levels of one cell.
-const STEPS: u64 = 8;
+/// Heights that one cell can show.
+const CELL_STEPS: u64 = 8;
 
-/// What a plot needs to know besides its columns.
+/// The size and the scale of a plot.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PlotArea {
     /// Rows of cells below the top line.
     pub(super) rows: u64,
-    /// Value at the top.
+    /// Value at the upper edge, bytes.
     pub(super) top_bytes: u64,
-    /// Columns left of the axis for labels; none: no labels.
+    /// Columns for labels left of the axis; 0: no labels.
     pub(super) gutter: usize,
 }
 
-/// Value at the top of a plot: the limit where the curve comes near it, the peak otherwise.
-pub(super) fn top(levels: &[&[CurveLevel]]) -> u64 {
+/// Value at the upper edge of plots that share a scale, bytes: the limit if the peak reaches a
+/// quarter of it, else the peak.
+pub(super) fn top_bytes(levels: &[&[CurveLevel]]) -> u64 {
     let all = || levels.iter().flat_map(|levels| levels.iter());
     let peak =
         all().filter_map(|level| level.usage_bytes.max(level.anon_bytes.filter(|_| level.usage_bytes.is_none()))).max();
@@ -35,7 +38,7 @@ pub(super) fn top(levels: &[&[CurveLevel]]) -> u64 {
     peak.max(limit.unwrap_or(0)).max(1)
 }
 
-/// The plot, top line first; every line is as wide as gutter, axis and columns.
+/// The lines of the plot from top to bottom, each as wide as gutter, axis and columns together.
 pub(super) fn lines(levels: &[CurveLevel], window: &DrawnSpan, area: &PlotArea, style: &Style) -> Vec<StyledLine> {
     let mut lines: Vec<StyledLine> = (0..=area.rows).rev().map(|row| plot_row(levels, area, row, style)).collect();
     let ticks = ticks(levels.len(), window);
@@ -44,7 +47,7 @@ pub(super) fn lines(levels: &[CurveLevel], window: &DrawnSpan, area: &PlotArea, 
     lines
 }
 
-/// What the shades mean, the limit only where it is drawn.
+/// The legend of the shades, with the limit if it is drawn.
 pub(super) fn legend(limit: bool, style: &Style) -> StyledLine {
     let mut line = StyledLine::default();
     let (anon, usage, dash) = if style.unicode { ("█", "▒", "╌") } else { ("#", ":", "-") };
@@ -101,9 +104,9 @@ fn plot_row(levels: &[CurveLevel], area: &PlotArea, row: u64, style: &Style) -> 
 fn cell(level: &CurveLevel, area: &PlotArea, row: u64, unicode: bool) -> (Paint, char) {
     let usage = steps(level.usage_bytes.or(level.anon_bytes).unwrap_or(0), area);
     let anon = steps(level.anon_bytes.unwrap_or(0), area).min(usage);
-    let (bottom, top) = (row * STEPS, (row + 1) * STEPS);
+    let (bottom, top) = (row * CELL_STEPS, (row + 1) * CELL_STEPS);
     if usage > bottom {
-        let mostly_anon = anon >= bottom + STEPS / 2 || (usage < top && anon > bottom);
+        let mostly_anon = anon >= bottom + CELL_STEPS / 2 || (usage < top && anon > bottom);
         let paint = if mostly_anon { Paint::Anon } else { Paint::Usage };
         let eighths = usize::try_from(usage - bottom).unwrap_or(usize::MAX);
         let block = match (unicode, EIGHTHS.get(eighths - 1), mostly_anon) {
@@ -121,16 +124,16 @@ fn cell(level: &CurveLevel, area: &PlotArea, row: u64, unicode: bool) -> (Paint,
     }
 }
 
-/// Eighths of a row that a value fills; anything above nothing shows.
+/// Eighths of a row that a value fills; at least one if it is above 0, so that it is visible.
 fn steps(value: u64, area: &PlotArea) -> u64 {
-    let full = u128::from(area.rows * STEPS);
+    let full = u128::from(area.rows * CELL_STEPS);
     let exact = (u128::from(value) * full + u128::from(area.top_bytes) / 2) / u128::from(area.top_bytes.max(1));
     u64::try_from(exact.min(full)).unwrap_or(0).max(u64::from(value > 0))
 }
 
-/// The row a limit is drawn in: the one above it when it lies on a boundary, none beyond the top.
+/// The row a limit is drawn in: the upper one if it lies between two, `None` if it is above the plot.
 fn limit_row(limit: u64, area: &PlotArea) -> Option<u64> {
-    (limit <= area.top_bytes).then(|| steps(limit, area) / STEPS)
+    (limit <= area.top_bytes).then(|| steps(limit, area) / CELL_STEPS)
 }
 
 fn axis(columns: usize, ticks: &[(usize, String)], area: &PlotArea, style: &Style) -> StyledLine {
@@ -149,7 +152,7 @@ fn time_labels(columns: usize, ticks: &[(usize, String)], area: &PlotArea, style
     let mut used = 0;
     for (column, label) in ticks {
         let width = label.chars().count();
-        // Centred below its tick, within the plot.
+        // Centred below its tick, but within the plot.
         let wanted = (begin + column).saturating_sub(width / 2);
         let at = wanted.min((begin + columns).saturating_sub(width)).max(begin.saturating_sub(1));
         if at > used || used == 0 {
@@ -164,7 +167,7 @@ fn time_labels(columns: usize, ticks: &[(usize, String)], area: &PlotArea, style
     line
 }
 
-/// Ticks at round distances from the axis's 0, as columns and labels.
+/// Ticks at round distances from the moment labelled 0, as columns and labels.
 fn ticks(columns: usize, window: &DrawnSpan) -> Vec<(usize, String)> {
     let (span, before) = (window.length_ns(), window.zero_ns.saturating_sub(window.start_ns));
     let step = curve::tick_ns(span, (columns / TICK_COLUMNS) as u64).max(1);
@@ -188,7 +191,7 @@ fn label(number: u64, first: u64, step: u64, window: &DrawnSpan) -> String {
     match number.cmp(&first) {
         Ordering::Less => format!("-{distance}"),
         Ordering::Equal => "0".to_owned(),
-        // Nothing is before 0: no sign needed.
+        // The axis starts at 0, so a sign would say nothing.
         Ordering::Greater if window.start_ns == window.zero_ns => distance,
         Ordering::Greater => format!("+{distance}"),
     }
@@ -203,7 +206,7 @@ mod tests {
     use super::*;
 
     fn draw(levels: &[CurveLevel], unicode: bool) -> String {
-        let area = PlotArea { rows: 4, top_bytes: top(&[levels]), gutter: 10 };
+        let area = PlotArea { rows: 4, top_bytes: top_bytes(&[levels]), gutter: 10 };
         let window = DrawnSpan { start_ns: 0, end_ns: 10_000_000_000, zero_ns: 10_000_000_000 };
         let style = Style { colour: false, width: 80, unicode };
         lines(levels, &window, &area, &style).iter().map(|line| line.text.clone() + "\n").collect()

@@ -1,4 +1,9 @@
-//! A pprof profile: gzip over google's profile.proto.
+//! A pprof profile: gzip over the messages of profile.proto
+//! (<https://github.com/google/pprof/blob/main/proto/profile.proto>).
+//!
+//! A sample has one value per cause, in the order of [`Cause::ALL`], because causes must not be added
+//! up; `pprof -sample_index=map` shows another. The structs below are those messages, with the field
+//! numbers of the specification and without the fields that memtrace does not write.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -11,12 +16,14 @@ use prost::Message;
 use super::paths::GrowthWindow;
 use super::{frames, paths, plain};
 
-/// Frames of one stack that are written.
-const FRAMES: usize = 512;
-/// Place for each module in the profile's made-up address space: it holds offsets, but readers want addresses.
+/// Frames of one stack that are written, innermost first; the others are dropped.
+const MAX_FRAMES: usize = 512;
+/// Bytes of address space for each module. Readers want addresses and an incident has only offsets,
+/// so module `n` is placed at `n` times this.
 const MODULE_SPAN: u64 = 1 << 40;
 
-/// The incident's stacks in a window as a profile with one value per cause, `default` the one a reader shows unasked.
+/// The stacks of an incident in a window. `default` is the cause that a reader shows first. Fails
+/// only if the compressor does.
 pub fn profile(incident: &Incident, window: &GrowthWindow, default: Cause) -> std::io::Result<Vec<u8>> {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
     gzip.write_all(&build(incident, window, default).encode_to_vec())?;
@@ -46,9 +53,9 @@ fn build(incident: &Incident, window: &GrowthWindow, default: Cause) -> Profile 
     let period = incident.allocations.as_ref().map_or(0, |allocations| allocations.sample_bytes);
     profile.period = i64::try_from(period).unwrap_or(i64::MAX);
     profile.period_type = Some(ValueType { r#type: builder.string(Cause::Touch.name()), unit: bytes });
-    let (from_ns, until_ns) = span(incident, window);
+    let (from_ns, until_ns) = covered_ns(incident, window);
     profile.duration_nanos = i64::try_from(until_ns.saturating_sub(from_ns)).unwrap_or(i64::MAX);
-    // 0 is unknown to its readers.
+    // Readers take 0 as unknown.
     profile.time_nanos = paths::wall_ns(incident, from_ns).unwrap_or(0);
     profile.comment = vec![builder.string(&format!("memtrace incident {}", plain::escape(&incident.id)))];
     profile.mapping = builder.mapping;
@@ -58,8 +65,8 @@ fn build(incident: &Incident, window: &GrowthWindow, default: Cause) -> Profile 
     profile
 }
 
-/// From the first to the last sample of the window.
-fn span(incident: &Incident, window: &GrowthWindow) -> (u64, u64) {
+/// From the first sample of the window to its last, or to the event if that is later; boot clock.
+fn covered_ns(incident: &Incident, window: &GrowthWindow) -> (u64, u64) {
     let times = || incident.allocations.iter().flat_map(|allocations| &allocations.samples.boot_ns).copied();
     let first = times().min().unwrap_or(incident.at.boot_ns).max(window.from_ns);
     let last = times().max().unwrap_or(incident.at.boot_ns).min(window.until_ns);
@@ -67,13 +74,15 @@ fn span(incident: &Incident, window: &GrowthWindow) -> (u64, u64) {
     (first, last.max(first))
 }
 
-/// One value per cause.
+/// The values of a sample: `weight` for the cause at index `at`, 0 for the others.
 fn values(at: usize, weight: u64) -> Vec<i64> {
     let weight = i64::try_from(weight).unwrap_or(i64::MAX);
     (0..Cause::ALL.len()).map(|cause| if cause == at { weight } else { 0 }).collect()
 }
 
-/// The tables of a profile under construction; ids are positions counted from 1.
+/// The tables of the profile being written, and the id of each entry; ids count from 1.
+///
+/// Cap of all: what the paths of the incident need; each of them adds at most [`MAX_FRAMES`].
 #[derive(Default)]
 struct ProfileBuilder {
     strings: Vec<String>,
@@ -104,7 +113,7 @@ impl ProfileBuilder {
     fn sample(&mut self, path: &AllocationPath, at: usize, weight: u64) -> Sample {
         let mut location_id = Vec::new();
         let mut lines: Vec<&Frame> = Vec::new();
-        for frame in path.frames.iter().take(FRAMES) {
+        for frame in path.frames.iter().take(MAX_FRAMES) {
             lines.push(frame);
             if !frame.inlined {
                 location_id.push(self.location(&lines));
@@ -123,7 +132,7 @@ impl ProfileBuilder {
         Sample { location_id, value: values(at, weight), label }
     }
 
-    /// One place in the code with all that is inlined there, innermost first.
+    /// The id of the location of `frames`: a frame with the functions inlined in it, innermost first.
     fn location(&mut self, frames: &[&Frame]) -> u64 {
         let line = frames.iter().map(|frame| self.line(frame)).collect();
         let mut location = Location { line, ..Location::default() };
@@ -145,7 +154,7 @@ impl ProfileBuilder {
 
     fn line(&mut self, frame: &Frame) -> Line {
         let whole = plain::escape(&frames::label(frame));
-        // pprof drops what is in angle brackets itself, and of `<A as B>::c` leaves `::c`.
+        // pprof removes angle brackets itself, which leaves `::c` of `<A as B>::c`.
         let name =
             frame.symbol.as_deref().map_or_else(|| whole.clone(), |name| plain::escape(&frames::short_name(name)));
         let name = if frame.kernel { format!("{name}_[k]") } else { name };
@@ -176,7 +185,7 @@ impl ProfileBuilder {
             file_offset: 0,
             filename: self.string(&plain::escape(module)),
             build_id: self.string(&plain::escape(build_id.unwrap_or_default())),
-            // What could be named is named; a reader need not look for the files.
+            // Names are already in the profile, so a reader need not open the files.
             has_functions: true,
             has_filenames: true,
             has_line_numbers: true,
@@ -188,7 +197,7 @@ impl ProfileBuilder {
     }
 }
 
-/// `perftools.profiles.Profile`; what is not written is left out.
+/// `perftools.profiles.Profile`.
 #[derive(Clone, PartialEq, Message)]
 struct Profile {
     #[prost(message, repeated, tag = "1")]
@@ -217,7 +226,7 @@ struct Profile {
     default_sample_type: i64,
 }
 
-/// What a value is.
+/// `perftools.profiles.ValueType`.
 #[derive(Clone, PartialEq, Message)]
 struct ValueType {
     #[prost(int64, tag = "1")]
@@ -226,7 +235,7 @@ struct ValueType {
     unit: i64,
 }
 
-/// A stack, innermost first, and its values.
+/// `perftools.profiles.Sample`: a stack, innermost first, and its values.
 #[derive(Clone, PartialEq, Message)]
 struct Sample {
     #[prost(uint64, repeated, tag = "1")]
@@ -237,7 +246,7 @@ struct Sample {
     label: Vec<Label>,
 }
 
-/// What else is known of a sample.
+/// `perftools.profiles.Label`: a key with a string or a number.
 #[derive(Clone, PartialEq, Message)]
 struct Label {
     #[prost(int64, tag = "1")]
@@ -248,7 +257,7 @@ struct Label {
     num: i64,
 }
 
-/// A module.
+/// `perftools.profiles.Mapping`: a module.
 #[derive(Clone, PartialEq, Message)]
 struct Mapping {
     #[prost(uint64, tag = "1")]
@@ -273,7 +282,7 @@ struct Mapping {
     has_inline_frames: bool,
 }
 
-/// A place in the code.
+/// `perftools.profiles.Location`: an address, and the functions inlined there, innermost first.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 struct Location {
     #[prost(uint64, tag = "1")]
@@ -286,7 +295,7 @@ struct Location {
     line: Vec<Line>,
 }
 
-/// A line of a function.
+/// `perftools.profiles.Line`: a function and a line in it.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 struct Line {
     #[prost(uint64, tag = "1")]
@@ -295,7 +304,7 @@ struct Line {
     line: i64,
 }
 
-/// A function.
+/// `perftools.profiles.Function`.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 struct Function {
     #[prost(uint64, tag = "1")]
@@ -344,7 +353,7 @@ mod tests {
         assert!(read.location.iter().any(|location| location.line.len() > 1), "no inlined function");
         let named = |name: &str| read.function.iter().find(|function| string(function.name) == name).unwrap();
         assert_eq!(string(named("app::cache::Cache::fill").system_name), "<app::cache::Cache<u8>>::fill");
-        // Every id leads somewhere.
+        // Every id exists.
         let ids = |count: usize| 1..=count as u64;
         for sample in &read.sample {
             assert!(sample.location_id.iter().all(|id| ids(read.location.len()).contains(id)));
@@ -353,7 +362,7 @@ mod tests {
             assert!(location.mapping_id <= read.mapping.len() as u64);
             assert!(location.line.iter().all(|line| ids(read.function.len()).contains(&line.function_id)));
         }
-        // The kill is where the profile ends.
+        // The profile ends at the kill.
         let wall: jiff::Timestamp = burst.at.wall.parse().unwrap();
         assert_eq!(i128::from(read.time_nanos + read.duration_nanos), wall.as_nanosecond());
     }
