@@ -21,6 +21,7 @@ mod capped;
 pub mod caps;
 pub mod codec;
 #[cfg(any(test, feature = "fixtures"))]
+#[allow(clippy::indexing_slicing, reason = "only tests use it, and a panic is how a test fails")]
 pub mod fixtures;
 mod incident;
 mod kind;

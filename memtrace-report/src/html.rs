@@ -148,6 +148,16 @@ mod tests {
     }
 
     #[test]
+    fn the_page_and_the_text_report_explain_a_cut_alike() {
+        use memtrace_incident::Cut;
+        let data = include_str!("html/data.js");
+        for cut in [Cut::Slice, Cut::Module, Cut::Unwind, Cut::Frames, Cut::Registers, Cut::Gone] {
+            let line = format!("{}: \"{}\",", cut.name(), crate::allocations::why_cut(cut));
+            assert!(data.contains(&line), "{line}");
+        }
+    }
+
+    #[test]
     fn the_scripts_are_short() {
         for script in SCRIPTS.iter().skip(1) {
             assert!(script.lines().count() < 500);
