@@ -1,8 +1,9 @@
 //! The section "Who took the memory" of the text report: the functions that grew memory, in windows
 //! that end at the event, and how they were called.
 //!
-//! Cause `touch` explains a kill, so it has the table and the stacks. The other causes (`map`, `brk`,
-//! `charge`) measure something else and must not be added to it: they get one line each at the end.
+//! Cause `touch` explains a kill, so it has the table and the stacks. The other causes (`map`,
+//! `brk`, `charge`) measure something else and must not be added to it: they get one line each at
+//! the end.
 
 use memtrace_incident::{AllocationPath, Allocations, Cause, Cut, Incident, Kind, units};
 
@@ -302,7 +303,7 @@ fn add_accuracy(page: &mut TextPage<'_>, allocations: &Allocations, culprits: &[
     }
     if allocations.thinned > 0 {
         notes.push(format!(
-            "{} left out to keep the stack budget; the next of the same process counts for them",
+            "{} left out to keep the stack budget, counted with the next of its process",
             units::count(allocations.thinned, "stack", "stacks")
         ));
     }

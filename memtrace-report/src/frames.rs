@@ -1,9 +1,9 @@
 //! Frames as people read them: a label, whose code it is, and a short name.
 //!
 //! A report blames the innermost function of the program itself, so it has to tell the program from
-//! its allocator, its libc and its standard library. Names and source files decide that, because all
-//! of these may be linked into one executable. Example: with `malloc` (runtime), `ringlog::grow`
-//! (dependency) and `app::load` (program) on a stack, `app::load` is blamed.
+//! its allocator, its libc and its standard library. Names and source files decide that, because
+//! all of these may be linked into one executable. Example: with `malloc` (runtime),
+//! `ringlog::grow` (dependency) and `app::load` (program) on a stack, `app::load` is blamed.
 
 use memtrace_incident::Frame;
 

@@ -1,9 +1,9 @@
 //! An incident as one HTML page that loads nothing: data, scripts and styles are inside the file.
 //!
-//! Names in an incident come from processes that may be hostile. So Rust puts only JSON and constants
-//! into the page, and `html/*.js` reads that JSON and sets text, never markup. As a second line, the
-//! page's content security policy (CSP) names the hashes of its scripts and styles; a browser runs
-//! no others and sends no request.
+//! Names in an incident come from processes that may be hostile. So Rust puts only JSON and
+//! constants into the page, and `html/*.js` reads that JSON and sets text, never markup. As a
+//! second line, the page's content security policy (CSP) names the hashes of its scripts and
+//! styles; a browser runs no others and sends no request.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -73,7 +73,8 @@ fn data(incident: &Incident) -> String {
         match character {
             // JSON has these only inside strings, where an escape means the same.
             '<' | '>' | '&' => out.push_str(&format!("\\u{:04x}", u32::from(character))),
-            // The page may be printed in a terminal: escape control characters and marks of direction.
+            // The page may be printed in a terminal: escape control characters and marks of
+            // direction.
             '\u{7f}'..='\u{9f}'
             | '\u{200b}'..='\u{200f}'
             | '\u{2028}'..='\u{202e}'

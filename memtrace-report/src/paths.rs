@@ -1,9 +1,10 @@
 //! Allocation paths weighed in a window and grouped by the function to blame; shared by all formats
 //! that show them.
 //!
-//! The incident stores each path once, and samples (time, path, bytes) that refer to it. So any window
-//! can be weighed afterwards: the last 100 ms of a burst are `GrowthWindow::before(incident, 100 ms)`.
-//! Growth that has no path is kept apart as "without a stack", and all parts add up to the growth.
+//! The incident stores each path once, and samples (time, path, bytes) that refer to it. So any
+//! window can be weighed afterwards: the last 100 ms of a burst are `GrowthWindow::before(incident,
+//! 100 ms)`. Growth that has no path is kept apart as "without a stack", and all parts add up to
+//! the growth.
 
 use std::collections::HashMap;
 

@@ -1,7 +1,7 @@
 //! Makes strings of an incident safe and short enough for a terminal.
 //!
-//! Names of processes, files and functions come from programs that may be hostile. Example: a process
-//! named ESC `[2J` would clear the screen of the reader; it is printed as `\x1b[2J`.
+//! Names of processes, files and functions come from programs that may be hostile. Example: a
+//! process named ESC `[2J` would clear the screen of the reader; it is printed as `\x1b[2J`.
 
 use std::fmt::Write;
 
