@@ -129,7 +129,7 @@ function showAbout(element, incident) {
   const part = (title, ...content) => parts.push(make("section", "", make("h2", "", title), ...content));
   const victims = list(oom.victims).filter(Boolean);
   if (victims.length > 0) {
-    part("Victims", table("Victims, in the order they were chosen",
+    part("Victims", table("Victims",
       [["Process", false], ["Anonymous", true], ["File", true], ["Shared", true], ["Swap", true], ["Score adj.", true], ["", false]],
       victims.map((one) => [
         `${one.comm} (${one.pid})`, bytes(one.anon_bytes), bytes(one.file_bytes), bytes(one.shmem_bytes), bytes(one.swap_bytes),
