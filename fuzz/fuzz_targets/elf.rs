@@ -1,14 +1,15 @@
-//! Any bytes as a module: headers, addresses of offsets, unwind sections and their index.
+//! Any bytes as an ELF file: headers, stated addresses of offsets, unwind sections, their index.
 #![no_main]
 
 use std::io::Cursor;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::process::{elf::Headers, modules::UnwindData};
+use memtrace_unwind::elf::ElfHeaders;
+use memtrace_unwind::modules::UnwindData;
 
 fuzz_target!(|bytes: &[u8]| {
-    let Ok(headers) = Headers::read(Cursor::new(bytes)) else { return };
+    let Ok(headers) = ElfHeaders::read(Cursor::new(bytes)) else { return };
     for segment in &headers.segments {
         let found = headers.stated_address(segment.offset);
         assert!(segment.file_bytes == 0 || found.is_some());

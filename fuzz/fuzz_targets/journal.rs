@@ -3,11 +3,11 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::store::journal::{Decoder, MAGIC, Stop, VERSION};
+use memtrace::store::journal::{MAGIC, SegmentDecoder, SegmentEnd, VERSION};
 
 /// Everything a decoder says about a segment that comes in pieces of `size`.
-fn decoded(segment: &[u8], size: usize) -> (Vec<String>, u64, u64, u64, Option<Stop>) {
-    let (mut decoder, mut frames) = (Decoder::new(), Vec::new());
+fn decoded(segment: &[u8], size: usize) -> (Vec<String>, u64, u64, u64, Option<SegmentEnd>) {
+    let (mut decoder, mut frames) = (SegmentDecoder::new(), Vec::new());
     for chunk in segment.chunks(size) {
         decoder.push(chunk);
         while let Some(frame) = decoder.next_frame() {

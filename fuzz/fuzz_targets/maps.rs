@@ -1,8 +1,10 @@
-//! Any bytes as /proc/PID/maps and as a perf map: parse, look up, and what is found holds the address.
+//! Any bytes as /proc/PID/maps and as a perf map. Mappings are in order and do not overlap, and a
+//! lookup returns the mapping that holds the address.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::process::{jit::PerfMap, maps::Maps};
+use memtrace_unwind::maps::Maps;
+use memtrace_unwind::perf_map::PerfMap;
 
 fuzz_target!(|bytes: &[u8]| {
     let maps = Maps::parse(bytes);

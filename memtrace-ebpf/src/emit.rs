@@ -5,7 +5,7 @@ use aya_ebpf::maps::RingBuf;
 use memtrace_common::control::{LossReason, Ring, loss_index};
 use memtrace_common::event::{Header, KIND_STACK_SAMPLE, StackSample, WireRecord};
 
-use crate::helper::{cpu, ring_state};
+use crate::bpf_calls::{cpu, ring_state};
 use crate::maps::{LEDGER, LOSSES, SAMPLES, SENT, STACKS, SampleScratch};
 use crate::memory::{load, value};
 use crate::{field, set};
@@ -15,7 +15,7 @@ const NO_WAKEUP: u64 = 1;
 /// `BPF_RB_FORCE_WAKEUP`: wake the reader now.
 const FORCE_WAKEUP: u64 = 2;
 
-pub use crate::helper::boot_ns;
+pub use crate::bpf_calls::boot_ns;
 
 /// Counts one loss.
 #[inline(always)]

@@ -14,10 +14,10 @@
 //!
 //! 1. Reads of kernel memory go through `kernel::read` and `kernel::copy`, which cannot fault
 //!    (`bpf_probe_read_kernel`). Reads of maps, records and the context are proven by the verifier.
-//! 2. Writes go through typed helpers: `set!` and `field!` (fields by name, checked by the compiler),
-//!    `memory::value` (a map value as what it is), `memory::store` (one that is not to be optimised),
-//!    `maps::atomic_add` and `maps::PendingGrowth` (memory that other CPUs add to).
-//! 3. Helpers of the kernel that take a bare pointer and a size are wrapped once, in `helper`,
+//! 2. Writes go through typed helpers: `set!` and `field!` (fields by name, checked by the
+//!    compiler), `memory::value` (a map value as what it is), `memory::store` (one that must not be
+//!    optimised), `maps::atomic_add` and `maps::PendingGrowth` (memory that other CPUs add to).
+//! 3. Helpers of the kernel that take a bare pointer and a size are wrapped once, in `bpf_calls`,
 //!    `kernel` or `emit`, with the size taken from the type.
 //! 4. A `SAFETY` comment stands only where something must hold that neither the verifier nor a type
 //!    checks: another CPU at the same value, a program that is interrupted by another one.
@@ -28,9 +28,9 @@
 #![feature(asm_experimental_arch)]
 
 mod arch;
+mod bpf_calls;
 mod emit;
 mod fault;
-mod helper;
 mod hooks;
 mod kernel;
 mod maps;

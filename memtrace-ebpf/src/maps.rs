@@ -86,7 +86,7 @@ pub struct PendingGrowth {
     /// Take a stack at this much; 0: not decided yet.
     next: i64,
     /// Stacks taken.
-    pub taken: u64,
+    taken: u64,
 }
 
 impl PendingGrowth {
@@ -115,6 +115,18 @@ impl PendingGrowth {
     #[inline(always)]
     pub fn set_next(this: *mut Self, next: i64) {
         store(field!(this.next), next);
+    }
+
+    /// Stacks taken so far.
+    #[inline(always)]
+    pub fn taken(this: *mut Self) -> u64 {
+        unsafe { (*this).taken }
+    }
+
+    /// Counts a stack that was taken.
+    #[inline(always)]
+    pub fn count_taken(this: *mut Self) {
+        unsafe { (*this).taken += 1 };
     }
 }
 

@@ -16,7 +16,7 @@ use crate::emit::{boot_ns, emit, emit_sample, lose};
 use crate::kernel::{self, current, read, read_task};
 use crate::maps::{PendingGrowth, SAMPLE_INTERVALS, SCRATCH, STACK_BUDGET, STACK_COPIES, SampleScratch, USER_SPENT};
 use crate::memory::{load, lookup, store};
-use crate::{control, field, helper, layout, set};
+use crate::{bpf_calls, control, field, layout, set};
 
 /// Seconds that unused budget is saved up for: a spike after a quiet time is sampled in full.
 const BURST_S: u64 = 1;
@@ -69,7 +69,7 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
     let interval_bytes = lookup(&SAMPLE_INTERVALS, cgroup_id).unwrap_or(control!(sample_interval_bytes));
     let interval = (interval_bytes >> subject.shift).max(2);
     // Half an interval to one and a half: one on average.
-    let jittered = (interval >> 1) + helper::random() as u64 % interval;
+    let jittered = (interval >> 1) + bpf_calls::random() as u64 % interval;
     let jittered = jittered as i64;
     if PendingGrowth::next(pending) == 0 && PendingGrowth::grown(pending) < jittered {
         // Where the first sample falls is left to chance too.
@@ -85,7 +85,7 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
         PendingGrowth::set_next(pending, PendingGrowth::grown(pending) + jittered);
         return;
     }
-    let Some(scratch) = SCRATCH.get_ptr_mut(helper::cpu()) else { return };
+    let Some(scratch) = SCRATCH.get_ptr_mut(bpf_calls::cpu()) else { return };
     let owner = field!(scratch.owner);
     // Another program was interrupted on this CPU in the middle of a sample, by this one.
     if load(owner) != 0 {
@@ -120,20 +120,20 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
     let sample = field!(scratch.sample);
     read_task(current(), field!(sample.task));
     set!(sample => {
-        kernel_frames: helper::kernel_stack(ctx, field!(sample.kernel)),
-        user_frames: helper::user_stack(ctx, field!(sample.user)),
+        kernel_frames: bpf_calls::kernel_stack(ctx, field!(sample.kernel)),
+        user_frames: bpf_calls::user_stack(ctx, field!(sample.user)),
     });
     // Not ours when a program that interrupted this one overwrote it between our look and our mark.
     let ours = load(owner) == token;
     if !ours {
         lose(Ring::Stacks, LossReason::RateLimited);
     }
-    let sent = ours && emit_sample(scratch, now, unsafe { (*pending).taken } == 0);
+    let sent = ours && emit_sample(scratch, now, PendingGrowth::taken(pending) == 0);
     if ours {
         store(owner, 0);
     }
     if sent {
-        unsafe { (*pending).taken += 1 };
+        PendingGrowth::count_taken(pending);
     } else {
         // Its weight goes to the next one.
         PendingGrowth::add(pending, weight);
@@ -175,7 +175,8 @@ fn afford(budget: &mut StackBudget, now: u64, large: bool) -> Account {
         let tokens = budget.large_tokens_ns + (more >> 3);
         budget.large_tokens_ns = if tokens > full >> 3 { full >> 3 } else { tokens };
     }
-    // What userspace spends is known a little later: a spike is not cut short by it, what follows pays.
+    // What userspace spends is known a little later: a spike is not cut short by it, what follows
+    // pays.
     let user_spent_ns = USER_SPENT.get(0).copied().unwrap_or(0);
     if user_spent_ns > budget.user_spent_ns {
         budget.tokens_ns -= (user_spent_ns - budget.user_spent_ns) as i64;
@@ -238,7 +239,7 @@ pub fn emit_trigger_stack(ctx: &impl EbpfContext, at_ns: u64, victim_tgid: u32, 
             victim_tgid: victim_tgid,
             victim_start_boot_ns: victim_start_boot_ns,
             reserved: 0,
-            frames: helper::kernel_stack(ctx, field!(record.addresses)),
+            frames: bpf_calls::kernel_stack(ctx, field!(record.addresses)),
         });
     });
 }

@@ -1,11 +1,11 @@
-//! From the boot clock to wall time and incident ids, through one anchor.
+//! Converts boot-clock times to wall time and to incident ids. An anchor, which is both clocks read
+//! together, connects them. The engine reads no clock itself.
 
 use jiff::Timestamp;
+use memtrace_incident::At;
 use ulid::Ulid;
 
-use memtrace_incident::At;
-
-/// The two clocks, as last read together.
+/// Boot clock and wall clock, as last read together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Anchor {
     pub(crate) boot_ns: u64,
@@ -13,7 +13,7 @@ pub(crate) struct Anchor {
     pub(crate) uncertainty_ns: u64,
 }
 
-/// What an incident's id is derived from.
+/// What the id of an incident is derived from.
 pub(crate) struct Identity<'a> {
     pub(crate) kind: &'a str,
     pub(crate) boot_id: &'a str,
@@ -22,14 +22,15 @@ pub(crate) struct Identity<'a> {
     pub(crate) start_boot_ns: u64,
 }
 
-/// Wall time of boot-clock moments.
+/// The latest anchor.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clock {
     pub(crate) anchor: Option<Anchor>,
 }
 
 impl Clock {
-    /// Without an anchor the boot clock counts from 1970 and the uncertainty says so.
+    /// Without an anchor the boot clock is taken as time since 1970, and the uncertainty is
+    /// maximal.
     fn wall_ns(&self, boot_ns: u64) -> i128 {
         self.anchor.map_or(i128::from(boot_ns), |a| i128::from(a.wall_ns) + i128::from(boot_ns) - i128::from(a.boot_ns))
     }
@@ -44,7 +45,8 @@ impl Clock {
         At { boot_ns, wall: self.wall(boot_ns), wall_uncertainty_ns }
     }
 
-    /// A ULID from the event itself, so that a replay gives the same one.
+    /// A ULID of the event's wall time and a hash of its identity, so that a replay gives the same
+    /// id.
     pub(crate) fn incident_id(&self, identity: &Identity<'_>) -> String {
         const MILLIS_MAX: i128 = (1 << 48) - 1;
         let millis = (self.wall_ns(identity.boot_ns) / 1_000_000).clamp(0, MILLIS_MAX);
@@ -59,7 +61,7 @@ impl Clock {
     }
 }
 
-/// FNV-1a, 128 bits: stable on every machine and build.
+/// FNV-1a with 128 bits. Its result must never change, because ids depend on it.
 struct Fnv(u128);
 
 impl Default for Fnv {

@@ -1,4 +1,9 @@
-//! Bytes of a ring into typed records: the only decoder, total over any input.
+//! Decodes the bytes of a ring into typed records. This is the only decoder of the wire format in
+//! userspace, and any bytes give a record or a typed error.
+//!
+//! It also turns wire values into what the engine works with: [`known`] makes `UNKNOWN` a `None`,
+//! [`Reading`] does so for all counters of a cgroup, and [`printable`] makes text safe for a
+//! terminal.
 
 use memtrace_common::event as wire;
 use thiserror::Error;
@@ -7,15 +12,15 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 /// One wire record, copied out of the ring.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Record {
-    /// Resident memory moved.
+    /// Resident memory of an address space moved by the RSS threshold.
     Rss(wire::RssChange),
-    /// A mapping call.
+    /// A process called mmap, munmap, mremap, brk or madvise.
     Mapping(wire::Mapping),
-    /// Reclaim on behalf of a cgroup.
+    /// Reclaim on behalf of a cgroup began or ended.
     Reclaim(wire::Reclaim),
-    /// A charge batch.
+    /// A cgroup was charged: its counters.
     Charge(wire::Charge),
-    /// SIGKILL sent.
+    /// SIGKILL was sent.
     Kill(wire::Kill),
     /// The OOM killer marked a victim.
     OomVictim(Box<wire::OomVictim>),
@@ -25,48 +30,48 @@ pub enum Record {
     Exec(wire::Exec),
     /// A process exited.
     Exit(wire::Exit),
-    /// An address space is gone.
+    /// An address space was torn down.
     MmGone(wire::MmGone),
     /// A cgroup was made or removed.
     Cgroup(Box<wire::CgroupChange>),
     /// A process moved into a cgroup.
     Attach(wire::CgroupAttach),
-    /// The kernel decided on a kill.
+    /// The OOM killer chose a victim.
     OomDecision(wire::OomDecision),
-    /// Kernel stack of a trigger; its addresses are of no use here, names come as a fact.
+    /// Kernel stack of a trigger, as addresses. The engine gets the names as a fact.
     KernelStack(Box<wire::KernelStack>),
 }
 
 /// Why bytes are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum DecodeError {
-    /// Shorter than a header.
+    /// The bytes are shorter than a record header.
     #[error("{len} bytes are shorter than a record header")]
     Short {
-        /// Bytes given.
+        /// Number of bytes.
         len: usize,
     },
-    /// A kind this build does not know.
+    /// This build does not know the kind.
     #[error("unknown record kind {kind}")]
     UnknownKind {
         /// The kind in the header.
         kind: u16,
     },
-    /// The length given or the header's size differs from the kind's.
+    /// The number of bytes, or the size in the header, is not the size of the kind.
     #[error("record of kind {kind} has {actual} bytes (header says {stated}), expected {expected}")]
     WrongSize {
         /// The kind in the header.
         kind: u16,
-        /// Size of that kind.
+        /// Size of the kind.
         expected: usize,
-        /// The header's size.
+        /// Size in the header.
         stated: usize,
-        /// Bytes given.
+        /// Number of bytes.
         actual: usize,
     },
 }
 
-/// Decodes one record. Any bytes give a record or a typed error.
+/// Decodes one record, header and all. The bytes have to be exactly one record.
 pub fn decode(bytes: &[u8]) -> Result<Record, DecodeError> {
     let Ok((header, _)) = wire::Header::read_from_prefix(bytes) else {
         return Err(DecodeError::Short { len: bytes.len() });
@@ -100,12 +105,44 @@ pub fn decode(bytes: &[u8]) -> Result<Record, DecodeError> {
     .ok_or(wrong)
 }
 
+/// A record of the STACKS ring, decoded in place: a stack copy has up to 60 KiB.
+#[derive(Clone, Copy, Debug)]
+pub enum StackRecord<'a> {
+    /// A process or a cgroup grew; with the bytes of its user stack, from the stack pointer up.
+    Sample(&'a wire::StackSample, &'a [u8]),
+    /// Kernel stack of the thread whose failed charge led to a kill.
+    KernelStack(&'a wire::KernelStack),
+}
+
+/// Decodes one record of the STACKS ring. Any bytes give a record or a typed error.
+pub fn decode_stack(bytes: &[u8]) -> Result<StackRecord<'_>, DecodeError> {
+    let Ok((header, _)) = wire::Header::read_from_prefix(bytes) else {
+        return Err(DecodeError::Short { len: bytes.len() });
+    };
+    let (kind, stated, actual) = (header.kind, usize::from(header.size), bytes.len());
+    let wrong = |expected| DecodeError::WrongSize { kind, expected, stated, actual };
+    match kind {
+        wire::KIND_STACK_SAMPLE => {
+            let expected = size_of::<wire::StackSample>();
+            let (sample, rest) = wire::StackSample::ref_from_prefix(bytes).map_err(|_| wrong(expected))?;
+            let length = sample.stack_copy_bytes as usize;
+            let copy = rest.get(..length).ok_or_else(|| wrong(expected.saturating_add(length)))?;
+            Ok(StackRecord::Sample(sample, copy))
+        }
+        wire::KIND_KERNEL_STACK => match wire::KernelStack::ref_from_prefix(bytes) {
+            Ok((stack, _)) => Ok(StackRecord::KernelStack(stack)),
+            Err(_) => Err(wrong(size_of::<wire::KernelStack>())),
+        },
+        kind => Err(DecodeError::UnknownKind { kind }),
+    }
+}
+
 fn read<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Option<T> {
     T::read_from_bytes(bytes).ok()
 }
 
 impl Record {
-    /// Name of the record's struct, for counters.
+    /// Name of the kind, for counters: `oom_victim`.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Rss(_) => "rss",
@@ -126,25 +163,25 @@ impl Record {
     }
 }
 
-/// A value the kernel side could read, or nothing.
+/// A wire value; `None` when the kernel side could not read it.
 pub(crate) fn known(value: u64) -> Option<u64> {
     (value != wire::UNKNOWN).then_some(value)
 }
 
-/// A kernfs id: neither unknown nor 0.
+/// A kernfs id; `None` when it is unknown or 0.
 pub(crate) fn cgroup_id(value: u64) -> Option<u64> {
     known(value).filter(|id| *id != 0)
 }
 
-/// A limit as the wire states it.
+/// A limit, as on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Limit {
-    /// Could not be read.
+    /// It could not be read.
     #[default]
     Unknown,
-    /// There is none.
+    /// The cgroup has no limit.
     Unlimited,
-    /// Bytes.
+    /// The limit in bytes.
     Bytes(u64),
 }
 
@@ -169,7 +206,7 @@ impl Limit {
     }
 }
 
-/// One reading of a cgroup's counters, unknowns taken out.
+/// One reading of a cgroup's counters, in bytes. `None` and [`Limit::Unknown`] were not read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reading {
     pub(crate) cgroup_id: Option<u64>,
@@ -198,7 +235,7 @@ impl From<&wire::Memcg> for Reading {
 }
 
 impl Reading {
-    /// This reading, with what it lacks taken from an older one.
+    /// This reading, with missing values from an older one. The watermark never falls.
     pub(crate) fn or(self, older: &Self) -> Self {
         Self {
             cgroup_id: self.cgroup_id.or(older.cgroup_id),
@@ -213,13 +250,14 @@ impl Reading {
     }
 }
 
-/// Text of a NUL-padded field: up to the first NUL, made safe to print.
+/// Text of a NUL-padded field, up to the first NUL, as [`printable`] text.
 pub(crate) fn field_text(bytes: &[u8]) -> String {
     printable(bytes.split(|b| *b == 0).next().unwrap_or_default())
 }
 
-/// Bytes as text that cannot move a cursor: control and invisible format characters and bytes that are not
-/// UTF-8 become `\xNN`. A backslash stays as it is (systemd paths contain `\x2d`), so applying it twice changes nothing.
+/// Bytes as text that is safe for a terminal: control characters, invisible format characters and
+/// bytes that are not UTF-8 become `\xNN`. A backslash stays as it is, because systemd paths
+/// contain `\x2d`, so applying this twice changes nothing.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
@@ -251,10 +289,11 @@ fn escape(out: &mut String, byte: u8) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::test_support as sample;
     use proptest::prelude::*;
-    use zerocopy::IntoBytes;
+    use zerocopy::{FromZeros, IntoBytes};
+
+    use super::*;
+    use crate::test_support;
 
     #[test]
     fn every_kind_decodes_from_a_zeroed_record() {
@@ -269,10 +308,26 @@ mod tests {
     }
 
     #[test]
-    fn short_unknown_and_missized_are_told_apart() {
+    fn a_stack_sample_has_all_of_its_stack_or_is_none() {
+        let mut sample = wire::StackSample::new_zeroed();
+        sample.header.kind = wire::KIND_STACK_SAMPLE;
+        sample.stack_copy_bytes = 8;
+        // Words, since the ring gives aligned memory.
+        let mut words: Vec<u64> =
+            sample.as_bytes().chunks(8).map(|c| u64::from_ne_bytes(c.try_into().unwrap())).collect();
+        assert!(matches!(decode_stack(words.as_bytes()), Err(DecodeError::WrongSize { expected: 1560, .. })));
+        words.push(u64::from_ne_bytes([7; 8]));
+        let Ok(StackRecord::Sample(decoded, copy)) = decode_stack(words.as_bytes()) else { panic!("a sample") };
+        assert_eq!((decoded.stack_copy_bytes, copy), (8, &[7; 8][..]));
+        assert_eq!(decode_stack(&[1]).unwrap_err(), DecodeError::Short { len: 1 });
+        assert_eq!(decode_stack(&[0xff; 64]).unwrap_err(), DecodeError::UnknownKind { kind: 0xffff });
+    }
+
+    #[test]
+    fn short_unknown_and_wrong_sized_records_have_their_own_errors() {
         assert_eq!(decode(&[1, 0, 3]), Err(DecodeError::Short { len: 3 }));
         assert_eq!(decode(&[0xff; 64]), Err(DecodeError::UnknownKind { kind: 0xffff }));
-        let mut exec = sample::exec(1, 2, 3, "sh", 4, 5);
+        let mut exec = test_support::exec(1, 2, 3, "sh", 4, 5);
         exec.header.size = 8;
         assert!(matches!(decode(exec.as_bytes()), Err(DecodeError::WrongSize { stated: 8, .. })));
     }

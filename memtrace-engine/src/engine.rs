@@ -1,4 +1,8 @@
-//! The doors of the engine, and which room an input goes to.
+//! The engine: takes each input, gives it to the rooms that need it, and collects their outputs.
+//!
+//! A record changes the world first, so that the rooms after it see the new state. What an input
+//! changed is delivered to open incidents and recordings once, at its end
+//! ([`Engine::finish_input`]).
 
 use std::collections::BTreeMap;
 
@@ -6,8 +10,8 @@ use memtrace_common::event as wire;
 use memtrace_incident::{Host, Loss};
 use serde::Serialize;
 
-use crate::build::recording::{Ending, RecordingState, Subject};
-use crate::build::{Scene, recording};
+use crate::build::recording::{RecordingEnd, RecordingState, RecordingSubject};
+use crate::build::{BuildContext, recording};
 use crate::clock::Anchor;
 use crate::decode::{self, DecodeError, Reading, Record, known};
 use crate::growth::Attribution;
@@ -18,71 +22,74 @@ use crate::output::{Out, Output, Request};
 use crate::run::Run;
 use crate::world::{MAX_BEFORE_NS, World};
 
-/// How many totals of losses a window is divided into.
+/// How many times within a window loss totals are remembered. More would state losses of a window
+/// more exactly and take more memory.
 const LOSS_MOMENTS: u64 = 100;
 
-/// What incidents are built from. A macro and not a method: it borrows three fields and leaves the others free.
-macro_rules! scene {
+/// What incidents are built from. This is a macro because a method would borrow the whole engine,
+/// and callers need its other fields mutably.
+macro_rules! context {
     ($engine:expr) => {
-        Scene { run: &$engine.run, world: &$engine.world, growth: &$engine.growth }
+        BuildContext { run: &$engine.run, world: &$engine.world, growth: &$engine.growth }
     };
 }
 
-/// The engine. Same inputs, same outputs, byte for byte.
+/// The engine. The same inputs give the same outputs, byte for byte.
 #[derive(Clone, Debug, Default)]
 pub struct Engine {
     pub(crate) run: Run,
     pub(crate) started: bool,
-    /// The run has ended: the next start begins afresh.
+    /// The run has ended, so the next start begins with an empty engine.
     pub(crate) stopped: bool,
     records: BTreeMap<&'static str, u64>,
     bad_records: u64,
     unknown_kinds: u64,
-    /// Evictions already counted as losses, in the order of [`Engine::evictions`].
+    /// Evictions that are counted as losses already, in the order of [`Engine::evictions`].
     evictions_counted: [u64; 5],
     pub(crate) world: World,
     growth: Attribution,
     pub(crate) oom: Oom,
     pub(crate) limits: Limits,
     pub(crate) recording: Option<RecordingState>,
-    /// Outputs that the recording has looked at.
-    followed: usize,
+    /// How many outputs of [`Out`] the recording has seen.
+    outputs_seen: usize,
 }
 
-/// Numbers about the engine itself.
+/// Figures about the engine itself, for metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Records decoded, by kind.
     pub records: BTreeMap<&'static str, u64>,
-    /// Records of a known kind and a wrong size, or shorter than a header.
+    /// Records that are shorter than a header or have the wrong size for their kind.
     pub bad_records: u64,
     /// Records of a kind this build does not know.
     pub unknown_kinds: u64,
-    /// Incidents that still gather.
+    /// OOM incidents whose window is not over.
     pub open_incidents: u64,
-    /// Cgroups that wait for memory with their OOM killer off.
+    /// Cgroups that are stuck at their limit with their OOM killer off.
     pub stuck_cgroups: u64,
-    /// Cgroups known, removed ones that are remembered included.
+    /// Cgroups in the table, with removed ones.
     pub cgroups: u64,
-    /// Processes that live.
+    /// Processes in the table that have not exited.
     pub processes: u64,
-    /// Processes that are dead and remembered, for the incidents they belong to.
+    /// Processes in the table that have exited. They are kept for incidents that list them.
     pub dead_processes: u64,
-    /// Processes, cgroups, curves and detectors given up for want of room.
+    /// Processes, cgroups, curves, detectors and samples that were dropped or refused at a cap.
     pub evictions: u64,
-    /// Everything lost since the start, by label: what the kernel side and the session stated, and the engine's own.
+    /// Losses since the start of the run by label, of the kernel side, the session and the engine.
     pub losses: BTreeMap<String, u64>,
-    /// Roughly what all this takes.
+    /// Estimated memory of the engine.
     pub memory_estimate_bytes: u64,
 }
 
 impl Engine {
-    /// An engine that knows nothing yet.
+    /// An empty engine.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes one input in and adds what follows from it to `out`.
+    /// Applies one input and appends what follows from it to `out`. Bytes that are no record are
+    /// counted as a loss.
     pub fn apply(&mut self, input: &Input<'_>, out: &mut Out) {
         match input {
             Input::Record(bytes) => match decode::decode(bytes) {
@@ -90,23 +97,23 @@ impl Engine {
                 Err(error) => self.count_undecoded(error),
             },
             Input::Fact(fact) => {
-                self.followed = out.outputs.len();
+                self.outputs_seen = out.outputs.len();
                 self.fact(fact, out);
                 self.finish_input(out);
             }
         }
     }
 
-    /// As [`Engine::apply`], for a record that is decoded already.
+    /// Like [`Engine::apply`], for a record that is decoded already.
     pub fn apply_record(&mut self, record: &Record, out: &mut Out) {
-        self.followed = out.outputs.len();
+        self.outputs_seen = out.outputs.len();
         let count = self.records.entry(record.name()).or_default();
         *count = count.saturating_add(1);
         self.record(record, out);
         self.finish_input(out);
     }
 
-    /// Counts bytes that are no record.
+    /// Counts bytes that could not be decoded as a record.
     pub fn count_undecoded(&mut self, error: DecodeError) {
         if matches!(error, DecodeError::UnknownKind { .. }) {
             self.unknown_kinds += 1;
@@ -117,8 +124,9 @@ impl Engine {
         }
     }
 
-    /// Whoever follows what this input changed does so here, once: the recording, growing curves, the cgroups that
-    /// must not be forgotten, and the questions that the world has.
+    /// Ends an input. Delivers what it changed to the recording and to open incidents, pins the
+    /// cgroups that those refer to, and emits requests for unknown cgroups. All this is derived
+    /// here, so no handler has to remember it.
     fn finish_input(&mut self, out: &mut Out) {
         self.follow(out);
         self.oom.input_over();
@@ -131,14 +139,14 @@ impl Engine {
             self.world.cgroups.pinned = ids.into_iter().flat_map(|id| self.world.cgroups.chain(id)).collect();
         }
         self.world.changes.clear();
-        out.requests.extend(self.world.cgroups.asks.drain(..).map(|id| Request::LookUpCgroup { id }));
+        out.requests.extend(self.world.cgroups.lookups.drain(..).map(|id| Request::LookUpCgroup { id }));
     }
 
     fn follow(&mut self, out: &Out) {
-        let news = out.outputs.get(self.followed..).unwrap_or_default();
-        self.followed = out.outputs.len();
+        let new_outputs = out.outputs.get(self.outputs_seen..).unwrap_or_default();
+        self.outputs_seen = out.outputs.len();
         if let Some(recording) = &mut self.recording {
-            recording.follow(&self.world, news);
+            recording.follow(&self.world, new_outputs);
         }
         self.oom.follow(&self.world);
         self.limits.follow(&self.world);
@@ -148,8 +156,8 @@ impl Engine {
         match record {
             Record::Rss(r) => {
                 self.world.rss(r);
-                self.growth.grew(r);
-                self.watch(r.header.boot_ns, &Reading::from(&r.memcg), out);
+                self.growth.rss(r);
+                self.check_limits(r.header.boot_ns, &Reading::from(&r.memcg), out);
             }
             Record::Charge(r) => self.reading(r.header.boot_ns, &Reading::from(&r.memcg), out),
             Record::Reclaim(r) => {
@@ -174,7 +182,7 @@ impl Engine {
             }
             Record::MmGone(r) => {
                 self.world.mm_gone(r);
-                self.growth.gone(r);
+                self.growth.mm_gone(r);
             }
             Record::Attach(r) => self.world.attach(r),
             Record::Cgroup(r) => {
@@ -182,9 +190,9 @@ impl Engine {
                 if r.change == wire::CGROUP_REMOVED {
                     self.limits.unstuck(r.memcg.cgroup_id, r.header.boot_ns);
                 }
-                self.watch(r.header.boot_ns, &Reading::from(&r.memcg), out);
+                self.check_limits(r.header.boot_ns, &Reading::from(&r.memcg), out);
             }
-            // Addresses mean nothing here; the names come as a fact.
+            // The addresses are of no use here; the names come as a fact.
             Record::KernelStack(_) => {}
         }
     }
@@ -205,34 +213,36 @@ impl Engine {
             Fact::Module(found) => self.growth.module(found),
             Fact::Path(found) => self.growth.path(found),
             Fact::Stack(found) => self.growth.stack(found),
-            // Before the first tick they are what an earlier segment has counted already.
-            Fact::Losses { totals } => self.run.losses.state(totals, self.run.now == 0),
+            // Totals before the first tick come from a preamble: earlier segments have counted
+            // them.
+            Fact::Losses { totals } => self.run.losses.record_totals(totals, self.run.now == 0),
             Fact::OomControl { cgroup_id, boot_ns, kill_disabled, under_oom } => {
                 let state = (*kill_disabled, *under_oom);
                 if self.limits.oom_control(*cgroup_id, *boot_ns, state, &mut self.world, &mut self.run) {
-                    self.limits.open_stuck(*cgroup_id, *boot_ns, &scene!(self), out);
+                    self.limits.open_stuck(*cgroup_id, *boot_ns, &context!(self), out);
                 }
             }
             Fact::Tick { boot_ns } => self.tick(*boot_ns, out),
             Fact::RecordingBegin { cgroup_id, pid, command, boot_ns } => {
-                let subject = Subject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };
+                let subject =
+                    RecordingSubject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };
                 self.begin_recording(subject, out);
             }
             Fact::RecordingEnd { boot_ns, exit_code, signal, cgroup_peak_bytes } => {
-                let ending = Ending {
+                let end = RecordingEnd {
                     boot_ns: *boot_ns,
                     exit_code: *exit_code,
                     signal: *signal,
                     cgroup_peak_bytes: *cgroup_peak_bytes,
                 };
-                self.end_recording(&ending, out);
+                self.end_recording(&end, out);
             }
             Fact::Stop { boot_ns } => self.stop(*boot_ns, out),
         }
     }
 
-    /// A new run. After a stop or on another boot everything before is over; else what is known stays (a preamble
-    /// repeats the start of its own run).
+    /// Starts a run. After a stop or on another boot the engine is emptied first. Otherwise it
+    /// keeps its state, because a preamble repeats the start of its own run.
     fn start(&mut self, host: &Host, settings: &Settings, out: &mut Out) {
         if self.started && (self.stopped || self.run.host.boot_id != host.boot_id) {
             self.stop(self.run.now, out);
@@ -250,7 +260,7 @@ impl Engine {
         self.tick(boot_ns, out);
         self.close_incidents(true, out);
         self.oom.report_sigkills(true, &self.world, &mut self.run, out);
-        self.end_recording(&Ending { boot_ns: self.run.now, ..Ending::default() }, out);
+        self.end_recording(&RecordingEnd { boot_ns: self.run.now, ..RecordingEnd::default() }, out);
         self.stopped = true;
     }
 
@@ -265,16 +275,16 @@ impl Engine {
         self.close_incidents(false, out);
         self.oom.report_sigkills(false, &self.world, &mut self.run, out);
         self.oom.tick(&self.run, out);
-        let scene = scene!(self);
-        self.limits.report_found(&scene, out);
+        let context = context!(self);
+        self.limits.report_found(&context, out);
     }
 
-    /// Windows close; with `all`, every one of them.
+    /// Closes incidents whose window is over; with `all`, every incident.
     fn close_incidents(&mut self, all: bool, out: &mut Out) {
-        self.oom.take_sharers(all, &mut self.world, &self.run);
-        let scene = scene!(self);
-        self.oom.close_due(all, &scene, out);
-        self.limits.close_stuck(all, &scene, out);
+        self.oom.add_sharers(all, &mut self.world, &self.run);
+        let context = context!(self);
+        self.oom.close_due(all, &context, out);
+        self.limits.close_stuck(all, &context, out);
     }
 
     fn count_evictions(&mut self) {
@@ -303,21 +313,21 @@ impl Engine {
         ]
     }
 
-    /// A reading that does not come with resident memory: onto the curve, then as [`Engine::watch`].
+    /// Adds a reading to the curve of its cgroup and checks it against the limits.
     fn reading(&mut self, boot_ns: u64, reading: &Reading, out: &mut Out) {
         self.world.read(boot_ns, reading);
-        self.watch(boot_ns, reading, out);
+        self.check_limits(boot_ns, reading, out);
     }
 
-    /// What limits make of a reading that is on the curve.
-    fn watch(&mut self, boot_ns: u64, reading: &Reading, out: &mut Out) {
+    /// Checks a reading that is on the curve against the limits.
+    fn check_limits(&mut self, boot_ns: u64, reading: &Reading, out: &mut Out) {
         self.limits.reading(boot_ns, reading, &mut self.world, &self.run, out);
     }
 
-    /// The OOM killer marked a victim.
+    /// The OOM killer marked a victim. The record has readings of up to three cgroups.
     fn mark(&mut self, m: &wire::OomVictim, out: &mut Out) {
         self.world.mark(m);
-        self.oom.mark(m, &scene!(self), out);
+        self.oom.mark(m, &context!(self), out);
         let mut read = Vec::with_capacity(3);
         for reading in [&m.victim_memcg, &m.trigger_memcg, &m.oom].map(Reading::from) {
             if !read.contains(&reading.cgroup_id) {
@@ -335,11 +345,11 @@ impl Engine {
         self.limits.cgroup_found(found, before, &mut self.world, &self.run, out);
     }
 
-    fn begin_recording(&mut self, subject: Subject, out: &mut Out) {
+    fn begin_recording(&mut self, subject: RecordingSubject, out: &mut Out) {
         if self.recording.as_ref().is_some_and(|r| r.subject == subject) {
             return;
         }
-        self.end_recording(&Ending { boot_ns: subject.boot_ns, ..Ending::default() }, out);
+        self.end_recording(&RecordingEnd { boot_ns: subject.boot_ns, ..RecordingEnd::default() }, out);
         if let Some(id) = subject.cgroup_id
             && self.world.cgroups.get(id).is_none()
         {
@@ -349,26 +359,27 @@ impl Engine {
         self.recording = Some(RecordingState::begin(subject, &self.world, base));
     }
 
-    fn end_recording(&mut self, ending: &Ending, out: &mut Out) {
+    fn end_recording(&mut self, end: &RecordingEnd, out: &mut Out) {
         if self.recording.is_none() {
             return;
         }
-        // What this very input changed belongs to it, and so do the kills that are not certain yet.
+        // The recording includes what this input changed, and kills that still wait for a late
+        // record.
         self.oom.report(true, &self.world, &self.run, out);
         self.follow(out);
         let Some(recording) = self.recording.take() else { return };
-        let scene = scene!(self);
-        let oom = self.oom.latest_of(recording.oom_ids(), &scene);
-        out.outputs.push(Output::Save(Box::new(recording::end(recording, ending, oom, &scene))));
+        let context = context!(self);
+        let oom = self.oom.latest_of(recording.oom_ids(), &context);
+        out.outputs.push(Output::Save(Box::new(recording::finish(recording, end, oom, &context))));
     }
 
-    /// Cgroups known right below this one.
+    /// kernfs ids of the known children of a cgroup, without removed ones.
     pub fn children(&self, cgroup_id: u64) -> impl Iterator<Item = u64> + '_ {
         let below = self.world.cgroups.iter().filter(move |(_, row)| row.parent == Some(cgroup_id) && !row.removed);
         below.map(|(id, _)| id)
     }
 
-    /// Numbers about the engine itself.
+    /// Figures about the engine itself. Walks all tables for the memory estimate.
     pub fn counts(&self) -> Counts {
         let recording = self.recording.as_ref().map_or(0, RecordingState::memory_estimate);
         let rooms = [

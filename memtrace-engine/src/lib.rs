@@ -1,14 +1,15 @@
-//! The pure core of memtrace: records and facts in, incidents out. No file, socket, clock, thread or
-//! environment, so the same inputs give the same outputs, byte for byte, on any machine.
+//! The pure core of memtrace: records and facts in, incidents out. It uses no file, socket, clock,
+//! thread or environment, so the same inputs give the same outputs, byte for byte, on any machine.
+//! That is what makes a journal replayable.
 //!
-//! [`Engine::apply`] is the only way in and its [`Out`] the only way out. The rooms, each of which
-//! owns its state and stands only on those before it:
+//! [`Engine::apply`] takes every input, and everything that follows from it is in [`Out`]. Each
+//! room owns its state and uses only the rooms before it:
 //!
-//! - `world`: processes, address spaces, cgroups and their curves, as the records tell.
-//! - `growth`: which code grew memory.
-//! - `build`: an [`memtrace_incident::Incident`] from all of that; recordings.
-//! - `oom`: OOM kills, from the kernel's decision to the closed incident; other SIGKILLs.
-//! - `limits`: limits that are hit without a kill: spikes, near misses, stuck cgroups.
+//! - `world`: the model of processes, address spaces, cgroups and their curves.
+//! - `growth`: attributes grown memory to the code that grew it.
+//! - `build`: makes a [`memtrace_incident::Incident`] of all that, and holds recordings.
+//! - `oom`: OOM kills, from the kernel's decision to the closed incident, and all other SIGKILLs.
+//! - `limits`: limits that are hit without a kill: spikes, near misses and stuck cgroups.
 //!
 //! ```
 //! use memtrace_engine::input::{Fact, Input};
@@ -42,3 +43,4 @@ mod world;
 pub use engine::{Counts, Engine};
 pub use output::Out;
 pub use snapshot::{CgroupView, ProcessView, Snapshot};
+pub use world::{MAX_BEFORE_NS, PROCESSES_CAP};

@@ -1,28 +1,31 @@
-//! What was lost, over time: totals from outside and our own counters, so that a window can state its share.
+//! Loss counters over time. Totals are remembered at intervals, so that an incident can state what
+//! was lost within its window and not since the start of the run.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use memtrace_incident::{Loss, LossNote};
 
-/// Counters kept by name; further names share one.
+/// Labels that have a counter of their own. Further labels share [`Loss::Other`].
 pub(crate) const NAMES_CAP: usize = 256;
-/// Moments at which totals are remembered.
+/// Moments with remembered totals; the oldest is dropped. More than a window is divided into.
 const MOMENTS_CAP: usize = 128;
 
 type Totals = BTreeMap<String, u64>;
 
-/// Running totals and their history.
+/// Totals and their history.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Losses {
     now: Totals,
-    /// Totals as the kernel side last stated them, to find increments (a restart begins at 0 again).
-    stated: Totals,
+    /// Totals of the last [`crate::input::Fact::Losses`], to find increments. After a restart they
+    /// begin at 0 again. Cap: [`NAMES_CAP`].
+    last_totals: Totals,
+    /// Time and totals, oldest first. Cap: [`MOMENTS_CAP`].
     moments: VecDeque<(u64, Totals)>,
     changed: bool,
 }
 
 impl Losses {
-    /// Counts a loss of the engine's own.
+    /// Counts a loss of the engine itself.
     pub(crate) fn count(&mut self, loss: Loss, count: u64) {
         self.add(loss.label(), count);
     }
@@ -42,25 +45,26 @@ impl Losses {
         }
     }
 
-    /// Totals as the kernel side states them, since its start; as a baseline they are no losses of ours.
-    pub(crate) fn state(&mut self, totals: &[(String, u64)], baseline: bool) {
+    /// Takes totals since the start of their source and counts what they grew by. With `baseline`
+    /// only remembers them, because the losses happened before this engine began.
+    pub(crate) fn record_totals(&mut self, totals: &[(String, u64)], baseline: bool) {
         for (what, total) in totals.iter().take(NAMES_CAP) {
             let what = &Loss::canonical(what);
-            let before = self.stated.get(what).copied().unwrap_or(0);
+            let before = self.last_totals.get(what).copied().unwrap_or(0);
             let new = if *total >= before { total - before } else { *total };
-            if self.stated.len() < NAMES_CAP || self.stated.contains_key(what) {
-                self.stated.insert(what.clone(), *total);
+            if self.last_totals.len() < NAMES_CAP || self.last_totals.contains_key(what) {
+                self.last_totals.insert(what.clone(), *total);
                 self.add(what, if baseline { 0 } else { new });
             }
         }
     }
 
-    /// As the kernel side stated them, for a journal's preamble.
-    pub(crate) fn stated(&self) -> Vec<(String, u64)> {
-        self.stated.iter().map(|(k, v)| (k.clone(), *v)).collect()
+    /// The totals last taken by [`Losses::record_totals`], for a journal's preamble.
+    pub(crate) fn last_totals(&self) -> Vec<(String, u64)> {
+        self.last_totals.iter().map(|(k, v)| (k.clone(), *v)).collect()
     }
 
-    /// Remembers the totals at a moment, at most once per `spacing_ns`.
+    /// Remembers the totals at a moment, at most once in `spacing_ns`.
     pub(crate) fn remember(&mut self, boot_ns: u64, spacing_ns: u64) {
         let soon = self.moments.back().is_some_and(|(last, _)| boot_ns < last.saturating_add(spacing_ns));
         if !self.changed || soon {
@@ -73,17 +77,17 @@ impl Losses {
         self.moments.push_back((boot_ns, self.now.clone()));
     }
 
-    /// Totals now.
+    /// The totals now.
     pub(crate) fn current(&self) -> Totals {
         self.now.clone()
     }
 
-    /// Totals at or before a moment.
+    /// The totals as remembered last at or before a moment.
     pub(crate) fn at(&self, boot_ns: u64) -> Totals {
         self.moments.iter().rev().find(|(ns, _)| *ns <= boot_ns).map(|(_, totals)| totals.clone()).unwrap_or_default()
     }
 
-    /// What was lost since then.
+    /// What was lost since `base`, by label.
     pub(crate) fn since(&self, base: &Totals) -> Vec<LossNote> {
         self.now
             .iter()
@@ -101,31 +105,31 @@ mod tests {
 
     #[test]
     fn a_window_states_only_its_share_and_a_restart_is_no_loss() {
-        let mut l = Losses::default();
-        l.state(&[("samples/full".into(), 10)], false);
-        l.remember(100, 1);
-        l.count(Loss::BadRecords, 2);
-        l.state(&[("samples/full".into(), 15)], false);
+        let mut losses = Losses::default();
+        losses.record_totals(&[("samples/full".into(), 10)], false);
+        losses.remember(100, 1);
+        losses.count(Loss::BadRecords, 2);
+        losses.record_totals(&[("samples/full".into(), 15)], false);
         assert_eq!(
-            l.since(&l.at(150)),
+            losses.since(&losses.at(150)),
             [
                 LossNote { what: "engine/bad_records".into(), count: Some(2) },
                 LossNote { what: "samples/full".into(), count: Some(5) }
             ]
         );
-        l.remember(200, 1);
-        l.state(&[("samples/full".into(), 3)], false);
-        assert_eq!(l.since(&l.at(200)), [LossNote { what: "samples/full".into(), count: Some(3) }]);
-        assert_eq!(l.since(&l.at(50)).len(), 2);
+        losses.remember(200, 1);
+        losses.record_totals(&[("samples/full".into(), 3)], false);
+        assert_eq!(losses.since(&losses.at(200)), [LossNote { what: "samples/full".into(), count: Some(3) }]);
+        assert_eq!(losses.since(&losses.at(50)).len(), 2);
     }
 
     #[test]
     fn names_and_moments_are_bounded() {
-        let mut l = Losses::default();
+        let mut losses = Losses::default();
         for i in 0..1000u64 {
-            l.add(&format!("n{i}"), 1);
-            l.remember(i, 0);
+            losses.add(&format!("n{i}"), 1);
+            losses.remember(i, 0);
         }
-        assert!(l.now.len() <= NAMES_CAP + 1 && l.moments.len() <= MOMENTS_CAP);
+        assert!(losses.now.len() <= NAMES_CAP + 1 && losses.moments.len() <= MOMENTS_CAP);
     }
 }

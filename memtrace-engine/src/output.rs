@@ -1,128 +1,134 @@
-//! What comes out of the engine: requests, which its session carries out and answers with facts, and
-//! outputs, which are for the session's caller.
+//! What the engine emits: requests, which its session carries out and may answer with facts, and
+//! outputs, which the caller of the session handles.
 
 use memtrace_incident::{Incident, KillEntry, PressureLimit, SigkillEntry};
 
-/// What one or more inputs led to, in order. The caller empties it.
+/// What one or more inputs led to, in order. The engine only appends; the caller drains both lists.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Out {
-    /// For the session.
+    /// For the session. At most a few for each input.
     pub requests: Vec<Request>,
-    /// For the session's caller.
+    /// For the caller of the session. At most a few for each input, and one for each incident that
+    /// a tick closes.
     pub outputs: Vec<Output>,
 }
 
-/// What the engine asks of its session. None may be dropped: each is made once and taken for done.
+/// What the engine asks its session to do. The session must not drop a request, because the engine
+/// emits it once and does not wait for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// A record named a cgroup nobody has described: look it up and answer with [`crate::input::Fact::Cgroup`], or
-    /// with nothing when it is gone. It is asked again only for a later record of the same cgroup, seconds later; until
-    /// then its path and its parent are unknown, and with them whose memory it counts as.
+    /// Look up a cgroup that a record named and no fact has described, and answer with
+    /// [`crate::input::Fact::Cgroup`]; no answer when the cgroup is gone. Until then its path and
+    /// its parent are unknown, so its memory counts for no ancestor. The engine repeats the request
+    /// at most every 5 s, when further records name the cgroup.
     LookUpCgroup {
         /// kernfs id.
         id: u64,
     },
-    /// A cgroup on version 1 may be at its limit: read its memory.oom_control for some seconds, and as long as it is out
-    /// of memory, and answer with [`crate::input::Fact::OomControl`] at every change. Made at most once a second for a
-    /// cgroup.
+    /// Read `memory.oom_control` of a v1 cgroup that may be at its limit, for some seconds and for
+    /// as long as it is under OOM, and answer with [`crate::input::Fact::OomControl`] at every
+    /// change. Emitted at most once a second for each cgroup.
     WatchOomControl {
-        /// kernfs id.
+        /// kernfs id of the cgroup.
         cgroup_id: u64,
-        /// Its path.
+        /// Path of the cgroup from the root of the memory hierarchy.
         path: String,
     },
-    /// A cgroup's limit is small, or no longer is: emit a reading of its processes whenever resident memory moved by
-    /// this much. Made once a change of the limit; the last one for a cgroup counts.
+    /// Set the RSS threshold of a cgroup, because its limit became small or no longer is. Emitted
+    /// once for each change; the latest request for a cgroup counts.
     SetRssThreshold {
-        /// kernfs id.
+        /// kernfs id of the cgroup.
         cgroup_id: u64,
-        /// Bytes.
+        /// How far resident memory of a process has to move for a record.
         threshold_bytes: u64,
     },
 }
 
-/// What the session's caller has to do. One that fails is the caller's to report: the engine does not repeat it.
+/// What the caller of the session has to do. The caller reports failures; the engine does not
+/// repeat an output.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
-    /// Put this kill on disk at once: it must survive whatever happens to the rest.
+    /// Write this line to the kill ledger and sync it at once. The incident follows later.
     Kill(KillEntry),
-    /// Write down who sent this SIGKILL; nothing waits for it.
+    /// Write this line to the SIGKILL ledger. No sync is needed.
     Sigkill(SigkillEntry),
-    /// Write this finished incident.
+    /// Save this finished incident.
     Save(Box<Incident>),
-    /// Report this to whoever listens.
+    /// Report this finding in the log and in metrics.
     Alert(Finding),
 }
 
-/// Something worth a line in the log.
+/// Something that is worth reporting at once: it becomes a log line and a counter.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Finding {
     /// The OOM killer killed or chose a process.
     OomKill {
-        /// Incident id.
+        /// Id of the incident, which is saved when its window closes.
         incident: String,
-        /// kernfs id of the victim's cgroup.
+        /// kernfs id of the first victim's cgroup.
         cgroup_id: Option<u64>,
-        /// Victim.
+        /// Process id of the first victim.
         pid: u32,
-        /// Its name.
+        /// Name of the first victim.
         comm: String,
-        /// Its cgroup path.
+        /// Path of the first victim's cgroup; `None` when it is not known.
         cgroup_path: Option<String>,
     },
-    /// Memory rose close to the limit and fell again.
+    /// Usage rose close to the limit and fell again.
     Spike {
-        /// Incident id.
+        /// Id of the incident.
         incident: String,
-        /// Cgroup path.
+        /// Path of the cgroup; `None` when it is not known.
         cgroup_path: Option<String>,
-        /// Highest usage.
+        /// Highest usage of the spike.
         peak_bytes: u64,
-        /// Limit.
+        /// Limit of the cgroup.
         limit_bytes: u64,
     },
-    /// A limit was hit, reclaim ran, nobody was killed.
+    /// A limit was hit and reclaim ran, without a kill.
     NearMiss {
-        /// Incident id.
+        /// Id of the incident.
         incident: String,
-        /// Cgroup path.
+        /// Path of the cgroup; `None` when it is not known.
         cgroup_path: Option<String>,
-        /// kernfs id.
+        /// kernfs id of the cgroup.
         cgroup_id: u64,
-        /// Which limit.
+        /// Which limit was hit.
         limit: PressureLimit,
-        /// How often it was hit in the window.
+        /// How often that limit was hit.
         hits: u64,
-        /// How long tasks were held up, nanoseconds; unknown without the end of reclaim.
+        /// How long reclaim delayed tasks, summed, nanoseconds; `None` when the end of reclaim is
+        /// not seen.
         stalled_ns: Option<u64>,
     },
-    /// A cgroup ran out of memory and its OOM killer is off: its tasks wait until somebody helps.
+    /// A cgroup is out of memory with its OOM killer off. Its tasks wait until memory is freed, the
+    /// limit is raised or the OOM killer is switched on.
     Stuck {
-        /// Id of the incident that is saved when it is over.
+        /// Id of the incident, which is saved when the cgroup is no longer stuck.
         incident: String,
-        /// Cgroup path.
+        /// Path of the cgroup; `None` when it is not known.
         cgroup_path: Option<String>,
-        /// Its usage.
+        /// Usage of the cgroup; `None` when it was not read.
         usage_bytes: Option<u64>,
-        /// Its limit.
+        /// Limit of the cgroup; `None` when it was not read.
         limit_bytes: Option<u64>,
-        /// Processes in it.
+        /// Number of processes in the cgroup and below it.
         tasks: u64,
     },
-    /// That is over.
+    /// A cgroup is no longer stuck.
     Unstuck {
-        /// Incident id.
+        /// Id of the incident, the same as in [`Finding::Stuck`].
         incident: String,
-        /// Cgroup path.
+        /// Path of the cgroup; `None` when it is not known.
         cgroup_path: Option<String>,
-        /// How long it took, nanoseconds.
+        /// How long the cgroup was under OOM, nanoseconds.
         under_oom_ns: u64,
     },
-    /// The kernel log and the hooks disagree about a kill.
+    /// Only one of kernel log and hooks has a kill.
     Disagreement {
-        /// Process id.
+        /// Process id of the victim.
         pid: u32,
-        /// Which source has it: `kernel_log` or `hook`.
+        /// The source that has it: `kernel_log` or `hook`.
         only_in: String,
     },
 }

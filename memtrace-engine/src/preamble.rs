@@ -1,11 +1,14 @@
-//! What a fresh engine must be told to go on where this one is: the head of a journal segment.
+//! The preamble: facts at the head of a journal segment with which an empty engine can continue
+//! where this one is. A bounded journal drops its oldest segments, and a replay of the rest still
+//! has paths, names and sizes. Curves are not part of it.
 
 use crate::Engine;
 use crate::input::{CgroupFound, Fact, ProcessFound};
 
 impl Engine {
-    /// Facts that give a fresh engine what this one knows about who is who: for the head of a journal segment, so
-    /// that a replay that lost the older ones still knows paths. Applied to this engine they change nothing.
+    /// The facts of the preamble at `boot_ns`: start, anchor, loss totals, cgroups, live processes,
+    /// stuck cgroups and the recording. Applied to this engine they change nothing. Empty after a
+    /// stop.
     pub fn preamble(&self, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
         if self.stopped {
@@ -17,7 +20,7 @@ impl Engine {
         if let Some(a) = self.run.clock.anchor {
             facts.push(Fact::Anchor { boot_ns: a.boot_ns, wall_ns: a.wall_ns, uncertainty_ns: a.uncertainty_ns });
         }
-        let totals = self.run.losses.stated();
+        let totals = self.run.losses.last_totals();
         if !totals.is_empty() {
             facts.push(Fact::Losses { totals });
         }
@@ -28,7 +31,7 @@ impl Engine {
                 parent_id: row.parent,
                 path: row.path.clone()?,
                 boot_ns,
-                // No usage: who it is, not a reading.
+                // Without usage the fact identifies the cgroup and is no reading.
                 usage_bytes: None,
                 limit_bytes: row.last.limit.bytes(),
                 peak_bytes: row.last.watermark,

@@ -1,55 +1,56 @@
-//! What is known right now, for metrics and the lists over HTTP: a pure view.
+//! A copy of the current state of cgroups and processes, for `/metrics` and the lists over HTTP.
+//! The server works on the copy, so it never delays the engine.
 
 use serde::Serialize;
 
 use crate::Engine;
 
-/// Everything known at one moment.
+/// Cgroups and processes at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Snapshot {
-    /// Boot clock of the last tick.
+    /// Time of the last tick, boot clock, nanoseconds.
     pub boot_ns: u64,
-    /// Cgroups that exist, by id.
+    /// Cgroups that are not removed, by id.
     pub cgroups: Vec<CgroupView>,
-    /// Live processes whose memory is known, by pid.
+    /// Live processes with known resident memory, by pid.
     pub processes: Vec<ProcessView>,
 }
 
-/// A cgroup.
+/// A cgroup in a [`Snapshot`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CgroupView {
     /// kernfs id.
     pub id: u64,
-    /// kernfs id of its parent.
+    /// kernfs id of its parent; null for the root and when unknown.
     pub parent_id: Option<u64>,
-    /// Path, when known.
+    /// Path from the root of the memory hierarchy; null when unknown.
     pub path: Option<String>,
-    /// Last usage read.
+    /// Usage at the last reading.
     pub usage_bytes: Option<u64>,
-    /// Limit, when it has one.
+    /// Hard limit; null when it has none or it is unknown.
     pub limit_bytes: Option<u64>,
-    /// The kernel's watermark.
+    /// Highest usage so far (the kernel's watermark).
     pub peak_bytes: Option<u64>,
-    /// Resident anonymous memory of its processes and of those below it.
+    /// Resident anonymous memory of the processes in its subtree, summed.
     pub anon_bytes: u64,
-    /// Their resident file pages.
+    /// Resident file pages of the processes in its subtree, summed.
     pub file_bytes: u64,
-    /// Their resident shared memory.
+    /// Resident shared memory of the processes in its subtree, summed.
     pub shmem_bytes: u64,
-    /// Their swapped-out pages.
+    /// Swap entries of the processes in its subtree, summed.
     pub swap_bytes: u64,
 }
 
-/// A process.
+/// A process in a [`Snapshot`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ProcessView {
-    /// Process id.
+    /// Process id (tgid).
     pub pid: u32,
-    /// Start, boot clock; null when only known to the clock tick.
+    /// Start, boot clock, nanoseconds; null when it is known only in clock ticks.
     pub start_boot_ns: Option<u64>,
-    /// Name.
+    /// Name (`comm`), escaped where not printable.
     pub comm: String,
-    /// kernfs id of its memory cgroup.
+    /// kernfs id of its memory cgroup; null when unknown.
     pub cgroup_id: Option<u64>,
     /// Resident anonymous memory.
     pub anon_bytes: u64,
@@ -57,14 +58,14 @@ pub struct ProcessView {
     pub file_bytes: u64,
     /// Resident shared memory.
     pub shmem_bytes: u64,
-    /// Swapped out.
+    /// Swap entries.
     pub swap_bytes: u64,
-    /// Highest sum of anon, file and shmem seen.
+    /// Highest sum of anon, file and shmem that was seen.
     pub peak_bytes: u64,
 }
 
 impl Engine {
-    /// What is known right now.
+    /// Copies the current state. Cost is proportional to the number of cgroups and processes.
     pub fn snapshot(&self) -> Snapshot {
         let cgroups = self.world.cgroups.iter().filter(|(_, row)| !row.removed).map(|(id, row)| CgroupView {
             id,

@@ -1,19 +1,18 @@
-//! Records and inputs for the engine's own tests.
+//! Records, facts and an engine for the engine's own tests.
 
 use memtrace_common::event::*;
+use memtrace_incident::{Host, Incident, KillEntry};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::Engine;
 use crate::input::{Fact, Input, Settings};
 use crate::output::{Finding, Out, Output, Request};
-use memtrace_incident::KillEntry;
-use memtrace_incident::{Host, Incident};
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const MS: u64 = 1_000_000;
 pub(crate) const SEC: u64 = 1_000_000_000;
 
-/// Every test process has a start of its own, away from others in clock ticks.
+/// Start of a test process on the boot clock. Starts differ by ten clock ticks at least.
 pub(crate) fn start(pid: u32) -> u64 {
     u64::from(pid) * 100 * MS + 3
 }
@@ -46,7 +45,7 @@ pub(crate) fn memcg(id: u64, usage: u64) -> Memcg {
     }
 }
 
-/// A cgroup of which nothing could be read.
+/// A cgroup whose counters could not be read.
 fn unread(id: u64) -> Memcg {
     Memcg {
         cgroup_id: id,
@@ -86,7 +85,7 @@ pub(crate) fn rss(boot_ns: u64, pid: u32, cgroup: u64, mm_id: u64, bytes: u64) -
     }
 }
 
-/// Small changes to a sample.
+/// Small changes to a record.
 pub(crate) trait Tweak: Sized {
     fn owned_by(self, tid: u32) -> Self;
     fn reading(self, memcg: Memcg) -> Self;
@@ -212,7 +211,7 @@ pub(crate) fn start_fact(settings: Settings) -> Fact {
     Fact::Start { host, settings }
 }
 
-/// An engine with what came out of it.
+/// An engine with everything that it emitted.
 pub(crate) struct TestEngine {
     pub(crate) engine: Engine,
     pub(crate) out: Out,

@@ -1,33 +1,35 @@
-//! Allocation paths as the incident file holds them: which code grew memory, by how much, and when.
+//! Allocation paths in the incident file: which code grew memory, by how much, and when.
 //!
-//! Ledgers that must not be added up. `touch` is resident memory: who first touched a page, which is when the kernel
-//! gives it. `map` and `brk` are address space: who asked for it, whether it was ever touched or not. `charge` is what
-//! system calls charged to the cgroup: page cache, sockets, kernel memory, and what they touch for the process.
+//! The causes count different things, so their bytes must not be added up. `touch` is resident
+//! memory, counted when a page is first touched, because the kernel allocates it then. `map` and
+//! `brk` are address space, counted when it is requested, whether or not it is ever touched.
+//! `charge` is what system calls charge to the cgroup: page cache, sockets, kernel memory, and
+//! pages that they touch for the process.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Process, capped};
 
-/// A stack that grew memory.
+/// A stack that grew memory, of one process and with one cause.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AllocationPath {
-    /// Bytes it stands for in the window of this file: the sum of its samples' weights. 0 for a path that is only here
-    /// because another's `mapped_by` names it.
+    /// Bytes that the path stands for in the window of this file: the sum of the weights of its
+    /// samples. 0 for a path that is listed only because the `mapped_by` of another names it.
     pub weight_bytes: u64,
     /// How memory was taken.
     pub cause: Cause,
-    /// Who.
+    /// The process that ran it.
     pub process: Process,
-    /// Frames, innermost first: those in the kernel, then the process' own. One that was inlined comes before the one
-    /// it is inlined into.
+    /// Frames, innermost first: kernel frames, then frames of the process. An inlined function
+    /// comes before the function that it is inlined into.
     #[serde(deserialize_with = "capped::frames")]
     pub frames: Vec<Frame>,
-    /// Why `frames` does not reach the outermost frame of the thread; null when it does.
+    /// Why `frames` ends before the outermost frame of the thread; null when it does not.
     #[serde(default)]
     pub cut: Option<Cut>,
-    /// Touch only: index in `allocation_paths` of the path (cause `map` or `brk`) that made the mapping that was touched;
-    /// null when it is not known.
+    /// For `touch`: index in `allocation_paths` of the path (cause `map` or `brk`) that created the
+    /// mapping that was touched; null when that is not known, and for the other causes.
     #[serde(default)]
     pub mapped_by: Option<u32>,
 }
@@ -37,21 +39,21 @@ pub struct AllocationPath {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
-    /// First touch of a page: resident memory grew.
+    /// A page was touched for the first time: resident memory grew.
     Touch,
-    /// mmap or mremap: address space grew.
+    /// `mmap` or `mremap`: address space grew.
     Map,
-    /// brk: the heap's address space grew.
+    /// `brk`: the address space of the heap grew.
     Brk,
-    /// Charged to the cgroup in a system call.
+    /// A system call charged memory to the cgroup.
     Charge,
 }
 
 impl Cause {
-    /// All of them.
+    /// Every cause, in the order of the file.
     pub const ALL: [Self; 4] = [Self::Touch, Self::Map, Self::Brk, Self::Charge];
 
-    /// The name in the file.
+    /// The name in the file: `touch`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Touch => "touch",
@@ -62,27 +64,27 @@ impl Cause {
     }
 }
 
-/// Why a stack does not reach the outermost frame.
+/// Why a stack ends before the outermost frame of the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Cut {
-    /// The copied slice of the stack ended before the stack did.
+    /// The copy of the stack was too short.
     Slice,
-    /// Code that no known module holds, and no frame pointer that led on.
+    /// A frame lies in no known module, and frame pointers did not lead further.
     Module,
-    /// A module's unwind information was missing, broken or led nowhere.
+    /// The unwind information of a module was missing or broken, or did not lead further.
     Unwind,
-    /// More frames than are kept.
+    /// The stack has more frames than are stored.
     Frames,
-    /// Registers or stack could not be read; only the kernel's frames are there.
+    /// Registers or stack could not be read, so only kernel frames are listed.
     Registers,
     /// The process had ended before its mappings could be read.
     Gone,
 }
 
 impl Cut {
-    /// The name in the file.
+    /// The name in the file: `slice`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Slice => "slice",
@@ -95,89 +97,94 @@ impl Cut {
     }
 }
 
-/// One frame.
+/// One frame of a stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Frame {
-    /// Path of the module as its process had it, `[vdso]` or `[jit]`; null in the kernel and where nothing is known.
+    /// Path of the module as its process saw it, or `[vdso]` or `[jit]`; null for kernel frames and
+    /// when it is not known.
     pub module: Option<String>,
-    /// Its build id, hex.
+    /// Build id of the module, in hexadecimal.
     pub build_id: Option<String>,
-    /// Offset in the module's file of the instruction: for every frame but the innermost of the process the byte before
-    /// the return address, which is inside the call. For `[jit]` and unknown modules null: an address that means nothing
-    /// once the process is gone.
+    /// Offset of the instruction in the module's file. Except for the innermost frame of the
+    /// process, this is the byte before the return address, which lies inside the call instruction.
+    /// Null for `[jit]` and unknown modules, whose addresses mean nothing once the process is gone.
     pub offset: Option<u64>,
-    /// Function, demangled; null when it is not known.
+    /// Function name, demangled; null when it is not known.
     pub symbol: Option<String>,
-    /// Source file.
+    /// Source file; null when it is not known.
     pub file: Option<String>,
-    /// Source line.
+    /// Source line; null when it is not known.
     pub line: Option<u32>,
-    /// Inlined into the next frame.
+    /// Whether this function is inlined into the next frame.
     pub inlined: bool,
-    /// In the kernel.
+    /// Whether this is a kernel frame.
     #[serde(default)]
     pub kernel: bool,
 }
 
-/// When memory grew, by which path, and what grew without one.
+/// When memory grew, by which path, and how much grew without a stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Allocations {
-    /// Growth of resident memory in the window: every step up of every process in scope, as the kernel counted it. What
-    /// was given back in between is not subtracted. Equal to `attributed_bytes` + `unattributed_bytes`, and to the sum
-    /// of the weights of all touch samples and of those without a path.
+    /// Growth of resident memory in the window: all increases of all processes in scope, as the
+    /// kernel counted them. Memory that was given back in between is not subtracted. Equal to
+    /// `attributed_bytes` plus the bytes in `unattributed`, and to the sum of the weights of all
+    /// touch samples and of all samples without a path.
     pub growth_bytes: u64,
-    /// Of that, what has a stack: the sum of the weights of all touch samples.
+    /// The part of the growth that has a stack: the sum of the weights of all touch samples.
     pub attributed_bytes: u64,
-    /// Of that, what has none, by reason; largest first.
+    /// The part of the growth that has no stack, by reason, largest first.
     #[serde(deserialize_with = "capped::reasons")]
     pub unattributed: Vec<Unattributed>,
-    /// Bytes a process grew between two of its samples, on average, where nothing was thinned.
+    /// The sample interval: how many bytes a process grows between two of its samples, on average,
+    /// when nothing is thinned.
     pub sample_bytes: u64,
-    /// Stacks the budget left out in the window: the next one of the same process stands for its bytes too.
+    /// Stacks that were left out in the window to stay within the stack budget. The next stack of
+    /// the same process stands for their bytes too.
     pub thinned: u64,
     /// The samples, oldest first.
     pub samples: AllocationSamples,
-    /// Samples that were joined with a neighbour of the same path to bound this file: totals are kept, times are
-    /// coarser.
+    /// Samples that were joined with a neighbour of the same path to bound this file. Totals stay
+    /// exact, times are coarser.
     pub joined: u64,
 }
 
 impl Allocations {
-    /// Growth without a stack.
+    /// Growth without a stack, in bytes, summed over the reasons.
     pub fn unattributed_bytes(&self) -> u64 {
         self.unattributed.iter().fold(0, |sum, part| sum.saturating_add(part.bytes))
     }
 }
 
-/// Growth without a stack.
+/// Growth without a stack, for one reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Unattributed {
-    /// Why there is none.
+    /// Why there is no stack.
     pub why: String,
-    /// How much.
+    /// How much grew.
     pub bytes: u64,
 }
 
-/// Columns of equal length.
+/// The samples, as columns of equal length. Row i of every column is one sample.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AllocationSamples {
-    /// When, boot clock.
+    /// When memory grew, boot clock, ascending.
     #[serde(deserialize_with = "capped::samples")]
     pub boot_ns: Vec<u64>,
     /// Index in `allocation_paths`; null for growth of resident memory without a stack.
     #[serde(deserialize_with = "capped::samples")]
     pub path: Vec<Option<u32>>,
-    /// Bytes it stands for.
+    /// Bytes that the sample stands for.
     #[serde(deserialize_with = "capped::samples")]
     pub weight_bytes: Vec<u64>,
 }
 
 impl AllocationSamples {
-    /// The rows, oldest first; as many as the shortest column has.
+    /// The rows as (`boot_ns`, `path`, `weight_bytes`), oldest first; as many as the shortest
+    /// column has.
     pub fn rows(&self) -> impl Iterator<Item = (u64, Option<u32>, u64)> + '_ {
         let pairs = self.boot_ns.iter().zip(&self.path).zip(&self.weight_bytes);
         pairs.map(|((boot_ns, path), weight)| (*boot_ns, *path, *weight))

@@ -1,4 +1,5 @@
-//! Lists that are bounded while they are parsed: the first entry too many ends the parse.
+//! Deserializers for lists with a cap ([`crate::caps`]). The first entry above the cap ends the
+//! parse, so a hostile file cannot make a reader allocate more than the caps allow.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -7,7 +8,7 @@ use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 
 use crate::caps;
 
-/// Room made in advance for a list; beyond it grows as entries come.
+/// Entries to allocate ahead at most. The length that a file claims is not trusted.
 const FIRST_ROOM: usize = 64;
 
 macro_rules! capped {

@@ -1,5 +1,6 @@
-//! How many entries each list of an incident file may have. A reader refuses more; the engine
-//! writes fewer, which it asserts against these where it states its own.
+//! The most entries that each list of an incident file may have. [`crate::codec::decode`] refuses a
+//! file with more, which bounds the memory of a reader. The engine has lower caps of its own and
+//! asserts at compile time that they stay below these.
 
 /// Processes in [`crate::Incident::growth`].
 pub const GROWTH: usize = 1024;
@@ -7,27 +8,27 @@ pub const GROWTH: usize = 1024;
 pub const MAPPINGS: usize = 16_384;
 /// Paths in [`crate::Incident::allocation_paths`].
 pub const ALLOCATION_PATHS: usize = 16_384;
-/// Frames of one path: inlined functions are frames too.
+/// Frames of one path, with inlined functions.
 pub const FRAMES: usize = 16_384;
 /// Entries of [`crate::Incident::losses`].
 pub const LOSSES: usize = 1024;
-/// Functions of a kernel stack.
+/// Functions in [`crate::Oom::trigger_kernel_stack`].
 pub const FUNCTIONS: usize = 256;
-/// Victims of one kill.
+/// Victims in [`crate::Oom::victims`].
 pub const VICTIMS: usize = 8192;
-/// Rows of a task table.
+/// Rows of a task table: [`crate::Oom::tasks`], [`crate::Pressure::tasks`].
 pub const TASKS: usize = 8192;
-/// Words of a recorded command: more than `execve` takes.
+/// Words in [`crate::Recording::command`]. `execve` takes fewer.
 pub const COMMAND: usize = 1 << 20;
-/// Processes of a recording.
+/// Processes in [`crate::Recording::processes`].
 pub const PROCESSES: usize = 16_384;
-/// OOM kills during a recording.
+/// Ids in [`crate::Recording::oom_incidents`].
 pub const OOM_INCIDENTS: usize = 4096;
-/// Rows of a timeline.
+/// Rows of [`crate::Columns`].
 pub const ROWS: usize = 131_072;
-/// Sentences of evidence.
+/// Sentences in [`crate::Verdict::evidence`].
 pub const EVIDENCE: usize = 256;
-/// Reasons why growth has no stack.
+/// Reasons in [`crate::Allocations::unattributed`].
 pub const REASONS: usize = 256;
 /// Rows of [`crate::AllocationSamples`].
 pub const SAMPLES: usize = 131_072;

@@ -1,8 +1,9 @@
-//! An incident as the bytes of its file: zstd over JSON, read with suspicion.
+//! Converts an incident to the bytes of its file, which is zstd over JSON, and back.
 //!
-//! A file may come from anywhere. Its size is bounded, so is what it unpacks to, which is measured
-//! before anything is kept; and every list is bounded while it is parsed ([`crate::caps`]), so that
-//! memory is bounded by the caps and not by what the file claims.
+//! A file may come from anywhere, so a reader trusts none of its claims. The size of the file is
+//! bounded, and so is the size of the JSON, which is measured before anything is parsed. Every list
+//! is bounded while it is parsed ([`crate::caps`]). So the caps bound the memory that [`decode`]
+//! takes.
 
 use std::io::{self, BufReader, Read};
 use std::time::{Duration, SystemTime};
@@ -11,69 +12,69 @@ use serde::Deserialize;
 
 use crate::{Incident, SCHEMA};
 
-/// Largest file read.
+/// Largest file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
-/// Largest JSON read out of it.
+/// Largest JSON that a file may unpack to, in bytes.
 pub const MAX_JSON_BYTES: u64 = 512 << 20;
 
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const ZSTD_LEVEL: i32 = 3;
 
-/// Why a file is not an incident this build reads.
+/// Why a file cannot be read as an incident.
 #[derive(Debug, thiserror::Error)]
 pub enum Unreadable {
-    /// The file cannot be read.
+    /// Reading the file failed.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It is not zstd.
+    /// The file does not begin with a zstd header.
     #[error("not a memtrace incident (no zstd header)")]
     NotZstd,
-    /// It ends too early.
+    /// The zstd frame ends too early.
     #[error("the file is truncated")]
     Truncated,
-    /// Its zstd frame is damaged.
+    /// The zstd frame is damaged: a wrong checksum, for example.
     #[error("the file is damaged: {0}")]
     Damaged(io::Error),
-    /// It is larger than a cap.
+    /// The file or its JSON is larger than [`MAX_FILE_BYTES`] or [`MAX_JSON_BYTES`].
     #[error("{what} is larger than {limit} bytes")]
     TooLarge {
-        /// What is.
+        /// What is too large, for the message.
         what: &'static str,
-        /// The cap.
+        /// The cap, in bytes.
         limit: u64,
     },
-    /// The JSON in it is not an incident.
+    /// The JSON is not an incident, or a list in it has too many entries.
     #[error("not a memtrace incident: {0}")]
     NotAnIncident(serde_json::Error),
-    /// Its schema is not one of those this build reads.
+    /// The schema of the file is not [`SCHEMA`].
     #[error("schema {found} is {} than this memtrace reads ({SCHEMA}){}", if *found > SCHEMA { "newer" } else { "older" }, if *found > SCHEMA { "; update memtrace" } else { "" })]
     Schema {
-        /// Its schema.
+        /// The schema that the file states.
         found: u32,
     },
-    /// Its id is not a ULID.
+    /// The id of the incident is not a ULID, so it is not a safe file name either.
     #[error("its id is not a ULID")]
     BadId,
     /// A timeline column has another length than `boot_ns`.
     #[error("timeline column {column} has {found} rows, boot_ns has {expected}")]
     Column {
-        /// Which.
+        /// Name of the column.
         column: &'static str,
-        /// Its length.
+        /// Rows of the column.
         found: usize,
-        /// Length of `boot_ns`.
+        /// Rows of `boot_ns`.
         expected: usize,
     },
 }
 
-/// Reads an incident from a stream, at most [`MAX_FILE_BYTES`] of it.
+/// Reads an incident from a stream. Reads at most one byte more than [`MAX_FILE_BYTES`].
 pub fn read_from(stream: impl Read) -> Result<Incident, Unreadable> {
     let mut bytes = Vec::new();
     stream.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
     decode(&bytes)
 }
 
-/// An incident as the bytes of its file.
+/// Encodes an incident as the bytes of its file: JSON, compressed with zstd, with a checksum.
 pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
     let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
     encoder.include_checksum(true)?;
@@ -81,7 +82,7 @@ pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// The bytes of an incident file as an incident. Total: any bytes give an incident or an error.
+/// Decodes the bytes of an incident file. Any bytes give an incident or an error, never a panic.
 pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(Unreadable::TooLarge { what: "the file", limit: MAX_FILE_BYTES });
@@ -96,7 +97,8 @@ pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     measure(bytes, MAX_JSON_BYTES)?;
     let incident: Incident = match parse(bytes)? {
         Ok(incident) => incident,
-        // A newer schema may well fail to parse: its number is the better message.
+        // A file with a newer schema may fail to parse. Then its schema number is the better
+        // message.
         Err(error) => {
             return Err(match parse::<Versioned>(bytes)? {
                 Ok(Versioned { schema }) if schema != SCHEMA => Unreadable::Schema { found: schema },
@@ -108,18 +110,18 @@ pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     Ok(incident)
 }
 
-/// Whether `id` is a ULID as memtrace writes it: a safe file name.
+/// Whether `id` is a ULID as memtrace writes it, which makes it a safe file name.
 pub fn is_id(id: &str) -> bool {
     id.len() == 26 && is_id_prefix(id) && id.starts_with(|first| ('0'..='7').contains(&first))
 }
 
-/// Whether an id may begin like this: 1 to 26 digits of Crockford's base 32, in upper case.
+/// Whether `text` can be the begin of an id: 1 to 26 digits of Crockford's base 32, in upper case.
 pub fn is_id_prefix(text: &str) -> bool {
     (1..=26).contains(&text.len())
         && text.bytes().all(|b| b.is_ascii_digit() || (b.is_ascii_uppercase() && !b"ILOU".contains(&b)))
 }
 
-/// When the incident with this id happened, to the millisecond.
+/// When the incident with this id happened, to the millisecond. `None` when `id` is not a ULID.
 pub fn happened(id: &str) -> Option<SystemTime> {
     let ulid = ulid::Ulid::from_string(id).ok()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ulid.timestamp_ms()))
@@ -130,8 +132,8 @@ struct Versioned {
     schema: u32,
 }
 
-/// Unpacks once without keeping anything: a bomb costs time up to the cap, never memory, and damage
-/// anywhere in the file is found before any of it is believed.
+/// Unpacks the file once and drops the bytes. A zip bomb costs time up to the cap but no memory,
+/// and damage anywhere in the file is found before any of it is parsed.
 fn measure(bytes: &[u8], limit: u64) -> Result<(), Unreadable> {
     let unpacked = zstd::Decoder::with_buffer(bytes)
         .and_then(|json| io::copy(&mut json.take(limit.saturating_add(1)), &mut io::sink()));
@@ -145,7 +147,7 @@ fn measure(bytes: &[u8], limit: u64) -> Result<(), Unreadable> {
     Ok(())
 }
 
-/// Parses while it unpacks: the JSON is never in memory as a whole. Only measured bytes come here.
+/// Parses while it unpacks, so the JSON is never in memory as a whole. Call [`measure`] first.
 fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<serde_json::Result<T>, Unreadable> {
     let json = zstd::Decoder::with_buffer(bytes)?;
     Ok(serde_json::from_reader(BufReader::new(json)))

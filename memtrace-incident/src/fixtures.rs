@@ -1,4 +1,5 @@
-//! Hand-made incidents for tests: a burst kill, an ancestor kill of a group, a recording, and a hostile one.
+//! Hand-made incidents for tests: a burst kill, a group kill in an ancestor, a near miss, a
+//! recording, and one with hostile content.
 
 mod allocations;
 
@@ -312,7 +313,7 @@ pub fn group() -> Incident {
     incident
 }
 
-/// [`burst`]'s cgroup, slowed down at its memory.high.
+/// A near miss: the cgroup of [`burst`], slowed down at its `memory.high`.
 pub fn near_miss() -> Incident {
     let mut incident = burst();
     incident.kind = Kind::NearMiss;
@@ -389,7 +390,7 @@ pub fn recording() -> Incident {
     incident
 }
 
-/// Everything a file could hold to hurt a terminal or the arithmetic.
+/// An incident with content that could harm a terminal or overflow arithmetic.
 pub fn hostile() -> Incident {
     const EVIL: &str = "\u{1b}]0;owned\u{7}\u{1b}[2J\r\n\u{9b}31m\u{202e}\u{7f}";
     let mut incident = group();

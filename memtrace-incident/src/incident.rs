@@ -1,56 +1,61 @@
-//! The incident: everything memtrace knows about one kill, spike, near miss or recording, as the file holds it.
+//! The incident: everything memtrace knows about one kill, spike, near miss, stuck cgroup or
+//! recording, in the form of the file.
 //!
-//! This is the published contract (`memtrace schema`). Sizes are bytes, times boot-clock
-//! nanoseconds; `null` is "unknown", never 0. Written as `<id>.memtrace`: zstd over this JSON.
+//! These types are the published format (`memtrace schema`). Sizes are bytes, times are nanoseconds
+//! of the boot clock, and `null` means "unknown", which is never written as 0. A file is named
+//! `<id>.memtrace` and holds this JSON compressed with zstd.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AllocationPath, Allocations, Kind, Loss, capped};
+use crate::{AllocationPath, Allocations, Kind, Loss, Timeline, capped};
 
-/// Version of the incident file this build writes; it reads this one and the one before.
+/// Version of the incident file that this build writes. It reads this version and the one before
+/// it; before 1 there is none.
 pub const SCHEMA: u32 = 1;
 
 /// One incident or recording.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Incident {
-    /// Version of this format.
+    /// Version of this format: 1.
     pub schema: u32,
-    /// ULID: time of the event in its first half, derived from the event itself in its second, so that a
-    /// replay gives the same id.
+    /// ULID. Its first part is the wall time of the event. The rest is a hash of the event itself,
+    /// so that a replay gives the same id.
     pub id: String,
-    /// What this is about.
+    /// What kind of event this incident is about.
     pub kind: Kind,
-    /// When it happened (for a recording: when it ended).
+    /// When the event happened; for a recording, when it ended.
     pub at: At,
-    /// The machine.
+    /// The machine that it happened on.
     pub host: Host,
-    /// The cgroup it is about: the victim's, the spike's, the near miss's, the one that was stuck, the recording's.
+    /// The cgroup that the incident is about: the victim's cgroup, the one whose limit was
+    /// approached or hit, or the recorded one.
     pub cgroup: Cgroup,
-    /// The OOM kill; null for spikes and recordings without one.
+    /// The OOM kill; null when there was none.
     pub oom: Option<Oom>,
-    /// The limit that was hit without a kill, for a near miss and where tasks were stuck; not there otherwise.
+    /// The limit that was hit without a kill, for near misses and stuck cgroups; absent otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pressure: Option<Pressure>,
-    /// The command, for a recording.
+    /// What was recorded; null when this is not a recording.
     pub recording: Option<Recording>,
-    /// The memory curve of `cgroup` (for an ancestor kill, `oom.oom_cgroup` has its own counters per kill).
+    /// The memory curve of `cgroup`. When an ancestor ran out of memory and its usage was read in
+    /// the window, the curve of that ancestor (`oom.oom_cgroup`).
     pub timeline: Timeline,
-    /// Growth of processes up to the event, most grown first.
+    /// How much processes grew up to the event, largest growth first.
     #[serde(deserialize_with = "capped::growth")]
     pub growth: Vec<Growth>,
-    /// Large mappings made and given back before the event, oldest first.
+    /// Large mapping calls before the event, oldest first.
     #[serde(deserialize_with = "capped::mappings")]
     pub mappings: Vec<MappingNote>,
-    /// Stacks that grew memory in the window, weighted in bytes, heaviest first within each cause.
+    /// Stacks that grew memory in the window, ordered by cause and then by weight, heaviest first.
     #[serde(deserialize_with = "capped::allocation_paths")]
     pub allocation_paths: Vec<AllocationPath>,
-    /// When each of them grew it, and what grew without a stack; not there when no stacks were taken.
+    /// When each path grew memory, and what grew without a stack; absent when no stacks were taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocations: Option<Allocations>,
-    /// What memory was made of at the event.
+    /// What the memory consisted of at the event.
     pub composition: Composition,
-    /// What it means, with its evidence.
+    /// What happened in one sentence, with the facts it rests on.
     pub verdict: Verdict,
     /// What is missing from this file.
     #[serde(deserialize_with = "capped::losses")]
@@ -65,7 +70,7 @@ pub struct At {
     pub boot_ns: u64,
     /// The same moment as wall time, RFC 3339 UTC with nanoseconds.
     pub wall: String,
-    /// How far `wall` may be off, from the reading of the two clocks.
+    /// How far `wall` may be off: half the time that reading both clocks took.
     pub wall_uncertainty_ns: u64,
 }
 
@@ -77,15 +82,16 @@ pub struct Host {
     pub hostname: String,
     /// Kernel release (`uname -r`).
     pub kernel: String,
-    /// Boot id: boot-clock times of two files compare only when it is equal.
+    /// Boot id (`/proc/sys/kernel/random/boot_id`). Boot-clock times of two files compare only when
+    /// it is equal.
     pub boot_id: String,
-    /// CPUs online.
+    /// Number of CPUs online.
     pub cpus: u32,
-    /// Memory of the machine.
+    /// Memory of the machine (`MemTotal`).
     pub memory_bytes: u64,
-    /// Page size.
+    /// Page size of the kernel.
     pub page_bytes: u64,
-    /// Pages the kernel may charge to a cgroup ahead of use, per CPU (the stock), in bytes; usage is exact
+    /// How much the kernel may charge to a cgroup ahead of use, per CPU (the stock). Usage is exact
     /// up to this times `cpus`.
     pub charge_batch_bytes: u64,
 }
@@ -94,100 +100,101 @@ pub struct Host {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Cgroup {
-    /// kernfs id: inode of its directory in the memory hierarchy.
+    /// kernfs id: inode number of its directory in the memory hierarchy.
     pub id: u64,
-    /// Path from the root of the memory hierarchy; null when it could not be learnt.
+    /// Path from the root of the memory hierarchy; null when it is not known.
     pub path: Option<String>,
-    /// Which cgroup version its memory controller is on: 1 or 2.
+    /// Cgroup version of the memory controller: 1 or 2.
     pub version: u32,
-    /// Its limit; null when it has none.
+    /// Hard limit (`memory.max`; v1 `memory.limit_in_bytes`); null when it has none.
     pub limit_bytes: Option<u64>,
-    /// Its usage at the event, as the kernel compares it with the limit.
+    /// Usage at the event: the page counter, which the kernel compares with the limit.
     pub usage_bytes: Option<u64>,
-    /// Highest usage ever (the kernel's watermark).
+    /// Highest usage so far (the kernel's watermark).
     pub peak_bytes: Option<u64>,
     /// `memory.high`; null when it has none.
     pub high_bytes: Option<u64>,
-    /// v2 swap usage; v1 memory and swap together.
+    /// Swap usage; on v1 memory and swap together.
     pub swap_usage_bytes: Option<u64>,
-    /// v2 swap limit; v1 limit of memory and swap together; null when none.
+    /// Swap limit; on v1 the limit of memory and swap together; null when it has none.
     pub swap_limit_bytes: Option<u64>,
     /// How often a charge hit the limit.
     pub failcnt: Option<u64>,
-    /// Container, read off the path.
+    /// Container, as far as the path names one.
     pub container: Option<Container>,
-    /// Pod, read off the path.
+    /// Pod, as far as the path names one.
     pub kubernetes: Option<Kubernetes>,
 }
 
-/// A container as its cgroup path names it.
+/// A container, as the cgroup path names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Container {
-    /// Container id.
+    /// Container id: 64 hexadecimal digits.
     pub id: String,
-    /// Runtime, when the path says it: `containerd`, `cri-o`, `docker`, `podman`.
+    /// Runtime, when the path names it: `containerd`, `cri-o`, `docker`, `podman`.
     pub runtime: Option<String>,
 }
 
-/// A pod as its cgroup path names it.
+/// A pod, as the cgroup path names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Kubernetes {
     /// Pod UID.
     pub pod_uid: String,
-    /// Quality of service: `guaranteed`, `burstable`, `besteffort`.
+    /// Quality of service class: `guaranteed`, `burstable`, `besteffort`.
     pub qos: Option<String>,
 }
 
-/// An OOM kill.
+/// An OOM kill: one decision of the OOM killer with all its victims.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Oom {
-    /// What ran out.
+    /// Whose memory ran out.
     pub scope: Scope,
-    /// The cgroup that ran out; null for a global OOM or when unknown.
+    /// The cgroup that ran out of memory; null for a global OOM or when unknown.
     pub oom_cgroup: Option<Cgroup>,
-    /// memory.oom.group applied: the whole cgroup was killed.
+    /// Whether `memory.oom.group` applied: the whole cgroup was killed.
     pub group_kill: bool,
     /// The task whose allocation failed, not necessarily a victim.
     pub trigger: Process,
-    /// kernfs id and path of the trigger's own cgroup.
+    /// The trigger's own cgroup; null when it was not read.
     pub trigger_cgroup: Option<Cgroup>,
-    /// Kernel functions of the failed charge, innermost first; empty when not captured.
+    /// Kernel functions of the trigger at the mark, innermost first; empty when not captured.
     #[serde(deserialize_with = "capped::functions")]
     pub trigger_kernel_stack: Vec<String>,
-    /// Everyone who was killed or chosen, in kernel order.
+    /// Every process that was killed or chosen, in the order of the kernel.
     #[serde(deserialize_with = "capped::victims")]
     pub victims: Vec<Victim>,
     /// Processes of the cgroup at the kill, largest first.
     #[serde(deserialize_with = "capped::tasks")]
     pub tasks: Vec<TaskRow>,
-    /// What the kernel log said about this kill; null when it was not read or said nothing.
+    /// What the kernel log has about this kill; null when it was not read or has no line.
     pub kernel_log: Option<KernelLogKill>,
 }
 
-/// A limit that was hit while nobody was killed.
+/// A limit that was hit without a kill.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Pressure {
-    /// When it was hit first, boot clock.
+    /// When the limit was first hit, boot clock.
     pub from_boot_ns: u64,
-    /// When it was last seen hit or reclaimed for.
+    /// When the limit was last hit, or reclaim for it last ended.
     pub until_boot_ns: u64,
-    /// Which limit. Of both the hard one.
+    /// Which limit was hit; the hard limit when both were.
     pub limit: PressureLimit,
-    /// How often it was hit in that time.
+    /// How often that limit was hit.
     pub hits: u64,
-    /// How long reclaim held tasks up, in sum; those it held for less than 1 ms, and pauses that `memory.high` imposes
-    /// between reclaims, are not in it. Null when the end of reclaim is not seen.
+    /// How long reclaim delayed tasks, summed over tasks. Delays below 1 ms are not counted, nor
+    /// are the pauses that `memory.high` imposes between reclaims. Null when the end of reclaim is
+    /// not seen.
     pub stalled_ns: Option<u64>,
-    /// The cgroup's OOM killer was off (v1 `memory.oom_control`); null when unknown, as always on v2, which has no such
-    /// switch.
+    /// Whether the cgroup's OOM killer was off (v1 `memory.oom_control`). Null when unknown, and
+    /// always on v2, which has no such switch.
     pub oom_kill_disabled: Option<bool>,
-    /// How long tasks waited for memory with the OOM killer off; null for a near miss.
+    /// How long tasks waited for memory because the OOM killer was off; null for a near miss.
     pub under_oom_ns: Option<u64>,
-    /// Processes of the cgroup then, largest first.
+    /// Processes of the cgroup at the event, largest first.
     #[serde(deserialize_with = "capped::tasks")]
     pub tasks: Vec<TaskRow>,
 }
@@ -197,13 +204,13 @@ pub struct Pressure {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum PressureLimit {
-    /// The hard limit: `memory.max`, `memory.limit_in_bytes`.
+    /// The hard limit: `memory.max`, on v1 `memory.limit_in_bytes`.
     Max,
-    /// `memory.high`: tasks are slowed down, nobody is killed for it.
+    /// `memory.high`: the kernel slows tasks down above it and kills none.
     High,
 }
 
-/// What ran out.
+/// Whose memory ran out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
@@ -212,11 +219,11 @@ pub enum Scope {
     Cgroup,
     /// An ancestor of the victim's cgroup (a pod, a slice).
     Ancestor,
-    /// The machine.
+    /// The whole machine.
     Global,
     /// The memory nodes of a cpuset.
     Cpuset,
-    /// Not found out.
+    /// It could not be determined.
     Unknown,
 }
 
@@ -228,9 +235,9 @@ pub struct Process {
     pub pid: u32,
     /// Thread id.
     pub tid: u32,
-    /// Start, boot clock; with `pid` it is unique on this boot.
+    /// Start, boot clock. Together with `pid` it is unique within a boot.
     pub start_boot_ns: u64,
-    /// Name, escaped where not printable.
+    /// Name (`comm`), escaped where not printable.
     pub comm: String,
 }
 
@@ -242,11 +249,11 @@ pub struct Victim {
     pub pid: u32,
     /// Start, boot clock.
     pub start_boot_ns: u64,
-    /// Name, escaped where not printable.
+    /// Name (`comm`), escaped where not printable.
     pub comm: String,
-    /// kernfs id of its memory cgroup.
+    /// kernfs id of its memory cgroup; null when it was not read.
     pub cgroup_id: Option<u64>,
-    /// Path of its memory cgroup.
+    /// Path of its memory cgroup; null when it is not known.
     pub cgroup_path: Option<String>,
     /// When it was killed (SIGKILL) or chosen, boot clock.
     pub at_boot_ns: u64,
@@ -254,19 +261,20 @@ pub struct Victim {
     pub anon_bytes: Option<u64>,
     /// Resident file pages.
     pub file_bytes: Option<u64>,
-    /// Resident shared memory.
+    /// Resident shared memory and tmpfs.
     pub shmem_bytes: Option<u64>,
-    /// Swapped out.
+    /// Swap entries.
     pub swap_bytes: Option<u64>,
     /// Page tables.
     pub pagetable_bytes: Option<u64>,
-    /// Its oom_score_adj.
+    /// `oom_score_adj` of the process.
     pub oom_score_adj: Option<i32>,
-    /// The kernel sent it SIGKILL; false: only chosen while it was already exiting.
+    /// Whether the kernel sent it SIGKILL. False: it was chosen while it was already exiting.
     pub killed: bool,
-    /// Killed because it shares its address space with a victim.
+    /// Whether it was killed because it shares its address space with a victim.
     pub shares_mm: bool,
-    /// When its last thread exited; null when not yet seen.
+    /// When its last thread exited, boot clock; null when that was not seen before the file was
+    /// built.
     pub exit_boot_ns: Option<u64>,
 }
 
@@ -274,65 +282,66 @@ pub struct Victim {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TaskRow {
-    /// Process id.
+    /// Process id (tgid).
     pub pid: u32,
-    /// Start, boot clock; null for a process found running whose exact start is not known.
+    /// Start, boot clock. Null for a process that ran already when tracing began and whose exact
+    /// start is not known.
     pub start_boot_ns: Option<u64>,
-    /// Name.
+    /// Name (`comm`), escaped where not printable.
     pub comm: String,
     /// Resident anonymous memory.
     pub anon_bytes: u64,
     /// Resident file pages.
     pub file_bytes: u64,
-    /// Resident shared memory.
+    /// Resident shared memory and tmpfs.
     pub shmem_bytes: u64,
-    /// Swapped out.
+    /// Swap entries.
     pub swap_bytes: u64,
-    /// Highest sum of anon, file and shmem.
+    /// Highest sum of anon, file and shmem that was seen.
     pub peak_bytes: u64,
-    /// It is among the victims.
+    /// Whether it is among the victims.
     pub victim: bool,
 }
 
-/// The kernel log's view of a kill, as a cross-check.
+/// What the kernel log has about a kill, to check the hooks against.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct KernelLogKill {
-    /// printk's clock of the "Killed process" line, nanoseconds (microsecond resolution).
+    /// printk time of the "Killed process" line, nanoseconds (the log has microseconds).
     pub killed_line_ns: Option<u64>,
-    /// printk's clock of the `oom-kill:` line, which is rate-limited.
+    /// printk time of the `oom-kill:` line, nanoseconds. The kernel limits the rate of these lines.
     pub oom_line_ns: Option<u64>,
-    /// `constraint=` of the `oom-kill:` line.
+    /// `constraint=` of the `oom-kill:` line, such as `CONSTRAINT_MEMCG`.
     pub constraint: Option<String>,
-    /// `oom_memcg=`.
+    /// `oom_memcg=` of the `oom-kill:` line: path of the cgroup that ran out.
     pub oom_memcg: Option<String>,
-    /// `task_memcg=`.
+    /// `task_memcg=` of the `oom-kill:` line: path of the victim's cgroup.
     pub task_memcg: Option<String>,
-    /// pid in those lines.
+    /// Process or thread id that these lines name.
     pub pid: u32,
 }
 
-/// The command of a recording.
+/// What a recording recorded.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Recording {
     /// Program and arguments; empty when a running process or cgroup was recorded.
     #[serde(deserialize_with = "capped::command")]
     pub command: Vec<String>,
-    /// Start, boot clock.
+    /// When the recording began, boot clock.
     pub start_boot_ns: u64,
-    /// How long it took.
+    /// From begin to end.
     pub duration_ns: u64,
-    /// Exit code; null when killed or still running.
+    /// Exit code of the command; null when it was killed by a signal or still runs.
     pub exit_code: Option<i32>,
-    /// Signal that ended it.
+    /// Signal that killed the command; null otherwise.
     pub signal: Option<i32>,
-    /// Every process that ran, by peak.
+    /// Every process that ran, highest peak first.
     #[serde(deserialize_with = "capped::processes")]
     pub processes: Vec<RecordedProcess>,
-    /// How many more processes ran than are listed.
+    /// Processes that ran but are not listed.
     pub processes_left_out: u64,
-    /// Ids of OOM kills during the recording.
+    /// Ids of the OOM kill incidents during the recording.
     #[serde(deserialize_with = "capped::oom_incidents")]
     pub oom_incidents: Vec<String>,
 }
@@ -341,155 +350,111 @@ pub struct Recording {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct RecordedProcess {
-    /// Process id.
+    /// Process id (tgid).
     pub pid: u32,
     /// Start, boot clock.
     pub start_boot_ns: u64,
-    /// Last name it had.
+    /// Its last name (`comm`), escaped where not printable.
     pub comm: String,
-    /// Highest sum of anon, file and shmem of the program it ran last (a fork without exec starts with its parent's).
+    /// Highest sum of anon, file and shmem of the program that it ran last. A fork without exec
+    /// starts with its parent's pages.
     pub peak_bytes: Option<u64>,
-    /// The kernel's own peak (`signal->maxrss`, what `time -v` prints); null until it exits, and when that figure is of
-    /// a program that ran in this process before an exec.
+    /// The kernel's own peak (`signal->maxrss`, which `time -v` prints). Null until the process
+    /// exits, and when the figure belongs to a program that ran in this process before an exec.
     pub max_rss_bytes: Option<u64>,
-    /// Exit status: wait(2) encoding; null until it exits.
+    /// Exit status in the encoding of wait(2); null until it exits.
     pub exit_code: Option<u32>,
 }
 
-/// The curve: columns of equal length, one row a reading.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct Timeline {
-    /// The readings.
-    pub columns: Columns,
-    /// Readings left out because the timeline keeps less of what is older.
-    pub thinned: u64,
-}
-
-/// Readings; row i of every column belongs together.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-pub struct Columns {
-    /// When, boot clock, ascending.
-    #[serde(deserialize_with = "capped::rows")]
-    pub boot_ns: Vec<u64>,
-    /// Usage of the cgroup, as the kernel compares it with the limit.
-    #[serde(deserialize_with = "capped::rows")]
-    pub usage_bytes: Vec<Option<u64>>,
-    /// Its limit.
-    #[serde(deserialize_with = "capped::rows")]
-    pub limit_bytes: Vec<Option<u64>>,
-    /// The kernel's watermark.
-    #[serde(deserialize_with = "capped::rows")]
-    pub watermark_bytes: Vec<Option<u64>>,
-    /// Sum of resident anonymous memory of its processes.
-    #[serde(deserialize_with = "capped::rows")]
-    pub anon_bytes: Vec<u64>,
-    /// Sum of resident file pages (a page mapped twice counts twice).
-    #[serde(deserialize_with = "capped::rows")]
-    pub file_bytes: Vec<u64>,
-    /// Sum of resident shared memory (a page mapped twice counts twice).
-    #[serde(deserialize_with = "capped::rows")]
-    pub shmem_bytes: Vec<u64>,
-    /// Sum of swapped-out pages of its processes.
-    #[serde(deserialize_with = "capped::rows")]
-    pub swap_bytes: Vec<u64>,
-    /// Swap usage of the cgroup as the kernel counts it; on cgroup v1 memory and swap together.
-    #[serde(deserialize_with = "capped::rows")]
-    pub swap_usage_bytes: Vec<Option<u64>>,
-    /// Its limit.
-    #[serde(deserialize_with = "capped::rows")]
-    pub swap_limit_bytes: Vec<Option<u64>>,
-}
-
-/// How much one process grew up to the event.
+/// How much the resident memory of one process changed up to the event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Growth {
-    /// Process id.
+    /// Process id (tgid).
     pub pid: u32,
     /// Start, boot clock.
     pub start_boot_ns: u64,
-    /// Name.
+    /// Name (`comm`), escaped where not printable.
     pub comm: String,
-    /// anon + file + shmem at the event.
+    /// Resident memory at the event: anon + file + shmem.
     pub rss_bytes: u64,
-    /// Growth over the last 100 ms; negative when it shrank; null when it was not seen that long ago and did not start since.
+    /// Change over the last 100 ms, negative when it shrank. Null when the process is older than
+    /// that and its memory was not read before.
     pub last_100ms_bytes: Option<i64>,
-    /// Growth over the last second.
+    /// Change over the last second; null as above.
     pub last_1s_bytes: Option<i64>,
-    /// Growth over the last ten seconds.
+    /// Change over the last ten seconds; null as above.
     pub last_10s_bytes: Option<i64>,
 }
 
-/// A mapping call.
+/// A call that changed the address space of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MappingNote {
-    /// When.
+    /// When the call was made, boot clock.
     pub boot_ns: u64,
-    /// Process id.
+    /// Process id (tgid).
     pub pid: u32,
-    /// Name.
+    /// Name (`comm`) of the calling thread, escaped where not printable.
     pub comm: String,
-    /// `mmap`, `munmap`, `mremap`, `brk`, `madvise`.
+    /// Name of the call: `mmap`, `munmap`, `mremap`, `brk`, `madvise`, `unknown`.
     pub call: String,
-    /// Address.
+    /// Where the mapping begins.
     pub address: u64,
-    /// Bytes; positive when address space grew.
+    /// How much address space it added; negative when it gave some back.
     pub change_bytes: i64,
-    /// Bytes mapped by smaller calls since the note before.
+    /// What smaller calls added since the note before this one.
     pub small_mapped_bytes: u64,
-    /// Bytes given back by smaller calls since the note before.
+    /// What smaller calls gave back since the note before this one.
     pub small_unmapped_bytes: u64,
 }
 
-/// What memory was made of at the event.
+/// What the memory of the cgroup consisted of at the event.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Composition {
-    /// Sum of resident anonymous memory of the cgroup's processes.
+    /// Resident anonymous memory of the cgroup's processes, summed.
     pub anon_bytes: Option<u64>,
-    /// Sum of their resident file pages.
+    /// Resident file pages of the cgroup's processes, summed.
     pub file_bytes: Option<u64>,
-    /// Sum of their resident shared memory.
+    /// Resident shared memory of the cgroup's processes, summed.
     pub shmem_bytes: Option<u64>,
-    /// Sum of their swapped-out pages.
+    /// Swap entries of the cgroup's processes, summed.
     pub swap_bytes: Option<u64>,
-    /// Usage minus anon and shmem, where positive: page cache, unmapped tmpfs, kernel memory, sockets, and memory of
-    /// processes not followed.
+    /// Usage minus anon and shmem, where that is positive: page cache, unmapped tmpfs, kernel
+    /// memory, sockets, and memory of processes that are not followed. Null when usage is unknown.
     pub unattributed_bytes: Option<i64>,
 }
 
-/// What it means.
+/// What happened, in words.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Verdict {
-    /// One sentence.
+    /// One sentence for the reader of a report.
     pub summary: String,
-    /// Facts it rests on.
+    /// The facts that the sentence rests on, one each.
     #[serde(deserialize_with = "capped::evidence")]
     pub evidence: Vec<String>,
 }
 
-/// Something that is missing: a [`Loss`], or a hook or source that is off (its name, a colon, and what
-/// that means).
+/// Something that is missing from the file: a [`Loss`], or a hook or source that is off.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LossNote {
-    /// What: a ring and reason, a cap, a source.
+    /// What is missing: the label of a loss, such as `samples/ring_full`, or the name of a hook or
+    /// source, a colon, and what its absence means.
     pub what: String,
-    /// How many, from the start of the window to the event; null when it cannot be counted.
+    /// How many were lost since the window began; null when that cannot be counted.
     pub count: Option<u64>,
 }
 
 impl LossNote {
-    /// A loss, and how many; `None` where it cannot be counted.
+    /// A loss with its count; `None` when it cannot be counted.
     pub fn of(loss: Loss, count: Option<u64>) -> Self {
         Self { what: loss.label().to_owned(), count }
     }
 
-    /// A loss that is counted; `None` where nothing was lost.
+    /// A loss with its count, or `None` when the count is 0.
     pub fn counted(loss: Loss, count: u64) -> Option<Self> {
         (count > 0).then(|| Self::of(loss, Some(count)))
     }

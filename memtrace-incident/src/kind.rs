@@ -1,4 +1,5 @@
-//! What an incident is about. A new kind is a new row here: its names and phrases stand nowhere else.
+//! The kinds of incident. The names and phrases of a kind stand only here, so a new kind needs one
+//! new variant and one line in each function below.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,23 +8,23 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// The kernel's OOM killer killed.
+    /// The kernel's OOM killer killed a process.
     OomKill,
-    /// Memory rose close to the limit and fell again.
+    /// Usage rose close to the limit within a second and fell again, without a kill.
     Spike,
-    /// A limit was hit, reclaim ran, nobody was killed.
+    /// A limit was hit and reclaim ran, without a kill.
     NearMiss,
-    /// A limit was hit and the OOM killer is off: tasks waited (cgroup v1).
+    /// A limit was hit with the OOM killer off, so tasks waited for memory (cgroup v1).
     Stuck,
-    /// `memtrace record`.
+    /// Not an event: what `memtrace record` recorded.
     Recording,
 }
 
 impl Kind {
-    /// Every kind.
+    /// Every kind, in the order of the variants.
     pub const ALL: [Self; 5] = [Self::OomKill, Self::Spike, Self::NearMiss, Self::Stuck, Self::Recording];
 
-    /// The name in the file, in lists and as the label of metrics.
+    /// The name in the file and in lists, and the label in metrics: `oom_kill`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::OomKill => "oom_kill",
@@ -34,7 +35,7 @@ impl Kind {
         }
     }
 
-    /// The first words of its headline.
+    /// The first words of the headline: `OOM kill`.
     pub const fn title(self) -> &'static str {
         match self {
             Self::OomKill => "OOM kill",
@@ -45,7 +46,7 @@ impl Kind {
         }
     }
 
-    /// The moment that its growth leads up to, after a verb: "windows end at the kill".
+    /// The moment at which the growth windows end, to follow a verb: "windows end at the kill".
     pub const fn moment(self) -> &'static str {
         match self {
             Self::OomKill => "at the kill",
@@ -56,7 +57,7 @@ impl Kind {
         }
     }
 
-    /// Which stretch of time its curve shows: "up to the kill".
+    /// The span of time that the curve shows: "up to the kill".
     pub const fn curve_span(self) -> &'static str {
         match self {
             Self::OomKill => "up to the kill",
@@ -67,7 +68,7 @@ impl Kind {
         }
     }
 
-    /// Whether somebody was killed or is held up now: reports show it as an alarm.
+    /// Whether a process was killed or tasks wait for memory. Reports show these kinds as alarms.
     pub const fn is_alarm(self) -> bool {
         matches!(self, Self::OomKill | Self::Stuck)
     }

@@ -1,60 +1,64 @@
-//! Lines of the ledgers beside the incident files: `kills.jsonl`, `sigkills.jsonl`.
+//! Lines of the two ledgers beside the incident files. A ledger is a file of JSON lines that is
+//! only appended to: `kills.jsonl` has a line for each OOM victim, `sigkills.jsonl` one for each
+//! process that got SIGKILL from anywhere.
 
 use serde::{Deserialize, Serialize};
 
-/// One line of the kill ledger.
+/// One line of the kill ledger, `kills.jsonl`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KillEntry {
-    /// Id of the incident this kill belongs to.
+    /// Id of the incident that this kill belongs to. The incident is saved later.
     pub incident: String,
-    /// Boot clock, nanoseconds.
+    /// When the victim was killed (SIGKILL) or chosen, boot clock, nanoseconds.
     pub boot_ns: u64,
-    /// Wall time, RFC 3339.
+    /// The same moment as wall time, RFC 3339 UTC.
     pub wall: String,
-    /// Victim's process id.
+    /// Victim's process id (tgid).
     pub pid: u32,
-    /// Victim's start, boot clock.
+    /// Victim's start, boot clock, nanoseconds.
     pub start_boot_ns: u64,
-    /// Victim's name.
+    /// Victim's name, escaped where not printable.
     pub comm: String,
-    /// Victim's cgroup path, when known.
+    /// Victim's cgroup path; null when it is not known.
     pub cgroup_path: Option<String>,
-    /// Usage of the cgroup that ran out.
+    /// Usage of the cgroup that ran out of memory; null when it was not read.
     pub usage_bytes: Option<u64>,
-    /// Its limit.
+    /// Limit of the cgroup that ran out of memory; null when it has none or was not read.
     pub limit_bytes: Option<u64>,
-    /// Trigger's process id.
+    /// Process id of the trigger, whose allocation failed.
     pub trigger_pid: u32,
-    /// The kernel sent SIGKILL.
+    /// Whether the kernel sent SIGKILL. False: the victim was chosen while it was already exiting.
     pub killed: bool,
 }
 
-/// One line of the ledger of SIGKILLs: a process that got one, and who sent the first that was delivered.
+/// One line of the SIGKILL ledger, `sigkills.jsonl`: a process that got SIGKILL, and the sender of
+/// the first one that was delivered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SigkillEntry {
-    /// When it was sent, boot clock, nanoseconds.
+    /// When the signal was sent, boot clock, nanoseconds.
     pub boot_ns: u64,
-    /// Wall time, RFC 3339.
+    /// The same moment as wall time, RFC 3339 UTC.
     pub wall: String,
-    /// Process that got it.
+    /// Process id (tgid) of the target.
     pub pid: u32,
-    /// Its start, boot clock.
+    /// Start of the target, boot clock, nanoseconds.
     pub start_boot_ns: u64,
-    /// Its name.
+    /// Name of the target, escaped where not printable.
     pub comm: String,
-    /// kernfs id of its memory cgroup.
+    /// kernfs id of the target's memory cgroup; null when it was not read.
     pub cgroup_id: Option<u64>,
-    /// Path of its memory cgroup, when known.
+    /// Path of the target's memory cgroup; null when it is not known.
     pub cgroup_path: Option<String>,
     /// Why it was sent.
     pub cause: SigkillCause,
-    /// Process that sent it, or in whose context the kernel did; for an OOM kill whose allocation failed.
+    /// Process id of the sender. When the kernel sent it: of the process in whose context it did
+    /// so, for an OOM kill the trigger.
     pub sender_pid: u32,
-    /// The sender's start, boot clock.
+    /// The sender's start, boot clock, nanoseconds.
     pub sender_start_boot_ns: u64,
-    /// The sender's name.
+    /// The sender's name, escaped where not printable.
     pub sender_comm: String,
-    /// Id of the incident, for an OOM kill.
+    /// Id of the incident, for an OOM kill; null otherwise.
     pub incident: Option<String>,
 }
 
@@ -62,26 +66,29 @@ pub struct SigkillEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SigkillCause {
-    /// The OOM killer.
+    /// The OOM killer sent it.
     Oom,
-    /// Somebody wrote to cgroup.kill: the sender.
+    /// The sender wrote to `cgroup.kill`.
     CgroupKill,
-    /// A process by kill(2) or the like; the process itself also where the kernel ends it by force_sig.
+    /// A process sent it with kill(2) or a similar call. Also when the kernel ends a process with
+    /// `force_sig`: then the sender is the target itself.
     Process,
-    /// The init of its pid namespace exited (or its tracer, with PTRACE_O_EXITKILL): the sender.
+    /// The sender exited and was the init of the target's pid namespace, or its tracer with
+    /// PTRACE_O_EXITKILL.
     PidNamespace,
-    /// Its parent exited, and it had asked for SIGKILL then (PR_SET_PDEATHSIG).
+    /// The target's parent exited, and the target had requested SIGKILL for that
+    /// (PR_SET_PDEATHSIG).
     ParentDeath,
-    /// The kernel for another reason, such as RLIMIT_CPU.
+    /// The kernel sent it for another reason, such as RLIMIT_CPU.
     Kernel,
 }
 
 impl SigkillCause {
-    /// All of them.
+    /// Every cause.
     pub const ALL: [Self; 6] =
         [Self::Oom, Self::CgroupKill, Self::Process, Self::PidNamespace, Self::ParentDeath, Self::Kernel];
 
-    /// The name in the ledger.
+    /// The name in the ledger: `cgroup_kill`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Oom => "oom",

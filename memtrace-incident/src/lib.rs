@@ -1,13 +1,15 @@
-//! The incident: the file that memtrace publishes, and everything a program needs to read or write
-//! one. No kernel, no async runtime, no HTTP: a tool of yours can depend on this crate alone.
+//! The incident file that memtrace publishes: its types, its units and its codec. A program that
+//! reads or writes incident files needs this crate alone; it has no kernel code, no async runtime
+//! and no HTTP.
 //!
-//! - [`Incident`] and the types in it are the contract; `memtrace schema` prints it as JSON Schema.
-//! - [`Kind`] says what an incident is about, and holds every name and phrase of it.
-//! - [`Loss`] names everything that can be missing from a file, with a sentence for people.
-//! - [`KillEntry`] and [`SigkillEntry`] are lines of the ledgers beside the incidents.
-//! - [`codec`] turns an incident into the bytes of its file and back. Files are hostile: every list
-//!   is bounded while it is parsed.
-//! - [`units`] writes bytes, times and shares as people read them, the same way everywhere.
+//! - [`Incident`] and the types in it are the file format. `memtrace schema` prints it as JSON
+//!   Schema.
+//! - [`Kind`] is what an incident is about. Every name and phrase of a kind stands there.
+//! - [`Loss`] lists everything that can be missing from a file, each with a label and a sentence.
+//! - [`KillEntry`] and [`SigkillEntry`] are lines of the ledgers beside the incident files.
+//! - [`codec`] turns an incident into the bytes of its file and back. A file may come from
+//!   anywhere, so every list is bounded while it is parsed.
+//! - [`units`] formats bytes, times and percentages. All reports use it, so figures look alike.
 //!
 //! ```
 //! use memtrace_incident::codec;
@@ -21,7 +23,7 @@ mod capped;
 pub mod caps;
 pub mod codec;
 #[cfg(any(test, feature = "fixtures"))]
-#[allow(clippy::indexing_slicing, reason = "only tests use it, and a panic is how a test fails")]
+#[allow(clippy::indexing_slicing, reason = "made by hand, for tests: a panic is how one fails")]
 pub mod fixtures;
 mod incident;
 mod kind;
@@ -29,6 +31,7 @@ mod ledger;
 mod loss;
 #[cfg(feature = "schema")]
 mod schema;
+mod timeline;
 pub mod units;
 
 pub use allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
@@ -38,3 +41,4 @@ pub use ledger::{KillEntry, SigkillCause, SigkillEntry};
 pub use loss::Loss;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;
+pub use timeline::{Columns, Timeline};

@@ -1,90 +1,92 @@
-//! Everything that can be missing from what memtrace says: one row a loss.
+//! Everything that can be missing from memtrace's data, as one enum. A loss is counted where it
+//! happens, and every report shows its label and its sentence.
 //!
-//! A label is `source/what`. It is the same in the incident file, in `/metrics`, in the agent's log
-//! and on the terminal. Losses of the kernel side are counted per ring (`samples/ring_full`) or per
-//! hook (`map/not_run`): these rows hold what comes after the slash.
+//! A label has the form `source/what` and is the same in the incident file, in `/metrics`, in the
+//! agent's log and on the terminal. The kernel side counts its losses per ring
+//! (`samples/ring_full`) or per hook (`map/not_run`); their labels here are the part after the
+//! slash.
 
 /// A reason why something is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Loss {
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: a record found no room.
     RingFull,
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: the table of address spaces was full.
     TableFull,
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: a victim was named by a pid that could not be found.
     NoOwner,
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: an owner's cgroup or a victim's address space could not be read.
     Unreadable,
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: reclaim records above the rate limit.
     RateLimited,
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: mapping calls of 32-bit programs.
     Compat,
-    /// Kernel side, by ring.
+    /// Kernel side, per ring: a thread's mapping that another thread's stack stands for.
     Merged,
-    /// Kernel side, by hook.
+    /// Kernel side, per hook: the kernel did not run the program.
     NotRun,
-    /// The counters of the kernel side could not be read.
+    /// The loss counters of the kernel side could not be read.
     CountersUnreadable,
-    /// A record of the wrong size.
+    /// A record had the wrong size.
     BadRecords,
-    /// A record of a newer build.
+    /// A record had a kind that this build does not know.
     UnknownRecordKinds,
-    /// Cap of processes.
+    /// The cap of processes was reached.
     ProcessesEvicted,
-    /// Cap of cgroups.
+    /// The cap of cgroups was reached.
     CgroupsEvicted,
-    /// Cap of readings over all cgroups.
+    /// The cap of readings over all cgroups was reached.
     CurvesDropped,
-    /// Cap of spike and near-miss detectors.
+    /// The cap of spike and near-miss detectors was reached.
     DetectorsRefused,
-    /// Cap of allocation samples.
+    /// The cap of allocation samples was reached.
     GrowthDropped,
-    /// Cap of cgroups watched for being stuck.
+    /// The cap of stuck cgroups was reached.
     StuckNotFollowed,
-    /// Rate of SIGKILLs in the ledger.
+    /// The rate limit of the SIGKILL ledger was reached.
     SigkillsNotReported,
-    /// More names of losses than are kept.
+    /// The cap of labels was reached.
     Other,
     /// The incident was closed before its window was over.
     WindowCutShort,
-    /// Cap of victims in one incident.
+    /// The cap of victims in one incident was reached.
     VictimsNotListed,
-    /// Cap of the task table.
+    /// The cap of the task table was reached.
     TasksNotListed,
-    /// Cap of mapping notes.
+    /// The cap of mapping notes was reached.
     MappingsNotListed,
-    /// The curve keeps less of what is older.
+    /// Older readings of the curve were left out.
     TimelineThinned,
-    /// The kernel overwrote lines of its log.
+    /// The kernel overwrote lines of its log before they were read.
     KernelLogLinesLost,
-    /// The second witness is silent.
+    /// The kernel log has no line about a kill that the hooks saw.
     KernelLogSilent,
-    /// The stack budget was used up.
+    /// A stack was left out to stay within the stack budget.
     StacksOverBudget,
-    /// Cap of stacks that wait for their process to be read.
+    /// The cap of stacks that wait for their process to be read was reached.
     StacksNoRoomToWait,
-    /// A stack record of the wrong size.
+    /// A stack record had the wrong size.
     StacksBadRecords,
-    /// Cap of processes whose mappings are cached.
+    /// The cap of processes with cached mappings was reached.
     StackProcessesForgotten,
-    /// Cap of mappings of one process.
+    /// The cap of mappings of one process was reached.
     StackMappingsLeftOut,
-    /// Cap of modules.
+    /// The cap of modules was reached.
     ModulesForgotten,
-    /// Cap of open module files.
+    /// The cap of open module files was reached.
     ModulesClosedEarly,
-    /// Cap of unwind information of one module.
+    /// The cap of unwind information of one module was reached.
     UnwindInformationTooLarge,
     /// The journal could not be written.
     JournalNotWritten,
-    /// Cap of cgroups whose oom_control is read.
+    /// The cap of cgroups whose `memory.oom_control` is watched was reached.
     CgroupNotWatched,
 }
 
-/// One row: the loss, its label, and a sentence for people.
+/// A loss, its label, and a sentence for people.
 type Row = (Loss, &'static str, &'static str);
 
-/// All of them. The first eight labels stand after `RING/` or `HOOK/`.
+/// Every loss. The first eight labels are the part after `RING/` or `HOOK/`.
 const ROWS: [Row; 36] = [
     (Loss::RingFull, "ring_full", "Records found no room in their ring."),
     (
@@ -189,29 +191,31 @@ const ROWS: [Row; 36] = [
 ];
 
 impl Loss {
-    /// Every loss.
+    /// Every loss, in the order of the variants.
     pub fn all() -> impl Iterator<Item = Self> {
         ROWS.iter().map(|(loss, ..)| *loss)
     }
 
-    /// The label; of losses counted by ring or hook what stands after `RING/` or `HOOK/`.
+    /// The label: `engine/bad_records`. For losses of the kernel side, the part after `RING/` or
+    /// `HOOK/`.
     pub fn label(self) -> &'static str {
         self.row().1
     }
 
-    /// One sentence for people.
+    /// One sentence for people, with a full stop.
     pub fn sentence(self) -> &'static str {
         self.row().2
     }
 
-    /// The loss of a label as files and metrics have it, with its ring or hook.
+    /// The loss for a label of a file or a metric, with or without its ring or hook. `None` when
+    /// this build does not know the label.
     pub fn of(label: &str) -> Option<Self> {
         let suffix = label.rsplit_once('/').map_or(label, |(_, suffix)| suffix);
         ROWS.iter().find(|(_, known, _)| *known == label || *known == suffix).map(|(loss, ..)| *loss)
     }
 
-    /// A label as this version writes it. Versions before wrote some with spaces, and journals of
-    /// theirs are replayed.
+    /// A label in the form of this version. Earlier versions wrote some with spaces, and their
+    /// journals can still be replayed.
     pub fn canonical(label: &str) -> String {
         label.replace(' ', "_")
     }

@@ -1,8 +1,10 @@
-//! The incident file as a JSON Schema.
+//! The JSON Schema of the incident file, derived from the types. Their doc comments are the
+//! descriptions in it.
 
 use crate::Incident;
 
-/// The published JSON Schema of the incident file, pretty-printed, with a newline at its end.
+/// The JSON Schema of the incident file, pretty-printed, with a newline at its end.
+/// `docs/incident.schema.json` is a copy of it.
 pub fn json_schema() -> serde_json::Result<String> {
     let mut text = serde_json::to_string_pretty(&schemars::schema_for!(Incident))?;
     text.push('\n');

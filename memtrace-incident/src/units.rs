@@ -1,8 +1,9 @@
-//! Numbers as people read them: binary sizes, signed growth, durations, counts.
+//! Formats numbers for people: binary sizes, signed changes, durations, percentages and counts. The
+//! engine's verdicts and every report use these functions, so the same figure looks the same.
 
 const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
 
-/// A size, to about three digits: `512 B`, `1.5 KiB`, `450 MiB`, `31.3 GiB`.
+/// A size to about three digits, without trailing zeros: `512 B`, `1.5 KiB`, `450 MiB`, `31.3 GiB`.
 pub fn bytes(size: u64) -> String {
     let size = u128::from(size);
     let mut scale = 1u128;
@@ -24,7 +25,7 @@ pub fn bytes(size: u64) -> String {
     String::new()
 }
 
-/// A change: `+320 MiB`, `-12 KiB`, `0 B`.
+/// A change in bytes: `+320 MiB`, `-12 KiB`, `0 B`.
 pub fn growth(change: i64) -> String {
     let sign = match change {
         0 => "",
@@ -34,12 +35,12 @@ pub fn growth(change: i64) -> String {
     format!("{sign}{}", bytes(change.unsigned_abs()))
 }
 
-/// A size, or `unknown`.
+/// A size in bytes, or `unknown` for `None`.
 pub fn known(size: Option<u64>) -> String {
     size.map_or_else(|| "unknown".to_owned(), bytes)
 }
 
-/// A time span: `850 ns`, `1.2 ms`, `12.3 s`, `2 min 5 s`, `3 h 20 min`, `4 d 2 h`.
+/// A duration: `850 ns`, `1.2 ms`, `12.3 s`, `2 min 5 s`, `3 h 20 min`, `4 d 2 h`.
 pub fn duration(ns: u64) -> String {
     let seconds = (ns.saturating_add(500_000_000)) / 1_000_000_000;
     match ns {
@@ -53,12 +54,12 @@ pub fn duration(ns: u64) -> String {
     }
 }
 
-/// Boot-clock nanoseconds as seconds with every digit: `5025.123456789`.
+/// Nanoseconds as seconds with nine decimals, nothing rounded: `5025.123456789`.
 pub fn seconds(ns: u64) -> String {
     format!("{}.{:09}", ns / 1_000_000_000, ns % 1_000_000_000)
 }
 
-/// `part` of `whole` in percent with one decimal; none of a whole that is 0.
+/// `part` of `whole` in percent, to one decimal: `99.9 %`. `None` when `whole` is 0.
 pub fn percent(part: u64, whole: u64) -> Option<String> {
     let permille = (u128::from(part) * 1000 + u128::from(whole) / 2).checked_div(u128::from(whole))?;
     Some(format!("{} %", decimal(permille, 1)))
@@ -80,7 +81,7 @@ fn two(large: u64, large_unit: &str, small: u64, small_unit: &str) -> String {
     if small == 0 { format!("{large} {large_unit}") } else { format!("{large} {large_unit} {small} {small_unit}") }
 }
 
-/// A number of tenths or hundredths without trailing zeros.
+/// `scaled` divided by 10 to the power of `places`, without trailing zeros.
 fn decimal(scaled: u128, places: u32) -> String {
     let ten = 10u128.pow(places);
     let (whole, rest) = (scaled / ten, scaled % ten);

@@ -1,4 +1,7 @@
-//! The daemon: a session whose outputs go to disk, to the log and to whoever asks over HTTP.
+//! The daemon: a session whose outputs go to disk, to the log and to HTTP.
+//!
+//! One loop on one thread runs the session, writes what comes of it, and answers requests in between. What may take
+//! long is beside it: file reads of HTTP and the naming of functions, each in a blocking thread.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -13,60 +16,60 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::serve::{self, Ask, Counters, Readings, StackCost};
-use crate::session::{self, Session};
+use crate::serve::{self, Counters, LoopRequest, MetricsSnapshot, StackCost};
+use crate::session::{Session, SessionConfig};
 
-mod naming;
+mod incident_reader;
 mod recovery;
-mod shelf;
 mod sinks;
+mod symbolize_queue;
 
-use naming::Naming;
-use shelf::Shelf;
+use incident_reader::IncidentReader;
 use sinks::Sinks;
+use symbolize_queue::SymbolizeQueue;
 
-/// Requests waiting for the loop.
-const MAX_ASKS: usize = 64;
-/// How often old incidents are dropped.
+/// Most requests waiting for the loop.
+const MAX_REQUESTS: usize = 64;
+/// How often old incident files are deleted.
 const RETENTION_EVERY: Duration = Duration::from_secs(600);
 
-/// What the daemon is told.
+/// How the agent runs.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct AgentConfig {
     /// How to trace.
-    pub session: session::Options,
-    /// Where incidents and the kill ledger are kept.
+    pub session: SessionConfig,
+    /// Directory of incidents and ledgers.
     pub state_dir: PathBuf,
-    /// Where to answer HTTP; none for not at all.
+    /// Address to serve HTTP at; `None` for no HTTP.
     pub listen: Option<SocketAddr>,
-    /// Keep at most this much in incidents.
+    /// Keep at most this much in incident files, bytes.
     pub retain_bytes: u64,
-    /// Keep incidents at most this long.
+    /// Delete incident files that are older.
     pub retain_age: Duration,
 }
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(options: Options) -> anyhow::Result<()> {
+pub fn run(config: AgentConfig) -> anyhow::Result<()> {
     log_to_stderr();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // File reads for HTTP answers, for which two are enough, and the naming of an incident; each thread costs memory.
+        // Two for file reads of HTTP, one for the naming of functions; each thread costs memory.
         .max_blocking_threads(3)
         .build()
         .context("failed to start the runtime")?;
-    let outcome = runtime.block_on(serve_and_trace(options));
-    // Names that are still looked for are not waited for.
+    let outcome = runtime.block_on(serve_and_trace(config));
+    // A thread that still looks up names is not waited for.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
+async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
     protect_from_oom();
-    let mut sinks = Sinks::open(&options)?;
-    let (asks, mut asked) = mpsc::channel(MAX_ASKS);
-    let listener = match options.listen {
+    let mut sinks = Sinks::open(&config)?;
+    let (sender, mut requests) = mpsc::channel(MAX_REQUESTS);
+    let listener = match config.listen {
         None => None,
         Some(address) => Some(
             TcpListener::bind(address)
@@ -74,113 +77,112 @@ async fn serve_and_trace(options: Options) -> anyhow::Result<()> {
                 .with_context(|| format!("failed to listen on {address}; choose another address with --listen"))?,
         ),
     };
-    if let Some((dir, _)) = &options.session.journal {
-        recovery::recover(dir, &mut sinks)?;
+    if let Some(journal) = &config.session.journal {
+        recovery::recover(&journal.dir, &mut sinks)?;
     }
-    let mut session = Session::start(&options.session)?;
+    let mut session = Session::start(&config.session)?;
     for line in session.status().degraded() {
         warn!("degraded: {line}");
     }
     for fallback in session.status().fallbacks() {
         warn!("{fallback}");
     }
-    // Readiness is what the listener answers, so it only starts to answer when there is something to say.
+    // Served only from here on: an answer means that the programs are attached.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
-        tokio::spawn(serve::run(listener, asks.clone(), Arc::new(Shelf::at(&options.state_dir))));
+        tokio::spawn(serve::run(listener, sender.clone(), Arc::new(IncidentReader::at(&config.state_dir))));
     }
     info!(
         version = env!("CARGO_PKG_VERSION"),
-        state_dir = %options.state_dir.display(),
+        state_dir = %config.state_dir.display(),
         listen = %address.map_or_else(|| "off".to_owned(), |address| address.to_string()),
         "ready"
     );
-    // Not under systemd is no error.
+    // Fails when systemd did not start this, which is fine.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    let mut naming = Naming::default();
+    let mut symbolize = SymbolizeQueue::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     loop {
         let outputs = tokio::select! {
             outputs = session.step() => outputs,
-            Some(ask) = asked.recv() => {
-                answer(ask, &session, &sinks.counters, &naming);
+            Some(request) = requests.recv() => {
+                answer(request, &session, &sinks.counters, &symbolize);
                 continue;
             }
-            ended = naming.ended() => {
-                naming.note(ended);
+            ended = symbolize.ended() => {
+                symbolize.finish(ended);
                 continue;
             }
             _ = retention.tick() => {
-                sinks.retain(&options);
+                sinks.retain(&config);
                 continue;
             }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         };
         sinks.take(outputs);
-        // One at a time, and the rings and questions in between: a save waits for the disk, they must not wait for it.
-        while sinks.save_one(&mut naming) {
+        // One at a time, with rings and requests in between: a save waits for the disk, and they must not.
+        while sinks.save_one(&mut symbolize) {
             sinks.take(session.pump(false));
             tokio::task::yield_now().await;
-            while let Ok(ask) = asked.try_recv() {
-                answer(ask, &session, &sinks.counters, &naming);
+            while let Ok(request) = requests.try_recv() {
+                answer(request, &session, &sinks.counters, &symbolize);
             }
         }
-        if naming.wants_modules() {
-            naming.start(session.open_modules());
+        if symbolize.wants_modules() {
+            symbolize.start(session.open_modules());
         }
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let modules = session.open_modules();
     sinks.take(session.stop());
-    while sinks.save_one(&mut naming) {}
-    naming.stop(modules).await;
+    while sinks.save_one(&mut symbolize) {}
+    symbolize.stop(modules).await;
     Ok(())
 }
 
-/// Answers a question between two turns; the asker may have gone.
-fn answer(ask: Ask, session: &Session, counters: &Counters, naming: &Naming) {
-    match ask {
-        Ask::Ping(reply) => {
+/// Answers a request between two turns of the loop. The client may have gone, so a failed reply is ignored.
+fn answer(request: LoopRequest, session: &Session, counters: &Counters, symbolize: &SymbolizeQueue) {
+    match request {
+        LoopRequest::Ping(reply) => {
             let _ = reply.send(());
         }
-        Ask::Snapshot(reply) => {
+        LoopRequest::Snapshot(reply) => {
             let _ = reply.send(session.engine().snapshot());
         }
-        Ask::Readings(reply) => {
+        LoopRequest::Metrics(reply) => {
             let (stacks, cost) = session.stack_cost();
-            let readings = Readings {
+            let snapshot = MetricsSnapshot {
                 stacks,
-                incidents_named: naming.named,
-                incidents_not_named: naming.failed,
+                incidents_named: symbolize.named,
+                incidents_not_named: symbolize.failed,
                 stack_cost: StackCost { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
                 counters: counters.clone(),
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),
                 sent: session.probe().sent(),
-                losses: session.losses().to_vec(),
                 journal_failures: session.journal_failures(),
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
                 resident_bytes: resident_bytes(),
                 map_bytes: session.probe().map_bytes(),
             };
-            let _ = reply.send(Box::new(readings));
+            let _ = reply.send(Box::new(snapshot));
         }
     }
 }
 
-/// Resident memory of this process.
+/// Resident memory of this process, bytes.
 fn resident_bytes() -> Option<u64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
     pages.checked_mul(rustix::param::page_size() as u64)
 }
 
-/// The OOM killer must not take the recorder first, and a machine without memory must not page it out: it has to run
-/// just then. Lowering the score needs CAP_SYS_RESOURCE, locking CAP_IPC_LOCK. Pages are locked as they are touched, so
-/// that what is mapped and never used stays unused.
+/// Keeps the agent running when memory runs out, which is when it is needed: its pages are locked (CAP_IPC_LOCK), and
+/// the OOM killer takes it last (CAP_SYS_RESOURCE). `ONFAULT` locks pages as they are touched; without it everything
+/// that is mapped would become resident.
 fn protect_from_oom() {
     let lock = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if let Err(error) = mlockall(lock) {
@@ -197,7 +199,7 @@ fn log_to_stderr() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    // A second logger in the same process is no reason to fail.
+    // Fails when a logger is already set, which is fine.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -1,59 +1,54 @@
-//! One run of the tracer: kernel, kernel log and stock in, outputs out. The agent and `record` both are one.
+//! One run of tracing. The agent and `memtrace record` each have one.
+//!
+//! [`Session::step`] is the loop: wait for a ring or for the tick of 100 ms, then drain the rings
+//! in batches, in order of time. Each record goes to the journal, to the engine, and is shown to
+//! the stacks. Then the session carries out the engine's requests (look up a cgroup, watch a limit,
+//! set a threshold) and returns its outputs, which are for disk and log, to the caller. What the
+//! session itself finds out becomes a [`Fact`], and goes the same way: journal, then engine.
 
-use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use memtrace_common::control::{Control, MAX_CPUS};
-use memtrace_common::layout::{ABSENT, KernelLayout};
-use tracing::{debug, info, warn};
-
-use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
-use crate::cgroup::queries::CgroupQueries;
-use crate::clock::{self, Ticker};
-use crate::error::CommandError;
-use crate::host;
-use crate::kernel::hooks::Hook;
-use crate::kernel::probe::{self, Probe};
-use crate::kernel::status::Status;
-use crate::kernel::support::{KernelFacts, MemoryController, plan};
-use crate::kernel::{facts, log, object};
-use crate::process::budget::{Cost, Steps};
-use crate::process::known::Processes;
-use crate::process::modules::OpenModule;
-use crate::process::stacks::Stacks;
-use crate::process::stock;
-use crate::store::journal;
-use memtrace_engine::Engine;
-use memtrace_engine::Out;
+use memtrace_engine::decode::decode;
 use memtrace_engine::input::{Fact, Input, Settings};
 use memtrace_engine::output::{Output, Request};
+use memtrace_engine::{Engine, Out};
+use memtrace_incident::Loss;
+use memtrace_unwind::modules::OpenModule;
+use tracing::{debug, info, warn};
 
-/// How often time passes for the engine and the rings that do not wake are drained.
+use crate::cgroup::hierarchy::Hierarchy;
+use crate::cgroup::queries::CgroupQueries;
+use crate::clock::{self, Ticker};
+use crate::host;
+use crate::kernel::hooks::Hook;
+use crate::kernel::log;
+use crate::kernel::probe::Probe;
+use crate::kernel::status::Status;
+use crate::proc::proc_scan;
+use crate::stacks::sampling_rate::StackCost;
+use crate::store::journal;
+
+mod capabilities;
+mod config;
+mod stack_pipeline;
+
+pub use capabilities::{Capabilities, attach, detect};
+pub use config::{JournalConfig, SessionConfig};
+use stack_pipeline::StackPipeline;
+
+/// How often time passes for the engine, and rings are drained that did not wake the session.
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between two readings of the loss counters.
 const TICKS_PER_LOSSES: u32 = 10;
 /// Ticks between two anchors of the wall clock.
 const TICKS_PER_ANCHOR: u32 = 100;
-/// Batches out of the rings in one turn.
+/// Batches drained in one turn.
 const BATCHES_PER_TURN: usize = 8;
-/// Processes taken stock of between two looks at the rings.
+/// Processes read at start between two drains of the rings.
 const DRAIN_EVERY: usize = 256;
-/// Bytes of user stack copied at first, where it is that deep: enough for most; userspace asks for more where it is not.
-const STACK_COPY_BYTES: u32 = 32 << 10;
-/// The step of cgroups that stacks are not taken of: more than any process grows.
-const NEVER_BYTES: u64 = 1 << 50;
-/// THREAD_SIZE of x86_64 and aarch64 with 4 KiB pages. A kernel with another one (KASAN) that has no bpf_task_pt_regs
-/// either is told by what it finds there.
-const THREAD_BYTES: u32 = 16 << 10;
-/// Segments the journal's size is cut into.
+/// Segments that the journal's size is divided into.
 const JOURNAL_SEGMENTS: u64 = 8;
-
-mod options;
-mod sampling;
-
-pub use options::Options;
 
 /// A running tracer.
 pub struct Session {
@@ -61,40 +56,27 @@ pub struct Session {
     engine: Engine,
     hierarchy: Hierarchy,
     status: Status,
-    journal: Option<journal::Writer>,
+    journal: Option<journal::JournalWriter>,
+    journal_failures: u64,
     kernel_log: Option<log::KmsgReader>,
+    queries: CgroupQueries,
+    stacks: StackPipeline,
     ticker: Ticker,
     ticks: u32,
-    /// A tick that made way for a kill.
-    owed: bool,
-    queries: CgroupQueries,
+    /// A tick was put off for a kill.
+    tick_owed: bool,
     losses: Vec<(String, u64)>,
-    stacks: Stacks,
-    /// The stacks ring holds more than was taken in the last turn.
-    stacks_owed: bool,
-    steps: Steps,
-    /// Stacks whose cost the kernel side has been told.
-    unwound: u64,
-    /// Cgroups whose stacks are taken, where not all are; with what is made in them.
-    sampled: BTreeSet<u64>,
-    /// Cgroups made in those, to be sampled too.
-    made: Vec<u64>,
-    /// When the steps were looked at last, boot clock.
-    steps_ns: u64,
-    /// The segment of the journal that has what stacks are made of.
-    stated_segment: u64,
-    journal_failures: u64,
     out: Out,
 }
 
 impl Session {
-    /// Finds out what the kernel allows, loads and attaches, takes stock of what already runs.
+    /// Detects what the kernel allows, attaches, and reports what already runs to the engine.
     ///
-    /// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a
-    /// [`CommandError::Unsupported`].
-    pub fn start(options: &Options) -> anyhow::Result<Self> {
-        let (hierarchy, probe, status) = attach(survey(options.btf.as_deref()), options)?;
-        let kernel_log = match options.kernel_log.then(log::KmsgReader::open) {
+    /// Must run inside a tokio runtime. [`crate::error::CommandError::Unsupported`]: this kernel or
+    /// these privileges cannot do it.
+    pub fn start(config: &SessionConfig) -> anyhow::Result<Self> {
+        let (hierarchy, probe, status) = attach(detect(config.btf.as_deref()), config)?;
+        let kernel_log = match config.kernel_log.then(log::KmsgReader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
             Some(Err(error)) => {
@@ -102,56 +84,49 @@ impl Session {
                 None
             }
         };
-        let journal = match &options.journal {
+        let journal = match &config.journal {
             None => None,
-            Some((dir, bytes)) => Some(
-                journal::Writer::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
+            Some(JournalConfig { dir, bytes }) => Some(
+                journal::JournalWriter::open(dir, (bytes / JOURNAL_SEGMENTS).max(1 << 18), *bytes)
                     .with_context(|| format!("failed to open the journal in {}", dir.display()))?,
             ),
         };
-        let ticker = Ticker::every(TICK).context("failed to make a timer")?;
         let mut session = Self {
             probe,
             engine: Engine::new(),
             hierarchy,
             status,
             journal,
-            kernel_log,
-            ticker,
-            ticks: 0,
-            owed: false,
-            queries: CgroupQueries::default(),
-            losses: Vec::new(),
-            stacks: Stacks::new(Processes::default()),
-            stacks_owed: false,
-            steps: Steps::new(options.sample_bytes, options.stack_budget_ppm),
-            unwound: 0,
-            sampled: BTreeSet::new(),
-            made: Vec::new(),
-            steps_ns: clock::boot_ns(),
-            stated_segment: 0,
             journal_failures: 0,
+            kernel_log,
+            queries: CgroupQueries::default(),
+            stacks: StackPipeline::new(config.sample_interval_bytes, config.stack_budget_ppm),
+            ticker: Ticker::every(TICK).context("failed to make a timer")?,
+            ticks: 0,
+            tick_owed: false,
+            losses: Vec::new(),
             out: Out::default(),
         };
-        session.take_stock(options);
+        session.begin(config);
         Ok(session)
     }
 
-    /// Tells the engine where it is and what already runs. The hooks are on: nothing falls between.
-    fn take_stock(&mut self, options: &Options) {
+    /// Gives the engine its settings, and the cgroups and processes that are there already. The
+    /// hooks are attached, so nothing is missed in between.
+    fn begin(&mut self, config: &SessionConfig) {
         let settings = Settings {
-            before_ns: options.before_ns,
-            after_ns: options.after_ns,
-            quantum_bytes: options.quantum_bytes,
+            before_ns: config.before_ns,
+            after_ns: config.after_ns,
+            rss_threshold_bytes: config.rss_threshold_bytes,
             cgroup_version: self.hierarchy.version,
             ticks_per_second: rustix::param::clock_ticks_per_second(),
             kernel_log: self.kernel_log.is_some(),
             kills_seen: self.status.on(Hook::Kill),
             stalls_seen: self.status.on(Hook::ReclaimEnd),
             degraded: self.status.degraded(),
-            spikes: options.spikes,
-            near_misses: options.near_misses,
-            sample_bytes: if options.stack_budget_ppm == 0 { 0 } else { options.sample_bytes },
+            spikes: config.spikes,
+            near_misses: config.near_misses,
+            sample_bytes: if config.stack_budget_ppm == 0 { 0 } else { config.sample_interval_bytes },
         };
         self.feed(Fact::Start { host: host::describe(), settings });
         self.feed(clock::anchor());
@@ -162,7 +137,12 @@ impl Session {
         for cgroup in walk.found {
             self.feed(Fact::Cgroup(cgroup));
         }
-        let (pids, left_out) = stock::pids().unwrap_or_else(|error| {
+        self.scan_processes();
+        self.flush_journal();
+    }
+
+    fn scan_processes(&mut self) {
+        let (pids, left_out) = proc_scan::pids().unwrap_or_else(|error| {
             warn!("{error:#}; processes are followed from their next change on");
             Default::default()
         });
@@ -170,32 +150,31 @@ impl Session {
             warn!(left_out, "more processes than are followed");
         }
         for (number, pid) in pids.into_iter().enumerate() {
-            // The hooks are on: a long list must not let the rings run full.
+            // The rings fill while this reads: a long list must not let them overflow.
             if number % DRAIN_EVERY == 0 {
-                while self.drain() {}
+                while self.drain_batch() {}
             }
             let Some(cgroup_id) = self.hierarchy.id_of_process(pid) else { continue };
-            if let Some(found) = stock::one(pid, cgroup_id, clock::boot_ns()) {
+            if let Some(found) = proc_scan::read_process(pid, cgroup_id, clock::boot_ns()) {
                 self.feed(Fact::Process(found));
             }
         }
-        self.flush_journal();
     }
 
-    /// Gives the engine one fact, journalled before.
+    /// Gives the engine one fact, after the journal has it.
     pub fn feed(&mut self, fact: Fact) {
         let input = Input::Fact(fact);
-        record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
+        self.append_to_journal(&input);
         self.engine.apply(&input, &mut self.out);
     }
 
-    /// Waits for something to happen and gives back what is to be done about it.
+    /// Waits for something to happen, and returns what the caller has to do about it.
     pub async fn step(&mut self) -> Vec<Output> {
-        if self.owed {
+        if self.tick_owed {
             return self.pump(true);
         }
-        if self.stacks_owed {
-            // Signals and queries get their turn in between.
+        if self.stacks.has_backlog() {
+            // Signals and HTTP requests get their turn in between.
             tokio::task::yield_now().await;
             return self.pump(false);
         }
@@ -207,27 +186,29 @@ impl Session {
         self.pump(tick)
     }
 
-    /// Drains everything there is, lets time pass, gives back what is to be done about it.
+    /// One turn of the loop: drains the rings, lets time pass if this is a `tick`, and returns what
+    /// the caller has to do.
     ///
-    /// A kill is given back before anything that takes longer: a tick it came with is made up for at the next turn.
+    /// A kill is returned before anything that takes longer: the tick that it came with is made up
+    /// for in the next turn.
     pub fn pump(&mut self, tick: bool) -> Vec<Output> {
-        // Before the rings are read: the engine takes a tick for "everything up to here has been seen".
+        // Read before the rings: a tick tells the engine that it has seen everything up to here.
         let now = clock::boot_ns();
-        // Batch by batch into the journal: what is there survives a kill -9.
-        // A storm that outruns us goes on in the next turn: signals and queries get theirs.
+        // The journal is flushed batch by batch: what it has survives kill -9. A storm that outruns
+        // this loop goes on in the next turn: signals and HTTP requests get theirs.
         for _ in 0..BATCHES_PER_TURN {
-            let more = self.drain();
+            let more = self.drain_batch();
             self.flush_journal();
             if !more {
                 break;
             }
         }
-        self.drain_stacks();
+        self.stacks.drain(&mut self.probe);
         let killed = self.out.outputs.iter().any(|output| matches!(output, Output::Kill(_)));
-        if tick && killed && !self.owed {
-            self.owed = true;
+        if tick && killed && !self.tick_owed {
+            self.tick_owed = true;
         } else if tick {
-            self.owed = false;
+            self.tick_owed = false;
             self.tick(now);
         }
         self.carry_out_requests();
@@ -235,27 +216,44 @@ impl Session {
         std::mem::take(&mut self.out.outputs)
     }
 
-    /// One batch out of the rings; whether more is waiting.
-    fn drain(&mut self) -> bool {
-        let (records, more) = self.probe.drain();
+    /// Drains one batch, merged from the rings by time; true if more is waiting. A record is
+    /// decoded once, for the stacks and the engine; the journal has its bytes.
+    fn drain_batch(&mut self) -> bool {
+        let Self { probe, engine, journal, journal_failures, stacks, out, .. } = self;
+        let (records, more) = probe.drain();
         for (_, bytes) in records {
-            if let Some((parent, made)) = self.stacks.heed(bytes)
-                && self.sampled.contains(&parent)
-            {
-                self.made.push(made);
+            append(journal, journal_failures, engine, &Input::Record(bytes));
+            match decode(bytes) {
+                Ok(record) => {
+                    stacks.observe(&record);
+                    engine.apply_record(&record, out);
+                }
+                Err(error) => engine.count_undecoded(error),
             }
-            let input = Input::Record(bytes);
-            record(&mut self.journal, &mut self.journal_failures, &self.engine, &input);
-            self.engine.apply(&input, &mut self.out);
         }
-        for id in std::mem::take(&mut self.made) {
-            self.sample(id);
-        }
+        stacks.follow_new_cgroups(probe, engine);
         more
     }
 
+    /// Lets time pass: reports what the other sources have, and then the time.
     fn tick(&mut self, now: u64) {
         self.ticks = self.ticks.wrapping_add(1);
+        self.read_kernel_log(now);
+        if self.ticks.is_multiple_of(TICKS_PER_ANCHOR) {
+            self.feed(clock::anchor());
+        }
+        if self.ticks.is_multiple_of(TICKS_PER_LOSSES) {
+            self.read_losses();
+            self.stacks.maintain(&mut self.probe, now);
+        }
+        self.report_stacks();
+        for fact in self.queries.answer(&self.hierarchy, clock::boot_ns()) {
+            self.feed(fact);
+        }
+        self.feed(Fact::Tick { boot_ns: now });
+    }
+
+    fn read_kernel_log(&mut self, now: u64) {
         let lines = match self.kernel_log.as_mut().map(|reader| reader.read_available(now)) {
             Some(Ok(lines)) => lines,
             Some(Err(error)) => {
@@ -268,41 +266,33 @@ impl Session {
         for line in lines {
             self.feed(Fact::KernelLog(line));
         }
-        if self.ticks.is_multiple_of(TICKS_PER_ANCHOR) {
-            self.feed(clock::anchor());
-        }
-        if self.ticks.is_multiple_of(TICKS_PER_LOSSES) {
-            self.read_losses();
-            self.adjust_steps(now);
-            self.stacks.processes.tick();
-        }
-        self.tell_stacks();
-        for fact in self.queries.answer(&self.hierarchy, clock::boot_ns()) {
-            self.feed(fact);
-        }
-        self.feed(Fact::Tick { boot_ns: now });
     }
 
     fn read_losses(&mut self) {
         self.probe.pass_messages();
         let mut totals = self.probe.losses();
-        let journal_lost = self.journal.as_ref().map_or(0, journal::Writer::lost);
+        let journal_lost = self.journal.as_ref().map_or(0, journal::JournalWriter::lost);
         if journal_lost > 0 {
-            totals.push(("journal/not_written".to_owned(), journal_lost));
+            totals.push((Loss::JournalNotWritten.label().to_owned(), journal_lost));
         }
         let refused = self.queries.not_watched();
         if refused > 0 {
-            totals.push(("cgroup/not_watched".to_owned(), refused));
+            totals.push((Loss::CgroupNotWatched.label().to_owned(), refused));
         }
-        totals.extend(self.stacks.losses());
-        let (_, Cost { thinned, .. }) = self.stack_cost();
-        if thinned > 0 {
-            totals.push((memtrace_incident::Loss::StacksOverBudget.label().to_owned(), thinned));
-        }
+        totals.extend(self.stacks.losses(&self.probe));
         if totals != self.losses {
             self.losses.clone_from(&totals);
             self.feed(Fact::Losses { totals });
         }
+    }
+
+    fn report_stacks(&mut self) {
+        let segment = self.journal.as_ref().map_or(0, journal::JournalWriter::next_segment);
+        let begin = clock::cpu_time();
+        for fact in self.stacks.take_facts(segment) {
+            self.feed(fact);
+        }
+        self.stacks.add_cost(clock::cpu_time().saturating_sub(begin));
     }
 
     /// Carries out what the engine requests: thresholds at once, queries with the next tick.
@@ -322,6 +312,10 @@ impl Session {
         }
     }
 
+    fn append_to_journal(&mut self, input: &Input<'_>) {
+        append(&mut self.journal, &mut self.journal_failures, &self.engine, input);
+    }
+
     fn flush_journal(&mut self) {
         if let Some(journal) = &mut self.journal
             && let Err(error) = journal.flush()
@@ -331,20 +325,21 @@ impl Session {
         }
     }
 
-    /// Tells the engine everything that has happened up to now: before something ends that must be told of in full.
+    /// Brings the engine up to date with everything that has happened: before something ends that
+    /// must be reported in full.
     pub fn catch_up(&mut self) {
         let now = clock::boot_ns();
-        while self.drain() {}
-        self.drain_stacks();
-        while self.stacks_owed {
-            self.drain_stacks();
+        while self.drain_batch() {}
+        self.stacks.drain(&mut self.probe);
+        while self.stacks.has_backlog() {
+            self.stacks.drain(&mut self.probe);
         }
-        self.tell_stacks();
+        self.report_stacks();
         self.read_losses();
         self.feed(Fact::Tick { boot_ns: now });
     }
 
-    /// Ends the run: drains what is left, closes every incident; what it lost is in the log.
+    /// Ends the run: drains the rings, closes every incident, and logs what was lost.
     pub fn stop(mut self) -> Vec<Output> {
         let mut outputs = self.pump(true);
         self.catch_up();
@@ -359,22 +354,33 @@ impl Session {
         outputs
     }
 
+    /// Takes stacks of the processes in this cgroup and in all below it, present and future: for a
+    /// run whose [`SessionConfig::sample_all`] is false.
+    pub fn sample(&mut self, cgroup_id: u64) {
+        self.stacks.sample(cgroup_id, &mut self.probe, &self.engine);
+    }
+
+    /// Stacks unwound, and what stacks have cost since the start.
+    pub fn stack_cost(&self) -> (u64, StackCost) {
+        self.stacks.cost(&self.probe)
+    }
+
+    /// Modules of sampled processes whose content can be read now: functions are named from it.
+    pub fn open_modules(&self) -> Vec<OpenModule> {
+        self.stacks.open_modules()
+    }
+
     /// The engine, for its counts and its snapshot.
     pub fn engine(&self) -> &Engine {
         &self.engine
     }
 
-    /// What is attached and what is not.
+    /// Which hooks are attached, and what is missing without the others.
     pub fn status(&self) -> &Status {
         &self.status
     }
 
-    /// Modules of processes met that can still be read: names are in them.
-    pub fn open_modules(&self) -> Vec<OpenModule> {
-        self.stacks.processes.open_modules()
-    }
-
-    /// The memory hierarchy.
+    /// The hierarchy of the memory controller.
     pub fn hierarchy(&self) -> &Hierarchy {
         &self.hierarchy
     }
@@ -384,108 +390,23 @@ impl Session {
         &self.probe
     }
 
-    /// Loss counters as last read.
+    /// Totals of what was lost, by label, as read last.
     pub fn losses(&self) -> &[(String, u64)] {
         &self.losses
     }
 
-    /// Journal frames that could not be written.
+    /// Journal frames that could not be written, since the start.
     pub fn journal_failures(&self) -> u64 {
         self.journal_failures
     }
 }
 
-/// Whether RSS counters have per-CPU slots on this kernel, all of which can be found.
-fn sums_slots(layout: &KernelLayout) -> bool {
-    let found = [layout.bpf_array_pptrs, layout.percpu_counter_counters, layout.percpu_counter_size];
-    layout.rss_is_percpu == 1 && found.iter().all(|field| *field != ABSENT) && host::possible_cpus() <= MAX_CPUS
-}
-
-/// Journals an input before the engine sees it; a failure is counted, never fatal.
-fn record(journal: &mut Option<journal::Writer>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
+/// Appends an input to the journal before the engine sees it. A failure is counted, never fatal.
+fn append(journal: &mut Option<journal::JournalWriter>, failures: &mut u64, engine: &Engine, input: &Input<'_>) {
     let Some(journal) = journal else { return };
     let begun =
         if journal.rotate_needed() { journal.begin_segment(&engine.preamble(clock::boot_ns())) } else { Ok(()) };
     if begun.and_then(|()| journal.append(input)).is_err() {
         *failures = failures.saturating_add(1);
     }
-}
-
-/// Fails with everything that keeps memtrace from running, and what to do about it.
-fn refuse(status: &Status) -> Result<(), CommandError> {
-    if status.can_run() {
-        return Ok(());
-    }
-    let problems: Vec<String> = status.fatal.iter().map(ToString::to_string).collect();
-    Err(CommandError::Unsupported(format!("this machine cannot be traced: {}", problems.join("; "))))
-}
-
-/// What this machine offers a tracer.
-pub struct Ground {
-    /// Where the memory controller is.
-    pub hierarchy: Result<Hierarchy, CgroupError>,
-    /// Everything a plan is made of.
-    pub facts: KernelFacts,
-}
-
-/// Looks at the machine; `btf` is a file of kernel types to read instead of the running kernel's own.
-pub fn survey(btf: Option<&Path>) -> Ground {
-    let hierarchy = Hierarchy::find();
-    let controller = hierarchy.as_ref().map_err(ToString::to_string).map(|hierarchy| MemoryController {
-        version: hierarchy.version,
-        hierarchy_id: hierarchy.hierarchy_id,
-        mount: hierarchy.mount.display().to_string(),
-    });
-    Ground { facts: facts::gather(btf, controller), hierarchy }
-}
-
-/// Loads and attaches what the ground allows. The tracer runs as long as the probe lives.
-///
-/// Must run inside a tokio runtime. What this kernel or these privileges cannot do is a [`CommandError::Unsupported`].
-pub fn attach(ground: Ground, options: &Options) -> anyhow::Result<(Hierarchy, Probe, Status)> {
-    let Ground { hierarchy, facts } = ground;
-    let plan = plan(&facts, &options.without);
-    refuse(&Status::new(&plan, &[]))?;
-    let unsupported = |what: &str| CommandError::Unsupported(what.to_owned());
-    // The plan of a kernel without either is fatal.
-    let hierarchy = hierarchy.map_err(|error| unsupported(&error.to_string()))?;
-    let layout = facts.layout.ok_or_else(|| unsupported("the kernel's types are not known"))?;
-    let object = object::ebpf_object().ok_or_else(|| {
-        unsupported("this binary was built without its eBPF programs; build it with `cargo xtask build`")
-    })?;
-    // Until everything is loaded; a command that is started later has the limit it had.
-    let _memlock = host::raise_memlock();
-    let settings = probe::ProbeSettings {
-        control: Control {
-            rss_threshold_bytes: options.quantum_bytes,
-            mapping_bytes: options.quantum_bytes.saturating_mul(4),
-            mm_salt: host::salt(),
-            memory_hierarchy_id: hierarchy.hierarchy_id,
-            cpus: host::possible_cpus().min(MAX_CPUS),
-            page_shift: rustix::param::page_size().trailing_zeros(),
-            percpu_lookup: u32::from(facts.percpu_lookup && sums_slots(&layout)),
-            exit_mmap: u32::from(plan.steps.iter().any(|step| step.hook == Hook::ExitMmap)),
-            task_pt_regs: u32::from(facts.task_pt_regs),
-            reclaim_interval_ns: 5_000_000,
-            sample_interval_bytes: match (options.stack_budget_ppm, options.sample_all) {
-                (0, _) => 0,
-                (_, true) => options.sample_bytes,
-                (_, false) => NEVER_BYTES,
-            },
-            stack_budget_ppm: options.stack_budget_ppm,
-            stack_copy_bytes: STACK_COPY_BYTES,
-            thread_bytes: THREAD_BYTES,
-            rss_from_charges: u32::from(plan.left_out.contains(&Hook::Rss)),
-            reserved: 0,
-        },
-        ledger_bytes: 1 << 20,
-        samples_bytes: u32::try_from(options.samples_ring_bytes).unwrap_or(4 << 20),
-        stacks_bytes: options.stacks_ring_bytes,
-        max_processes: options.max_processes,
-    };
-    let (probe, results) = Probe::load(object, &layout, &settings, &plan, options.btf.as_deref())
-        .map_err(|error| CommandError::Unsupported(error.to_string()))?;
-    let status = Status::new(&plan, &results);
-    refuse(&status)?;
-    Ok((hierarchy, probe, status))
 }

@@ -4,7 +4,7 @@ use memtrace_engine::input::{Fact, Input};
 use memtrace_engine::output::Output;
 use memtrace_engine::{Engine, Out};
 
-use memtrace::store::journal::{Decoder, Frame};
+use memtrace::store::journal::{JournalFrame, SegmentDecoder};
 use proptest::prelude::*;
 
 /// A real journal of a kill (tests/golden/README.md).
@@ -12,7 +12,7 @@ const CAPTURE: &[u8] = include_bytes!("../../tests/golden/burst.mtj");
 
 /// Feeds the capture in pieces that end at `cuts`; the incident files it gives.
 fn replay(cuts: &[usize]) -> Vec<Vec<u8>> {
-    let (mut decoder, mut engine, mut out) = (Decoder::new(), Engine::new(), Out::default());
+    let (mut decoder, mut engine, mut out) = (SegmentDecoder::new(), Engine::new(), Out::default());
     let mut cuts: Vec<usize> = cuts.iter().copied().chain([CAPTURE.len()]).collect();
     cuts.sort_unstable();
     let (mut last, mut rest, mut done) = (0, CAPTURE, 0);
@@ -22,8 +22,8 @@ fn replay(cuts: &[usize]) -> Vec<Vec<u8>> {
         decoder.push(piece);
         while let Some(frame) = decoder.next_frame() {
             let input = match frame {
-                Frame::Input(input) => input,
-                Frame::Preamble(fact) => Input::Fact(fact),
+                JournalFrame::Input(input) => input,
+                JournalFrame::Preamble(fact) => Input::Fact(fact),
             };
             last = input.boot_ns().unwrap_or(0).max(last);
             engine.apply(&input, &mut out);

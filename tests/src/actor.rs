@@ -1,4 +1,4 @@
-//! A workload while it runs: it is started, listened to, and waited for.
+//! A running workload: started, listened to and waited for.
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
@@ -21,19 +21,19 @@ pub struct Actor {
     said: Vec<Value>,
 }
 
-/// A workload that has ended.
+/// A workload that has ended, and what it printed.
 #[derive(Debug)]
-pub struct Ended {
+pub struct EndedWorkload {
     /// Process id of the program that was started.
     pub pid: u32,
-    /// How it ended.
+    /// Exit status.
     pub status: ExitStatus,
-    /// Everything it and its children said.
+    /// All events that it and its children printed.
     pub said: Vec<Value>,
 }
 
 impl Actor {
-    /// Starts `workload` with these arguments, inside `cage` or beside the test.
+    /// Starts `workload` with these arguments, in `cage` or in the test's own cgroup.
     pub fn start(cage: Option<&Cage>, arguments: &[&str]) -> anyhow::Result<Self> {
         let workload = programs::path("workload")?;
         let command = match cage {
@@ -43,7 +43,7 @@ impl Actor {
         Self::from_command(command, arguments)
     }
 
-    /// As [`Actor::start`], by a command that becomes `workload`.
+    /// Like [`Actor::start`], with a command that becomes `workload`.
     pub fn from_command(mut command: Command, arguments: &[&str]) -> anyhow::Result<Self> {
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().with_context(|| format!("failed to start {command:?}"))?;
@@ -56,7 +56,7 @@ impl Actor {
         self.child.id()
     }
 
-    /// Reads on until it says this event.
+    /// Reads until it prints this event.
     pub fn until(&mut self, event: &str) -> anyhow::Result<&Value> {
         while self.hear()? {
             if self.said.last().is_some_and(|said| said.get("event").is_some_and(|name| name == event)) {
@@ -66,18 +66,18 @@ impl Actor {
         anyhow::bail!("the workload ended before it said {event}; it said {:?}", self.said)
     }
 
-    /// Tells it to go on: a line on its stdin.
+    /// Continues a gated workload: writes a line to its stdin.
     pub fn tell(&mut self) -> anyhow::Result<()> {
         let stdin = self.child.stdin.as_mut().context("its stdin is closed")?;
         stdin.write_all(b"\n").context("failed to write to a workload")
     }
 
-    /// Lets it end: closes its stdin, hears it out and waits.
-    pub fn finish(mut self) -> anyhow::Result<Ended> {
+    /// Closes its stdin, reads the rest of its output and waits for its end.
+    pub fn finish(mut self) -> anyhow::Result<EndedWorkload> {
         drop(self.child.stdin.take());
         while self.hear()? {}
         let status = process::wait_at_most(&mut self.child, END_LIMIT)?;
-        Ok(Ended { pid: self.child.id(), status, said: std::mem::take(&mut self.said) })
+        Ok(EndedWorkload { pid: self.child.id(), status, said: std::mem::take(&mut self.said) })
     }
 
     fn hear(&mut self) -> anyhow::Result<bool> {
@@ -91,24 +91,24 @@ impl Actor {
 
 impl Drop for Actor {
     fn drop(&mut self) {
-        // Already ended is fine.
+        // an error means that it has ended already
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-impl Ended {
-    /// What it said of this name, first one first.
+impl EndedWorkload {
+    /// Events of this name, oldest first.
     pub fn all(&self, event: &str) -> impl Iterator<Item = &Value> {
         self.said.iter().filter(move |said| said.get("event").is_some_and(|name| name == event))
     }
 
-    /// What it said of this name; there has to be such a thing.
+    /// First event of this name; fails if there is none.
     pub fn one(&self, event: &str) -> anyhow::Result<&Value> {
         self.all(event).next().with_context(|| format!("the workload never said {event} but {:?}", self.said))
     }
 
-    /// The child it named in this event.
+    /// Pid of the child that this event names.
     pub fn child(&self, event: &str) -> anyhow::Result<u32> {
         u32::try_from(json::number(self.one(event)?, "/child")?).context("not a process id")
     }

@@ -1,4 +1,4 @@
-//! Drives `memtrace agent` from outside: start, readiness, stop, kill, what it lists and what it serves.
+//! Drives `memtrace agent` from outside: start, readiness, stop, kill, its lists and its HTTP API.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,28 +12,29 @@ use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::patience::Patience;
+use crate::deadline::Deadline;
 use crate::{process, programs};
 
-/// 64 emulated processors on two real ones take over half a minute to load the programs.
+/// How long the agent may take to be ready. Loading the programs takes more than half a minute with
+/// 64 emulated CPUs on two real ones.
 const START_LIMIT: Duration = Duration::from_secs(120);
-/// A machine that is emulated, and in a storm, takes its time.
+/// How long an answer over HTTP may take. Long enough for an emulated machine in a storm of kills.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
-/// How to start the agent.
+/// Command-line options of an agent.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct AgentOptions {
     /// `--state-dir`.
     pub state_dir: PathBuf,
     /// `--journal-dir`.
     pub journal_dir: PathBuf,
-    /// More arguments.
+    /// Further arguments.
     pub extra: Vec<String>,
 }
 
-impl Options {
-    /// State and journal below one directory.
+impl AgentOptions {
+    /// State and journal directories below `dir`.
     pub fn below(dir: &Path) -> Self {
         Self { state_dir: dir.join("state"), journal_dir: dir.join("journal"), extra: Vec::new() }
     }
@@ -44,7 +45,7 @@ impl Options {
         self
     }
 
-    /// The command that starts the agent listening at `port`.
+    /// The command that starts the agent, listening on `port`.
     pub fn command(&self, port: u16) -> anyhow::Result<Command> {
         let mut command = programs::memtrace_command()?;
         command.arg("agent").arg("--state-dir").arg(&self.state_dir).arg("--journal-dir").arg(&self.journal_dir);
@@ -53,7 +54,7 @@ impl Options {
         Ok(command)
     }
 
-    /// Starts the agent and waits until it says it is ready.
+    /// Starts the agent and waits until it reports that it is ready.
     pub fn start(&self) -> anyhow::Result<Agent> {
         let port = free_port()?;
         let mut child = self.command(port)?.spawn().context("failed to start the agent")?;
@@ -67,16 +68,16 @@ impl Options {
             }
         });
         let mut agent = Agent { child, said, port, options: self.clone() };
-        let patience = Patience::of(START_LIMIT);
+        let deadline = Deadline::after(START_LIMIT);
         while !agent.says("ready") {
             if let Some(status) = agent.child.try_wait().context("failed to look at the agent")? {
                 std::thread::sleep(Duration::from_millis(100));
                 bail!("the agent ended with {status} before it was ready; it said:\n{}", agent.stderr());
             }
             ensure!(
-                !patience.is_over(),
+                !deadline.has_passed(),
                 "the agent was not ready after {:?}; it said:\n{}",
-                patience.limit(),
+                deadline.limit(),
                 agent.stderr()
             );
             std::thread::sleep(Duration::from_millis(10));
@@ -84,7 +85,7 @@ impl Options {
         Ok(agent)
     }
 
-    /// `memtrace incidents --json`: the incidents without timeline and allocation paths.
+    /// Output of `memtrace incidents --json`: the incidents without timeline and allocation paths.
     pub fn incidents(&self) -> anyhow::Result<Vec<Value>> {
         let mut command = programs::memtrace_command()?;
         command.args(["incidents", "--json", "--state-dir"]).arg(&self.state_dir);
@@ -92,7 +93,7 @@ impl Options {
         listed.as_array().cloned().context("memtrace incidents --json is not an array")
     }
 
-    /// `memtrace report ID --format json`, byte for byte.
+    /// Output of `memtrace report ID --format json`, byte for byte.
     pub fn report_bytes(&self, id: &str) -> anyhow::Result<Vec<u8>> {
         let mut command = programs::memtrace_command()?;
         command.args(["report", id, "--format", "json", "--state-dir"]).arg(&self.state_dir);
@@ -104,12 +105,13 @@ impl Options {
         serde_json::from_slice(&self.report_bytes(id)?).with_context(|| format!("the report of {id} is not JSON"))
     }
 
-    /// Lists incidents until `enough` says so or the time is up; returns the last list either way.
+    /// Lists incidents until `enough` holds or the time is up. Returns the last list in either
+    /// case.
     pub fn incidents_when(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<Vec<Value>> {
-        let patience = Patience::of(limit);
+        let deadline = Deadline::after(limit);
         loop {
             let listed = self.incidents()?;
-            if enough(&listed) || patience.is_over() {
+            if enough(&listed) || deadline.has_passed() {
                 return Ok(listed);
             }
             std::thread::sleep(Duration::from_millis(250));
@@ -121,10 +123,10 @@ impl Options {
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
-    /// Lines of its stderr, and when they were heard, boot clock.
+    /// Lines of its stderr, and when they were read (boot clock, ns).
     said: Arc<Mutex<Vec<(u64, String)>>>,
     port: u16,
-    options: Options,
+    options: AgentOptions,
 }
 
 impl Agent {
@@ -133,53 +135,54 @@ impl Agent {
         self.child.id()
     }
 
-    /// Port it listens at.
+    /// Port it listens on.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// How it was started.
-    pub fn options(&self) -> &Options {
+    /// Options it was started with.
+    pub fn options(&self) -> &AgentOptions {
         &self.options
     }
 
-    /// What it said on stderr so far.
+    /// Its stderr so far.
     pub fn stderr(&self) -> String {
         let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         said.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
 
-    /// A line of its stderr contains `text`.
+    /// Whether a line of its stderr contains `text`.
     pub fn says(&self, text: &str) -> bool {
         self.heard(&[text]).is_some()
     }
 
-    /// When the first line was heard that contains each of these, boot clock in nanoseconds.
+    /// When the first line that contains each of these was read (boot clock, ns).
     pub fn heard(&self, texts: &[&str]) -> Option<u64> {
         let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         said.iter().find(|(_, line)| texts.iter().all(|text| line.contains(text))).map(|(heard_ns, _)| *heard_ns)
     }
 
-    /// It still runs.
+    /// Whether it still runs.
     pub fn is_running(&mut self) -> anyhow::Result<bool> {
         Ok(self.child.try_wait().context("failed to look at the agent")?.is_none())
     }
 
-    /// SIGTERM, then waits for its end.
+    /// Sends SIGTERM and waits for its end.
     pub fn stop(&mut self) -> anyhow::Result<ExitStatus> {
         process::signal(self.child.id(), Signal::TERM)?;
         let ended = process::wait_at_most(&mut self.child, STOP_LIMIT);
         ended.with_context(|| format!("the agent ignored SIGTERM; it said:\n{}", self.stderr()))
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL and waits for its end.
     pub fn kill_9(&mut self) -> anyhow::Result<()> {
         self.child.kill().context("failed to kill the agent")?;
         self.child.wait().context("failed to wait for the agent")?;
         Ok(())
     }
 
-    /// SIGKILL between two writes: SIGSTOP lets a write end that SIGKILL would cut off at a page's end.
+    /// Kills it between two writes: SIGSTOP lets a write finish that SIGKILL could cut off at a
+    /// page boundary.
     pub fn kill_9_at_rest(&mut self) -> anyhow::Result<()> {
         process::stop(self.child.id())?;
         self.kill_9()
@@ -190,14 +193,14 @@ impl Agent {
         get(self.port, path)
     }
 
-    /// HTTP GET of a JSON document; anything but 200 fails.
+    /// HTTP GET of a JSON document. Fails unless the status is 200.
     pub fn get_json(&self, path: &str) -> anyhow::Result<Value> {
         let (status, body) = self.get(path)?;
         ensure!(status == 200, "GET {path} gave {status}: {body}");
         serde_json::from_str(&body).with_context(|| format!("GET {path} is not JSON: {body}"))
     }
 
-    /// The sum of a metric over its label sets; `None` when it is not there.
+    /// Sum of a metric over its label sets; `None` if it is missing.
     pub fn metric(&self, name: &str) -> anyhow::Result<Option<f64>> {
         let (status, body) = self.get("/metrics")?;
         ensure!(status == 200, "GET /metrics gave {status}");
@@ -207,13 +210,13 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Already ended is fine.
+        // an error means that it has ended already
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A port of the loopback address that was free a moment ago.
+/// A port of the loopback address that is free at this moment.
 pub fn free_port() -> anyhow::Result<u16> {
     let listener = TcpListener::bind("127.0.0.1:0").context("failed to find a free port")?;
     Ok(listener.local_addr().context("failed to find a free port")?.port())
@@ -222,7 +225,7 @@ pub fn free_port() -> anyhow::Result<u16> {
 /// HTTP/1.1 GET on the loopback address: status and body.
 pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("failed to connect to {port}"))?;
-    stream.set_read_timeout(Some(Patience::of(ANSWER_LIMIT).limit())).context("failed to set a read timeout")?;
+    stream.set_read_timeout(Some(Deadline::after(ANSWER_LIMIT).limit())).context("failed to set a read timeout")?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n")
         .with_context(|| format!("failed to ask for {path}"))?;
     let mut answer = Vec::new();
@@ -230,17 +233,17 @@ pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
     parse_answer(&String::from_utf8_lossy(&answer)).with_context(|| format!("bad answer to GET {path}"))
 }
 
-/// Runs a command that has to succeed.
+/// Runs a command. Fails unless it succeeds.
 pub fn successful(mut command: Command) -> anyhow::Result<Output> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("failed to run {command:?}"))?;
-    // Some say on stdout what is wrong: `doctor` does.
+    // some programs report errors on stdout, `doctor` for one
     let said = if output.stderr.is_empty() { &output.stdout } else { &output.stderr };
     let said = String::from_utf8_lossy(said);
     ensure!(output.status.success(), "{command:?} ended with {}; it said:\n{said}", output.status);
     Ok(output)
 }
 
-/// Runs a command that has to succeed and print JSON.
+/// Runs a command that must succeed and print JSON.
 pub fn json_of(command: Command) -> anyhow::Result<Value> {
     let shown = format!("{command:?}");
     let output = successful(command)?;
@@ -248,7 +251,8 @@ pub fn json_of(command: Command) -> anyhow::Result<Value> {
         .with_context(|| format!("{shown} did not print JSON but {}", String::from_utf8_lossy(&output.stdout)))
 }
 
-/// Runs a command under `memtrace record` as root: what came of it, and the recording as JSON, which stays in the file.
+/// Runs a command under `memtrace record` as root. Returns the command's output and the recording
+/// as JSON.
 pub fn record<S: AsRef<OsStr>>(
     file: &Path,
     options: &[&str],

@@ -1,7 +1,8 @@
-//! A transient memory cgroup with a limit, on cgroup v1 and v2, and a race-free way into it.
+//! A temporary memory cgroup with a limit, on cgroup v1 and v2, and a race-free way to start a
+//! program in it.
 //!
-//! It is made inside the memory cgroup the caller runs in. On v2 a cgroup with processes may not hand its
-//! memory controller down, so there the nearest ancestor that does becomes the parent.
+//! It is made inside the memory cgroup of the caller. On v2 a cgroup with processes cannot delegate
+//! its memory controller, so the nearest ancestor that does is the parent.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -26,7 +27,7 @@ pub enum Version {
 
 /// A directory of the memory hierarchy and its path inside that hierarchy.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct CgroupDir {
     /// Version of the hierarchy.
     pub version: Version,
     /// Directory.
@@ -35,8 +36,8 @@ pub struct Place {
     pub path: String,
 }
 
-impl Place {
-    /// The file that says its usage.
+impl CgroupDir {
+    /// File with its usage.
     pub fn usage_file(&self) -> PathBuf {
         self.dir.join(match self.version {
             Version::V1 => "memory.usage_in_bytes",
@@ -50,22 +51,22 @@ impl Place {
     }
 }
 
-/// A transient memory cgroup; removed when dropped.
+/// A temporary memory cgroup; removed when dropped.
 #[derive(Debug)]
 pub struct Cage {
-    place: Place,
+    place: CgroupDir,
     limit: u64,
     id: u64,
     removed: bool,
 }
 
 impl Cage {
-    /// Makes a cgroup named after `label` and this process, with a limit on memory and none of it swapped.
+    /// Makes a cgroup named after `label` and this process, with a memory limit and no swap.
     pub fn new(label: &str, limit_bytes: u64) -> anyhow::Result<Self> {
         Self::unlimited(label)?.limited(limit_bytes, 0)
     }
 
-    /// As [`Cage::new`], with room for `swap_bytes` of swap beyond the memory.
+    /// Like [`Cage::new`], with room for `swap_bytes` of swap beyond the memory.
     pub fn with_swap(label: &str, limit_bytes: u64, swap_bytes: u64) -> anyhow::Result<Self> {
         Self::unlimited(label)?.limited(limit_bytes, swap_bytes)
     }
@@ -77,7 +78,7 @@ impl Cage {
         Self::make(&parent_place()?, &format!("memtrace-tests-{}-{serial}-{label}", std::process::id()))
     }
 
-    /// Makes a cgroup without a limit inside this one, in which then no process may live.
+    /// Makes a child cgroup without a limit. No process can live in this one afterwards.
     pub fn child(&self, name: &str) -> anyhow::Result<Self> {
         if self.version() == Version::V2 {
             self.set("cgroup.subtree_control", "+memory")?;
@@ -85,12 +86,12 @@ impl Cage {
         Self::make(&self.place, name)
     }
 
-    fn make(parent: &Place, name: &str) -> anyhow::Result<Self> {
+    fn make(parent: &CgroupDir, name: &str) -> anyhow::Result<Self> {
         let dir = parent.dir.join(name);
         fs::create_dir(&dir).with_context(|| format!("failed to make cgroup {}", dir.display()))?;
         let path = format!("{}/{name}", parent.path.trim_end_matches('/'));
         let id = fs::metadata(&dir).with_context(|| format!("failed to stat {}", dir.display()))?.ino();
-        let place = Place { version: parent.version, dir, path };
+        let place = CgroupDir { version: parent.version, dir, path };
         Ok(Self { place, limit: u64::MAX, id, removed: false })
     }
 
@@ -113,7 +114,8 @@ impl Cage {
         Ok(self)
     }
 
-    /// A command that runs `program` inside: it enters before it becomes the program, so nothing is charged elsewhere.
+    /// A command that runs `program` inside. It enters before exec, so that nothing is charged
+    /// elsewhere.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> anyhow::Result<Command> {
         let mut command = Command::new(programs::path("oomcage")?);
         command.arg("--enter").arg(&self.place.dir).arg("--").arg(program);
@@ -135,22 +137,22 @@ impl Cage {
         &self.place.path
     }
 
-    /// Inode of the directory: the kernfs id.
+    /// Inode number of the directory: the kernfs id.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// The limit that was asked for.
+    /// Limit that was set, bytes.
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// Usage now.
+    /// Usage now, bytes.
     pub fn usage(&self) -> anyhow::Result<u64> {
         self.place.usage()
     }
 
-    /// The kernel's watermark; `None` where v2 does not show it (before 5.19).
+    /// The kernel's watermark, bytes; `None` where v2 does not have it (before 5.19).
     pub fn peak(&self) -> anyhow::Result<Option<u64>> {
         let name = match self.place.version {
             Version::V1 => "memory.max_usage_in_bytes",
@@ -167,7 +169,7 @@ impl Cage {
         }
     }
 
-    /// How many processes the kernel's OOM killer counted here.
+    /// Number of processes that the OOM killer killed here, as the kernel counts.
     pub fn oom_kills(&self) -> anyhow::Result<u64> {
         match self.place.version {
             Version::V1 => self.keyed("memory.oom_control", "oom_kill"),
@@ -175,19 +177,19 @@ impl Cage {
         }
     }
 
-    /// Removes the cgroup: kills what is left in it, then tries for about two seconds.
+    /// Removes the cgroup: kills what is left in it, then retries for about two seconds.
     pub fn remove(mut self) -> anyhow::Result<()> {
         self.removed = true;
         remove_dir(&self.place.dir)
     }
 
-    /// Writes one of its files.
+    /// Writes one of its control files.
     pub fn set(&self, name: &str, value: impl std::fmt::Display) -> anyhow::Result<()> {
         let file = self.file(name);
         fs::write(&file, value.to_string()).with_context(|| format!("failed to write {value} to {}", file.display()))
     }
 
-    /// Whether this kernel gives it such a file.
+    /// Whether it has this control file.
     pub fn has(&self, name: &str) -> bool {
         self.file(name).exists()
     }
@@ -200,7 +202,7 @@ impl Cage {
         number_in(&self.file(name))
     }
 
-    /// The number behind a key in one of its files.
+    /// Number after a key in one of its files.
     pub fn keyed(&self, name: &str, key: &str) -> anyhow::Result<u64> {
         let file = self.file(name);
         let text = fs::read_to_string(&file).with_context(|| format!("failed to read {}", file.display()))?;
@@ -213,7 +215,7 @@ impl Cage {
 impl Drop for Cage {
     fn drop(&mut self) {
         if !self.removed {
-            // Nothing to report to while unwinding; the next run shows a leftover directory.
+            // no way to report it while unwinding; the next run shows a leftover directory
             let _ = remove_dir(&self.place.dir);
         }
     }
@@ -226,14 +228,15 @@ pub fn enter(dir: &Path) -> anyhow::Result<()> {
 }
 
 /// The memory cgroup this process runs in.
-pub fn own_place() -> anyhow::Result<Place> {
+pub fn own_place() -> anyhow::Result<CgroupDir> {
     let membership = fs::read_to_string("/proc/self/cgroup").context("failed to read /proc/self/cgroup")?;
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("failed to read /proc/self/mountinfo")?;
     place_of(&membership, &mounts)
 }
 
-/// The kernel's watermark of the memory cgroup this process runs in; `None` where v2 does not show it (before 5.19).
-pub fn own_peak() -> anyhow::Result<(Place, Option<u64>)> {
+/// The watermark of the memory cgroup of this process, bytes; `None` where v2 does not have it
+/// (before 5.19).
+pub fn own_peak() -> anyhow::Result<(CgroupDir, Option<u64>)> {
     let place = own_place()?;
     let file = place.dir.join(match place.version {
         Version::V1 => "memory.max_usage_in_bytes",
@@ -251,7 +254,7 @@ fn number_in(file: &Path) -> anyhow::Result<u64> {
     text.trim().parse().with_context(|| format!("{} is not a number", file.display()))
 }
 
-fn place_of(membership: &str, mounts: &str) -> anyhow::Result<Place> {
+fn place_of(membership: &str, mounts: &str) -> anyhow::Result<CgroupDir> {
     let mut unified = None;
     let mut memory = None;
     for line in membership.lines() {
@@ -281,14 +284,15 @@ fn place_of(membership: &str, mounts: &str) -> anyhow::Result<Place> {
         let below = if root == "/" { Some(path) } else { path.strip_prefix(root) };
         if let (true, Some(below)) = (matches, below) {
             let dir = Path::new(mount).join(below.trim_start_matches('/'));
-            return Ok(Place { version, dir, path: path.to_owned() });
+            return Ok(CgroupDir { version, dir, path: path.to_owned() });
         }
     }
     bail!("the memory cgroup hierarchy of {path} is not mounted")
 }
 
-/// Where a cage can be made: the caller's own memory cgroup, on v2 the nearest one that hands memory down.
-fn parent_place() -> anyhow::Result<Place> {
+/// Directory in which a cage can be made: the caller's own memory cgroup; on v2 the nearest
+/// ancestor that delegates memory.
+fn parent_place() -> anyhow::Result<CgroupDir> {
     let mut place = own_place()?;
     if place.version == Version::V1 {
         return Ok(place);
@@ -300,7 +304,7 @@ fn parent_place() -> anyhow::Result<Place> {
                 .with_context(|| format!("failed to read {}", control.display()))
                 .map(|text| text.split_ascii_whitespace().any(|c| c == "memory"))
         };
-        // Refused with EBUSY where processes live; then an ancestor has to do.
+        // fails with EBUSY in a cgroup with processes; then an ancestor has to do
         if handed_down()? || (fs::write(&control, "+memory").is_ok() && handed_down()?) {
             return Ok(place);
         }
@@ -308,7 +312,7 @@ fn parent_place() -> anyhow::Result<Place> {
             bail!("no cgroup above this process hands the memory controller down");
         };
         ensure!(!place.path.trim_matches('/').is_empty(), "no cgroup above this process hands memory down");
-        place = Place { version: place.version, dir: dir.to_owned(), path: path.to_owned() };
+        place = CgroupDir { version: place.version, dir: dir.to_owned(), path: path.to_owned() };
     }
 }
 
@@ -324,7 +328,7 @@ fn remove_dir(dir: &Path) -> anyhow::Result<()> {
         }
         for pid in fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines() {
             if let Ok(pid) = pid.trim().parse() {
-                // It may be gone by now, which is what is wanted.
+                // an error means that it is gone already
                 let _ = process::signal(pid, Signal::KILL);
             }
         }

@@ -1,4 +1,4 @@
-//! What incidents claim, compared with what the test did: helpers that fail with both sides.
+//! Assertions about incidents. Each fails with both the expected and the actual value.
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -9,21 +9,22 @@ use crate::json;
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
 
-/// The text at a pointer is this.
+/// The text at `pointer` is `expected`.
 pub fn says(incident: &Value, pointer: &str, expected: &str) -> anyhow::Result<()> {
     let found = json::text(incident, pointer)?;
     ensure!(found == expected, "{pointer} is {found:?}, not {expected:?}, in {}", json::text(incident, "/id")?);
     Ok(())
 }
 
-/// The number at a pointer is this.
+/// The number at `pointer` is `expected`.
 pub fn counts(incident: &Value, pointer: &str, expected: u64) -> anyhow::Result<()> {
     let found = json::number(incident, pointer)?;
     ensure!(found == expected, "{pointer} is {found}, not {expected}, in {}", json::text(incident, "/id")?);
     Ok(())
 }
 
-/// A kill in this cgroup, whose own limit ran out: kind, path, limit, scope.
+/// The incident is a kill in this cgroup because of its own limit: checks kind, path, limit and
+/// scope.
 pub fn ran_out_itself(incident: &Value, cage: &Cage) -> anyhow::Result<()> {
     says(incident, "/kind", "oom_kill")?;
     says(incident, "/cgroup/path", cage.path())?;
@@ -34,7 +35,7 @@ pub fn ran_out_itself(incident: &Value, cage: &Cage) -> anyhow::Result<()> {
     ends_near_the_limit(incident, cage.limit())
 }
 
-/// The last usage of the curve up to the kill is where the kernel drew the line, but for what other victims gave back.
+/// The curve's last usage before the kill is within 1 MiB below the limit.
 pub fn ends_near_the_limit(incident: &Value, limit: u64) -> anyhow::Result<()> {
     let at = json::number(incident, "/at/boot_ns")?;
     let times = json::list(incident, "/timeline/columns/boot_ns")?;
@@ -45,7 +46,7 @@ pub fn ends_near_the_limit(incident: &Value, limit: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The victims that were killed, as (pid, name).
+/// Victims that were killed: (pid, name).
 pub fn killed(incident: &Value) -> anyhow::Result<Vec<(u32, String)>> {
     let victims = json::list(incident, "/oom/victims")?;
     victims
@@ -55,14 +56,14 @@ pub fn killed(incident: &Value) -> anyhow::Result<Vec<(u32, String)>> {
         .collect()
 }
 
-/// Exactly this process was killed.
+/// This process was killed and no other.
 pub fn only_victim(incident: &Value, pid: u32, comm: &str) -> anyhow::Result<()> {
     let killed = killed(incident)?;
     ensure!(killed == [(pid, comm.to_owned())], "killed were {killed:?}, not {comm} ({pid})");
     Ok(())
 }
 
-/// Largest value of a column of the curve up to the kill.
+/// Largest value of a column of the curve.
 pub fn highest(incident: &Value, column: &str) -> anyhow::Result<u64> {
     let values = json::list(incident, &format!("/timeline/columns/{column}"))?;
     values.iter().filter_map(Value::as_u64).max().with_context(|| format!("no {column} in the curve"))

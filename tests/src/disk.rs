@@ -1,4 +1,5 @@
-//! Something to read through the page cache: a file on a disk, or a disk itself where there is no file system on one.
+//! Files whose pages go through the page cache: on a disk, or the disk itself where no file system
+//! is on one.
 
 use std::fs::File;
 use std::io::Write;
@@ -8,7 +9,8 @@ use anyhow::{Context, ensure};
 use rustix::fs::FsWord;
 use tempfile::NamedTempFile;
 
-/// `TMPFS_MAGIC` and `RAMFS_MAGIC` (include/uapi/linux/magic.h): pages of these are not page cache that can be dropped.
+/// `TMPFS_MAGIC` and `RAMFS_MAGIC` (include/uapi/linux/magic.h). Pages of these cannot be dropped
+/// from memory.
 const IN_MEMORY: [FsWord; 2] = [0x0102_1994, 0x8584_58f6];
 /// The disk of a virtual machine.
 pub const DISK: &str = "/dev/vda";
@@ -32,12 +34,13 @@ impl Readable {
     }
 }
 
-/// Whether what is written there leaves memory.
+/// Whether files in `dir` are on a disk, so that their pages can leave memory.
 pub fn is_on_disk(dir: &Path) -> bool {
     rustix::fs::statfs(dir).is_ok_and(|fs| !IN_MEMORY.contains(&fs.f_type))
 }
 
-/// Makes or finds one of `mib`; nothing of it is in the page cache for sure only where it was not just written.
+/// Makes a file of `mib`, or finds the disk of a virtual machine. The file's pages are dropped from
+/// the cache as far as the kernel agrees.
 pub fn readable(mib: usize) -> anyhow::Result<Readable> {
     let dir = Path::new("/var/tmp");
     if !is_on_disk(dir) {
@@ -53,12 +56,12 @@ pub fn readable(mib: usize) -> anyhow::Result<Readable> {
     Ok(Readable::File(file))
 }
 
-/// Clean pages of a file are given back, so that whoever reads it next is charged for them.
+/// Drops clean pages of a file, so that the next reader is charged for them.
 fn drop_cached(file: &File) -> anyhow::Result<()> {
     rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).context("failed to drop a file from the cache")
 }
 
-/// A new file that is gone from its directory at once, and lives as long as it is open.
+/// A new file, already unlinked, that lives as long as it is open.
 pub fn unlinked(path: &Path) -> anyhow::Result<File> {
     let made = File::options().create_new(true).read(true).write(true).open(path);
     let file = made.with_context(|| format!("failed to create {}", path.display()))?;

@@ -1,4 +1,4 @@
-//! What a recording tells of growth: do its parts add up, and which function has how much of it.
+//! Checks of what a recording attributes: whether its parts add up, and how much each function has.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,8 @@ use crate::json;
 /// Bytes by function.
 pub type Bytes = BTreeMap<String, u64>;
 
-/// What a workload with known truth printed as its last line: bytes by the innermost function that touched them.
+/// Parses the last line that a workload with known truth printed: bytes by the innermost function
+/// that touched them.
 pub fn truth(printed: &[u8]) -> anyhow::Result<Bytes> {
     let printed = String::from_utf8_lossy(printed);
     let line = printed.lines().last().context("the workload printed nothing")?;
@@ -20,7 +21,8 @@ pub fn truth(printed: &[u8]) -> anyhow::Result<Bytes> {
     touch.iter().map(|part| entry(part).with_context(|| format!("the workload printed {line}"))).collect()
 }
 
-/// Attributed and unattributed bytes are the growth, and so are the samples; gives the growth.
+/// Checks that attributed and unattributed bytes add up to the growth, and so do the samples.
+/// Returns the growth.
 pub fn adds_up(incident: &Value) -> anyhow::Result<u64> {
     let growth = json::number(incident, "/allocations/growth_bytes")?;
     let attributed = json::number(incident, "/allocations/attributed_bytes")?;
@@ -35,7 +37,7 @@ pub fn adds_up(incident: &Value) -> anyhow::Result<u64> {
     Ok(growth)
 }
 
-/// The samples of resident memory that have a stack: the path and the bytes it stands for.
+/// Samples of resident memory that have a stack: (path, bytes the sample stands for).
 pub fn touching(incident: &Value) -> anyhow::Result<Vec<(&Value, u64)>> {
     let paths = json::list(incident, "/allocation_paths")?;
     let mut found = Vec::new();
@@ -62,18 +64,18 @@ fn rows(incident: &Value) -> anyhow::Result<Vec<(Option<usize>, u64)>> {
     paths.iter().zip(weights).map(row).collect()
 }
 
-/// Frames of a path outside of the kernel, innermost first.
+/// Frames of a path outside the kernel, innermost first.
 pub fn user_frames(path: &Value) -> impl Iterator<Item = &Value> {
     let frames = path.get("frames").and_then(Value::as_array).into_iter().flatten();
     frames.filter(|frame| frame.get("kernel") != Some(&Value::Bool(true)))
 }
 
-/// The frame's function has this in its name.
+/// Whether the frame's function name contains `name`.
 pub fn is(frame: &Value, function: &str) -> bool {
     frame.get("symbol").and_then(Value::as_str).is_some_and(|symbol| symbol.contains(function))
 }
 
-/// Bytes of each of these functions: a stack is the innermost one's that is in it.
+/// Attributed bytes of each of these functions. A stack counts for the innermost of them.
 pub fn by_function(incident: &Value, functions: &Bytes) -> anyhow::Result<Bytes> {
     let mut sums: Bytes = functions.keys().map(|name| (name.clone(), 0)).collect();
     for (path, weight) in touching(incident)? {
@@ -85,12 +87,12 @@ pub fn by_function(incident: &Value, functions: &Bytes) -> anyhow::Result<Bytes>
     Ok(sums)
 }
 
-/// Every function has what it touched, within 5 %.
+/// Checks that each function has what it touched, within 5 %.
 pub fn within_five_percent(incident: &Value, truth: &Bytes) -> anyhow::Result<()> {
     agrees(&by_function(incident, truth)?, truth)
 }
 
-/// The same of sums over several incidents.
+/// The same for sums over several incidents.
 pub fn agrees(found: &Bytes, truth: &Bytes) -> anyhow::Result<()> {
     for (name, bytes) in truth {
         let has = found.get(name).copied().unwrap_or_default();
@@ -99,7 +101,7 @@ pub fn agrees(found: &Bytes, truth: &Bytes) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// At least 99 of 100 stacks are not cut.
+/// Checks that at least 99 % of the stacks are complete.
 pub fn reaches_the_outermost(incident: &Value) -> anyhow::Result<()> {
     let samples = touching(incident)?;
     let mut cuts: BTreeMap<&str, usize> = BTreeMap::new();

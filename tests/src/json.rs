@@ -1,4 +1,4 @@
-//! Reading JSON in tests: a missing key fails with its pointer and what was there instead.
+//! Reads JSON in tests. Errors name the pointer and show what was there.
 
 use anyhow::Context;
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub fn excerpt(value: &Value) -> String {
     whole.chars().take(1024).collect()
 }
 
-/// An incident as it was before it got names: a replay knows offsets in modules, and no functions.
+/// The incident without symbol names: a replay knows module offsets only.
 pub fn without_names(incident: &Value) -> Value {
     let mut incident = incident.clone();
     let paths = incident.pointer_mut("/allocation_paths").and_then(Value::as_array_mut);

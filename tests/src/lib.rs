@@ -1,19 +1,19 @@
-//! Shared pieces of the black-box tests: they run the binary named by `MEMTRACE_BIN` and never link memtrace.
+//! What the black-box tests share. They run the binary named by `MEMTRACE_BIN` and never link
+//! memtrace.
 
 pub mod actor;
 pub mod agent;
 pub mod cage;
-pub mod chapter;
 pub mod claims;
-pub mod dice;
+pub mod deadline;
 pub mod disk;
 pub mod figures;
 pub mod growth;
+pub mod idle;
 pub mod json;
-pub mod patience;
 pub mod printk;
 pub mod process;
 pub mod programs;
-pub mod quiet;
+pub mod random;
 pub mod sample;
 pub mod trial;

@@ -1,8 +1,9 @@
-//! The kernel log as the second witness: /dev/kmsg lines of OOM kills, and how far its clock is from the boot clock.
+//! The kernel log as a second witness: /dev/kmsg lines about OOM kills, and the offset between its
+//! clock and the boot clock.
 //!
-//! printk stamps lines with the scheduler's clock, microseconds since boot as the CPU's counter sees it. The boot
-//! clock is corrected by NTP, so the two differ by an offset that may drift slowly; anchors are taken around the
-//! kills and the nearest one is used.
+//! printk stamps lines with the scheduler's clock: microseconds since boot, by the CPU's counter.
+//! NTP corrects the boot clock but not that one, so the offset between them drifts slowly. Tests
+//! measure anchors around the kills and use the nearest.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -15,16 +16,16 @@ use crate::process::boot_ns;
 
 /// One record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
+pub struct KernelLogRecord {
     /// Sequence number.
     pub seq: u64,
-    /// printk's clock, nanoseconds (microsecond resolution).
+    /// Stamp by printk's clock, nanoseconds (microsecond resolution).
     pub printk_ns: u64,
     /// Text without continuation lines.
     pub text: String,
 }
 
-/// What the log said about the OOM kill of one process.
+/// What the log says about the OOM kill of one process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KillLines {
     /// Stamp of the `oom-kill:` line, which is rate-limited.
@@ -33,21 +34,21 @@ pub struct KillLines {
     pub killed_line_ns: u64,
 }
 
-/// A reader of /dev/kmsg from the moment it was opened; keeps what it read.
+/// Reads /dev/kmsg from where it was opened, and keeps what it read.
 #[derive(Debug)]
-pub struct KernelLog {
+pub struct KernelLogTail {
     file: File,
-    lines: Vec<Line>,
+    lines: Vec<KernelLogRecord>,
     overruns: u64,
 }
 
-impl KernelLog {
+impl KernelLogTail {
     /// Opens the log at its end.
     pub fn open_at_end() -> anyhow::Result<Self> {
         Self::open(SeekFrom::End(0))
     }
 
-    /// Opens the log at the oldest line that it still holds.
+    /// Opens the log at the oldest line it still holds.
     pub fn open_at_start() -> anyhow::Result<Self> {
         Self::open(SeekFrom::Start(0))
     }
@@ -63,8 +64,8 @@ impl KernelLog {
         Ok(Self { file, lines: Vec::new(), overruns: 0 })
     }
 
-    /// Reads what is there now and returns everything read since the log was opened.
-    pub fn drain(&mut self) -> anyhow::Result<&[Line]> {
+    /// Reads what is there now. Returns everything read since the log was opened.
+    pub fn drain(&mut self) -> anyhow::Result<&[KernelLogRecord]> {
         let mut record = [0u8; 8192];
         loop {
             match self.file.read(&mut record) {
@@ -75,7 +76,8 @@ impl KernelLog {
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // EPIPE: records were overwritten before they were read; reading goes on with the oldest.
+                // EPIPE: records were overwritten before they were read; reading continues with the
+                // oldest
                 Err(error) if error.kind() == ErrorKind::BrokenPipe => self.overruns += 1,
                 Err(error) => return Err(error).context("failed to read /dev/kmsg"),
             }
@@ -89,35 +91,35 @@ impl KernelLog {
     }
 
     /// Everything read so far.
-    pub fn lines(&self) -> &[Line] {
+    pub fn lines(&self) -> &[KernelLogRecord] {
         &self.lines
     }
 
-    /// What the lines read so far, from sequence number `from` on, say about the kill of `pid`.
+    /// What the lines from sequence number `from` on say about the kill of `pid`.
     pub fn kill_of(&self, pid: u32, from: u64) -> Option<KillLines> {
         kill_of(&self.lines, pid, from)
     }
 
-    /// Pids of the `Killed process` lines read so far, from sequence number `from` on, in the log's order.
+    /// Pids of the `Killed process` lines from sequence number `from` on, in order.
     pub fn killed_pids(&self, from: u64) -> Vec<u32> {
         self.lines.iter().filter(|line| line.seq >= from).filter_map(|line| killed_pid(&line.text)).collect()
     }
 
-    /// The sequence number the next line will at least have.
+    /// Lower bound of the next line's sequence number.
     pub fn next_seq(&mut self) -> anyhow::Result<u64> {
         Ok(self.drain()?.last().map_or(0, |line| line.seq + 1))
     }
 
     /// Measures the offset between the two clocks with `markers` lines written to the log and read back.
-    pub fn anchor(&mut self, markers: u32) -> anyhow::Result<Anchor> {
+    pub fn anchor(&mut self, markers: u32) -> anyhow::Result<PrintkAnchor> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let mut best: Option<Anchor> = None;
+        let mut best: Option<PrintkAnchor> = None;
         for _ in 0..markers {
             let serial = COUNT.fetch_add(1, Ordering::Relaxed);
             let marker = format!("memtrace-tests: clock anchor {}-{serial}", std::process::id());
-            // Without its newline a record stays open for more and is not shown.
+            // without a newline, a record stays open for continuation and is not shown
             let record = format!("{marker}\n");
-            // Lines from userspace are rate-limited per open file, so each marker opens its own.
+            // userspace lines are rate-limited per open file, so each marker opens its own
             let mut log = File::options().write(true).open("/dev/kmsg").context("failed to open /dev/kmsg to write")?;
             let before = boot_ns();
             let written = log.write(record.as_bytes());
@@ -126,7 +128,7 @@ impl KernelLog {
             let from = self.lines.len();
             let read = self.drain()?.get(from..).unwrap_or_default();
             let Some(line) = read.iter().find(|line| line.text == marker) else { continue };
-            let anchor = Anchor::between(before, after, line.printk_ns)?;
+            let anchor = PrintkAnchor::between(before, after, line.printk_ns)?;
             if best.is_none_or(|b| anchor.uncertainty_ns < b.uncertainty_ns) {
                 best = Some(anchor);
             }
@@ -135,19 +137,20 @@ impl KernelLog {
     }
 }
 
-/// The offset from printk's clock to the boot clock, as measured at one moment.
+/// Offset from printk's clock to the boot clock, measured at one moment.
 #[derive(Clone, Copy, Debug)]
-pub struct Anchor {
-    /// When, boot clock.
+pub struct PrintkAnchor {
+    /// When it was measured (boot clock, ns).
     pub at_boot_ns: u64,
-    /// To add to printk's clock to get the boot clock.
+    /// Boot clock minus printk's clock, ns.
     pub offset_ns: i64,
-    /// How far the offset may be off either way.
+    /// Uncertainty of the offset in either direction, ns.
     pub uncertainty_ns: u64,
 }
 
-impl Anchor {
-    /// A line stamped `printk_ns` (cut to microseconds) was written between two readings of the boot clock.
+impl PrintkAnchor {
+    /// Computes the offset from a line stamped `printk_ns` (cut to microseconds) and written
+    /// between two readings of the boot clock.
     fn between(before: u64, after: u64, printk_ns: u64) -> anyhow::Result<Self> {
         const STAMP_NS: u64 = 1000;
         let width = after.saturating_sub(before) + STAMP_NS;
@@ -164,13 +167,13 @@ impl Anchor {
 }
 
 /// The anchor nearest to a boot-clock moment.
-pub fn nearest(anchors: &[Anchor], boot_ns: u64) -> anyhow::Result<Anchor> {
+pub fn nearest(anchors: &[PrintkAnchor], boot_ns: u64) -> anyhow::Result<PrintkAnchor> {
     let nearest = anchors.iter().min_by_key(|anchor| anchor.at_boot_ns.abs_diff(boot_ns));
     nearest.copied().context("no clock anchor was taken")
 }
 
-/// How much the offset moved over all anchors, nanoseconds, and the largest uncertainty among them.
-pub fn drift(anchors: &[Anchor]) -> anyhow::Result<(u64, u64)> {
+/// How far the offset moved across all anchors, and the largest uncertainty among them, ns.
+pub fn drift(anchors: &[PrintkAnchor]) -> anyhow::Result<(u64, u64)> {
     ensure!(!anchors.is_empty(), "no clock anchor was taken");
     let (mut low, mut high, mut unsure) = (i64::MAX, i64::MIN, 0);
     for anchor in anchors {
@@ -180,21 +183,21 @@ pub fn drift(anchors: &[Anchor]) -> anyhow::Result<(u64, u64)> {
     Ok((high.abs_diff(low), unsure))
 }
 
-fn parse(record: &str) -> Option<Line> {
+fn parse(record: &str) -> Option<KernelLogRecord> {
     let (head, body) = record.split_once(';')?;
     let mut fields = head.split(',').skip(1);
     let seq = fields.next()?.parse().ok()?;
     let micros: u64 = fields.next()?.parse().ok()?;
-    Some(Line { seq, printk_ns: micros * 1000, text: body.lines().next().unwrap_or_default().to_owned() })
+    Some(KernelLogRecord { seq, printk_ns: micros * 1000, text: body.lines().next().unwrap_or_default().to_owned() })
 }
 
-/// The process that a `Killed process` line is about.
+/// Pid in a `Killed process` line.
 pub fn killed_pid(text: &str) -> Option<u32> {
     let (_, rest) = text.split_once("Killed process ")?;
     rest.split(' ').next()?.parse().ok()
 }
 
-fn kill_of(lines: &[Line], pid: u32, from: u64) -> Option<KillLines> {
+fn kill_of(lines: &[KernelLogRecord], pid: u32, from: u64) -> Option<KillLines> {
     let killed = lines.iter().position(|line| line.seq >= from && killed_pid(&line.text) == Some(pid))?;
     let field = format!(",pid={pid},");
     let before = lines.get(..killed)?.iter().rev().take_while(|line| line.seq >= from);
@@ -206,7 +209,7 @@ fn kill_of(lines: &[Line], pid: u32, from: u64) -> Option<KillLines> {
 mod tests {
     use super::*;
 
-    fn line(seq: u64, text: &str) -> Line {
+    fn line(seq: u64, text: &str) -> KernelLogRecord {
         parse(&format!("6,{seq},{},-;{text}\n SUBSYSTEM=x\n", seq * 10)).unwrap()
     }
 
@@ -227,7 +230,7 @@ mod tests {
     #[test]
     fn an_anchor_holds_the_true_offset() {
         // True offset 500: the line was stamped at printk 9_700, shown as 9_000, boot clock 10_200.
-        let anchor = Anchor::between(10_000, 10_400, 9_000).unwrap();
+        let anchor = PrintkAnchor::between(10_000, 10_400, 9_000).unwrap();
         assert!(anchor.offset_ns.abs_diff(500) <= anchor.uncertainty_ns, "{anchor:?}");
         assert_eq!(anchor.uncertainty_ns, 700);
     }

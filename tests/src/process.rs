@@ -6,33 +6,33 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
-use crate::patience::Patience;
+use crate::deadline::Deadline;
 
-/// Boot clock, nanoseconds.
+/// Boot clock now, nanoseconds.
 pub fn boot_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let (seconds, nanos) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
     seconds * 1_000_000_000 + nanos
 }
 
-/// Field 22 of /proc/PID/stat: start of a process in clock ticks since boot. `pid` may be `self`.
+/// Start of a process in clock ticks since boot: field 22 of /proc/PID/stat. `pid` may be `self`.
 pub fn start_ticks(pid: impl std::fmt::Display) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/stat");
     let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
-    // The name is in parentheses and may hold anything; what follows the last one is plain.
+    // the name in parentheses may contain anything; nothing after the last `)` does
     let after = text.rsplit_once(')').map(|(_, rest)| rest).with_context(|| format!("{path} has no name"))?;
     let field = after.split_ascii_whitespace().nth(19).with_context(|| format!("{path} has no field 22"))?;
     field.parse().with_context(|| format!("{path}: field 22 is not a number"))
 }
 
-/// Boot-clock nanoseconds as the clock ticks /proc shows.
+/// Converts boot-clock nanoseconds to the clock ticks that /proc shows.
 pub fn ticks_of_ns(boot_ns: u64) -> u64 {
     boot_ns / (1_000_000_000 / rustix::param::clock_ticks_per_second())
 }
 
-/// Resident memory of a process, bytes by kind.
+/// Resident memory of a process by kind, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Rss {
+pub struct ProcRss {
     /// RssAnon.
     pub anon: u64,
     /// RssFile.
@@ -41,7 +41,7 @@ pub struct Rss {
     pub shmem: u64,
 }
 
-impl Rss {
+impl ProcRss {
     /// Reads /proc/PID/status.
     pub fn read(pid: u32) -> anyhow::Result<Self> {
         let path = format!("/proc/{pid}/status");
@@ -55,8 +55,8 @@ impl Rss {
         Ok(Self { anon: kib("RssAnon:")?, file: kib("RssFile:")?, shmem: kib("RssShmem:")? })
     }
 
-    /// Resident memory by walking the page tables of a process, bytes. From 6.2 on, and until 6.17, the counts in
-    /// /proc/PID/status leave out what each processor has not yet added to the whole.
+    /// Resident memory from a walk of the page tables (smaps_rollup), bytes. Between 6.2 and 6.16,
+    /// /proc/PID/status leaves out what each CPU has not yet added to the sum.
     pub fn walked(pid: u32) -> anyhow::Result<u64> {
         let path = format!("/proc/{pid}/smaps_rollup");
         let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
@@ -81,7 +81,8 @@ fn target(pid: u32) -> anyhow::Result<Pid> {
     i32::try_from(pid).ok().and_then(Pid::from_raw).context("not a process id")
 }
 
-/// SIGSTOP to a child; every thread has stopped when this returns, and what it was writing is written.
+/// Sends SIGSTOP to a child. On return every thread has stopped and any write in progress has
+/// finished.
 pub fn stop(pid: u32) -> anyhow::Result<()> {
     signal(pid, Signal::STOP)?;
     let state = waitid(WaitId::Pid(target(pid)?), WaitIdOptions::STOPPED);
@@ -90,21 +91,21 @@ pub fn stop(pid: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for a child with an end.
+/// Waits for a child's end; fails after `limit`.
 pub fn wait_at_most(child: &mut std::process::Child, limit: Duration) -> anyhow::Result<ExitStatus> {
-    let patience = Patience::of(limit);
+    let deadline = Deadline::after(limit);
     loop {
         if let Some(status) = child.try_wait().context("failed to wait for a child")? {
             return Ok(status);
         }
-        if patience.is_over() {
-            bail!("process {} did not end within {:?}", child.id(), patience.limit());
+        if deadline.has_passed() {
+            bail!("process {} did not end within {:?}", child.id(), deadline.limit());
         }
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// A shell's view of an exit: the code, or 128 plus the signal.
+/// Exit code as a shell reports it: the code, or 128 plus the signal.
 pub fn shell_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
     status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1)

@@ -1,4 +1,4 @@
-//! Where the programs are: the memtrace binary under test and the programs of this package.
+//! Paths of the memtrace binary under test and of the tests' own programs.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -23,8 +23,8 @@ pub fn memtrace_command() -> anyhow::Result<Command> {
     Ok(Command::new(memtrace()?))
 }
 
-/// A program of this package (`workload`, `oomcage`), looked for beside the running test and one directory up,
-/// so that it is found under `target/` as well as where both were copied into a virtual machine.
+/// Path of one of the tests' programs (`workload`, `oomcage`): beside the running executable or one
+/// directory up, which holds below `target/` as well as in a virtual machine.
 pub fn path(name: &str) -> anyhow::Result<PathBuf> {
     let running = std::env::current_exe().context("failed to find the running test program")?;
     let beside = running.parent().context("the running test program has no directory")?;
@@ -32,7 +32,7 @@ pub fn path(name: &str) -> anyhow::Result<PathBuf> {
     found.with_context(|| format!("no program {name} beside {} or one directory up", running.display()))
 }
 
-/// Fails with what to do unless the test runs as root.
+/// Fails, with instructions, unless the test runs as root.
 pub fn require_root() -> anyhow::Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this test needs root (it loads eBPF programs and makes cgroups)");
     Ok(())

@@ -1,4 +1,4 @@
-//! A small incident written by hand after the published contract: something valid to break.
+//! A small hand-written incident that follows the published contract, for tests to break.
 
 use serde_json::{Value, json};
 

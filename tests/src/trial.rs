@@ -1,4 +1,4 @@
-//! One trial: an agent of its own, what is done under its eyes, and the incidents that come of it.
+//! A trial: an agent of the test's own, and the incidents it records.
 
 use std::time::Duration;
 
@@ -6,19 +6,22 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::agent::{Agent, Options, json_of};
+use crate::actor::Actor;
+use crate::agent::{Agent, AgentOptions, json_of};
 use crate::cage::Cage;
-use crate::patience::Patience;
+use crate::deadline::Deadline;
 use crate::{json, programs};
 
 /// How long incidents may take to appear.
-const PATIENCE: Duration = Duration::from_secs(90);
-/// Time between two looks.
+const WAIT_LIMIT: Duration = Duration::from_secs(90);
+/// Answers of the agent after which it has taken in what happened before the first of them.
+const TURNS: usize = 5;
+/// Polling interval.
 const LOOK: Duration = Duration::from_millis(100);
-/// Time for one incident too many to show up.
+/// Time in which a surplus incident would appear.
 const SETTLE: Duration = Duration::from_millis(700);
 
-/// An agent in directories of its own.
+/// An agent with directories of its own.
 #[derive(Debug)]
 pub struct Trial {
     /// The agent.
@@ -27,31 +30,53 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// Starts an agent with short windows and these further arguments.
+    /// Starts an agent with short windows and further arguments.
     pub fn begin(arguments: &[&str]) -> anyhow::Result<Self> {
         programs::require_root()?;
         let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-        let agent = Options::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
+        let agent = AgentOptions::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
         Ok(Self { agent, dir })
     }
 
+    /// Starts a workload that takes `--gate` and lets it go on once the agent has read its mappings,
+    /// which is when it has unwound a first stack of it: whether the rest has stacks does not depend
+    /// on how soon the agent gets a CPU then.
+    pub fn start_known(&self, cage: &Cage, arguments: &[&str]) -> anyhow::Result<Actor> {
+        let stacks = || self.agent.metric("memtrace_stacks_total");
+        let before = stacks()?;
+        let gated: Vec<&str> = arguments.iter().copied().chain(["--gate"]).collect();
+        let mut actor = Actor::start(Some(cage), &gated)?;
+        actor.until("gated")?;
+        let deadline = Deadline::after(WAIT_LIMIT);
+        while stacks()? <= before && !deadline.has_passed() {
+            std::thread::sleep(LOOK);
+        }
+        // The agent answers between two turns of its loop, and empties its rings in each.
+        for _ in 0..TURNS {
+            stacks()?;
+            std::thread::sleep(LOOK);
+        }
+        Ok(actor)
+    }
+
     /// How the agent was started.
-    pub fn options(&self) -> &Options {
+    pub fn options(&self) -> &AgentOptions {
         self.agent.options()
     }
 
-    /// Directory of everything the agent writes; gone with the trial.
+    /// Directory of everything the agent writes; removed with the trial.
     pub fn dir(&self) -> &std::path::Path {
         self.dir.path()
     }
 
-    /// The incidents about these cgroups, in full: waits for `count` and a moment longer, and fails on any other number.
+    /// Full incidents about these cgroups. Waits for `count` of them and a moment longer; fails on
+    /// any other number.
     pub fn incidents(&self, cages: &[&Cage], count: usize) -> anyhow::Result<Vec<Value>> {
         let ours = |incident: &&Value| {
             let id = incident.pointer("/cgroup/id").and_then(Value::as_u64);
             cages.iter().any(|cage| Some(cage.id()) == id)
         };
-        self.wait_for(PATIENCE, |listed| listed.iter().filter(ours).count() >= count)?;
+        self.wait_for(WAIT_LIMIT, |listed| listed.iter().filter(ours).count() >= count)?;
         std::thread::sleep(SETTLE);
         let listed = self.options().incidents()?;
         let found: Vec<&Value> = listed.iter().filter(ours).collect();
@@ -68,10 +93,10 @@ impl Trial {
         found.into_iter().map(|incident| whole(json::text(incident, "/id")?)).collect()
     }
 
-    /// Waits until the incidents the agent lists over HTTP are enough, or the time is up. Looks at them only when it has
-    /// saved one: to list them means to read each.
+    /// Waits until the incidents that the agent lists over HTTP satisfy `enough`, or the time is
+    /// up. Lists only after the agent has saved one, because listing reads every incident.
     pub fn wait_for(&self, limit: Duration, enough: impl Fn(&[Value]) -> bool) -> anyhow::Result<()> {
-        let patience = Patience::of(limit);
+        let deadline = Deadline::after(limit);
         let mut seen = None;
         loop {
             let saved = self.agent.metric("memtrace_incidents_saved_total")?;
@@ -82,7 +107,7 @@ impl Trial {
                 }
                 seen = saved;
             }
-            if patience.is_over() {
+            if deadline.has_passed() {
                 return Ok(());
             }
             std::thread::sleep(LOOK);
@@ -94,14 +119,14 @@ impl Trial {
         self.incidents(&[cage], 1)?.pop().context("no incident")
     }
 
-    /// Who sent the SIGKILLs that were sent: `memtrace incidents --sigkills --json`, newest first.
+    /// Output of `memtrace incidents --sigkills --json`: who sent each SIGKILL, newest first.
     pub fn sigkills(&self) -> anyhow::Result<Vec<Value>> {
         let mut command = programs::memtrace_command()?;
         command.args(["incidents", "--sigkills", "--json", "--state-dir"]).arg(&self.options().state_dir);
         json_of(command)?.as_array().cloned().context("memtrace incidents --sigkills --json is not an array")
     }
 
-    /// Stops the agent; it has to end well.
+    /// Stops the agent; fails unless it exits successfully.
     pub fn end(mut self) -> anyhow::Result<()> {
         let status = self.agent.stop()?;
         ensure!(status.code() == Some(0), "the agent ended with {status}; it said:\n{}", self.agent.stderr());
@@ -109,7 +134,7 @@ impl Trial {
     }
 }
 
-/// An incident in one line.
+/// An incident as one line, for messages.
 fn brief(incident: &Value) -> String {
     let at = |pointer: &str| incident.pointer(pointer).cloned().unwrap_or_default();
     let victims = incident.pointer("/oom/victims").and_then(Value::as_array).cloned().unwrap_or_default();

@@ -1,4 +1,5 @@
-//! The page of an incident in a real browser: what it shows adds up, and names full of markup stay names.
+//! The page of an incident in a real browser: its figures add up, and names full of markup are
+//! shown as text.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -18,7 +19,7 @@ use memtrace_tests::{programs, sample};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Long after what a browser takes for a click: only a page that is stuck gets there.
+/// Far longer than a browser takes to react; only a page that hangs gets there.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 const FLAGS: [&str; 9] = [
@@ -37,7 +38,8 @@ const IMAGE: &str = "<img src=x onerror=\"window.__owned=1\">";
 const SCRIPT: &str = "</script><script>window.__owned=1;alert(1)</script><!--";
 const TERMINAL: &str = "\"'`\u{1b}]0;owned\u{7}\u{202e}\u{2028}&lt;b&gt;{{7*7}}${window.__owned=1}";
 
-/// Bytes of a sample and its path: two touch, one maps, none has a stack, one names a path that is not there.
+/// Bytes of each sample and its path: two touch, one maps, one has no stack, one names a path that
+/// does not exist.
 const TURNS: [(Option<u32>, u64); 5] =
     [(Some(0), 524_288), (Some(1), 131_072), (Some(2), 1_048_576), (None, 4096), (Some(99), 8192)];
 
@@ -59,7 +61,7 @@ fn frame(symbol: &str, kernel: bool) -> Value {
     })
 }
 
-/// An incident whose every name wants to be more than a name.
+/// An incident in which every name contains markup.
 fn hostile() -> Value {
     let mut incident = sample::incident();
     let process = json!({ "pid": 4242, "tid": 4242, "start_boot_ns": 5_000_000_000_u64, "comm": IMAGE });
@@ -94,7 +96,7 @@ fn hostile() -> Value {
     incident
 }
 
-/// What grew from `from_ns` to `until_ns`: (with a stack, without, address space that was mapped).
+/// Growth from `from_ns` to `until_ns`: (with a stack, without, mapped address space).
 fn grown(from_ns: u64, until_ns: u64) -> (u64, u64, u64) {
     let within = samples().into_iter().filter(|(ns, ..)| (from_ns..=until_ns).contains(ns));
     within.fold((0, 0, 0), |(with, without, mapped), (_, path, bytes)| match path {
@@ -114,7 +116,7 @@ fn page_of(dir: &Path, incident: &Value) -> anyhow::Result<PathBuf> {
     Ok(page)
 }
 
-/// Chromium and what leads it, with a profile that is gone afterwards.
+/// Chromium and chromedriver, with a temporary profile.
 struct Browser {
     driver: Child,
     port: u16,
@@ -138,7 +140,7 @@ impl Browser {
                 break said.trim_end_matches('.').parse()?;
             }
         };
-        // Whatever else it says must not fill the pipe.
+        // its other output must not fill the pipe
         std::thread::spawn(move || lines.for_each(drop));
         let profile = tempfile::tempdir()?;
         let mut flags: Vec<String> = FLAGS.map(str::to_owned).to_vec();
@@ -219,7 +221,8 @@ impl Browser {
         Ok(self.client.perform_actions(drag).await?)
     }
 
-    /// What the console holds, each with its level; asking empties it. fantoccini has no call for it.
+    /// Entries of the browser console with their levels; reading empties it. fantoccini has no call
+    /// for this.
     async fn console(&self) -> anyhow::Result<Vec<String>> {
         let session = self.client.session_id().await?.context("no session")?;
         let body = r#"{"type":"browser"}"#;
@@ -231,7 +234,7 @@ impl Browser {
             self.port,
             body.len()
         )?;
-        // chromedriver keeps the connection open, whatever it is asked: what it says has a length.
+        // chromedriver keeps the connection open, so the response is read by its Content-Length
         stream.set_read_timeout(Some(DEADLINE))?;
         let mut reader = BufReader::new(stream);
         let mut length = 0;
@@ -254,7 +257,7 @@ impl Browser {
     }
 }
 
-/// Opens a page, does something with it, and closes the browser however that ends.
+/// Opens a page, runs `work` and closes the browser, also after an error.
 fn in_browser(page: &Path, body: impl AsyncFnOnce(&Browser) -> anyhow::Result<()>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let browser = Browser::open(page).await?;
@@ -265,7 +268,7 @@ fn in_browser(page: &Path, body: impl AsyncFnOnce(&Browser) -> anyhow::Result<()
     })
 }
 
-/// The page's totals are those of the samples in the stretch it says it shows.
+/// The page's totals are those of the samples in the stretch that it says it shows.
 async fn adds_up(browser: &Browser) -> anyhow::Result<(u64, u64)> {
     let from = browser.figure("#stretch", "data-from-ns").await?;
     let until = browser.figure("#stretch", "data-until-ns").await?;
@@ -292,7 +295,7 @@ async fn nothing_ran(browser: &Browser) -> anyhow::Result<()> {
     ensure!(requests == json!([]), "the page asked for {requests}");
     let said = browser.console().await?;
     ensure!(said.is_empty(), "the console says {said:?}");
-    // The console would have told.
+    // an error would be in the console
     browser.run("console.error('heard')").await?;
     ensure!(browser.console().await?.iter().any(|line| line.contains("heard")), "the console cannot be read");
     Ok(())
@@ -369,7 +372,7 @@ fn frames_are_zoomed_into_searched_and_turned_around() -> anyhow::Result<()> {
             ensure!(start.elapsed() < DEADLINE, "the curve stays wider than its place");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        // Tables scroll in boxes of their own; the page does not.
+        // tables scroll in boxes of their own; the page does not scroll sideways
         let wide = browser.run("return document.documentElement.scrollWidth - innerWidth").await?;
         ensure!(wide.as_i64().is_some_and(|wide| wide <= 0), "{wide} px too wide for a phone");
         nothing_ran(browser).await

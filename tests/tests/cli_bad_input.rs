@@ -1,4 +1,5 @@
-//! Wrong arguments, missing privileges and broken incident files: an exit code, a sentence, never a panic. No root.
+//! Wrong arguments, missing privileges and broken incident files give an exit code and a sentence,
+//! never a panic. No root.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -16,7 +17,7 @@ const NOBODY: u32 = 65_534;
 const VERBS: [&str; 8] = ["agent", "record", "incidents", "report", "replay", "doctor", "schema", "completions"];
 const FORMATS: [&str; 4] = ["text", "json", "firefox", "html"];
 
-/// Runs memtrace and checks what holds for every bad input: it ends by itself and does not panic.
+/// Runs memtrace and checks what holds for all bad input: it ends by itself and does not panic.
 fn run(mut command: Command) -> anyhow::Result<Output> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("failed to run {command:?}"))?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -31,7 +32,7 @@ fn memtrace(arguments: &[&str]) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-/// It ends with `code` and its stderr contains each of `words`.
+/// Checks that it ends with `code` and its stderr contains each of `words`.
 fn refuses(command: Command, code: i32, words: &[&str]) -> anyhow::Result<()> {
     let shown = format!("{command:?}");
     let output = run(command)?;
@@ -43,7 +44,7 @@ fn refuses(command: Command, code: i32, words: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Without root, whoever runs the test.
+/// Runs memtrace without root, whoever runs the test.
 fn as_nobody(mut command: Command) -> Command {
     if rustix::process::geteuid().is_root() {
         command.uid(NOBODY).gid(NOBODY);
@@ -100,21 +101,6 @@ fn the_agent_without_root_says_what_to_do() -> anyhow::Result<()> {
 }
 
 #[test]
-fn an_unknown_configuration_key_is_named() -> anyhow::Result<()> {
-    let dir = tempfile::tempdir()?;
-    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
-    let file = dir.path().join("memtrace.toml");
-    std::fs::write(&file, "no_such_key = 1\n")?;
-    let mut command = memtrace(&["agent", "--config"])?;
-    command.arg(&file);
-    refuses(as_nobody(command), 2, &["no_such_key"])?;
-    std::fs::write(&file, "this is not = = toml\n")?;
-    let mut command = memtrace(&["agent", "--config"])?;
-    command.arg(&file);
-    refuses(as_nobody(command), 2, &["memtrace.toml"])
-}
-
-#[test]
 fn an_incident_that_does_not_exist_fails_with_a_hint() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let mut command = memtrace(&["report", "01J00000000000000000000000", "--state-dir"])?;
@@ -164,7 +150,8 @@ fn flipped_bits_never_change_what_is_reported() -> anyhow::Result<()> {
         flipped[at] ^= 1 << (at % 8);
         std::fs::write(&file, &flipped)?;
         let output = run(report(&file, "json")?)?;
-        // A bit of the frame header may mean nothing; then the content has to be the same.
+        // some bits of the frame header are unused; if one is flipped, the content must be
+        // unchanged
         let harmless = output.status.success() && output.stdout == sound;
         ensure!(output.status.code() == Some(1) || harmless, "bit flipped at {at}: {}", output.status);
     }
@@ -198,7 +185,7 @@ fn hostile_content_fails() -> anyhow::Result<()> {
         for format in FORMATS {
             refuses(report(&file, format)?, 1, &["hostile.memtrace"]).with_context(|| format!("{name} as {format}"))?;
         }
-        // And without the compression it should have.
+        // the same without compression
         std::fs::write(&file, &content)?;
         refuses(report(&file, "text")?, 1, &["hostile.memtrace"]).with_context(|| format!("{name}, not packed"))?;
     }

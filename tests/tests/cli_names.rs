@@ -1,4 +1,5 @@
-//! `memtrace name-frames`, the process that names frames for the agent: names what it can, and survives what it is told.
+//! `memtrace name-frames`, the process that names frames for the agent: it names what it can and
+//! survives bad input.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -17,12 +18,12 @@ fn name_frames(job: &[u8]) -> anyhow::Result<Output> {
     let output = child.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!said.contains("panicked") && output.status.code().is_some(), "{}: {said}", output.status);
-    // It may end before it has read everything.
+    // it may exit before it has read everything
     ensure!(written.is_ok() || !output.status.success());
     Ok(output)
 }
 
-/// Offset of this program's own function in its file.
+/// File offset of this program's own function.
 fn own_offset() -> anyhow::Result<u64> {
     let here = own_offset as *const () as u64;
     let maps = std::fs::read_to_string("/proc/self/maps")?;

@@ -1,4 +1,4 @@
-//! A capture of a real kill replays to the same bytes in every build. No root.
+//! Captures of real kills replay to the same bytes in every build. No root.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use memtrace_tests::agent::successful;
 use memtrace_tests::figures::say;
 use memtrace_tests::programs;
 
-/// Kernel series the virtual machines of the matrix leave captures of, with the cgroup versions each has.
+/// Kernel series of the captures from virtual machines, with the cgroup versions of each.
 const KERNELS: [(&str, &[&str]); 4] =
     [("5.10", &["v1", "v2"]), ("6.1", &["v1", "v2"]), ("6.12", &["v2"]), ("7.", &["v2"])];
 
@@ -34,7 +34,7 @@ fn a_burst_replays_to_the_same_incident() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A capture from every kernel replays to what it replayed to before. The curves are compared by their checksum.
+/// A capture from every kernel replays to the committed result. Curves are compared by checksum.
 #[test]
 fn every_kernel_replays_to_the_same_incidents() -> anyhow::Result<()> {
     let entries = std::fs::read_dir(capture("kernels")).context("no captures of kernels")?;
@@ -86,7 +86,7 @@ fn a_burst_is_reported_from_its_capture() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Frames as a person would write them down.
+/// Frames in one line of text.
 fn one_line(frames: &serde_json::Value) -> String {
     let frames = frames.as_array().into_iter().flatten().map(|frame| {
         let text = |key: &str| frame.get(key).and_then(|value| value.as_str());

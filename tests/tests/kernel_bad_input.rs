@@ -1,4 +1,4 @@
-//! An agent with privileges and bad surroundings: BTF, hooks, state directory, disk, port.
+//! A privileged agent in a bad environment: BTF, hooks, state directory, disk, port.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -8,16 +8,16 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Options, free_port};
+use memtrace_tests::agent::{AgentOptions, free_port};
 use memtrace_tests::cage::Cage;
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::json;
-use memtrace_tests::patience::Patience;
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 
-/// Runs an agent that is expected to end by itself, soon and without a panic.
-fn ends(options: &Options, port: u16) -> anyhow::Result<(i32, String)> {
+/// Runs an agent that must end by itself, soon and without a panic.
+fn ends(options: &AgentOptions, port: u16) -> anyhow::Result<(i32, String)> {
     let mut child = options.command(port)?.spawn().context("failed to start the agent")?;
     let ended = process::wait_at_most(&mut child, Duration::from_secs(20));
     if ended.is_err() {
@@ -50,7 +50,7 @@ fn btf_that_is_missing_or_garbage_is_named() -> anyhow::Result<()> {
     let garbage = dir.path().join("garbage.btf");
     std::fs::write(&garbage, [0x9f, 0xeb, 1, 0, 0xff, 0xff, 0xff, 0xff].repeat(64))?;
     for (file, name) in [("/nonexistent/vmlinux.btf", "/nonexistent/vmlinux.btf"), (path(&garbage)?, "garbage.btf")] {
-        let (code, said) = ends(&Options::below(dir.path()).with(&["--btf", file]), free_port()?)?;
+        let (code, said) = ends(&AgentOptions::below(dir.path()).with(&["--btf", file]), free_port()?)?;
         ensure!(code == 3 && said.contains(name), "--btf {file} ended with {code}:\n{said}");
     }
     Ok(())
@@ -64,12 +64,12 @@ fn path(path: &Path) -> anyhow::Result<&str> {
 fn a_required_hook_cannot_be_left_out_and_an_optional_one_can() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    let (code, said) = ends(&Options::below(dir.path()).with(&["--without", "rss"]), free_port()?)?;
+    let (code, said) = ends(&AgentOptions::below(dir.path()).with(&["--without", "rss"]), free_port()?)?;
     ensure!(matches!(code, 2 | 3) && said.contains("rss"), "--without rss ended with {code}:\n{said}");
-    let (code, said) = ends(&Options::below(dir.path()).with(&["--without", "no_such_hook"]), free_port()?)?;
+    let (code, said) = ends(&AgentOptions::below(dir.path()).with(&["--without", "no_such_hook"]), free_port()?)?;
     ensure!(code == 2 && said.contains("no_such_hook"), "--without no_such_hook ended with {code}:\n{said}");
 
-    let mut agent = Options::below(dir.path()).with(&["--without", "exit_mmap"]).start()?;
+    let mut agent = AgentOptions::below(dir.path()).with(&["--without", "exit_mmap"]).start()?;
     let killed = oom_kill("degraded")?;
     let listed = agent.options().incidents_when(Duration::from_secs(30), |listed| has(listed, killed))?;
     ensure!(has(&listed, killed), "a degraded agent saw no kill; it said:\n{}", agent.stderr());
@@ -86,7 +86,7 @@ fn a_required_hook_cannot_be_left_out_and_an_optional_one_can() -> anyhow::Resul
 fn a_state_directory_that_is_a_file_is_named() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    let mut options = Options::below(dir.path());
+    let mut options = AgentOptions::below(dir.path());
     options.state_dir = dir.path().join("in-the-way");
     std::fs::write(&options.state_dir, "a file")?;
     let (code, said) = ends(&options, free_port()?)?;
@@ -100,7 +100,7 @@ fn a_port_in_use_is_named() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let port = taken.local_addr()?.port();
-    let (code, said) = ends(&Options::below(dir.path()), port)?;
+    let (code, said) = ends(&AgentOptions::below(dir.path()), port)?;
     ensure!(code == 1 && said.contains(&format!("127.0.0.1:{port}")), "ended with {code}:\n{said}");
     Ok(())
 }
@@ -109,7 +109,7 @@ fn a_port_in_use_is_named() -> anyhow::Result<()> {
 fn health_readiness_metrics_and_incidents_are_served() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    let mut agent = Options::below(dir.path()).start()?;
+    let mut agent = AgentOptions::below(dir.path()).start()?;
     for path in ["/healthz", "/readyz", "/metrics"] {
         let (status, body) = agent.get(path)?;
         ensure!(status == 200, "GET {path}: {status} {body}");
@@ -118,7 +118,7 @@ fn health_readiness_metrics_and_incidents_are_served() -> anyhow::Result<()> {
     ensure!(metrics.trim_end().ends_with("# EOF"), "/metrics is not OpenMetrics:\n{metrics}");
     ensure!(agent.get_json("/api/incidents")?.is_array(), "/api/incidents is not an array");
     ensure!(agent.get("/no/such/page")?.0 == 404, "an unknown page is found");
-    // The journal and the incidents hold other people's data.
+    // the journal and the incidents contain other people's data
     for name in ["state", "journal"] {
         use std::os::unix::fs::PermissionsExt;
         let mode = std::fs::metadata(dir.path().join(name))?.permissions().mode() & 0o777;
@@ -133,7 +133,7 @@ fn health_readiness_metrics_and_incidents_are_served() -> anyhow::Result<()> {
 fn a_journal_in_use_is_named() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     let mut agent = options.start()?;
     let mut second = options.clone();
     second.state_dir = dir.path().join("other");
@@ -147,7 +147,7 @@ fn a_journal_in_use_is_named() -> anyhow::Result<()> {
     ensure!(code == 1 && said.contains("--state-dir"), "ended with {code}:\n{said}");
     ensure!(agent.is_running()?, "the first agent ended; it said:\n{}", agent.stderr());
     agent.stop()?;
-    // One directory for both is one lock.
+    // one directory for both has one lock
     second.state_dir.clone_from(&options.journal_dir);
     second.journal_dir.clone_from(&options.journal_dir);
     second.start()?.stop()?;
@@ -169,7 +169,7 @@ impl TinyDisk {
 
 impl Drop for TinyDisk {
     fn drop(&mut self) {
-        // A busy mount goes when its last user does.
+        // a busy mount goes away with its last user
         let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
     }
 }
@@ -179,17 +179,17 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
     require_root()?;
     let dir = tempfile::tempdir()?;
     let disk = TinyDisk::mount()?;
-    let mut options = Options::below(dir.path());
+    let mut options = AgentOptions::below(dir.path());
     options.state_dir = disk.0.path().to_owned();
     let mut agent = options.start()?;
-    // What is left after the agent's own files is filled to the last byte.
+    // fill what the agent's own files leave to the last byte
     let filler = disk.0.path().join("filler");
     let _full = std::fs::write(&filler, vec![0u8; 64 << 10]);
     oom_kill("full")?;
-    let patience = Patience::of(Duration::from_secs(30));
+    let deadline = Deadline::after(Duration::from_secs(30));
     let failures = loop {
         let failures = agent.metric("memtrace_incident_write_failures_total")?.unwrap_or_default();
-        if failures > 0.0 || patience.is_over() {
+        if failures > 0.0 || deadline.has_passed() {
             break failures;
         }
         std::thread::sleep(Duration::from_millis(200));
@@ -200,7 +200,7 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
     for incident in options.incidents()? {
         options.report(json::text(&incident, "/id")?)?;
     }
-    // With room again the next kill is kept.
+    // once there is room, the next kill is kept
     std::fs::remove_file(&filler)?;
     let killed = oom_kill("room")?;
     let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, killed))?;

@@ -1,4 +1,5 @@
-//! What was recorded on this kernel replays to what the agent saved; the capture is left for whoever collects them.
+//! A journal recorded on this kernel replays to what the agent saved. The capture is kept where
+//! `MEMTRACE_TESTS_OUT` says.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -15,7 +16,7 @@ use memtrace_tests::programs;
 use memtrace_tests::trial::Trial;
 use serde_json::Value;
 
-/// Names a directory for captures to be kept in.
+/// Environment variable: directory in which captures are kept.
 const OUT: &str = "MEMTRACE_TESTS_OUT";
 
 #[test]

@@ -1,4 +1,5 @@
-//! Processes that change what they are while they grow: growth belongs to the right process and cgroup all the same.
+//! Processes that change while they grow: growth is attributed to the right process and cgroup
+//! nevertheless.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -13,14 +14,14 @@ use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, process};
 use serde_json::Value;
 
-/// The growth the incident attributes to a process.
+/// Growth that the incident attributes to a process.
 fn grown(incident: &Value, pid: u32) -> anyhow::Result<u64> {
     let rows = json::list(incident, "/growth")?;
     let row = rows.iter().find(|row| row["pid"] == pid).with_context(|| format!("{pid} is not in {rows:?}"))?;
     json::number(row, "/last_10s_bytes")
 }
 
-/// `bytes` are `mib` and what a small program takes besides.
+/// Checks that `bytes` are `mib` plus what a small program takes.
 fn about(bytes: u64, mib: u64) -> anyhow::Result<()> {
     ensure!((mib * MIB..(mib + 6) * MIB).contains(&bytes), "{bytes} bytes are not about {mib} MiB");
     Ok(())
@@ -34,7 +35,7 @@ fn a_new_program_starts_from_nothing() -> anyhow::Result<()> {
     ended.was_killed()?;
     let incident = trial.incident(&cage)?;
     claims::ran_out_itself(&incident, &cage)?;
-    // The same process under its new name, and none of what the program before it held.
+    // the same process under its new name, without the memory of the program before it
     claims::only_victim(&incident, ended.pid, "exec-after")?;
     ensure!(claims::highest(&incident, "anon_bytes")? >= 40 * MIB, "the curve does not reach the limit");
     let grown = grown(&incident, ended.pid)?;
@@ -71,7 +72,7 @@ fn who_moves_in_mid_growth_runs_out_where_it_moved_to() -> anyhow::Result<()> {
     let dir = to.dir().to_str().context("a path that is not text")?;
     let ended = Actor::start(Some(&from), &["move-grow", "--first-mib", "20", "--to", dir, "--mib", "96"])?.finish()?;
     ended.was_killed()?;
-    // A cgroup namespace has another idea of the root: the path is that of the machine.
+    // a cgroup namespace has another root; the path must be the host's
     let incident = trial.incident(&to)?;
     claims::ran_out_itself(&incident, &to)?;
     claims::only_victim(&incident, ended.pid, "workload")?;
@@ -97,7 +98,7 @@ fn a_pid_that_is_used_again_is_another_process() -> anyhow::Result<()> {
     old.until("ready")?;
     let pid = old.pid();
     ensure!(old.finish()?.status.success(), "the first process");
-    // Two starts within one tick of the clock would look alike to the test.
+    // the test cannot tell two starts within one clock tick apart
     std::thread::sleep(std::time::Duration::from_millis(50));
     let mut tries = 0;
     let ended = loop {
@@ -112,7 +113,7 @@ fn a_pid_that_is_used_again_is_another_process() -> anyhow::Result<()> {
     ended.was_killed()?;
     say(format_args!("pid {pid} used again after {tries} tries"));
     let found = trial.incidents(&[&second], 1);
-    // A try that got another pid was killed by the limit as well, or by the test before that.
+    // a try that got another pid was killed by the limit too, or by the test before this one
     let incidents = if tries == 1 { found? } else { trial.options().incidents()? };
     let incident =
         incidents.iter().find(|i| i["oom"]["victims"][0]["pid"] == pid).context("no incident of that pid")?;

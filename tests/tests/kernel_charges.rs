@@ -1,4 +1,5 @@
-//! Where charges can be hooked they can tell of memory in place of the rss hook, at a fraction of its cost.
+//! Where charges can be hooked, they can replace the rss hook as the source of memory readings, at
+//! a fraction of its cost.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -6,19 +7,20 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
-use memtrace_tests::agent::{Options, json_of};
+use memtrace_tests::agent::{AgentOptions, json_of};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::{not_run_here, say};
-use memtrace_tests::patience::Patience;
-use memtrace_tests::process::Rss;
+use memtrace_tests::process::ProcRss;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, programs};
 
-/// What charges may be behind by: a batch of 64 pages on each of a few CPUs, and the quantum.
+/// How far charges may lag: a batch of 64 pages on each of a few CPUs, and the RSS threshold.
 const BEHIND: u64 = 2 * MIB;
 
-/// Whether charges can be hooked here; where not, an agent that is told to do without the rss hook says so and ends.
+/// Whether charges can be hooked here. If not, an agent told to do without the rss hook must say so
+/// and exit.
 fn charges_can_be_hooked() -> anyhow::Result<bool> {
     programs::require_root()?;
     let mut doctor = programs::memtrace_command()?;
@@ -29,7 +31,7 @@ fn charges_can_be_hooked() -> anyhow::Result<bool> {
         return Ok(true);
     }
     let dir = tempfile::tempdir()?;
-    let refused = Options::below(dir.path()).with(&["--without", "rss"]).start();
+    let refused = AgentOptions::below(dir.path()).with(&["--without", "rss"]).start();
     let said = refused.err().context("an agent without the rss hook and without charges runs")?.to_string();
     ensure!(said.contains("--without rss") && said.contains("charge"), "it said:\n{said}");
     not_run_here("charges in place of the rss hook", "this kernel lets nobody hook page_counter_try_charge");
@@ -70,8 +72,8 @@ fn what_is_held_and_what_is_given_back_is_known_by_charges_alone() -> anyhow::Re
     let hold = ["hold", "--anon-mib", "40", "--file-mib", "0", "--shmem-mib", "8", "--threads", "2"];
     let mut actor = Actor::start(Some(&cage), &hold)?;
     actor.until("ready")?;
-    let truth = Rss::read(actor.pid())?;
-    let patience = Patience::of(Duration::from_secs(60));
+    let truth = ProcRss::read(actor.pid())?;
+    let deadline = Deadline::after(Duration::from_secs(60));
     loop {
         let answer = trial.agent.get_json(&format!("/api/processes?pid={}", actor.pid()))?;
         let known = json::list(&answer, "")?.first().cloned().unwrap_or_default();
@@ -80,7 +82,7 @@ fn what_is_held_and_what_is_given_back_is_known_by_charges_alone() -> anyhow::Re
             say(format_args!("anon {anon}, /proc {}", truth.anon));
             break;
         }
-        ensure!(!patience.is_over(), "anon is {} in /proc; told was {known}", truth.anon);
+        ensure!(!deadline.has_passed(), "anon is {} in /proc; told was {known}", truth.anon);
         std::thread::sleep(Duration::from_millis(100));
     }
     actor.finish()?;

@@ -1,4 +1,5 @@
-//! A real container (runc) under a kubelet-style path dies within moments of its creation: the incident names it.
+//! A real container (runc) below a kubelet-style path dies moments after its creation, and the
+//! incident names it.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -10,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use memtrace_tests::cage;
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::say;
-use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, programs};
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 const POD: &str = "0c5a3f9e-7a52-4d0a-9d0e-6f3a1c9b8e27";
 const LIMIT: u64 = 24 * MIB;
 
-/// A bundle: the machine's own libraries, read only, and a workload of its own.
+/// An OCI bundle: the host's libraries, read only, and a workload.
 fn bundle(dir: &Path, cgroup: &str) -> anyhow::Result<()> {
     for place in ["lib", "lib64", "usr", "proc", "dev"] {
         fs::create_dir_all(dir.join("rootfs").join(place)).context("failed to make a root file system")?;
@@ -47,14 +48,14 @@ fn bundle(dir: &Path, cgroup: &str) -> anyhow::Result<()> {
     fs::write(dir.join("config.json"), config.to_string()).context("failed to write config.json")
 }
 
-/// Removes the empty directories that runc made on the way to its own, in every hierarchy.
+/// Removes the empty directories that runc made above its cgroup, in every hierarchy.
 fn remove_parents(path: &str, keep: &str) {
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
     let tops: Vec<PathBuf> = hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]).filter(|top| top.is_dir()).collect();
     for top in tops {
         let mut below = PathBuf::from(path.trim_start_matches('/'));
         while below.as_os_str() != keep.trim_matches('/') && below.pop() && !below.as_os_str().is_empty() {
-            // Only what is empty goes; in use, or not there at all, it is not ours.
+            // rmdir fails where it is in use or missing: then it is not ours to remove
             if fs::remove_dir(top.join(&below)).is_err() {
                 break;
             }
@@ -64,7 +65,7 @@ fn remove_parents(path: &str, keep: &str) {
 
 #[test]
 fn a_container_that_dies_at_once_is_named_with_its_pod() -> anyhow::Result<()> {
-    // Whatever else runs here takes stacks too, and runc is many processes: this is about names, not about the budget.
+    // runc is many processes, which take stacks too: this test is about names, not the budget
     let trial = Trial::begin(&["--sample", "64K", "--stack-budget", "100%"])?;
     let own = cage::own_place()?;
     let dir = tempfile::tempdir()?;
@@ -80,14 +81,14 @@ fn a_container_that_dies_at_once_is_named_with_its_pod() -> anyhow::Result<()> {
     let output = runc.stdin(Stdio::null()).output().context("failed to run runc: install it")?;
     let took = begin.elapsed();
     remove_parents(&path, above);
-    // Its file system goes with it, before the incident is closed and named.
+    // its file system is gone before the incident is closed and named
     fs::remove_dir_all(dir.path().join("rootfs")).context("failed to remove the container's file system")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.code() == Some(137), "runc ended with {}; it said {said}", output.status);
 
     let about = |i: &&Value| i["cgroup"]["container"]["id"] == id.as_str();
-    let patience = Duration::from_secs(60);
-    trial.wait_for(patience, |listed| listed.iter().any(|i| about(&i)))?;
+    let deadline = Duration::from_secs(60);
+    trial.wait_for(deadline, |listed| listed.iter().any(|i| about(&i)))?;
     let listed = trial.options().incidents()?;
     let mut of_it = listed.iter().filter(about);
     let (Some(listed), None) = (of_it.next(), of_it.next()) else {
@@ -111,12 +112,12 @@ fn a_container_that_dies_at_once_is_named_with_its_pod() -> anyhow::Result<()> {
     trial.end()
 }
 
-/// Names come a moment after the incident.
+/// Time until names are in the incident.
 const NAMING: Duration = Duration::from_secs(60);
 
 /// The frame of the workload's own code that took the memory, once it has a name.
 fn named(trial: &Trial, id: &str) -> anyhow::Result<Value> {
-    let patience = Patience::of(NAMING);
+    let deadline = Deadline::after(NAMING);
     loop {
         let incident = trial.options().report(id)?;
         let frames = json::list(&incident, "/allocation_paths")?.iter().filter_map(|path| path["frames"].as_array());
@@ -127,7 +128,7 @@ fn named(trial: &Trial, id: &str) -> anyhow::Result<Value> {
         if let Some(own) = own.filter(|own| own["line"].is_u64()) {
             return Ok(own.clone());
         }
-        ensure!(!patience.is_over(), "no name in {}", json::excerpt(&incident["allocation_paths"]));
+        ensure!(!deadline.has_passed(), "no name in {}", json::excerpt(&incident["allocation_paths"]));
         std::thread::sleep(Duration::from_millis(100));
     }
 }

@@ -1,4 +1,5 @@
-//! kill -9 in a storm of kills: what was listed stays, what was under way is recovered, a torn journal is said so.
+//! kill -9 during a storm of kills: listed incidents stay, the one in progress is recovered, a torn
+//! journal is reported.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Options, successful};
+use memtrace_tests::agent::{Agent, AgentOptions, successful};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
@@ -19,21 +20,22 @@ use memtrace_tests::process::boot_ns;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 
-/// Unless `MEMTRACE_TESTS_ROUNDS` says another number: emulated machines take fewer.
+/// Number of rounds unless `MEMTRACE_TESTS_ROUNDS` is set: emulated machines do fewer.
 const ROUNDS: u64 = 10;
-/// The agent has the kill in its journal this long after the victim is reaped.
+/// Time after a victim is reaped at which the agent has the kill in its journal.
 const JOURNAL_NS: u64 = 250_000_000;
 
-/// Agents share the machine's hooks; kills of one test are not the other's.
+/// Serializes the tests: hooks are shared, and a kill of one test must not be seen by another's
+/// agent.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// One kill the harness caused: the cgroup it was in and when the victim was reaped.
+/// A kill that the test caused: the victim's cgroup and when it was reaped.
 #[derive(Clone, Copy, Debug)]
 struct Kill {
     cage_id: u64,
     begun_boot_ns: u64,
     reaped_boot_ns: u64,
-    /// Round of the storm, and how long before the crash the victim was reaped.
+    /// Round of the storm, and time from reaping the victim to the crash.
     round: u64,
     before_crash_ns: u64,
 }
@@ -66,13 +68,41 @@ fn ids(listed: &[Value]) -> anyhow::Result<BTreeSet<String>> {
     listed.iter().map(|incident| json::text(incident, "/id").map(str::to_owned)).collect()
 }
 
+/// Kills one process after another until the agent is killed, after `pause`. Returns the incidents listed before,
+/// the time of the crash (boot clock, ns), and the kills.
+fn crash_in_a_storm(
+    options: &AgentOptions,
+    agent: &mut Agent,
+    pause: Duration,
+) -> anyhow::Result<(BTreeSet<String>, u64, Vec<Kill>)> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let storm = scope.spawn(|| -> anyhow::Result<Vec<Kill>> {
+            let mut kills = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                kills.push(kill_one()?);
+            }
+            Ok(kills)
+        });
+        std::thread::sleep(pause);
+        let listed = options.incidents();
+        let crashed = boot_ns();
+        let killed = agent.kill_9();
+        stop.store(true, Ordering::Relaxed);
+        let storm = storm.join().map_err(|_| anyhow::anyhow!("the storm panicked"))??;
+        killed?;
+        Ok((ids(&listed?)?, crashed, storm))
+    })
+}
+
 #[test]
 fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     require_root()?;
     let _alone = ONE_AT_A_TIME.lock();
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
-    // Not a secret and not repeatable on purpose: another moment every run, printed so that a failure can be told.
+    let options = AgentOptions::below(dir.path());
+    // not reproducible on purpose: each run crashes at other moments, printed so that a failure can
+    // be understood
     let mut seed = u64::from(SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos()) | 1;
     say(format_args!("seed {seed}"));
     let mut kills = Vec::new();
@@ -82,26 +112,10 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
         let mut agent = options.start().with_context(|| format!("round {round}"))?;
         let ready = boot_ns();
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        // An incident is finished a second after its kill: some rounds end before the first, some amid many.
+        // an incident is finished a second after its kill: some rounds end before the first, some
+        // among many
         let pause = Duration::from_millis(100 + (seed >> 33) % 2900);
-        let stop = AtomicBool::new(false);
-        let (listed, crashed, mut storm) = std::thread::scope(|scope| -> anyhow::Result<_> {
-            let storm = scope.spawn(|| -> anyhow::Result<Vec<Kill>> {
-                let mut kills = Vec::new();
-                while !stop.load(Ordering::Relaxed) {
-                    kills.push(kill_one()?);
-                }
-                Ok(kills)
-            });
-            std::thread::sleep(pause);
-            let listed = options.incidents();
-            let crashed = boot_ns();
-            let killed = agent.kill_9();
-            stop.store(true, Ordering::Relaxed);
-            let storm = storm.join().map_err(|_| anyhow::anyhow!("the storm panicked"))??;
-            killed?;
-            Ok((ids(&listed?)?, crashed, storm))
-        })?;
+        let (listed, crashed, mut storm) = crash_in_a_storm(&options, &mut agent, pause)?;
         for kill in &mut storm {
             (kill.round, kill.before_crash_ns) = (round, crashed.saturating_sub(kill.reaped_boot_ns));
         }
@@ -114,7 +128,7 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
             listed.len()
         ));
 
-        // What was finished is still there and readable, with nobody running.
+        // finished incidents are still there and readable without an agent
         let after = ids(&options.incidents()?)?;
         let gone: Vec<_> = listed.difference(&after).collect();
         ensure!(gone.is_empty(), "round {round}: incidents gone after kill -9: {gone:?}");
@@ -148,8 +162,9 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The kills of our cgroups in the ledger: how often each, and each only once by what tells kills apart.
-fn ledger(options: &Options, kills: &[Kill], listed: &[Value]) -> anyhow::Result<BTreeMap<u64, usize>> {
+/// How often each kill of our cgroups is in the ledger. Each pair of pid and time may be there
+/// once.
+fn ledger(options: &AgentOptions, kills: &[Kill], listed: &[Value]) -> anyhow::Result<BTreeMap<u64, usize>> {
     let text = std::fs::read_to_string(options.state_dir.join("kills.jsonl")).context("failed to read the ledger")?;
     let lines = text.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
     let mut told = BTreeSet::new();
@@ -157,7 +172,7 @@ fn ledger(options: &Options, kills: &[Kill], listed: &[Value]) -> anyhow::Result
         let key = ["boot_ns", "pid", "start_boot_ns"].map(|name| line[name].as_u64());
         ensure!(told.insert(key), "twice in the ledger: {line}");
     }
-    // A ledger line has the incident's id; the incident has the cgroup's.
+    // a ledger line has the incident's id, and the incident has the cgroup's
     let cgroup_of = |id: &Value| listed.iter().find(|incident| incident["id"] == *id)?.pointer("/cgroup/id")?.as_u64();
     let mut counts: BTreeMap<u64, usize> = kills.iter().map(|kill| (kill.cage_id, 0)).collect();
     for line in &lines {
@@ -173,7 +188,7 @@ fn the_ledger_is_completed_from_the_journal_and_only_once() -> anyhow::Result<()
     require_root()?;
     let _alone = ONE_AT_A_TIME.lock();
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     for lost in [false, true] {
         let mut agent = options.start()?;
         let kills = [kill_one()?, kill_one()?];
@@ -198,7 +213,7 @@ fn the_ledger_is_completed_from_the_journal_and_only_once() -> anyhow::Result<()
     Ok(())
 }
 
-/// The youngest file of the journal.
+/// Newest segment of the journal.
 fn last_segment(dir: &Path) -> anyhow::Result<PathBuf> {
     let mut youngest: Option<(SystemTime, PathBuf)> = None;
     for entry in std::fs::read_dir(dir).with_context(|| format!("failed to list {}", dir.display()))? {
@@ -221,7 +236,7 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
     let _alone = ONE_AT_A_TIME.lock();
     for damage in ["garbage", "truncated"] {
         let dir = tempfile::tempdir()?;
-        let options = Options::below(dir.path());
+        let options = AgentOptions::below(dir.path());
         let mut agent = options.start()?;
         let kills = [kill_one()?, kill_one()?];
         let both = |listed: &[Value]| count(listed, &kills).values().all(|n| *n == 1);
@@ -231,7 +246,7 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
         let segment = last_segment(&options.journal_dir)?;
         let mut file = std::fs::File::options().write(true).read(true).open(&segment)?;
         let length = file.metadata()?.len();
-        // How many bytes are given up, where that is known without reading frames.
+        // number of lost bytes, where it is known without reading frames
         let given_up = match damage {
             "garbage" => {
                 file.seek(SeekFrom::End(0))?;
@@ -271,7 +286,7 @@ fn a_replay_of_the_journal_gives_the_same_incidents() -> anyhow::Result<()> {
     require_root()?;
     let _alone = ONE_AT_A_TIME.lock();
     let dir = tempfile::tempdir()?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     let mut agent = options.start()?;
     let kills = (0..5).map(|_| kill_one()).collect::<anyhow::Result<Vec<_>>>()?;
     let all = |listed: &[Value]| count(listed, &kills).values().all(|n| *n == 1);
@@ -287,7 +302,8 @@ fn a_replay_of_the_journal_gives_the_same_incidents() -> anyhow::Result<()> {
     let (mut json_bytes, mut file_bytes) = (0, 0);
     for id in &saved {
         let again = replayed.remove(id).with_context(|| format!("the replay has no {id}"))?;
-        // Names come after an incident is saved, and a replay has none: but for them it is the same, byte for byte.
+        // names are added after an incident is saved and a replay has none; without them both are
+        // the same, byte for byte
         let saved = json::without_names(&options.report(id)?);
         let again: Value = serde_json::from_str(&again).context("a replay printed no JSON")?;
         let (saved, again) = (serde_json::to_string_pretty(&saved)?, serde_json::to_string_pretty(&again)?);
@@ -300,7 +316,7 @@ fn a_replay_of_the_journal_gives_the_same_incidents() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The incidents in a printed array by id, each as it is printed alone: the array only indents it.
+/// Incidents of a printed array by id, each with the indentation it has when printed alone.
 fn printed_incidents(array: &str) -> anyhow::Result<BTreeMap<String, String>> {
     let (mut incidents, mut one) = (BTreeMap::new(), String::new());
     for line in array.lines().filter_map(|line| line.strip_prefix("  ")) {

@@ -1,4 +1,4 @@
-//! Without a hook exactly what `doctor` announces is lost, and nothing else.
+//! Without a hook, exactly what `doctor` announces is missing, and nothing else.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -12,16 +12,16 @@ use memtrace_tests::trial::Trial;
 use memtrace_tests::{disk, json, programs};
 use serde_json::Value;
 
-/// What is compared: enough of the truth about a kill, a kill by an ancestor's limit and a near miss.
+/// Facts that are compared: about a kill, a kill by an ancestor's limit, and a near miss.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Facts {
     kill: String,
-    /// Path of a cgroup that was removed at once.
+    /// Path of a cgroup that was removed immediately.
     path_known: bool,
-    /// Mapping calls are listed.
+    /// Whether mapping calls are listed.
     mappings: bool,
     ancestor: String,
-    /// The near miss, and whether it says how long tasks were held up.
+    /// The near miss, if there is one, and whether it says how long tasks were held up.
     near_miss: Option<bool>,
 }
 
@@ -35,7 +35,7 @@ fn doctor(without: &[&str]) -> anyhow::Result<Value> {
     json_of(command)
 }
 
-/// The sentences about what is lost, as incidents repeat them.
+/// Sentences about what is missing, as incidents repeat them.
 fn announced(report: &Value) -> anyhow::Result<Vec<String>> {
     let hooks = json::list(report, "/hooks")?.iter();
     let lost = hooks.filter_map(|h| Some(format!("{}: {}", h["hook"].as_str()?, h["lost"].as_str()?)));
@@ -45,7 +45,7 @@ fn announced(report: &Value) -> anyhow::Result<Vec<String>> {
     Ok(all)
 }
 
-/// The losses of an incident that have no count: what is not attached.
+/// Losses of an incident without a count: hooks that are not attached.
 fn degraded(incident: &Value) -> anyhow::Result<Vec<String>> {
     let losses = json::list(incident, "/losses")?.iter().filter(|loss| loss["count"].is_null());
     let mut all: Vec<String> = losses.filter_map(|loss| Some(loss["what"].as_str()?.to_owned())).collect();
@@ -100,20 +100,21 @@ fn facts(without: Option<&str>, expected_losses: &[String]) -> anyhow::Result<Fa
     cage.remove()?;
     victim.was_killed()?;
     let ours = |i: &&Value| i["cgroup"]["id"] == id;
-    let patience = std::time::Duration::from_secs(60);
-    trial.wait_for(patience, |listed| listed.iter().any(|i| ours(&i)))?;
+    let deadline = std::time::Duration::from_secs(60);
+    trial.wait_for(deadline, |listed| listed.iter().any(|i| ours(&i)))?;
     let listed = trial.options().incidents()?;
     let listed = listed.iter().find(ours).context("no incident of the kill")?;
     let whole = trial.options().report(json::text(listed, "/id")?)?;
     let told = whole["cgroup"]["path"].as_str();
     ensure!(told.is_none_or(|told| told == path), "the path is {told:?}, not {path}");
 
-    // Nothing comes of it where reclaim is not seen; elsewhere within the detector's five seconds.
-    let patience = std::time::Duration::from_secs(if without == Some("reclaim_begin") { 8 } else { 60 });
-    // Where no near miss is told of it, the rise may be a spike.
+    // without reclaim records there is no near miss; otherwise it comes within the detector's five
+    // seconds
+    let deadline = std::time::Duration::from_secs(if without == Some("reclaim_begin") { 8 } else { 60 });
+    // where no near miss is reported, the rise may be a spike
     let spike = without == Some("reclaim_begin");
     let of_near = |i: &&Value| i["cgroup"]["id"] == near.id() && !(spike && i["kind"] == "spike");
-    trial.wait_for(patience, |listed| listed.iter().any(|i| of_near(&i)))?;
+    trial.wait_for(deadline, |listed| listed.iter().any(|i| of_near(&i)))?;
     let all = trial.options().incidents()?;
     let near_miss = all.iter().find(of_near);
     ensure!(near_miss.is_none_or(|i| i["kind"] == "near_miss"), "{near_miss:?}");
@@ -156,7 +157,7 @@ fn without_a_hook_what_doctor_announces_is_lost_and_nothing_else() -> anyhow::Re
         let found = facts(Some(hook), &losses)?;
         let mut expected = base.clone();
         match *hook {
-            // Too short a life to be looked up, or just long enough.
+            // it may live too short to be looked up, or just long enough
             "cgroup_mkdir" => expected.path_known = found.path_known,
             "map" => expected.mappings = false,
             "reclaim_begin" => expected.near_miss = None,

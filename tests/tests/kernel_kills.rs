@@ -1,4 +1,5 @@
-//! A hundred OOM kills of five kinds, one after another: each becomes exactly one incident that says the truth.
+//! A hundred OOM kills of five kinds in sequence: each becomes exactly one incident with the right
+//! facts.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -9,23 +10,23 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::Options;
+use memtrace_tests::agent::AgentOptions;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
-use memtrace_tests::printk::{self, Anchor, KernelLog, KillLines};
+use memtrace_tests::printk::{self, KernelLogTail, KillLines, PrintkAnchor};
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 
-/// Times each kind, unless `MEMTRACE_TESTS_ROUNDS` says another number: emulated machines take fewer.
+/// Runs of each kind unless `MEMTRACE_TESTS_ROUNDS` is set: emulated machines do fewer.
 const RUNS_EACH: usize = 20;
 const MIB: u64 = 1 << 20;
-/// What the curve and the limit may differ by.
+/// Largest difference between curve and limit.
 const QUANTUM: u64 = 256 << 10;
 const ONE_MS: u64 = 1_000_000;
-/// A SIGKILL and its line in the log are microseconds apart, unless the trigger is preempted in between: how far is
-/// measured and printed, this only tells one kill from another.
+/// Largest distance from a SIGKILL to its line in the log. Usually microseconds, unless the trigger
+/// is preempted in between; the real distance is printed, and this only tells kills apart.
 const PREEMPTED_NS: u64 = 500 * ONE_MS;
 
 /// One way to run out of memory.
@@ -33,9 +34,9 @@ struct Kind {
     name: &'static str,
     limit: u64,
     arguments: &'static [&'static str],
-    /// Name of who the kernel has to pick.
+    /// Name of the process that the kernel must pick.
     victim_comm: &'static str,
-    /// More than one kill a run is in its nature.
+    /// Whether one run causes several kills.
     several: bool,
 }
 
@@ -77,10 +78,10 @@ const KINDS: [Kind; 5] = [
     },
 ];
 
-/// One process the kernel killed, as the harness saw it.
+/// A process that the kernel killed, as the test saw it.
 struct Victim {
     pid: u32,
-    /// From its own `start` line; `None` when it was killed before it could say so.
+    /// From its own `start` line; `None` if it was killed before it printed one.
     start_ticks: Option<u64>,
     lines: KillLines,
 }
@@ -96,7 +97,7 @@ struct Run {
     victims: Vec<Victim>,
 }
 
-/// What the incidents of one kind differed by.
+/// Differences measured in the incidents of one kind.
 #[derive(Default)]
 struct Measured {
     runs: usize,
@@ -112,11 +113,11 @@ fn a_hundred_kills_are_a_hundred_true_incidents() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
     let fill = tempfile::tempdir_in("/dev/shm")?;
-    let options = Options::below(dir.path());
+    let options = AgentOptions::below(dir.path());
     let mut agent = options.start()?;
     let burst_us = fastest_burst_us()?;
 
-    let mut log = KernelLog::open_at_end()?;
+    let mut log = KernelLogTail::open_at_end()?;
     let mut anchors = vec![log.anchor(20)?];
     let mut runs = Vec::new();
     let rounds = std::env::var("MEMTRACE_TESTS_ROUNDS").map_or(Ok(RUNS_EACH), |rounds| rounds.parse())?;
@@ -136,7 +137,7 @@ fn a_hundred_kills_are_a_hundred_true_incidents() -> anyhow::Result<()> {
     let kills: u64 = runs.iter().map(|run| run.oom_kills).sum();
     let expected = usize::try_from(kills)?;
     options.incidents_when(Duration::from_secs(60), |listed| ours(listed).len() >= expected)?;
-    // Time for a duplicate to show up.
+    // time for a duplicate to appear
     std::thread::sleep(Duration::from_secs(2));
     let listed = ours(&options.incidents()?);
 
@@ -166,7 +167,7 @@ fn a_hundred_kills_are_a_hundred_true_incidents() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How fast this machine takes 200 MB without a limit in the way: the best of five.
+/// How fast this machine takes 200 MB without a limit, best of five.
 fn fastest_burst_us() -> anyhow::Result<u64> {
     let mut best = u64::MAX;
     for _ in 0..5 {
@@ -184,7 +185,7 @@ fn events(stdout: &[u8]) -> anyhow::Result<Vec<Value>> {
         .collect()
 }
 
-fn run_once(kind: usize, fill: &Path, log: &mut KernelLog) -> anyhow::Result<Run> {
+fn run_once(kind: usize, fill: &Path, log: &mut KernelLogTail) -> anyhow::Result<Run> {
     let Kind { name, limit, arguments, .. } = KINDS[kind];
     let from = log.next_seq()?;
     let cage = Cage::new(name, limit)?;
@@ -208,7 +209,7 @@ fn run_once(kind: usize, fill: &Path, log: &mut KernelLog) -> anyhow::Result<Run
         started.entry(u32::try_from(json::number(ended, "/child")?)?).or_insert(None);
     }
     let mut victims = Vec::new();
-    // Others may be killed on this machine meanwhile: only those that ran here count.
+    // others may be killed on this machine meanwhile: only processes that ran here count
     for pid in log.killed_pids(from).into_iter().filter(|pid| started.contains_key(pid)) {
         let lines = log.kill_of(pid, from).context("a kill without a line")?;
         victims.push(Victim { pid, start_ticks: started[&pid], lines });
@@ -221,7 +222,7 @@ fn run_once(kind: usize, fill: &Path, log: &mut KernelLog) -> anyhow::Result<Run
     );
     let (cage_id, cage_path) = (cage.id(), cage.path().to_owned());
     if name == "tmpfs" {
-        // What a killed filler left is charged to its cgroup until it is gone.
+        // memory of a killed filler is charged to its cgroup until it is freed
         for left in std::fs::read_dir(fill)? {
             std::fs::remove_file(left?.path())?;
         }
@@ -233,8 +234,8 @@ fn run_once(kind: usize, fill: &Path, log: &mut KernelLog) -> anyhow::Result<Run
 fn check_run(
     run: &Run,
     incidents: &[Value],
-    anchors: &[Anchor],
-    options: &Options,
+    anchors: &[PrintkAnchor],
+    options: &AgentOptions,
     m: &mut Measured,
 ) -> anyhow::Result<Vec<String>> {
     let kind = &KINDS[run.kind];
@@ -269,7 +270,7 @@ fn check_incident(
     run: &Run,
     victim: &Victim,
     incident: &Value,
-    anchors: &[Anchor],
+    anchors: &[PrintkAnchor],
     m: &mut Measured,
 ) -> anyhow::Result<Vec<String>> {
     let mut problems = Vec::new();
@@ -279,7 +280,7 @@ fn check_incident(
         }
     };
 
-    // Who.
+    // who
     let victims = json::list(incident, "/oom/victims")?;
     let killed: Vec<&Value> = victims.iter().filter(|v| v["killed"] == true).collect();
     expect(killed.len() == 1, format!("{} killed victims in one incident", killed.len()));
@@ -291,7 +292,7 @@ fn check_incident(
         expect(start == ticks, format!("victim started at tick {start}, /proc said {ticks}"));
     }
 
-    // Where.
+    // where
     let path = json::text(incident, "/cgroup/path")?;
     expect(path == run.cage_path, format!("cgroup {path}, not {}", run.cage_path));
     let limit = json::number(incident, "/cgroup/limit_bytes")?;
@@ -299,11 +300,11 @@ fn check_incident(
     let scope = json::text(incident, "/oom/scope")?;
     expect(scope == "cgroup", format!("scope {scope}"));
 
-    // When.
+    // when
     let at = json::number(incident, "/at/boot_ns")?;
     let anchor = printk::nearest(anchors, at)?;
     let line = anchor.boot_ns(victim.lines.killed_line_ns)?;
-    // Emulated CPUs do not agree about the clock that stamps log lines.
+    // emulated CPUs disagree about the clock that stamps log lines
     let unsure = anchor.uncertainty_ns + if std::env::var_os("MEMTRACE_TESTS_VM").is_some() { 50 * ONE_MS } else { 0 };
     m.lag_ns.push(line.abs_diff(at));
     let near = at <= line + unsure && at + PREEMPTED_NS + unsure >= line;
@@ -313,7 +314,26 @@ fn check_incident(
     };
     expect(near || between, format!("killed at {at}, the log line says {line} (±{unsure})"));
 
-    // The curve.
+    // the peak
+    if let Some(peak) = run.peak {
+        let recorded = json::number(incident, "/cgroup/peak_bytes")?;
+        m.off_peak = m.off_peak.max(recorded.abs_diff(peak));
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let batch = u64::try_from(64 * rustix::param::page_size() * cpus)?;
+        expect(recorded.abs_diff(peak) <= batch, format!("peak {recorded}, the kernel says {peak}"));
+    }
+    problems.extend(check_curve(incident, at, run.limit, m)?);
+    Ok(problems)
+}
+
+/// What is wrong with an incident's curve; the kill was `at`.
+fn check_curve(incident: &Value, at: u64, limit: u64, m: &mut Measured) -> anyhow::Result<Vec<String>> {
+    let mut problems = Vec::new();
+    let mut expect = |holds: bool, problem: String| {
+        if !holds {
+            problems.push(problem);
+        }
+    };
     let columns = json::at(incident, "/timeline/columns")?.as_object().context("timeline columns")?;
     let lengths: Vec<(&str, usize)> =
         columns.iter().map(|(name, c)| (name.as_str(), c.as_array().map_or(usize::MAX, Vec::len))).collect();
@@ -324,26 +344,17 @@ fn check_incident(
     let last = times.iter().zip(usage).filter(|(time, _)| **time <= at).filter_map(|(_, u)| u.as_u64()).next_back();
     match last {
         Some(last) => {
-            let compared = incident.pointer("/cgroup/usage_bytes").and_then(Value::as_u64).unwrap_or(run.limit);
-            m.off_limit = m.off_limit.max(last.abs_diff(run.limit));
-            let ends_there = last.abs_diff(run.limit) <= QUANTUM || last.abs_diff(compared) <= QUANTUM;
-            expect(ends_there, format!("curve ends at {last}, limit {}, kernel compared {compared}", run.limit));
+            let compared = incident.pointer("/cgroup/usage_bytes").and_then(Value::as_u64).unwrap_or(limit);
+            m.off_limit = m.off_limit.max(last.abs_diff(limit));
+            let ends_there = last.abs_diff(limit) <= QUANTUM || last.abs_diff(compared) <= QUANTUM;
+            expect(ends_there, format!("curve ends at {last}, limit {}, kernel compared {compared}", limit));
         }
         None => expect(false, "the curve has no usage before the kill".to_owned()),
-    }
-
-    // The peak.
-    if let Some(peak) = run.peak {
-        let recorded = json::number(incident, "/cgroup/peak_bytes")?;
-        m.off_peak = m.off_peak.max(recorded.abs_diff(peak));
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let batch = u64::try_from(64 * rustix::param::page_size() * cpus)?;
-        expect(recorded.abs_diff(peak) <= batch, format!("peak {recorded}, the kernel says {peak}"));
     }
     Ok(problems)
 }
 
-fn print_table(measured: &mut [Measured], anchors: &[Anchor], burst_us: u64) -> anyhow::Result<()> {
+fn print_table(measured: &mut [Measured], anchors: &[PrintkAnchor], burst_us: u64) -> anyhow::Result<()> {
     let (drift, unsure) = printk::drift(anchors)?;
     let offset = anchors.first().context("no anchor")?.offset_ns;
     say(format_args!("200 MB without a limit: {burst_us} us at best"));

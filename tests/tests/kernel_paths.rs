@@ -1,5 +1,5 @@
-//! Recordings of programs that know which function touched how much, of programs that are gone from disk when they are
-//! named, and of programs that mean to confuse: names, mappings, stacks and unwind information made for that.
+//! Recordings of programs with known truth, of programs deleted before they are named, and of
+//! hostile programs: confusing names, mappings, stacks and unwind information.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -16,13 +16,14 @@ use memtrace_tests::programs::{self, require_root};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// What the hostile programs end with.
+/// Exit code of the hostile programs.
 const THEIR_CODE: i32 = 7;
-/// Markup and terminal escapes, as a name.
+/// A name made of markup and terminal escapes.
 const EVIL: &str = "<img\u{1b}[31m src=x onerror=alert(1)>\u{1b}]0;owned\u{7}";
-/// Fine steps, and as much time for them as they want: this is about what is told, not what it costs.
+/// Small sample intervals and no budget: the test is about correctness, not cost.
 const FINE: [&str; 4] = ["--sample", "128K", "--stack-budget", "100%"];
-/// For threads that grow at once. (Not for deep stacks, of which so many do not fit into their ring.)
+/// For threads that grow at the same time. Not for deep stacks, of which the ring holds too few at
+/// this rate.
 const FINEST: [&str; 6] = ["--quantum", "16K", "--sample", "64K", "--stack-budget", "100%"];
 
 /// A directory with programs of a test's own.
@@ -39,7 +40,7 @@ struct Recorded {
 }
 
 impl Bench {
-    /// None, and said so, where there is no compiler or no source.
+    /// `None`, and reported as not run, without a compiler or the sources.
     fn open(what: &str) -> anyhow::Result<Option<Self>> {
         require_root()?;
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("truth");
@@ -59,7 +60,7 @@ impl Bench {
         self.dir.path().join(name)
     }
 
-    /// As distributions do: optimized, and nothing said about frame pointers.
+    /// Compiles as distributions do: optimized, default frame pointers.
     fn compile(&self, source: &str, to: &str, more: &[&str]) -> anyhow::Result<PathBuf> {
         let path = self.path(to);
         let mut gcc = Command::new("gcc");
@@ -85,7 +86,7 @@ impl Bench {
 }
 
 impl Recorded {
-    /// Ended with this code, tells of growth in numbers that add up, and of as much as the program touched.
+    /// Checks exit code, sums, and that growth is at least 95 % of what the program touched.
     fn is_sound(&self, code: i32) -> anyhow::Result<growth::Bytes> {
         let said = String::from_utf8_lossy(&self.output.stderr);
         ensure!(self.output.status.code() == Some(code), "{}; it said:\n{said}", self.output.status);
@@ -101,7 +102,8 @@ impl Recorded {
         Self::are_right(std::slice::from_ref(self), name)
     }
 
-    /// Taken together. Of threads that grow at once chance says whose stack stands for a step: that evens out over many.
+    /// Checks several recordings together. If threads grow at once, it is random whose stack stands
+    /// for a sample; that evens out over many.
     fn are_right(runs: &[Self], name: &str) -> anyhow::Result<()> {
         let (mut truth, mut found) = (growth::Bytes::new(), growth::Bytes::new());
         for run in runs {
@@ -185,7 +187,8 @@ fn names_files_and_lines_outlive_the_process_and_its_files() -> anyhow::Result<(
     {
         let frames = recorded.frames(function)?;
         ensure!(!frames.is_empty(), "no frame of {function}");
-        // `main` is part of other names too; and a path of the moment when it was mapped may have none
+        // `main` is part of other names too; and a path from the moment of the mapping may have
+        // none
         let named = frames.iter().filter(|frame| ends(frame, "file", file) && frame["line"].is_u64()).count();
         ensure!(
             named * 10 >= frames.len() * 9 || function == "main" && named > 0,
@@ -221,7 +224,8 @@ fn names_made_of_markup_and_escapes_are_told_as_text() -> anyhow::Result<()> {
     recorded.is_sound(THEIR_CODE)?;
     let said = &recorded.output.stderr;
     ensure!(!said.contains(&0x1b), "an escape at the end of record:\n{}", String::from_utf8_lossy(said));
-    // It is told: what follows is not about nothing. Escapes themselves may be shown in another way.
+    // it must be reported, or the checks below would mean nothing; escapes themselves may be shown
+    // in another form
     let function = "src=x onerror=alert(1)>";
     let (frames, samples) = (recorded.frames(function)?.len(), growth::touching(&recorded.incident)?.len());
     ensure!(frames * 2 >= samples, "{frames} of {samples} stacks have the function {function}");
@@ -264,7 +268,7 @@ fn a_stack_pointer_into_nothing_is_no_loss_of_sums() -> anyhow::Result<()> {
     recorded.is_sound(THEIR_CODE)?;
     let whole = |(path, _): &&(&Value, u64)| path["cut"].is_null() && growth::user_frames(path).count() > 0;
     let samples = growth::touching(&recorded.incident)?;
-    // what ran before and after has a stack; what touched has none that could be followed
+    // calls before and after have a stack; the touching call has none that can be unwound
     let bytes: u64 = samples.iter().filter(whole).map(|(_, weight)| weight).sum();
     ensure!(bytes <= 16 << 20, "{bytes} bytes have a whole stack, and the program had none");
     Ok(())
@@ -286,7 +290,7 @@ fn broken_unwind_information_is_no_loss_of_sums() -> anyhow::Result<()> {
     let Some(bench) = Bench::open("broken unwind information")? else { return Ok(()) };
     let plain = bench.compile("hostile/names.c", "plain", &[])?;
     let noise = bench.path("noise");
-    // the same noise each time; valid lengths are a matter of luck, 200 tries have some
+    // reproducible noise; lengths are rarely valid, but some of 200 are
     let mut state = 0x2545_f491_u64;
     for round in 0..4 {
         let bytes: Vec<u8> = (0..200 + round * 50)

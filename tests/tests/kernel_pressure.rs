@@ -1,4 +1,5 @@
-//! Shortage without a kill: the limit is hit and reclaim holds, memory.high throttles, tasks are stuck under OOM.
+//! Shortage without a kill: reclaim at the limit, throttling at memory.high, and tasks stuck with
+//! the OOM killer off.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -8,18 +9,18 @@ use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::{Cage, Version};
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::{not_run_here, say};
-use memtrace_tests::patience::Patience;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{disk, json};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until something holds.
 fn until(what: &str, holds: impl Fn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
-    let patience = Patience::of(PATIENCE);
+    let deadline = Deadline::after(WAIT_LIMIT);
     while !holds()? {
-        ensure!(!patience.is_over(), "{what}: not within {:?}", patience.limit());
+        ensure!(!deadline.has_passed(), "{what}: not within {:?}", deadline.limit());
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
@@ -56,7 +57,7 @@ fn memory_high_throttles_and_kills_nobody() -> anyhow::Result<()> {
     }
     let trial = Trial::begin(&[])?;
     cage.set("memory.high", 24 * MIB)?;
-    // Each fault beyond it is held up for longer: a little beyond is enough.
+    // each fault above it is delayed longer, so a little above is enough
     let throttled = Actor::start(Some(&cage), &["burst", "--mib", "26", "--threads", "1", "--touch"])?.finish()?;
     ensure!(throttled.status.success(), "the throttled program ended with {}", throttled.status);
     let incident = trial.incident(&cage)?;
@@ -88,7 +89,7 @@ fn tasks_stuck_under_oom_are_reported_until_it_clears() -> anyhow::Result<()> {
     let begin = Instant::now();
     std::thread::sleep(Duration::from_millis(1500));
     ensure!(trial.agent.says("stuck"), "the log does not tell:\n{}", trial.agent.stderr());
-    // More room: what was stuck goes on.
+    // more room: the stuck task continues
     let stuck_ns = u64::try_from(begin.elapsed().as_nanos())?;
     if cage.has("memory.memsw.limit_in_bytes") {
         cage.set("memory.memsw.limit_in_bytes", 96 * MIB)?;

@@ -1,4 +1,5 @@
-//! `memtrace record`: peaks against `/usr/bin/time -v` and the cgroup's own, the child's exit code, output and user.
+//! `memtrace record`: peaks compared with `/usr/bin/time -v` and the cgroup's own; the child's exit
+//! code, output and user.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -24,7 +25,7 @@ struct Recorded {
     incident: Value,
 }
 
-/// Runs `memtrace record` with more options before the command.
+/// Runs `memtrace record` with further options before the command.
 fn record(dir: &Path, options: &[&str], command: &[&str], env: &[(&str, &str)]) -> anyhow::Result<Recorded> {
     let file = dir.join("recording.memtrace");
     let (output, incident) = agent::record(&file, options, command, env)?;
@@ -32,7 +33,7 @@ fn record(dir: &Path, options: &[&str], command: &[&str], env: &[(&str, &str)]) 
     Ok(Recorded { output, incident })
 }
 
-/// What the recording says about a command against what `time -v` and the cgroup say about the same run.
+/// Compares a recording of a command with what `time -v` and the cgroup report about the same run.
 fn compare_peaks(name: &str, command: &[&str]) -> anyhow::Result<()> {
     require_root()?;
     ensure!(Path::new(TIME).is_file(), "{TIME} is missing: install GNU time");
@@ -50,7 +51,7 @@ fn compare_peaks(name: &str, command: &[&str]) -> anyhow::Result<()> {
     ensure!(recorded.output.status.success(), "{name}: {}; it said:\n{said}", recorded.output.status);
     ensure!(recorded.incident["kind"] == "recording", "{name}: kind {}", recorded.incident["kind"]);
 
-    // The same process under both: the largest below `time`, which is the harness's own and the shell's.
+    // the same process in both: the largest below `time`, which is started by the test and a shell
     let timed = std::fs::read_to_string(&times).context("failed to read what time wrote")?;
     let kib = timed.lines().find_map(|line| line.trim().strip_prefix("Maximum resident set size (kbytes): "));
     let timed: u64 = kib.context("time -v has no maximum resident set size")?.parse::<u64>()? * 1024;
@@ -65,16 +66,18 @@ fn compare_peaks(name: &str, command: &[&str]) -> anyhow::Result<()> {
         max_rss = max_rss.max(process["max_rss_bytes"].as_u64());
         peak_rss = peak_rss.max(process["peak_bytes"].as_u64().unwrap_or_default());
     }
-    // The kernel's own maximum adds per-CPU counters approximately: up to one batch a CPU, three counters.
+    // the kernel's maximum adds per-CPU counters approximately: up to one batch a CPU, three
+    // counters
     let cpus = u64::try_from(std::thread::available_parallelism().map_or(1, usize::from))?;
     let page = u64::try_from(rustix::param::page_size())?;
     let approximate = cpus * ((2 * cpus).max(32) - 1) * 3 * page;
     say(format_args!("{name:<8} time -v {timed}, max_rss_bytes {max_rss:?}, peak_bytes {peak_rss}"));
-    // Unknown is fine, wrong is not: the kernel's figure also counts what a process was before its exec.
+    // unknown is acceptable, wrong is not: the kernel's figure includes what a process was before
+    // exec
     let same = max_rss.is_none_or(|max_rss| max_rss.abs_diff(timed) <= page);
     ensure!(same, "{name}: max_rss_bytes {max_rss:?}, time -v {timed}: {processes:?}");
     ensure!(peak_rss.abs_diff(timed) <= QUANTUM + approximate, "{name}: peak_bytes {peak_rss}, time -v {timed}");
-    // Of every process, the first one included, which is memtrace itself until it becomes the command.
+    // of every process, including the first, which is memtrace itself until exec
     for process in processes {
         let (max_rss, peak) = (process["max_rss_bytes"].as_u64(), process["peak_bytes"].as_u64());
         let foreign =
@@ -141,7 +144,7 @@ fn peak_of_cargo_build() -> anyhow::Result<()> {
     std::fs::write(dir.path().join("src/main.rs"), "fn main() { println!(\"{}\", 6 * 7); }\n")?;
     let manifest = dir.path().join("Cargo.toml");
     let manifest = manifest.to_str().context("path")?;
-    // Cargo of the run itself: the same toolchain, and not a proxy that starts another program.
+    // cargo itself, not rustup's proxy that starts another program
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     compare_peaks("cargo", &[&cargo, "build", "--quiet", "--offline", "--manifest-path", manifest])
 }
@@ -195,7 +198,7 @@ fn a_program_over_its_limit_is_recorded_with_its_kill() -> anyhow::Result<()> {
 fn the_command_runs_as_the_invoking_user() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    // The recording is the user's, and so has to be the place for it.
+    // the recording belongs to the user, so its directory must too
     chown(dir.path(), Some(NOBODY.parse()?), Some(NOBODY.parse()?))?;
     let user = [("SUDO_UID", NOBODY), ("SUDO_GID", NOBODY)];
     let recorded = record(dir.path(), &[], &["sh", "-c", "id -u; id -g; id -G"], &user)?;
@@ -219,7 +222,7 @@ fn a_command_that_does_not_exist_is_said_by_name() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs `memtrace record -o FILE -- COMMAND` as if nobody had called sudo.
+/// Runs `memtrace record -o FILE -- COMMAND` as if not called through sudo.
 fn record_for_nobody(file: &Path, command: &[&str]) -> anyhow::Result<Output> {
     let mut record = programs::memtrace_command()?;
     record.envs([("SUDO_UID", NOBODY), ("SUDO_GID", NOBODY)]).env_remove("SUDO_USER");
@@ -243,7 +246,8 @@ fn the_recording_is_written_with_the_users_rights() -> anyhow::Result<()> {
     let meta = std::fs::metadata(&file)?;
     ensure!((meta.uid(), meta.gid()) == (nobody, nobody), "owned by {}:{}", meta.uid(), meta.gid());
 
-    // What the command could do while root waits to write: a link to a file that is only root's.
+    // what a command could do while root waits to write: replace the file by a link to one of
+    // root's
     let secret = dir.path().join("secret");
     std::fs::write(&secret, "only root's")?;
     std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o600))?;
@@ -258,7 +262,8 @@ fn the_recording_is_written_with_the_users_rights() -> anyhow::Result<()> {
     let meta = std::fs::metadata(&secret)?;
     ensure!((meta.uid(), meta.mode() & 0o777) == (0, 0o600), "now {}, mode {:o}", meta.uid(), meta.mode());
 
-    // What can be seen beforehand is said beforehand: such a link, and a directory that is only root's.
+    // what can be detected beforehand is reported beforehand: such a link, and a directory of
+    // root's
     let ran = theirs.join("ran");
     let beside = dir.path().join("run.memtrace");
     for place in [&file, &beside] {

@@ -1,4 +1,4 @@
-//! Which limit ran out, who was killed for it and who asked for the memory, in every shape a cgroup tree can have.
+//! Which limit ran out, who was killed and who asked for memory, in every shape of a cgroup tree.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -11,7 +11,7 @@ use memtrace_tests::json;
 use memtrace_tests::trial::Trial;
 use serde_json::Value;
 
-/// Processes of a group kill.
+/// Processes in a group kill.
 const GROUP: usize = 32;
 
 #[test]
@@ -26,7 +26,7 @@ fn page_cache_gives_way_to_anonymous_memory_until_that_is_too_much() -> anyhow::
     let incident = trial.incident(&cage)?;
     claims::ran_out_itself(&incident, &cage)?;
     claims::only_victim(&incident, ended.pid, "workload")?;
-    // The cache was there, and made room: at the kill hardly any of it is left.
+    // the cache was reclaimed first: hardly any is left at the kill
     let column = |name: &str| json::list(&incident, &format!("/timeline/columns/{name}"));
     let (usage, anon) = (column("usage_bytes")?, column("anon_bytes")?);
     let cached = usage.iter().zip(anon).filter_map(|(u, a)| u.as_u64()?.checked_sub(a.as_u64()?)).max();
@@ -71,7 +71,8 @@ fn the_parents_limit_kills_in_a_child_without_one() -> anyhow::Result<()> {
     claims::says(&incident, "/cgroup/path", greedy.path())?;
     ensure!(incident["cgroup"]["limit_bytes"].is_null(), "the child has no limit but {}", incident["cgroup"]);
     claims::only_victim(&incident, ended.pid, "workload")?;
-    // The curve is that of what ran out, and the neighbour it shares the limit with is in the task table.
+    // the curve is of the cgroup that ran out, and the neighbour under the same limit is in the
+    // task table
     claims::ends_near_the_limit(&incident, pod.limit())?;
     let tasks = json::list(&incident, "/oom/tasks")?;
     let neighbour = tasks.iter().find(|task| task["pid"] == holder.pid()).context("the neighbour is not listed")?;
@@ -141,12 +142,13 @@ fn the_trigger_is_a_thread_of_somebody_else_than_the_victim() -> anyhow::Result<
     let cage = Cage::new("trigger", 64 * MIB)?;
     let mut holder = Actor::start(Some(&cage), &["hold", "--anon-mib", "44", "--threads", "16"])?;
     holder.until("ready")?;
-    // One thread besides the first takes it: the trigger's thread id is not its process id.
+    // another thread takes the memory: the trigger's thread id differs from its process id
     let asks = ["burst", "--mib", "30", "--threads", "1", "--touch"];
     let trigger = Actor::start(Some(&cage), &asks)?.finish()?;
     let victim = holder.finish()?;
     victim.was_killed()?;
-    // While the victim is slow to die the kernel may go on with the trigger itself: another kill, another incident.
+    // while the victim is slow to die, the kernel may also kill the trigger: another kill, another
+    // incident
     let both = !trigger.status.success();
     let incidents = trial.incidents(&[&cage], 1 + usize::from(both))?;
     let of_victim = |incident: &Value| incident["oom"]["victims"][0]["pid"] == victim.pid;
@@ -177,12 +179,12 @@ fn processes_that_share_their_memory_die_together_and_are_told_apart() -> anyhow
     let shares = |v: &Value| v["killed"] == true && v["shares_mm"] == true;
     let marked = |v: &Value| v["killed"] == true && v["shares_mm"] == false;
     let (first, second) = (of(ended.pid)?, of(sharer)?);
-    // The kernel takes either of the two for the victim; the other dies for sharing its memory.
+    // the kernel picks either of the two; the other dies because it shares the memory
     ensure!(
         (marked(first) && shares(second)) || (marked(second) && shares(first)),
         "the two are not told apart: {victims:?}"
     );
-    // Memory that two hold is there once.
+    // memory of two holders counts once
     claims::ends_near_the_limit(&incident, cage.limit())?;
     let anon = json::number(&incident, "/composition/anon_bytes")?;
     ensure!(anon <= cage.limit() + MIB, "{anon} anonymous bytes in a cgroup of {}", cage.limit());
@@ -214,7 +216,7 @@ fn huge_pages_come_two_mebibytes_at_a_time() -> anyhow::Result<()> {
     let held: Vec<u64> = times.iter().zip(anon).filter(|(t, _)| within(t)).filter_map(|(_, a)| a.as_u64()).collect();
     let steps = held.windows(2).filter(|pair| pair[1].saturating_sub(pair[0]) >= 2 * MIB).count();
     say(format_args!("{steps} steps of 2 MiB and more in {} readings", held.len()));
-    // 33 MiB hold fifteen or sixteen of them; near the limit the kernel goes on in small pages.
+    // 33 MiB hold fifteen or sixteen of them; near the limit the kernel falls back to small pages
     ensure!(steps >= 12, "only {steps} steps of 2 MiB in {held:?}");
     cage.remove()?;
     trial.end()

@@ -1,5 +1,5 @@
-//! What is on a stack stays there: a secret around the frames that were unwound is in nothing the agent wrote, said, or
-//! keeps where a core dump would have it.
+//! Stack contents stay private: a secret around the unwound frames is in nothing that the agent
+//! wrote, printed, or keeps in memory that a core dump would contain.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -17,14 +17,14 @@ use memtrace_tests::figures::say;
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{growth, json};
 
-/// Fine steps, and as much time for them as they want: the more stacks the better.
+/// Small sample intervals and no budget: the more stacks the better.
 const FINE: [&str; 4] = ["--sample", "64K", "--stack-budget", "100%"];
-/// Read at once from the agent's memory.
+/// Bytes read from the agent's memory at a time.
 const CHUNK: usize = 1 << 20;
-/// Decompressed at most, of one file.
+/// Most bytes decompressed of one file.
 const MOST_CONTENT: u64 = 1 << 30;
 
-/// What is looked for: each half of the secret, and all of it as text.
+/// What is searched for: each half of the secret, and all of it as text.
 struct Secret {
     hex: String,
     halves: [Vec<u8>; 2],
@@ -67,7 +67,8 @@ fn a_secret_on_the_stack_stays_on_the_stack() -> anyhow::Result<()> {
     actor.finish()?.was_killed()?;
     let incident = trial.incident(&cage)?;
 
-    // Stacks were taken where the secret was, and followed to their end: what comes next is about something.
+    // stacks were taken where the secret was, and unwound to the end: the search below is not
+    // vacuous
     let taken = growth::touching(&incident)?.iter().filter(|(path, _)| growth::user_frames(path).count() >= 3).count();
     ensure!(taken >= 100, "only {taken} stacks were unwound");
     std::thread::sleep(Duration::from_secs(1));
@@ -85,7 +86,7 @@ fn a_secret_on_the_stack_stays_on_the_stack() -> anyhow::Result<()> {
     ensure!(memory.found.is_empty(), "the secret is in {:?}", memory.found);
 
     ensure!(!secret.is_in(trial.agent.stderr().as_bytes()), "the secret is in the log:\n{}", trial.agent.stderr());
-    // A second time when all is written that will be.
+    // again, after everything has been written
     let status = trial.agent.stop()?;
     ensure!(status.code() == Some(0), "the agent ended with {status}");
     ensure!(!secret.is_in(trial.agent.stderr().as_bytes()), "the secret is in the log:\n{}", trial.agent.stderr());
@@ -120,16 +121,16 @@ fn below(dir: &Path, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a search of a process' memory found; sizes in bytes.
+/// Result of a search in a process' memory; sizes in bytes.
 #[derive(Default)]
 struct Memory {
     searched: u64,
-    /// Mappings that no core dump has.
+    /// Mappings that are excluded from core dumps.
     undumped: u64,
     unreadable: u64,
-    /// Mappings that hold the secret.
+    /// Mappings that contain the secret.
     found: Vec<String>,
-    /// What has to be in it somewhere is.
+    /// A marker that must be found, to prove that the search works.
     marked: bool,
 }
 
@@ -151,7 +152,7 @@ impl Memory {
         Ok(found)
     }
 
-    /// In chunks that overlap, so that nothing is cut in two.
+    /// Reads in overlapping chunks, so that no match is split.
     fn look(&mut self, memory: &File, mapping: &Mapping<'_>, secret: &Secret, marker: &[u8]) {
         let overlap = secret.hex.len().max(marker.len()) as u64;
         let mut chunk = vec![0; CHUNK];
@@ -159,7 +160,7 @@ impl Memory {
         while at < mapping.end {
             let length = usize::try_from(mapping.end - at).unwrap_or(CHUNK).min(CHUNK);
             let content = &mut chunk[..length];
-            // part of a mapping may have gone meanwhile, and [vvar] is never read
+            // part of a mapping may be gone meanwhile, and [vvar] cannot be read
             if memory.read_exact_at(content, at).is_err() {
                 self.unreadable += length as u64;
             } else {

@@ -1,4 +1,4 @@
-//! What is no OOM kill must not become one; and who sent a SIGKILL is known all the same.
+//! SIGKILLs that are no OOM kills do not become incidents, and their senders are known.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -6,21 +6,21 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memtrace_tests::actor::{Actor, Ended};
+use memtrace_tests::actor::{Actor, EndedWorkload};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::not_run_here;
-use memtrace_tests::patience::Patience;
 use memtrace_tests::process;
 use memtrace_tests::trial::Trial;
 use rustix::process::Signal;
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
-/// The line about a process among those about SIGKILLs.
+/// The entry about a process in the list of SIGKILLs.
 fn line_about(trial: &Trial, pid: u32) -> anyhow::Result<Value> {
-    let patience = Patience::of(PATIENCE);
+    let deadline = Deadline::after(WAIT_LIMIT);
     loop {
         let lines = trial.sigkills()?;
         let mut about = lines.iter().filter(|line| line["pid"] == pid);
@@ -28,12 +28,12 @@ fn line_about(trial: &Trial, pid: u32) -> anyhow::Result<Value> {
             ensure!(about.next().is_none(), "{pid} is told of twice in {lines:?}");
             return Ok(line.clone());
         }
-        ensure!(!patience.is_over(), "nobody tells who killed {pid}: {lines:?}");
+        ensure!(!deadline.has_passed(), "nobody tells who killed {pid}: {lines:?}");
         std::thread::sleep(Duration::from_millis(200));
     }
 }
 
-/// No incident of a kill, and the counter says so too.
+/// Checks that there is no incident of a kill, and that the counter agrees.
 fn nobody_ran_out(trial: &Trial) -> anyhow::Result<()> {
     std::thread::sleep(Duration::from_millis(1500));
     let listed = trial.options().incidents()?;
@@ -72,7 +72,7 @@ fn a_kill_by_a_process_is_that_process_doing() -> anyhow::Result<()> {
     trial.end()
 }
 
-/// A directory of the unified hierarchy where cgroup.kill exists: the cage itself on v2, beside v1 one of its own.
+/// A cgroup v2 directory that has cgroup.kill: the cage itself on v2, a new one beside v1.
 fn killable(cage: &Cage) -> anyhow::Result<Option<(PathBuf, bool)>> {
     if cage.has("cgroup.kill") {
         return Ok(Some((cage.dir().to_owned(), false)));
@@ -125,7 +125,7 @@ fn cgroup_kill_is_told_from_the_oom_killer() -> anyhow::Result<()> {
 fn other_ends_are_no_oom_kills() -> anyhow::Result<()> {
     let trial = Trial::begin(&[])?;
     let cage = Cage::new("ends", 64 * MIB)?;
-    let run = |arguments: &[&str]| -> anyhow::Result<Ended> { Actor::start(Some(&cage), arguments)?.finish() };
+    let run = |arguments: &[&str]| -> anyhow::Result<EndedWorkload> { Actor::start(Some(&cage), arguments)?.finish() };
     let limited = run(&["limit-as", "--mib", "256"])?;
     ensure!(limited.status.code() == Some(125), "RLIMIT_AS: {}", limited.status);
     ensure!(limited.one("limited")?["refused"] == true, "RLIMIT_AS did not hold");

@@ -1,4 +1,4 @@
-//! Stacks under a storm: what they cost stays within what was allowed, and what was left out for that is said.
+//! Stacks under a storm: their cost stays within the budget, and what was left out is reported.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -14,15 +14,15 @@ use memtrace_tests::trial::Trial;
 
 const PROCESSES: usize = 8;
 const STORM: Duration = Duration::from_secs(5);
-/// Share of one CPU that stacks may cost.
+/// Share of one CPU allowed for stacks.
 const BUDGET: f64 = 0.01;
-/// On a loaded machine the last stack before the budget is gone takes longer than it should.
+/// Tolerance: on a loaded machine, the last stack within the budget takes longer than it should.
 const GENEROUS: f64 = 2.0;
 
-/// What the agent has used so far, seconds.
+/// CPU time of the agent so far, seconds.
 #[derive(Clone, Copy)]
 struct Used {
-    /// CPU time of the process, all it does.
+    /// CPU time of the whole process.
     process: f64,
     stacks_in_kernel: f64,
     stacks_in_agent: f64,
@@ -52,7 +52,7 @@ fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
     Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
-/// Eight processes that map, touch and give back as fast as they can: bytes they touched.
+/// Eight processes that map, touch and unmap as fast as they can. Returns the bytes they touched.
 fn storm(cage: &Cage) -> anyhow::Result<u64> {
     let ms = STORM.as_millis().to_string();
     let start = |_| Actor::start(Some(cage), &["churn", "--ms", &ms]);
@@ -97,7 +97,7 @@ fn an_incident_says_how_many_stacks_were_left_out() -> anyhow::Result<()> {
     let trial = Trial::begin(&["--stack-budget", "0.1%", "--sample", "16K", "--before", "60s"])?;
     let cage = Cage::new("thinned", 512 * MIB)?;
     storm(&cage)?;
-    // and then one too many, so that there is an incident about this cgroup
+    // and one more kill, so that there is an incident about this cgroup
     Actor::start(Some(&cage), &["burst", "--mib", "1024", "--touch"])?.finish()?.was_killed()?;
     let incident = trial.incident(&cage)?;
     let thinned = json::number(&incident, "/allocations/thinned")?;

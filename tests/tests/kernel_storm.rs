@@ -1,4 +1,5 @@
-//! Kills in numbers, and cgroups that are gone before anybody can look: nothing is missed, doubled or nameless.
+//! Many kills, in cgroups that are gone before anyone can look: none is missed, duplicated or
+//! without a name.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -49,7 +50,7 @@ fn two_hundred_kills_across_fifty_cgroups_are_two_hundred_incidents() -> anyhow:
     let cages = (0..CGROUPS).map(|_| Cage::new("storm", 8 * MIB)).collect::<Result<Vec<_>, _>>()?;
     let mut killed: BTreeMap<u32, u64> = BTreeMap::new();
     for _ in 0..KILLS_EACH {
-        // All of a round at once: limits run out in many cgroups at the same time.
+        // a whole round at once: limits run out in many cgroups at the same time
         let arguments = ["burst", "--mib", "32", "--threads", "1"];
         let actors = cages.iter().map(|cage| Actor::start(Some(cage), &arguments)).collect::<Result<Vec<_>, _>>()?;
         for (actor, cage) in actors.into_iter().zip(&cages) {
@@ -74,7 +75,7 @@ fn two_hundred_kills_across_fifty_cgroups_are_two_hundred_incidents() -> anyhow:
         witnessed += usize::from(!incident["oom"]["kernel_log"]["constraint"].is_null());
     }
     ensure!(killed.is_empty(), "in no incident are {killed:?}");
-    // The kernel log says which cgroup ran out at most ten times in five seconds.
+    // the kernel log names the cgroup at most ten times in five seconds
     say(format_args!(
         "{counted} kills in {:.1} s, all found; the kernel log tells the constraint of {witnessed}",
         took.as_secs_f64()

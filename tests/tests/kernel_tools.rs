@@ -1,4 +1,5 @@
-//! The tools of these tests on their own: workloads reach what they promise, cages kill, the kernel log is read.
+//! Tests of the tests' own tools: workloads reach what they promise, cages kill, the kernel log is
+//! read.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -9,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::figures::say;
-use memtrace_tests::printk::{self, KernelLog};
-use memtrace_tests::process::{self, Rss};
+use memtrace_tests::printk::{self, KernelLogTail};
+use memtrace_tests::process::{self, ProcRss};
 use memtrace_tests::programs::{self, require_root};
 
 #[test]
@@ -31,7 +32,7 @@ fn a_caged_burst_is_oom_killed_and_reported_as_137() -> anyhow::Result<()> {
 #[test]
 fn the_kernel_log_names_the_kill_and_its_clock_has_a_steady_offset() -> anyhow::Result<()> {
     require_root()?;
-    let mut log = KernelLog::open_at_end()?;
+    let mut log = KernelLogTail::open_at_end()?;
     let mut anchors = vec![log.anchor(20)?];
     let from = log.next_seq()?;
     let cage = Cage::new("tools", 32 << 20)?;
@@ -71,9 +72,9 @@ fn hold_reaches_the_state_it_was_asked_for() -> anyhow::Result<()> {
         let stdout = child.stdout.take().context("no stdout")?;
         let ready = BufReader::new(stdout).lines().map_while(Result::ok).any(|line| line.contains("\"ready\""));
         ensure!(ready, "hold was never ready");
-        let rss = Rss::read(child.id())?;
+        let rss = ProcRss::read(child.id())?;
         let near = |have: u64, want: u64| have >= want && have < want + (4 << 20);
-        // Up to 6.1 a thread keeps up to 64 pages of each kind to itself before /proc sees them.
+        // up to 6.1 a thread keeps up to 64 pages of each kind to itself before /proc sees them
         let kept = threads.parse::<u64>()? * 64 * 4096;
         let seen = |have: u64, want: u64| near(have + kept, want) || near(have, want);
         assert!(seen(rss.anon, 24 << 20) && seen(rss.file, 16 << 20), "{rss:?}");

@@ -1,4 +1,5 @@
-//! What does harm to a whole machine: memory of the machine, of a node, of the swap runs out. Only in a virtual machine.
+//! Shortage of the whole machine: its memory, a node's, or the swap runs out. Only in a virtual
+//! machine.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -15,7 +16,7 @@ use memtrace_tests::json;
 use memtrace_tests::trial::Trial;
 use serde_json::Value;
 
-/// These tests take what there is: not from a machine that somebody uses.
+/// Fails on a machine that may be in use: these tests take all memory there is.
 fn require_a_virtual_machine() -> anyhow::Result<()> {
     let told = std::env::var_os("MEMTRACE_TESTS_VM").is_some();
     ensure!(told, "this test takes all memory of the machine: run it with cargo xtask vm");
@@ -47,7 +48,8 @@ fn a_machine_without_memory_kills_the_largest_and_the_recorder_survives() -> any
     holder.until("ready")?;
     let mib = (available * 68 / 100).to_string();
     let trigger = Actor::start(Some(&small), &["burst", "--mib", &mib, "--threads", "1", "--touch"])?.finish()?;
-    // While the victim is slow to die the kernel may go on with the trigger itself; that is another incident.
+    // while the victim is slow to die, the kernel may also kill the trigger; that is another
+    // incident
     let victim = holder.finish()?;
     victim.was_killed()?;
     ensure!(trial.agent.is_running()?, "the agent is gone; it said:\n{}", trial.agent.stderr());
@@ -59,7 +61,7 @@ fn a_machine_without_memory_kills_the_largest_and_the_recorder_survives() -> any
     claims::only_victim(&incident, victim.pid, "largest")?;
     let asked = json::number(&incident, "/oom/trigger/pid")?;
     ensure!(asked != u64::from(victim.pid), "the victim is said to be the trigger");
-    // Whoever asks for a page at that moment triggers it: most often the program that grows.
+    // whoever asks for a page at that moment is the trigger: usually the program that grows
     say(format_args!("the machine ran out: triggered by {}", incident["oom"]["trigger"]["comm"]));
     let tasks = json::list(&incident, "/oom/tasks")?;
     ensure!(
@@ -103,7 +105,8 @@ fn a_node_without_memory_is_a_shortage_of_the_cpuset() -> anyhow::Result<()> {
     let mut idle = Actor::start(Some(&cage), &["member", "--comm", "idle", "--mib", "1", "--wait"])?;
     idle.until("ready")?;
     let victim = if cage.version() == Version::V1 {
-        // Into the cpuset first: the memory cgroup it is started in is another hierarchy's.
+        // enter the cpuset first: the memory cgroup that it is started in belongs to another
+        // hierarchy
         let workload = memtrace_tests::programs::path("workload")?;
         let oomcage = memtrace_tests::programs::path("oomcage")?;
         let mut command = cage.command(oomcage)?;
@@ -136,7 +139,7 @@ fn swap_and_its_limit_are_in_the_curve() -> anyhow::Result<()> {
     let incident = trial.incident(&cage)?;
     claims::says(&incident, "/oom/scope", "cgroup")?;
     claims::counts(&incident, "/cgroup/limit_bytes", 32 * MIB)?;
-    // What v1 counts is memory and swap together.
+    // v1's counter is of memory and swap together
     let together = if cage.version() == Version::V1 { 32 * MIB } else { 0 };
     claims::counts(&incident, "/cgroup/swap_limit_bytes", together + 16 * MIB)?;
     let limits = json::list(&incident, "/timeline/columns/swap_limit_bytes")?;
@@ -157,7 +160,7 @@ fn swap_and_its_limit_are_in_the_curve() -> anyhow::Result<()> {
     trial.end()
 }
 
-/// The swap disk, in use.
+/// The swap disk, in use until dropped.
 struct Swap;
 
 impl Swap {
@@ -170,7 +173,7 @@ impl Swap {
 
 impl Drop for Swap {
     fn drop(&mut self) {
-        // The machine ends with the tests.
+        // an error does not matter: the machine ends with the tests
         let _ = Actor::start(None, &["swap", "--device", DISK, "--off"]).and_then(Actor::finish);
     }
 }

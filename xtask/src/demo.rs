@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::built::Built;
-use crate::place::{Place, Profile, has_btf, is_root};
-use crate::run::{output, say, shown};
-use crate::{build, setup};
+use memtrace_harness::built::Built;
+use memtrace_harness::checkout::{Checkout, Profile, has_btf, is_root};
+use memtrace_harness::run::{output, say, shown};
+use memtrace_harness::{build, setup};
 
-/// The limit of the demo's cgroup, and what the workload wants of it.
+/// Limit of the demo's cgroup, and how much the workload asks for.
 const LIMIT: &str = "120M";
 const WANT_MIB: &str = "200";
 
@@ -28,7 +28,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(15);
 pub(crate) struct Args {}
 
 /// Runs the verb.
-pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
+pub(crate) fn run(checkout: &Checkout, _args: &Args) -> Result<()> {
     if !is_root() {
         bail!(
             "the demo loads eBPF programs and makes a cgroup, so it needs root: sudo -E env PATH=$PATH cargo xtask demo"
@@ -37,9 +37,9 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
     if !has_btf() {
         bail!("this kernel publishes no BTF at /sys/kernel/btf/vmlinux, so memtrace cannot run here");
     }
-    setup::bpf(place)?;
-    let object = build::ebpf(place)?;
-    let built = Built::programs(place, Profile::Release, &object)?;
+    setup::bpf(checkout)?;
+    let object = build::ebpf(checkout)?;
+    let built = Built::programs(checkout, Profile::Release, &object)?;
     let memtrace = built.program("memtrace")?;
 
     let state = Scratch::new()?;
@@ -57,7 +57,8 @@ pub(crate) fn run(place: &Place, _args: &Args) -> Result<()> {
     agent.stop()
 }
 
-/// The workload in its cage. It is meant to die, so its exit code proves nothing: the incident does.
+/// Runs the workload in the cgroup. It is meant to be killed, so its exit code proves nothing; the
+/// incident does.
 fn kill_something(built: &Built) -> Result<()> {
     let mut cage = Command::new(built.program("oomcage")?);
     cage.args(["--limit", LIMIT, "--"]).arg(built.program("workload")?).args(["burst", "--mib", WANT_MIB]);
@@ -92,7 +93,7 @@ fn wait_for_incident(memtrace: &Path, state: &Scratch, agent: &mut Agent) -> Res
     }
 }
 
-/// The id of the first incident that has a victim.
+/// Id of the first incident that has a victim, in the output of `memtrace incidents --json`.
 fn first_kill(incidents: &str) -> Result<Option<String>> {
     let incidents: serde_json::Value =
         serde_json::from_str(incidents).context("`memtrace incidents --json` printed something else")?;
@@ -103,7 +104,7 @@ fn first_kill(incidents: &str) -> Result<Option<String>> {
     Ok(list.iter().find(killed).and_then(|incident| incident.get("id")?.as_str()).map(str::to_owned))
 }
 
-/// A private state directory, gone when the demo is.
+/// A temporary state directory, removed on drop.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -122,7 +123,7 @@ impl Drop for Scratch {
     }
 }
 
-/// The agent under demonstration; killed if the demo fails half way.
+/// The agent that is demonstrated; killed on drop if it still runs.
 struct Agent {
     child: Child,
     log: Receiver<String>,
@@ -143,14 +144,15 @@ impl Agent {
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
                 let _ = writeln!(std::io::stderr(), "agent: {line}");
-                // nobody listens after `ready`; the log is still passed on
+                // the receiver is not read after `ready`; the log is still passed on to stderr
                 let _ = lines.send(line);
             }
         });
         Ok(Self { child, log })
     }
 
-    /// Waits until the functions of an incident have names, or it is clear that they get none: it is shown either way.
+    /// Waits until the functions of an incident have names or the agent says that there are none,
+    /// at most 20 s. The report is shown either way.
     fn wait_named(&self, id: &str) {
         say(format_args!("waiting for the names of functions"));
         let deadline = Instant::now() + NAMES_WITHIN;
@@ -180,7 +182,7 @@ impl Agent {
         }
     }
 
-    /// Stops it as an init system would.
+    /// Stops the agent with SIGTERM, as an init system does.
     fn stop(mut self) -> Result<()> {
         say(format_args!("stopping the agent"));
         output(Command::new("kill").args(["-TERM", &self.child.id().to_string()]))?;
@@ -207,7 +209,7 @@ impl Drop for Agent {
     }
 }
 
-/// The agent's log line says the word `ready`, alone or after the logger's own prefix.
+/// Whether a log line contains the word `ready`, alone or after the logger's prefix.
 fn says_ready(line: &str) -> bool {
     line.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "ready")
 }

@@ -1,15 +1,15 @@
-//! `cargo xtask fuzz`: one fuzz target, or each in turn, for a bounded time.
+//! `cargo xtask fuzz`: runs one fuzz target, or all in turn, for a limited time.
 
 use std::ffi::OsString;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::place::Place;
-use crate::run::{run as run_command, say, succeeds};
-use crate::setup;
+use memtrace_harness::checkout::Checkout;
+use memtrace_harness::run::{run as run_command, say, succeeds};
+use memtrace_harness::setup;
 
-/// The version of cargo-fuzz that `fuzz` installs.
+/// Version of cargo-fuzz that is installed.
 const CARGO_FUZZ_VERSION: &str = "0.13.2";
 
 /// Arguments of `cargo xtask fuzz`.
@@ -23,8 +23,8 @@ pub(crate) struct Args {
 }
 
 /// Runs the verb.
-pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
-    let known = targets(place)?;
+pub(crate) fn run(checkout: &Checkout, args: &Args) -> Result<()> {
+    let known = targets(checkout)?;
     let chosen = match &args.target {
         Some(target) if known.contains(target) => vec![target.clone()],
         Some(target) => bail!("no fuzz target `{target}`; there are: {}", known.join(", ")),
@@ -33,26 +33,26 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     if !succeeds(Command::new("rustup").args(["run", "nightly", "rustc", "--version"])) {
         bail!("fuzzing needs the sanitizers of a nightly compiler: rustup toolchain install nightly");
     }
-    setup::cargo_tool(place, "cargo-fuzz", CARGO_FUZZ_VERSION)?;
-    let mut path = OsString::from(place.tools().join("bin"));
+    setup::cargo_tool(checkout, "cargo-fuzz", CARGO_FUZZ_VERSION)?;
+    let mut path = OsString::from(checkout.tools().join("bin"));
     if let Some(rest) = std::env::var_os("PATH") {
         path.push(":");
         path.push(rest);
     }
     let fuzz = |verb: &str, target: &str| {
         let mut fuzz = Command::new("rustup");
-        fuzz.current_dir(&place.root).env("PATH", &path).env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO");
+        fuzz.current_dir(&checkout.root).env("PATH", &path).env_remove("RUSTUP_TOOLCHAIN").env_remove("CARGO");
         fuzz.args(["run", "nightly", "cargo", "fuzz", verb, target]);
         fuzz
     };
     for target in chosen {
         say(format_args!("fuzzing {target} for {} s", args.seconds));
         run_command(&mut fuzz("build", &target)).with_context(|| format!("failed to build {target}"))?;
-        let corpus = place.root.join("fuzz/corpus").join(&target);
+        let corpus = checkout.root.join("fuzz/corpus").join(&target);
         std::fs::create_dir_all(&corpus).with_context(|| format!("failed to create {}", corpus.display()))?;
-        let seeds = place.root.join("fuzz/seeds").join(&target);
+        let seeds = checkout.root.join("fuzz/seeds").join(&target);
         let mut run = fuzz("run", &target);
-        // what it finds of interest goes into the first directory; the seeds are only read
+        // the fuzzer writes new inputs into the first directory and only reads the seeds
         run.arg(corpus).args(seeds.is_dir().then_some(seeds));
         run.arg("--").arg(format!("-max_total_time={}", args.seconds));
         run_command(&mut run).with_context(|| format!("{target} found something: see fuzz/artifacts/{target}"))?;
@@ -60,8 +60,8 @@ pub(crate) fn run(place: &Place, args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn targets(place: &Place) -> Result<Vec<String>> {
-    let dir = place.root.join("fuzz/fuzz_targets");
+fn targets(checkout: &Checkout) -> Result<Vec<String>> {
+    let dir = checkout.root.join("fuzz/fuzz_targets");
     let entries =
         std::fs::read_dir(&dir).with_context(|| format!("no fuzz targets: failed to read {}", dir.display()))?;
     let mut targets = Vec::new();

@@ -1,27 +1,18 @@
-//! `cargo xtask VERB`: set-up, build, demo, tests and checks of memtrace; one file per verb.
+//! `cargo xtask VERB`: the entry point to set-up, build, demo, tests and checks of memtrace.
+//! Dispatch only: each verb has its home in a crate below tests/, apart from `demo` and `fuzz`,
+//! which are short and here.
 
-mod bench;
-mod build;
-mod built;
-mod ci;
 mod demo;
 mod fuzz;
-mod host;
-mod libtest;
-mod place;
-mod run;
-mod setup;
-mod test;
-mod tidy;
-mod toolchain;
-mod truth;
-mod vm;
+mod sim;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-
-use crate::place::Place;
+use memtrace_checks::{ci, tidy};
+use memtrace_harness::checkout::Checkout;
+use memtrace_harness::{build, run, setup};
+use {memtrace_bench as bench, memtrace_runner as test, memtrace_truth_harness as truth, memtrace_vm as vm};
 
 /// Set-up, build, demo and tests of memtrace.
 #[derive(Parser)]
@@ -53,21 +44,24 @@ enum Verb {
     Bench(bench::Args),
     /// Fuzz one target, or each in turn
     Fuzz(fuzz::Args),
+    /// Kernel stories through the engine, held against invariants: one seed, or new ones for a while
+    Sim(sim::Args),
 }
 
 fn main() -> ExitCode {
     let xtask = Xtask::parse();
-    let outcome = Place::find().and_then(|place| match xtask.verb {
-        Verb::Setup(args) => setup::run(&place, &args),
-        Verb::Build(args) => build::run(&place, &args),
-        Verb::Demo(args) => demo::run(&place, &args),
-        Verb::Test(args) => test::run(&place, &args),
-        Verb::Ci(args) => ci::run(&place, &args),
-        Verb::Tidy(args) => tidy::run(&place, &args),
-        Verb::Vm(args) => vm::run(&place, &args),
-        Verb::Truth(args) => truth::run(&place, &args),
-        Verb::Bench(args) => bench::run(&place, &args),
-        Verb::Fuzz(args) => fuzz::run(&place, &args),
+    let outcome = Checkout::find().and_then(|checkout| match xtask.verb {
+        Verb::Setup(args) => setup::run(&checkout, &args),
+        Verb::Build(args) => build::run(&checkout, &args),
+        Verb::Demo(args) => demo::run(&checkout, &args),
+        Verb::Test(args) => test::run(&checkout, &args),
+        Verb::Ci(args) => ci::run(&checkout, &args),
+        Verb::Tidy(args) => tidy::run(&checkout, &args),
+        Verb::Vm(args) => vm::run(&checkout, &args),
+        Verb::Truth(args) => truth::run(&checkout, &args),
+        Verb::Bench(args) => bench::run(&checkout, &args),
+        Verb::Fuzz(args) => fuzz::run(&checkout, &args),
+        Verb::Sim(args) => sim::run(&checkout, &args),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

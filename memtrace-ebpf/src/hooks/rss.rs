@@ -57,7 +57,7 @@ use crate::maps::{
 };
 use crate::memory::{load, lookup, store, value};
 use crate::stack::{self, SampleSubject};
-use crate::{arch, control, fault, field, helper, layout, set};
+use crate::{arch, bpf_calls, control, fault, field, layout, set};
 
 /// Most updates that a CPU skips in a row.
 const MAX_SKIPS: u32 = 16;
@@ -242,7 +242,7 @@ fn allow_skips(last: &mut LastUpdate, threshold_pages: i64) {
     let most = (threshold_pages as u32 >> 3).min(MAX_SKIPS).min(share);
     // Without the exit_mmap hook the last page of an address space ends it, and must not be
     // skipped.
-    let skips = if most < 2 || control!(exit_mmap) == 0 { 0 } else { (most >> 1) + helper::random() % most };
+    let skips = if most < 2 || control!(exit_mmap) == 0 { 0 } else { (most >> 1) + bpf_calls::random() % most };
     last.skips_left = skips;
     last.skips_allowed = skips;
 }

@@ -1,11 +1,13 @@
-//! Container and pod as a cgroup path names them. Pure: a path in, what it says out.
+//! Finds container and pod in a cgroup path. Runtimes write ids into the path in a few known forms,
+//! so no call to a runtime or to Kubernetes is needed. Example: `/kubepods/burstable/pod<uid>/<64
+//! hex>`.
 
 use memtrace_incident::{Container, Kubernetes};
 
-/// Container and pod of a cgroup path, as far as the path tells.
+/// Container and pod of a cgroup path, as far as the path names them.
 ///
-/// The last container id counts: a container may hold cgroups of its own, and a node may itself be
-/// a container (kind, k3d).
+/// The last container id counts, because a container may have cgroups of its own, and a node may be
+/// a container itself (kind, k3d).
 pub(crate) fn identify(path: &str) -> (Option<Container>, Option<Kubernetes>) {
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     let container = (0..parts.len()).rev().find_map(|at| {
@@ -15,7 +17,8 @@ pub(crate) fn identify(path: &str) -> (Option<Container>, Option<Kubernetes>) {
     (container, pod(&parts))
 }
 
-/// A container id in one component: `<prefix>-<64 hex>[.scope]`, `<slice>:<prefix>:<64 hex>`, `<64 hex>`.
+/// A container id in one component: `<prefix>-<64 hex>[.scope]`, `<slice>:<prefix>:<64 hex>`, `<64
+/// hex>`.
 fn container(part: &str, parent: Option<&str>) -> Option<Container> {
     let part = part.strip_suffix(".scope").unwrap_or(part);
     let (prefix, id) = match part.rsplit_once([':', '-']) {
@@ -26,7 +29,7 @@ fn container(part: &str, parent: Option<&str>) -> Option<Container> {
         return None;
     }
     let runtime = match prefix.rsplit_once(':').map_or(prefix, |(_, prefix)| prefix) {
-        // The monitor beside a container is none.
+        // The monitor process of a container has a cgroup beside it.
         "crio-conmon" | "libpod-conmon" => return None,
         "cri-containerd" | "nerdctl" => Some("containerd"),
         "crio" => Some("cri-o"),
@@ -42,7 +45,8 @@ fn container(part: &str, parent: Option<&str>) -> Option<Container> {
 /// The innermost pod of a path, with its quality of service.
 fn pod(parts: &[&str]) -> Option<Kubernetes> {
     let (at, pod_uid) = parts.iter().enumerate().rev().find_map(|(at, part)| Some((at, pod_uid(part)?)))?;
-    // The systemd driver repeats the class in the pod's own component, the cgroupfs driver has it above.
+    // The systemd driver has the class in the pod's own component, the cgroupfs driver in the one
+    // above.
     let nearest = parts.get(..=at)?.iter().rev().take(2);
     let says = |class: &str| nearest.clone().any(|part| part.split(['-', '.', ':']).any(|word| word == class));
     let qos = if says("burstable") {
@@ -55,7 +59,8 @@ fn pod(parts: &[&str]) -> Option<Kubernetes> {
     Some(Kubernetes { pod_uid, qos: Some(qos.to_owned()) })
 }
 
-/// `pod<uid>`, `kubepods[-class]-pod<uid with _>.slice`, `...-pod<uid>.slice:cri-containerd:<id>`
+/// The pod UID in one component: `pod<uid>`, `kubepods[-class]-pod<uid with _>.slice`,
+/// `...-pod<uid>.slice:cri-containerd:<id>`.
 fn pod_uid(part: &str) -> Option<String> {
     let part = part.split(':').next().unwrap_or(part);
     let part = part.strip_suffix(".slice").unwrap_or(part);
@@ -67,7 +72,7 @@ fn pod_uid(part: &str) -> Option<String> {
     is_uid(&uid).then_some(uid)
 }
 
-/// 8-4-4-4-12 hexadecimal digits, or 32 for a static pod.
+/// Whether `uid` has 8-4-4-4-12 hexadecimal digits, or 32 as for a static pod.
 fn is_uid(uid: &str) -> bool {
     let groups: Vec<&str> = uid.split('-').collect();
     let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
@@ -90,7 +95,7 @@ mod tests {
     const LOW: &str = "0a1b2c3d_1111_2222_3333_444455556666";
     const STATIC: &str = "0123456789abcdef0123456789abcdef";
 
-    /// (id, runtime) and (uid, class), with empty strings for nothing.
+    /// Container id, runtime, pod UID and class, with empty strings for `None`.
     fn of(path: &str) -> (String, String, String, String) {
         let (container, pod) = identify(path);
         let (id, runtime) = container.map_or_else(Default::default, |c| (c.id, c.runtime.unwrap_or_default()));
@@ -99,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_of_path() {
+    fn every_known_form_of_path_names_its_container_and_pod() {
         let table: &[(String, &str, &str, &str, &str)] = &[
             (
                 format!(
@@ -180,7 +185,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_path_is_taken(path in "[-/.:_a-f0-9podé]{0,200}") {
+        fn any_path_is_accepted(path in "[-/.:_a-f0-9podé]{0,200}") {
             identify(&path);
         }
     }

@@ -1,12 +1,11 @@
-//! From what was gathered to the incident as the file holds it. Every kind of incident is built by
-//! [`Draft::build`], the one place that fills a file in.
+//! Builds incident files. Each kind of incident fills in a [`Draft`] with what differs, and
+//! [`Draft::build`] does the rest, so all kinds have losses, verdict, curve and allocations alike.
 
 use std::collections::BTreeMap;
 
 use memtrace_common::event as wire;
-use memtrace_incident::caps;
 use memtrace_incident::{
-    Cgroup, Composition, Growth, Incident, Kind, Loss, LossNote, MappingNote, SCHEMA, TaskRow, Timeline,
+    Cgroup, Composition, Growth, Incident, Kind, Loss, LossNote, MappingNote, SCHEMA, TaskRow, Timeline, caps,
 };
 
 use crate::decode::Reading;
@@ -24,9 +23,9 @@ mod shape;
 pub(crate) mod verdict;
 
 use identity::identify;
-use verdict::{About, Judged, judge};
+use verdict::{About, VerdictInput, judge};
 
-/// What is written fits into what a reader takes.
+// A reader refuses lists above its caps, so the engine's caps have to be lower.
 const _: () = {
     assert!(TASKS_CAP + VICTIMS_CAP <= caps::TASKS && VICTIMS_CAP <= caps::VICTIMS);
     assert!(GROWTH_CAP <= caps::GROWTH && CURVE_CAP + TIMELINE_CAP < caps::ROWS);
@@ -36,25 +35,25 @@ const _: () = {
     assert!(wire::KERNEL_FRAMES <= caps::FUNCTIONS && NAMES_CAP + 64 <= caps::LOSSES);
 };
 
-/// What every incident is built from.
+/// State of the engine that incidents are built from.
 #[derive(Clone, Copy)]
-pub(crate) struct Scene<'a> {
+pub(crate) struct BuildContext<'a> {
     pub(crate) run: &'a Run,
     pub(crate) world: &'a World,
     pub(crate) growth: &'a Attribution,
 }
 
-/// An incident before it is built: what differs from kind to kind.
+/// What differs between the kinds of incident.
 pub(crate) struct Draft<'a> {
     pub(crate) kind: Kind,
     pub(crate) id: String,
     pub(crate) at_ns: u64,
     pub(crate) cgroup: Cgroup,
-    /// Usage and resident memory that the composition is made of.
+    /// Usage and resident memory for the composition.
     pub(crate) usage: Option<u64>,
     pub(crate) sums: Sums,
     pub(crate) about: About<'a>,
-    /// The moment, usage, limit and path that the verdict is about.
+    /// Time, usage, limit and path for the verdict.
     pub(crate) verdict_at_ns: u64,
     pub(crate) verdict_usage: Option<u64>,
     pub(crate) verdict_limit: Option<u64>,
@@ -62,23 +61,23 @@ pub(crate) struct Draft<'a> {
     pub(crate) tasks: &'a [TaskRow],
     pub(crate) growth: &'a [Growth],
     pub(crate) mappings: &'a [MappingNote],
-    /// Totals of losses when the window began.
+    /// Loss totals at the begin of the window.
     pub(crate) loss_base: &'a BTreeMap<String, u64>,
-    /// Losses of this incident alone.
+    /// Losses of this incident alone, in addition to those of its window.
     pub(crate) losses: Vec<LossNote>,
-    /// First and last moment that growth is told of, boot clock.
+    /// First and last moment of the growth that is reported, boot clock.
     pub(crate) window: (u64, u64),
-    /// Whose growth that is, by cgroup and process.
+    /// Selects the growth that is reported, by cgroup and process.
     pub(crate) in_scope: &'a dyn Fn(u64, ProcessKey) -> bool,
 }
 
 impl Draft<'_> {
-    /// The incident, with these readings as its curve.
-    pub(crate) fn build<'p>(self, points: impl Iterator<Item = &'p Point>, scene: &Scene<'_>) -> Incident {
+    /// Builds the incident, with `points` as its curve.
+    pub(crate) fn build<'p>(self, points: impl Iterator<Item = &'p Point>, context: &BuildContext<'_>) -> Incident {
         let (columns, thinned) = columns(points);
         let timeline = Timeline { columns, thinned };
         let composition = composition(self.usage, &self.sums);
-        let verdict = judge(&Judged {
+        let verdict = judge(&VerdictInput {
             about: self.about,
             path: self.verdict_path.as_deref(),
             at_ns: self.verdict_at_ns,
@@ -89,21 +88,21 @@ impl Draft<'_> {
             growth: self.growth,
             composition: &composition,
         });
-        let losses = losses(self.loss_base, timeline.thinned, self.losses, scene.run);
+        let losses = losses(self.loss_base, timeline.thinned, self.losses, context.run);
         let over_budget = losses.iter().find(|note| note.what == Loss::StacksOverBudget.label());
         let window = Window {
             from_ns: self.window.0,
             until_ns: self.window.1,
-            sample_bytes: scene.run.settings.sample_bytes,
+            sample_bytes: context.run.settings.sample_bytes,
             thinned: over_budget.and_then(|note| note.count).unwrap_or(0),
         };
-        let (allocation_paths, allocations) = scene.growth.report(&window, self.in_scope);
+        let (allocation_paths, allocations) = context.growth.report(&window, self.in_scope);
         Incident {
             schema: SCHEMA,
             id: self.id,
             kind: self.kind,
-            at: scene.run.clock.at(self.at_ns),
-            host: scene.run.host.clone(),
+            at: context.run.clock.at(self.at_ns),
+            host: context.run.host.clone(),
             cgroup: self.cgroup,
             oom: None,
             pressure: None,
@@ -120,16 +119,17 @@ impl Draft<'_> {
     }
 }
 
-/// A cgroup as the file shows it. What the reading lacks is taken from the last one known.
-pub(crate) fn cgroup(id: Option<u64>, reading: &Reading, scene: &Scene<'_>) -> Cgroup {
-    let last = id.and_then(|id| scene.world.cgroups.get(id)).map(|row| row.last).unwrap_or_default();
+/// A cgroup of the incident file. Values that the reading lacks are from the latest one, except
+/// usage.
+pub(crate) fn cgroup(id: Option<u64>, reading: &Reading, context: &BuildContext<'_>) -> Cgroup {
+    let last = id.and_then(|id| context.world.cgroups.get(id)).map(|row| row.last).unwrap_or_default();
     let r = reading.or(&Reading { usage: None, swap_usage: None, ..last });
-    let path = scene.world.cgroups.path(id);
+    let path = context.world.cgroups.path(id);
     let (container, kubernetes) = path.as_deref().map(identify).unwrap_or_default();
     Cgroup {
         id: id.unwrap_or(0),
         path,
-        version: scene.run.settings.cgroup_version,
+        version: context.run.settings.cgroup_version,
         limit_bytes: r.limit.bytes(),
         usage_bytes: r.usage,
         peak_bytes: r.watermark,
@@ -153,7 +153,8 @@ fn composition(usage: Option<u64>, sums: &Sums) -> Composition {
     }
 }
 
-/// What was lost since `base`, what is not attached, what the curve left out, and what this incident lacks.
+/// All losses of an incident: those since `base`, hooks that are not attached, readings that the
+/// curve left out, and losses of the incident alone.
 fn losses(base: &BTreeMap<String, u64>, thinned: u64, own: Vec<LossNote>, run: &Run) -> Vec<LossNote> {
     let mut losses = run.losses.since(base);
     losses.extend(run.settings.degraded.iter().map(|what| LossNote { what: what.clone(), count: None }));

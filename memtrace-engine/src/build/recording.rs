@@ -1,38 +1,45 @@
-//! A recording: everything that ran in one cgroup, or below one process, from begin to end.
+//! A recording: everything that ran in the subtree of a cgroup, or in a process and its
+//! descendants, from begin to end.
+//!
+//! It takes in the changes of every input, because it may last longer than the history of the
+//! world. Its growth and composition are those at the highest usage, which is what a reader wants
+//! to explain.
 
 use std::collections::BTreeMap;
 
 use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, RecordedProcess, Recording};
 
 use super::verdict::About;
-use super::{Draft, Scene, cgroup};
+use super::{BuildContext, Draft, cgroup};
 use crate::clock::Identity;
 use crate::decode::Reading;
 use crate::output::{Finding, Output};
 use crate::world::{Curve, Point, ProcessKey, ProcessRow, World};
 
-/// Processes listed.
+/// Processes that the file lists; further ones are counted.
 pub(super) const LISTED_CAP: usize = 4096;
-/// Processes held before the smallest dead ones are let go.
+/// Processes in memory. At the cap exited ones with the lowest peak are dropped and counted.
 const HELD_CAP: usize = 2 * LISTED_CAP;
-/// Mapping notes held before the smallest are let go.
+/// Mapping notes. At the cap the smaller half is dropped and counted.
 pub(super) const NOTES_CAP: usize = 4096;
+/// OOM kills that the file lists; further ones are left out.
 pub(super) const OOM_CAP: usize = 256;
-/// Processes whose memory a process recording sums at every reading.
+/// Processes whose memory a recording of a process sums at every reading; further ones are left
+/// out.
 const SUMMED_CAP: usize = 1024;
 
-/// What is followed.
+/// What is recorded: a cgroup or a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Subject {
+pub(crate) struct RecordingSubject {
     pub(crate) cgroup_id: Option<u64>,
     pub(crate) pid: Option<u32>,
     pub(crate) command: Vec<String>,
     pub(crate) boot_ns: u64,
 }
 
-/// How it ended.
+/// How a recording ended.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Ending {
+pub(crate) struct RecordingEnd {
     pub(crate) boot_ns: u64,
     pub(crate) exit_code: Option<i32>,
     pub(crate) signal: Option<i32>,
@@ -49,43 +56,51 @@ struct Member {
 /// A recording in progress.
 #[derive(Clone, Debug)]
 pub(crate) struct RecordingState {
-    pub(crate) subject: Subject,
-    /// By the process' serial.
+    pub(crate) subject: RecordingSubject,
+    /// By serial of the process. Cap: [`HELD_CAP`].
     members: BTreeMap<u64, Member>,
-    let_go: u64,
+    /// Members that were dropped at the cap.
+    dropped: u64,
     curve: Curve,
+    /// Cap: [`NOTES_CAP`].
     notes: Vec<MappingNote>,
-    notes_let_go: u64,
-    /// As of the highest reading.
+    /// Notes that were dropped at the cap.
+    notes_dropped: u64,
+    /// Growth of processes at the highest reading. Cap: [`crate::world::GROWTH_CAP`].
     growth: Vec<Growth>,
-    captured: u64,
-    /// From when on growth is told with its stacks.
+    /// Height of the curve when `growth` was taken, bytes.
+    captured_bytes: u64,
+    /// Growth before this time is not reported, boot clock.
     grown_since_ns: u64,
+    /// Ids of OOM incidents during the recording. Cap: [`OOM_CAP`].
     oom_ids: Vec<String>,
+    /// The latest OOM kill that was closed.
     oom: Option<Oom>,
-    /// Shape of the cgroup tree when all processes were looked at.
+    /// [`crate::world::Cgroups::reshaped`] when all processes were last checked.
     reshaped: u64,
+    /// Loss totals at the begin.
     loss_base: BTreeMap<String, u64>,
 }
 
-/// Whether the kernel's peak is of the program that ran last. It survives exec and, after vfork, begins with the
-/// parent's; more than the hook ever saw of this image, beyond what its quantum and late pages explain, is not its own.
-fn is_its_own(kernel: u64, peak: Option<u64>) -> bool {
+/// Whether the kernel's peak (`signal->maxrss`) is of the program that ran last. It survives exec
+/// and, after vfork, begins with that of the parent. A peak that exceeds what the hook saw of this
+/// program by more than the RSS threshold and late pages explain belongs to an earlier one.
+fn is_of_last_program(kernel: u64, peak: Option<u64>) -> bool {
     const SLACK_BYTES: u64 = 1 << 20;
     peak.is_some_and(|peak| kernel <= peak.saturating_add(SLACK_BYTES))
 }
 
 impl RecordingState {
-    pub(crate) fn begin(subject: Subject, world: &World, loss_base: BTreeMap<String, u64>) -> Self {
+    pub(crate) fn begin(subject: RecordingSubject, world: &World, loss_base: BTreeMap<String, u64>) -> Self {
         let mut state = Self {
             subject,
             members: BTreeMap::new(),
-            let_go: 0,
+            dropped: 0,
             curve: Curve::default(),
             notes: Vec::new(),
-            notes_let_go: 0,
+            notes_dropped: 0,
             growth: Vec::new(),
-            captured: 0,
+            captured_bytes: 0,
             grown_since_ns: 0,
             oom_ids: Vec::new(),
             oom: None,
@@ -96,12 +111,12 @@ impl RecordingState {
         state
     }
 
-    /// The cgroup that is followed, when one is.
+    /// The recorded cgroup; `None` for a recording of a process.
     pub(crate) fn cgroup(&self) -> Option<u64> {
         self.subject.cgroup_id
     }
 
-    /// Looks at every live process again, if the shape of the cgroup tree was learnt since.
+    /// Checks every live process again, if the cgroup tree changed since.
     fn rescan_if_reshaped(&mut self, world: &World) {
         if self.subject.cgroup_id.is_some() && self.reshaped != world.cgroups.reshaped {
             self.rescan(world);
@@ -111,7 +126,7 @@ impl RecordingState {
     fn rescan(&mut self, world: &World) {
         self.reshaped = world.cgroups.reshaped;
         let live: Vec<&ProcessRow> = world.processes.iter().filter(|row| row.exited.is_none()).collect();
-        // Children of a followed process may come before it in the table: go down generation by generation.
+        // A child may come before its parent in the table, so each pass finds one more generation.
         for _ in 0..64 {
             let before = self.members.len();
             live.iter().for_each(|row| self.consider(world, row));
@@ -121,8 +136,8 @@ impl RecordingState {
         }
     }
 
-    /// Follows what an input changed, and what came of it.
-    pub(crate) fn follow(&mut self, world: &World, news: &[Output]) {
+    /// Takes in what the current input changed, and the outputs that it led to.
+    pub(crate) fn follow(&mut self, world: &World, new_outputs: &[Output]) {
         let changes = &world.changes;
         changes.processes.iter().for_each(|key| self.observe(world, *key));
         self.rescan_if_reshaped(world);
@@ -135,14 +150,14 @@ impl RecordingState {
         if let Some((cgroup, note)) = &changes.mapped {
             self.mapped(world, *cgroup, note);
         }
-        for output in news {
+        for output in new_outputs {
             match output {
                 Output::Alert(Finding::OomKill { incident, cgroup_id, pid, .. })
-                    if self.concerns(world, *cgroup_id, *pid) =>
+                    if self.includes_kill(world, *cgroup_id, *pid) =>
                 {
                     self.oom_incident(incident.clone());
                 }
-                Output::Save(incident) => self.keep_oom(incident),
+                Output::Save(incident) => self.take_oom(incident),
                 _ => {}
             }
         }
@@ -158,7 +173,7 @@ impl RecordingState {
     }
 
     fn consider(&mut self, world: &World, row: &ProcessRow) {
-        if !self.members.contains_key(&row.serial) && !self.wants(world, row) {
+        if !self.members.contains_key(&row.serial) && !self.belongs(world, row) {
             return;
         }
         let process = RecordedProcess {
@@ -166,7 +181,7 @@ impl RecordingState {
             start_boot_ns: row.start_boot_ns,
             comm: row.comm.clone(),
             peak_bytes: row.peak,
-            max_rss_bytes: row.max_rss.filter(|kernel| is_its_own(*kernel, row.peak)),
+            max_rss_bytes: row.max_rss.filter(|kernel| is_of_last_program(*kernel, row.peak)),
             exit_code: row.exited.and_then(|(_, code)| code),
         };
         self.members.insert(row.serial, Member { key: row.key(), live: row.exited.is_none(), process });
@@ -175,7 +190,8 @@ impl RecordingState {
         }
     }
 
-    fn wants(&self, world: &World, row: &ProcessRow) -> bool {
+    /// Whether a process belongs to the recording.
+    fn belongs(&self, world: &World, row: &ProcessRow) -> bool {
         if row.exited.is_some_and(|(ns, _)| ns < self.subject.boot_ns) {
             return false;
         }
@@ -198,17 +214,17 @@ impl RecordingState {
         let excess = order.len().saturating_sub(LISTED_CAP);
         for (_, _, serial) in order.into_iter().take(excess) {
             self.members.remove(&serial);
-            self.let_go += 1;
+            self.dropped += 1;
         }
     }
 
-    /// A new point of the cgroup's curve.
+    /// The curve of the recorded cgroup has a new point.
     fn point(&mut self, world: &World, point: Point) {
         self.curve.insert(point);
         self.capture(world, &point);
     }
 
-    /// A followed process' memory moved: for a process recording that is the curve.
+    /// Memory of a process moved. In a recording of a process, sums over the members are the curve.
     fn moved(&mut self, world: &World, key: ProcessKey, boot_ns: u64) {
         let followed = self.subject.pid.is_some() && self.subject.cgroup_id.is_none();
         let Some(row) = world.processes.get(key).filter(|_| followed) else { return };
@@ -220,11 +236,12 @@ impl RecordingState {
         }
     }
 
-    /// Who had grown, at the highest reading; taken anew whenever that is a twentieth higher.
+    /// Takes the growth of processes at the highest reading, again whenever it is a twentieth
+    /// higher.
     fn capture(&mut self, world: &World, point: &Point) {
         let height = point.usage().unwrap_or(point.sums.resident());
-        if height > self.captured.saturating_add(self.captured / 20) {
-            self.captured = height;
+        if height > self.captured_bytes.saturating_add(self.captured_bytes / 20) {
+            self.captured_bytes = height;
             self.growth = world.growth(point.boot_ns, |row| self.members.contains_key(&row.serial));
         }
     }
@@ -242,12 +259,12 @@ impl RecordingState {
             self.notes.sort_by_key(|n| (std::cmp::Reverse(n.change_bytes.unsigned_abs()), n.boot_ns));
             let excess = self.notes.len().saturating_sub(NOTES_CAP / 2);
             self.notes.truncate(NOTES_CAP / 2);
-            self.notes_let_go += excess as u64;
+            self.notes_dropped += excess as u64;
         }
     }
 
-    /// A kill in this cgroup, or of a followed process, belongs to the recording.
-    fn concerns(&self, world: &World, cgroup: Option<u64>, pid: u32) -> bool {
+    /// Whether a kill belongs to the recording: in the recorded cgroup, or of a member.
+    fn includes_kill(&self, world: &World, cgroup: Option<u64>, pid: u32) -> bool {
         match self.subject.cgroup_id {
             Some(root) => cgroup.is_some_and(|id| world.cgroups.in_tree(id, root)),
             None => self.members.values().any(|m| m.key.0 == pid),
@@ -260,23 +277,24 @@ impl RecordingState {
         }
     }
 
-    fn keep_oom(&mut self, incident: &Incident) {
+    fn take_oom(&mut self, incident: &Incident) {
         if self.oom_ids.contains(&incident.id) {
             self.oom.clone_from(&incident.oom);
-            // At the limit every reading is about as high; the one that tells is from before the victim was gone.
+            // At the limit all readings are about as high. The growth of the incident is from
+            // before the victim exited.
             let usage = incident.cgroup.usage_bytes.unwrap_or(0);
-            if usage.saturating_add(usage / 20) >= self.captured && self.subject.cgroup_id.is_some() {
-                self.captured = self.captured.max(usage);
+            if usage.saturating_add(usage / 20) >= self.captured_bytes && self.subject.cgroup_id.is_some() {
+                self.captured_bytes = self.captured_bytes.max(usage);
                 self.growth.clone_from(&incident.growth);
             }
         }
     }
 
-    /// A process became another program. While it is the only one, the recording begins anew: what held memory until
-    /// now was whoever started the command.
+    /// A process replaced its program. If it is the only member, the recording of growth starts
+    /// again, because memory until now was that of the program which started the command.
     fn exec(&mut self, key: ProcessKey, boot_ns: u64) {
         if self.members.len() == 1 && self.members.values().any(|m| m.key == key) {
-            self.captured = 0;
+            self.captured_bytes = 0;
             self.growth.clear();
             self.grown_since_ns = boot_ns;
         }
@@ -286,41 +304,46 @@ impl RecordingState {
         self.members.len() * (size_of::<Member>() + 32) + self.curve.memory_estimate() + self.notes.len() * 128
     }
 
-    /// Ids of OOM kills that happened in it.
+    /// Ids of OOM incidents during the recording.
     pub(crate) fn oom_ids(&self) -> &[String] {
         &self.oom_ids
     }
 }
 
-/// The file. Growth, composition and verdict are those of the highest reading; `at` is the end. `open_oom` is the OOM
-/// kill in it that has not been closed yet.
-pub(crate) fn end(mut state: RecordingState, ending: &Ending, open_oom: Option<Oom>, scene: &Scene<'_>) -> Incident {
+/// Builds the file. Growth, composition and verdict are those at the highest reading; `at` is the
+/// end. `open_oom` is the OOM kill of an incident that is still open.
+pub(crate) fn finish(
+    mut state: RecordingState,
+    end: &RecordingEnd,
+    open_oom: Option<Oom>,
+    context: &BuildContext<'_>,
+) -> Incident {
     let keys: Vec<ProcessKey> = state.members.values().map(|m| m.key).collect();
-    keys.into_iter().for_each(|key| state.observe(scene.world, key));
+    keys.into_iter().for_each(|key| state.observe(context.world, key));
     let root = state.subject.cgroup_id;
     let peak = state.curve.peak().copied();
-    let about = recorded_cgroup(&state, ending, peak.as_ref(), scene);
+    let about = recorded_cgroup(&state, end, peak.as_ref(), context);
     let keys: std::collections::BTreeSet<ProcessKey> = state.members.values().map(|m| m.key).collect();
     state.notes.sort_by_key(|n| (n.boot_ns, n.pid, n.address));
     let identity = Identity {
         kind: Kind::Recording.name(),
-        boot_id: &scene.run.host.boot_id,
-        boot_ns: ending.boot_ns,
+        boot_id: &context.run.host.boot_id,
+        boot_ns: end.boot_ns,
         pid: state.subject.pid.unwrap_or(0),
         start_boot_ns: state.subject.boot_ns,
     };
     let in_scope = |cgroup: u64, key: ProcessKey| match root {
-        Some(root) => scene.world.cgroups.in_tree(cgroup, root),
+        Some(root) => context.world.cgroups.in_tree(cgroup, root),
         None => keys.contains(&key),
     };
     let draft = Draft {
         kind: Kind::Recording,
-        id: scene.run.clock.incident_id(&identity),
-        at_ns: ending.boot_ns,
+        id: context.run.clock.incident_id(&identity),
+        at_ns: end.boot_ns,
         usage: peak.and_then(|p| p.usage()),
         sums: peak.map(|p| p.sums).unwrap_or_default(),
         about: About::Recording,
-        verdict_at_ns: peak.map_or(ending.boot_ns, |p| p.boot_ns),
+        verdict_at_ns: peak.map_or(end.boot_ns, |p| p.boot_ns),
         verdict_usage: about.peak_bytes.filter(|_| root.is_some()).or(peak.map(|p| p.sums.resident())),
         verdict_limit: about.limit_bytes,
         verdict_path: about.path.clone(),
@@ -328,44 +351,44 @@ pub(crate) fn end(mut state: RecordingState, ending: &Ending, open_oom: Option<O
         growth: &state.growth,
         mappings: &state.notes,
         loss_base: &state.loss_base,
-        losses: LossNote::counted(Loss::MappingsNotListed, state.notes_let_go).into_iter().collect(),
-        window: (state.subject.boot_ns.max(state.grown_since_ns), ending.boot_ns),
+        losses: LossNote::counted(Loss::MappingsNotListed, state.notes_dropped).into_iter().collect(),
+        window: (state.subject.boot_ns.max(state.grown_since_ns), end.boot_ns),
         in_scope: &in_scope,
         cgroup: about,
     };
-    let mut incident = draft.build(state.curve.rows(), scene);
+    let mut incident = draft.build(state.curve.rows(), context);
     incident.oom = open_oom.or(state.oom);
-    incident.recording = Some(recording(state.subject, ending, state.members, state.let_go, state.oom_ids));
+    incident.recording = Some(recording(state.subject, end, state.members, state.dropped, state.oom_ids));
     incident
 }
 
-/// The cgroup that was recorded, or the one that the recorded process is in.
+/// The recorded cgroup, or the one that the recorded process is in.
 fn recorded_cgroup(
     state: &RecordingState,
-    ending: &Ending,
+    end: &RecordingEnd,
     peak: Option<&Point>,
-    scene: &Scene<'_>,
+    context: &BuildContext<'_>,
 ) -> memtrace_incident::Cgroup {
     let main = state.subject.pid.and_then(|pid| {
         let of_pid = state.members.values().find(|m| m.key.0 == pid)?;
-        scene.world.processes.get(of_pid.key)?.cgroup
+        context.world.processes.get(of_pid.key)?.cgroup
     });
     let id = state.subject.cgroup_id.or(main);
-    let last = id.and_then(|id| scene.world.cgroups.get(id)).map(|row| row.last).unwrap_or_default();
-    let mut about = cgroup(id, &last, scene);
+    let last = id.and_then(|id| context.world.cgroups.get(id)).map(|row| row.last).unwrap_or_default();
+    let mut about = cgroup(id, &last, context);
     if state.subject.cgroup_id.is_some() {
         let highest = peak.and_then(Point::usage);
-        about.peak_bytes = about.peak_bytes.max(ending.cgroup_peak_bytes).max(highest);
+        about.peak_bytes = about.peak_bytes.max(end.cgroup_peak_bytes).max(highest);
     }
     about
 }
 
-/// What was recorded, with its processes by peak.
+/// The part of the file about the recording, with processes by peak.
 fn recording(
-    subject: Subject,
-    ending: &Ending,
+    subject: RecordingSubject,
+    end: &RecordingEnd,
     members: BTreeMap<u64, Member>,
-    let_go: u64,
+    dropped: u64,
     oom_incidents: Vec<String>,
 ) -> Recording {
     let mut processes: Vec<RecordedProcess> = members.into_values().map(|m| m.process).collect();
@@ -375,11 +398,11 @@ fn recording(
     Recording {
         command: subject.command,
         start_boot_ns: subject.boot_ns,
-        duration_ns: ending.boot_ns.saturating_sub(subject.boot_ns),
-        exit_code: ending.exit_code,
-        signal: ending.signal,
+        duration_ns: end.boot_ns.saturating_sub(subject.boot_ns),
+        exit_code: end.exit_code,
+        signal: end.signal,
         processes,
-        processes_left_out: let_go.saturating_add(left_out),
+        processes_left_out: dropped.saturating_add(left_out),
         oom_incidents,
     }
 }

@@ -1,15 +1,15 @@
-//! The facts a verdict rests on, from the curve and the processes: how memory came to be where it was,
-//! and who holds it. No words here; [`super::verdict`] has those.
+//! The facts that a verdict rests on, from curve and processes: how memory rose, and which process
+//! holds it. [`super::verdict`] makes the sentence.
 
 use memtrace_incident::{Columns, Composition, Growth, Pressure, Scope, TaskRow};
 
 use crate::world::resident;
 
 const SEC: u64 = 1_000_000_000;
-/// A process this young at the event makes it a start-up.
+/// A holder younger than this at the event is said to have just started.
 const YOUNG_NS: u64 = 5 * SEC;
 
-/// What the sentence is about.
+/// The event that the verdict is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum About<'a> {
     Oom { scope: Scope, killed: bool },
@@ -18,12 +18,12 @@ pub(crate) enum About<'a> {
     Recording,
 }
 
-/// What is known about it.
-pub(crate) struct Judged<'a> {
+/// What the verdict is made from.
+pub(crate) struct VerdictInput<'a> {
     pub(crate) about: About<'a>,
-    /// Path of the cgroup that ran out, spiked or was recorded.
+    /// Path of the cgroup that ran out of memory, spiked or was recorded.
     pub(crate) path: Option<&'a str>,
-    /// The event, or a recording's peak.
+    /// Time of the event, or of the peak of a recording.
     pub(crate) at_ns: u64,
     pub(crate) usage: Option<u64>,
     pub(crate) limit: Option<u64>,
@@ -33,41 +33,42 @@ pub(crate) struct Judged<'a> {
     pub(crate) composition: &'a Composition,
 }
 
-/// How memory came to be where it was.
+/// How memory rose up to the event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shape {
-    /// Within a second.
+    /// It rose by a quarter of the limit within a second.
     Burst { rise: u64, over_ns: u64 },
-    /// Over the window.
+    /// It rose by a tenth of the limit within the window.
     Growth { rise: u64, over_ns: u64 },
-    /// It was there all the time.
+    /// It hardly rose.
     Level { over_ns: u64 },
-    /// Too few readings.
+    /// There are too few readings.
     Unknown,
 }
 
-/// Who holds it.
+/// What holds most of the memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Holder {
-    /// One process more than half.
+    /// One process holds at least half.
     One {
         pid: u32,
         comm: String,
         bytes: u64,
     },
-    /// Nobody more than half.
+    /// No process holds half.
     Many {
         processes: usize,
         largest: u64,
     },
-    /// Shared memory or tmpfs mapped by processes.
+    /// Shared memory and tmpfs that processes map hold at least half: bytes.
     Shared(u64),
-    /// No process: page cache, unmapped tmpfs, kernel memory.
-    Nobody(u64),
+    /// At least half is resident in no process (page cache, unmapped tmpfs, kernel memory): bytes.
+    NoProcess(u64),
     Unknown,
 }
 
-/// How the curve came to its value at a moment. Usage where there are readings of it, else resident memory.
+/// How the curve rose to its value at a moment. It uses usage, or resident memory when usage was
+/// not read twice.
 pub(crate) fn shape(curve: &Columns, at_ns: u64, limit: Option<u64>) -> Shape {
     let sums = curve.anon_bytes.iter().zip(&curve.file_bytes).zip(&curve.shmem_bytes);
     let rows = curve.boot_ns.iter().zip(&curve.usage_bytes).zip(sums).filter(|((ns, _), _)| **ns <= at_ns);
@@ -97,14 +98,14 @@ pub(crate) fn shape(curve: &Columns, at_ns: u64, limit: Option<u64>) -> Shape {
     Shape::Level { over_ns: at_ns.saturating_sub(first_ns) }
 }
 
-/// Who holds most of it.
-pub(crate) fn holder(case: &Judged<'_>) -> Holder {
+/// What holds most of the memory.
+pub(crate) fn holder(case: &VerdictInput<'_>) -> Holder {
     let c = case.composition;
     let shmem = c.shmem_bytes.unwrap_or(0);
     if let Some(usage) = case.usage.filter(|u| *u > 0 && about_curve(case.about)) {
-        let nobody = c.unattributed_bytes.and_then(|b| u64::try_from(b).ok()).unwrap_or(0);
-        if nobody.saturating_mul(2) >= usage {
-            return Holder::Nobody(nobody);
+        let no_process = c.unattributed_bytes.and_then(|b| u64::try_from(b).ok()).unwrap_or(0);
+        if no_process.saturating_mul(2) >= usage {
+            return Holder::NoProcess(no_process);
         }
         if shmem.saturating_mul(2) >= usage {
             return Holder::Shared(shmem);
@@ -124,13 +125,14 @@ pub(crate) fn holder(case: &Judged<'_>) -> Holder {
     }
 }
 
-/// The curve is that of what ran out; for the machine it is only that of the victim's cgroup.
+/// Whether the curve is of what ran out of memory. For the machine there is none, and the victim's
+/// cgroup is shown.
 pub(crate) fn about_curve(about: About<'_>) -> bool {
     !matches!(about, About::Oom { scope: Scope::Global | Scope::Cpuset | Scope::Unknown, .. })
 }
 
-/// The age of a holder that had only just started, nanoseconds.
-pub(crate) fn age_if_young(case: &Judged<'_>, holder: &Holder) -> Option<u64> {
+/// Age of the holder at the event, nanoseconds, when it is below [`YOUNG_NS`].
+pub(crate) fn age_if_young(case: &VerdictInput<'_>, holder: &Holder) -> Option<u64> {
     let Holder::One { pid, .. } = holder else { return None };
     let start = case
         .tasks

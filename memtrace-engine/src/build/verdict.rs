@@ -1,20 +1,22 @@
-//! The verdict: one honest sentence about what happened, with the numbers it rests on. All of the
-//! engine's English is here; the facts come from [`super::shape`].
+//! The verdict: one sentence about what happened, with the figures it rests on. All sentences of
+//! the engine are here; the facts come from [`super::shape`]. Example: "The cgroup ran out of
+//! memory at its limit of 256 MiB: it rose 220 MiB in 48 ms to the limit, most of it in app (pid
+//! 42, 230 MiB)."
 
 use memtrace_incident::units::{bytes, duration, growth as signed};
 use memtrace_incident::{Pressure, PressureLimit, Scope, Verdict};
 
-pub(crate) use super::shape::{About, Judged};
+pub(crate) use super::shape::{About, VerdictInput};
 use super::shape::{Holder, Shape, about_curve, age_if_young, holder, shape};
 
 const SEC: u64 = 1_000_000_000;
 
-pub(crate) fn judge(case: &Judged<'_>) -> Verdict {
+pub(crate) fn judge(case: &VerdictInput<'_>) -> Verdict {
     let shape = shape(case.curve, case.at_ns, case.limit);
     let holder = holder(case);
     let mut summary = subject(case);
     if let About::Pressure(pressure) = case.about {
-        // What to do about it has the place of how it came to be, which is in the evidence.
+        // The sentence says what to do instead of how memory rose, which is in the evidence.
         summary.push_str(&holder_clause(&holder));
         summary.push_str(&outcome(pressure));
     } else {
@@ -29,8 +31,9 @@ pub(crate) fn judge(case: &Judged<'_>) -> Verdict {
     Verdict { summary, evidence: evidence(case, shape, &holder) }
 }
 
-fn subject(case: &Judged<'_>) -> String {
-    // The file names the cgroup beside this sentence; an ancestor is worth naming here.
+fn subject(case: &VerdictInput<'_>) -> String {
+    // Reports show the path of the incident's cgroup beside this sentence, but not that of an
+    // ancestor.
     let name = match (case.about, case.path) {
         (About::Oom { scope: Scope::Ancestor, .. }, Some(path)) => format!("The ancestor cgroup {path}"),
         (About::Oom { scope: Scope::Ancestor, .. }, None) => "An ancestor cgroup".to_owned(),
@@ -64,7 +67,7 @@ fn subject(case: &Judged<'_>) -> String {
     }
 }
 
-/// What a limit that was hit came to, and what to do.
+/// What followed from a limit that was hit, and what to do.
 fn outcome(pressure: &Pressure) -> String {
     if pressure.under_oom_ns.is_some() {
         return ": its OOM killer is off (memory.oom_control), so tasks waited for memory; raise the limit, end a \
@@ -91,7 +94,7 @@ fn outcome(pressure: &Pressure) -> String {
     }
 }
 
-fn shape_clause(case: &Judged<'_>, shape: Shape) -> String {
+fn shape_clause(case: &VerdictInput<'_>, shape: Shape) -> String {
     let it = if about_curve(case.about) { "it" } else { "the victim's cgroup" };
     let to = match (case.about, case.limit) {
         (About::Oom { scope: Scope::Cgroup | Scope::Ancestor, .. }, Some(_)) => " to the limit",
@@ -116,19 +119,19 @@ fn holder_clause(holder: &Holder) -> String {
             format!(", spread over {processes} processes, the largest with {}", bytes(*largest))
         }
         Holder::Shared(held) => format!(", {} of it shared memory or tmpfs", bytes(*held)),
-        Holder::Nobody(held) => {
+        Holder::NoProcess(held) => {
             format!(", {} of it resident in no process (page cache, tmpfs or kernel memory)", bytes(*held))
         }
         Holder::Unknown => String::new(),
     }
 }
 
-/// The holder had only just started.
+/// Says that the holder had just started.
 fn young_clause(age_ns: Option<u64>) -> String {
     age_ns.map_or_else(String::new, |age| format!(", which had started {} before", duration(age)))
 }
 
-fn evidence(case: &Judged<'_>, shape: Shape, holder: &Holder) -> Vec<String> {
+fn evidence(case: &VerdictInput<'_>, shape: Shape, holder: &Holder) -> Vec<String> {
     let mut out = Vec::new();
     if !about_curve(case.about) {
         out.push("usage, curve and composition are those of the victim's cgroup".to_owned());
@@ -225,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn the_decision_table_of_verdicts() {
+    fn a_verdict_states_the_rise_and_the_holder() {
         let anon = Composition { anon_bytes: Some(250 * MIB), ..Composition::default() };
         let cache = Composition { unattributed_bytes: Some(200 * MIB as i64), ..Composition::default() };
         let tmpfs = Composition { shmem_bytes: Some(180 * MIB), ..Composition::default() };
@@ -276,7 +279,7 @@ mod tests {
             ("no readings", &curve(&[]), &[], &Composition::default(), "."),
         ];
         for (name, curve, tasks, composition, rest) in cases {
-            let verdict = judge(&Judged {
+            let verdict = judge(&VerdictInput {
                 about: About::Oom { scope: Scope::Cgroup, killed: true },
                 path: Some("/a"),
                 at_ns: AT,
@@ -332,7 +335,7 @@ mod tests {
             (About::Recording, "Memory peaked at 7.5 MiB."),
         ];
         for (about, expected) in all {
-            let verdict = judge(&Judged {
+            let verdict = judge(&VerdictInput {
                 about,
                 path: Some("/a"),
                 at_ns: AT,

@@ -1,65 +1,72 @@
-//! Who grew memory: stacks by time, what they add up to, and what grew without one.
+//! Attributes grown memory to stacks, by time, and states what grew without a stack.
 //!
-//! Of every address space the kernel side tells how much it has grown in all, and every touch sample how much of that it
-//! stands for. What no sample stands for is growth without a stack: so the two always add up to the kernel's figure.
+//! The kernel side reports the total growth of every address space, and every touch sample has the
+//! part of it that it stands for. What no sample stands for is growth without a stack, so both
+//! parts always add up to the kernel's figure. For example, total growth of 9 MiB with samples of 4
+//! MiB leaves 5 MiB without a stack, with a reason ([`NoStackReason`]), in the process and at the
+//! time it grew.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use memtrace_common::event as wire;
+use memtrace_incident::{Cause, Cut};
 
 use crate::decode::{known, printable};
 use crate::input::{ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
 use crate::world::ProcessKey;
-use memtrace_incident::{Cause, Cut};
 
 mod report;
 
 pub(crate) use report::{FILE_PATHS, FILE_SAMPLES, Window};
 
-/// Samples kept; beyond, neighbours of one path are joined.
+/// Samples of all processes. At the cap samples of the same path that are close in time are joined,
+/// then the oldest are dropped and counted.
 const SAMPLES_CAP: usize = 65_536;
-/// Paths kept.
+/// Paths; old ones that no sample and no mapping refers to are dropped first.
 const PATHS_CAP: usize = 16_384;
-/// Modules kept.
+/// Modules; the oldest is dropped.
 const MODULES_CAP: usize = 8192;
-/// Frames of a path.
+/// Frames of a path; outer ones are left out.
 pub(crate) const FRAMES_CAP: usize = 640;
-/// Processes that samples name.
+/// Processes that samples refer to; unused ones are dropped first.
 const TASKS_CAP: usize = 32_768;
-/// Address spaces whose growth is followed: more than the kernel side follows.
+/// Address spaces whose growth is followed, more than the kernel side follows; new ones are
+/// refused.
 const SPACES_CAP: usize = 40_000;
-/// Mappings of one address space that are remembered with their path.
+/// Mappings of one address space, with the path that created each; the lowest is dropped.
 const MAPPINGS_CAP: usize = 512;
-/// Mappings of all address spaces.
+/// Mappings of all address spaces; at the cap a new one replaces one of the same space.
 const ALL_MAPPINGS_CAP: usize = 65_536;
-/// Samples are kept this much longer than an incident looks back: it is built when its window has closed.
+/// Samples stay this much longer than an incident looks back, because it is built after its window.
 const SLACK_NS: u64 = 15_000_000_000;
-/// How long samples of an address space that is gone may still be on their way: a reader that has no CPU is behind.
+/// Samples of an address space that is gone may arrive this late, when the reader of stacks gets no
+/// CPU.
 const LATE_NS: u64 = 10_000_000_000;
-/// Readings of an address space that are remembered.
+/// Readings of one address space; the oldest is dropped.
 const READINGS: usize = 64;
-/// Growth is taken to be from outside when this many samples in a row did not stand for it: they may come in another
-/// order than they were taken in.
+/// Growth counts as from outside when this many samples in a row do not stand for it. One sample is
+/// not enough, because samples may arrive out of order.
 const RECENT: usize = 16;
-/// The first width of time within which samples are joined.
+/// Width of the buckets of time in which samples are joined first.
 const JOIN_NS: u64 = 10_000_000;
 
 /// Why growth has no stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Why {
-    /// What the process began with, and what was done to it from outside.
+pub(crate) enum NoStackReason {
+    /// The process began with it, or the kernel or another process grew it.
     Outside,
-    /// Less than a sampling step since its last stack.
+    /// It grew since the last stack of the process, by less than a sample interval.
     Pending,
-    /// Its mappings could not be read before it was gone.
+    /// The process ended before its mappings could be read.
     Gone,
-    /// Its registers or its stack could not be read.
+    /// Registers or stack could not be read.
     Unreadable,
-    /// There were more paths than are kept.
+    /// The cap of paths was reached.
     NotKept,
 }
 
-impl Why {
+impl NoStackReason {
+    /// The reason in the incident file.
     pub(crate) const fn text(self) -> &'static str {
         match self {
             Self::Outside => "begun with at fork or exec, or grown by the kernel or another process",
@@ -71,28 +78,28 @@ impl Why {
     }
 }
 
-/// What a sample is of.
+/// Identifies an allocation path of the incident file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
+struct PathKey {
     /// Number in `tasks`.
     task: u32,
     cause: Cause,
     path: u32,
-    /// Cause and path that made the mapping.
+    /// For `touch`: cause and path that created the mapping.
     mapped_by: Option<(Cause, u32)>,
 }
 
-/// One sample, or several that were joined.
+/// One sample, or several that were joined. Without a path it is growth without a stack.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     boot_ns: u64,
     cgroup: u64,
     task: u32,
-    of: Result<Place, Why>,
+    of: Result<PathKey, NoStackReason>,
     weight: u64,
 }
 
-/// Who: a process by its first thread that was seen.
+/// A process that grew memory, with the thread that was seen first.
 #[derive(Clone, Debug)]
 struct GrownTask {
     key: ProcessKey,
@@ -105,30 +112,33 @@ struct GrownTask {
 struct GrowthOfSpace {
     task: u32,
     cgroup: u64,
-    /// In all, as the kernel side has it.
+    /// Total growth as the kernel side reported it, bytes.
     grown: u64,
     grown_ns: u64,
-    /// The same, of the last readings that told more: an incident ends before its window closes. Cap: [`READINGS`].
+    /// Time and total growth of the last readings that were higher than the one before. They give
+    /// the growth at the end of an incident's window, which has passed when it is built. Cap:
+    /// [`READINGS`].
     readings: VecDeque<(u64, u64)>,
-    /// What its samples stand for.
+    /// Sum of the weights of its touch samples, bytes.
     weights: u64,
-    /// What was told without a sample.
+    /// Growth that was attributed to [`NoStackReason::Outside`], bytes.
     outside: u64,
-    /// When each of the last samples came, and what neither it nor one before stood for. Cap: [`RECENT`].
+    /// Time of each of the last samples, and the growth that neither it nor an earlier one stands
+    /// for. Cap: [`RECENT`].
     recent: VecDeque<(u64, u64)>,
     gone_ns: Option<u64>,
-    /// By address: end, cause and path. Cap: [`MAPPINGS_CAP`].
+    /// End, cause and path by begin address. Cap: [`MAPPINGS_CAP`].
     mappings: BTreeMap<u64, (u64, Cause, u32)>,
 }
 
-/// A path as kept.
+/// The frames of a path, cut to [`FRAMES_CAP`].
 #[derive(Clone, Debug)]
 struct Path {
     frames: Vec<PathFrame>,
     cut: Option<Cut>,
 }
 
-/// All of it.
+/// State of attribution.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Attribution {
     /// Cap: [`MODULES_CAP`].
@@ -137,17 +147,18 @@ pub(crate) struct Attribution {
     paths: BTreeMap<u32, Path>,
     /// Cap: [`TASKS_CAP`].
     tasks: BTreeMap<u32, GrownTask>,
+    /// The same by process.
     task_of: BTreeMap<ProcessKey, u32>,
     next_task: u32,
     /// By address space and process. Cap: [`SPACES_CAP`].
     spaces: BTreeMap<(u64, ProcessKey), GrowthOfSpace>,
-    /// Of all address spaces. Cap: [`ALL_MAPPINGS_CAP`].
+    /// Mappings of all address spaces. Cap: [`ALL_MAPPINGS_CAP`].
     mappings: usize,
-    /// Cap: [`SAMPLES_CAP`].
+    /// Oldest first. Cap: [`SAMPLES_CAP`].
     samples: VecDeque<Sample>,
-    /// Samples joined with a neighbour since the last of them was forgotten.
+    /// Samples that were joined with a neighbour since `samples` was last empty.
     joined: u64,
-    /// Samples that there was no room for, and that could not be joined.
+    /// Samples that were dropped at the cap because they could not be joined.
     pub(crate) dropped: u64,
 }
 
@@ -156,7 +167,7 @@ impl Attribution {
         if self.modules.len() >= MODULES_CAP && !self.modules.contains_key(&found.id) {
             self.modules.pop_first();
         }
-        // As it is: by its path a module is found again. Whoever prints it escapes it.
+        // Not escaped, because the symbolizer opens the module by this path. Reports escape it.
         self.modules.insert(found.id, found.clone());
     }
 
@@ -168,11 +179,14 @@ impl Attribution {
         self.paths.insert(found.id, Path { frames, cut: found.cut });
     }
 
-    /// Makes room for a path: old ones that no sample and no mapping names go, then the oldest.
+    /// Makes room for a path: drops old paths that no sample and no mapping refers to, then the
+    /// oldest.
     fn forget_paths(&mut self) {
-        let places = self.samples.iter().filter_map(|sample| sample.of.ok());
-        let mut used: BTreeSet<u32> =
-            places.flat_map(|place| [Some(place.path), place.mapped_by.map(|(_, path)| path)]).flatten().collect();
+        let path_keys = self.samples.iter().filter_map(|sample| sample.of.ok());
+        let mut used: BTreeSet<u32> = path_keys
+            .flat_map(|path_key| [Some(path_key.path), path_key.mapped_by.map(|(_, path)| path)])
+            .flatten()
+            .collect();
         used.extend(self.spaces.values().flat_map(|space| space.mappings.values().map(|(.., path)| *path)));
         let newest = self.paths.last_key_value().map_or(0, |(id, _)| *id);
         self.paths.retain(|id, _| newest.saturating_sub(*id) < PATHS_KNOWN || used.contains(id));
@@ -180,22 +194,22 @@ impl Attribution {
             self.paths.pop_first();
         }
         for sample in &mut self.samples {
-            if sample.of.is_ok_and(|place| !self.paths.contains_key(&place.path)) {
-                sample.of = Err(Why::NotKept);
+            if sample.of.is_ok_and(|path_key| !self.paths.contains_key(&path_key.path)) {
+                sample.of = Err(NoStackReason::NotKept);
             }
         }
     }
 
-    /// Resident memory moved.
-    pub(crate) fn grew(&mut self, r: &wire::RssChange) {
+    /// Resident memory moved: takes the total growth of its address space.
+    pub(crate) fn rss(&mut self, r: &wire::RssChange) {
         let Some(grown) = known(r.grown_bytes) else { return };
         let key = (r.task.tgid, r.task.start_boot_ns);
         if r.reason == wire::RSS_FIRST {
-            // Whoever had this identity before is gone for certain.
-            self.settle(r.mm_id, |old, _| old != key);
+            // The address space that had this identity before is gone.
+            self.end_spaces_of(r.mm_id, |old, _| old != key);
         }
         let task = self.task(key, r.task.tid, || crate::world::comm(&r.task));
-        // A program has the name of the one before until it has started.
+        // After exec the first records still have the name of the program before.
         if let Some(task) = self.tasks.get_mut(&task)
             && task.comm.as_bytes() != r.task.comm.split(|byte| *byte == 0).next().unwrap_or_default()
         {
@@ -206,16 +220,16 @@ impl Attribution {
         if let Some(id) = crate::decode::cgroup_id(r.memcg.cgroup_id) {
             space.cgroup = id;
         }
-        // What it begins with nobody touched for it.
+        // Memory that it begins with was not touched by a stack of its own.
         if r.reason == wire::RSS_FIRST && grown > 0 && space.outside == 0 && space.weights == 0 {
             space.outside = grown;
             let (boot_ns, cgroup) = (r.header.boot_ns, space.cgroup);
-            self.push(Sample { boot_ns, cgroup, task, of: Err(Why::Outside), weight: grown });
+            self.push(Sample { boot_ns, cgroup, task, of: Err(NoStackReason::Outside), weight: grown });
         }
     }
 
-    /// An address space is gone.
-    pub(crate) fn gone(&mut self, r: &wire::MmGone) {
+    /// An address space was torn down. It stays for [`LATE_NS`], for samples that arrive late.
+    pub(crate) fn mm_gone(&mut self, r: &wire::MmGone) {
         let key = (r.task.tgid, r.task.start_boot_ns);
         if let Some(space) = self.spaces.get_mut(&(r.mm_id, key)) {
             if let Some(grown) = known(r.grown_bytes) {
@@ -225,11 +239,11 @@ impl Attribution {
         }
     }
 
-    /// A stack was taken.
+    /// Takes a sample.
     pub(crate) fn stack(&mut self, found: &StackFound) {
         let key = (found.pid, found.start_boot_ns);
         let task = self.task(key, found.tid, || printable(found.comm.as_bytes()));
-        let mut of = self.place(task, found);
+        let mut of = self.path_key(task, found);
         if found.cause != Cause::Charge
             && let Some(space) = self.space(found.mm_id, key, task)
         {
@@ -238,29 +252,36 @@ impl Attribution {
                 let outside = space.sampled(found);
                 let mapped_by = found.address.and_then(|address| space.made_by(address));
                 if let Some((boot_ns, weight)) = outside {
-                    self.push(Sample { boot_ns, cgroup: found.cgroup_id, task, of: Err(Why::Outside), weight });
+                    self.push(Sample {
+                        boot_ns,
+                        cgroup: found.cgroup_id,
+                        task,
+                        of: Err(NoStackReason::Outside),
+                        weight,
+                    });
                 }
-                of = of.map(|place| Place { mapped_by, ..place });
-            } else if let (Ok(place), Some(address)) = (of, found.address) {
-                self.mapped(found.mm_id, key, (address, found.size_bytes), (place.cause, place.path));
+                of = of.map(|path_key| PathKey { mapped_by, ..path_key });
+            } else if let (Ok(path_key), Some(address)) = (of, found.address) {
+                self.mapped(found.mm_id, key, (address, found.size_bytes), (path_key.cause, path_key.path));
             }
         }
         let sample = Sample { boot_ns: found.boot_ns, cgroup: found.cgroup_id, task, of, weight: found.weight_bytes };
-        // Address space without a stack is no growth of resident memory: the file has no place for it.
+        // Only growth of resident memory is stated without a stack. For other causes the sample is
+        // dropped.
         if found.cause == Cause::Touch || of.is_ok() {
             self.push(sample);
         }
     }
 
-    fn place(&self, task: u32, found: &StackFound) -> Result<Place, Why> {
-        let path = self.paths.get(&found.path).ok_or(Why::NotKept)?;
+    fn path_key(&self, task: u32, found: &StackFound) -> Result<PathKey, NoStackReason> {
+        let path = self.paths.get(&found.path).ok_or(NoStackReason::NotKept)?;
         if path.frames.iter().all(|frame| frame.kernel) {
-            return Err(if path.cut == Some(Cut::Gone) { Why::Gone } else { Why::Unreadable });
+            return Err(if path.cut == Some(Cut::Gone) { NoStackReason::Gone } else { NoStackReason::Unreadable });
         }
-        Ok(Place { task, cause: found.cause, path: found.path, mapped_by: None })
+        Ok(PathKey { task, cause: found.cause, path: found.path, mapped_by: None })
     }
 
-    /// The number of a process.
+    /// The number of a process, which is inserted when it has none.
     fn task(&mut self, key: ProcessKey, tid: u32, comm: impl FnOnce() -> String) -> u32 {
         if let Some(task) = self.task_of.get(&key) {
             return *task;
@@ -282,7 +303,8 @@ impl Attribution {
         number
     }
 
-    /// The address space of a record; `None` when there is no room for it.
+    /// The address space of a record, which is inserted when it is new; `None` when the cap is
+    /// reached.
     fn space(&mut self, mm_id: u64, key: ProcessKey, task: u32) -> Option<&mut GrowthOfSpace> {
         if self.spaces.len() >= SPACES_CAP && !self.spaces.contains_key(&(mm_id, key)) {
             return None;
@@ -290,7 +312,7 @@ impl Attribution {
         Some(self.spaces.entry((mm_id, key)).or_insert_with(|| GrowthOfSpace { task, ..GrowthOfSpace::default() }))
     }
 
-    /// Remembers who made a mapping, in place of what was there.
+    /// Stores the path that created a mapping, in place of mappings that it covers.
     fn mapped(&mut self, mm_id: u64, key: ProcessKey, (begin, size): (u64, u64), by: (Cause, u32)) {
         let full = self.mappings >= ALL_MAPPINGS_CAP;
         let Some(space) = self.spaces.get_mut(&(mm_id, key)) else { return };
@@ -311,7 +333,7 @@ impl Attribution {
     }
 
     fn push(&mut self, sample: Sample) {
-        // Stacks come a little late, and from several CPUs: nearly always this is the end.
+        // Stacks arrive slightly out of order, so the place is nearly always at the end.
         let later = self.samples.iter().rev().take_while(|other| other.boot_ns > sample.boot_ns).count();
         let at = self.samples.len().saturating_sub(later);
         self.samples.insert(at, sample);
@@ -320,8 +342,9 @@ impl Attribution {
         }
     }
 
-    /// Joins samples of one path that are close in time. Where there are too many paths and processes for that to help,
-    /// as in a storm of forks, history becomes shorter, or every further sample would be looked for such neighbours.
+    /// Makes room for samples: joins those of the same path that are close in time. When that does
+    /// not help, because there are too many processes and paths as in a fork storm, the oldest
+    /// quarter is dropped. Otherwise every further sample would search for neighbours again.
     fn make_room(&mut self) {
         let mut samples: Vec<Sample> = std::mem::take(&mut self.samples).into();
         self.joined = self.joined.saturating_add(join(&mut samples, SAMPLES_CAP / 2));
@@ -334,7 +357,7 @@ impl Attribution {
         self.samples = samples.into();
     }
 
-    /// Time passes: what no incident can ask for any more is forgotten.
+    /// Drops samples that no incident can need any more, and ends address spaces that are gone.
     pub(crate) fn tick(&mut self, now: u64, before_ns: u64, recorded_since: Option<u64>) {
         let oldest = now.saturating_sub(before_ns.saturating_add(SLACK_NS)).min(recorded_since.unwrap_or(u64::MAX));
         while self.samples.front().is_some_and(|sample| sample.boot_ns < oldest) {
@@ -343,23 +366,24 @@ impl Attribution {
         if self.samples.is_empty() {
             self.joined = 0;
         }
-        self.settle_all(|_, space| space.gone_ns.is_some_and(|gone| gone.saturating_add(LATE_NS) < now));
+        self.end_spaces(|_, space| space.gone_ns.is_some_and(|gone| gone.saturating_add(LATE_NS) < now));
     }
 
-    fn settle(&mut self, mm_id: u64, which: impl Fn(ProcessKey, &GrowthOfSpace) -> bool) {
+    fn end_spaces_of(&mut self, mm_id: u64, which: impl Fn(ProcessKey, &GrowthOfSpace) -> bool) {
         let range = (mm_id, (0, 0))..=(mm_id, (u32::MAX, u64::MAX));
         let done = self.spaces.range(range).filter(|((_, key), space)| which(*key, space));
         let done: Vec<(u64, ProcessKey)> = done.map(|(id, _)| *id).collect();
         self.end(&done);
     }
 
-    fn settle_all(&mut self, which: impl Fn(ProcessKey, &GrowthOfSpace) -> bool) {
+    fn end_spaces(&mut self, which: impl Fn(ProcessKey, &GrowthOfSpace) -> bool) {
         let done = self.spaces.iter().filter(|((_, key), space)| which(*key, space));
         let done: Vec<(u64, ProcessKey)> = done.map(|(id, _)| *id).collect();
         self.end(&done);
     }
 
-    /// Address spaces of which nothing more will come: what they grew without a stack is told.
+    /// Ends address spaces that get no more records. Their remaining growth becomes a sample
+    /// without a stack.
     fn end(&mut self, done: &[(u64, ProcessKey)]) {
         for id in done {
             let Some(space) = self.spaces.remove(id) else { continue };
@@ -383,32 +407,32 @@ impl Attribution {
 }
 
 impl GrowthOfSpace {
-    /// Who made the mapping that holds an address.
+    /// Cause and path that created the mapping at an address.
     fn made_by(&self, address: u64) -> Option<(Cause, u32)> {
         let (_, (end, cause, path)) = self.mappings.range(..=address).next_back()?;
         (address < *end).then_some((*cause, *path))
     }
 
-    /// Takes a touch sample into account; when and how much nobody stood for, if that is certain now.
+    /// Takes a touch sample. Returns time and bytes of growth from outside, if some is certain now.
     fn sampled(&mut self, found: &StackFound) -> Option<(u64, u64)> {
         self.read(found.boot_ns, found.grown_bytes);
         self.weights = self.weights.saturating_add(found.weight_bytes);
-        let told = self.weights.saturating_add(self.outside);
-        self.recent.push_back((found.boot_ns, found.grown_bytes.saturating_sub(told)));
+        let accounted = self.weights.saturating_add(self.outside);
+        self.recent.push_back((found.boot_ns, found.grown_bytes.saturating_sub(accounted)));
         if self.recent.len() < RECENT {
             return None;
         }
-        let certain = self.recent.iter().map(|(_, untold)| *untold).min().unwrap_or(0);
+        let certain = self.recent.iter().map(|(_, unaccounted)| *unaccounted).min().unwrap_or(0);
         let (boot_ns, _) = self.recent.pop_front()?;
         if certain == 0 {
             return None;
         }
         self.outside = self.outside.saturating_add(certain);
-        self.recent.iter_mut().for_each(|(_, untold)| *untold = untold.saturating_sub(certain));
+        self.recent.iter_mut().for_each(|(_, unaccounted)| *unaccounted = unaccounted.saturating_sub(certain));
         Some((boot_ns, certain))
     }
 
-    /// The kernel side told how much it has grown by then.
+    /// Takes the total growth at a moment, as the kernel side reported it.
     fn read(&mut self, boot_ns: u64, grown: u64) {
         if grown <= self.grown {
             return;
@@ -420,32 +444,33 @@ impl GrowthOfSpace {
         self.readings.push_back((self.grown_ns, grown));
     }
 
-    /// What had grown at a moment and no sample stood for; `later` is the weight of its samples after that moment.
+    /// Growth up to a moment that no sample stands for; `later` is the weight of samples after it.
     fn pending_at(&self, until_ns: u64, later: u64) -> Option<Sample> {
         let (boot_ns, grown) = self.readings.iter().rev().find(|(ns, _)| *ns <= until_ns)?;
-        let told = self.weights.saturating_add(self.outside).saturating_sub(later);
-        let weight = grown.saturating_sub(told);
+        let accounted = self.weights.saturating_add(self.outside).saturating_sub(later);
+        let weight = grown.saturating_sub(accounted);
         let (boot_ns, cgroup, task) = (*boot_ns, self.cgroup, self.task);
-        (weight > 0).then_some(Sample { boot_ns, cgroup, task, of: Err(Why::Pending), weight })
+        (weight > 0).then_some(Sample { boot_ns, cgroup, task, of: Err(NoStackReason::Pending), weight })
     }
 
-    /// What has grown since the last sample.
+    /// Growth since the last sample.
     fn pending(&self) -> Option<Sample> {
         let weight = self.grown.saturating_sub(self.weights.saturating_add(self.outside));
         let (boot_ns, cgroup, task) = (self.grown_ns, self.cgroup, self.task);
-        (weight > 0).then_some(Sample { boot_ns, cgroup, task, of: Err(Why::Pending), weight })
+        (weight > 0).then_some(Sample { boot_ns, cgroup, task, of: Err(NoStackReason::Pending), weight })
     }
 }
 
-/// Joins samples of the same place within ever wider stretches of time until at most `most` are left, or until there is
-/// only one of each. Sorted by time before and after; no byte is lost. How many were joined.
+/// Joins samples of the same path within ever wider buckets of time, until at most `most` are left
+/// or each path has only one. Samples stay sorted by time, and no byte is lost. Returns how many
+/// were joined.
 fn join(samples: &mut Vec<Sample>, most: usize) -> u64 {
     let before = samples.len();
     let ns = |sample: Option<&Sample>| sample.map_or(0, |sample| sample.boot_ns);
     let span_ns = ns(samples.last()).saturating_sub(ns(samples.first()));
     let mut width_ns = JOIN_NS;
     while samples.len() > most {
-        let mut last: BTreeMap<(u64, u32, Result<Place, Why>, u64), usize> = BTreeMap::new();
+        let mut last: BTreeMap<(u64, u32, Result<PathKey, NoStackReason>, u64), usize> = BTreeMap::new();
         let mut kept: Vec<Sample> = Vec::with_capacity(samples.len());
         for sample in samples.iter() {
             let key = (sample.cgroup, sample.task, sample.of, sample.boot_ns / width_ns);
@@ -458,7 +483,8 @@ fn join(samples: &mut Vec<Sample>, most: usize) -> u64 {
             }
         }
         *samples = kept;
-        // Stretches begin at multiples of their width: one that is wider than the span may still end inside it.
+        // Buckets begin at multiples of their width, so one that is wider than the span may end
+        // inside it.
         if width_ns == u64::MAX {
             break;
         }

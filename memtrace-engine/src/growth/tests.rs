@@ -1,10 +1,10 @@
-//! What attribution must never lose, and what it keeps.
+//! Tests that attribution loses no byte and stays within its caps.
 
+use memtrace_incident::{AllocationPath, Allocations};
 use proptest::prelude::*;
 
 use super::*;
 use crate::test_support::{MIB, SEC, mm_gone, rss, start, task};
-use memtrace_incident::{AllocationPath, Allocations};
 
 const CGROUP: u64 = 7;
 
@@ -39,126 +39,126 @@ fn whole() -> Window {
     Window { from_ns: 0, until_ns: u64::MAX, sample_bytes: MIB, thinned: 0 }
 }
 
-fn told(engine: &Attribution, window: &Window) -> (Vec<AllocationPath>, Allocations) {
-    let (paths, allocations) = engine.report(window, |_, _| true);
+fn report(attribution: &Attribution, window: &Window) -> (Vec<AllocationPath>, Allocations) {
+    let (paths, allocations) = attribution.report(window, |_, _| true);
     (paths, allocations.unwrap())
 }
 
-/// What must hold of every report.
-fn adds_up(paths: &[AllocationPath], told: &Allocations) {
-    assert_eq!(told.growth_bytes, told.attributed_bytes + told.unattributed_bytes());
+/// Asserts what must hold for every report.
+fn adds_up(paths: &[AllocationPath], report: &Allocations) {
+    assert_eq!(report.growth_bytes, report.attributed_bytes + report.unattributed_bytes());
     let mut of_path = vec![0; paths.len()];
     let mut without = 0;
-    for (_, path, weight) in told.samples.rows() {
+    for (_, path, weight) in report.samples.rows() {
         match path {
             Some(path) => of_path[path as usize] += weight,
             None => without += weight,
         }
     }
-    assert_eq!(without, told.unattributed_bytes());
+    assert_eq!(without, report.unattributed_bytes());
     let touched = paths.iter().filter(|path| path.cause == Cause::Touch).map(|path| path.weight_bytes).sum::<u64>();
-    assert_eq!(touched, told.attributed_bytes);
+    assert_eq!(touched, report.attributed_bytes);
     for (path, weight) in paths.iter().zip(of_path) {
         assert_eq!(path.weight_bytes, weight);
         assert!(path.mapped_by.is_none_or(|by| paths[by as usize].cause != Cause::Touch));
     }
-    assert!(told.samples.boot_ns.is_sorted());
+    assert!(report.samples.boot_ns.is_sorted());
 }
 
 #[test]
 fn attributed_and_unattributed_are_what_the_kernel_counted() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill", "main"]));
-    engine.grew(&wire::RssChange { reason: wire::RSS_FIRST, ..grew(SEC, 5, 3 * MIB) });
-    engine.stack(&stack(2 * SEC, 5, Cause::Touch, 4 * MIB, 7 * MIB, 1));
-    engine.grew(&grew(3 * SEC, 5, 9 * MIB));
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
-    assert_eq!((told.growth_bytes, told.attributed_bytes), (9 * MIB, 4 * MIB));
-    let reasons: Vec<(&str, u64)> = told.unattributed.iter().map(|part| (part.why.as_str(), part.bytes)).collect();
-    assert_eq!(reasons, [(Why::Outside.text(), 3 * MIB), (Why::Pending.text(), 2 * MIB)]);
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill", "main"]));
+    attribution.rss(&wire::RssChange { reason: wire::RSS_FIRST, ..grew(SEC, 5, 3 * MIB) });
+    attribution.stack(&stack(2 * SEC, 5, Cause::Touch, 4 * MIB, 7 * MIB, 1));
+    attribution.rss(&grew(3 * SEC, 5, 9 * MIB));
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
+    assert_eq!((report.growth_bytes, report.attributed_bytes), (9 * MIB, 4 * MIB));
+    let reasons: Vec<(&str, u64)> = report.unattributed.iter().map(|part| (part.why.as_str(), part.bytes)).collect();
+    assert_eq!(reasons, [(NoStackReason::Outside.text(), 3 * MIB), (NoStackReason::Pending.text(), 2 * MIB)]);
     assert_eq!(paths[0].process.comm, "p5");
 }
 
 #[test]
 fn a_window_ends_before_what_grew_after_it() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill", "main"]));
-    engine.stack(&stack(SEC, 5, Cause::Touch, 4 * MIB, 4 * MIB, 1));
-    engine.grew(&grew(2 * SEC, 5, 9 * MIB));
-    // It goes on while it is killed.
-    engine.stack(&stack(3 * SEC, 5, Cause::Touch, 6 * MIB, 10 * MIB, 1));
-    engine.grew(&grew(4 * SEC, 5, 11 * MIB));
-    let (paths, then) = told(&engine, &Window { until_ns: 2 * SEC, ..whole() });
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill", "main"]));
+    attribution.stack(&stack(SEC, 5, Cause::Touch, 4 * MIB, 4 * MIB, 1));
+    attribution.rss(&grew(2 * SEC, 5, 9 * MIB));
+    // It grows on while it is killed.
+    attribution.stack(&stack(3 * SEC, 5, Cause::Touch, 6 * MIB, 10 * MIB, 1));
+    attribution.rss(&grew(4 * SEC, 5, 11 * MIB));
+    let (paths, then) = report(&attribution, &Window { until_ns: 2 * SEC, ..whole() });
     adds_up(&paths, &then);
     assert_eq!((then.growth_bytes, then.attributed_bytes), (9 * MIB, 4 * MIB));
-    let (paths, all) = told(&engine, &whole());
+    let (paths, all) = report(&attribution, &whole());
     adds_up(&paths, &all);
     assert_eq!((all.growth_bytes, all.attributed_bytes), (11 * MIB, 10 * MIB));
 }
 
 #[test]
 fn samples_of_two_cpus_may_come_in_another_order() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill", "main"]));
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill", "main"]));
     for pair in 0..100 {
         let (at, grown) = (SEC + pair * 1000, 2 * pair * MIB);
-        engine.stack(&stack(at + 1, 5, Cause::Touch, MIB, grown + 2 * MIB, 1));
-        engine.stack(&stack(at, 5, Cause::Touch, MIB, grown + MIB, 1));
+        attribution.stack(&stack(at + 1, 5, Cause::Touch, MIB, grown + 2 * MIB, 1));
+        attribution.stack(&stack(at, 5, Cause::Touch, MIB, grown + MIB, 1));
     }
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
-    assert_eq!((told.growth_bytes, told.attributed_bytes), (200 * MIB, 200 * MIB));
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
+    assert_eq!((report.growth_bytes, report.attributed_bytes), (200 * MIB, 200 * MIB));
 }
 
 #[test]
-fn growth_that_no_sample_stands_for_is_told_about_when_it_happened() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill", "main"]));
+fn growth_that_no_sample_stands_for_is_reported_when_it_happened() {
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill", "main"]));
     for number in 1..=100 {
-        // Somebody else gave it 30 MiB after the fortieth.
+        // Another process gave it 30 MiB after the fortieth.
         let outside = if number > 40 { 30 * MIB } else { 0 };
-        engine.stack(&stack(number * SEC, 5, Cause::Touch, MIB, number * MIB + outside, 1));
+        attribution.stack(&stack(number * SEC, 5, Cause::Touch, MIB, number * MIB + outside, 1));
     }
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
-    assert_eq!((told.growth_bytes, told.attributed_bytes), (130 * MIB, 100 * MIB));
-    let outside: Vec<u64> = told.samples.rows().filter(|(_, path, _)| path.is_none()).map(|(ns, ..)| ns).collect();
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
+    assert_eq!((report.growth_bytes, report.attributed_bytes), (130 * MIB, 100 * MIB));
+    let outside: Vec<u64> = report.samples.rows().filter(|(_, path, _)| path.is_none()).map(|(ns, ..)| ns).collect();
     assert_eq!(outside, [41 * SEC]);
 }
 
 #[test]
 fn a_stack_that_comes_after_the_end_of_its_process_still_counts() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill", "main"]));
-    engine.grew(&grew(SEC, 5, MIB));
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill", "main"]));
+    attribution.rss(&grew(SEC, 5, MIB));
     let gone = wire::MmGone { grown_bytes: 6 * MIB, ..mm_gone(2 * SEC, 5, 5, 6 * MIB) };
-    engine.gone(&gone);
-    engine.tick(2 * SEC + LATE_NS / 2, 30 * SEC, None);
-    engine.stack(&stack(2 * SEC - 1, 5, Cause::Touch, 5 * MIB, 5 * MIB, 1));
-    engine.tick(3 * SEC + LATE_NS, 30 * SEC, None);
-    assert!(engine.spaces.is_empty(), "nothing more will come");
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
-    assert_eq!((told.growth_bytes, told.attributed_bytes), (6 * MIB, 5 * MIB));
+    attribution.mm_gone(&gone);
+    attribution.tick(2 * SEC + LATE_NS / 2, 30 * SEC, None);
+    attribution.stack(&stack(2 * SEC - 1, 5, Cause::Touch, 5 * MIB, 5 * MIB, 1));
+    attribution.tick(3 * SEC + LATE_NS, 30 * SEC, None);
+    assert!(attribution.spaces.is_empty(), "nothing more will come");
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
+    assert_eq!((report.growth_bytes, report.attributed_bytes), (6 * MIB, 5 * MIB));
 }
 
 #[test]
 fn a_touch_is_joined_with_the_call_that_mapped_it() {
-    let mut engine = Attribution::default();
+    let mut attribution = Attribution::default();
     for (id, frames) in [(1, ["reserve", "main"]), (2, ["fill", "main"]), (3, ["again", "main"])] {
-        engine.path(&path(id, &frames));
+        attribution.path(&path(id, &frames));
     }
     let at = |found: StackFound, address, size_bytes| StackFound { address: Some(address), size_bytes, ..found };
-    engine.stack(&at(stack(1, 5, Cause::Map, 64 * MIB, 0, 1), 0x10_0000_0000, 64 * MIB));
-    engine.stack(&at(stack(2, 5, Cause::Touch, MIB, MIB, 2), 0x10_0000_0000 + 63 * MIB, 0));
-    engine.stack(&at(stack(3, 5, Cause::Touch, MIB, 2 * MIB, 2), 0x10_0000_0000 + 64 * MIB, 0));
-    // A mapping in its middle: what is above is no longer known, what is below is.
-    engine.stack(&at(stack(4, 5, Cause::Map, 4 * MIB, 0, 3), 0x10_0000_0000 + 32 * MIB, 4 * MIB));
-    engine.stack(&at(stack(5, 5, Cause::Touch, MIB, 3 * MIB, 2), 0x10_0000_0000 + 33 * MIB, 0));
-    engine.stack(&at(stack(6, 5, Cause::Touch, MIB, 4 * MIB, 2), 0x10_0000_0000 + MIB, 0));
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
+    attribution.stack(&at(stack(1, 5, Cause::Map, 64 * MIB, 0, 1), 0x10_0000_0000, 64 * MIB));
+    attribution.stack(&at(stack(2, 5, Cause::Touch, MIB, MIB, 2), 0x10_0000_0000 + 63 * MIB, 0));
+    attribution.stack(&at(stack(3, 5, Cause::Touch, MIB, 2 * MIB, 2), 0x10_0000_0000 + 64 * MIB, 0));
+    // A mapping in its middle: the part above it is no longer known, the part below it is.
+    attribution.stack(&at(stack(4, 5, Cause::Map, 4 * MIB, 0, 3), 0x10_0000_0000 + 32 * MIB, 4 * MIB));
+    attribution.stack(&at(stack(5, 5, Cause::Touch, MIB, 3 * MIB, 2), 0x10_0000_0000 + 33 * MIB, 0));
+    attribution.stack(&at(stack(6, 5, Cause::Touch, MIB, 4 * MIB, 2), 0x10_0000_0000 + MIB, 0));
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
     let name = |path: &AllocationPath| path.frames[0].symbol.clone().unwrap();
     let touched: Vec<(u64, Option<String>)> = paths
         .iter()
@@ -170,90 +170,90 @@ fn a_touch_is_joined_with_the_call_that_mapped_it() {
 
 #[test]
 fn a_window_names_a_mapping_made_before_it() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["reserve"]));
-    engine.path(&path(2, &["fill"]));
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["reserve"]));
+    attribution.path(&path(2, &["fill"]));
     let map = StackFound { address: Some(4096), size_bytes: MIB, ..stack(SEC, 5, Cause::Map, MIB, 0, 1) };
     let touch = StackFound { address: Some(4096), ..stack(9 * SEC, 5, Cause::Touch, MIB, MIB, 2) };
-    engine.stack(&map);
-    engine.stack(&touch);
-    let (paths, told) = told(&engine, &Window { from_ns: 5 * SEC, ..whole() });
-    adds_up(&paths, &told);
+    attribution.stack(&map);
+    attribution.stack(&touch);
+    let (paths, report) = report(&attribution, &Window { from_ns: 5 * SEC, ..whole() });
+    adds_up(&paths, &report);
     assert_eq!(paths[1].cause, Cause::Map);
     assert_eq!((paths[0].mapped_by, paths[1].weight_bytes), (Some(1), 0));
 }
 
 #[test]
 fn a_stack_without_a_frame_of_the_process_is_no_attribution() {
-    let mut engine = Attribution::default();
+    let mut attribution = Attribution::default();
     let kernel = PathFrame { kernel: true, name: Some("do_anonymous_page".into()), ..PathFrame::default() };
-    engine.path(&PathFound { id: 1, frames: vec![kernel], cut: Some(Cut::Gone) });
-    engine.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
-    engine.stack(&stack(SEC, 5, Cause::Touch, MIB, 2 * MIB, 9));
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
+    attribution.path(&PathFound { id: 1, frames: vec![kernel], cut: Some(Cut::Gone) });
+    attribution.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
+    attribution.stack(&stack(SEC, 5, Cause::Touch, MIB, 2 * MIB, 9));
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
     assert!(paths.is_empty());
-    let reasons: Vec<&str> = told.unattributed.iter().map(|part| part.why.as_str()).collect();
-    assert_eq!(reasons, [Why::Gone.text(), Why::NotKept.text()]);
+    let reasons: Vec<&str> = report.unattributed.iter().map(|part| part.why.as_str()).collect();
+    assert_eq!(reasons, [NoStackReason::Gone.text(), NoStackReason::NotKept.text()]);
 }
 
 #[test]
-fn who_is_not_in_scope_is_not_told_and_no_stacks_are_nothing() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill"]));
-    engine.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
-    engine.stack(&stack(SEC, 6, Cause::Touch, MIB, 3 * MIB, 1));
-    let (paths, told) = engine.report(&whole(), |_, (pid, _)| pid == 6);
-    adds_up(&paths, &told.unwrap());
+fn processes_out_of_scope_are_left_out_and_no_stacks_are_no_report() {
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill"]));
+    attribution.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
+    attribution.stack(&stack(SEC, 6, Cause::Touch, MIB, 3 * MIB, 1));
+    let (paths, report) = attribution.report(&whole(), |_, (pid, _)| pid == 6);
+    adds_up(&paths, &report.unwrap());
     assert_eq!(paths.iter().map(|path| path.process.pid).collect::<Vec<_>>(), [6]);
-    assert_eq!(engine.report(&Window { sample_bytes: 0, ..whole() }, |_, _| true), (Vec::new(), None));
+    assert_eq!(attribution.report(&Window { sample_bytes: 0, ..whole() }, |_, _| true), (Vec::new(), None));
 }
 
 #[test]
-fn history_ends_and_a_recording_keeps_it() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill"]));
-    engine.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
-    engine.tick(500 * SEC, 30 * SEC, Some(SEC / 2));
-    assert_eq!(engine.samples.len(), 1);
-    engine.tick(500 * SEC, 30 * SEC, None);
-    assert!(engine.samples.is_empty());
+fn old_samples_are_dropped_unless_a_recording_needs_them() {
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill"]));
+    attribution.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
+    attribution.tick(500 * SEC, 30 * SEC, Some(SEC / 2));
+    assert_eq!(attribution.samples.len(), 1);
+    attribution.tick(500 * SEC, 30 * SEC, None);
+    assert!(attribution.samples.is_empty());
 }
 
 #[test]
-fn a_name_is_the_programs_own_after_exec() {
-    let mut engine = Attribution::default();
-    engine.path(&path(1, &["fill"]));
-    engine.stack(&StackFound { comm: "sh".into(), ..stack(SEC, 5, Cause::Touch, MIB, MIB, 1) });
-    engine.grew(&grew(2 * SEC, 5, MIB));
-    assert_eq!(told(&engine, &whole()).0[0].process.comm, crate::world::comm(&task(5)));
+fn after_exec_a_process_has_the_name_of_its_new_program() {
+    let mut attribution = Attribution::default();
+    attribution.path(&path(1, &["fill"]));
+    attribution.stack(&StackFound { comm: "sh".into(), ..stack(SEC, 5, Cause::Touch, MIB, MIB, 1) });
+    attribution.rss(&grew(2 * SEC, 5, MIB));
+    assert_eq!(report(&attribution, &whole()).0[0].process.comm, crate::world::comm(&task(5)));
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
-    /// Whatever comes, in whatever order: it adds up, and stays within its caps.
+    /// Any inputs in any order add up and stay within the caps.
     #[test]
     fn it_always_adds_up(events in proptest::collection::vec(
         (0u8..5, 0u64..40, 0u32..6, 0u64..1 << 24, 0u64..1 << 30, 0u32..40), 0..400)) {
-        let mut engine = Attribution::default();
+        let mut attribution = Attribution::default();
         for (kind, at, pid, weight, grown, id) in events {
             let at = at * SEC;
             match kind {
-                0 => engine.path(&path(id, &["f", "main"])),
-                1 => engine.grew(&grew(at, pid, grown)),
-                2 => engine.gone(&mm_gone(at, pid, u64::from(pid), grown)),
-                3 => engine.tick(at, 5 * SEC, None),
+                0 => attribution.path(&path(id, &["f", "main"])),
+                1 => attribution.rss(&grew(at, pid, grown)),
+                2 => attribution.mm_gone(&mm_gone(at, pid, u64::from(pid), grown)),
+                3 => attribution.tick(at, 5 * SEC, None),
                 _ => {
                     let cause = [Cause::Touch, Cause::Map, Cause::Brk, Cause::Charge][(grown % 4) as usize];
                     let found = stack(at, pid, cause, weight, grown, id);
-                    engine.stack(&StackFound { address: Some(grown % 64), size_bytes: weight % 32, ..found });
+                    attribution.stack(&StackFound { address: Some(grown % 64), size_bytes: weight % 32, ..found });
                 }
             }
-            prop_assert!(engine.samples.len() < SAMPLES_CAP);
+            prop_assert!(attribution.samples.len() < SAMPLES_CAP);
         }
         for from in [0, 3, 20] {
-            let (paths, told) = told(&engine, &Window { from_ns: from * SEC, ..whole() });
-            adds_up(&paths, &told);
+            let (paths, report) = report(&attribution, &Window { from_ns: from * SEC, ..whole() });
+            adds_up(&paths, &report);
         }
     }
 }
@@ -265,7 +265,7 @@ fn joining_loses_no_byte_and_keeps_order() {
             boot_ns: at * 1_000_000,
             cgroup: CGROUP,
             task: 0,
-            of: Ok(Place { task: 0, cause: Cause::Touch, path: (at % 3) as u32, mapped_by: None }),
+            of: Ok(PathKey { task: 0, cause: Cause::Touch, path: (at % 3) as u32, mapped_by: None }),
             weight: at,
         })
         .collect();
@@ -277,35 +277,41 @@ fn joining_loses_no_byte_and_keeps_order() {
 }
 
 #[test]
-fn more_than_there_is_room_for_is_joined_or_let_go() {
-    let mut engine = Attribution::default();
+fn samples_and_paths_above_the_cap_are_joined_or_dropped() {
+    let mut attribution = Attribution::default();
     for id in 0..PATHS_CAP as u32 + 10 {
-        engine.path(&path(id, &["f"]));
+        attribution.path(&path(id, &["f"]));
     }
-    assert!(engine.paths.len() <= PATHS_CAP);
+    assert!(attribution.paths.len() <= PATHS_CAP);
     let last = PATHS_CAP as u32;
     for at in 0..SAMPLES_CAP as u64 + 100 {
         let id = last - (at % 50) as u32;
-        engine.stack(&stack(at * 1000, 5, Cause::Touch, 4096, (at + 1) * 4096, id));
+        attribution.stack(&stack(at * 1000, 5, Cause::Touch, 4096, (at + 1) * 4096, id));
     }
-    assert!(engine.samples.len() < SAMPLES_CAP && engine.joined > 0);
-    let (paths, told) = told(&engine, &whole());
-    adds_up(&paths, &told);
-    assert_eq!(told.growth_bytes, (SAMPLES_CAP as u64 + 100) * 4096);
+    assert!(attribution.samples.len() < SAMPLES_CAP && attribution.joined > 0);
+    let (paths, report) = report(&attribution, &whole());
+    adds_up(&paths, &report);
+    assert_eq!(report.growth_bytes, (SAMPLES_CAP as u64 + 100) * 4096);
     assert_eq!(paths.len(), 50);
 }
 
-/// More processes than there is room for samples: none of them can be joined with another's. (Looking for neighbours at
-/// every sample would take hours here.)
+/// More processes than samples fit, so that none can be joined with another. Searching for
+/// neighbours at every sample would take hours here.
 #[test]
 fn a_storm_of_processes_costs_history_and_is_counted() {
-    let mut engine = Attribution::default();
+    let mut attribution = Attribution::default();
     let storm = 2 * SAMPLES_CAP as u64;
     for at in 0..storm {
         let pid = u32::try_from(at + 1).unwrap();
-        engine.push(Sample { boot_ns: at * 1000, cgroup: CGROUP, task: pid, of: Err(Why::Pending), weight: 4096 });
-        assert!(engine.samples.len() < SAMPLES_CAP);
+        attribution.push(Sample {
+            boot_ns: at * 1000,
+            cgroup: CGROUP,
+            task: pid,
+            of: Err(NoStackReason::Pending),
+            weight: 4096,
+        });
+        assert!(attribution.samples.len() < SAMPLES_CAP);
     }
-    assert_eq!(engine.samples.len() as u64 + engine.dropped, storm);
-    assert!(engine.dropped > 0 && engine.samples.back().unwrap().boot_ns == (storm - 1) * 1000);
+    assert_eq!(attribution.samples.len() as u64 + attribution.dropped, storm);
+    assert!(attribution.dropped > 0 && attribution.samples.back().unwrap().boot_ns == (storm - 1) * 1000);
 }

@@ -1,84 +1,90 @@
-//! What the engine is told of stacks: modules, paths of frames, and growth with its path.
-
-use serde::{Deserialize, Serialize};
+//! Facts about stacks: modules, paths (the frames of a stack), and samples that refer to a path.
+//!
+//! Modules and paths have numbers, so that a journal holds the frames of a stack once and not with
+//! every sample.
 
 use memtrace_incident::{Cause, Cut};
+use serde::{Deserialize, Serialize};
 
-/// Paths the engine knows for certain: the newest, by number. An older one may have to be said again.
+/// How many of the newest paths the engine never forgets. Before a stack refers to an older path,
+/// the path has to be sent again.
 pub const PATHS_KNOWN: u32 = 8192;
 
 /// A file that code was mapped from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleFound {
-    /// Number of this run.
+    /// Number of the module, unique within the run.
     pub id: u32,
-    /// Path as its process had it.
+    /// Path of the file as its process saw it.
     pub path: String,
-    /// Build id, hex.
+    /// Build id of the file, in hexadecimal; `None` when it has none.
     pub build_id: Option<String>,
 }
 
-/// The frames of a stack: what persists of it. The stack itself never does.
+/// The frames of a stack. Only they persist; the copy of the stack never does.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PathFound {
-    /// Number of this run.
+    /// Number of the path, unique within the run.
     pub id: u32,
-    /// Innermost first: those in the kernel, then the process' own.
+    /// Frames, innermost first: kernel frames, then frames of the process.
     pub frames: Vec<PathFrame>,
-    /// Why the outermost frame was not reached.
+    /// Why the frames end before the outermost one; `None` when they do not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut: Option<Cut>,
 }
 
-/// One frame, in few letters: a journal holds many.
+/// One frame. Its JSON keys have one letter, because a journal holds many frames.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PathFrame {
-    /// Number of its module.
+    /// Number of the module, as in [`ModuleFound::id`]; `None` in the kernel and when it is not
+    /// known.
     #[serde(rename = "m", default, skip_serializing_if = "Option::is_none")]
     pub module: Option<u32>,
-    /// Offset in the module's file, as [`memtrace_incident::Frame::offset`].
+    /// Offset in the module's file, as in [`memtrace_incident::Frame::offset`].
     #[serde(rename = "o", default, skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
-    /// Function, where it had to be found at once: in the kernel and in JIT-compiled code.
+    /// Function name, for frames that can be named only while the process lives: in the kernel and
+    /// in JIT-compiled code.
     #[serde(rename = "n", default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// In the kernel.
+    /// Whether this is a kernel frame.
     #[serde(rename = "k", default, skip_serializing_if = "std::ops::Not::not")]
     pub kernel: bool,
-    /// In code that the process wrote itself.
+    /// Whether this is code that the process compiled itself.
     #[serde(rename = "j", default, skip_serializing_if = "std::ops::Not::not")]
     pub jit: bool,
 }
 
-/// Memory grew by `weight_bytes` since the last stack of the same process (or cgroup, for a charge) and cause.
+/// A sample: memory grew by `weight_bytes` since the previous stack of the same cause and process
+/// (for a charge: of the same cgroup).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StackFound {
-    /// When the stack was taken.
+    /// When the stack was taken, boot clock, nanoseconds.
     pub boot_ns: u64,
-    /// Process.
+    /// Process id (tgid).
     pub pid: u32,
-    /// Thread.
+    /// Thread id.
     pub tid: u32,
-    /// Start of the process, boot clock.
+    /// Start of the process, boot clock, nanoseconds.
     pub start_boot_ns: u64,
     /// Name of the thread.
     pub comm: String,
-    /// Opaque identity of the address space.
+    /// Identity of the address space; see `mm_id` in the wire records.
     pub mm_id: u64,
     /// kernfs id of the memory cgroup.
     pub cgroup_id: u64,
     /// How memory was taken.
     pub cause: Cause,
-    /// Bytes it stands for.
+    /// Bytes that the sample stands for.
     pub weight_bytes: u64,
-    /// Touch: everything the address space has grown by since it is followed, this included.
+    /// For `touch`: total growth of the address space since it is followed, with this sample.
     pub grown_bytes: u64,
-    /// Touch: where; map and brk: where the mapping begins.
+    /// For `touch`: the address that was touched. For `map` and `brk`: where the mapping begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<u64>,
-    /// Map and brk: its size.
+    /// For `map` and `brk`: size of the mapping.
     #[serde(default)]
     pub size_bytes: u64,
-    /// Number of its path.
+    /// Number of the path, as in [`PathFound::id`].
     pub path: u32,
 }

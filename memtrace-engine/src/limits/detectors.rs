@@ -1,58 +1,66 @@
-//! Spikes and near misses: what readings of a limited cgroup show besides kills.
+//! Detects spikes and near misses in the readings of cgroups with a limit.
+//!
+//! A spike is a steep rise close to the limit and a fall after it. A near miss is reclaim at a
+//! limit without a kill. Both are decided some time later, because a kill may still explain what
+//! was seen.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::decode::{Limit, Reading};
 use memtrace_incident::{Host, PressureLimit};
 
+use crate::decode::{Limit, Reading};
+
 const SEC: u64 = 1_000_000_000;
-/// Cgroups watched at once; further ones are not, until quiet ones are dropped.
+/// Cgroups with a detector. At the cap idle ones are dropped, then new ones are refused and
+/// counted.
 const DETECTORS_CAP: usize = crate::world::CGROUPS_CAP;
-/// A spike rises within this.
+/// A spike rises within this time.
 const RISE_NS: u64 = SEC;
-/// The lowest usage of the last second is kept in buckets of this width.
+/// The lowest usage of the last second is stored in buckets of this width.
 const LOW_BUCKET_NS: u64 = 50_000_000;
-/// What stays high longer is no spike.
+/// Usage that stays high for longer is no spike.
 const PLATEAU_NS: u64 = 10 * SEC;
-/// A kill this soon after the fall explains it, and so it does a rise or reclaim this soon after the kill.
+/// A kill explains a fall that is at most this long before it, and a rise or reclaim that is at
+/// most this long after it.
 const KILL_EXPLAINS_NS: u64 = SEC;
-/// One spike, and one near miss, of a cgroup in this time.
+/// At most one spike and one near miss of a cgroup in this time.
 const COOL_DOWN_NS: u64 = 60 * SEC;
-/// How often the pause between two near misses of a cgroup is doubled while it goes on.
+/// How often the pause between two near misses of a cgroup is doubled, while they go on.
 const PAUSE_DOUBLINGS: u32 = 6;
-/// Reclaim without a kill for this long is a near miss.
+/// Reclaim without a kill within this time is a near miss.
 const NEAR_MISS_NS: u64 = 5 * SEC;
 
-/// What was found. Facts only: the words are `build::verdict`'s.
+/// What was detected, as facts. [`crate::build::verdict`] makes the sentence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum DetectedEvent {
     Spike(Spike),
     NearMiss(NearMiss),
 }
 
-/// A rise close to the limit and the fall after it.
+/// A rise close to the limit and the fall after it. All figures are bytes and boot-clock
+/// nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Spike {
     pub(crate) cgroup: u64,
     pub(crate) base_ns: u64,
-    pub(crate) base: u64,
+    pub(crate) base_bytes: u64,
     pub(crate) peak_ns: u64,
-    pub(crate) peak: u64,
-    pub(crate) limit: u64,
+    pub(crate) peak_bytes: u64,
+    pub(crate) limit_bytes: u64,
 }
 
 /// Reclaim at a limit without a kill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NearMiss {
     pub(crate) cgroup: u64,
-    /// The first hit, and the last that was seen of it.
+    /// First hit, and last hit or end of reclaim.
     pub(crate) from_ns: u64,
     pub(crate) until_ns: u64,
     pub(crate) limit: PressureLimit,
-    /// Of that limit.
+    /// Hits of that limit.
     pub(crate) hits: u64,
     pub(crate) stalled_ns: u64,
-    /// At the first hit.
+    /// Usage at the first hit.
     pub(crate) usage: Option<u64>,
 }
 
@@ -61,7 +69,7 @@ impl NearMiss {
         Self { cgroup, from_ns: ns, until_ns: ns, limit, hits: 0, stalled_ns: 0, usage }
     }
 
-    /// A limit was hit: the hard one counts for more than the other.
+    /// A limit was hit. Once the hard limit was hit, only its hits count.
     pub(crate) fn hit(&mut self, ns: u64, limit: PressureLimit, hits: u64) {
         if limit == PressureLimit::Max && self.limit == PressureLimit::High {
             (self.limit, self.hits) = (limit, 0);
@@ -78,25 +86,28 @@ impl NearMiss {
     }
 }
 
+/// Where the usage of a cgroup is in the course of a spike.
 #[derive(Clone, Debug, Default)]
 enum Phase {
     #[default]
     Quiet,
     High(Spike),
+    /// With the time of the fall.
     Fallen(Spike, u64),
 }
 
 #[derive(Clone, Debug, Default)]
 struct Detector {
-    /// Lowest usage per bucket, oldest first; at most `RISE_NS / LOW_BUCKET_NS + 2`.
+    /// Time and lowest usage of each bucket, oldest first. Cap: `RISE_NS / LOW_BUCKET_NS + 2`,
+    /// because older ones are dropped.
     lows: VecDeque<(u64, u64)>,
     phase: Phase,
     spike_ns: Option<u64>,
     reclaim: Option<NearMiss>,
     near_miss_ns: Option<u64>,
-    /// Near misses in a row, each as soon as the one before had cooled down.
+    /// Near misses in a row, each soon after the pause that follows the one before.
     in_a_row: u32,
-    /// The last kill explains reclaim until then.
+    /// Until when the last kill explains rises and reclaim, boot clock.
     explained_until_ns: u64,
     last_ns: u64,
 }
@@ -115,26 +126,34 @@ impl Detector {
             }
             _ => self.lows.push_back((ns, usage)),
         }
-        // Of equal lows the latest: the rise began there.
+        // Of equal values the latest, because the rise began there.
         self.lows.iter().copied().rev().min_by_key(|(_, low)| *low).unwrap_or((ns, usage))
     }
 
     fn reading(&mut self, cgroup: u64, ns: u64, usage: u64, limit: u64) {
         let (base_ns, base) = self.low(ns, usage);
         match &mut self.phase {
-            // What comes right after a kill is its end: victims that die one by one, or go on until they do.
+            // A rise right after a kill belongs to it: victims run until they exit, one after
+            // another.
             Phase::Quiet => {
                 if ns >= self.explained_until_ns
                     && u128::from(usage) * 5 >= u128::from(limit) * 4
                     && usage.saturating_sub(base) >= limit / 4
                 {
-                    self.phase = Phase::High(Spike { cgroup, base_ns, base, peak_ns: ns, peak: usage, limit });
+                    self.phase = Phase::High(Spike {
+                        cgroup,
+                        base_ns,
+                        base_bytes: base,
+                        peak_ns: ns,
+                        peak_bytes: usage,
+                        limit_bytes: limit,
+                    });
                 }
             }
             Phase::High(spike) => {
-                if usage > spike.peak {
-                    (spike.peak, spike.peak_ns) = (usage, ns);
-                } else if usage < spike.peak.saturating_sub(spike.limit / 8) {
+                if usage > spike.peak_bytes {
+                    (spike.peak_bytes, spike.peak_ns) = (usage, ns);
+                } else if usage < spike.peak_bytes.saturating_sub(spike.limit_bytes / 8) {
                     self.phase = Phase::Fallen(*spike, ns);
                 } else if ns > spike.peak_ns.saturating_add(PLATEAU_NS) {
                     self.phase = Phase::Quiet;
@@ -144,8 +163,9 @@ impl Detector {
         }
     }
 
-    /// The last near miss was too short a while ago for another. A cgroup that lives at its limit, as one that reads
-    /// many files does, is told of after a minute, then after two, and in the end once in an hour or so.
+    /// Whether the last near miss is too recent for another. A cgroup that is always at its limit,
+    /// such as one that reads many files, is reported after one minute, then after two, and in the
+    /// end every 64 minutes.
     fn cooling(&mut self, ns: u64) -> bool {
         let Some(last) = self.near_miss_ns else { return false };
         let pause = COOL_DOWN_NS << self.in_a_row.saturating_sub(1).min(PAUSE_DOUBLINGS);
@@ -155,7 +175,7 @@ impl Detector {
         ns < last.saturating_add(pause)
     }
 
-    /// A limit was hit, without a kill so far, around this time.
+    /// Whether a limit was hit around this time, without a kill so far.
     fn hit_around(&self, ns: u64) -> bool {
         let hit = self.reclaim.map(|near_miss| near_miss.from_ns).or(self.near_miss_ns);
         hit.is_some_and(|from_ns| ns.abs_diff(from_ns) <= NEAR_MISS_NS)
@@ -166,7 +186,9 @@ impl Detector {
     }
 }
 
-/// The limit that a reading is at, as far as usage is exact: each CPU may hold back a batch of charges.
+/// The limit that a reading is at. The kernel charges in batches ahead of use on each CPU, and an
+/// attempt at a batch hits the limit below it. So usage within all batches of the limit, but at
+/// most an eighth of it, counts as at the limit.
 pub(crate) fn limit_hit(reading: &Reading, host: &Host) -> Option<PressureLimit> {
     let usage = reading.usage?;
     let held_back = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus));
@@ -174,10 +196,12 @@ pub(crate) fn limit_hit(reading: &Reading, host: &Host) -> Option<PressureLimit>
     if at(reading.limit) { Some(PressureLimit::Max) } else { at(reading.high).then_some(PressureLimit::High) }
 }
 
-/// Detectors of all limited cgroups.
+/// Detectors of all cgroups with a limit.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Detectors {
+    /// By kernfs id. Cap: [`DETECTORS_CAP`].
     rows: BTreeMap<u64, Detector>,
+    /// How often a cgroup was refused a detector.
     pub(crate) refused: u64,
 }
 
@@ -195,7 +219,7 @@ impl Detectors {
         Some(row)
     }
 
-    /// A reading of a cgroup with a limit.
+    /// Takes a reading of a cgroup with a limit.
     pub(crate) fn reading(&mut self, cgroup: u64, ns: u64, usage: u64, limit: u64) {
         if limit == 0 {
             return;
@@ -205,7 +229,7 @@ impl Detectors {
         }
     }
 
-    /// Reclaim began (`hits` times) in a cgroup at a limit.
+    /// Reclaim began `hits` times in a cgroup that is at a limit.
     pub(crate) fn reclaim_began(&mut self, ns: u64, reading: &Reading, limit: PressureLimit, hits: u64) {
         let Some(cgroup) = reading.cgroup_id else { return };
         let Some(row) = self.row(cgroup, ns) else { return };
@@ -215,19 +239,19 @@ impl Detectors {
         row.reclaim.get_or_insert_with(|| NearMiss::new(cgroup, ns, limit, reading.usage)).hit(ns, limit, hits);
     }
 
-    /// Reclaim ended after holding a task up.
+    /// Reclaim ended, after delaying a task by `stalled_ns`.
     pub(crate) fn reclaim_ended(&mut self, cgroup: u64, ns: u64, stalled_ns: u64) {
         if let Some(near_miss) = self.rows.get_mut(&cgroup).and_then(|row| row.reclaim.as_mut()) {
             near_miss.stalled(ns, stalled_ns);
         }
     }
 
-    /// Reclaim at a limit of this cgroup that time has not decided about.
+    /// Reclaim at a limit of this cgroup that is not decided yet.
     pub(crate) fn near_miss(&self, cgroup: u64) -> Option<NearMiss> {
         self.rows.get(&cgroup)?.reclaim
     }
 
-    /// Somebody was killed: what these cgroups showed is explained.
+    /// A kill explains what the detectors of these cgroups saw.
     pub(crate) fn killed(&mut self, ns: u64, explains: impl Fn(u64) -> bool) {
         for (id, row) in &mut self.rows {
             if explains(*id) {
@@ -239,7 +263,8 @@ impl Detectors {
         }
     }
 
-    /// What time has decided. Where near misses are told, the rise that led to one is part of it and no spike besides.
+    /// Spikes and near misses that are decided by now. With `near_misses`, a rise that led to a
+    /// near miss is not reported as a spike too.
     pub(crate) fn tick(&mut self, now: u64, near_misses: bool) -> Vec<DetectedEvent> {
         let mut found = Vec::new();
         for row in self.rows.values_mut() {
@@ -277,7 +302,7 @@ mod tests {
 
     type Pairs = &'static [(u64, u64)];
 
-    /// Readings as (milliseconds, usage), then a tick; the spikes found.
+    /// Feeds readings (milliseconds, usage), then a tick. Returns the spikes.
     fn spikes(readings: &[(u64, u64)], killed_ms: Option<u64>) -> Vec<(u64, u64)> {
         let mut d = Detectors::default();
         let mut last = 0;
@@ -291,12 +316,12 @@ mod tests {
         }
         d.tick((last + 1000) * MS, true)
             .into_iter()
-            .filter_map(|f| if let DetectedEvent::Spike(s) = f { Some((s.peak_ns / MS, s.peak)) } else { None })
+            .filter_map(|f| if let DetectedEvent::Spike(s) = f { Some((s.peak_ns / MS, s.peak_bytes)) } else { None })
             .collect()
     }
 
     #[test]
-    fn the_decision_table_of_spikes() {
+    fn a_spike_is_a_steep_rise_close_to_the_limit_and_a_fall() {
         const STEEP: Pairs = &[(1000, 500), (1400, 700), (1800, 850), (1900, 700)];
         let cases: [(&str, Pairs, Pairs); 7] = [
             ("steep, high, fell", STEEP, &[(1800, 850)]),
@@ -323,11 +348,12 @@ mod tests {
             let reading = Reading { cgroup_id: Some(7), ..Reading::default() };
             d.reclaim_began(hit_ms * MS, &reading, PressureLimit::Max, 1);
             let found = d.tick(3000 * MS, near_misses);
-            assert_eq!(found.len(), spikes, "told {near_misses}, hit at {hit_ms} ms: {found:?}");
+            assert_eq!(found.len(), spikes, "reported {near_misses}, hit at {hit_ms} ms: {found:?}");
         }
     }
 
-    /// Seen on 5.10 under emulation: of two processes with one address space the second went on until it died.
+    /// Seen on 5.10 under emulation: two processes shared an address space, and the second went on
+    /// growing until it died.
     #[test]
     fn a_rise_while_victims_die_is_no_spike() {
         for (killed_ms, expected) in [(1100, 0), (400, 1)] {
@@ -360,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn reclaim_without_a_kill_is_told_once_a_minute() {
+    fn reclaim_without_a_kill_is_reported_once_a_minute() {
         use PressureLimit::{High, Max};
         let mut d = Detectors::default();
         let begin = |d: &mut Detectors, sec: u64, limit, hits| d.reclaim_began(sec * SEC, &at(sec), limit, hits);
@@ -369,20 +395,21 @@ mod tests {
         d.reclaim_ended(7, 12 * SEC, 30 * MS);
         assert!(d.tick(14 * SEC, true).is_empty());
         let (from_ns, until_ns) = (10 * SEC, 12 * SEC);
-        let told = NearMiss { cgroup: 7, from_ns, until_ns, limit: Max, hits: 5, stalled_ns: 30 * MS, usage: Some(10) };
-        assert_eq!(d.tick(15 * SEC, true), [DetectedEvent::NearMiss(told)]);
+        let reported =
+            NearMiss { cgroup: 7, from_ns, until_ns, limit: Max, hits: 5, stalled_ns: 30 * MS, usage: Some(10) };
+        assert_eq!(d.tick(15 * SEC, true), [DetectedEvent::NearMiss(reported)]);
         begin(&mut d, 20, Max, 1);
         assert!(d.tick(60 * SEC, true).is_empty());
         begin(&mut d, 71, Max, 1);
         d.killed(72 * SEC, |id| id == 7);
         assert!(d.tick(100 * SEC, true).is_empty());
-        // While the victim dies, and after that.
+        // While the victim exits, and after that.
         d.killed(200 * SEC, |id| id == 7);
         begin(&mut d, 200, Max, 1);
         assert!(d.tick(210 * SEC, true).is_empty());
         begin(&mut d, 211, Max, 1);
         assert_eq!(d.tick(216 * SEC, true).len(), 1);
-        // Both limits: the hits of the hard one count.
+        // When both limits are hit, hits of the hard one count.
         for limits in [[High, Max, High], [Max, High, High]] {
             let mut d = Detectors::default();
             limits.iter().for_each(|limit| begin(&mut d, 10, *limit, 3));
@@ -392,28 +419,28 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_that_lives_at_its_limit_is_told_of_less_and_less() {
+    fn a_cgroup_always_at_its_limit_is_reported_less_and_less_often() {
         let mut d = Detectors::default();
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         let reading = at(10);
         for second in 0..6 * 3600 {
             d.reclaim_began(second * SEC, &reading, PressureLimit::Max, 1);
-            told.extend(d.tick(second * SEC, true).iter().map(|_| second));
+            reported.extend(d.tick(second * SEC, true).iter().map(|_| second));
         }
-        let pauses: Vec<u64> = told.windows(2).map(|pair| (pair[1] - pair[0] + 30) / 60).collect();
+        let pauses: Vec<u64> = reported.windows(2).map(|pair| (pair[1] - pair[0] + 30) / 60).collect();
         assert_eq!(pauses.get(..7), Some([1, 2, 4, 8, 16, 32, 64].as_slice()));
         assert!(pauses.iter().skip(7).all(|minutes| *minutes == 64), "{pauses:?}");
-        // After a long calm it is news again.
+        // After a long time without a hit the pauses begin at one minute again.
         let later = 12 * 3600;
         for second in later..later + 130 {
             d.reclaim_began(second * SEC, &reading, PressureLimit::Max, 1);
-            told.extend(d.tick(second * SEC, true).iter().map(|_| second));
+            reported.extend(d.tick(second * SEC, true).iter().map(|_| second));
         }
-        assert_eq!(told.iter().filter(|second| **second >= later).count(), 2);
+        assert_eq!(reported.iter().filter(|second| **second >= later).count(), 2);
     }
 
     #[test]
-    fn the_decision_table_of_limits() {
+    fn a_reading_is_at_a_limit_within_the_charge_batches() {
         use PressureLimit::{High, Max};
         let host = Host { cpus: 2, charge_batch_bytes: 20, ..Host::default() };
         let none = Limit::Unlimited;

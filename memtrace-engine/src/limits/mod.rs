@@ -1,11 +1,11 @@
-//! Limits that are hit without a kill: spikes, near misses, and cgroups that are stuck with their OOM
-//! killer off. Also what follows from a limit while nothing happens: how often a cgroup's processes
-//! are read, and which cgroups' OOM control is watched.
+//! Limits that are hit without a kill: spikes, near misses, and cgroups that are stuck with their
+//! OOM killer off. Also what follows from a limit alone: the RSS threshold of a cgroup's processes,
+//! and which cgroups' `memory.oom_control` is watched.
 
 use memtrace_common::event as wire;
 use memtrace_incident::PressureLimit;
 
-use crate::build::Scene;
+use crate::build::BuildContext;
 use crate::decode::{Reading, known};
 use crate::input::{CgroupFound, Fact};
 use crate::output::{Out, Request};
@@ -19,23 +19,24 @@ mod stuck;
 use detectors::{DetectedEvent, Detectors, limit_hit};
 use stuck::Stuck;
 
-/// The smallest threshold that a small limit leads to, bytes.
+/// Smallest RSS threshold that a small limit leads to, bytes. It bounds the number of records.
 const RSS_THRESHOLD_MIN: u64 = 16 * 1024;
-/// Resident memory passes a limit in at least this many thresholds.
+/// The RSS threshold of a cgroup is its limit divided by this, so that resident memory passes at
+/// least this many thresholds on its way to the limit.
 pub(crate) const THRESHOLDS_PER_LIMIT: u64 = 512;
 
-/// Everything about limits.
+/// State of everything about limits.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Limits {
     detectors: Detectors,
-    /// At most [`stuck::STUCK_CAP`].
+    /// Cap: [`stuck::STUCK_CAP`].
     stuck: Vec<Stuck>,
-    /// The cgroups that must not be forgotten are others than before.
+    /// Whether [`Limits::cgroups`] may have changed since [`Limits::take_changed`].
     changed: bool,
 }
 
 impl Limits {
-    /// A reading that is on the curve.
+    /// Takes a reading that is on the curve.
     pub(crate) fn reading(&mut self, boot_ns: u64, reading: &Reading, world: &mut World, run: &Run, out: &mut Out) {
         let Some(id) = reading.cgroup_id else { return };
         if let (Some(usage), Some(limit)) = (reading.usage, reading.limit.bytes()) {
@@ -45,7 +46,7 @@ impl Limits {
         stuck::watch_if_full(id, boot_ns, reading, world, run, out);
     }
 
-    /// A cgroup was described; `limit_before` is the limit it was known with.
+    /// A fact described a cgroup; `limit_before` is its limit before the fact, in bytes.
     pub(crate) fn cgroup_found(
         &mut self,
         found: &CgroupFound,
@@ -57,21 +58,21 @@ impl Limits {
         if world.cgroups.limit(found.id) != limit_before {
             adjust_threshold(found.id, world, run, out);
         }
-        // One that is at its limit may wait there since before we came.
+        // A cgroup that is at its limit may be stuck since before tracing began.
         let read = world.cgroups.get(found.id).filter(|_| found.usage_bytes.is_some());
         if let Some(last) = read.map(|row| row.last) {
             stuck::watch_if_full(found.id, found.boot_ns, &last, world, run, out);
         }
     }
 
-    /// Reclaim on behalf of a cgroup begins or ends. Its reading is on the curve.
+    /// Reclaim on behalf of a cgroup began or ended. Its reading is on the curve.
     pub(crate) fn reclaim(&mut self, r: &wire::Reclaim, world: &mut World, run: &Run, out: &mut Out) {
         let ns = r.header.boot_ns;
         let reading = Reading::from(&r.memcg);
         let Some(id) = reading.cgroup_id else { return };
         match r.phase {
             wire::RECLAIM_BEGIN => {
-                // Reclaim on request begins below every limit: that is no hit.
+                // Reclaim on request (memory.reclaim) begins below every limit and is no hit.
                 let (limit, hits) = (limit_hit(&reading, &run.host), 1 + u64::from(r.suppressed));
                 if limit != Some(PressureLimit::Max) {
                     stuck::watch_above(id, ns, world, run, out);
@@ -93,7 +94,8 @@ impl Limits {
         }
     }
 
-    /// What detectors saw in the cgroups around a kill is explained by it.
+    /// A kill explains what detectors saw in the victim's and the trigger's cgroups, their
+    /// ancestors, and the subtree of the cgroup that ran out. A global OOM explains all.
     pub(crate) fn explained_by(&mut self, m: &wire::OomVictim, world: &World) {
         let oom = Reading::from(&m.oom).cgroup_id;
         let victim = Reading::from(&m.victim_memcg).cgroup_id;
@@ -106,66 +108,67 @@ impl Limits {
         });
     }
 
-    /// Reports what time has decided about the curves.
-    pub(crate) fn report_found(&mut self, scene: &Scene<'_>, out: &mut Out) {
-        let settings = &scene.run.settings;
-        for found in self.detectors.tick(scene.run.now, settings.near_misses) {
+    /// Reports spikes and near misses that are decided by now.
+    pub(crate) fn report_found(&mut self, context: &BuildContext<'_>, out: &mut Out) {
+        let settings = &context.run.settings;
+        for found in self.detectors.tick(context.run.now, settings.near_misses) {
             match found {
-                DetectedEvent::Spike(spike) if settings.spikes => incidents::report_spike(&spike, scene, out),
+                DetectedEvent::Spike(spike) if settings.spikes => incidents::report_spike(&spike, context, out),
                 DetectedEvent::NearMiss(near_miss) if settings.near_misses => {
-                    incidents::report_near_miss(&near_miss, scene, out);
+                    incidents::report_near_miss(&near_miss, context, out);
                 }
                 DetectedEvent::Spike(_) | DetectedEvent::NearMiss(_) => {}
             }
         }
     }
 
-    /// Growing curves take in what the input at hand changed.
+    /// Adds the changes of the current input to the curves of stuck cgroups.
     pub(crate) fn follow(&mut self, world: &World) {
         self.stuck.iter_mut().for_each(|stuck| stuck.view.follow(world));
     }
 
-    /// The input is over.
+    /// The input has ended.
     pub(crate) fn input_over(&mut self) {
         self.stuck.iter_mut().for_each(|stuck| stuck.view.input_over());
     }
 
-    /// Whether [`Limits::cgroups`] may be others than when this was asked last.
+    /// Whether [`Limits::cgroups`] may have changed since the last call.
     pub(crate) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
 
-    /// Cgroups that must not be forgotten.
+    /// Cgroups that open incidents refer to, which must stay in the table.
     pub(crate) fn cgroups(&self) -> impl Iterator<Item = u64> + '_ {
         self.stuck.iter().map(|stuck| stuck.cgroup)
     }
 
-    /// Cgroups that are stuck.
+    /// Number of stuck cgroups.
     pub(crate) fn stuck_cgroups(&self) -> usize {
         self.stuck.len()
     }
 
-    /// Facts that tell a fresh engine of what is stuck.
+    /// Facts from which an empty engine gets the stuck cgroups.
     pub(crate) fn facts(&self) -> impl Iterator<Item = Fact> + '_ {
         self.stuck.iter().flat_map(Stuck::facts)
     }
 
-    /// Cgroups that there was no detector for.
+    /// How often a cgroup was refused a detector.
     pub(crate) fn refused(&self) -> u64 {
         self.detectors.refused
     }
 
-    /// Roughly what it takes.
+    /// Estimated memory in bytes.
     pub(crate) fn memory_estimate(&self) -> usize {
         let views: usize = self.stuck.iter().map(|stuck| stuck.view.memory_estimate()).sum();
         self.detectors.memory_estimate() + views
     }
 }
 
-/// A small limit, its own or an ancestor's, asks for a fine threshold; a limit that grew gives it back.
+/// Requests a smaller RSS threshold when a cgroup or an ancestor has a small limit, and the usual
+/// one again when the limit grew.
 fn adjust_threshold(id: u64, world: &mut World, run: &Run, out: &mut Out) {
     let page = if run.host.page_bytes == 0 { 4096 } else { run.host.page_bytes };
-    let usual = run.settings.quantum_bytes;
+    let usual = run.settings.rss_threshold_bytes;
     let wanted = world.cgroups.effective_limit(id).map(|limit| {
         let exact = limit / THRESHOLDS_PER_LIMIT;
         (exact - exact % page).max(RSS_THRESHOLD_MIN)

@@ -1,4 +1,4 @@
-//! An open OOM incident as the file has it.
+//! Builds the incident file of an OOM kill from an open incident.
 
 use memtrace_incident::{Cgroup, Incident, Kind, Loss, LossNote, Oom, Scope, TaskRow, Victim};
 
@@ -7,34 +7,34 @@ use super::open_incident::OpenIncident;
 use super::pairing::OpenVictim;
 use super::scope::tree;
 use crate::build::verdict::About;
-use crate::build::{Draft, Scene, cgroup};
+use crate::build::{BuildContext, Draft, cgroup};
 use crate::decode::Reading;
 use crate::world::{Point, resident};
 
 /// The incident of an OOM kill.
-pub(super) fn oom_incident(open: &OpenIncident, log: &KernelLog, scene: &Scene<'_>) -> Incident {
-    let oom = oom(open, log, scene);
+pub(super) fn oom_incident(open: &OpenIncident, log: &KernelLog, context: &BuildContext<'_>) -> Incident {
+    let oom = oom(open, log, context);
     let victim_id = open.victim_memcg.cgroup_id;
     let about_victim = match oom.scope {
         Scope::Cgroup => open.oom.or(&open.victim_memcg),
         _ => open.victim_memcg,
     };
-    let cgroup = cgroup(victim_id, &about_victim, scene);
+    let cgroup = cgroup(victim_id, &about_victim, context);
     let out = match oom.scope {
         Scope::Cgroup | Scope::Ancestor => open.oom,
         _ => open.victim_memcg,
     };
     let out = if out.usage.is_none() && oom.scope != Scope::Ancestor { open.victim_memcg } else { out };
-    // The row of the kill belongs to the cgroup the curve is of, so that it continues it.
-    let ran_out = open.view.curve_of.is_some() && open.view.curve_of == open.oom.cgroup_id;
-    let row = if ran_out { open.oom } else { open.victim_memcg };
+    // The curve gets a row at the kill. Its counters are those of the cgroup that the curve is of.
+    let curve_is_of_oom_cgroup = open.view.curve_of.is_some() && open.view.curve_of == open.oom.cgroup_id;
+    let row = if curve_is_of_oom_cgroup { open.oom } else { open.victim_memcg };
     let kill_row = Point::new(open.at_ns, &row, open.view.curve_sums);
     let (before, after): (Vec<&Point>, Vec<&Point>) = open.view.curve.rows().partition(|p| p.boot_ns <= open.at_ns);
     let name = match (&oom.oom_cgroup, oom.scope) {
         (Some(c), Scope::Ancestor) => c.path.clone(),
         _ => cgroup.path.clone(),
     };
-    let root = tree(open.ran_out, victim_id);
+    let root = tree(open.oom_scope, victim_id);
     let draft = Draft {
         kind: Kind::OomKill,
         id: open.id.clone().unwrap_or_default(),
@@ -50,42 +50,42 @@ pub(super) fn oom_incident(open: &OpenIncident, log: &KernelLog, scene: &Scene<'
         growth: &open.view.growth,
         mappings: &open.view.notes,
         loss_base: &open.loss_base,
-        losses: losses(open, log, scene),
-        // Up to the mark: what grew in between is part of the kill.
-        window: (scene.run.window_start(open.at_ns), open.at_ns.max(open.mark_ns)),
-        in_scope: &|cgroup, _| root.is_none_or(|root| scene.world.cgroups.in_tree(cgroup, root)),
+        losses: losses(open, log, context),
+        // Up to the mark: growth between SIGKILL and mark is part of the kill.
+        window: (context.run.window_start(open.at_ns), open.at_ns.max(open.mark_ns)),
+        in_scope: &|cgroup, _| root.is_none_or(|root| context.world.cgroups.in_tree(cgroup, root)),
         cgroup,
     };
-    let mut incident = draft.build(before.into_iter().chain([&kill_row]).chain(after), scene);
+    let mut incident = draft.build(before.into_iter().chain([&kill_row]).chain(after), context);
     incident.oom = Some(oom);
     incident
 }
 
-/// What is missing from this incident alone.
-fn losses(open: &OpenIncident, log: &KernelLog, scene: &Scene<'_>) -> Vec<LossNote> {
+/// Losses of this incident alone, in addition to those of its window.
+fn losses(open: &OpenIncident, log: &KernelLog, context: &BuildContext<'_>) -> Vec<LossNote> {
     let lines_lost = log.lost_near(open.at_ns);
     let silent = if lines_lost == 0 { missing_in_log(open, log).len() as u64 } else { 0 };
     let of_log = [(Loss::KernelLogLinesLost, lines_lost), (Loss::KernelLogSilent, silent)];
-    let of_log = of_log.into_iter().filter(|_| scene.run.settings.kernel_log);
+    let of_log = of_log.into_iter().filter(|_| context.run.settings.kernel_log);
     let counted = [(Loss::VictimsNotListed, open.victims_left_out), (Loss::TasksNotListed, open.view.tasks_left_out)];
     let counted = counted.into_iter().chain(of_log);
     let cut = open.early.then(|| LossNote::of(Loss::WindowCutShort, None));
     counted.filter_map(|(loss, count)| LossNote::counted(loss, count)).chain(cut).collect()
 }
 
-/// The kill itself.
-pub(super) fn oom(open: &OpenIncident, log: &KernelLog, scene: &Scene<'_>) -> Oom {
+/// The part of the file about the kill.
+pub(super) fn oom(open: &OpenIncident, log: &KernelLog, context: &BuildContext<'_>) -> Oom {
     let log = open.logged(log);
-    let (scope, out) = open.ran_out;
+    let (scope, out) = open.oom_scope;
     let oom_cgroup = match (scope, out) {
-        (Scope::Cgroup | Scope::Ancestor, Some(id)) => Some(cgroup(Some(id), &reading_of(open, id), scene)),
+        (Scope::Cgroup | Scope::Ancestor, Some(id)) => Some(cgroup(Some(id), &reading_of(open, id), context)),
         (Scope::Ancestor, None) => {
             let path = log.and_then(|l| l.oom_memcg.clone());
-            Some(Cgroup { path, ..cgroup(None, &Reading::default(), scene) })
+            Some(Cgroup { path, ..cgroup(None, &Reading::default(), context) })
         }
         _ => None,
     };
-    let victims: Vec<Victim> = open.victims.iter().map(|v| victim(v, scene)).collect();
+    let victims: Vec<Victim> = open.victims.iter().map(|v| victim(v, context)).collect();
     let mut tasks = open.view.tasks.clone();
     for v in &open.victims {
         mark_victim(&mut tasks, v);
@@ -96,7 +96,7 @@ pub(super) fn oom(open: &OpenIncident, log: &KernelLog, scene: &Scene<'_>) -> Oo
         oom_cgroup,
         group_kill: open.group,
         trigger: open.trigger_process.clone(),
-        trigger_cgroup: open.trigger_memcg.cgroup_id.map(|id| cgroup(Some(id), &open.trigger_memcg, scene)),
+        trigger_cgroup: open.trigger_memcg.cgroup_id.map(|id| cgroup(Some(id), &open.trigger_memcg, context)),
         trigger_kernel_stack: open.stack.clone(),
         victims,
         tasks,
@@ -108,15 +108,16 @@ fn reading_of(open: &OpenIncident, id: u64) -> Reading {
     [open.oom, open.victim_memcg].into_iter().find(|r| r.cgroup_id == Some(id)).unwrap_or_default()
 }
 
-fn victim(v: &OpenVictim, scene: &Scene<'_>) -> Victim {
+fn victim(v: &OpenVictim, context: &BuildContext<'_>) -> Victim {
     let mut victim = v.victim.clone();
-    victim.cgroup_path = scene.world.cgroups.path(victim.cgroup_id);
-    let row = scene.world.processes.get(v.key());
+    victim.cgroup_path = context.world.cgroups.path(victim.cgroup_id);
+    let row = context.world.processes.get(v.key());
     victim.exit_boot_ns = victim.exit_boot_ns.or(row.and_then(|row| row.exited).map(|(ns, _)| ns));
     victim
 }
 
-/// Killed victims that the kernel log should have a line of and has not.
+/// Killed victims without a line in the kernel log. The kernel logs no line for processes that only
+/// share a victim's address space.
 pub(super) fn missing_in_log<'a>(open: &'a OpenIncident, log: &KernelLog) -> Vec<&'a OpenVictim> {
     let has_line = |v: &OpenVictim| {
         log.about(v.victim.pid, v.tid, v.victim.at_boot_ns).is_some_and(|l| l.killed_line_ns.is_some())
@@ -124,7 +125,8 @@ pub(super) fn missing_in_log<'a>(open: &'a OpenIncident, log: &KernelLog) -> Vec
     open.victims.iter().filter(|v| v.victim.killed && !v.victim.shares_mm && !has_line(v)).collect()
 }
 
-/// Marks a victim in the task table; one that is missing there gets a row from what the mark says.
+/// Marks a victim in the task table. A victim that is missing there gets a row with the figures of
+/// its mark.
 pub(super) fn mark_victim(tasks: &mut Vec<TaskRow>, v: &OpenVictim) {
     let start = v.victim.start_boot_ns;
     let same = |t: &&mut TaskRow| t.pid == v.victim.pid && t.start_boot_ns.is_none_or(|s| s == start);

@@ -1,37 +1,44 @@
-//! The kernel log as a second witness of kills: its lines, matched to what the hooks saw.
+//! The kernel log as a second witness of kills. Its lines are matched with the kills that hooks
+//! saw, by pid and time: printk's clock is not the boot clock, so the time is when the line was
+//! read.
 
 use std::collections::VecDeque;
 
-use crate::decode::printable;
-use crate::input::{KernelLogEvent, KernelLogLine};
 use memtrace_incident::KernelLogKill;
 
+use crate::decode::printable;
+use crate::input::{KernelLogEvent, KernelLogLine};
+
 const SEC: u64 = 1_000_000_000;
-/// Kills of the log remembered.
+/// Kills of the log that are remembered; the oldest is dropped.
 const LINES_CAP: usize = 256;
-/// Kills of the hooks remembered, to match lines that come late.
+/// Kills of the hooks that are remembered, to match lines that come late; the oldest is dropped.
 const SEEN_CAP: usize = 1024;
+/// Gaps in the log that are remembered; the oldest is dropped.
 const GAPS_CAP: usize = 64;
-/// A line is read at most this long after the kill it tells of.
+/// A line is read at most this long after the kill that it is about.
 const READ_LATE_NS: u64 = 10 * SEC;
-/// A line waits this long for its hook record.
+/// A line waits this long for the record of its kill.
 const WAIT_NS: u64 = 2 * SEC;
+/// Lines, kills and gaps are dropped after this time.
 const KEEP_NS: u64 = 60 * SEC;
 
 #[derive(Clone, Debug)]
 struct Line {
     kill: KernelLogKill,
     read_ns: u64,
-    judged: bool,
+    /// Whether [`KernelLog::unseen`] has looked at it.
+    checked: bool,
 }
 
-/// Lines and kills, to be matched.
+/// Lines of the log and kills of the hooks, to be matched.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct KernelLog {
+    /// Cap: [`LINES_CAP`].
     lines: VecDeque<Line>,
-    /// (pid, tid, kill) of the hooks.
+    /// pid, tid and time of kills that hooks saw. Cap: [`SEEN_CAP`].
     seen: VecDeque<(u32, u32, u64)>,
-    /// (when noticed, lines lost).
+    /// When a gap was found, and how many lines it has. Cap: [`GAPS_CAP`].
     gaps: VecDeque<(u64, u64)>,
 }
 
@@ -71,7 +78,7 @@ impl KernelLog {
         }
     }
 
-    /// Both lines of one kill go into one entry.
+    /// Writes a line into the entry of its kill, so that both lines of one kill are in one entry.
     fn put(
         &mut self,
         pid: u32,
@@ -86,15 +93,16 @@ impl KernelLog {
         }
         let mut kill = KernelLogKill { pid, ..KernelLogKill::default() };
         write(&mut kill);
-        push(&mut self.lines, LINES_CAP, Line { kill, read_ns, judged: false });
+        push(&mut self.lines, LINES_CAP, Line { kill, read_ns, checked: false });
     }
 
-    /// A hook saw this process being killed or chosen.
+    /// A hook saw that this process was killed or chosen.
     pub(crate) fn hook_saw(&mut self, pid: u32, tid: u32, kill_ns: u64) {
         push(&mut self.seen, SEEN_CAP, (pid, tid, kill_ns));
     }
 
-    /// What the log says about a kill. The log's pid is the id of the thread that held the memory.
+    /// What the log has about a kill. The pid in the log is the id of the thread that the kernel
+    /// picked because it still had an address space (mm/oom_kill.c, find_lock_task_mm).
     pub(crate) fn about(&self, pid: u32, tid: u32, kill_ns: u64) -> Option<&KernelLogKill> {
         self.lines
             .iter()
@@ -103,20 +111,21 @@ impl KernelLog {
             .map(|l| &l.kill)
     }
 
-    /// Lines lost around a kill.
+    /// How many lines were lost around a kill.
     pub(crate) fn lost_near(&self, kill_ns: u64) -> u64 {
         self.gaps.iter().filter(|(ns, _)| near(*ns, kill_ns)).fold(0, |sum, (_, lines)| sum.saturating_add(*lines))
     }
 
-    /// Process ids the log says were killed and no hook saw, once each, after a while.
+    /// Process ids that were killed according to the log and that no hook saw. Each is returned
+    /// once, after [`WAIT_NS`].
     pub(crate) fn unseen(&mut self, now: u64) -> Vec<u32> {
         let seen = &self.seen;
         let mut unseen = Vec::new();
-        for l in self.lines.iter_mut().filter(|l| !l.judged && l.read_ns.saturating_add(WAIT_NS) <= now) {
-            l.judged = true;
+        for l in self.lines.iter_mut().filter(|l| !l.checked && l.read_ns.saturating_add(WAIT_NS) <= now) {
+            l.checked = true;
             let id = l.kill.pid;
-            let told = seen.iter().any(|(pid, tid, ns)| (*pid == id || *tid == id) && near(l.read_ns, *ns));
-            if !told && l.kill.killed_line_ns.is_some() {
+            let seen_by_hook = seen.iter().any(|(pid, tid, ns)| (*pid == id || *tid == id) && near(l.read_ns, *ns));
+            if !seen_by_hook && l.kill.killed_line_ns.is_some() {
                 unseen.push(id);
             }
         }
@@ -156,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_a_hook_is_told_once_whichever_came_first() {
+    fn a_line_without_a_hook_record_is_reported_once() {
         let mut log = KernelLog::default();
         log.hook_saw(5, 6, 9 * SEC);
         log.line(&killed(6, 10 * SEC));

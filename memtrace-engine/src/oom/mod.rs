@@ -1,20 +1,20 @@
-//! OOM kills, from the kernel's decision to the closed incident, and all other SIGKILLs.
+//! OOM kills, from the kernel's decision to the closed incident, and the senders of all SIGKILLs.
 //!
-//! The kernel speaks in pieces: a decision, a SIGKILL, a mark of the victim, lines in its log, the
-//! victim's exit. [`pairing`] joins them, [`open_incident`] gathers until its window is over,
-//! [`kernel_log`] is the second witness, [`sigkills`] says of every other SIGKILL who sent it.
+//! A kill arrives in pieces: a decision, a SIGKILL, a mark of the victim, lines of the kernel log,
+//! and the victim's exit, in any order. [`pairing`] joins them. [`open_incident`] is the incident
+//! until its window is over. [`scope`] decides what ran out of memory. [`kernel_log`] is the second
+//! witness. [`sigkills`] writes the sender of each SIGKILL to its ledger.
 
 use memtrace_common::event as wire;
-use memtrace_incident::{Kind, Oom as OomFacts};
+use memtrace_incident::{KillEntry, Kind, Oom as OomFacts};
 
-use crate::build::Scene;
+use crate::build::BuildContext;
 use crate::clock::Identity;
 use crate::decode::Reading;
 use crate::input::KernelLogLine;
 use crate::output::{Finding, Out, Output};
 use crate::run::Run;
 use crate::world::{Moments, ProcessKey, View, World};
-use memtrace_incident::KillEntry;
 
 mod incident;
 mod kernel_log;
@@ -30,20 +30,20 @@ use pairing::{Decision, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
 use scope::{counters, scope, view_of};
 use sigkills::Sigkills;
 
-/// Everything about kills.
+/// State of all kills.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Oom {
-    /// At most [`OPEN_CAP`].
+    /// Oldest first. Cap: [`OPEN_CAP`].
     open: Vec<OpenIncident>,
     pairing: Pairing,
     sigkills: Sigkills,
     log: KernelLog,
-    /// The cgroups that must not be forgotten may be others than before.
+    /// Whether [`Oom::cgroups`] may have changed since [`Oom::take_changed`].
     changed: bool,
 }
 
 impl Oom {
-    /// Somebody sent SIGKILL.
+    /// SIGKILL was sent. One from the kernel waits for its mark, unless the mark came first.
     pub(crate) fn kill(&mut self, r: &wire::Kill, world: &World, run: &mut Run) {
         self.sigkills.sent_by(r, world, run);
         if r.sender_code != wire::SENDER_KERNEL {
@@ -67,12 +67,12 @@ impl Oom {
                 return;
             }
         }
-        self.pairing.wait(r);
+        self.pairing.add_kill(r);
     }
 
-    /// The kernel decided on a kill.
+    /// The OOM killer chose a victim.
     pub(crate) fn decision(&mut self, r: &wire::OomDecision, world: &World, run: &Run) {
-        let decision = self.pairing.decide(r);
+        let decision = self.pairing.add_decision(r);
         let late = |o: &&mut OpenIncident| {
             o.decision.is_none()
                 && o.trigger == decision.trigger
@@ -85,10 +85,12 @@ impl Oom {
         }
     }
 
-    /// The OOM killer marked a victim. What the mark reads of cgroups is put on their curves after this.
-    pub(crate) fn mark(&mut self, m: &wire::OomVictim, scene: &Scene<'_>, out: &mut Out) {
+    /// The OOM killer marked a victim. The mark joins an open incident or opens one. The readings
+    /// of cgroups in the mark go onto their curves after this, because the view has to end before
+    /// them.
+    pub(crate) fn mark(&mut self, m: &wire::OomVictim, context: &BuildContext<'_>, out: &mut Out) {
         let key = (m.victim.tgid, m.victim.start_boot_ns);
-        let verified = self.pairing.verify(m, scene.run.settings.kills_seen);
+        let verified = self.pairing.verify(m, context.run.settings.kills_seen);
         let victim = marked(m, verified);
         self.log.hook_saw(m.victim.tgid, m.victim.tid, victim.victim.at_boot_ns);
         if let Some(known) = self.open.iter_mut().find_map(|o| o.victim(key)) {
@@ -109,7 +111,7 @@ impl Oom {
                 open.decision = open.decision.or(decision);
                 open.add(victim);
             }
-            None => self.open_incident(m, victim, decision, scene, out),
+            None => self.open_incident(m, victim, decision, context, out),
         }
         self.changed = true;
     }
@@ -119,15 +121,15 @@ impl Oom {
         m: &wire::OomVictim,
         victim: OpenVictim,
         decision: Option<Decision>,
-        scene: &Scene<'_>,
+        context: &BuildContext<'_>,
         out: &mut Out,
     ) {
         if self.open.len() >= OPEN_CAP {
             let mut oldest = self.open.remove(0);
             oldest.early = true;
-            self.close(oldest, scene, out);
+            self.close(oldest, context, out);
         }
-        let (world, run) = (scene.world, scene.run);
+        let (world, run) = (context.world, context.run);
         let at_ns = victim.victim.at_boot_ns;
         let when = Moments { from_ns: run.window_start(at_ns), at_ns, mark_ns: m.header.boot_ns };
         let victim_memcg = Reading::from(&m.victim_memcg);
@@ -135,10 +137,10 @@ impl Oom {
         let marked_oom = Reading::from(&m.oom);
         let log = self.log.about(victim.victim.pid, victim.tid, at_ns);
         let (own, out_of) = (victim_memcg.cgroup_id, marked_oom.cgroup_id);
-        let ran_out = scope(m.scope, own, out_of, decision.as_ref(), log, &world.cgroups);
+        let oom_scope = scope(m.scope, own, out_of, decision.as_ref(), log, &world.cgroups);
         let decided = decision.map(|d| d.oom).unwrap_or_default();
         let sums_of = |id: u64| world.cgroups.get(id).map(|r| r.tree).unwrap_or_default();
-        let mut view = View::new(world, view_of(ran_out, own, when, world), when, at_ns, sums_of);
+        let mut view = View::new(world, view_of(oom_scope, own, when, world), when, at_ns, sums_of);
         incident::mark_victim(&mut view.tasks, &victim);
         self.open.push(OpenIncident {
             id: None,
@@ -148,11 +150,11 @@ impl Oom {
             mark_scope: m.scope,
             decision,
             mark_ns: m.header.boot_ns,
-            ran_out,
+            oom_scope,
             victim_memcg,
             trigger_memcg,
             marked_oom,
-            oom: counters(ran_out, marked_oom, &[decided, victim_memcg, trigger_memcg], &world.cgroups),
+            oom: counters(oom_scope, marked_oom, &[decided, victim_memcg, trigger_memcg], &world.cgroups),
             group: m.flags & wire::VICTIM_GROUP != 0,
             stack: self.pairing.take_stack(victim.key()).unwrap_or_default(),
             victims: vec![victim],
@@ -163,19 +165,19 @@ impl Oom {
         });
     }
 
-    /// Lines of the kernel log about a kill.
+    /// The kernel log has a line about a kill.
     pub(crate) fn kernel_log_line(&mut self, line: &KernelLogLine, world: &World, run: &Run) {
         self.log.line(line);
         self.refine(world, run);
     }
 
-    /// Names of a trigger's kernel stack have come.
+    /// The names of a trigger's kernel stack arrived, possibly before the mark.
     pub(crate) fn kernel_stack(&mut self, victim: ProcessKey, functions: &[String]) {
         let functions = pairing::functions(functions);
         match self.open.iter_mut().find(|o| o.victims.iter().any(|v| v.key() == victim)) {
             Some(open) if open.stack.is_empty() => open.stack = functions,
             Some(_) => {}
-            None => self.pairing.keep_stack(victim, functions),
+            None => self.pairing.store_stack(victim, functions),
         }
     }
 
@@ -192,25 +194,27 @@ impl Oom {
         }
     }
 
-    /// Gives incidents their id and reports kills that are certain; with `all`, every one.
+    /// Gives incidents their id and emits ledger lines of victims that are certain; with `all`, of
+    /// every victim.
     pub(crate) fn report(&mut self, all: bool, world: &World, run: &Run, out: &mut Out) {
         for open in &mut self.open {
             report_one(open, &mut self.sigkills, all, world, run, out);
         }
     }
 
-    /// SIGKILLs that never got a mark: those that followed a mark by the same trigger went to sharers of its memory.
-    pub(crate) fn take_sharers(&mut self, all: bool, world: &mut World, run: &Run) {
+    /// Adds victims without a mark. A SIGKILL from the same trigger shortly after a mark goes to a
+    /// process that shares the victim's address space (mm/oom_kill.c, __oom_kill_process).
+    pub(crate) fn add_sharers(&mut self, all: bool, world: &mut World, run: &Run) {
         for kill in self.pairing.overdue(run.now, all) {
             let target = (kill.target.tgid, kill.target.start_boot_ns);
             let open = self
                 .open
                 .iter_mut()
                 .filter(|o| o.trigger == kill.trigger)
-                .filter_map(|o| o.shared_at(kill.boot_ns).map(|mark| (mark, o)))
+                .filter_map(|o| o.mark_before(kill.boot_ns).map(|mark| (mark, o)))
                 .max_by_key(|(mark, _)| *mark);
             let Some((_, open)) = open else { continue };
-            self.pairing.take(target);
+            self.pairing.remove_kills(target);
             if open.victim(target).is_some() {
                 continue;
             }
@@ -229,24 +233,25 @@ impl Oom {
         }
     }
 
-    /// Windows close; with `all`, every one of them. Sharers have been taken in.
-    pub(crate) fn close_due(&mut self, all: bool, scene: &Scene<'_>, out: &mut Out) {
-        let (now, after_ns) = (scene.run.now, scene.run.settings.after_ns);
-        self.report(all, scene.world, scene.run, out);
+    /// Closes incidents whose window is over; with `all`, every incident. Call [`Oom::add_sharers`]
+    /// first.
+    pub(crate) fn close_due(&mut self, all: bool, context: &BuildContext<'_>, out: &mut Out) {
+        let (now, after_ns) = (context.run.now, context.run.settings.after_ns);
+        self.report(all, context.world, context.run, out);
         let due = |o: &mut OpenIncident| all || now >= o.deadline(after_ns);
         let closing: Vec<OpenIncident> = self.open.extract_if(.., due).collect();
         for mut open in closing {
             open.early = all && now < open.deadline(after_ns);
-            self.close(open, scene, out);
+            self.close(open, context, out);
         }
     }
 
-    fn close(&mut self, mut open: OpenIncident, scene: &Scene<'_>, out: &mut Out) {
-        open.view.follow(scene.world);
-        open.refine(&self.log, scene.world, scene.run);
-        report_one(&mut open, &mut self.sigkills, true, scene.world, scene.run, out);
-        let incident = incident::oom_incident(&open, &self.log, scene);
-        if scene.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
+    fn close(&mut self, mut open: OpenIncident, context: &BuildContext<'_>, out: &mut Out) {
+        open.view.follow(context.world);
+        open.refine(&self.log, context.world, context.run);
+        report_one(&mut open, &mut self.sigkills, true, context.world, context.run, out);
+        let incident = incident::oom_incident(&open, &self.log, context);
+        if context.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
             for v in incident::missing_in_log(&open, &self.log) {
                 let only_in = "hook".to_owned();
                 out.outputs.push(Output::Alert(Finding::Disagreement { pid: v.victim.pid, only_in }));
@@ -256,18 +261,18 @@ impl Oom {
         out.outputs.push(Output::Save(Box::new(incident)));
     }
 
-    /// The kill, as known so far, of the newest open incident among these ids.
-    pub(crate) fn latest_of(&self, ids: &[String], scene: &Scene<'_>) -> Option<OomFacts> {
+    /// The kill of the newest open incident among these ids, as known so far.
+    pub(crate) fn latest_of(&self, ids: &[String], context: &BuildContext<'_>) -> Option<OomFacts> {
         let open = self.open.iter().rev().find(|o| o.id.as_ref().is_some_and(|id| ids.contains(id)));
-        open.map(|open| incident::oom(open, &self.log, scene))
+        open.map(|open| incident::oom(open, &self.log, context))
     }
 
-    /// Reports the SIGKILLs that have waited long enough; with `all`, every one of them.
+    /// Emits lines of the SIGKILL ledger that have waited long enough; with `all`, every line.
     pub(crate) fn report_sigkills(&mut self, all: bool, world: &World, run: &mut Run, out: &mut Out) {
         self.sigkills.report_due(all, world, run, out);
     }
 
-    /// Time passes: old decisions are forgotten, kills that only the kernel log knows are reported.
+    /// Drops old decisions and reports kills that only the kernel log has.
     pub(crate) fn tick(&mut self, run: &Run, out: &mut Out) {
         self.pairing.tick(run.now);
         for pid in self.log.unseen(run.now) {
@@ -278,22 +283,22 @@ impl Oom {
         }
     }
 
-    /// Growing curves take in what the input at hand changed.
+    /// Adds the changes of the current input to the curves of open incidents.
     pub(crate) fn follow(&mut self, world: &World) {
         self.open.iter_mut().for_each(|open| open.view.follow(world));
     }
 
-    /// The input is over.
+    /// The input has ended.
     pub(crate) fn input_over(&mut self) {
         self.open.iter_mut().for_each(|open| open.view.input_over());
     }
 
-    /// Whether [`Oom::cgroups`] may be others than when this was asked last.
+    /// Whether [`Oom::cgroups`] may have changed since the last call.
     pub(crate) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
 
-    /// Cgroups that must not be forgotten.
+    /// Cgroups that open incidents refer to, which must stay in the table.
     pub(crate) fn cgroups(&self) -> impl Iterator<Item = u64> + '_ {
         let of_open = self.open.iter().flat_map(|o| {
             let victims = o.victims.iter().map(|v| v.victim.cgroup_id);
@@ -302,22 +307,23 @@ impl Oom {
         of_open.flatten()
     }
 
-    /// Incidents that still gather.
+    /// Number of open incidents.
     pub(crate) fn open_incidents(&self) -> usize {
         self.open.len()
     }
 
-    /// Roughly what it takes.
+    /// Estimated memory in bytes.
     pub(crate) fn memory_estimate(&self) -> usize {
         let views: usize = self.open.iter().map(|open| open.view.memory_estimate()).sum();
         views + self.sigkills.memory_estimate()
     }
 }
 
-/// Gives an incident its id and reports what is certain of it; with `all`, everything.
+/// Gives an incident its id and emits ledger lines of its victims that are certain; with `all`, of
+/// all. The first ledger line of an incident comes with a finding.
 fn report_one(open: &mut OpenIncident, sigkills: &mut Sigkills, all: bool, world: &World, run: &Run, out: &mut Out) {
     let (now, kills_seen) = (run.now, run.settings.kills_seen);
-    let certain = |v: &OpenVictim| all || v.settled(now, kills_seen);
+    let certain = |v: &OpenVictim| all || v.is_certain(now, kills_seen);
     let Some(first) = open.victims.first().filter(|v| open.id.is_some() || certain(v)) else { return };
     let (pid, start_boot_ns) = first.key();
     let comm = first.victim.comm.clone();

@@ -1,30 +1,35 @@
-//! The ledger of kills: which SIGKILL belongs to which mark, and which marks to one decision of the OOM killer.
+//! Pairs SIGKILLs, marks and decisions of the OOM killer.
 //!
-//! The kernel's order on one thread is: decision, SIGKILL to the victim, mark of the victim, SIGKILLs to processes
-//! that share its memory (never marked); for a group, again per member. Records of different CPUs may come in
-//! either order, so a SIGKILL waits a while for its mark, and a mark for its SIGKILL.
+//! One thread of the kernel does this in order (mm/oom_kill.c): decision, SIGKILL to the victim,
+//! mark of the victim, SIGKILLs to processes that share its address space, which are never marked.
+//! For a group kill it repeats the last three for each member. Records of different CPUs may arrive
+//! in any order, so a SIGKILL waits for its mark, and a mark waits for its SIGKILL.
 
 use std::collections::VecDeque;
 
 use memtrace_common::event as wire;
+use memtrace_incident::{Process, Victim};
 
 use crate::decode::{Reading, cgroup_id, known};
 use crate::world::{ProcessKey, comm};
-use memtrace_incident::{Process, Victim};
 
 const MS: u64 = 1_000_000;
-/// A SIGKILL and a mark of one process this far apart belong together.
+/// A SIGKILL and a mark of one process belong together when they are at most this far apart.
 pub(super) const PAIR_NS: u64 = 1000 * MS;
-/// A SIGKILL by the same trigger this soon after a mark goes to a process that shares the memory.
+/// A SIGKILL by the same trigger within this time after a mark goes to a process that shares the
+/// victim's address space.
 pub(super) const SHARER_NS: u64 = 100 * MS;
-/// A mark without a SIGKILL waits this long for one that is late.
-pub(super) const SETTLE_NS: u64 = 100 * MS;
-/// A decision governs marks of its trigger for this long.
+/// A mark without a SIGKILL waits this long for a late one.
+pub(super) const LATE_RECORD_NS: u64 = 100 * MS;
+/// Marks of a trigger belong to its decision for this long.
 const DECISION_NS: u64 = 10_000 * MS;
+/// SIGKILLs that wait for a mark; the oldest is dropped.
 const KILLS_CAP: usize = 1024;
+/// Decisions that are remembered; the oldest is dropped.
 const DECISIONS_CAP: usize = 256;
+/// Kernel stacks that wait for a mark; the oldest is dropped.
 const STACKS_CAP: usize = 64;
-/// Functions of a trigger's kernel stack.
+/// Functions of a trigger's kernel stack; outer ones are left out.
 const FUNCTIONS_CAP: usize = wire::KERNEL_FRAMES;
 
 /// One thread of one process.
@@ -40,7 +45,7 @@ impl From<&wire::Task> for Thread {
     }
 }
 
-/// A SIGKILL from the kernel that waits for its mark.
+/// A SIGKILL from the kernel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KernelKill {
     pub(super) boot_ns: u64,
@@ -49,24 +54,27 @@ pub(super) struct KernelKill {
     pub(super) cgroup: Option<u64>,
 }
 
-/// A decision of the OOM killer.
+/// A decision of the OOM killer (mm/oom_kill.c, oom_kill_process).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Decision {
     pub(super) boot_ns: u64,
     pub(super) trigger: Thread,
+    /// The cgroup that ran out of memory.
     pub(super) oom: Reading,
+    /// The kernel's `enum oom_constraint` (include/linux/oom.h); unknown is `u32::MAX`.
     pub(super) constraint: u32,
 }
 
-/// Somebody the OOM killer killed or chose.
+/// A victim of an open incident.
 #[derive(Clone, Debug)]
 pub(super) struct OpenVictim {
     pub(super) victim: Victim,
     pub(super) tid: u32,
-    /// When it was marked; none for those who share a victim's memory.
+    /// When it was marked; `None` for a process that shares a victim's address space.
     pub(super) marked_ns: Option<u64>,
+    /// When SIGKILL was sent; `None` as long as that is not known.
     pub(super) kill_ns: Option<u64>,
-    /// It went to the ledger.
+    /// Whether its ledger line was emitted.
     pub(super) reported: bool,
 }
 
@@ -75,25 +83,28 @@ impl OpenVictim {
         (self.victim.pid, self.victim.start_boot_ns)
     }
 
-    /// Nothing more is to be learnt about when it was killed.
-    pub(super) fn settled(&self, now: u64, kills_seen: bool) -> bool {
-        let waited = self.marked_ns.is_none_or(|ns| now >= ns.saturating_add(SETTLE_NS));
+    /// Whether no later record can change when it was killed.
+    pub(super) fn is_certain(&self, now: u64, kills_seen: bool) -> bool {
+        let waited = self.marked_ns.is_none_or(|ns| now >= ns.saturating_add(LATE_RECORD_NS));
         self.kill_ns.is_some() || !kills_seen || waited
     }
 }
 
-/// What a mark says about when and whether its process was killed.
+/// When and whether a marked process was killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Verified {
     pub(super) kill_ns: Option<u64>,
     pub(super) killed: bool,
 }
 
-/// SIGKILLs, decisions and stacks that wait for the rest.
+/// SIGKILLs, decisions and kernel stacks that wait for a mark.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pairing {
+    /// Cap: [`KILLS_CAP`].
     kills: VecDeque<KernelKill>,
+    /// Cap: [`DECISIONS_CAP`].
     decisions: VecDeque<Decision>,
+    /// By victim. Cap: [`STACKS_CAP`].
     stacks: VecDeque<(ProcessKey, Vec<String>)>,
 }
 
@@ -105,8 +116,8 @@ fn push<T>(queue: &mut VecDeque<T>, cap: usize, item: T) {
 }
 
 impl Pairing {
-    /// A SIGKILL that belongs to nothing yet.
-    pub(super) fn wait(&mut self, r: &wire::Kill) {
+    /// Adds a SIGKILL from the kernel without a mark so far.
+    pub(super) fn add_kill(&mut self, r: &wire::Kill) {
         let kill = KernelKill {
             boot_ns: r.header.boot_ns,
             trigger: (&r.sender).into(),
@@ -116,7 +127,8 @@ impl Pairing {
         push(&mut self.kills, KILLS_CAP, kill);
     }
 
-    /// The SIGKILL of a mark: the earliest that fits. All of that process are taken.
+    /// Finds the SIGKILL of a mark, the earliest that fits, and removes all of that process.
+    /// Without a record, the mark's own flag says whether and when its process was killed.
     pub(super) fn verify(&mut self, m: &wire::OomVictim, kills_seen: bool) -> Verified {
         let mark_ns = m.header.boot_ns;
         let key: ProcessKey = (m.victim.tgid, m.victim.start_boot_ns);
@@ -125,12 +137,14 @@ impl Pairing {
         let seen = self.kills.iter().filter(|k| fits(k)).map(|k| k.boot_ns).min();
         self.kills.retain(|k| !fits(k));
         let flagged = m.flags & wire::VICTIM_KILLED != 0;
-        let told = (flagged && m.after_kill_ns != u32::MAX).then(|| mark_ns.saturating_sub(u64::from(m.after_kill_ns)));
-        let kill_ns = seen.or(told).or((flagged || !kills_seen).then_some(mark_ns));
+        let from_flag =
+            (flagged && m.after_kill_ns != u32::MAX).then(|| mark_ns.saturating_sub(u64::from(m.after_kill_ns)));
+        let kill_ns = seen.or(from_flag).or((flagged || !kills_seen).then_some(mark_ns));
         Verified { kill_ns, killed: kill_ns.is_some() }
     }
 
-    /// SIGKILLs that have waited long enough for a mark of their own, and those to give up on are dropped.
+    /// SIGKILLs that have waited long enough for a mark; with `all`, every SIGKILL. Those older
+    /// than [`PAIR_NS`] are dropped.
     pub(super) fn overdue(&mut self, now: u64, all: bool) -> Vec<KernelKill> {
         let due = |k: &KernelKill| all || k.boot_ns.saturating_add(SHARER_NS) <= now;
         let overdue = self.kills.iter().filter(|k| due(k)).copied().collect();
@@ -138,12 +152,12 @@ impl Pairing {
         overdue
     }
 
-    /// This SIGKILL has found its incident.
-    pub(super) fn take(&mut self, target: ProcessKey) {
+    /// Removes the SIGKILLs to a process that became a victim.
+    pub(super) fn remove_kills(&mut self, target: ProcessKey) {
         self.kills.retain(|k| (k.target.tgid, k.target.start_boot_ns) != target);
     }
 
-    pub(super) fn decide(&mut self, r: &wire::OomDecision) -> Decision {
+    pub(super) fn add_decision(&mut self, r: &wire::OomDecision) -> Decision {
         let decision = Decision {
             boot_ns: r.header.boot_ns,
             trigger: (&r.trigger).into(),
@@ -154,7 +168,7 @@ impl Pairing {
         decision
     }
 
-    /// The decision a mark follows from.
+    /// The decision that a mark belongs to, which is the latest of its trigger.
     pub(super) fn decision(&self, trigger: Thread, mark_ns: u64) -> Option<Decision> {
         self.decisions
             .iter()
@@ -163,7 +177,7 @@ impl Pairing {
             .copied()
     }
 
-    pub(super) fn keep_stack(&mut self, victim: ProcessKey, functions: Vec<String>) {
+    pub(super) fn store_stack(&mut self, victim: ProcessKey, functions: Vec<String>) {
         push(&mut self.stacks, STACKS_CAP, (victim, functions));
     }
 
@@ -177,17 +191,17 @@ impl Pairing {
     }
 }
 
-/// Function names as kept: bounded, printable.
+/// Function names, cut to [`FUNCTIONS_CAP`] and escaped where not printable.
 pub(super) fn functions(names: &[String]) -> Vec<String> {
     names.iter().take(FUNCTIONS_CAP).map(|n| crate::decode::printable(n.as_bytes())).collect()
 }
 
-/// A wire task as the file shows it.
+/// A wire task as a process of the incident file.
 pub(super) fn process(t: &wire::Task) -> Process {
     Process { pid: t.tgid, tid: t.tid, start_boot_ns: t.start_boot_ns, comm: comm(t) }
 }
 
-/// The victim of a mark.
+/// The victim that a mark is about.
 pub(super) fn marked(m: &wire::OomVictim, verified: Verified) -> OpenVictim {
     let mark_ns = m.header.boot_ns;
     let victim = Victim {
@@ -210,7 +224,8 @@ pub(super) fn marked(m: &wire::OomVictim, verified: Verified) -> OpenVictim {
     OpenVictim { victim, tid: m.victim.tid, marked_ns: Some(mark_ns), kill_ns: verified.kill_ns, reported: false }
 }
 
-/// Somebody killed for sharing a victim's memory.
+/// A victim that was killed because it shares an address space with a marked one. Its memory is not
+/// in the record of the SIGKILL.
 pub(super) fn sharer(k: &KernelKill) -> OpenVictim {
     let victim = Victim {
         pid: k.target.tgid,
@@ -235,11 +250,12 @@ pub(super) fn sharer(k: &KernelKill) -> OpenVictim {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_support::{self as sample, MS};
+    use crate::test_support::{self, MS};
 
     #[test]
-    fn the_decision_table_of_a_mark() {
-        // (name, SIGKILL at, flagged, after_kill_ns, kills seen) -> (kill time, killed); the mark is at 5000 ms.
+    fn a_mark_is_a_kill_when_its_sigkill_or_its_flag_says_so() {
+        // (name, SIGKILL at, flagged, after_kill_ns, kills seen) -> (kill time, killed); the mark
+        // is at 5000 ms.
         type Case = (&'static str, Option<u64>, bool, u32, bool, Option<u64>);
         let cases: [Case; 8] = [
             ("SIGKILL before", Some(4999), false, 0, true, Some(4999 * MS)),
@@ -252,33 +268,34 @@ mod tests {
             ("an old SIGKILL is another story", Some(3000), false, 0, true, None),
         ];
         for (name, kill_ms, flagged, after_kill_ns, kills_seen, expected) in cases {
-            let mut ledger = Pairing::default();
+            let mut pairing = Pairing::default();
             if let Some(ms) = kill_ms {
-                ledger.wait(&sample::kill(ms * MS, 1, 2, 5));
+                pairing.add_kill(&test_support::kill(ms * MS, 1, 2, 5));
             }
-            ledger.wait(&sample::kill(4999 * MS, 1, 3, 5));
-            let mut mark = sample::victim(5000 * MS, 1, 2, sample::memcg(5, 1), sample::memcg(5, 1), 1);
+            pairing.add_kill(&test_support::kill(4999 * MS, 1, 3, 5));
+            let mut mark =
+                test_support::victim(5000 * MS, 1, 2, test_support::memcg(5, 1), test_support::memcg(5, 1), 1);
             mark.flags = if flagged { wire::VICTIM_KILLED } else { 0 };
             mark.after_kill_ns = after_kill_ns;
-            let verified = ledger.verify(&mark, kills_seen);
+            let verified = pairing.verify(&mark, kills_seen);
             assert_eq!(verified, Verified { kill_ns: expected, killed: expected.is_some() }, "{name}");
         }
     }
 
     #[test]
     fn everything_that_waits_is_bounded() {
-        let mut ledger = Pairing::default();
+        let mut pairing = Pairing::default();
         for i in 0..5000u32 {
-            ledger.wait(&sample::kill(1, 1, i, 5));
-            ledger.decide(&sample::decision(1, 1, i, sample::no_memcg(), 0));
-            ledger.keep_stack((i, 0), Vec::new());
+            pairing.add_kill(&test_support::kill(1, 1, i, 5));
+            pairing.add_decision(&test_support::decision(1, 1, i, test_support::no_memcg(), 0));
+            pairing.store_stack((i, 0), Vec::new());
         }
         assert_eq!(
-            (ledger.kills.len(), ledger.decisions.len(), ledger.stacks.len()),
+            (pairing.kills.len(), pairing.decisions.len(), pairing.stacks.len()),
             (KILLS_CAP, DECISIONS_CAP, STACKS_CAP)
         );
-        ledger.overdue(2 * PAIR_NS, false);
-        ledger.tick(2 * DECISION_NS);
-        assert!(ledger.kills.is_empty() && ledger.decisions.is_empty());
+        pairing.overdue(2 * PAIR_NS, false);
+        pairing.tick(2 * DECISION_NS);
+        assert!(pairing.kills.is_empty() && pairing.decisions.is_empty());
     }
 }

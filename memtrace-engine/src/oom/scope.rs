@@ -1,4 +1,4 @@
-//! What ran out, and what an incident shows because of it.
+//! Decides what ran out of memory, and which cgroups an incident shows because of that.
 
 use memtrace_common::event as wire;
 use memtrace_incident::{KernelLogKill, Scope};
@@ -7,11 +7,13 @@ use super::pairing::Decision;
 use crate::decode::Reading;
 use crate::world::{Cgroups, Moments, ViewOf, World};
 
-/// What ran out, with the id of the cgroup, for a cgroup.
-pub(super) type RanOut = (Scope, Option<u64>);
+/// What ran out of memory. The id is that of the cgroup, for scopes that are a cgroup and when
+/// known.
+pub(super) type OomScope = (Scope, Option<u64>);
 
-/// What ran out, from everything that speaks about it: the kernel's own decision first, then the kernel log, then
-/// what the mark made of the page counters.
+/// What ran out of memory, from the best witness: the kernel's decision, then the kernel log, then
+/// the page counters at the mark. The constraint is the kernel's `enum oom_constraint`
+/// (include/linux/oom.h): 0 none, 1 cpuset, 2 memory policy, 3 memcg.
 pub(super) fn scope(
     mark_scope: u32,
     victim: Option<u64>,
@@ -19,7 +21,7 @@ pub(super) fn scope(
     decision: Option<&Decision>,
     log: Option<&KernelLogKill>,
     cgroups: &Cgroups,
-) -> RanOut {
+) -> OomScope {
     let memcg = |id: u64| if Some(id) == victim { (Scope::Cgroup, Some(id)) } else { (Scope::Ancestor, Some(id)) };
     match decision.map(|d| (d.constraint, d.oom.cgroup_id)) {
         Some((1, _)) => return (Scope::Cpuset, None),
@@ -36,7 +38,7 @@ pub(super) fn scope(
             if l.task_memcg.as_deref() == Some(path) || cgroups.path(victim).as_deref() == Some(path) {
                 return Some((Scope::Cgroup, victim));
             }
-            // A path may be used again; the victim is below the cgroup that is meant.
+            // A removed cgroup may have had the same path, so ancestors of the victim come first.
             let above = victim.map(|id| cgroups.chain(id)).unwrap_or_default();
             let above = above.into_iter().find(|id| cgroups.path(Some(*id)).as_deref() == Some(path));
             let id = above.or_else(|| cgroups.id_of_path(path));
@@ -48,18 +50,20 @@ pub(super) fn scope(
     from_log.or(from_mark).unwrap_or((unsaid, None))
 }
 
-/// Whose tree an incident is about. Where there is no id the tree is that of no cgroup at all, never the machine.
-pub(super) fn tree(ran_out: RanOut, victim: Option<u64>) -> Option<u64> {
-    match ran_out {
+/// The root of the subtree that an incident is about; `None` is the machine. When the cgroup is not
+/// known it is id 0, which no cgroup has, so nothing is shown rather than the machine.
+pub(super) fn tree(oom_scope: OomScope, victim: Option<u64>) -> Option<u64> {
+    match oom_scope {
         (Scope::Global | Scope::Cpuset, _) => None,
         (Scope::Cgroup | Scope::Ancestor, out) => Some(out.unwrap_or(0)),
         (Scope::Unknown, _) => Some(victim.unwrap_or(0)),
     }
 }
 
-/// The counters of what ran out, from those read at the kill; none are made up.
-pub(super) fn counters(ran_out: RanOut, marked: Reading, read: &[Reading], cgroups: &Cgroups) -> Reading {
-    match ran_out {
+/// Counters of the cgroup that ran out of memory, from the readings at the kill. Usage that was not
+/// read then stays unknown.
+pub(super) fn counters(oom_scope: OomScope, marked: Reading, read: &[Reading], cgroups: &Cgroups) -> Reading {
+    match oom_scope {
         (Scope::Unknown, _) => marked,
         (_, None) => Reading::default(),
         (_, Some(id)) => {
@@ -71,13 +75,13 @@ pub(super) fn counters(ran_out: RanOut, marked: Reading, read: &[Reading], cgrou
     }
 }
 
-/// What an incident shows of what ran out: the curve of an ancestor that ran out where it has readings of its own,
-/// else that of the victim's cgroup.
-pub(super) fn view_of(ran_out: RanOut, victim: Option<u64>, when: Moments, world: &World) -> ViewOf {
-    let (scope, out) = ran_out;
+/// The cgroups that an incident shows. The curve is that of an ancestor that ran out of memory,
+/// when it has readings of usage, and that of the victim's cgroup otherwise.
+pub(super) fn view_of(oom_scope: OomScope, victim: Option<u64>, when: Moments, world: &World) -> ViewOf {
+    let (scope, out) = oom_scope;
     let has_readings = |id: &u64| world.cgroups.rows(*id, when.from_ns..=when.at_ns).any(|p| p.usage().is_some());
     let ancestor = out.filter(|id| scope == Scope::Ancestor && has_readings(id));
-    ViewOf { tree: tree(ran_out, victim), composition: out.or(victim), curve: ancestor.or(victim) }
+    ViewOf { tree: tree(oom_scope, victim), composition: out.or(victim), curve: ancestor.or(victim) }
 }
 
 #[cfg(test)]
@@ -86,13 +90,13 @@ mod tests {
 
     use super::*;
     use crate::oom::pairing::Pairing;
-    use crate::test_support::{self as sample, SEC};
+    use crate::test_support::{self, SEC};
 
     const T: u64 = 1_000 * SEC;
     const OWN: u64 = 50;
 
     #[test]
-    fn the_decision_table_of_scopes() {
+    fn the_best_witness_decides_what_ran_out() {
         let log = |constraint: &str, oom: Option<&str>| {
             Some(KernelLogKill {
                 constraint: Some(constraint.into()),
@@ -103,7 +107,7 @@ mod tests {
         };
         let decided = |constraint: u32, id: u64| {
             let mut pairing = Pairing::default();
-            Some(pairing.decide(&sample::decision(T, 1, 2, sample::memcg(id, 1), constraint)))
+            Some(pairing.add_decision(&test_support::decision(T, 1, 2, test_support::memcg(id, 1), constraint)))
         };
         let mut cgroups = Cgroups::default();
         cgroups.learn(OWN, Some(2), Some("/app".into()), 0);

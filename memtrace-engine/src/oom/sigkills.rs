@@ -1,47 +1,50 @@
-//! Who sent a SIGKILL: one entry a process, for the first that was delivered. The kernel's own wait for what the OOM
-//! killer says about them.
+//! Senders of SIGKILL, for the SIGKILL ledger: one entry for each process, about the first signal
+//! that was delivered. A SIGKILL from the kernel waits, because the mark that makes it an OOM kill
+//! may come later.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use memtrace_common::event as wire;
+use memtrace_incident::{Loss, Process, SigkillCause, SigkillEntry};
 
-use memtrace_incident::{Loss, Process};
-
-use super::pairing::{OpenVictim, PAIR_NS, SETTLE_NS};
+use super::pairing::{LATE_RECORD_NS, OpenVictim, PAIR_NS};
 use crate::decode::cgroup_id;
 use crate::output::{Out, Output};
 use crate::run::Run;
 use crate::world::{ProcessKey, World, comm};
-use memtrace_incident::{SigkillCause, SigkillEntry};
 
-/// Entries that wait; what is more is counted and left out. The last quarter is for the kernel's own.
+/// Entries that wait; further ones are counted as lost. The last quarter is only for SIGKILLs from
+/// the kernel.
 const WAITING_CAP: usize = 4096;
-/// Processes whose entry was told, remembered so that further SIGKILLs to them are none; the oldest are forgotten.
-const TOLD_CAP: usize = 4096;
-/// Anybody can send SIGKILL as fast as they like: this many entries at once, and then one in this time. Those of OOM
-/// kills are not counted in.
+/// Processes with an emitted entry. Further SIGKILLs to them are ignored; the oldest is dropped.
+const REPORTED_CAP: usize = 4096;
+/// Entries at once. A user can send SIGKILL at any rate, so the rate of the ledger is limited. OOM
+/// kills are exempt.
 const BURST: u64 = 1000;
+/// One more entry in this time.
 const PERIOD_NS: u64 = 10_000_000;
-/// TRACE_SIGNAL_DELIVERED; all else changed nothing.
+/// TRACE_SIGNAL_DELIVERED (include/trace/events/signal.h). With another result the signal had no
+/// effect.
 const DELIVERED: u32 = 0;
 
-/// SIGKILLs that wait to be told, and those that were.
+/// SIGKILLs that wait for their entry, and processes that have one.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sigkills {
-    /// First SIGKILL of a process. At most [`WAITING_CAP`].
+    /// The first SIGKILL of each process. Cap: [`WAITING_CAP`].
     waiting: BTreeMap<ProcessKey, SigkillEntry>,
-    /// Oldest first, at most [`TOLD_CAP`].
-    told: VecDeque<ProcessKey>,
-    told_set: BTreeSet<ProcessKey>,
-    /// When the burst is used up no more.
+    /// Oldest first. Cap: [`REPORTED_CAP`].
+    reported: VecDeque<ProcessKey>,
+    /// The same processes, to look up.
+    reported_set: BTreeSet<ProcessKey>,
+    /// When the whole burst is available again, boot clock.
     spent_until_ns: u64,
 }
 
 impl Sigkills {
-    /// A SIGKILL was delivered; false when there is no room for it.
+    /// A SIGKILL was delivered. Returns false when there is no room for it.
     fn sent(&mut self, entry: SigkillEntry) -> bool {
         let key = (entry.pid, entry.start_boot_ns);
-        if self.told_set.contains(&key) {
+        if self.reported_set.contains(&key) {
             return true;
         }
         let cap = if entry.cause == SigkillCause::Kernel { WAITING_CAP } else { WAITING_CAP / 4 * 3 };
@@ -55,11 +58,11 @@ impl Sigkills {
         true
     }
 
-    /// The OOM killer sent this one; the entry, unless somebody was faster.
+    /// The OOM killer sent this one. Returns the entry, unless another sender was earlier.
     fn of_oom(&mut self, entry: SigkillEntry) -> Option<SigkillEntry> {
         let key = (entry.pid, entry.start_boot_ns);
         let faster = |first: &SigkillEntry| first.cause != SigkillCause::Kernel && first.boot_ns < entry.boot_ns;
-        if self.told_set.contains(&key) || self.waiting.get(&key).is_some_and(faster) {
+        if self.reported_set.contains(&key) || self.waiting.get(&key).is_some_and(faster) {
             return None;
         }
         self.waiting.remove(&key);
@@ -67,10 +70,10 @@ impl Sigkills {
         Some(entry)
     }
 
-    /// Entries that have waited long enough, oldest first, and how many are left out.
+    /// Entries that have waited long enough, oldest first, and how many the rate limit left out.
     fn due(&mut self, now: u64, all: bool) -> (Vec<SigkillEntry>, u64) {
         let due = |entry: &SigkillEntry| {
-            let wait = if entry.cause == SigkillCause::Kernel { PAIR_NS } else { SETTLE_NS };
+            let wait = if entry.cause == SigkillCause::Kernel { PAIR_NS } else { LATE_RECORD_NS };
             all || now > entry.boot_ns.saturating_add(wait)
         };
         let mut entries: Vec<SigkillEntry> =
@@ -92,37 +95,37 @@ impl Sigkills {
     }
 
     fn remember(&mut self, key: ProcessKey) {
-        if !self.told_set.insert(key) {
+        if !self.reported_set.insert(key) {
             return;
         }
-        self.told.push_back(key);
-        if self.told.len() > TOLD_CAP
-            && let Some(oldest) = self.told.pop_front()
+        self.reported.push_back(key);
+        if self.reported.len() > REPORTED_CAP
+            && let Some(oldest) = self.reported.pop_front()
         {
-            self.told_set.remove(&oldest);
+            self.reported_set.remove(&oldest);
         }
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.waiting.len() * (size_of::<SigkillEntry>() + 64) + self.told.len() * 2 * size_of::<ProcessKey>()
+        self.waiting.len() * (size_of::<SigkillEntry>() + 64) + self.reported.len() * 2 * size_of::<ProcessKey>()
     }
 }
 
 impl Sigkills {
-    /// Somebody sent SIGKILL.
+    /// A record says that SIGKILL was sent.
     pub(super) fn sent_by(&mut self, r: &wire::Kill, world: &World, run: &mut Run) {
         let cause = match r.sender_code {
             wire::SENDER_NOINFO => SigkillCause::CgroupKill,
             wire::SENDER_PROCESS => SigkillCause::Process,
             wire::SENDER_EXITING => SigkillCause::PidNamespace,
             wire::SENDER_PARENT => SigkillCause::ParentDeath,
-            // A code that this build does not know is a reason of a newer kernel side.
+            // Also codes of a newer kernel side, which this build does not know.
             _ => SigkillCause::Kernel,
         };
         if r.result != DELIVERED {
             return;
         }
-        // Its leader's name as it is now; a thread may have another, so that of its exec where only that is known.
+        // For a thread other than the main one the name of its process, when that is known.
         let name = |task: &wire::Task| match world.processes.get((task.tgid, task.start_boot_ns)) {
             Some(row) if !row.comm.is_empty() && task.tid != task.tgid => row.comm.clone(),
             _ => comm(task),
@@ -146,7 +149,7 @@ impl Sigkills {
         }
     }
 
-    /// The SIGKILL of an OOM victim, which is reported at once.
+    /// A victim of the OOM killer was reported: emits the entry at once.
     pub(super) fn of_victim(
         &mut self,
         victim: &OpenVictim,
@@ -175,7 +178,7 @@ impl Sigkills {
         out.outputs.extend(entry.map(|entry| complete(entry, world, run)));
     }
 
-    /// Reports the SIGKILLs that have waited long enough; with `all`, every one of them.
+    /// Emits entries that have waited long enough; with `all`, every entry.
     pub(super) fn report_due(&mut self, all: bool, world: &World, run: &mut Run, out: &mut Out) {
         let (entries, left_out) = self.due(run.now, all);
         run.losses.count(Loss::SigkillsNotReported, left_out);
@@ -183,7 +186,7 @@ impl Sigkills {
     }
 }
 
-/// An entry with its wall time and path.
+/// The output of an entry, with wall time and path filled in.
 fn complete(entry: SigkillEntry, world: &World, run: &Run) -> Output {
     let (wall, cgroup_path) = (run.clock.wall(entry.boot_ns), world.cgroups.path(entry.cgroup_id));
     Output::Sigkill(SigkillEntry { wall, cgroup_path, ..entry })
@@ -192,25 +195,29 @@ fn complete(entry: SigkillEntry, world: &World, run: &Run) -> Output {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_support::{self as sample, MIB, MS, SEC, TestEngine};
+    use crate::test_support::{self, MIB, MS, SEC, TestEngine};
 
     const T: u64 = 1_000 * SEC;
 
-    fn told(b: &TestEngine) -> Vec<SigkillEntry> {
-        b.out.outputs.iter().filter_map(|e| if let Output::Sigkill(s) = e { Some(s.clone()) } else { None }).collect()
+    fn reported(test: &TestEngine) -> Vec<SigkillEntry> {
+        test.out
+            .outputs
+            .iter()
+            .filter_map(|e| if let Output::Sigkill(s) = e { Some(s.clone()) } else { None })
+            .collect()
     }
 
     /// A SIGKILL from 90 to 100 in cgroup 5.
     fn sigkill(ms: u64, sender_code: u32) -> wire::Kill {
-        wire::Kill { sender_code, ..sample::kill(T + ms * MS, 90, 100, 5) }
+        wire::Kill { sender_code, ..test_support::kill(T + ms * MS, 90, 100, 5) }
     }
 
     fn mark(ms: u64) -> wire::OomVictim {
-        sample::victim(T + ms * MS, 90, 100, sample::memcg(5, MIB), sample::limited(5, MIB, MIB), MIB)
+        test_support::victim(T + ms * MS, 90, 100, test_support::memcg(5, MIB), test_support::limited(5, MIB, MIB), MIB)
     }
 
     #[test]
-    fn the_decision_table_of_senders() {
+    fn the_first_delivered_sigkill_names_its_sender() {
         enum In {
             Sent(u64, u32),
             Undelivered(u64, u32),
@@ -241,42 +248,42 @@ mod tests {
             ("chosen while exiting", &[Mark(0)], &[]),
         ];
         for (name, inputs, expected) in cases {
-            let mut b = TestEngine::new();
+            let mut test = TestEngine::new();
             let mut ms = 0;
             for input in *inputs {
                 match input {
                     Sent(at, code) => {
-                        // What comes late comes after a tick.
+                        // A late record comes after a tick.
                         if *at > ms + 500 {
-                            b.tick(T + (at - 100) * MS);
+                            test.tick(T + (at - 100) * MS);
                         }
                         ms = ms.max(*at);
-                        b.feed(&sigkill(*at, *code))
+                        test.feed(&sigkill(*at, *code))
                     }
-                    Undelivered(at, code) => b.feed(&wire::Kill { result: 2, ..sigkill(*at, *code) }),
-                    Mark(at) => b.feed(&mark(*at)),
+                    Undelivered(at, code) => test.feed(&wire::Kill { result: 2, ..sigkill(*at, *code) }),
+                    Mark(at) => test.feed(&mark(*at)),
                 };
             }
-            b.tick(T + 2 * SEC).tick(T + 4 * SEC);
-            let told: Vec<_> = told(&b).iter().map(|s| ((s.boot_ns - T) / MS, s.cause)).collect();
-            assert_eq!(told, *expected, "{name}");
+            test.tick(T + 2 * SEC).tick(T + 4 * SEC);
+            let reported: Vec<_> = reported(&test).iter().map(|s| ((s.boot_ns - T) / MS, s.cause)).collect();
+            assert_eq!(reported, *expected, "{name}");
             let marked = inputs.iter().any(|i| matches!(i, Mark(_)));
-            assert_eq!((b.saved().is_empty(), b.kills().is_empty()), (!marked, !marked), "{name}");
+            assert_eq!((test.saved().is_empty(), test.kills().is_empty()), (!marked, !marked), "{name}");
         }
     }
 
     #[test]
     fn an_entry_says_who_where_and_which_incident() {
-        let mut b = TestEngine::new();
-        b.feed(&sample::cgroup(T - SEC, sample::memcg(5, 0), 2, "/app", wire::CGROUP_MADE));
-        b.feed(&sample::exec(T - SEC, 100, 5, "worker", 0, 7));
-        b.feed(&sigkill(0, wire::SENDER_KERNEL)).feed(&mark(1));
-        let oom = told(&b);
-        assert_eq!(oom[0].incident.as_ref(), Some(&b.kills()[0].incident));
+        let mut test = TestEngine::new();
+        test.feed(&test_support::cgroup(T - SEC, test_support::memcg(5, 0), 2, "/app", wire::CGROUP_MADE));
+        test.feed(&test_support::exec(T - SEC, 100, 5, "worker", 0, 7));
+        test.feed(&sigkill(0, wire::SENDER_KERNEL)).feed(&mark(1));
+        let oom = reported(&test);
+        assert_eq!(oom[0].incident.as_ref(), Some(&test.kills()[0].incident));
         let mut other = sigkill(5, wire::SENDER_PROCESS);
-        other.target = sample::task(101);
-        b.feed(&other).tick(T + SEC);
-        let all = told(&b);
+        other.target = test_support::task(101);
+        test.feed(&other).tick(T + SEC);
+        let all = reported(&test);
         assert_eq!((all.len(), all[1].pid, all[1].comm.as_str(), all[1].incident.as_ref()), (2, 101, "p101", None));
         assert_eq!((all[1].sender_pid, all[1].sender_comm.as_str()), (90, "p90"));
         assert_eq!((all[1].cgroup_path.as_deref(), all[1].cgroup_id), (Some("/app"), Some(5)));
@@ -285,37 +292,44 @@ mod tests {
 
     #[test]
     fn a_process_that_shares_the_memory_of_a_victim_is_the_oom_killers_too() {
-        let mut b = TestEngine::new();
-        b.feed(&sigkill(0, wire::SENDER_KERNEL)).feed(&mark(1));
-        b.feed(&wire::Kill { target: sample::task(101), ..sigkill(2, wire::SENDER_KERNEL) });
-        b.tick(T + 3 * SEC);
-        let causes: Vec<_> = told(&b).iter().map(|s| (s.pid, s.cause)).collect();
+        let mut test = TestEngine::new();
+        test.feed(&sigkill(0, wire::SENDER_KERNEL)).feed(&mark(1));
+        test.feed(&wire::Kill { target: test_support::task(101), ..sigkill(2, wire::SENDER_KERNEL) });
+        test.tick(T + 3 * SEC);
+        let causes: Vec<_> = reported(&test).iter().map(|s| (s.pid, s.cause)).collect();
         assert_eq!(causes, [(100, SigkillCause::Oom), (101, SigkillCause::Oom)]);
     }
 
     #[test]
     fn a_flood_is_bounded_and_what_is_left_out_is_counted() {
-        let mut b = TestEngine::new();
+        let mut test = TestEngine::new();
         for pid in 0..10_000u32 {
-            b.feed(&wire::Kill { target: sample::task(pid), ..sigkill(0, wire::SENDER_PROCESS) });
+            test.feed(&wire::Kill { target: test_support::task(pid), ..sigkill(0, wire::SENDER_PROCESS) });
         }
-        b.feed(&wire::Kill { target: sample::task(100_001), ..sigkill(1, wire::SENDER_KERNEL) });
-        b.feed(&sample::victim(T + MS, 90, 100_001, sample::memcg(5, 1), sample::limited(5, 1, 1), 1));
-        b.tick(T + SEC);
-        let all = told(&b);
+        test.feed(&wire::Kill { target: test_support::task(100_001), ..sigkill(1, wire::SENDER_KERNEL) });
+        test.feed(&test_support::victim(
+            T + MS,
+            90,
+            100_001,
+            test_support::memcg(5, 1),
+            test_support::limited(5, 1, 1),
+            1,
+        ));
+        test.tick(T + SEC);
+        let all = reported(&test);
         assert_eq!((all.len() as u64, all[0].cause), (BURST + 1, SigkillCause::Oom), "the OOM killer's has its place");
-        let lost = |b: &TestEngine| b.engine.run.losses.current().get(Loss::SigkillsNotReported.label()).copied();
-        assert_eq!(lost(&b), Some(10_000 - BURST));
-        b.feed(&wire::Kill { target: sample::task(200_000), ..sigkill(1100, wire::SENDER_PROCESS) });
-        b.tick(T + 3 * SEC);
-        assert_eq!((told(&b).len() as u64, lost(&b)), (BURST + 2, Some(10_000 - BURST)));
-        assert!(b.engine.oom.sigkills.told.len() <= TOLD_CAP && b.engine.oom.sigkills.waiting.is_empty());
+        let lost = |test: &TestEngine| test.engine.run.losses.current().get(Loss::SigkillsNotReported.label()).copied();
+        assert_eq!(lost(&test), Some(10_000 - BURST));
+        test.feed(&wire::Kill { target: test_support::task(200_000), ..sigkill(1100, wire::SENDER_PROCESS) });
+        test.tick(T + 3 * SEC);
+        assert_eq!((reported(&test).len() as u64, lost(&test)), (BURST + 2, Some(10_000 - BURST)));
+        assert!(test.engine.oom.sigkills.reported.len() <= REPORTED_CAP && test.engine.oom.sigkills.waiting.is_empty());
     }
 
     #[test]
-    fn a_stop_tells_what_waits() {
-        let mut b = TestEngine::new();
-        b.feed(&sigkill(0, wire::SENDER_KERNEL)).fact(crate::input::Fact::Stop { boot_ns: T + MS });
-        assert_eq!(told(&b)[0].cause, SigkillCause::Kernel);
+    fn a_stop_emits_waiting_entries() {
+        let mut test = TestEngine::new();
+        test.feed(&sigkill(0, wire::SENDER_KERNEL)).fact(crate::input::Fact::Stop { boot_ns: T + MS });
+        assert_eq!(reported(&test)[0].cause, SigkillCause::Kernel);
     }
 }

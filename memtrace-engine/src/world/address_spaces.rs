@@ -1,15 +1,20 @@
-//! Address spaces: made, shared, taken over and let go, and what a cgroup is charged for them.
+//! Address spaces: creation, sharing, release, and the cgroup that each counts for.
+//!
+//! The kernel side identifies an address space by `mm_id`, which the kernel uses again after the
+//! space is gone, and records may arrive late. So every space has a serial number of its own, and
+//! `since_ns` tells which records are about it.
 
 use memtrace_common::event as wire;
 
 use super::{ProcessKey, Sums, World};
 
-/// An address space. There are at most as many as processes, plus those that are dying.
+/// An address space.
 #[derive(Clone, Debug)]
 pub(crate) struct AddressSpace {
-    /// The wire's identity; none for a process found running.
+    /// Identity on the wire; `None` for a process that ran already when tracing began.
     pub(crate) mm_id: Option<u64>,
-    /// When it was first named. An identity is used again; what is older speaks of the one before.
+    /// When it was first named, boot clock. Older records are about the space that had the identity
+    /// before.
     pub(crate) since_ns: u64,
     pub(crate) owner: ProcessKey,
     pub(crate) cgroup: Option<u64>,
@@ -18,7 +23,8 @@ pub(crate) struct AddressSpace {
 }
 
 impl World {
-    /// The space of an identity. One that nobody uses any more was another's: its memory is gone, the identity is not.
+    /// The serial of the space with this identity, which is created when there is none. A space
+    /// without users is dropped first: the kernel has given its identity to a new space.
     pub(crate) fn space_of(&mut self, mm_id: u64, owner: ProcessKey, cgroup: Option<u64>, ns: u64) -> u64 {
         if let Some(serial) = self.by_mm_id.get(&mm_id).copied() {
             if self.spaces.get(&serial).is_some_and(|space| space.users > 0) {
@@ -29,7 +35,7 @@ impl World {
         self.new_space(Some(mm_id), owner, cgroup, ns)
     }
 
-    /// The space of an identity, if it was this task's at that time.
+    /// The serial of the space with this identity, if this task owned it at that time.
     pub(crate) fn owned_by(&self, mm_id: u64, task: &wire::Task, ns: u64) -> Option<u64> {
         let serial = self.by_mm_id.get(&mm_id).copied()?;
         let space = self.spaces.get(&serial)?;

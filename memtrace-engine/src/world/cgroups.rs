@@ -1,4 +1,8 @@
-//! Memory cgroups by kernfs id: path, parent, counters, sums of resident memory over their subtree, and the curve.
+//! Memory cgroups by kernfs id: path, parent, counters, resident memory summed over the subtree,
+//! and the curve.
+//!
+//! A record names a cgroup by id alone. Its path and parent arrive later as a fact, which the
+//! engine requests. When a parent arrives late, the sums of the tree are built again.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::RangeInclusive;
@@ -9,20 +13,22 @@ use super::timeline::Timeline;
 use super::{Point, Sums};
 use crate::decode::{Limit, Reading};
 
-/// Most cgroups known at once, removed ones included.
+/// Cgroups in the table, with removed ones. At the cap removed ones are dropped first, then the
+/// longest silent ones.
 pub(crate) const CGROUPS_CAP: usize = 4096;
-/// Removed cgroups whose path is still remembered.
+/// Removed cgroups that stay in the table, so that late incidents still have their path.
 const TOMBSTONES_CAP: usize = 1024;
-/// Cgroups forgotten at once when the table is full.
+/// Cgroups dropped at once when the table is full, because sorting it for each would be slow.
 const EVICT_BATCH: usize = 128;
-/// Ancestors a change is added to.
+/// Ancestors that a change is added to.
 pub(crate) const DEPTH_CAP: usize = 16;
-/// Readings over all curves: 12 MiB. Above it, the curves of the longest silent cgroups are dropped.
+/// Readings over all curves, about 15 MiB. Above it the curves of the longest silent cgroups are
+/// dropped.
 pub(crate) const POINTS_CAP: usize = 180_000;
-/// Mapping notes of one cgroup.
+/// Mapping notes of one cgroup; the oldest is dropped.
 const NOTES_CAP: usize = 256;
-/// An unanswered question about an unknown cgroup is asked again after this.
-const ASK_AGAIN_NS: u64 = 5_000_000_000;
+/// A lookup without an answer is requested again after this time.
+const LOOKUP_RETRY_NS: u64 = 5_000_000_000;
 
 /// One memory cgroup.
 #[derive(Clone, Debug, Default)]
@@ -30,21 +36,22 @@ pub(crate) struct CgroupRow {
     pub(crate) parent: Option<u64>,
     pub(crate) path: Option<String>,
     pub(crate) removed: bool,
-    /// Latest counters; what one reading lacked is kept from older ones.
+    /// Latest counters. Values that a reading lacks are from older ones.
     pub(crate) last: Reading,
     last_reading_ns: u64,
-    /// Over the address spaces in this cgroup itself.
+    /// Sum over the address spaces of this cgroup alone.
     pub(crate) own: Sums,
-    /// Over those of its descendants too.
+    /// Sum over the address spaces of its subtree.
     pub(crate) tree: Sums,
     pub(crate) timeline: Timeline,
+    /// Oldest first. Cap: [`NOTES_CAP`].
     pub(crate) notes: VecDeque<MappingNote>,
-    asked_ns: Option<u64>,
-    /// Its OOM killer is off (v1 memory.oom_control), where that was read.
+    lookup_ns: Option<u64>,
+    /// Whether its OOM killer is off (v1 `memory.oom_control`); `None` when that was not read.
     pub(crate) kill_disabled: Option<bool>,
-    /// When somebody was last asked to watch that.
-    pub(crate) watch_asked_ns: Option<u64>,
-    /// Threshold of its processes' readings, bytes, while it is not the usual one.
+    /// When the session was last requested to watch `memory.oom_control`, boot clock.
+    pub(crate) watch_requested_ns: Option<u64>,
+    /// RSS threshold of its processes in bytes, when it is not the one of the settings.
     pub(crate) rss_threshold: Option<u64>,
     last_ns: u64,
 }
@@ -52,20 +59,25 @@ pub(crate) struct CgroupRow {
 /// All cgroups.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cgroups {
+    /// By kernfs id. Cap: [`CGROUPS_CAP`].
     rows: BTreeMap<u64, CgroupRow>,
+    /// Removed cgroups, oldest first. Cap: [`TOMBSTONES_CAP`].
     tombstones: VecDeque<u64>,
+    /// Readings over all curves. Cap: [`POINTS_CAP`].
     points: usize,
-    /// Cgroups that an open incident or a recording refers to: never forgotten. Bounded by those.
+    /// Cgroups that an open incident or a recording refers to, which are never dropped. Cap: that
+    /// of open incidents times their victims, with ancestors.
     pub(crate) pinned: BTreeSet<u64>,
-    /// The recording's cgroup that is among them.
+    /// The cgroup of the recording, which is among the pinned ones.
     pub(crate) pinned_recording: Option<u64>,
-    /// Ids somebody should look up, taken by the engine after each input.
-    pub(crate) asks: Vec<u64>,
+    /// Ids to look up. The engine drains them after each input.
+    pub(crate) lookups: Vec<u64>,
     pub(crate) evicted: u64,
     pub(crate) curves_dropped: u64,
-    /// A row that carried sums was forgotten once: a row that appears may have memory already.
+    /// Whether a row with memory was ever dropped. If so, a new row may have memory already, and
+    /// sums have to be rebuilt for it.
     lossy: bool,
-    /// How often a parent was learnt after its child was known.
+    /// How often the parent of a known cgroup changed. Recordings check their scope again then.
     pub(crate) reshaped: u64,
 }
 
@@ -99,7 +111,7 @@ impl Cgroups {
         self.rows.iter().find(|(_, row)| row.path.as_deref() == Some(path)).map(|(id, _)| *id)
     }
 
-    /// The cgroup and its ancestors as far as they are known.
+    /// The cgroup and its ancestors, as far as they are known, innermost first.
     pub(crate) fn chain(&self, id: u64) -> Vec<u64> {
         let mut chain = Vec::new();
         let mut next = Some(id);
@@ -125,19 +137,19 @@ impl Cgroups {
         false
     }
 
-    /// The curve of a cgroup in a span, oldest first.
+    /// The curve of a cgroup within a span of boot-clock times, oldest first.
     pub(crate) fn rows(&self, id: u64, span: RangeInclusive<u64>) -> impl Iterator<Item = &Point> {
         self.rows.get(&id).into_iter().flat_map(move |row| row.timeline.rows(span.clone()))
     }
 
-    /// What its tree held at a moment; as of now where the curve does not reach back.
+    /// What its subtree held at a moment; what it holds now when the curve does not reach back.
     pub(crate) fn sums_at(&self, id: u64, boot_ns: u64) -> Sums {
         let then = self.rows(id, 0..=boot_ns).last().map(|point| point.sums);
         then.or(self.rows.get(&id).map(|row| row.tree)).unwrap_or_default()
     }
 
-    /// Makes sure the cgroup has a row; asks for its path when nobody has told it. True when sums must be rebuilt
-    /// because a row that carried some was forgotten.
+    /// Inserts the cgroup when it is not in the table, and requests a lookup when its path is
+    /// unknown. Returns whether sums have to be rebuilt, because a row with memory was dropped.
     pub(crate) fn ensure(&mut self, id: u64, boot_ns: u64) -> bool {
         let rebuild = !self.rows.contains_key(&id) && {
             self.make_room();
@@ -146,15 +158,15 @@ impl Cgroups {
         };
         let Some(row) = self.rows.get_mut(&id) else { return rebuild };
         row.last_ns = row.last_ns.max(boot_ns);
-        let due = row.asked_ns.is_none_or(|asked| boot_ns >= asked.saturating_add(ASK_AGAIN_NS));
+        let due = row.lookup_ns.is_none_or(|asked| boot_ns >= asked.saturating_add(LOOKUP_RETRY_NS));
         if row.path.is_none() && !row.removed && due {
-            row.asked_ns = Some(boot_ns);
-            self.asks.push(id);
+            row.lookup_ns = Some(boot_ns);
+            self.lookups.push(id);
         }
         rebuild
     }
 
-    /// What a path and a parent id tell. True when sums must be rebuilt.
+    /// Sets parent and path, as far as they are given. Returns whether sums have to be rebuilt.
     pub(crate) fn learn(&mut self, id: u64, parent: Option<u64>, path: Option<String>, boot_ns: u64) -> bool {
         let known = self.rows.contains_key(&id);
         let mut rebuild = !known && {
@@ -178,7 +190,7 @@ impl Cgroups {
         rebuild
     }
 
-    /// The directory is gone; path and curve stay for a while.
+    /// Marks a cgroup as removed. Its path and curve stay until [`TOMBSTONES_CAP`] is reached.
     pub(crate) fn remove(&mut self, id: u64) {
         if let Some(row) = self.rows.get_mut(&id).filter(|row| !row.removed) {
             row.removed = true;
@@ -227,7 +239,7 @@ impl Cgroups {
         self.tombstones.retain(|id| rows.contains_key(id));
     }
 
-    /// Adds `new` and takes away `old` for one address space of this cgroup, up the tree.
+    /// Replaces `old` with `new` in the sums of a cgroup and its ancestors, for one address space.
     pub(crate) fn account(&mut self, id: u64, old: &Sums, new: &Sums) {
         if old == new {
             return;
@@ -243,7 +255,7 @@ impl Cgroups {
         }
     }
 
-    /// All sums again from the address spaces: after the tree changed shape.
+    /// Computes all sums again from the address spaces, after the tree changed.
     pub(crate) fn rebuild(&mut self, spaces: impl Iterator<Item = (u64, Sums)>) {
         for row in self.rows.values_mut() {
             row.own = Sums::default();
@@ -254,9 +266,9 @@ impl Cgroups {
         }
     }
 
-    /// Keeps a reading and puts it on the curve; ancestors get a point with their sums and no usage.
-    /// Every point made is handed to `fresh`.
-    pub(crate) fn read(&mut self, boot_ns: u64, reading: &Reading, before_ns: u64, fresh: &mut Vec<(u64, Point)>) {
+    /// Stores a reading and adds it to the curve. Ancestors get a point with their sums and without
+    /// usage. Every new point is appended to `new_points`.
+    pub(crate) fn read(&mut self, boot_ns: u64, reading: &Reading, before_ns: u64, new_points: &mut Vec<(u64, Point)>) {
         let Some(id) = reading.cgroup_id else { return };
         for (i, member) in self.chain(id).into_iter().enumerate() {
             let Some(row) = self.rows.get_mut(&member) else { break };
@@ -275,7 +287,7 @@ impl Cgroups {
             let before = row.timeline.len();
             row.timeline.insert(point, before_ns);
             self.points = (self.points + row.timeline.len()).saturating_sub(before);
-            fresh.push((member, point));
+            new_points.push((member, point));
         }
         if self.points > POINTS_CAP {
             self.drop_curves(id);
@@ -311,17 +323,17 @@ impl Cgroups {
         }
     }
 
-    /// Limit of a cgroup, when it has one.
+    /// Limit of a cgroup in bytes; `None` when it has none or it is unknown.
     pub(crate) fn limit(&self, id: u64) -> Option<u64> {
         self.rows.get(&id).and_then(|row| row.last.limit.bytes())
     }
 
-    /// The smallest known limit on the way to the root.
+    /// The smallest known limit of the cgroup and its ancestors, in bytes.
     pub(crate) fn effective_limit(&self, id: u64) -> Option<u64> {
         self.chain(id).into_iter().filter_map(|member| self.limit(member)).min()
     }
 
-    /// What an identity-only fact says about the counters: fills gaps, never overwrites.
+    /// Takes counters of a fact that only identifies the cgroup: fills gaps and never overwrites.
     pub(crate) fn fill(&mut self, id: u64, limit: Option<u64>, peak: Option<u64>) {
         if let Some(row) = self.rows.get_mut(&id) {
             row.last.cgroup_id = Some(id);
@@ -347,69 +359,69 @@ mod tests {
 
     #[test]
     fn unknown_ids_are_asked_for_once_and_again_later() {
-        let mut c = Cgroups::default();
-        c.ensure(5, 1_000);
-        c.ensure(5, 2_000);
-        assert_eq!(c.asks, [5]);
-        c.ensure(5, 1_000 + ASK_AGAIN_NS);
-        assert_eq!(c.asks, [5, 5]);
-        c.learn(5, Some(1), Some("/a".into()), 0);
-        assert_eq!(c.asks, [5, 5, 1], "the parent is unknown too");
-        c.ensure(5, 1 << 50);
-        assert_eq!(c.asks.len(), 3);
+        let mut cgroups = Cgroups::default();
+        cgroups.ensure(5, 1_000);
+        cgroups.ensure(5, 2_000);
+        assert_eq!(cgroups.lookups, [5]);
+        cgroups.ensure(5, 1_000 + LOOKUP_RETRY_NS);
+        assert_eq!(cgroups.lookups, [5, 5]);
+        cgroups.learn(5, Some(1), Some("/a".into()), 0);
+        assert_eq!(cgroups.lookups, [5, 5, 1], "the parent is unknown too");
+        cgroups.ensure(5, 1 << 50);
+        assert_eq!(cgroups.lookups.len(), 3);
     }
 
     #[test]
     fn sums_go_up_the_tree_also_when_the_parent_is_learnt_late() {
-        let mut c = Cgroups::default();
+        let mut cgroups = Cgroups::default();
         let sums = Sums::of(10, 5, 1, 0);
-        c.ensure(5, 0);
-        c.account(5, &Sums::default(), &sums);
-        assert!(c.learn(5, Some(2), Some("/a/b".into()), 0), "a shape change asks for a rebuild");
-        c.learn(2, Some(1), Some("/a".into()), 0);
-        c.rebuild([(5, sums)].into_iter());
-        assert_eq!((c.get(1).unwrap().tree, c.get(1).unwrap().own), (sums, Sums::default()));
+        cgroups.ensure(5, 0);
+        cgroups.account(5, &Sums::default(), &sums);
+        assert!(cgroups.learn(5, Some(2), Some("/a/b".into()), 0), "a changed tree needs a rebuild");
+        cgroups.learn(2, Some(1), Some("/a".into()), 0);
+        cgroups.rebuild([(5, sums)].into_iter());
+        assert_eq!((cgroups.get(1).unwrap().tree, cgroups.get(1).unwrap().own), (sums, Sums::default()));
         let less = Sums::of(4, 5, 1, 0);
-        c.account(5, &sums, &less);
-        assert_eq!((c.get(2).unwrap().tree, c.get(5).unwrap().own), (less, less));
-        let mut fresh = Vec::new();
-        c.read(7, &reading(5, 99), 1 << 40, &mut fresh);
-        let usages: Vec<_> = fresh.iter().map(|(id, p)| (*id, p.usage(), p.sums.anon)).collect();
+        cgroups.account(5, &sums, &less);
+        assert_eq!((cgroups.get(2).unwrap().tree, cgroups.get(5).unwrap().own), (less, less));
+        let mut new_points = Vec::new();
+        cgroups.read(7, &reading(5, 99), 1 << 40, &mut new_points);
+        let usages: Vec<_> = new_points.iter().map(|(id, p)| (*id, p.usage(), p.sums.anon)).collect();
         assert_eq!(usages, [(5, Some(99), 4), (2, None, 4), (1, None, 4)]);
     }
 
     #[test]
     fn a_cycle_is_refused() {
-        let mut c = Cgroups::default();
-        c.learn(1, Some(2), None, 0);
-        c.learn(2, Some(1), None, 0);
-        c.learn(3, Some(3), None, 0);
-        assert_eq!(c.chain(1), [1, 2]);
-        assert_eq!(c.chain(3), [3]);
+        let mut cgroups = Cgroups::default();
+        cgroups.learn(1, Some(2), None, 0);
+        cgroups.learn(2, Some(1), None, 0);
+        cgroups.learn(3, Some(3), None, 0);
+        assert_eq!(cgroups.chain(1), [1, 2]);
+        assert_eq!(cgroups.chain(3), [3]);
     }
 
     #[test]
     fn rows_tombstones_and_points_are_bounded() {
-        let mut c = Cgroups::default();
-        c.pinned.insert(1);
-        c.learn(1, None, Some("/pinned".into()), 0);
-        c.remove(1);
+        let mut cgroups = Cgroups::default();
+        cgroups.pinned.insert(1);
+        cgroups.learn(1, None, Some("/pinned".into()), 0);
+        cgroups.remove(1);
         for id in 2..10_000u64 {
-            c.learn(id, None, Some(format!("/{id}")), id);
+            cgroups.learn(id, None, Some(format!("/{id}")), id);
             if id % 2 == 0 {
-                c.remove(id);
+                cgroups.remove(id);
             }
         }
-        assert!(c.len() <= CGROUPS_CAP && c.tombstones.len() <= TOMBSTONES_CAP && c.evicted > 0);
-        assert_eq!(c.path(Some(1)).as_deref(), Some("/pinned"));
-        let mut fresh = Vec::new();
+        assert!(cgroups.len() <= CGROUPS_CAP && cgroups.tombstones.len() <= TOMBSTONES_CAP && cgroups.evicted > 0);
+        assert_eq!(cgroups.path(Some(1)).as_deref(), Some("/pinned"));
+        let mut new_points = Vec::new();
         for i in 0..400_000u64 {
-            c.read(1_000_000_000 + i * 1000, &reading(9_000 + i % 900, i), 1 << 40, &mut fresh);
-            fresh.clear();
-            assert!(c.points() <= POINTS_CAP + 1);
+            cgroups.read(1_000_000_000 + i * 1000, &reading(9_000 + i % 900, i), 1 << 40, &mut new_points);
+            new_points.clear();
+            assert!(cgroups.points() <= POINTS_CAP + 1);
         }
-        let real: usize = c.iter().map(|(_, row)| row.timeline.len()).sum();
-        assert_eq!(real, c.points());
-        assert!(c.curves_dropped > 0);
+        let real: usize = cgroups.iter().map(|(_, row)| row.timeline.len()).sum();
+        assert_eq!(real, cgroups.points());
+        assert!(cgroups.curves_dropped > 0);
     }
 }

@@ -1,7 +1,8 @@
-//! Who holds what: processes, their address spaces and the cgroups those are charged to, kept consistent.
+//! The model of which process and cgroup holds how much memory.
 //!
-//! Memory belongs to an address space; an address space belongs to its owner's cgroup. So processes that share one
-//! are counted once, and everything a cgroup holds is a sum over address spaces.
+//! Memory belongs to an address space, and an address space counts for the cgroup of its owner. So
+//! processes that share an address space count once, and what a cgroup holds is a sum over address
+//! spaces. For example, a `vfork` child adds a process to the table and no memory to its cgroup.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -22,18 +23,18 @@ mod view;
 use address_spaces::AddressSpace;
 pub(crate) use cgroups::{CGROUPS_CAP, Cgroups};
 pub(crate) use changes::Changes;
-#[cfg(test)]
-pub(crate) use processes::PROCESSES_CAP;
+pub use processes::PROCESSES_CAP;
 pub(crate) use processes::{ProcessKey, ProcessRow, Processes, comm};
 pub(crate) use queries::{GROWTH_CAP, TASKS_CAP, VICTIMS_CAP, resident};
-pub(crate) use timeline::{CURVE_CAP, Curve, MAX_BEFORE_NS, Point, Sums, TIMELINE_CAP, columns};
+pub use timeline::MAX_BEFORE_NS;
+pub(crate) use timeline::{CURVE_CAP, Curve, Point, Sums, TIMELINE_CAP, columns};
 pub(crate) use view::{Moments, VIEW_NOTES_CAP, View, ViewOf};
 
 use processes::History;
 
-/// Address spaces whose last user has exited and that are not yet torn down.
+/// Address spaces whose last user has exited and that are not torn down yet; the oldest is dropped.
 const DYING_CAP: usize = 4096;
-/// The memory of such an address space is believed gone after this, if nobody says so.
+/// Such an address space is dropped after this time, in case the record of its end was lost.
 const DYING_NS: u64 = 2_000_000_000;
 
 /// Processes, address spaces and cgroups.
@@ -41,13 +42,15 @@ const DYING_NS: u64 = 2_000_000_000;
 pub(crate) struct World {
     pub(crate) processes: Processes,
     pub(crate) cgroups: Cgroups,
-    /// By serial. At most as many as processes, and those that are dying.
+    /// By serial. Cap: [`processes::PROCESSES_CAP`] and [`DYING_CAP`].
     pub(crate) spaces: BTreeMap<u64, AddressSpace>,
+    /// Serial by identity on the wire. Cap: as `spaces`.
     pub(crate) by_mm_id: BTreeMap<u64, u64>,
+    /// When the last user exited, and the serial; oldest first. Cap: [`DYING_CAP`].
     dying: VecDeque<(u64, u64)>,
     pub(crate) next_space: u64,
     before_ns: u64,
-    /// What the input at hand changed, for those who follow; emptied after each input.
+    /// What the current input changed. Emptied after each input.
     pub(crate) changes: Changes,
 }
 
@@ -75,7 +78,7 @@ impl World {
         self.processes.ticks_per_second = settings.ticks_per_second;
     }
 
-    /// Resident memory moved.
+    /// Resident memory of an address space moved.
     pub(crate) fn rss(&mut self, r: &wire::RssChange) {
         let ns = r.header.boot_ns;
         let reading = Reading::from(&r.memcg);
@@ -83,7 +86,7 @@ impl World {
         let key = if dying {
             self.processes.find(r.task.tgid, r.task.start_boot_ns)
         } else {
-            Some(self.touch(&r.task, r.memcg.cgroup_id, ns))
+            Some(self.lookup_or_insert(&r.task, r.memcg.cgroup_id, ns))
         };
         self.ensure(reading.cgroup_id, ns);
         let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
@@ -124,7 +127,7 @@ impl World {
         let (serial, shared) = parent
             .and_then(|k| self.processes.get(k))
             .map_or((None, None), |row| (Some(row.serial), row.mm.filter(|_| r.flags & wire::FORK_SHARES_MM != 0)));
-        let key = self.touch(&r.child, r.cgroup_id, ns);
+        let key = self.lookup_or_insert(&r.child, r.cgroup_id, ns);
         if let Some(row) = self.processes.get_mut(key) {
             row.parent_pid = r.parent.tgid;
             row.parent_serial = serial.filter(|s| *s != row.serial);
@@ -136,11 +139,11 @@ impl World {
         self.changes.processes.push(key);
     }
 
-    /// A process replaced its program: the old address space is no longer its own.
+    /// A process replaced its program, and with it its address space.
     pub(crate) fn exec(&mut self, r: &wire::Exec) {
         let ns = r.header.boot_ns;
         self.ensure(cgroup_id(r.cgroup_id), ns);
-        let key = self.touch(&r.task, r.cgroup_id, ns);
+        let key = self.lookup_or_insert(&r.task, r.cgroup_id, ns);
         let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
             row.comm = comm(&r.task);
@@ -148,7 +151,7 @@ impl World {
         if let Some(id) = known(r.mm_id).filter(|_| alive) {
             let space = self.space_of(id, key, cgroup_id(r.cgroup_id), ns);
             self.attach_space(key, space);
-            // What the image before held says nothing about this one.
+            // Peak and history belong to the program before.
             if let Some(row) = self.processes.get_mut(key) {
                 row.peak = None;
                 row.history = History::default();
@@ -160,17 +163,18 @@ impl World {
         self.changes.exec = Some((key, ns));
     }
 
-    /// A process exited. Its memory stays counted until the address space is gone.
+    /// A process exited. Its memory counts until its address space is torn down.
     pub(crate) fn exit(&mut self, r: &wire::Exit) {
         let Some(key) = self.processes.find(r.task.tgid, r.task.start_boot_ns) else { return };
         let Some(row) = self.processes.get_mut(key) else { return };
-        row.called(&r.task);
+        row.update_comm(&r.task);
         row.max_rss = row.max_rss.max(known(r.max_rss_bytes));
-        self.gone(key, r.header.boot_ns, Some(r.exit_code));
+        self.mark_exited(key, r.header.boot_ns, Some(r.exit_code));
         self.changes.processes.push(key);
     }
 
-    /// An address space is gone. The record may come after the first one of whoever has its identity next.
+    /// An address space was torn down. The record may come after the first record of the next space
+    /// with the same identity.
     pub(crate) fn mm_gone(&mut self, r: &wire::MmGone) {
         if let Some(serial) = self.owned_by(r.mm_id, &r.task, r.header.boot_ns) {
             self.drop_space(serial);
@@ -183,7 +187,7 @@ impl World {
         self.changes.processes.push(key);
     }
 
-    /// A process moved into a cgroup; the memory it owns goes along.
+    /// A process moved into a cgroup. The address space that it owns counts there from now on.
     pub(crate) fn attach(&mut self, r: &wire::CgroupAttach) {
         let ns = r.header.boot_ns;
         let Some(id) = cgroup_id(r.cgroup_id) else { return };
@@ -191,7 +195,7 @@ impl World {
             return;
         }
         self.ensure(Some(id), ns);
-        let key = self.touch(&r.task, r.cgroup_id, ns);
+        let key = self.lookup_or_insert(&r.task, r.cgroup_id, ns);
         let mm = self.processes.get(key).and_then(|row| row.mm);
         if let Some((serial, sums)) =
             mm.and_then(|s| self.spaces.get(&s).filter(|space| space.owner == key).map(|space| (s, space.sums)))
@@ -250,8 +254,8 @@ impl World {
         self.changes.mapped = Some((id, note));
     }
 
-    /// The OOM killer marked a victim. What the mark says it holds is exact, where readings are up to the threshold old:
-    /// the sums follow it.
+    /// The OOM killer marked a victim. The mark has the exact resident memory of the victim, while
+    /// the last reading may differ by the RSS threshold, so the sums take the mark's figure.
     pub(crate) fn mark(&mut self, m: &wire::OomVictim) {
         let Some(key) = self.find(&m.victim) else { return };
         let Some(serial) = self.processes.get(key).and_then(|row| row.mm) else { return };
@@ -263,7 +267,7 @@ impl World {
         }
     }
 
-    /// A reading of a cgroup's counters, from whatever record.
+    /// Takes a reading of a cgroup's counters and adds it to the curve.
     pub(crate) fn read(&mut self, boot_ns: u64, reading: &Reading) {
         if let Some(id) = reading.cgroup_id {
             self.ensure(Some(id), boot_ns);
@@ -271,7 +275,7 @@ impl World {
         }
     }
 
-    /// A cgroup found. Without usage the fact tells who it is; with usage it is a reading too.
+    /// A fact described a cgroup. With usage the fact is a reading too.
     pub(crate) fn cgroup_found(&mut self, found: &CgroupFound) {
         let Some(id) = cgroup_id(found.id) else { return };
         let path = printable(found.path.as_bytes());
@@ -295,7 +299,7 @@ impl World {
         }
     }
 
-    /// A process found running. What records have told already stays.
+    /// A fact described a process that ran already when tracing began. What records have set stays.
     pub(crate) fn process_found(&mut self, found: &ProcessFound) {
         let sums = Sums::of(found.anon_bytes, found.file_bytes, found.shmem_bytes, found.swap_bytes);
         let cgroup = cgroup_id(found.cgroup_id);
@@ -313,8 +317,8 @@ impl World {
                 (found.pid, start)
             }
         };
-        let homeless = self.processes.get(key).is_some_and(|row| row.cgroup.is_none());
-        let wants_cgroup = cgroup.is_some() && homeless;
+        let lacks_cgroup = self.processes.get(key).is_some_and(|row| row.cgroup.is_none());
+        let wants_cgroup = cgroup.is_some() && lacks_cgroup;
         if wants_cgroup {
             self.ensure(cgroup, found.boot_ns);
         }
@@ -334,7 +338,7 @@ impl World {
         }
     }
 
-    /// Time passes.
+    /// Drops address spaces and processes whose time is over.
     pub(crate) fn tick(&mut self, now: u64) {
         while self.dying.front().is_some_and(|(ns, _)| ns.saturating_add(DYING_NS) < now) {
             let Some((_, serial)) = self.dying.pop_front() else { break };
@@ -345,7 +349,7 @@ impl World {
         }
     }
 
-    /// Resident memory of a process now.
+    /// Resident memory of a process now; `None` when it has no known address space.
     pub(crate) fn sums_of(&self, row: &ProcessRow) -> Option<Sums> {
         self.space_sums(row.mm?)
     }
@@ -354,7 +358,7 @@ impl World {
         self.spaces.get(&serial).map(|s| s.sums)
     }
 
-    /// The row of a wire task, as [`Processes::find`].
+    /// The key of a wire task, as [`Processes::find`].
     pub(crate) fn find(&mut self, task: &wire::Task) -> Option<ProcessKey> {
         self.processes.find(task.tgid, task.start_boot_ns)
     }
@@ -368,8 +372,9 @@ impl World {
         self.processes.memory_estimate() + self.cgroups.memory_estimate() + self.spaces.len() * 180
     }
 
-    /// The row of a live process, made when there is none. An older process of the same id must be gone.
-    fn touch(&mut self, task: &wire::Task, cgroup: u64, ns: u64) -> ProcessKey {
+    /// The key of a live process, which is inserted when there is none. Older processes with the
+    /// same pid are marked as exited.
+    fn lookup_or_insert(&mut self, task: &wire::Task, cgroup: u64, ns: u64) -> ProcessKey {
         let key = match self.processes.find(task.tgid, task.start_boot_ns) {
             Some(key) => key,
             None => {
@@ -381,7 +386,7 @@ impl World {
                     .map(ProcessRow::key)
                     .collect();
                 for old in stale {
-                    self.gone(old, ns, None);
+                    self.mark_exited(old, ns, None);
                 }
                 self.make_room();
                 let ticks = self.processes.ticks(task.start_boot_ns);
@@ -390,7 +395,7 @@ impl World {
             }
         };
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
-            row.called(task);
+            row.update_comm(task);
             row.cgroup = cgroup_id(cgroup).or(row.cgroup);
             row.last_ns = row.last_ns.max(ns);
         }
@@ -413,7 +418,7 @@ impl World {
         self.cgroups.rebuild(self.spaces.values().filter_map(|s| s.cgroup.map(|id| (id, s.sums))));
     }
 
-    fn gone(&mut self, key: ProcessKey, ns: u64, code: Option<u32>) {
+    fn mark_exited(&mut self, key: ProcessKey, ns: u64, code: Option<u32>) {
         let Some(serial) = self.processes.exit(key, ns, code) else { return };
         let Some(space) = self.spaces.get_mut(&serial) else { return };
         space.users = space.users.saturating_sub(1);
@@ -432,7 +437,7 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_support::{self as sample, MIB, Tweak};
+    use crate::test_support::{self, MIB, Tweak};
 
     fn tree(world: &World, id: u64) -> u64 {
         world.cgroups.get(id).map_or(0, |row| row.tree.anon)
@@ -440,94 +445,94 @@ mod tests {
 
     #[test]
     fn processes_that_share_an_address_space_count_once() {
-        let mut b = World::default();
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB).owned_by(100));
-        b.fork(&sample::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
-        assert_eq!(tree(&b, 5), 50 * MIB);
-        b.exit(&sample::exit(3_000, 10, 5, 9));
-        b.tick(10_000_000_000);
-        assert_eq!(tree(&b, 5), 50 * MIB, "the sharer still holds it");
-        b.exit(&sample::exit(4_000, 11, 5, 9));
-        assert_eq!(tree(&b, 5), 50 * MIB, "not yet torn down");
-        b.mm_gone(&sample::mm_gone(5_000, 10, 77, 60 * MIB));
-        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
-        assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB).owned_by(100));
+        world.fork(&test_support::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        assert_eq!(tree(&world, 5), 50 * MIB);
+        world.exit(&test_support::exit(3_000, 10, 5, 9));
+        world.tick(10_000_000_000);
+        assert_eq!(tree(&world, 5), 50 * MIB, "the sharer still holds it");
+        world.exit(&test_support::exit(4_000, 11, 5, 9));
+        assert_eq!(tree(&world, 5), 50 * MIB, "not yet torn down");
+        world.mm_gone(&test_support::mm_gone(5_000, 10, 77, 60 * MIB));
+        assert_eq!((tree(&world, 5), world.spaces()), (0, 0));
+        assert_eq!(world.processes.get((10, test_support::start(10))).unwrap().peak, Some(60 * MIB));
     }
 
     #[test]
     fn exec_replaces_and_attach_moves_memory() {
-        let mut b = World::default();
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
-        b.attach(&sample::attach(1_500, 10, 6));
-        assert_eq!((tree(&b, 5), tree(&b, 6)), (0, 50 * MIB));
-        b.exec(&sample::exec(2_000, 10, 6, "new", 10, 78));
-        assert_eq!((tree(&b, 6), b.spaces()), (0, 1));
-        b.rss(&sample::rss(3_000, 10, 6, 78, 3 * MIB));
-        let row = b.processes.get((10, sample::start(10))).unwrap();
-        assert_eq!((tree(&b, 6), row.peak), (3 * MIB, Some(3 * MIB)));
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.attach(&test_support::attach(1_500, 10, 6));
+        assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 50 * MIB));
+        world.exec(&test_support::exec(2_000, 10, 6, "new", 10, 78));
+        assert_eq!((tree(&world, 6), world.spaces()), (0, 1));
+        world.rss(&test_support::rss(3_000, 10, 6, 78, 3 * MIB));
+        let row = world.processes.get((10, test_support::start(10))).unwrap();
+        assert_eq!((tree(&world, 6), row.peak), (3 * MIB, Some(3 * MIB)));
     }
 
     #[test]
-    fn memory_nobody_saw_torn_down_is_dropped_after_a_while_and_late_records_do_not_bring_it_back() {
-        let mut b = World::default();
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
-        b.exit(&sample::exit(2_000, 10, 5, 0));
-        b.tick(2_000 + DYING_NS + 1);
-        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
-        b.rss(&sample::rss(1_500, 10, 5, 77, 50 * MIB));
-        assert_eq!((tree(&b, 5), b.spaces()), (0, 0));
+    fn memory_without_a_teardown_record_is_dropped_and_late_records_do_not_restore_it() {
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.exit(&test_support::exit(2_000, 10, 5, 0));
+        world.tick(2_000 + DYING_NS + 1);
+        assert_eq!((tree(&world, 5), world.spaces()), (0, 0));
+        world.rss(&test_support::rss(1_500, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), world.spaces()), (0, 0));
     }
 
     #[test]
     fn an_identity_taken_over_while_the_old_space_is_dying_is_a_new_space() {
-        let mut b = World::default();
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
-        b.exit(&sample::exit(2_000, 10, 5, 0));
-        b.rss(&sample::rss(3_000, 11, 6, 77, 20 * MIB));
-        assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1));
-        b.tick(2_000 + DYING_NS + 1);
-        assert_eq!(tree(&b, 6), 20 * MIB, "the dying one was another");
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.exit(&test_support::exit(2_000, 10, 5, 0));
+        world.rss(&test_support::rss(3_000, 11, 6, 77, 20 * MIB));
+        assert_eq!((tree(&world, 5), tree(&world, 6), world.spaces()), (0, 20 * MIB, 1));
+        world.tick(2_000 + DYING_NS + 1);
+        assert_eq!(tree(&world, 6), 20 * MIB, "the dying one was another");
     }
 
     #[test]
     fn records_of_an_older_space_do_not_touch_the_one_that_has_its_identity_now() {
         for exit_first in [true, false] {
-            let mut b = World::default();
-            b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
+            let mut world = World::default();
+            world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
             if exit_first {
-                b.exit(&sample::exit(2_000, 10, 5, 0));
+                world.exit(&test_support::exit(2_000, 10, 5, 0));
             }
-            b.rss(&sample::rss(11_000, 11, 6, 77, 20 * MIB));
-            b.exit(&sample::exit(2_000, 10, 5, 0));
-            let mut falling = sample::rss(9_000, 10, 5, 77, 40 * MIB);
+            world.rss(&test_support::rss(11_000, 11, 6, 77, 20 * MIB));
+            world.exit(&test_support::exit(2_000, 10, 5, 0));
+            let mut falling = test_support::rss(9_000, 10, 5, 77, 40 * MIB);
             falling.flags = wire::RSS_DYING;
-            b.rss(&falling);
-            b.mm_gone(&sample::mm_gone(10_000, 10, 77, 60 * MIB));
-            assert_eq!((tree(&b, 5), tree(&b, 6), b.spaces()), (0, 20 * MIB, 1), "{exit_first}");
-            assert_eq!(b.processes.get((10, sample::start(10))).unwrap().peak, Some(60 * MIB));
-            b.tick(20_000 + DYING_NS);
-            assert_eq!(tree(&b, 6), 20 * MIB);
-            b.exit(&sample::exit(30_000, 11, 6, 0));
-            b.mm_gone(&sample::mm_gone(31_000, 11, 77, 20 * MIB));
-            assert_eq!((tree(&b, 6), b.spaces()), (0, 0));
+            world.rss(&falling);
+            world.mm_gone(&test_support::mm_gone(10_000, 10, 77, 60 * MIB));
+            assert_eq!((tree(&world, 5), tree(&world, 6), world.spaces()), (0, 20 * MIB, 1), "{exit_first}");
+            assert_eq!(world.processes.get((10, test_support::start(10))).unwrap().peak, Some(60 * MIB));
+            world.tick(20_000 + DYING_NS);
+            assert_eq!(tree(&world, 6), 20 * MIB);
+            world.exit(&test_support::exit(30_000, 11, 6, 0));
+            world.mm_gone(&test_support::mm_gone(31_000, 11, 77, 20 * MIB));
+            assert_eq!((tree(&world, 6), world.spaces()), (0, 0));
         }
     }
 
     #[test]
     fn a_process_that_execs_back_onto_an_identity_keeps_its_memory() {
-        let mut b = World::default();
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
-        b.rss(&sample::rss(11_000, 10, 5, 78, MIB));
-        b.rss(&sample::rss(13_000, 10, 5, 77, 20 * MIB));
-        b.mm_gone(&sample::mm_gone(10_000, 10, 77, 50 * MIB));
-        b.mm_gone(&sample::mm_gone(12_000, 10, 78, MIB));
-        assert_eq!((tree(&b, 5), b.spaces()), (20 * MIB, 1));
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(11_000, 10, 5, 78, MIB));
+        world.rss(&test_support::rss(13_000, 10, 5, 77, 20 * MIB));
+        world.mm_gone(&test_support::mm_gone(10_000, 10, 77, 50 * MIB));
+        world.mm_gone(&test_support::mm_gone(12_000, 10, 78, MIB));
+        assert_eq!((tree(&world, 5), world.spaces()), (20 * MIB, 1));
     }
 
     #[test]
     fn a_found_process_is_replaced_by_its_records_and_not_the_other_way_round() {
-        let mut b = World::default();
-        let ticks = b.processes.ticks(sample::start(10));
+        let mut world = World::default();
+        let ticks = world.processes.ticks(test_support::start(10));
         let found = ProcessFound {
             pid: 10,
             start_ticks: ticks,
@@ -536,59 +541,59 @@ mod tests {
             comm: "old\x1b".into(),
             ..ProcessFound::default()
         };
-        b.process_found(&found);
-        assert_eq!(tree(&b, 5), 40 * MIB);
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
-        assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
-        b.process_found(&found);
-        assert_eq!((tree(&b, 5), b.processes.len(), b.spaces()), (50 * MIB, 1, 1));
+        world.process_found(&found);
+        assert_eq!(tree(&world, 5), 40 * MIB);
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), world.processes.len(), world.spaces()), (50 * MIB, 1, 1));
+        world.process_found(&found);
+        assert_eq!((tree(&world, 5), world.processes.len(), world.spaces()), (50 * MIB, 1, 1));
     }
 
     #[test]
-    fn a_process_is_not_called_by_the_name_of_a_thread() {
-        let mut b = World::default();
-        let name = |b: &World| b.processes.get((10, sample::start(10))).unwrap().comm.clone();
-        let thread = |tid, comm| wire::Task { tid, ..sample::named(10, comm) };
-        let mut rss = sample::rss(1_000, 10, 5, 77, MIB);
+    fn a_process_does_not_take_the_name_of_a_thread() {
+        let mut world = World::default();
+        let name = |world: &World| world.processes.get((10, test_support::start(10))).unwrap().comm.clone();
+        let thread = |tid, comm| wire::Task { tid, ..test_support::named(10, comm) };
+        let mut rss = test_support::rss(1_000, 10, 5, 77, MIB);
         rss.task = thread(12, "worker");
-        b.rss(&rss);
-        assert_eq!(name(&b), "worker", "better than none");
+        world.rss(&rss);
+        assert_eq!(name(&world), "worker", "better than none");
         rss.task = thread(10, "server");
-        b.rss(&rss);
+        world.rss(&rss);
         rss.task = thread(12, "worker");
-        b.rss(&rss);
-        assert_eq!(name(&b), "server");
-        let mut exec = sample::exec(2_000, 10, 5, "next", 0, 78);
+        world.rss(&rss);
+        assert_eq!(name(&world), "server");
+        let mut exec = test_support::exec(2_000, 10, 5, "next", 0, 78);
         exec.task.tid = 12;
-        b.exec(&exec);
-        assert_eq!(name(&b), "next");
-        let mut exit = sample::exit(3_000, 10, 5, 0);
+        world.exec(&exec);
+        assert_eq!(name(&world), "next");
+        let mut exit = test_support::exit(3_000, 10, 5, 0);
         exit.task = thread(13, "last");
-        b.exit(&exit);
-        assert_eq!(name(&b), "next");
+        world.exit(&exit);
+        assert_eq!(name(&world), "next");
     }
 
     #[test]
     fn a_reused_pid_ends_the_older_process() {
-        let mut b = World::default();
-        b.rss(&sample::rss(1_000, 10, 5, 77, 50 * MIB));
-        let mut second = sample::rss(2_000, 10, 5, 78, MIB);
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        let mut second = test_support::rss(2_000, 10, 5, 78, MIB);
         second.task.start_boot_ns += 1_000_000_000;
-        b.rss(&second);
-        let first = b.processes.get((10, sample::start(10))).unwrap();
+        world.rss(&second);
+        let first = world.processes.get((10, test_support::start(10))).unwrap();
         assert_eq!(first.exited, Some((2_000, None)));
-        assert_eq!(b.tasks(Some(5)).0.len(), 1);
+        assert_eq!(world.tasks(Some(5)).0.len(), 1);
     }
 
     #[test]
-    fn growth_knows_what_it_does_not_know() {
-        let mut b = World::default();
-        let s = sample::start(10);
-        b.rss(&sample::rss(s + 20_000_000_000, 10, 5, 77, 50 * MIB));
-        b.rss(&sample::rss(s + 20_050_000_000, 10, 5, 77, 70 * MIB));
-        let g = &b.growth(s + 20_200_000_000, |_| true)[0];
+    fn growth_before_the_first_reading_is_unknown() {
+        let mut world = World::default();
+        let s = test_support::start(10);
+        world.rss(&test_support::rss(s + 20_000_000_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(s + 20_050_000_000, 10, 5, 77, 70 * MIB));
+        let g = &world.growth(s + 20_200_000_000, |_| true)[0];
         assert_eq!((g.rss_bytes, g.last_100ms_bytes, g.last_1s_bytes), (70 * MIB, Some(0), None));
-        let g = &b.growth(s + 20_140_000_000, |_| true)[0];
+        let g = &world.growth(s + 20_140_000_000, |_| true)[0];
         assert_eq!(g.last_100ms_bytes, Some(20 * MIB as i64));
     }
 }

@@ -1,4 +1,6 @@
-//! Processes by (pid, start): who they are, which address space they use, how they grew.
+//! Processes by (pid, start on the boot clock), because the kernel uses a pid again. A process that
+//! ran already when tracing began has its start in clock ticks only, until a record has the exact
+//! start.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -6,15 +8,16 @@ use memtrace_common::event::Task;
 
 use crate::decode::field_text;
 
-/// Most processes known at once, dead ones included.
-pub(crate) const PROCESSES_CAP: usize = 32_768;
-/// A dead process is forgotten after this.
+/// Processes in the table, with exited ones. At the cap the longest dead are dropped first, then
+/// the longest silent.
+pub const PROCESSES_CAP: usize = 32_768;
+/// An exited process stays in the table for this long, so that incidents that close later list it.
 const DEAD_KEEP_NS: u64 = 60_000_000_000;
-/// Dead processes that room is kept for.
+/// Exited processes that memory is kept allocated for; above four times as many it is given back.
 const DEAD_ROOM: usize = 1024;
-/// Processes forgotten at once when the table is full.
+/// Processes dropped at once when the table is full, because sorting it for each would be slow.
 const EVICT_BATCH: usize = 1024;
-/// Readings of one process' history.
+/// Readings in the history of one process; older ones are thinned.
 const HISTORY_CAP: usize = 64;
 
 /// Process id and start on the boot clock.
@@ -23,11 +26,12 @@ pub(crate) type ProcessKey = (u32, u64);
 /// One process.
 #[derive(Clone, Debug)]
 pub(crate) struct ProcessRow {
-    /// Unique for the life of the engine, also when the key becomes exact.
+    /// Unique for the life of the engine. Unlike the key it does not change when the start becomes
+    /// exact.
     pub(crate) serial: u64,
     pub(crate) pid: u32,
     pub(crate) start_boot_ns: u64,
-    /// False: found running, `start_boot_ns` is `start_ticks` times the tick.
+    /// Whether `start_boot_ns` is exact. Otherwise it is computed from `start_ticks`.
     pub(crate) exact: bool,
     pub(crate) start_ticks: u64,
     pub(crate) parent_pid: u32,
@@ -36,10 +40,10 @@ pub(crate) struct ProcessRow {
     pub(crate) cgroup: Option<u64>,
     /// Serial of its address space.
     pub(crate) mm: Option<u64>,
-    /// Highest sum of anon, file and shmem over its program images.
+    /// Highest sum of anon, file and shmem of its current program, in bytes.
     pub(crate) peak: Option<u64>,
     pub(crate) max_rss: Option<u64>,
-    /// When it exited (or was found gone) and its exit code.
+    /// When it exited, or was found to be gone, and its exit code.
     pub(crate) exited: Option<(u64, Option<u32>)>,
     pub(crate) history: History,
     pub(crate) last_ns: u64,
@@ -50,8 +54,9 @@ impl ProcessRow {
         (self.pid, self.start_boot_ns)
     }
 
-    /// Takes its name from a thread: the first one's is the process', another's only where there is none.
-    pub(crate) fn called(&mut self, task: &Task) {
+    /// Takes the name from a thread. The main thread's name is that of the process; the name of
+    /// another thread is used only while there is none.
+    pub(crate) fn update_comm(&mut self, task: &Task) {
         if task.tid == task.tgid || self.comm.is_empty() {
             let name = comm(task);
             if !name.is_empty() && self.comm != name {
@@ -65,10 +70,11 @@ impl ProcessRow {
     }
 }
 
-/// Resident memory of one process over the last seconds, coarser with age. For growth, so the last value of each
-/// bucket is kept, not the highest.
+/// Resident memory of one process over the last 20 seconds and more, coarser with age. It is used
+/// to compute growth, so each bucket keeps its last value and not its highest.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
+    /// Time and bytes, oldest first. Cap: [`HISTORY_CAP`].
     points: VecDeque<(u64, u64)>,
 }
 
@@ -104,7 +110,7 @@ impl History {
         self.points = kept;
     }
 
-    /// The last value at or before a moment.
+    /// The last value at or before a moment, in bytes.
     pub(crate) fn at(&self, boot_ns: u64) -> Option<u64> {
         self.points.iter().rev().find(|(ns, _)| *ns <= boot_ns).map(|(_, rss)| *rss)
     }
@@ -117,8 +123,9 @@ impl History {
 /// All processes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Processes {
+    /// Cap: [`PROCESSES_CAP`].
     rows: BTreeMap<ProcessKey, ProcessRow>,
-    /// Dead processes, oldest first; at most as many as rows ever died within [`DEAD_KEEP_NS`], see `tick`.
+    /// Exited processes, oldest first. Cap: [`PROCESSES_CAP`].
     dead: VecDeque<(u64, ProcessKey)>,
     next_serial: u64,
     pub(crate) ticks_per_second: u64,
@@ -131,12 +138,12 @@ impl Processes {
         self.rows.len()
     }
 
-    /// Processes that live.
+    /// Processes that have not exited.
     pub(crate) fn live(&self) -> usize {
         self.rows.len().saturating_sub(self.dead())
     }
 
-    /// Processes that are dead and remembered.
+    /// Processes that have exited and are still in the table.
     pub(crate) fn dead(&self) -> usize {
         self.dead.len()
     }
@@ -167,7 +174,7 @@ impl Processes {
         u64::try_from(ns).unwrap_or(u64::MAX)
     }
 
-    /// The row of a process; one that was found running gets its exact start.
+    /// The key of a process. A row whose start is known in clock ticks only gets the exact start.
     pub(crate) fn find(&mut self, pid: u32, start_boot_ns: u64) -> Option<ProcessKey> {
         let key = (pid, start_boot_ns);
         if self.rows.get(&key).is_some_and(|row| row.exact) {
@@ -183,13 +190,14 @@ impl Processes {
         Some(key)
     }
 
-    /// The row of a process found running, by its start in clock ticks.
+    /// The key of a process by its start in clock ticks. One tick of difference is tolerated,
+    /// because the kernel rounds.
     pub(crate) fn find_by_ticks(&self, pid: u32, start_ticks: u64) -> Option<ProcessKey> {
         let ticks_of = |r: &ProcessRow| if r.exact { self.ticks(r.start_boot_ns) } else { r.start_ticks };
         self.of_pid(pid).find(|r| ticks_of(r).abs_diff(start_ticks) <= 1).map(ProcessRow::key)
     }
 
-    /// A new row. The caller has made room and checked that it does not exist.
+    /// Inserts a row. The caller has made room and checked that there is none.
     pub(crate) fn insert(&mut self, key: ProcessKey, exact: bool, start_ticks: u64, boot_ns: u64) {
         self.next_serial += 1;
         let row = ProcessRow {
@@ -212,7 +220,7 @@ impl Processes {
         self.rows.insert(key, row);
     }
 
-    /// Marks a process dead; its address space is handed back.
+    /// Marks a process as exited. Returns the address space that it no longer uses.
     pub(crate) fn exit(&mut self, key: ProcessKey, boot_ns: u64, code: Option<u32>) -> Option<u64> {
         let row = self.rows.get_mut(&key)?;
         if row.exited.is_some() {
@@ -226,7 +234,7 @@ impl Processes {
         row.mm.take()
     }
 
-    /// Forgets the long dead. Returns address spaces that lost a user.
+    /// Drops processes that exited long ago. Returns address spaces that lost a user.
     pub(crate) fn tick(&mut self, now: u64) -> Vec<u64> {
         let mut released = Vec::new();
         while self.dead.front().is_some_and(|(ns, _)| ns.saturating_add(DEAD_KEEP_NS) < now) {
@@ -235,14 +243,15 @@ impl Processes {
                 released.extend(self.rows.remove(&key).and_then(|row| row.mm));
             }
         }
-        // What a fork storm took is given back when it is over.
+        // After a fork storm the memory of the queue is given back.
         if self.dead.capacity() > 4 * self.dead.len().max(DEAD_ROOM) {
             self.dead.shrink_to(DEAD_ROOM);
         }
         released
     }
 
-    /// Makes room for one more: the longest dead first, then the longest silent. Returns released address spaces.
+    /// Makes room for one more process; drops the longest dead first, then the longest silent.
+    /// Returns address spaces that lost a user.
     pub(crate) fn make_room(&mut self) -> Vec<u64> {
         let mut released = Vec::new();
         while self.rows.len() >= PROCESSES_CAP {
@@ -269,7 +278,7 @@ impl Processes {
     }
 }
 
-/// Name of a wire task.
+/// Name of a wire task, escaped where not printable.
 pub(crate) fn comm(task: &Task) -> String {
     field_text(&task.comm)
 }
@@ -313,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_are_counted_apart_and_forgotten_with_the_room_they_took() {
+    fn exited_processes_are_counted_apart_and_give_their_memory_back() {
         let mut t = table();
         for pid in 0..30_000 {
             t.insert((pid, 1), true, 0, 0);
@@ -329,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_go_first_then_the_silent() {
+    fn exited_processes_are_evicted_first_then_the_longest_silent() {
         let mut t = table();
         for pid in 0..PROCESSES_CAP as u32 {
             t.insert((pid, 1), true, 0, u64::from(pid));

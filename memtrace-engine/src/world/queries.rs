@@ -1,19 +1,22 @@
-//! Questions to the world: who is in a cgroup's tree, who grew, what was mapped.
+//! Queries that incidents are built from: the processes of a cgroup's subtree, their growth, and
+//! mapping calls. Results are sorted, so that they do not depend on the order of the tables.
+
+use memtrace_incident::{Growth, MappingNote, TaskRow};
 
 use super::Sums;
 use super::World;
 use super::{ProcessKey, ProcessRow};
-use memtrace_incident::{Growth, MappingNote, TaskRow};
 
-/// Rows of an incident's growth table.
+/// Rows of the growth table of an incident; those that grew least are left out.
 pub(crate) const GROWTH_CAP: usize = 64;
-/// Victims listed in one incident.
+/// Victims listed in one incident; further ones are counted.
 pub(crate) const VICTIMS_CAP: usize = 1024;
-/// Rows of an incident's task table, without those that only a mark of a victim made.
+/// Rows of the task table of an incident, without rows that were added for a marked victim. The
+/// smallest are left out and counted.
 pub(crate) const TASKS_CAP: usize = 1024;
 
 impl World {
-    /// Whether a process is in the tree of a cgroup; without one, everybody is.
+    /// Whether a process is in the subtree of `root`. With `None` every process is.
     pub(crate) fn in_scope(&self, row: &ProcessRow, root: Option<u64>) -> bool {
         match (root, row.cgroup) {
             (None, _) => true,
@@ -22,7 +25,8 @@ impl World {
         }
     }
 
-    /// Live processes of a cgroup's tree (all of them without one), largest first, and how many were left out.
+    /// Live processes of the subtree of `root` (of the machine for `None`), largest first, and how
+    /// many were left out.
     pub(crate) fn tasks(&self, root: Option<u64>) -> (Vec<TaskRow>, u64) {
         let mut rows: Vec<TaskRow> = self
             .processes
@@ -36,10 +40,10 @@ impl World {
         (rows, left_out as u64)
     }
 
-    /// How processes of a tree grew up to a moment, most grown first.
-    pub(crate) fn growth(&self, at_ns: u64, keep: impl Fn(&ProcessRow) -> bool) -> Vec<Growth> {
+    /// How much processes grew up to a moment, largest growth of the last second first.
+    pub(crate) fn growth(&self, at_ns: u64, include: impl Fn(&ProcessRow) -> bool) -> Vec<Growth> {
         let mut rows: Vec<Growth> =
-            self.processes.iter().filter(|row| keep(row)).filter_map(|row| growth_of(row, at_ns)).collect();
+            self.processes.iter().filter(|row| include(row)).filter_map(|row| growth_of(row, at_ns)).collect();
         let grown = |g: &Growth| (g.last_1s_bytes, g.last_10s_bytes, g.last_100ms_bytes, g.rss_bytes);
         rows.sort_by(|a, b| {
             grown(b).cmp(&grown(a)).then_with(|| (a.pid, a.start_boot_ns).cmp(&(b.pid, b.start_boot_ns)))
@@ -48,7 +52,7 @@ impl World {
         rows
     }
 
-    /// Sum over the address spaces of these processes, each counted once.
+    /// Sum over the address spaces of these processes. A shared one counts once.
     pub(crate) fn sum_over(&self, keys: impl Iterator<Item = ProcessKey>) -> Sums {
         let mut serials: Vec<u64> = keys.filter_map(|key| self.processes.get(key)?.mm).collect();
         serials.sort_unstable();
@@ -58,7 +62,8 @@ impl World {
         total
     }
 
-    /// Notes of a tree up to a moment, oldest first.
+    /// Mapping notes of the subtree of `root` within a window, oldest first; the newest `cap` of
+    /// them.
     pub(crate) fn notes(&self, root: Option<u64>, from_ns: u64, to_ns: u64, cap: usize) -> Vec<MappingNote> {
         let mut notes: Vec<MappingNote> = self
             .cgroups
@@ -74,7 +79,7 @@ impl World {
     }
 }
 
-/// anon, file and shmem of a task row.
+/// Resident memory of a task row in bytes: anon, file and shmem.
 pub(crate) fn resident(t: &TaskRow) -> u64 {
     t.anon_bytes.saturating_add(t.file_bytes).saturating_add(t.shmem_bytes)
 }

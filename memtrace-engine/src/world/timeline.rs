@@ -1,37 +1,42 @@
-//! The memory curve of a cgroup: bounded, fine near now and coarser with age; peaks survive thinning.
+//! The memory curve of a cgroup. It has a cap, is fine near now and coarser with age, and keeps
+//! peaks when it is thinned.
+//!
+//! A curve has tiers. The newest tier has every reading; each older tier has buckets of a fixed
+//! width and keeps the highest reading of each. A reading moves to the next tier when it is too old
+//! or when its tier is full.
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 
 use memtrace_common::event::{NO_LIMIT, UNKNOWN};
-
-use crate::decode::{Reading, known};
 use memtrace_incident::Columns;
 
-/// Everything is kept this long, up to [`FINE_CAP`] readings.
+use crate::decode::{Reading, known};
+
+/// Every reading stays this long, up to [`FINE_CAP`] of them.
 const FINE_NS: u64 = 2_000_000_000;
-/// Then at least [`MID_SPACING_NS`] apart up to this age.
+/// Up to this age, buckets of [`MID_SPACING_NS`].
 const MID_NS: u64 = 10_000_000_000;
 const MID_SPACING_NS: u64 = 10_000_000;
-/// Then at least [`COARSE_SPACING_NS`] apart up to this age.
+/// Up to this age, buckets of [`COARSE_SPACING_NS`].
 const COARSE_NS: u64 = 60_000_000_000;
 const COARSE_SPACING_NS: u64 = 100_000_000;
-/// Then at least this far apart.
+/// Width of the oldest buckets.
 const OLD_SPACING_NS: u64 = 1_000_000_000;
-/// Longest history, whatever the settings say.
-pub(crate) const MAX_BEFORE_NS: u64 = 600_000_000_000;
+/// Longest history. A longer setting is cut to it.
+pub const MAX_BEFORE_NS: u64 = 600_000_000_000;
 
 const FINE_CAP: usize = 2048;
 const MID_CAP: usize = 1024;
 const COARSE_CAP: usize = 512;
 const OLD_CAP: usize = 608;
-/// Most readings of one timeline.
+/// Readings of one timeline; the oldest are dropped.
 pub(crate) const TIMELINE_CAP: usize = FINE_CAP + MID_CAP + COARSE_CAP + OLD_CAP;
 
-/// Largest value of one counter that is believed: sums over [`crate::world::PROCESSES_CAP`] of them fit a `u64`.
+/// Counters are cut to this value. Sums over [`crate::world::PROCESSES_CAP`] of them fit a `u64`.
 const SANE_BYTES: u64 = 1 << 48;
 
-/// Resident memory by kind.
+/// Resident memory and swap entries by kind, in bytes, of one address space or summed over several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sums {
     pub(crate) anon: u64,
@@ -41,7 +46,7 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// From a record; what could not be read keeps its older value.
+    /// The sums of a record. A value that could not be read is that of `older`.
     pub(crate) fn from_wire(rss: &memtrace_common::event::Rss, older: Self) -> Self {
         let value = |now: u64, old: u64| if now == UNKNOWN { old } else { now.min(SANE_BYTES) };
         Self {
@@ -84,7 +89,8 @@ impl Sums {
     }
 }
 
-/// One reading of the curve. 88 bytes: unknowns are the wire's values inside and `None` at the accessors.
+/// One reading of the curve, in bytes. It stores unknown values as on the wire, which keeps it at
+/// 88 bytes; the accessors return `None` for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Point {
     pub(crate) boot_ns: u64,
@@ -94,7 +100,7 @@ pub(crate) struct Point {
     swap_usage: u64,
     swap_limit: u64,
     pub(crate) sums: Sums,
-    /// Readings left out in favour of this one.
+    /// How many other readings were left out for this one.
     merged: u32,
 }
 
@@ -132,12 +138,13 @@ impl Point {
         known(self.swap_limit).filter(|limit| *limit != NO_LIMIT)
     }
 
-    /// How high the curve is here: usage where known, which beats any sum of resident memory.
+    /// The height of the curve for comparisons: usage, or resident memory when usage is unknown.
+    /// Any known usage counts as higher than any sum.
     fn height(&self) -> (bool, u64) {
         self.usage().map_or((false, self.sums.resident()), |usage| (true, usage))
     }
 
-    /// The higher of two readings; the other is counted into it.
+    /// The higher of two readings, which counts the other one as left out.
     fn merge(self, other: Self) -> Self {
         let merged = self.merged.saturating_add(other.merged).saturating_add(1);
         let higher = if other.height() >= self.height() { other } else { self };
@@ -145,12 +152,15 @@ impl Point {
     }
 }
 
-/// Readings in order of time: of each bucket of `spacing_ns` the highest, with a spacing of 0 all of them.
+/// Readings in order of time. Of each bucket of `spacing_ns` it keeps the highest reading; with a
+/// spacing of 0 it keeps all.
 #[derive(Clone, Debug, Default)]
 struct Tier {
     spacing_ns: u64,
-    /// Also the last of each bucket: a curve that falls and then rests would rest on its peak.
+    /// Whether each bucket keeps its last reading too. Without it, a curve that falls and then has
+    /// no readings would seem to stay at its peak.
     and_last: bool,
+    /// Cap: that of the owner, [`TIMELINE_CAP`] or [`CURVE_CAP`].
     points: VecDeque<Point>,
 }
 
@@ -159,7 +169,7 @@ impl Tier {
         Self { spacing_ns, and_last: true, points: VecDeque::new() }
     }
 
-    /// As many readings as buckets.
+    /// A tier with one reading for each bucket.
     fn of_peaks(spacing_ns: u64) -> Self {
         Self { and_last: false, ..Self::new(spacing_ns) }
     }
@@ -195,7 +205,7 @@ impl Tier {
         }
     }
 
-    /// Whether there is a reading at this place, in the same bucket as that moment.
+    /// Whether there is a reading at `index` and it is in the same bucket as `boot_ns`.
     fn shares_bucket(&self, index: usize, boot_ns: u64) -> bool {
         self.points.get(index).is_some_and(|p| self.same_bucket(p.boot_ns, boot_ns))
     }
@@ -204,7 +214,7 @@ impl Tier {
         self.points.back().map(|p| p.boot_ns)
     }
 
-    /// Moves what is older than `horizon`, and what is above `cap`, into the next tier.
+    /// Moves readings that are older than `horizon` or above `cap` into the next tier.
     fn spill(&mut self, next: &mut Self, horizon: u64, cap: usize) {
         while self.points.len() > cap || self.points.front().is_some_and(|p| p.boot_ns < horizon) {
             let Some(point) = self.points.pop_front() else { break };
@@ -213,7 +223,7 @@ impl Tier {
     }
 }
 
-/// The curve of one cgroup over the last `before_ns`; at most `TIMELINE_CAP` readings.
+/// The curve of one cgroup over the last `before_ns`. Cap: [`TIMELINE_CAP`].
 #[derive(Clone, Debug)]
 pub(crate) struct Timeline {
     fine: Tier,
@@ -236,7 +246,7 @@ impl Default for Timeline {
 }
 
 impl Timeline {
-    /// Adds a reading; tolerates readings that come out of order.
+    /// Adds a reading. Readings may come out of order.
     pub(crate) fn insert(&mut self, point: Point, before_ns: u64) {
         let before_ns = before_ns.min(MAX_BEFORE_NS);
         let ns = point.boot_ns;
@@ -254,10 +264,11 @@ impl Timeline {
         } else {
             self.old.insert(point);
         }
-        self.settle(before_ns);
+        self.enforce_caps(before_ns);
     }
 
-    fn settle(&mut self, before_ns: u64) {
+    /// Moves readings between tiers and drops those that are too old or above the caps.
+    fn enforce_caps(&mut self, before_ns: u64) {
         let ago = |age: u64| self.newest_ns.saturating_sub(age);
         let (fine, mid, coarse, all) = (ago(FINE_NS), ago(MID_NS), ago(COARSE_NS), ago(before_ns));
         self.fine.spill(&mut self.mid, fine, FINE_CAP);
@@ -281,7 +292,7 @@ impl Timeline {
         *self = Self { newest_ns: self.newest_ns, ..Self::default() };
     }
 
-    /// Readings of a span, oldest first.
+    /// Readings within a span of boot-clock times, oldest first.
     pub(crate) fn rows(&self, span: RangeInclusive<u64>) -> impl Iterator<Item = &Point> {
         [&self.old, &self.coarse, &self.mid, &self.fine]
             .into_iter()
@@ -290,13 +301,14 @@ impl Timeline {
     }
 }
 
-/// A curve of any length in a fixed number of readings: the spacing doubles whenever it is full.
+/// A curve of any duration in at most [`CURVE_CAP`] readings: the width of its buckets doubles
+/// whenever it is full.
 #[derive(Clone, Debug)]
 pub(crate) struct Curve {
     tier: Tier,
 }
 
-/// Most readings of one [`Curve`].
+/// Readings of one [`Curve`].
 pub(crate) const CURVE_CAP: usize = 8192;
 const CURVE_FIRST_SPACING_NS: u64 = 1_000_000;
 
@@ -331,7 +343,7 @@ impl Curve {
     }
 }
 
-/// Rows as the file has them, and how many readings were left out in their favour.
+/// Readings as columns of the incident file, and how many readings were left out for them.
 pub(crate) fn columns<'a>(points: impl Iterator<Item = &'a Point>) -> (Columns, u64) {
     let mut columns = Columns::default();
     let mut thinned = 0u64;
@@ -353,8 +365,9 @@ pub(crate) fn columns<'a>(points: impl Iterator<Item = &'a Point>) -> (Columns, 
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
 
     const BEFORE: u64 = 30_000_000_000;
 
@@ -387,10 +400,11 @@ mod tests {
         for pair in points.windows(2) {
             let age = newest - pair[1].boot_ns;
             let gap = pair[1].boot_ns - pair[0].boot_ns;
-            // Buckets are aligned, so neighbours of two buckets may be closer; two buckets on they are not.
+            // Buckets are aligned, so readings of two neighbouring buckets may be closer than their
+            // width.
             assert!(gap > 0 && (age > FINE_NS || gap == 1_000_000), "{age} {gap}");
         }
-        // Where the curve falls within a bucket it has two.
+        // A bucket within which the curve falls has two readings.
         assert!(points.len() < 2001 + 802 + 202 + 30_000 / 977, "{}", points.len());
         assert_eq!(columns(points.iter()).1 + points.len() as u64, 30_000);
         assert_eq!(points.iter().filter_map(Point::usage).max(), Some(976));
@@ -419,9 +433,9 @@ mod tests {
             curve.insert(at(ns, usage));
         }
         t.insert(at(9_000_000_000, 20), BEFORE);
-        let told = |points: Vec<Point>| points.iter().filter_map(Point::usage).collect::<Vec<_>>();
-        assert_eq!(told(rows(&t)), [999, 20, 20]);
-        assert!(told(curve.rows().copied().collect()).ends_with(&[999, 20]));
+        let usages = |points: Vec<Point>| points.iter().filter_map(Point::usage).collect::<Vec<_>>();
+        assert_eq!(usages(rows(&t)), [999, 20, 20]);
+        assert!(usages(curve.rows().copied().collect()).ends_with(&[999, 20]));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Tests of the codec: round trips, damage, bombs, lists that are too long.
+//! Tests of the codec: round trips, damaged files, zip bombs, and lists above their cap.
 
 use std::io::Write;
 
@@ -74,7 +74,7 @@ fn a_bomb_is_refused_at_the_cap() {
     assert!(bomb.len() < 4096);
     assert!(matches!(measure(&bomb, 1 << 20), Err(Unreadable::TooLarge { .. })));
     assert!(measure(&bomb, 4 << 20).is_ok());
-    // The whole of it: a frame that claims and holds more than the real cap.
+    // The real cap: a frame that holds more than MAX_JSON_BYTES.
     let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
     let zeros = vec![b' '; 1 << 20];
     for _ in 0..=(MAX_JSON_BYTES >> 20) {

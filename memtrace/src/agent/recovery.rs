@@ -1,4 +1,4 @@
-//! What the run before left open: its journal replayed, before this one begins.
+//! Recovery from a run that did not stop properly: its journal is replayed before the new run begins.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,28 +7,28 @@ use anyhow::Context;
 use tracing::{error, info, warn};
 
 use super::sinks::Sinks;
-use crate::store::journal;
-use crate::store::ledger::{self, Entry, Ledger};
-use memtrace_engine::Engine;
-use memtrace_engine::Out;
+use crate::store::journal::{self, JournalReader, OpenError};
+use crate::store::ledger::{self, Ledger, LedgerEntry};
 use memtrace_engine::input::{Fact, Input};
 use memtrace_engine::output::Output;
+use memtrace_engine::{Engine, Out};
 
-/// Where the journal of the run before is kept, below the journal's directory.
+/// Subdirectory of the journal's directory for the journal of the previous run.
 const PREVIOUS: &str = "previous";
 
-/// Closes what a run that did not stop properly left open: replays its journal, adds the kills and SIGKILLs that the
-/// ledgers lack and saves what is not saved yet.
+/// Replays the journal in `dir` unless its run stopped properly: closes the incidents that were open, saves those that
+/// are not on disk, and adds the kills and SIGKILLs that the ledgers lack.
 ///
-/// Incident ids come from the event itself, so an incident that was saved is met again under its own id. The old
-/// journal is moved aside and stays readable until the next recovery.
+/// Incident ids come from the event itself, so an incident that was saved has the same id in the replay. The journal is
+/// then moved to a subdirectory and stays readable until the next start. A journal that cannot be opened is logged and
+/// left where it is.
 pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
-    let mut reader = match journal::Reader::open(dir) {
+    let mut reader = match JournalReader::open(dir) {
         Ok(reader) => reader,
-        Err(journal::OpenError::Empty { .. }) => return Ok(()),
-        Err(journal::OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(OpenError::Empty { .. }) => return Ok(()),
+        Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => {
-            warn!("journal of the last run: {error}; nothing is recovered from it");
+            warn!("journal of the previous run: {error}; nothing is recovered from it");
             return Ok(());
         }
     };
@@ -43,15 +43,15 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
                 engine.apply(&input, &mut out);
             }
             Ok(None) => break,
-            Err(error) => warn!("journal of the last run: {error}"),
+            Err(error) => warn!("journal of the previous run: {error}"),
         }
-        // What a session would do is over, alerts were sent: a long journal must not pile them up.
+        // The others are not needed, and would pile up over a long journal.
         out.requests.clear();
         out.outputs.retain(|output| matches!(output, Output::Save(_) | Output::Kill(_) | Output::Sigkill(_)));
     }
     let stats = reader.stats();
     if stats.torn_bytes > 0 {
-        warn!("journal of the last run: dropped a torn tail of {} bytes", stats.torn_bytes);
+        warn!("journal of the previous run: dropped a torn tail of {} bytes", stats.torn_bytes);
     }
     if !stopped {
         engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
@@ -64,7 +64,7 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
             }
         }
         let failures = &mut sinks.counters.write_failures;
-        // The ledgers first, as in a run.
+        // The ledgers first, as in a live run.
         let kills = add_missing(replayed, &mut sinks.kills, failures);
         let sigkills = add_missing(sent, &mut sinks.sigkills, failures);
         let incidents = save_incidents(out.outputs, sinks);
@@ -73,15 +73,15 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
             recovered = incidents,
             kills,
             sigkills,
-            "the last run did not stop properly; replayed its journal"
+            "the previous run did not stop properly: replayed its journal"
         );
     }
     journal::set_aside(dir, PREVIOUS)
         .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
 }
 
-/// Adds the entries that a ledger does not have; how many.
-fn add_missing<E: Entry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, failures: &mut u64) -> u64 {
+/// Adds the entries that a ledger lacks; how many were added.
+fn add_missing<E: LedgerEntry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, failures: &mut u64) -> u64 {
     if entries.is_empty() {
         return 0;
     }
@@ -103,7 +103,7 @@ fn add_missing<E: Entry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, failures: 
     }
 }
 
-/// Saves the incidents that are not on disk; how many.
+/// Saves the incidents that are not on disk; how many were saved.
 fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
     let known: BTreeSet<String> =
         sinks.incidents.list().unwrap_or_default().into_iter().map(|entry| entry.id).collect();

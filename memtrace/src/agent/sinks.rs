@@ -1,4 +1,4 @@
-//! Where the session's outputs end up: ledgers, incident files, log, counters.
+//! Where the outputs of the session go: ledgers, incident files, log and counters.
 
 use std::collections::VecDeque;
 use std::fs::{DirBuilder, File, Metadata};
@@ -11,48 +11,49 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tracing::{error, info, warn};
 
-use super::Options;
-use super::naming::Naming;
+use super::AgentConfig;
+use super::symbolize_queue::SymbolizeQueue;
 use crate::serve::Counters;
-use crate::store::incidents::Incidents;
-use crate::store::ledger::{Entry, Ledger};
+use crate::store::incidents::IncidentStore;
+use crate::store::ledger::{Ledger, LedgerEntry};
 use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
 use memtrace_incident::{KillEntry, SigkillEntry};
 
-/// Where outputs end up.
+/// Takes the outputs of the session.
 pub(super) struct Sinks {
-    pub(super) incidents: Incidents,
+    pub(super) incidents: IncidentStore,
     pub(super) kills: Ledger<KillEntry>,
     pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
-    /// Closed incidents that are not written yet. The engine closes at most as many at once as it keeps open.
+    /// Closed incidents that are not written yet. Cap: what the engine keeps open at once.
     saves: VecDeque<Box<Incident>>,
-    /// Held as long as the agent runs: two agents on one state directory would write each incident twice, two on one
-    /// journal would move it away under each other.
+    /// Held while the agent runs: two agents with one state directory would each write every incident, and two with
+    /// one journal would move its segments away from each other.
     _locks: (Lock, Option<Lock>),
 }
 
 impl Sinks {
-    pub(super) fn open(options: &Options) -> anyhow::Result<Self> {
-        let dir = &options.state_dir;
-        let incidents =
-            Incidents::create(dir).with_context(|| format!("failed to use the state directory {}", dir.display()))?;
+    pub(super) fn open(config: &AgentConfig) -> anyhow::Result<Self> {
+        let dir = &config.state_dir;
+        let incidents = IncidentStore::create(dir)
+            .with_context(|| format!("failed to use the state directory {}", dir.display()))?;
         let state = Lock::take(dir)?.with_context(|| {
             format!("another memtrace agent runs on {}; stop it or choose another --state-dir", dir.display())
         })?;
-        let journal = options.session.journal.as_ref().map(|(dir, _)| lock_journal(dir, &state)).transpose()?.flatten();
+        let journal =
+            config.session.journal.as_ref().map(|journal| lock_journal(&journal.dir, &state)).transpose()?.flatten();
         let (kills, sigkills) = (open_ledger(dir)?, open_ledger(dir)?);
         let counters = Counters::default();
         Ok(Self { incidents, kills, sigkills, counters, saves: VecDeque::new(), _locks: (state, journal) })
     }
 
-    /// Does at once what must not wait, and remembers what has to be saved.
+    /// Writes kills and SIGKILLs to their ledgers at once and queues the incidents to be saved.
     pub(super) fn take(&mut self, outputs: Vec<Output>) {
         let mut sigkills = Vec::new();
         for output in outputs {
             match output {
-                // The ledger: a kill is durable before anything that takes longer.
+                // A kill is durable before anything that takes longer.
                 Output::Kill(kill) => {
                     self.counters.kills = self.counters.kills.saturating_add(1);
                     if let Err(error) = self.kills.append(std::slice::from_ref(&kill)) {
@@ -61,14 +62,14 @@ impl Sinks {
                     }
                 }
                 Output::Sigkill(sigkill) => sigkills.push(sigkill),
-                Output::Alert(finding) => self.tell(&finding),
+                Output::Alert(finding) => self.report(&finding),
                 Output::Save(incident) => self.saves.push_back(incident),
             }
         }
-        self.note_sigkills(&sigkills);
+        self.append_sigkills(&sigkills);
     }
 
-    fn note_sigkills(&mut self, sigkills: &[SigkillEntry]) {
+    fn append_sigkills(&mut self, sigkills: &[SigkillEntry]) {
         if sigkills.is_empty() {
             return;
         }
@@ -82,14 +83,14 @@ impl Sinks {
         }
     }
 
-    /// Writes the oldest closed incident; whether there was one.
-    pub(super) fn save_one(&mut self, naming: &mut Naming) -> bool {
+    /// Writes the oldest closed incident; false when there is none.
+    pub(super) fn save_one(&mut self, symbolize: &mut SymbolizeQueue) -> bool {
         let Some(incident) = self.saves.pop_front() else { return false };
         match self.incidents.save(&incident) {
             Ok(path) => {
-                self.counters.saved(incident.kind);
+                self.counters.count_saved(incident.kind);
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
-                naming.saved(&incident, &path);
+                symbolize.push(&incident, &path);
             }
             Err(error) => {
                 self.counters.write_failures = self.counters.write_failures.saturating_add(1);
@@ -99,7 +100,8 @@ impl Sinks {
         true
     }
 
-    fn tell(&mut self, finding: &Finding) {
+    /// Counts and logs a finding.
+    fn report(&mut self, finding: &Finding) {
         let path = |path: &Option<String>| path.clone().unwrap_or_else(|| "an unknown cgroup".to_owned());
         match finding {
             Finding::OomKill { incident, pid, comm, cgroup_path, .. } => {
@@ -138,19 +140,20 @@ impl Sinks {
         }
     }
 
-    pub(super) fn retain(&mut self, options: &Options) {
-        match self.incidents.retain(options.retain_bytes, Some(options.retain_age), SystemTime::now()) {
+    /// Deletes incident files that are too old or too many.
+    pub(super) fn retain(&mut self, config: &AgentConfig) {
+        match self.incidents.retain(config.retain_bytes, Some(config.retain_age), SystemTime::now()) {
             Ok(dropped) if dropped.files > 0 => {
                 self.counters.dropped = self.counters.dropped.saturating_add(dropped.files);
-                info!(files = dropped.files, bytes = dropped.bytes, "dropped old incidents");
+                info!(files = dropped.files, bytes = dropped.bytes, "deleted old incidents");
             }
             Ok(_) => {}
-            Err(error) => error!("failed to look for old incidents: {error}"),
+            Err(error) => error!("failed to delete old incidents: {error}"),
         }
     }
 }
 
-fn open_ledger<E: Entry>(dir: &Path) -> anyhow::Result<Ledger<E>> {
+fn open_ledger<E: LedgerEntry>(dir: &Path) -> anyhow::Result<Ledger<E>> {
     let ledger =
         Ledger::open(dir).with_context(|| format!("failed to open the ledger {}", dir.join(E::FILE).display()))?;
     if ledger.torn_bytes() > 0 {
@@ -159,11 +162,11 @@ fn open_ledger<E: Entry>(dir: &Path) -> anyhow::Result<Ledger<E>> {
     Ok(ledger)
 }
 
-/// The directory is this process's own as long as this lives.
+/// The lock of a directory, released when it is dropped.
 struct Lock(File);
 
 impl Lock {
-    /// Locks `dir/lock`; `None` when somebody else has.
+    /// Locks `dir/lock`; `None` when another process holds it.
     fn take(dir: &Path) -> anyhow::Result<Option<Self>> {
         let path = dir.join("lock");
         let file = File::create(&path).with_context(|| format!("failed to write to {}", path.display()))?;
@@ -191,9 +194,10 @@ fn lock_journal(dir: &Path, state: &Lock) -> anyhow::Result<Option<Lock>> {
     if state.is_of(dir) {
         return Ok(None);
     }
-    let taken =
-        || format!("another memtrace agent uses the journal in {}; choose another --journal-dir", dir.display());
-    Lock::take(dir)?.with_context(taken).map(Some)
+    let in_use = || {
+        format!("another memtrace agent uses the journal in {}; stop it or choose another --journal-dir", dir.display())
+    };
+    Lock::take(dir)?.with_context(in_use).map(Some)
 }
 
 #[cfg(test)]

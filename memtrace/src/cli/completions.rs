@@ -1,9 +1,9 @@
-//! `memtrace completions`.
+//! `memtrace completions`: completion scripts for shells.
 
 use clap::CommandFactory;
 use clap_complete::Shell;
 
-use super::{Cli, Outcome, terminal};
+use super::{Cli, VerbResult, terminal};
 
 /// Arguments of `memtrace completions`.
 #[derive(clap::Args, Debug)]
@@ -13,12 +13,12 @@ Examples:
   memtrace completions zsh > /usr/share/zsh/site-functions/_memtrace
   memtrace completions fish > ~/.config/fish/completions/memtrace.fish")]
 pub struct Args {
-    /// Which shell
+    /// Shell that the script is for
     pub shell: Shell,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     // Rendered first: clap_complete panics where its output cannot be written.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "memtrace", &mut script);

@@ -7,17 +7,17 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
-use std::path::PathBuf;
 
 use anyhow::Context;
 use memtrace_common::layout::ABSENT;
 use serde::Serialize;
 
-use super::Outcome;
-use crate::kernel::hooks::{Hook, HookNeed, Program};
+use super::VerbResult;
+use super::config::{Config, DOCTOR, Flags};
+use crate::kernel::hooks::{HookNeed, Program};
 use crate::kernel::status::{HookState, HookStatus, Status};
 use crate::kernel::support::{self, KernelFacts, MemoryController, Privileges, Problem};
-use crate::session;
+use crate::session::{self, SessionConfig};
 
 /// Version of the `--json` output.
 const SCHEMA: u32 = 1;
@@ -28,22 +28,18 @@ const UNSUPPORTED: u8 = 3;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  sudo memtrace doctor                     loads and attaches for a moment, as the agent would
+  sudo memtrace doctor                     load and attach for a moment, as the agent would
   memtrace doctor                          without root: what would be tried
   sudo memtrace doctor --without map,charge
   sudo memtrace doctor --json | jq .verdict
 
-Exit codes: 0 it can run (perhaps without something, which is named), 3 it cannot.")]
+Exit codes: 0 memtrace can run here, possibly without some hooks, which are named; 3 it cannot.")]
 pub struct Args {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Read the kernel's types from this file instead of /sys/kernel/btf/vmlinux
-    #[arg(long, value_name = "FILE")]
-    pub btf: Option<PathBuf>,
-    /// Leave hooks out, as a list or repeated
-    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
-    pub without: Vec<Hook>,
+    #[command(flatten)]
+    settings: Flags<DOCTOR>,
 }
 
 /// Whether memtrace can run.
@@ -58,7 +54,7 @@ pub enum DoctorVerdict {
     Impossible,
 }
 
-/// The whole report; `--json` prints it as it is.
+/// The report as `--json` prints it.
 #[derive(Clone, Debug, Serialize)]
 pub struct DoctorReport {
     /// Version of this output. A new key leaves it as it is.
@@ -80,19 +76,20 @@ pub struct DoctorReport {
     /// Every hook: whether it is on, by which program, why not, what is lost, what to do.
     #[serde(flatten)]
     pub status: Status,
-    /// Offsets and facts of the kernel's layout; null where the kernel has none.
+    /// Fields of kernel structs: offset, size or number; null for one this kernel lacks.
     pub layout: BTreeMap<&'static str, Option<u32>>,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
-    let ground = session::survey(args.btf.as_deref());
-    let facts = ground.facts.clone();
-    let plan = support::plan(&facts, &args.without);
+pub fn run(args: &Args) -> VerbResult {
+    let config = Config::load(None, &args.settings)?.parse()?.session;
+    let capabilities = session::detect(config.btf.as_deref());
+    let facts = capabilities.facts.clone();
+    let plan = support::plan(&facts, &config.without);
     let planned = Status::new(&plan, &[]);
     // The plan names everything that stands in the way; trying would only name the first of it
     // again.
-    let status = if planned.can_run() { outcome(planned, tried(ground, args)) } else { planned };
+    let status = if planned.can_run() { outcome(planned, tried(capabilities, &config)) } else { planned };
     let report = DoctorReport::new(&facts, status);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -105,13 +102,12 @@ pub fn run(args: &Args) -> Outcome {
     Ok(if report.verdict == DoctorVerdict::Impossible { UNSUPPORTED } else { 0 })
 }
 
-/// Loads and attaches for a moment, as the agent would: only the kernel knows.
-fn tried(ground: session::Ground, args: &Args) -> anyhow::Result<Status> {
-    let options = session::Options { btf: args.btf.clone(), without: args.without.clone(), ..Default::default() };
+/// Loads and attaches as the agent would; the programs are gone when this returns.
+fn tried(capabilities: session::Capabilities, config: &SessionConfig) -> anyhow::Result<Status> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start the runtime")?;
     let _inside = runtime.enter();
-    session::attach(ground, &options).map(|(_, _, status)| status)
+    session::attach(capabilities, config).map(|(_, _, status)| status)
 }
 
 /// The status after trying. An error is one more problem beside those of the plan.
@@ -151,7 +147,7 @@ impl DoctorReport {
         }
     }
 
-    /// The report for a reader.
+    /// The report as text.
     pub fn text(&self, colour: bool) -> String {
         let paint = |code: &str, text: &str| {
             if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
@@ -191,7 +187,10 @@ impl DoctorReport {
             }
         }
         if self.status.hooks.iter().any(|hook| matches!(hook.state, HookState::Planned { .. })) {
-            line("\ntry: the types allow it; whether the kernel takes it is seen when memtrace starts.".to_owned());
+            line(
+                "\ntry: kernel types allow it; as root `memtrace doctor` finds out whether the kernel accepts it."
+                    .to_owned(),
+            );
         }
         let section = |out: &mut String, title: &str, problems: &[Problem]| {
             if problems.is_empty() {
@@ -211,7 +210,7 @@ impl DoctorReport {
             out,
             "\n{}",
             match self.verdict {
-                DoctorVerdict::Full => paint("32", "memtrace can run here with everything."),
+                DoctorVerdict::Full => paint("32", "memtrace can run here, with every hook."),
                 DoctorVerdict::Degraded => paint("33", "memtrace can run here, without what is named above."),
                 DoctorVerdict::Impossible => paint("31", "memtrace cannot run here."),
             }
@@ -245,13 +244,14 @@ fn privileges(privileges: &Privileges) -> String {
     .into_iter()
     .filter_map(|(have, name)| have.then_some(name))
     .collect();
-    let names = if names.is_empty() { "no capability that matters".to_owned() } else { names.join(" ") };
+    let names = if names.is_empty() { "no capability that memtrace uses".to_owned() } else { names.join(" ") };
     format!("uid {}: {names}", privileges.euid)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::hooks::Hook;
 
     fn report(facts: &KernelFacts, without: &[Hook]) -> DoctorReport {
         DoctorReport::new(facts, Status::new(&support::plan(facts, without), &[]))
@@ -268,7 +268,7 @@ mod tests {
             "run as root or give CAP_BPF and CAP_PERFMON",
             "pass --btf FILE",
             "off  rss",
-            "no capability that matters",
+            "no capability that memtrace uses",
             "memtrace cannot run here.",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn this_machine_gets_a_verdict() {
-        let facts = session::survey(None).facts;
+        let facts = session::detect(None).facts;
         let report = report(&facts, &[Hook::Charge]);
         assert_ne!(report.verdict, DoctorVerdict::Full);
         let json = serde_json::to_value(&report).unwrap();

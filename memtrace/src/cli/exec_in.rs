@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::Context;
 
-use super::Outcome;
+use super::VerbResult;
 use super::invoker::Invoker;
 
 /// Arguments of `memtrace exec-in`.
@@ -33,7 +33,7 @@ pub fn command(cgroup: &Path, command: &[OsString]) -> anyhow::Result<Command> {
 }
 
 /// Runs the verb; does not return when all goes well.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let invoker = Invoker::find()?;
     let procs = args.cgroup.join("cgroup.procs");
     std::fs::write(&procs, "0").with_context(|| format!("failed to enter the cgroup by {}", procs.display()))?;
@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Outcome {
             command.env("HOME", home).env("USER", name).env("LOGNAME", name);
         }
         // After the cgroup, which only root may enter; this process has one thread.
-        invoker.become_them()?;
+        invoker.become_user()?;
     }
     let error = command.exec();
     eprintln!("memtrace: failed to run {}: {error}", Path::new(program).display());

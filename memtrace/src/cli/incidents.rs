@@ -1,13 +1,14 @@
-//! `memtrace incidents`.
+//! `memtrace incidents`: lists incidents, or the processes that got SIGKILL.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::anyhow;
 use jiff::{SpanRelativeTo, Timestamp};
 
-use super::{Outcome, STATE_DIR, listing, terminal};
-use crate::store::incidents::{self, Incidents};
+use super::config::{Config, Flags, READ};
+use super::{VerbResult, listing, terminal};
+use crate::store::incidents::{self, IncidentStore};
 use crate::store::ledger;
 use memtrace_incident::SigkillEntry;
 use memtrace_incident::units;
@@ -18,26 +19,25 @@ use memtrace_report::json;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  memtrace incidents                       everything recorded, newest first
-  memtrace incidents --since 2h            of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
+  memtrace incidents                         every incident, newest first
+  memtrace incidents --since 2h              of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
   memtrace incidents --kind oom-kill --json | jq '.[].oom.victims[].comm'
-  memtrace incidents --sigkills --since 1h who sent a SIGKILL, to which process
-  memtrace report latest                   the post-mortem of the newest one")]
+  memtrace incidents --sigkills --since 1h   who sent SIGKILL to which process
+  memtrace report latest                     the report of the newest one")]
 pub struct Args {
-    /// The agent's state directory
-    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
-    pub state_dir: PathBuf,
-    /// Print a JSON array of incident files without `timeline`, `allocation_paths` and `allocations`, or of
-    /// SIGKILLs
+    #[command(flatten)]
+    settings: Flags<READ>,
+    /// Print a JSON array: incident files without `timeline`, `allocation_paths` and `allocations`, or lines of
+    /// the SIGKILL ledger
     #[arg(long)]
     pub json: bool,
-    /// Only incidents since then: a time span back from now (1h, 2d) or a time (RFC 3339)
+    /// Only what happened since: a time span back from now (1h, 2d) or a time (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = since)]
     pub since: Option<Timestamp>,
-    /// Only this kind
+    /// Only incidents of this kind
     #[arg(long, value_name = "KIND")]
     pub kind: Option<KindFilter>,
-    /// List who sent a SIGKILL instead, to every process that got one
+    /// List processes that got SIGKILL, and who sent it, instead of incidents
     #[arg(long, conflicts_with = "kind")]
     pub sigkills: bool,
 }
@@ -45,33 +45,37 @@ pub struct Args {
 /// A kind of incident on the command line.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KindFilter {
-    /// OOM kills
+    /// The OOM killer killed
     #[value(alias = "oom_kill", alias = "oom")]
     OomKill,
-    /// Memory that rose close to the limit and fell again
+    /// Memory came close to a limit and fell again
     Spike,
-    /// Limits that were hit without a kill
+    /// A limit was hit without a kill
     #[value(alias = "near_miss")]
     NearMiss,
-    /// Cgroups that waited at their limit with their OOM killer off
+    /// A cgroup waited at its limit with its OOM killer off
     Stuck,
-    /// `memtrace record`
+    /// A recording of `memtrace record`
     Recording,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
+    let state_dir = Config::load(None, &args.settings)?.parse()?.state_dir;
     if args.sigkills {
-        return sigkills(args);
+        return sigkills(args, &state_dir);
     }
-    let store = Incidents::at(&args.state_dir);
+    let store = IncidentStore::at(&state_dir);
     let entries = match store.list() {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            note(&format!("{} does not exist: has the agent run here? (see --state-dir)", args.state_dir.display()));
+            note(&format!(
+                "{} does not exist: if the agent uses another directory, name it with --state-dir",
+                state_dir.display()
+            ));
             Vec::new()
         }
-        Err(error) => return Err(unreadable(error, &args.state_dir)),
+        Err(error) => return Err(unreadable(error, &state_dir)),
     };
     let mut found = Vec::new();
     for entry in entries {
@@ -89,17 +93,17 @@ pub fn run(args: &Args) -> Outcome {
     if args.json {
         terminal::write(&json::list(&found)?, None)?;
     } else if found.is_empty() {
-        terminal::write(&format!("no incidents in {}\n", args.state_dir.display()), None)?;
+        terminal::write(&format!("no incidents in {}\n", state_dir.display()), None)?;
     } else {
         terminal::write(&listing::table(&found), None)?;
     }
     Ok(0)
 }
 
-fn sigkills(args: &Args) -> Outcome {
-    let ledger = ledger::read::<SigkillEntry>(&args.state_dir).map_err(|error| unreadable(error, &args.state_dir))?;
+fn sigkills(args: &Args, state_dir: &Path) -> VerbResult {
+    let ledger = ledger::read::<SigkillEntry>(state_dir).map_err(|error| unreadable(error, state_dir))?;
     if ledger.bad_lines > 0 {
-        note(&format!("{} of the ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
+        note(&format!("{} of the SIGKILL ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
     }
     let mut found = ledger.entries;
     let recent = |at: &str| args.since.is_none_or(|since| at.parse::<Timestamp>().is_ok_and(|at| at >= since));
@@ -110,20 +114,20 @@ fn sigkills(args: &Args) -> Outcome {
     if args.json {
         terminal::write(&json::sigkills(&found)?, None)?;
     } else if found.is_empty() {
-        terminal::write(&format!("no SIGKILLs in {}\n", args.state_dir.display()), None)?;
+        terminal::write(&format!("no SIGKILLs in {}\n", state_dir.display()), None)?;
     } else {
         terminal::write(&listing::sigkills(&found), None)?;
     }
     Ok(0)
 }
 
-/// An error of the state directory, with what to do about it.
-pub(super) fn unreadable(error: io::Error, dir: &std::path::Path) -> anyhow::Error {
+/// The error for a state directory that cannot be read, with what to do about it.
+pub(super) fn unreadable(error: io::Error, dir: &Path) -> anyhow::Error {
     let hint = if error.kind() == io::ErrorKind::PermissionDenied { " (try sudo)" } else { "" };
     anyhow!("failed to list incidents in {}: {error}{hint}", dir.display())
 }
 
-/// A line for people beside the output for programs.
+/// Prints a note to standard error, beside the output.
 pub(super) fn note(text: &str) {
     let _ = writeln!(io::stderr(), "memtrace: {text}");
 }

@@ -1,4 +1,4 @@
-//! Who called sudo: found once, refused when in doubt, become for good.
+//! The user who called sudo. `record` runs its command and writes its file with the rights of that user.
 
 use std::ffi::OsString;
 
@@ -8,7 +8,7 @@ use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use crate::error::CommandError;
 
-/// Supplementary groups taken at most; the kernel takes as many.
+/// Most supplementary groups; the kernel takes as many (NGROUPS_MAX).
 const MAX_GROUPS: usize = 65_536;
 
 /// The user on whose behalf root runs.
@@ -23,8 +23,10 @@ pub struct Invoker {
 }
 
 impl Invoker {
-    /// Who called sudo; `None` when nobody did, or this is not root. Half of an answer is a refusal: to run as root
-    /// what was meant for a user would be the wrong guess.
+    /// The user who called sudo; `None` when nobody did, or this is not root.
+    ///
+    /// Fails when only one of SUDO_UID and SUDO_GID is set, or one is not an id: a command meant for a user must not
+    /// run as root.
     pub fn find() -> Result<Option<Self>, CommandError> {
         if !rustix::process::geteuid().is_root() {
             return Ok(None);
@@ -44,23 +46,23 @@ impl Invoker {
         self.user.as_ref().map(|(name, home)| (name.as_str(), home.as_str()))
     }
 
-    /// Asks something with this user's rights, in a thread that ends with the answer.
-    pub fn ask_as_them<T: Send>(&self, question: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
+    /// Runs `question` with the rights of this user, in a thread of its own.
+    pub fn run_as_user<T: Send>(&self, question: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
         let asked = || {
-            self.become_them()?;
+            self.become_user()?;
             Ok(question())
         };
         std::thread::scope(|scope| scope.spawn(asked).join())
-            .unwrap_or_else(|_| Err(anyhow::anyhow!("failed to ask with the rights of user {}", self.uid)))
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("failed to run with the rights of user {}", self.uid)))
     }
 
-    /// User id.
+    /// User id, from SUDO_UID.
     pub const fn uid(&self) -> u32 {
         self.uid
     }
 
-    /// Makes the calling thread this user, with the user's groups, for good. Other threads stay what they are.
-    pub fn become_them(&self) -> anyhow::Result<()> {
+    /// Makes the calling thread run as this user, with the user's groups, for good. Other threads are not changed.
+    pub fn become_user(&self) -> anyhow::Result<()> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
         let failed = || format!("failed to become user {} of group {}", self.uid, self.gid);
@@ -71,19 +73,19 @@ impl Invoker {
     }
 }
 
-/// The ids sudo left in the environment.
+/// The user and group id that sudo left in the environment.
 fn ids(uid: Option<OsString>, gid: Option<OsString>) -> Result<Option<(u32, u32)>, CommandError> {
     if uid.is_none() && gid.is_none() {
         return Ok(None);
     }
     let id = |name: &str, value: Option<OsString>| {
         let parsed = value.as_ref().and_then(|text| text.to_str()?.parse::<u32>().ok());
-        // The last number means "leave it as it is" to the kernel.
+        // (uid_t)-1 means "do not change" to the kernel.
         parsed.filter(|id| *id != u32::MAX).ok_or_else(|| {
             let found = value.map_or_else(|| "not set".to_owned(), |text| format!("{text:?}"));
             CommandError::Usage(format!(
-                "{name} is {found}, which is no id: cannot tell whose command this is \
-                 (unset SUDO_UID and SUDO_GID to run it as root)"
+                "{name} is {found}, which is not an id, so the user who called sudo is unknown; \
+                 unset SUDO_UID and SUDO_GID to run as root"
             ))
         })
     };

@@ -7,13 +7,13 @@ use memtrace_incident::{Incident, Pressure, PressureLimit};
 use memtrace_incident::{SigkillCause, SigkillEntry};
 use memtrace_report::plain;
 
-/// The table, newest first as given; strings from the files are escaped.
+/// Incidents as a table, in the order given. Strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {
     let head = ["ID", "WHEN (UTC)", "KIND", "VICTIM", "LIMIT", "PEAK", "CGROUP"].map(str::to_owned);
     columns(std::iter::once(head).chain(incidents.into_iter().map(row)))
 }
 
-/// Who sent a SIGKILL to whom, newest first as given; strings from the ledger are escaped.
+/// Entries of the SIGKILL ledger as a table, in the order given. Strings from the ledger are escaped.
 pub(super) fn sigkills(entries: &[SigkillEntry]) -> String {
     let head = ["WHEN (UTC)", "PROCESS", "CGROUP", "SENT BY"].map(str::to_owned);
     columns(std::iter::once(head).chain(entries.iter().map(sigkill)))
@@ -39,7 +39,7 @@ fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
     out
 }
 
-/// The wall time of an incident.
+/// The wall time of an incident; `None` when the file has none that parses.
 pub(super) fn wall(incident: &Incident) -> Option<Timestamp> {
     incident.at.wall.parse().ok()
 }
@@ -58,7 +58,7 @@ fn row(incident: &Incident) -> [String; 7] {
             None => "-".to_owned(),
         },
     };
-    // Of what ran out: that is what the kill is about.
+    // After a kill the limit and peak that count are those of the cgroup that ran out.
     let full = incident.oom.as_ref().and_then(|oom| oom.oom_cgroup.as_ref()).unwrap_or(&incident.cgroup);
     let limit = match &incident.pressure {
         Some(Pressure { limit: PressureLimit::High, .. }) => format!("{} (high)", units::known(full.high_bytes)),

@@ -1,4 +1,4 @@
-//! `memtrace man`.
+//! `memtrace man` (hidden): manual pages, made from the definition of the command line.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::CommandFactory;
 use clap_mangen::Man;
 
-use super::{Cli, Outcome, terminal};
+use super::{Cli, VerbResult, terminal};
 
 /// Arguments of `memtrace man`.
 #[derive(clap::Args, Debug)]
@@ -21,7 +21,7 @@ pub struct Args {
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     let mut command = Cli::command();
     command.build();
     let Some(dir) = &args.output else {

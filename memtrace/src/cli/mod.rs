@@ -1,4 +1,7 @@
-//! The command line: one file per verb, arguments in, text out; and the one place that decides exit codes.
+//! The command line: one file for each verb, arguments in and text out, and the one place that decides exit codes.
+//!
+//! What several verbs share: [`config`] has every setting, [`values`] the sizes and times that people type, [`terminal`]
+//! how text looks and where it goes.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -9,6 +12,7 @@ use crate::error::CommandError;
 
 pub mod agent;
 pub mod completions;
+mod config;
 pub mod doctor;
 pub mod exec_in;
 pub mod incidents;
@@ -17,62 +21,61 @@ mod listing;
 pub mod man;
 pub mod name_frames;
 pub mod record;
+#[cfg(test)]
+mod reference;
 pub mod replay;
 pub mod report;
 pub mod schema;
 pub mod terminal;
 pub mod values;
 
-/// Where the agent keeps incidents unless told otherwise.
-pub const STATE_DIR: &str = "/var/lib/memtrace";
-
-/// The memory flight recorder for Linux: what happened at an OOM kill, how it got there, who did it.
+/// Memory flight recorder for Linux: what was killed, how memory got there, and which code took it
 #[derive(Parser, Debug)]
 #[command(name = "memtrace", version, max_term_width = 100, propagate_version = true)]
 #[command(after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 this kernel or these privileges cannot do it.")]
 pub struct Cli {
-    /// What to do.
+    /// The verb and its arguments.
     #[command(subcommand)]
     pub verb: Verb,
 }
 
-/// The verbs.
+/// What memtrace is asked to do.
 #[derive(Subcommand, Debug)]
 pub enum Verb {
-    /// The daemon: records an incident for every OOM kill and spike on this machine
+    /// Run the daemon: record every OOM kill, spike and near miss on this machine
     Agent(agent::Args),
-    /// Run one program under the tracer and see where memory went
+    /// Run a command, or watch a process or cgroup, and report where its memory went
     Record(record::Args),
-    /// Show what this kernel and these privileges allow, and what is lost without the rest
+    /// Check what memtrace can do on this kernel with these privileges
     Doctor(doctor::Args),
-    /// List what the agent recorded
+    /// List the incidents that the agent recorded
     Incidents(incidents::Args),
-    /// The post-mortem of one incident or recording; works anywhere, without root
+    /// Show an incident or a recording; works on any machine, without root
     Report(report::Args),
-    /// Run a journal through the engine again
+    /// Run a journal through the engine again and list its incidents
     Replay(replay::Args),
     /// Print the JSON Schema of the incident file
     Schema(schema::Args),
-    /// Enter a cgroup and become a command (what `record` starts)
+    /// Enter a cgroup and become a command; started by `record`
     #[command(hide = true)]
     ExecIn(exec_in::Args),
-    /// Name the frames that standard input asks for (what the agent starts)
+    /// Name the stack frames that standard input asks for; started by the agent
     #[command(hide = true)]
     NameFrames(name_frames::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
-    /// Print the manual page, or write all of them
+    /// Print the manual page, or write one for every verb
     #[command(hide = true)]
     Man(man::Args),
 }
 
-/// What a verb ends with; `record` passes its child's code on.
-pub type Outcome = anyhow::Result<u8>;
+/// The exit code of a verb that did what it could: 0, or the code of `record`'s command. An error becomes 1, 2 or 3.
+pub type VerbResult = anyhow::Result<u8>;
 
-/// Runs the verb and turns its outcome into the process's exit code.
+/// Runs the verb and turns its result into the exit code of the process.
 pub fn run(cli: Cli) -> ExitCode {
     let outcome = match cli.verb {
-        Verb::Agent(args) => agent::run(args),
+        Verb::Agent(args) => agent::run(&args),
         Verb::Record(args) => record::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Incidents(args) => incidents::run(&args),

@@ -1,4 +1,4 @@
-//! `memtrace record`: one program under the tracer.
+//! `memtrace record`: traces one command, process or cgroup and reports where its memory went.
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
@@ -8,30 +8,33 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use memtrace_engine::input::Fact;
+use memtrace_engine::output::Output;
+use memtrace_incident::{Incident, Kind};
+use memtrace_report::text;
 use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
+use super::config::{Config, Flags, RECORD};
 use super::invoker::Invoker;
-use super::values::{Share, Size, Span};
-use super::{Outcome, exec_in, terminal};
+use super::values::{Size, Span};
+use super::{VerbResult, exec_in, terminal};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
 use crate::error::CommandError;
-use crate::process::symbolize::{Questions, Symbolizer};
-use crate::process::{apart, stock};
-use crate::session::{self, Session};
+use crate::proc::proc_scan;
+use crate::session::{Session, SessionConfig};
 use crate::store::incidents;
-use memtrace_engine::input::Fact;
-use memtrace_engine::output::Output;
-use memtrace_incident::{Incident, Kind};
-use memtrace_report::text;
+use crate::symbolize::frame_names::UnnamedFrames;
+use crate::symbolize::subprocess;
+use crate::symbolize::symbolizer::Symbolizer;
 
-/// What is still on its way when a process has ended: its last records, and the window of a kill.
-const SETTLE: Duration = Duration::from_millis(300);
-/// How often the command's cgroup is emptied before it is removed.
+/// How long records of a process may arrive after it has ended, and how long a kill's incident records.
+const LATE: Duration = Duration::from_millis(300);
+/// How often the command's cgroup is emptied, at most, before it is removed: processes in it may fork meanwhile.
 const FREE_ROUNDS: u32 = 8;
 
 /// Arguments of `memtrace record`.
@@ -43,61 +46,48 @@ Examples:
   sudo memtrace record --pid 4242 --for 30s
   sudo memtrace record --cgroup /system.slice/nginx.service
 
-The command runs as the user who called sudo, in a memory cgroup of its own, with its input and output untouched.
-The recording is written with that user's rights too, so to a place where the user may write.
-What memory was used for is printed to standard error at the end; the exit code is the command's (128 + signal when
-it was killed). The recording is an incident file: `memtrace report FILE` shows it again, on any machine.")]
+The command runs as the user who called sudo, in a memory cgroup of its own; its input and output
+are left alone. The recording is written with the rights of that user, and a report is printed to
+standard error at the end. The exit code is the command's, or 128 + signal when it was killed.
+The recording is an incident file: `memtrace report FILE` shows it again, on any machine.")]
 pub struct Args {
-    /// Give the command this much memory and no more: it is OOM-killed beyond
+    /// Limit the memory of the command; it is OOM-killed when it needs more
     #[arg(long, value_name = "SIZE", requires = "command")]
     limit: Option<Size>,
-    /// Write the recording here [default: COMMAND-ID.memtrace in the current directory]
+    /// Write the recording to FILE [default: COMMAND-ID.memtrace in the current directory]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Record a running process and its children instead of a command
     #[arg(long, value_name = "PID", conflicts_with_all = ["cgroup", "command"])]
     pid: Option<u32>,
-    /// Record a memory cgroup and everything below it instead of a command
+    /// Record a memory cgroup and all below it instead of a command
     #[arg(long, value_name = "PATH", conflicts_with = "command")]
     cgroup: Option<String>,
-    /// End a --pid or --cgroup recording after this long (else Ctrl-C ends it)
+    /// Stop a --pid or --cgroup recording after this time; otherwise Ctrl-C stops it
     #[arg(long = "for", value_name = "SPAN", conflicts_with = "command")]
     duration: Option<Span>,
-    /// Record when a process' resident memory moved by this much
-    #[arg(long, value_name = "SIZE", default_value = "64K")]
-    quantum: Size,
-    /// Take a stack whenever a process has grown by about this much
-    #[arg(long, value_name = "SIZE", default_value = "128K")]
-    sample: Size,
-    /// Let stacks cost at most this share of one CPU, in the kernel and here; 0 takes none
-    #[arg(long, value_name = "PERCENT", default_value = "100%")]
-    stack_budget: Share,
-    /// Kernel type information to use instead of the running kernel's own
-    #[arg(long, value_name = "FILE")]
-    btf: Option<PathBuf>,
-    /// Leave hooks out, as a list or repeated (`memtrace doctor` names them)
-    #[arg(long, value_name = "HOOK", value_delimiter = ',')]
-    without: Vec<crate::kernel::hooks::Hook>,
-    /// Print nothing at the end
+    #[command(flatten)]
+    settings: Flags<RECORD>,
+    /// Print no report at the end
     #[arg(short, long)]
     quiet: bool,
-    /// The command and its arguments
+    /// Command to run, and its arguments
     #[arg(last = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
+pub fn run(args: &Args) -> VerbResult {
     if args.command.is_empty() && args.pid.is_none() && args.cgroup.is_none() {
         let what = "nothing to record: give a command after `--`, or --pid, or --cgroup".to_owned();
         return Err(CommandError::Usage(what).into());
     }
-    // Asked before anything starts: in doubt about the user nothing is run as root.
+    // Before anything starts: when it is not clear who called sudo, nothing runs as root.
     let invoker = Invoker::find()?;
     if let Some(invoker) = &invoker {
-        // Again before the file is written, when it counts; here so that a long run is not recorded for nothing.
+        // So that a long run is not recorded for nothing. What counts is the write itself, with the same rights.
         let path = args.output.as_deref().unwrap_or(Path::new("."));
-        invoker.ask_as_them(|| writable(path))?.with_context(|| {
+        invoker.run_as_user(|| writable(path))?.with_context(|| {
             format!("user {} cannot write to {}; choose another file with -o", invoker.uid(), path.display())
         })?;
     }
@@ -106,38 +96,32 @@ pub fn run(args: &Args) -> Outcome {
     let (files, code) = runtime.block_on(record(args))?;
     // The tracer and the command's cgroup are gone, and with the runtime whatever else might run.
     drop(runtime);
-    finish(args, invoker.as_ref(), &files)?;
+    write_and_report(args, invoker.as_ref(), &files)?;
     Ok(code)
 }
 
-/// What ended, and how.
+/// How the recording ended.
 #[derive(Default)]
-struct Ending {
+struct CommandEnd {
     status: Option<ExitStatus>,
-    /// When the command ended, or watching did.
+    /// When the command or the watch ended, boot clock.
     boot_ns: u64,
     cgroup_peak_bytes: Option<u64>,
 }
 
-/// Runs the tracer to its end: what it saw, and the exit code to end with.
+/// Traces until the end: the incidents of the run and the exit code.
 async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
-    let options = session::Options {
-        btf: args.btf.clone(),
-        without: args.without.clone(),
-        quantum_bytes: args.quantum.0,
-        // One program may grow by gigabytes a second, and this lives no longer than it.
+    let config = SessionConfig {
+        // One program may grow by gigabytes a second, and the ring lives no longer than the recording.
         stacks_ring_bytes: 32 << 20,
-        sample_bytes: args.sample.0,
         sample_all: false,
-        stack_budget_ppm: args.stack_budget.0,
-        after_ns: u64::try_from(SETTLE.as_nanos()).unwrap_or(u64::MAX),
+        after_ns: Span(LATE).nanoseconds(),
         spikes: false,
         near_misses: false,
-        ..session::Options::default()
+        journal: None,
+        ..Config::load(None, &args.settings)?.parse()?.session
     };
-    options.check().map_err(CommandError::Usage)?;
-    // Found before the tracer starts, so that a wrong name costs nothing.
-    let mut session = Session::start(&options)?;
+    let mut session = Session::start(&config)?;
     let mut files = Vec::new();
     let ending = if args.command.is_empty() {
         follow(args, &mut session, &mut files).await?
@@ -152,21 +136,21 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         cgroup_peak_bytes: ending.cgroup_peak_bytes,
     });
     let modules = session.open_modules();
-    keep(session.stop(), &mut files);
+    collect(session.stop(), &mut files);
     if std::io::stderr().is_terminal() && !args.quiet {
         eprintln!("memtrace: finding the names of functions");
     }
-    // As root: what was recorded need not be readable to the user. The debug information of the command is theirs, and
-    // read with suspicion.
+    // As root: the files of what was recorded need not be readable to the user. Debug information is untrusted, so a
+    // subprocess reads it.
     let symbolizer = Symbolizer::with_modules(modules, &[]);
     for incident in &mut files {
-        apart::answer(&symbolizer, &Questions::of(incident)).apply(incident);
+        subprocess::find(&symbolizer, &UnnamedFrames::of(incident)).apply(incident);
     }
     Ok((files, ending.status.map_or(0, exit_code)))
 }
 
 /// Runs the command in a cgroup of its own until it ends.
-async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -> anyhow::Result<Ending> {
+async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -> anyhow::Result<CommandEnd> {
     let name = format!("memtrace-record-{}", std::process::id());
     let cage = session
         .hierarchy()
@@ -182,44 +166,46 @@ async fn launch(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         command: args.command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),
         boot_ns: clock::boot_ns(),
     });
-    // The terminal sends Ctrl-C to the command too: it decides, we stay to tell.
+    // The terminal sends Ctrl-C to the command too: whether to end is up to the command.
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut child =
         Command::from(exec_in::command(cage.dir(), &args.command)?).spawn().context("failed to start the command")?;
     let status = loop {
         tokio::select! {
-            outputs = session.step() => keep(outputs, files),
+            outputs = session.step() => collect(outputs, files),
             status = child.wait() => break status.context("failed to wait for the command")?,
             _ = interrupt.recv() => {}
             _ = terminate.recv() => forward_terminate(&child),
         }
     };
     let boot_ns = clock::boot_ns();
-    settle(session, files, SETTLE).await;
+    drain_late(session, files, LATE).await;
     let peak = cage.read(clock::boot_ns()).and_then(|found| found.peak_bytes);
     free(cage, session.hierarchy());
-    Ok(Ending { status: Some(status), boot_ns, cgroup_peak_bytes: peak })
+    Ok(CommandEnd { status: Some(status), boot_ns, cgroup_peak_bytes: peak })
 }
 
 /// Watches a running process or cgroup until it ends, the time is up or the user interrupts.
-async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -> anyhow::Result<Ending> {
+async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -> anyhow::Result<CommandEnd> {
     let (cgroup_id, pid) = match (&args.cgroup, args.pid) {
         (Some(path), _) => {
             let id = session.hierarchy().id_of(path);
-            let id = id.with_context(|| format!("there is no memory cgroup {path}; see /proc/PID/cgroup for paths"))?;
+            let id = id.with_context(|| {
+                format!("--cgroup: there is no memory cgroup {path}; /proc/PID/cgroup has the paths")
+            })?;
             (Some(id), None)
         }
         (None, Some(pid)) => {
             if start_ticks(session.hierarchy(), pid).is_none() {
-                bail!("there is no process {pid}");
+                bail!("--pid: there is no process {pid}");
             }
             (None, Some(pid))
         }
         (None, None) => bail!("nothing to record"),
     };
     let start = pid.and_then(|pid| start_ticks(session.hierarchy(), pid));
-    // Of a process that moves, its children's too, stacks are taken as long as its cgroup is one of these.
+    // Stacks are taken by cgroup: those of the process, and of its children, while they are in this one.
     let of_process = pid.and_then(|pid| session.hierarchy().id_of_process(pid));
     cgroup_id.into_iter().chain(of_process).for_each(|id| session.sample(id));
     session.feed(Fact::RecordingBegin { cgroup_id, pid, command: Vec::new(), boot_ns: clock::boot_ns() });
@@ -228,7 +214,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
     let end = args.duration.map(|span| Instant::now() + span.0);
     loop {
         tokio::select! {
-            outputs = session.step() => keep(outputs, files),
+            outputs = session.step() => collect(outputs, files),
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
@@ -238,26 +224,26 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         }
     }
     let boot_ns = clock::boot_ns();
-    settle(session, files, SETTLE / 3).await;
+    drain_late(session, files, LATE / 3).await;
     let peak = args.cgroup.as_ref().and_then(|path| session.hierarchy().read(path, clock::boot_ns())?.peak_bytes);
-    Ok(Ending { status: None, boot_ns, cgroup_peak_bytes: peak })
+    Ok(CommandEnd { status: None, boot_ns, cgroup_peak_bytes: peak })
 }
 
 fn start_ticks(hierarchy: &Hierarchy, pid: u32) -> Option<u64> {
     let cgroup = hierarchy.id_of_process(pid).unwrap_or(0);
-    stock::one(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
+    proc_scan::read_process(pid, cgroup, clock::boot_ns()).map(|found| found.start_ticks)
 }
 
-/// Lets what is on its way arrive; when somebody was killed, until that incident is closed.
-async fn settle(session: &mut Session, files: &mut Vec<Incident>, time: Duration) {
+/// Goes on for the records that arrive late; after a kill until its incident is closed.
+async fn drain_late(session: &mut Session, files: &mut Vec<Incident>, time: Duration) {
     let end = Instant::now() + time / 3;
     let patience = Instant::now() + time + time;
     while Instant::now() < end || (session.engine().counts().open_incidents > 0 && Instant::now() < patience) {
-        keep(session.step().await, files);
+        collect(session.step().await, files);
     }
 }
 
-fn keep(outputs: Vec<Output>, files: &mut Vec<Incident>) {
+fn collect(outputs: Vec<Output>, files: &mut Vec<Incident>) {
     files.extend(outputs.into_iter().filter_map(|output| match output {
         Output::Save(incident) => Some(*incident),
         _ => None,
@@ -272,12 +258,13 @@ fn forward_terminate(child: &Child) {
     }
 }
 
-/// Removes the command's cgroup; what still runs in it comes to ours. What goes wrong costs a cgroup, not a recording.
+/// Removes the command's cgroup; processes that still run in it are moved to ours. A failure is printed and leaves
+/// the cgroup behind.
 fn free(cage: TransientCgroup, hierarchy: &Hierarchy) {
-    // Our own cgroup, not the cage's parent: on version 2 a cgroup that hands out controllers takes no processes.
+    // Our own cgroup, not the parent: on version 2 a cgroup with controllers in subtree_control takes no processes.
     let own = hierarchy.own_path().and_then(|path| hierarchy.dir_of(&path)).map(|dir| dir.join("cgroup.procs"));
     let mut said = false;
-    // What forks meanwhile is met again.
+    // Processes forked meanwhile are found in the next round.
     for _ in 0..FREE_ROUNDS {
         let left = cage.processes();
         if left.is_empty() {
@@ -289,7 +276,7 @@ fn free(cage: TransientCgroup, hierarchy: &Hierarchy) {
         }
         for pid in left {
             if let Some(own) = &own {
-                // It may have ended meanwhile; a failure shows in the removal below.
+                // The process may have ended; any other failure shows in the removal below.
                 let _ = std::fs::write(own, pid.to_string());
             }
         }
@@ -299,12 +286,12 @@ fn free(cage: TransientCgroup, hierarchy: &Hierarchy) {
     }
 }
 
-/// Writes the recording, and the kills it saw beside it, and prints what memory was used for.
-fn finish(args: &Args, invoker: Option<&Invoker>, files: &[Incident]) -> anyhow::Result<()> {
-    // The files go where the user says, past links the command may have put there: with the user's rights only, so
-    // that they reach nothing the user could not write anyway, and belong to the user. There is no way back to root.
+/// Writes the recording and the kills beside it, and prints the report.
+fn write_and_report(args: &Args, invoker: Option<&Invoker>, files: &[Incident]) -> anyhow::Result<()> {
+    // The path is the user's, and may lead through links that the command made. With the rights of the user the files
+    // go nowhere the user could not write, and belong to the user. This process does not become root again.
     if let Some(invoker) = invoker {
-        invoker.become_them()?;
+        invoker.become_user()?;
     }
     let Some(recording) = files.iter().find(|incident| incident.kind == Kind::Recording) else {
         bail!("the engine gave no recording; please report this with the command you ran");
@@ -322,21 +309,21 @@ fn finish(args: &Args, invoker: Option<&Invoker>, files: &[Incident]) -> anyhow:
     for incident in kills.iter().copied().chain([recording]) {
         writeln!(err, "{}", text::report(incident, &style))?;
     }
-    // What could not be written has at least been shown.
+    // After the report, so that it is shown even if the file could not be written.
     for file in written? {
         writeln!(err, "wrote {} (show again: memtrace report {})", file.display(), file.display())?;
     }
     Ok(())
 }
 
-/// Whether a file at `path`, or in it when it is a directory, can be written or replaced.
+/// Whether a file at `path` can be written or replaced, or made in it if it is a directory.
 fn writable(path: &Path) -> std::io::Result<()> {
     let access = |path: &Path, mode| rustix::fs::access(path, mode).map_err(Into::into);
     let inside = Access::WRITE_OK | Access::EXEC_OK;
     match std::fs::metadata(path) {
         Ok(found) if found.is_dir() => access(path, inside),
         Ok(found) if !found.is_file() => access(path, Access::WRITE_OK),
-        // A file is replaced, so it is its directory that counts; a link's is where the link leads.
+        // A file is replaced, so its directory must be writable: that of the target, if it is a link.
         found => {
             let target = if found.is_ok() { std::fs::canonicalize(path)? } else { path.to_owned() };
             let dir = target.parent().filter(|dir| !dir.as_os_str().is_empty());
@@ -345,7 +332,7 @@ fn writable(path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Writes the recording to `path` and the kills beside it; which files there are now.
+/// Writes the recording to `path` and the kills beside it; the paths written.
 fn write(path: &Path, recording: &Incident, kills: &[&Incident]) -> anyhow::Result<Vec<PathBuf>> {
     incidents::write(path, recording).with_context(|| format!("failed to write the recording {}", path.display()))?;
     let mut written = vec![path.to_owned()];
@@ -363,7 +350,7 @@ fn default_name(args: &Args, id: &str) -> PathBuf {
     PathBuf::from(format!("{name}-{id}.memtrace"))
 }
 
-/// The command's code as a shell shows it.
+/// The exit code of a status as a shell has it: 128 + signal for a process that was killed.
 fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| signal.saturating_add(128)));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)

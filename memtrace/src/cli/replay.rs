@@ -1,13 +1,13 @@
-//! `memtrace replay`.
+//! `memtrace replay`: runs a journal through the engine again and lists the incidents it makes.
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 
 use super::incidents::note;
-use super::{Outcome, listing, terminal};
-use crate::store::incidents::Incidents;
-use crate::store::journal::{OpenError, Reader, Stats};
+use super::{VerbResult, listing, terminal};
+use crate::store::incidents::IncidentStore;
+use crate::store::journal::{JournalReader, JournalStats, OpenError};
 use memtrace_engine::Engine;
 use memtrace_engine::Out;
 use memtrace_engine::input::{Fact, Input};
@@ -20,37 +20,37 @@ use memtrace_report::json;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  memtrace replay /run/memtrace                      what the agent's journal says, as a table
-  memtrace replay /run/memtrace/previous             the journal of the run before
-  memtrace replay ./journal -o ./incidents           write the incident files again
-  memtrace report ./incidents/ID.memtrace            and read one
+  memtrace replay /run/memtrace                      the agent's journal, as a table of incidents
+  memtrace replay /run/memtrace/previous             the journal of the previous run
+  memtrace replay ./journal -o ./incidents           write the incidents as files
+  memtrace report ./incidents/ID.memtrace            show one of them
   memtrace replay journal-00000000000000000042.mtj --json | jq '.[].verdict'
 
 A journal replays to the same incidents on any machine, without root.")]
 pub struct Args {
-    /// A journal: the directory of its segments, or one segment file
+    /// Journal: the directory of its segments, or one segment file
     #[arg(value_name = "CAPTURE")]
     pub capture: PathBuf,
     /// Print a JSON array of whole incident files
     #[arg(long)]
     pub json: bool,
-    /// Write an incident file for each into DIR
+    /// Write each incident as a file into DIR
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
-    let mut reader = Reader::open(&args.capture)?;
+pub fn run(args: &Args) -> VerbResult {
+    let mut reader = JournalReader::open(&args.capture)?;
     let mut engine = Engine::new();
     let incidents = replay(&mut reader, |input, out| engine.apply(input, out))?;
     let gaps = gaps(reader.stats());
     if !gaps.is_empty() {
-        note(&format!("the journal is not whole: {gaps}"));
+        note(&format!("parts of the journal are missing: {gaps}"));
     }
     if let Some(dir) = &args.output {
         let failed = || format!("failed to write incidents into {}", dir.display());
-        let store = Incidents::create(dir).with_context(failed)?;
+        let store = IncidentStore::create(dir).with_context(failed)?;
         for incident in &incidents {
             store.save(incident).with_context(failed)?;
         }
@@ -66,11 +66,11 @@ pub fn run(args: &Args) -> Outcome {
     Ok(0)
 }
 
-/// Feeds a journal to an engine; the incidents it saves, each in its last version, in the order they were opened.
-fn replay(reader: &mut Reader, mut apply: impl FnMut(&Input<'_>, &mut Out)) -> Result<Vec<Incident>, OpenError> {
+/// Feeds a journal to an engine. Returns the incidents it saves, each in its last version, in the order of their first.
+fn replay(reader: &mut JournalReader, mut apply: impl FnMut(&Input<'_>, &mut Out)) -> Result<Vec<Incident>, OpenError> {
     let mut out = Out::default();
     let mut incidents: Vec<Incident> = Vec::new();
-    let mut keep = |out: &mut Out| {
+    let mut collect = |out: &mut Out| {
         out.requests.clear();
         for output in out.outputs.drain(..) {
             if let Output::Save(incident) = output {
@@ -81,7 +81,7 @@ fn replay(reader: &mut Reader, mut apply: impl FnMut(&Input<'_>, &mut Out)) -> R
             }
         }
     };
-    // Whether the run that is being replayed was stopped, and its last moment if not.
+    // Whether the recorded run was stopped, and its last moment: a run that was killed is ended there.
     let (mut stopped, mut last_ns) = (false, 0);
     while let Some(input) = reader.next_input()? {
         match &input {
@@ -90,17 +90,17 @@ fn replay(reader: &mut Reader, mut apply: impl FnMut(&Input<'_>, &mut Out)) -> R
         }
         last_ns = input.boot_ns().map_or(last_ns, |boot_ns| last_ns.max(boot_ns));
         apply(&input, &mut out);
-        keep(&mut out);
+        collect(&mut out);
     }
     if !stopped {
         apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
-        keep(&mut out);
+        collect(&mut out);
     }
     Ok(incidents)
 }
 
-/// What a replay could not see; empty when it saw everything.
-fn gaps(stats: Stats) -> String {
+/// What is missing from the journal, in words; empty when nothing is.
+fn gaps(stats: JournalStats) -> String {
     let mut gaps = Vec::new();
     if stats.torn_segments > 0 {
         let segments = units::count(stats.torn_segments, "segment is", "segments are");
@@ -119,19 +119,19 @@ fn gaps(stats: Stats) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::journal::Writer;
+    use crate::store::journal::JournalWriter;
     use memtrace_incident::fixtures;
 
     fn replayed(inputs: &[Input<'_>], save_at: usize) -> (Vec<Incident>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = Writer::open(dir.path(), 1 << 20, 1 << 22).unwrap();
+        let mut writer = JournalWriter::open(dir.path(), 1 << 20, 1 << 22).unwrap();
         writer.begin_segment(&[]).unwrap();
         for input in inputs {
             writer.append(input).unwrap();
         }
         drop(writer);
         let mut seen = Vec::new();
-        let incidents = replay(&mut Reader::open(dir.path()).unwrap(), |input, out| {
+        let incidents = replay(&mut JournalReader::open(dir.path()).unwrap(), |input, out| {
             seen.push(format!("{input:?}"));
             if seen.len() >= save_at {
                 out.outputs.push(Output::Save(Box::new(fixtures::burst())));
@@ -156,9 +156,14 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said() {
-        assert_eq!(gaps(Stats { frames: 3, segments: 1, ..Stats::default() }), "");
-        let stats =
-            Stats { torn_segments: 1, torn_bytes: 14, missing_segments: 2, unknown_frames: 1, ..Stats::default() };
+        assert_eq!(gaps(JournalStats { frames: 3, segments: 1, ..JournalStats::default() }), "");
+        let stats = JournalStats {
+            torn_segments: 1,
+            torn_bytes: 14,
+            missing_segments: 2,
+            unknown_frames: 1,
+            ..JournalStats::default()
+        };
         assert_eq!(
             gaps(stats),
             "1 segment is torn (14 B given up), 2 segments are missing, 1 frame is of a kind this memtrace does not know"

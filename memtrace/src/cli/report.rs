@@ -1,21 +1,22 @@
-//! `memtrace report`.
+//! `memtrace report`: shows one incident in a format for people or for another tool.
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-
-use super::incidents::unreadable;
-use super::terminal::{self, Colour};
-use super::values::Span;
-use super::{Outcome, STATE_DIR};
-use crate::error::CommandError;
-use crate::process::symbolize::symbolize_file;
-use crate::store::incidents::{self, FindError, Incidents};
 use memtrace_incident::{Cause, Incident};
 use memtrace_report::paths::GrowthWindow;
 use memtrace_report::{firefox, folded, html, json, pprof, text};
+
+use super::VerbResult;
+use super::config::{Config, Flags, READ};
+use super::incidents::unreadable;
+use super::terminal::{self, Colour};
+use super::values::Span;
+use crate::error::CommandError;
+use crate::store::incidents::{self, FindError, IncidentStore};
+use crate::symbolize::symbolizer::symbolize_file;
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]
@@ -31,34 +32,32 @@ Examples:
   memtrace report latest --format firefox -o kill.json     open it at profiler.firefox.com
   ssh node-7 sudo cat /var/lib/memtrace/ID.memtrace | memtrace report -
 
-What is weighed in bytes, by who caused it; the four must not be added up:
-  touch   first touch of a page, which is when memory becomes resident: what a limit counts
-  map     mmap and mremap: address space, whether it was touched or not
-  brk     the heap's address space, likewise
+Causes, each with the bytes that a stack took. They measure different things and must not be added up:
+  touch   first touch of a page, when memory becomes resident; this is what a limit counts
+  map     mmap and mremap: address space, touched or not
+  brk     address space of the heap, touched or not
   charge  charged to the cgroup in system calls: page cache, sockets, kernel memory
-It is what was taken; what was given back in between is not subtracted.")]
+Memory that was given back is not subtracted.")]
 pub struct Args {
-    /// Id of an incident or its beginning, `latest`, an incident file, or `-` for standard input
+    /// Id of an incident or the beginning of one, `latest`, an incident file, or `-` for standard input
     #[arg(value_name = "ID|FILE")]
     pub incident: OsString,
-    /// What to print
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
+    pub format: ReportFormat,
     /// Write to FILE instead of standard output
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Which stacks: folded has only these, pprof shows these first
+    /// Which stacks to weigh (see below): folded has only these, pprof shows them first
     #[arg(long, value_name = "touch|map|brk|charge", default_value = "touch", value_parser = cause)]
     pub cause: Cause,
-    /// The last SPAN before the event (of a recording: before its highest usage), such as 1s, or `all`; for folded and
-    /// pprof
+    /// Only the last SPAN before the event, or `all`; for folded and pprof. The event of a recording is its
+    /// highest usage
     #[arg(long, value_name = "SPAN|all", default_value = "all", value_parser = window)]
-    pub window: Within,
-    /// The agent's state directory
-    #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
-    pub state_dir: PathBuf,
-    /// Name frames that have no name yet with files from DIR that have the build id of their module: a debug package's
-    /// `.build-id` directory, or debug files and binaries anywhere below; may be given more than once
+    pub window: ReportWindow,
+    #[command(flatten)]
+    settings: Flags<READ>,
+    /// Name frames that have no name with debug files and binaries found in DIR by build id; repeatable
     #[arg(long, value_name = "DIR")]
     pub debug_dir: Vec<PathBuf>,
     /// When to use colours
@@ -68,33 +67,33 @@ pub struct Args {
 
 /// What `memtrace report` prints.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
-    /// One screen for people
+pub enum ReportFormat {
+    /// One screen of text
     #[default]
     Text,
     /// The whole incident file
     Json,
-    /// Stacks weighted in bytes, one a line, for flame graph tools
+    /// Stacks with their bytes, one a line, for flame graph tools
     Folded,
     /// A gzipped profile for pprof
     Pprof,
     /// A profile for profiler.firefox.com, first touches over time
     Firefox,
-    /// One page for a browser, which needs nothing else
+    /// One page for a browser, complete in itself
     Html,
 }
 
-/// How much of the window is shown.
+/// How much of the time before the event counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Within {
+pub enum ReportWindow {
     /// All of it.
     All,
-    /// The end of it.
+    /// This much of its end.
     Last(Span),
 }
 
-fn window(text: &str) -> Result<Within, String> {
-    if text == "all" { Ok(Within::All) } else { text.parse().map(Within::Last) }
+fn window(text: &str) -> Result<ReportWindow, String> {
+    if text == "all" { Ok(ReportWindow::All) } else { text.parse().map(ReportWindow::Last) }
 }
 
 fn cause(text: &str) -> Result<Cause, String> {
@@ -103,33 +102,33 @@ fn cause(text: &str) -> Result<Cause, String> {
 }
 
 /// Runs the verb.
-pub fn run(args: &Args) -> Outcome {
-    let mut incident = load(&args.incident, &args.state_dir)?;
+pub fn run(args: &Args) -> VerbResult {
+    let mut incident = load(&args.incident, &Config::load(None, &args.settings)?.parse()?.state_dir)?;
     if !args.debug_dir.is_empty() {
         symbolize_file(&mut incident, &args.debug_dir);
     }
     let window = match args.window {
-        Within::All => GrowthWindow::WHOLE,
-        Within::Last(span) => GrowthWindow::before(&incident, span.nanoseconds()),
+        ReportWindow::All => GrowthWindow::WHOLE,
+        ReportWindow::Last(span) => GrowthWindow::before(&incident, span.nanoseconds()),
     };
     let rendered = match args.format {
-        Format::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
-        Format::Json => json::incident(&incident)?.into_bytes(),
-        Format::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
-        Format::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
+        ReportFormat::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
+        ReportFormat::Json => json::incident(&incident)?.into_bytes(),
+        ReportFormat::Folded => folded::stacks(&incident, &window, args.cause).into_bytes(),
+        ReportFormat::Pprof if args.output.is_none() && std::io::stdout().is_terminal() => {
             return Err(
                 CommandError::Usage("a pprof profile is binary: write it to a file with -o FILE".to_owned()).into()
             );
         }
-        Format::Pprof => pprof::profile(&incident, &window, args.cause)?,
-        Format::Firefox => firefox::profile(&incident)?.into_bytes(),
-        Format::Html => html::page(&incident).into_bytes(),
+        ReportFormat::Pprof => pprof::profile(&incident, &window, args.cause)?,
+        ReportFormat::Firefox => firefox::profile(&incident)?.into_bytes(),
+        ReportFormat::Html => html::page(&incident).into_bytes(),
     };
     terminal::write(&rendered, args.output.as_deref())?;
     Ok(0)
 }
 
-/// The incident that an argument names: a file, standard input, or an id in the state directory.
+/// Reads the incident that an argument names: a file, standard input, or an id in the state directory.
 fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     if named == "-" {
         return memtrace_incident::codec::read_from(std::io::stdin().lock())
@@ -137,12 +136,12 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     }
     let path = Path::new(named);
     let text = named.to_str().unwrap_or_default();
-    // What cannot be an id is a file, whether it exists or not.
+    // Text that cannot be an id is a path, whether the file exists or not.
     let file = text.is_empty() || text.contains(['/', '.']) || path.is_file();
     if file {
         return Ok(incidents::read(path)?);
     }
-    match Incidents::at(state_dir).find(text) {
+    match IncidentStore::at(state_dir).find(text) {
         Ok(entry) => Ok(incidents::read(&entry.path)?),
         Err(FindError::NotAnId(_)) => {
             Err(CommandError::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
@@ -158,14 +157,14 @@ mod tests {
     use memtrace_incident::fixtures;
     use memtrace_report::Style;
 
-    fn args(incident: impl Into<OsString>, dir: &Path, format: Format) -> Args {
+    fn args(incident: impl Into<OsString>, dir: &Path, format: ReportFormat) -> Args {
         Args {
             incident: incident.into(),
             format,
             output: Some(dir.join("out")),
             cause: Cause::Touch,
-            window: Within::All,
-            state_dir: dir.to_owned(),
+            window: ReportWindow::All,
+            settings: Flags::with(&[("state_dir", dir.as_os_str())]),
             debug_dir: Vec::new(),
             color: Colour::Auto,
         }
@@ -175,15 +174,15 @@ mod tests {
     fn a_file_an_id_and_the_latest_give_the_same_report() {
         let dir = tempfile::tempdir().unwrap();
         let burst = fixtures::burst();
-        let path = Incidents::create(dir.path()).unwrap().save(&burst).unwrap();
+        let path = IncidentStore::create(dir.path()).unwrap().save(&burst).unwrap();
         for named in
             [path.as_os_str().to_owned(), burst.id[..8].into(), burst.id.to_lowercase().into(), "latest".into()]
         {
-            assert_eq!(run(&args(&named, dir.path(), Format::Text)).unwrap(), 0);
+            assert_eq!(run(&args(&named, dir.path(), ReportFormat::Text)).unwrap(), 0);
             let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
             assert_eq!(written, text::report(&burst, &Style::PLAIN));
         }
-        run(&args("latest", dir.path(), Format::Json)).unwrap();
+        run(&args("latest", dir.path(), ReportFormat::Json)).unwrap();
         let written = std::fs::read_to_string(dir.path().join("out")).unwrap();
         assert_eq!(serde_json::from_str::<Incident>(&written).unwrap(), burst);
     }
@@ -191,13 +190,13 @@ mod tests {
     #[test]
     fn stacks_are_for_a_window_and_a_cause() {
         let dir = tempfile::tempdir().unwrap();
-        let path = Incidents::create(dir.path()).unwrap().save(&fixtures::burst()).unwrap();
+        let path = IncidentStore::create(dir.path()).unwrap().save(&fixtures::burst()).unwrap();
         let mut written = Vec::new();
         for (named_cause, named_window) in [("touch", "all"), ("touch", "1s"), ("touch", "100ms"), ("map", "all")] {
             let args = Args {
                 cause: cause(named_cause).unwrap(),
                 window: window(named_window).unwrap(),
-                ..args(path.as_os_str(), dir.path(), Format::Folded)
+                ..args(path.as_os_str(), dir.path(), ReportFormat::Folded)
             };
             run(&args).unwrap();
             written.push(std::fs::read(dir.path().join("out")).unwrap());
@@ -207,14 +206,14 @@ mod tests {
         written.dedup();
         assert_eq!(written.len(), all);
         assert!(window("5").is_err() && cause("malloc").is_err());
-        run(&args(path.as_os_str(), dir.path(), Format::Pprof)).unwrap();
+        run(&args(path.as_os_str(), dir.path(), ReportFormat::Pprof)).unwrap();
         assert!(std::fs::read(dir.path().join("out")).unwrap().starts_with(&[0x1f, 0x8b]));
     }
 
     #[test]
     fn what_cannot_be_found_is_told_apart() {
         let dir = tempfile::tempdir().unwrap();
-        let error = |named: &str| run(&args(named, dir.path(), Format::Text)).unwrap_err();
+        let error = |named: &str| run(&args(named, dir.path(), ReportFormat::Text)).unwrap_err();
         assert!(matches!(error("not-an-id").downcast_ref(), Some(CommandError::Usage(_))));
         assert!(error("./no.memtrace").to_string().starts_with("failed to read incident ./no.memtrace: No such file"));
         assert!(error("01KJ").to_string().starts_with("no incident 01KJ in "));

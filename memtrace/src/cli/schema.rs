@@ -1,6 +1,6 @@
-//! `memtrace schema`.
+//! `memtrace schema`: prints the JSON Schema of the incident file.
 
-use super::{Outcome, terminal};
+use super::{VerbResult, terminal};
 
 /// Arguments of `memtrace schema`.
 #[derive(clap::Args, Debug)]
@@ -11,7 +11,7 @@ Example:
 pub struct Args {}
 
 /// Runs the verb.
-pub fn run(_args: &Args) -> Outcome {
+pub fn run(_args: &Args) -> VerbResult {
     terminal::write(&memtrace_incident::json_schema()?, None)?;
     Ok(0)
 }

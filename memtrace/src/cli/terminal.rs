@@ -1,4 +1,4 @@
-//! Where text goes: its width, its colours, its characters; and the writing of it.
+//! Output: its width, colours and characters, and writing it to a file or standard output.
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
@@ -22,12 +22,12 @@ pub enum Colour {
     Never,
 }
 
-/// How text may look on standard output, or in a file.
+/// The style of text for standard output, or for a file.
 pub(super) fn style(colour: Colour, to_file: bool) -> Style {
     if to_file { chosen(colour, None::<std::io::Stdout>) } else { chosen(colour, Some(std::io::stdout())) }
 }
 
-/// How text may look on standard error.
+/// The style of text for standard error.
 pub(super) fn stderr_style() -> Style {
     chosen(Colour::Auto, Some(std::io::stderr()))
 }
@@ -63,7 +63,7 @@ pub(super) fn write(content: &(impl AsRef<[u8]> + ?Sized), file: Option<&Path>) 
     }
 }
 
-/// Without a locale (a container's shell) the terminal on the other side is taken to be a modern one.
+/// Whether the locale is UTF-8. Without one, as in a container's shell, the terminal is assumed to be UTF-8.
 fn utf8(locale: Option<OsString>) -> bool {
     locale.is_none_or(|locale| {
         let locale = locale.to_string_lossy().to_ascii_lowercase();

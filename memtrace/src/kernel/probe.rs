@@ -431,11 +431,13 @@ fn chain(error: &dyn std::error::Error) -> String {
             [first, .., third, second, last] => format!("{first} ... {third} | {second} | {last}"),
             lines => lines.join(" | "),
         };
-        if !text.contains(&message) {
+        // A refusal before the verifier looked has an empty log.
+        let message = message.trim_end_matches(" Verifier output:");
+        if !text.contains(message) {
             if !text.is_empty() {
                 text.push_str(": ");
             }
-            text.push_str(&message);
+            text.push_str(message);
         }
         next = error.source();
     }
@@ -457,6 +459,7 @@ mod tests {
         let text = chain(&Refused(log.into()));
         assert!(text.starts_with("the BPF_PROG_LOAD syscall failed. Verifier output: func#0 @0 ... "), "{text}");
         assert!(text.ends_with("| invalid access to map value"), "{text}");
+        assert_eq!(chain(&Refused(String::new())), "the BPF_PROG_LOAD syscall failed.");
     }
 
     #[test]

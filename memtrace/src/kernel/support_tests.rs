@@ -14,7 +14,7 @@ pub(in crate::kernel) fn full() -> KernelFacts {
     (layout.oom_memcg, layout.oom_chosen) = (16, 40);
     (layout.regs_orig_ax, layout.regs_di, layout.regs_si) = (120, 112, 104);
     (layout.regs_dx, layout.regs_r10) = (96, 56);
-    let programs = || Hook::ALL.into_iter().flat_map(|hook| hook.programs());
+    let programs = || Hook::ALL.into_iter().flat_map(Hook::programs).flat_map(Program::all);
     KernelFacts {
         kernel: "6.18.0".into(),
         arch: "x86_64".into(),

@@ -1,60 +1,264 @@
-//! OpenMetrics text, made when it is asked for.
+//! The metrics: one table, which `/metrics` and `docs/metrics.md` are made from.
+//!
+//! A metric is one entry of [`METRICS`]: name, help, type, unit, label, and how its value is read from a
+//! [`MetricsSnapshot`]. The text is made when somebody asks for it; nothing is kept between two requests.
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Readings;
+use memtrace_incident::Kind;
+
+use super::MetricsSnapshot;
 use memtrace_engine::snapshot::CgroupView;
 use memtrace_incident::SigkillCause;
 
 /// Cgroups with series of their own, those with a limit and the most memory first.
 const MAX_CGROUPS: usize = 1000;
 
-/// The metrics of one moment.
-pub(super) fn text(readings: &Readings) -> String {
+/// One metric.
+struct Metric {
+    /// Name without `memtrace_`, unit and `_total`, which are added to it.
+    name: &'static str,
+    /// One sentence without a full stop.
+    help: &'static str,
+    /// A counter, else a gauge.
+    counter: bool,
+    unit: Option<Unit>,
+    value: Value,
+}
+
+/// How a metric is read.
+enum Value {
+    /// One series without a label.
+    One(fn(&MetricsSnapshot) -> u64),
+    /// One series without a label, of nanoseconds that are shown as seconds.
+    Nanoseconds(fn(&MetricsSnapshot) -> u64),
+    /// A series for each value of a label.
+    Each {
+        label: &'static str,
+        /// The values of the label, in words.
+        #[cfg_attr(not(test), expect(dead_code, reason = "docs/metrics.md is made from it, by a test"))]
+        values: &'static str,
+        read: fn(&MetricsSnapshot) -> Vec<(String, u64)>,
+    },
+}
+
+impl Metric {
+    const fn counter(name: &'static str, help: &'static str, value: Value) -> Self {
+        let unit = if matches!(value, Value::Nanoseconds(_)) { Some(Unit::Seconds) } else { None };
+        Self { name, help, counter: true, unit, value }
+    }
+
+    const fn gauge(name: &'static str, help: &'static str, value: Value) -> Self {
+        Self { name, help, counter: false, unit: None, value }
+    }
+
+    const fn bytes(name: &'static str, help: &'static str, value: Value) -> Self {
+        Self { name, help, counter: false, unit: Some(Unit::Bytes), value }
+    }
+}
+
+/// Every metric, in the order in which they are shown.
+static METRICS: &[Metric] = &[
+    Metric::gauge(
+        "build",
+        "Version of memtrace",
+        Value::Each {
+            label: "version",
+            values: "the version; the value is always 1",
+            read: |_| vec![(env!("CARGO_PKG_VERSION").to_owned(), 1)],
+        },
+    ),
+    Metric::counter("oom_kills", "Processes the OOM killer killed or chose", Value::One(|now| now.counters.kills)),
+    Metric::counter(
+        "sigkills",
+        "Processes that got SIGKILL, by who sent it; one entry of the ledger each",
+        Value::Each {
+            label: "cause",
+            values: "`oom`, `cgroup_kill`, `process`, `pid_namespace`, `parent_death`, `kernel`",
+            read: |now| {
+                let count = |cause| now.counters.sigkills.get(&cause).copied().unwrap_or(0);
+                SigkillCause::ALL.into_iter().map(|cause| (cause.name().to_owned(), count(cause))).collect()
+            },
+        },
+    ),
+    Metric::counter("spikes", "Spikes that ended without a kill", Value::One(|now| now.counters.spikes)),
+    Metric::counter(
+        "near_misses",
+        "Times a limit was hit and nobody was killed; at most one a minute for each cgroup",
+        Value::One(|now| now.counters.near_misses),
+    ),
+    Metric::counter(
+        "stuck",
+        "Times a cgroup ran out of memory with its OOM killer off (memory.oom_control)",
+        Value::One(|now| now.counters.stuck),
+    ),
+    Metric::gauge(
+        "cgroups_stuck",
+        "Cgroups that wait for memory with their OOM killer off",
+        Value::One(|now| now.counts.stuck_cgroups),
+    ),
+    Metric::counter(
+        "disagreements",
+        "Kills seen by only one of the kernel log and the hooks",
+        Value::One(|now| now.counters.disagreements),
+    ),
+    Metric::counter(
+        "incidents_saved",
+        "Incident files written",
+        Value::Each {
+            label: "kind",
+            values: "`oom_kill`, `spike`, `near_miss`, `stuck`",
+            read: |now| {
+                let count = |kind| now.counters.saved.get(&kind).copied().unwrap_or(0);
+                // The agent makes no recordings.
+                let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Recording);
+                kinds.map(|kind| (kind.name().to_owned(), count(kind))).collect()
+            },
+        },
+    ),
+    Metric::counter(
+        "incident_write_failures",
+        "Incidents or ledger lines that could not be written",
+        Value::One(|now| now.counters.write_failures),
+    ),
+    Metric::counter(
+        "incidents_named",
+        "Incidents whose stack frames were given function names",
+        Value::One(|now| now.incidents_named),
+    ),
+    Metric::counter(
+        "incidents_not_named",
+        "Incidents whose stack frames could not be named; reports show offsets",
+        Value::One(|now| now.incidents_not_named),
+    ),
+    Metric::counter(
+        "incidents_dropped",
+        "Incident files deleted for size or age",
+        Value::One(|now| now.counters.dropped),
+    ),
+    Metric::counter(
+        "journal_write_failures",
+        "Journal frames that could not be written",
+        Value::One(|now| now.journal_failures),
+    ),
+    Metric::counter(
+        "records",
+        "Records the kernel side sent",
+        Value::Each {
+            label: "ring",
+            values: "`ledger`, `samples`, `stacks`",
+            read: |now| now.sent.iter().map(|(ring, sent)| ((*ring).to_owned(), *sent)).collect(),
+        },
+    ),
+    Metric::counter(
+        "lost",
+        "What was lost, by ring or part and reason",
+        Value::Each {
+            label: "what",
+            values: "a label of the table below; a series appears with its first loss",
+            read: |now| now.counts.losses.iter().map(|(what, count)| (what.clone(), *count)).collect(),
+        },
+    ),
+    Metric::counter("stacks", "Stacks of growing processes that were unwound", Value::One(|now| now.stacks)),
+    Metric::counter(
+        "stacks_thinned",
+        "Stacks left out to stay within the budget; the next one stands for their bytes",
+        Value::One(|now| now.stack_cost.thinned),
+    ),
+    Metric::counter(
+        "stack_kernel",
+        "Time the kernel side spent on stacks",
+        Value::Nanoseconds(|now| now.stack_cost.kernel_ns),
+    ),
+    Metric::counter("stack_user", "Time the agent spent on stacks", Value::Nanoseconds(|now| now.stack_cost.user_ns)),
+    Metric::counter("bad_records", "Records that could not be decoded", Value::One(|now| now.counts.bad_records)),
+    Metric::gauge("open_incidents", "Incidents still gathering", Value::One(|now| now.counts.open_incidents)),
+    Metric::gauge("cgroups", "Memory cgroups followed", Value::One(|now| now.counts.cgroups)),
+    Metric::gauge("processes", "Live processes followed", Value::One(|now| now.counts.processes)),
+    Metric::bytes(
+        "self_memory",
+        "Memory of the agent itself",
+        Value::Each {
+            label: "part",
+            values: "`resident`, `maps` (its BPF maps and rings)",
+            read: |now| {
+                let parts = [("resident", now.resident_bytes), ("maps", now.map_bytes)];
+                parts.into_iter().filter_map(|(part, bytes)| Some((part.to_owned(), bytes?))).collect()
+            },
+        },
+    ),
+    Metric::gauge(
+        "hook_attached",
+        "1 if the hook is attached, else 0",
+        Value::Each {
+            label: "hook",
+            values: "the hooks, as `memtrace doctor` lists them",
+            read: |now| now.hooks.iter().map(|(hook, on)| ((*hook).to_owned(), u64::from(*on))).collect(),
+        },
+    ),
+    Metric::bytes(
+        "cgroup_usage",
+        "Usage as the kernel compares it with the limit, as last seen",
+        Value::Each { label: "path", values: PATHS, read: |now| each_cgroup(now, |row| row.usage_bytes) },
+    ),
+    Metric::bytes(
+        "cgroup_peak",
+        "Highest usage of the cgroup ever",
+        Value::Each { label: "path", values: PATHS, read: |now| each_cgroup(now, |row| row.peak_bytes) },
+    ),
+    Metric::bytes(
+        "cgroup_limit",
+        "Limit of the cgroup",
+        Value::Each { label: "path", values: PATHS, read: |now| each_cgroup(now, |row| row.limit_bytes) },
+    ),
+];
+
+/// The label of what is told of each cgroup. The number is [`MAX_CGROUPS`].
+const PATHS: &str = "at most 1000 cgroups: those with a limit first, then by usage";
+
+/// One number of each cgroup that has series of its own, by path.
+fn each_cgroup(now: &MetricsSnapshot, number: fn(&CgroupView) -> Option<u64>) -> Vec<(String, u64)> {
+    let mut rows: Vec<_> = now.snapshot.cgroups.iter().filter(|row| row.usage_bytes.is_some()).collect();
+    rows.sort_by_key(|row| (row.limit_bytes.is_none(), std::cmp::Reverse(row.usage_bytes)));
+    rows.truncate(MAX_CGROUPS);
+    rows.into_iter().filter_map(|row| Some((row.path.clone()?, number(row)?))).collect()
+}
+
+/// The metrics as OpenMetrics text.
+pub(super) fn text(snapshot: MetricsSnapshot) -> String {
     let mut registry = Registry::with_prefix("memtrace");
-    registry.register_collector(Box::new(Moment { families: families(readings) }));
+    registry.register_collector(Box::new(Exposition(snapshot)));
     let mut text = String::new();
     // Writing to a String does not fail.
     let _ = encode(&mut text, &registry);
     text
 }
 
-/// One metric name with its series.
 #[derive(Debug)]
-struct Family {
-    name: &'static str,
-    help: &'static str,
-    unit: Option<Unit>,
-    counter: bool,
-    /// Of a counter of seconds: nanoseconds.
-    series: Vec<(Vec<(&'static str, String)>, u64)>,
-}
+struct Exposition(MetricsSnapshot);
 
-#[derive(Debug)]
-struct Moment {
-    families: Vec<Family>,
-}
-
-impl Collector for Moment {
+impl Collector for Exposition {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        for family in &self.families {
-            let kind = if family.counter { MetricType::Counter } else { MetricType::Gauge };
-            let mut metric = encoder.encode_descriptor(family.name, family.help, family.unit.as_ref(), kind)?;
-            for (labels, value) in &family.series {
-                let encoder = metric.encode_family(labels)?;
-                if family.counter && matches!(family.unit, Some(Unit::Seconds)) {
-                    ConstCounter::new(*value as f64 / 1e9).encode(encoder)?;
-                } else if family.counter {
-                    ConstCounter::new(*value).encode(encoder)?;
-                } else {
-                    // A gauge is signed; no size here comes near.
-                    ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX)).encode(encoder)?;
+        for metric in METRICS {
+            let kind = if metric.counter { MetricType::Counter } else { MetricType::Gauge };
+            let mut series = encoder.encode_descriptor(metric.name, metric.help, metric.unit.as_ref(), kind)?;
+            let no_label: [(&str, &str); 0] = [];
+            match &metric.value {
+                Value::One(read) => number(metric, read(&self.0), series.encode_family(&no_label)?)?,
+                Value::Nanoseconds(read) => {
+                    let seconds = read(&self.0) as f64 / 1e9;
+                    ConstCounter::new(seconds).encode(series.encode_family(&no_label)?)?;
+                }
+                Value::Each { label, read, .. } => {
+                    for (value, count) in read(&self.0) {
+                        number(metric, count, series.encode_family(&[(*label, value)])?)?;
+                    }
                 }
             }
         }
@@ -62,148 +266,14 @@ impl Collector for Moment {
     }
 }
 
-fn counter(name: &'static str, help: &'static str, value: u64) -> Family {
-    Family { name, help, unit: None, counter: true, series: vec![(Vec::new(), value)] }
-}
-
-fn seconds(name: &'static str, help: &'static str, nanoseconds: u64) -> Family {
-    Family { unit: Some(Unit::Seconds), ..counter(name, help, nanoseconds) }
-}
-
-fn gauge(name: &'static str, help: &'static str, value: u64) -> Family {
-    Family { name, help, unit: None, counter: false, series: vec![(Vec::new(), value)] }
-}
-
-fn families(readings: &Readings) -> Vec<Family> {
-    let Readings { counters, counts, snapshot, .. } = readings;
-    let label = |name: &'static str, value: &str| vec![(name, value.to_owned())];
-    let mut families = vec![
-        Family {
-            name: "build",
-            help: "Version of memtrace",
-            unit: None,
-            counter: false,
-            series: vec![(label("version", env!("CARGO_PKG_VERSION")), 1)],
-        },
-        counter("oom_kills", "Processes the OOM killer killed or chose", counters.kills),
-        Family {
-            name: "sigkills",
-            help: "Processes that got SIGKILL, by who sent it; one entry of the ledger each",
-            unit: None,
-            counter: true,
-            series: SigkillCause::ALL
-                .into_iter()
-                .map(|cause| (label("cause", cause.name()), counters.sigkills.get(&cause).copied().unwrap_or(0)))
-                .collect(),
-        },
-        counter("spikes", "Spikes that ended without a kill", counters.spikes),
-        counter(
-            "near_misses",
-            "Times a limit was hit and nobody was killed, at most once a minute and cgroup",
-            counters.near_misses,
-        ),
-        counter(
-            "stuck",
-            "Times a cgroup ran out of memory with its OOM killer off (memory.oom_control)",
-            counters.stuck,
-        ),
-        gauge("cgroups_stuck", "Cgroups that wait for memory with their OOM killer off", counts.stuck_cgroups),
-        counter("disagreements", "Kills that only one of kernel log and hooks knows", counters.disagreements),
-        Family {
-            name: "incidents_saved",
-            help: "Incident files written",
-            unit: None,
-            counter: true,
-            series: vec![
-                (label("kind", "oom_kill"), counters.saved_oom_kills),
-                (label("kind", "spike"), counters.saved_spikes),
-                (label("kind", "near_miss"), counters.saved_near_misses),
-                (label("kind", "stuck"), counters.saved_stuck),
-            ],
-        },
-        counter(
-            "incident_write_failures",
-            "Incidents or ledger lines that could not be written",
-            counters.write_failures,
-        ),
-        counter("incidents_named", "Incidents whose functions got names", readings.incidents_named),
-        counter(
-            "incidents_not_named",
-            "Incidents that got no names since something failed; reports show offsets",
-            readings.incidents_not_named,
-        ),
-        counter("incidents_dropped", "Incidents dropped for size or age", counters.dropped),
-        counter("journal_write_failures", "Journal frames that could not be written", readings.journal_failures),
-        Family {
-            name: "records",
-            help: "Records the kernel side sent",
-            unit: None,
-            counter: true,
-            series: readings.sent.iter().map(|(ring, sent)| (label("ring", ring), *sent)).collect(),
-        },
-        Family {
-            name: "lost",
-            help: "What was lost, by ring and reason",
-            unit: None,
-            counter: true,
-            series: readings.losses.iter().map(|(what, lost)| (label("what", what), *lost)).collect(),
-        },
-        counter("stacks", "Stacks of growing processes that were unwound", readings.stacks),
-        counter(
-            "stacks_thinned",
-            "Stacks left out to stay within the budget; the next one stands for their bytes",
-            readings.stack_cost.thinned,
-        ),
-        seconds("stack_kernel", "Time the kernel side spent on stacks", readings.stack_cost.kernel_ns),
-        seconds("stack_user", "Time the agent spent on stacks", readings.stack_cost.user_ns),
-        counter("bad_records", "Records that could not be decoded", counts.bad_records),
-        gauge("open_incidents", "Incidents still gathering", counts.open_incidents),
-        gauge("cgroups", "Memory cgroups followed", counts.cgroups),
-        gauge("processes", "Processes followed", counts.processes),
-        Family {
-            name: "self_memory",
-            help: "Memory of the agent itself",
-            unit: Some(Unit::Bytes),
-            counter: false,
-            series: [("resident", readings.resident_bytes), ("maps", readings.map_bytes)]
-                .into_iter()
-                .filter_map(|(part, bytes)| Some((label("part", part), bytes?)))
-                .collect(),
-        },
-        Family {
-            name: "hook_attached",
-            help: "1 for a hook that is attached",
-            unit: None,
-            counter: false,
-            series: readings.hooks.iter().map(|(hook, on)| (label("hook", hook), u64::from(*on))).collect(),
-        },
-    ];
-    let mut rows: Vec<_> = snapshot.cgroups.iter().filter(|row| row.usage_bytes.is_some()).collect();
-    rows.sort_by_key(|row| (row.limit_bytes.is_none(), std::cmp::Reverse(row.usage_bytes)));
-    rows.truncate(MAX_CGROUPS);
-    let mut each = |name, help, value: &dyn Fn(&CgroupView) -> Option<u64>| {
-        let series = rows.iter().filter_map(|row| Some((label("path", row.path.as_deref()?), value(row)?))).collect();
-        families.push(Family { name, help, unit: Some(Unit::Bytes), counter: false, series });
-    };
-    each("cgroup_usage", "Usage as the kernel compares it with the limit, as last seen", &|row| row.usage_bytes);
-    each("cgroup_peak", "Highest usage of the cgroup ever", &|row| row.peak_bytes);
-    each("cgroup_limit", "Limit of the cgroup", &|row| row.limit_bytes);
-    families
+fn number(metric: &Metric, value: u64, encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
+    if metric.counter {
+        ConstCounter::new(value).encode(encoder)
+    } else {
+        // A gauge is signed; no size here comes near.
+        ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(encoder)
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_text_is_openmetrics_and_names_cannot_break_it() {
-        let cgroup = CgroupView { path: Some("/a\"b\n\\c".into()), usage_bytes: Some(5), ..CgroupView::default() };
-        let mut readings = Readings { losses: vec![("samples/ring_full".into(), 3)], ..Readings::default() };
-        readings.snapshot.cgroups.push(cgroup);
-        let text = text(&readings);
-        assert!(text.ends_with("# EOF\n"), "{text}");
-        assert!(text.contains("memtrace_lost_total{what=\"samples/ring_full\"} 3\n"), "{text}");
-        assert!(text.contains("memtrace_sigkills_total{cause=\"cgroup_kill\"} 0\n"), "{text}");
-        assert!(text.contains(r#"memtrace_cgroup_usage_bytes{path="/a\"b\n\\c"} 5"#), "{text}");
-    }
-}
+mod tests;

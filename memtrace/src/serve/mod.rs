@@ -1,4 +1,7 @@
-//! HTTP: metrics, health, incidents, processes. Handlers ask the loop; they hold no state of their own.
+//! HTTP: metrics, health, incidents, processes and cgroups.
+//!
+//! A handler has no state of its own. What the session knows it asks the agent's loop for ([`LoopRequest`]); what is on
+//! disk it reads through an [`IncidentSource`], in a blocking thread and one request at a time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,13 +25,13 @@ mod metrics;
 
 /// Incidents on the page, newest first.
 const MAX_ROWS: usize = 100;
-/// Incidents in one answer of /api/incidents unless asked for fewer or more.
-const LISTED: usize = 200;
-/// And at most.
+/// Incidents in one answer of /api/incidents without `limit`.
+const DEFAULT_LISTED: usize = 200;
+/// Largest `limit` of /api/incidents; a larger one counts as this.
 const MAX_LISTED: usize = 1000;
 
-/// What is on disk, to those who may only look.
-pub trait Library: Send + Sync + 'static {
+/// The incidents on disk, read only.
+pub trait IncidentSource: Send + Sync + 'static {
     /// The newest incidents, at most `most`, as `memtrace incidents --json` prints them.
     fn list(&self, most: usize) -> Result<String, String>;
     /// One incident as JSON, by id; `None` when there is none.
@@ -37,116 +40,103 @@ pub trait Library: Send + Sync + 'static {
     fn newest(&self, most: usize) -> Result<Vec<Incident>, String>;
 }
 
-/// Everything /metrics tells, at one moment.
+/// Everything /metrics shows, at one moment.
 #[derive(Clone, Debug, Default)]
-pub struct Readings {
-    /// The daemon's sinks.
+pub struct MetricsSnapshot {
+    /// What became of incidents and kills.
     pub counters: Counters,
     /// The engine's own counts.
     pub counts: Counts,
-    /// Cgroups and processes.
+    /// Cgroups and processes, for the series of each cgroup.
     pub snapshot: Snapshot,
     /// Records sent by the kernel side, by ring.
     pub sent: Vec<(&'static str, u64)>,
-    /// Losses by `ring/reason`.
-    pub losses: Vec<(String, u64)>,
     /// Journal frames that could not be written.
     pub journal_failures: u64,
-    /// Incidents whose functions got names.
+    /// Incidents whose stack frames were given function names.
     pub incidents_named: u64,
-    /// Incidents that got none since something failed.
+    /// Incidents whose stack frames could not be named.
     pub incidents_not_named: u64,
-    /// Stacks unwound.
+    /// Stacks unwound since the start.
     pub stacks: u64,
-    /// What stacks have cost.
+    /// What stacks have cost since the start.
     pub stack_cost: StackCost,
-    /// Hooks and whether they are attached.
+    /// Every hook, and whether it is attached.
     pub hooks: Vec<(&'static str, bool)>,
-    /// Resident memory of the agent.
+    /// Resident memory of the agent, bytes; `None` when /proc/self/statm cannot be read.
     pub resident_bytes: Option<u64>,
-    /// Memory of its BPF maps.
+    /// Memory of its BPF maps, bytes; `None` when the kernel does not report it.
     pub map_bytes: Option<u64>,
 }
 
 /// What stacks have cost since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StackCost {
-    /// In the kernel, nanoseconds.
+    /// CPU time in the kernel, nanoseconds.
     pub kernel_ns: u64,
-    /// In the agent, nanoseconds.
+    /// CPU time in the agent, nanoseconds.
     pub user_ns: u64,
-    /// Stacks the budget left out.
+    /// Stacks left out to stay within the budget.
     pub thinned: u64,
 }
 
-/// What the daemon counts about its own sinks.
+/// What the agent counts about the incidents and kills it writes.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// Kills written to the ledger, or at least tried.
+    /// Kills written to the ledger, failed writes included.
     pub kills: u64,
-    /// Processes that got SIGKILL, by why.
+    /// Processes that got SIGKILL, by cause.
     pub sigkills: BTreeMap<SigkillCause, u64>,
     /// Spikes seen.
     pub spikes: u64,
     /// Near misses seen.
     pub near_misses: u64,
-    /// Cgroups that got stuck at their limit with their OOM killer off.
+    /// Times a cgroup got stuck at its limit with its OOM killer off.
     pub stuck: u64,
-    /// Kills only one of kernel log and hooks knows.
+    /// Kills seen by only one of the kernel log and the hooks.
     pub disagreements: u64,
-    /// OOM incidents saved.
-    pub saved_oom_kills: u64,
-    /// Spike incidents saved.
-    pub saved_spikes: u64,
-    /// Near misses saved.
-    pub saved_near_misses: u64,
-    /// Cgroups that were stuck, saved.
-    pub saved_stuck: u64,
+    /// Incidents saved, by kind.
+    pub saved: BTreeMap<Kind, u64>,
     /// Incidents or ledger lines that could not be written.
     pub write_failures: u64,
-    /// Incidents dropped for size or age.
+    /// Incident files deleted for size or age.
     pub dropped: u64,
 }
 
 impl Counters {
     /// Counts one saved incident.
-    pub fn saved(&mut self, kind: Kind) {
-        let counter = match kind {
-            Kind::OomKill => &mut self.saved_oom_kills,
-            Kind::NearMiss => &mut self.saved_near_misses,
-            Kind::Stuck => &mut self.saved_stuck,
-            Kind::Spike | Kind::Recording => &mut self.saved_spikes,
-        };
-        *counter = counter.saturating_add(1);
+    pub fn count_saved(&mut self, kind: Kind) {
+        let count = self.saved.entry(kind).or_default();
+        *count = count.saturating_add(1);
     }
 }
 
-/// A question to the loop, answered between two of its turns.
-pub enum Ask {
-    /// Whether it turns.
+/// A request to the agent's loop, answered between two of its turns.
+pub enum LoopRequest {
+    /// Answered as soon as the loop runs.
     Ping(oneshot::Sender<()>),
     /// The state of cgroups and processes.
     Snapshot(oneshot::Sender<Snapshot>),
-    /// What /metrics tells.
-    Readings(oneshot::Sender<Box<Readings>>),
+    /// What /metrics shows.
+    Metrics(oneshot::Sender<Box<MetricsSnapshot>>),
 }
 
 #[derive(Clone)]
-struct Shared {
-    asks: mpsc::Sender<Ask>,
-    library: Arc<dyn Library>,
-    /// One answer from disk is made at a time: however many ask, what is read does not add up in memory.
-    reading: Arc<Semaphore>,
+struct AppState {
+    requests: mpsc::Sender<LoopRequest>,
+    incidents: Arc<dyn IncidentSource>,
+    /// One permit: only one request reads from disk at a time, so that many requests do not add up in memory.
+    read_permit: Arc<Semaphore>,
 }
 
 /// Serves until the runtime ends.
-pub async fn run(listener: TcpListener, asks: mpsc::Sender<Ask>, library: Arc<dyn Library>) {
-    if let Err(error) = axum::serve(listener, router(asks, library)).await {
-        error!("HTTP: {error}");
+pub async fn run(listener: TcpListener, requests: mpsc::Sender<LoopRequest>, incidents: Arc<dyn IncidentSource>) {
+    if let Err(error) = axum::serve(listener, router(requests, incidents)).await {
+        error!("the HTTP server stopped: {error}");
     }
 }
 
-fn router(asks: mpsc::Sender<Ask>, library: Arc<dyn Library>) -> Router {
+fn router(requests: mpsc::Sender<LoopRequest>, source: Arc<dyn IncidentSource>) -> Router {
     Router::new()
         .route("/", get(page))
         .route("/healthz", get(async || "ok\n"))
@@ -156,83 +146,83 @@ fn router(asks: mpsc::Sender<Ask>, library: Arc<dyn Library>) -> Router {
         .route("/api/incidents/{id}", get(incident))
         .route("/api/processes", get(processes))
         .route("/api/cgroups", get(cgroups))
-        .with_state(Shared { asks, library, reading: Arc::new(Semaphore::new(1)) })
+        .with_state(AppState { requests, incidents: source, read_permit: Arc::new(Semaphore::new(1)) })
 }
 
-impl Shared {
-    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Result<T, Response> {
+impl AppState {
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> LoopRequest) -> Result<T, Response> {
         let (reply, answer) = oneshot::channel();
         let gone = || (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response();
-        self.asks.send(question(reply)).await.map_err(|_| gone())?;
+        self.requests.send(request(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())
     }
 
-    /// Runs file access where it does not hold up the loop.
+    /// Reads from disk in a blocking thread, so that the loop is not held up.
     async fn read<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&dyn Library) -> Result<T, String> + Send + 'static,
+        read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
     ) -> Result<T, Response> {
-        let library = Arc::clone(&self.library);
+        let incidents = Arc::clone(&self.incidents);
         let gone = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response();
-        let permit = Arc::clone(&self.reading).acquire_owned().await.map_err(gone)?;
+        let permit = Arc::clone(&self.read_permit).acquire_owned().await.map_err(gone)?;
         let failed = |why: String| (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response();
         let reading = move || {
-            // Goes with the reading, not with the asker: who hangs up has not stopped it.
+            // Held until the read ends: a client that hangs up does not stop it.
             let _permit = permit;
-            read(&*library)
+            read(&*incidents)
         };
         tokio::task::spawn_blocking(reading).await.map_err(|error| failed(error.to_string()))?.map_err(failed)
     }
 }
 
-/// 200 as soon as the loop answers: the programs are attached.
-async fn ready(State(shared): State<Shared>) -> Result<&'static str, Response> {
-    shared.ask(Ask::Ping).await.map(|()| "ready\n")
+/// 200 as soon as the loop answers: it runs once the programs are attached.
+async fn ready(State(state): State<AppState>) -> Result<&'static str, Response> {
+    state.ask(LoopRequest::Ping).await.map(|()| "ready\n")
 }
 
-async fn metrics_text(State(shared): State<Shared>) -> Result<Response, Response> {
-    let text = metrics::text(&*shared.ask(Ask::Readings).await?);
+async fn metrics_text(State(state): State<AppState>) -> Result<Response, Response> {
+    let text = metrics::text(*state.ask(LoopRequest::Metrics).await?);
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
 }
 
-/// Which processes to list.
 #[derive(Deserialize)]
-struct Which {
+struct ProcessQuery {
+    /// Only this process.
     pid: Option<u32>,
 }
 
-async fn processes(State(shared): State<Shared>, Query(which): Query<Which>) -> Result<Response, Response> {
-    let mut rows = shared.ask(Ask::Snapshot).await?.processes;
-    rows.retain(|row| which.pid.is_none_or(|pid| row.pid == pid));
+async fn processes(State(state): State<AppState>, Query(query): Query<ProcessQuery>) -> Result<Response, Response> {
+    let mut rows = state.ask(LoopRequest::Snapshot).await?.processes;
+    rows.retain(|row| query.pid.is_none_or(|pid| row.pid == pid));
     Ok(axum::Json(rows).into_response())
 }
 
-async fn cgroups(State(shared): State<Shared>) -> Result<Response, Response> {
-    Ok(axum::Json(shared.ask(Ask::Snapshot).await?.cgroups).into_response())
+async fn cgroups(State(state): State<AppState>) -> Result<Response, Response> {
+    Ok(axum::Json(state.ask(LoopRequest::Snapshot).await?.cgroups).into_response())
 }
 
-/// How many incidents to list.
 #[derive(Deserialize)]
-struct HowMany {
+struct IncidentQuery {
+    /// How many incidents to list.
     limit: Option<usize>,
 }
 
-async fn incidents(State(shared): State<Shared>, Query(many): Query<HowMany>) -> Result<Response, Response> {
-    let most = many.limit.unwrap_or(LISTED).min(MAX_LISTED);
-    let text = shared.read(move |library| library.list(most)).await?;
+async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQuery>) -> Result<Response, Response> {
+    let most = query.limit.unwrap_or(DEFAULT_LISTED).min(MAX_LISTED);
+    let text = state.read(move |source| source.list(most)).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
-async fn incident(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Result<Response, Response> {
-    let text = shared.read(move |library| library.incident(&id)).await?;
+async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Response> {
+    let text = state.read(move |source| source.incident(&id)).await?;
     let text = text.ok_or_else(|| (StatusCode::NOT_FOUND, "no such incident\n").into_response())?;
     Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.
-async fn page(State(shared): State<Shared>) -> Result<Html<String>, Response> {
-    let rows: String = shared.read(|library| library.newest(MAX_ROWS)).await?.iter().map(row).collect();
+async fn page(State(state): State<AppState>) -> Result<Html<String>, Response> {
+    let rows: String = state.read(|source| source.newest(MAX_ROWS)).await?.iter().map(row).collect();
     Ok(Html(format!(
         "<!doctype html><meta charset=utf-8><title>memtrace</title>\
          <style>body{{font:14px system-ui;margin:2em}}td,th{{padding:.2em 1em .2em 0;text-align:left}}</style>\
@@ -254,7 +244,7 @@ fn row(incident: &Incident) -> String {
     )
 }
 
-/// Names come from untrusted processes.
+/// Text for HTML: names come from untrusted processes.
 fn escape(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
         match c {
@@ -282,14 +272,14 @@ mod tests {
         assert_eq!(escape("<a href='x'>&\""), "&lt;a href=&#39;x&#39;&gt;&amp;&quot;");
     }
 
-    /// Tells how many incidents it was asked for, and how many ask at once.
+    /// Answers with how many incidents it was asked for; counts how many requests read at once.
     #[derive(Default)]
     struct Counting {
         now: AtomicUsize,
         most: AtomicUsize,
     }
 
-    impl Library for Counting {
+    impl IncidentSource for Counting {
         fn list(&self, most: usize) -> Result<String, String> {
             let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
             self.most.fetch_max(now, Ordering::SeqCst);
@@ -318,13 +308,13 @@ mod tests {
     #[test]
     fn lists_are_limited_and_read_one_at_a_time_and_readiness_is_a_ping() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let library = Arc::new(Counting::default());
-        let counting = Arc::clone(&library);
+        let source = Arc::new(Counting::default());
+        let counting = Arc::clone(&source);
         runtime.block_on(async move {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let (asks, mut asked) = mpsc::channel(4);
-            tokio::spawn(run(listener, asks, counting));
+            let (sender, mut requests) = mpsc::channel(4);
+            tokio::spawn(run(listener, sender, counting));
             let of = |path: &'static str| tokio::task::spawn_blocking(move || get(address, path));
             for (path, end) in [
                 ("/api/incidents", "\r\n\r\n200"),
@@ -341,12 +331,12 @@ mod tests {
                 assert!(answer.await.unwrap().starts_with("HTTP/1.1 200"));
             }
             let ready = of("/readyz");
-            match asked.recv().await.unwrap() {
-                Ask::Ping(reply) => reply.send(()).unwrap(),
+            match requests.recv().await.unwrap() {
+                LoopRequest::Ping(reply) => reply.send(()).unwrap(),
                 _ => panic!("readiness asked for more than a ping"),
             }
             assert!(ready.await.unwrap().ends_with("ready\n"));
         });
-        assert_eq!(library.most.load(Ordering::SeqCst), 1);
+        assert_eq!(source.most.load(Ordering::SeqCst), 1);
     }
 }

@@ -1,4 +1,4 @@
-//! One file written whole or not at all: temporary name, sync, rename, directory sync.
+//! Writes a file whole or not at all: under a temporary name, synced, renamed, its directory synced.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -6,13 +6,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// What a temporary name contains; [`remove_leftovers`] removes what has it.
+/// Part of every temporary name; [`remove_leftovers`] removes files that have it.
 const TEMPORARY: &str = ".memtrace-tmp-";
 
-/// Writes `bytes` to `path`, replacing what is there in one step. A failure leaves the old file and no other.
+/// Writes `bytes` to `path`, replacing what is there in one step. A failure leaves the old file as it was.
 ///
-/// With `mode` the file has exactly that mode, without it what the umask leaves. Something that is not a regular
-/// file (a terminal, a pipe) is written to, not replaced.
+/// With `mode` the file has exactly that mode, otherwise 0666 less the umask. A target that is not a regular file
+/// (a terminal, a pipe) is written to, not replaced.
 pub fn write(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     let target = match fs::metadata(path) {
         Ok(found) if !found.is_file() => return OpenOptions::new().write(true).open(path)?.write_all(bytes),
@@ -29,16 +29,16 @@ pub fn write(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     sync_dir(parent(&target))
 }
 
-/// Makes a rename or removal in `dir` durable.
+/// Makes renames and removals in `dir` durable.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     match File::open(dir)?.sync_all() {
-        // Some file systems cannot sync a directory; the rename itself is done.
+        // Some file systems cannot sync a directory (EINVAL); the rename itself is done.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         done => done,
     }
 }
 
-/// Removes what interrupted writes left in `dir`; how many files.
+/// Removes the files that interrupted writes left in `dir`; how many there were.
 pub fn remove_leftovers(dir: &Path) -> io::Result<u64> {
     let mut removed = 0;
     for entry in fs::read_dir(dir)? {
@@ -52,7 +52,7 @@ pub fn remove_leftovers(dir: &Path) -> io::Result<u64> {
 }
 
 fn write_new(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
-    // A process id comes back (in a container it is always 1): what a crash left under this name is stale.
+    // Process ids are reused (in a container it is always 1): a file of this name is left from a crash.
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

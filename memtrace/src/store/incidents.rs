@@ -1,4 +1,5 @@
-//! The directory of incidents: one `<id>.memtrace` each, written whole or not at all, dropped by age and size.
+//! Incident files: `<id>.memtrace`, zstd over JSON. They are written whole, read with bounds (a file may come from
+//! anywhere), and deleted by age and size.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -21,9 +22,9 @@ const DIR_MODE: u32 = 0o750;
 #[derive(Debug, thiserror::Error)]
 #[error("failed to read incident {}: {why}", path.display())]
 pub struct ReadError {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// Why.
     pub why: Unreadable,
 }
 
@@ -33,65 +34,65 @@ pub enum FindError {
     /// The directory cannot be listed.
     #[error("failed to list incidents in {}: {source}", dir.display())]
     Io {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// It is not an id or the beginning of one.
+    /// The text is not an id or the beginning of one.
     #[error("not an incident id: {0:?}")]
     NotAnId(String),
-    /// No incident has it.
+    /// No incident has this id.
     #[error("no incident {id} in {}; `memtrace incidents` lists what there is", dir.display())]
     NotFound {
-        /// What was asked for.
+        /// The text as given.
         id: String,
-        /// Where.
+        /// The directory that was searched.
         dir: PathBuf,
     },
-    /// Several begin with it.
+    /// Several ids begin with the text.
     #[error("incident id {id} is ambiguous: {}", candidates.join(", "))]
     Ambiguous {
-        /// What was asked for.
+        /// The text as given.
         id: String,
-        /// Some that begin with it.
+        /// Up to five of them.
         candidates: Vec<String>,
     },
 }
 
-/// One file of the store.
+/// An incident file in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct IncidentFile {
     /// Id of the incident.
     pub id: String,
-    /// Its file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Its size.
+    /// Size of the file, bytes.
     pub bytes: u64,
 }
 
-/// What retention dropped.
+/// What [`IncidentStore::retain`] deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Dropped {
-    /// Files.
+pub struct DeletedFiles {
+    /// Number of files.
     pub files: u64,
-    /// Their bytes.
+    /// Size of these files, bytes.
     pub bytes: u64,
 }
 
-/// A directory of incidents.
+/// A directory of incident files.
 #[derive(Clone, Debug)]
-pub struct Incidents {
+pub struct IncidentStore {
     dir: PathBuf,
 }
 
-impl Incidents {
-    /// The store in `dir` for reading; nothing is touched.
+impl IncidentStore {
+    /// The store in `dir`, for reading: nothing is created or removed.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
 
-    /// The store in `dir` for writing: creates it and removes what a crash left half written.
+    /// The store in `dir`, for writing: creates the directory and removes what a crash left half written.
     pub fn create(dir: impl Into<PathBuf>) -> io::Result<Self> {
         let dir = dir.into();
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir)?;
@@ -99,15 +100,15 @@ impl Incidents {
         Ok(Self { dir })
     }
 
-    /// Writes an incident under its id, durably; a second one with the same id replaces the first.
+    /// Writes an incident under its id, durably. A second one with the same id replaces the first.
     pub fn save(&self, incident: &Incident) -> io::Result<PathBuf> {
         let path = self.path(&incident.id)?;
         write(&path, incident)?;
         Ok(path)
     }
 
-    /// What is in the store, newest first; files with other names are not its own.
-    pub fn list(&self) -> io::Result<Vec<Entry>> {
+    /// The incident files, newest first. Files with other names are ignored.
+    pub fn list(&self) -> io::Result<Vec<IncidentFile>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -118,7 +119,7 @@ impl Incidents {
             }
             match entry.metadata() {
                 Ok(metadata) if metadata.is_file() => {
-                    found.push(Entry { id: id.to_owned(), path: path.clone(), bytes: metadata.len() });
+                    found.push(IncidentFile { id: id.to_owned(), path: path.clone(), bytes: metadata.len() });
                 }
                 _ => {}
             }
@@ -128,8 +129,8 @@ impl Incidents {
         Ok(found)
     }
 
-    /// The incident whose id is `id` or, alone, begins with it; `latest` is the newest.
-    pub fn find(&self, id: &str) -> Result<Entry, FindError> {
+    /// The incident with this id, or the only one whose id begins with it; `latest` is the newest.
+    pub fn find(&self, id: &str) -> Result<IncidentFile, FindError> {
         let list = || self.list().map_err(|source| FindError::Io { dir: self.dir.clone(), source });
         let not_found = || FindError::NotFound { id: id.to_owned(), dir: self.dir.clone() };
         if id == "latest" {
@@ -139,7 +140,8 @@ impl Incidents {
         if !codec::is_id_prefix(&wanted) {
             return Err(FindError::NotAnId(id.chars().take(80).collect()));
         }
-        let mut matching: Vec<Entry> = list()?.into_iter().filter(|entry| entry.id.starts_with(&wanted)).collect();
+        let mut matching: Vec<IncidentFile> =
+            list()?.into_iter().filter(|entry| entry.id.starts_with(&wanted)).collect();
         match matching.len() {
             0 => Err(not_found()),
             1 => matching.pop().ok_or_else(not_found),
@@ -150,14 +152,14 @@ impl Incidents {
         }
     }
 
-    /// Drops the oldest incidents until the rest is within `max_bytes` and no older than `max_age`.
-    pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<Dropped> {
+    /// Deletes the oldest incidents until the rest is within `max_bytes` and no older than `max_age`.
+    pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<DeletedFiles> {
         let oldest = max_age.and_then(|age| now.checked_sub(age));
-        let (mut kept, mut dropped) = (0u64, Dropped::default());
+        let (mut kept, mut dropped) = (0u64, DeletedFiles::default());
         for entry in self.list()? {
             let with = kept.saturating_add(entry.bytes);
             let expired = matches!((oldest, happened(&entry.id)), (Some(oldest), Some(at)) if at < oldest);
-            // Once one is dropped, so is everything older.
+            // Everything older than a deleted file is deleted too.
             if dropped.files == 0 && with <= max_bytes && !expired {
                 kept = with;
                 continue;
@@ -180,7 +182,7 @@ impl Incidents {
     }
 }
 
-/// Writes an incident to any path, whole or not at all.
+/// Writes an incident to `path`, whole or not at all.
 pub fn write(path: &Path, incident: &Incident) -> io::Result<()> {
     atomic::write(path, &codec::encode(incident)?, Some(FILE_MODE))
 }

@@ -1,8 +1,8 @@
-//! The journal: a bounded ring of segment files that holds every input of the engine, in order, for a replay.
+//! The journal: every input of the engine, in order, in a bounded ring of segment files. A replay reads it back.
 //!
 //! A segment is `MTJR`, a little-endian `u32` version, then frames
-//! `{u32 len, u32 crc32 of kind and payload, u8 kind, payload of len bytes}`. Whatever does not check out ends its
-//! segment there and is counted: a crash in the middle of a write costs the tail, never the journal.
+//! `{u32 len, u32 crc32 of kind and payload, u8 kind, payload of len bytes}`. A frame that is cut off or fails its
+//! checksum ends its segment and is counted: a crash in the middle of a write costs the tail of one segment.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -14,8 +14,8 @@ use memtrace_engine::input::{Fact, Input};
 mod reader;
 mod writer;
 
-pub use reader::{OpenError, Reader, Stats};
-pub use writer::Writer;
+pub use reader::{JournalReader, JournalStats, OpenError};
+pub use writer::JournalWriter;
 
 /// First bytes of every segment.
 pub const MAGIC: [u8; 4] = *b"MTJR";
@@ -25,66 +25,67 @@ pub const VERSION: u32 = 1;
 pub const HEADER_BYTES: usize = 8;
 /// Bytes of a frame before its payload.
 pub const FRAME_BYTES: usize = 9;
-/// Longest payload; a longer one is torn by definition.
+/// Longest payload, bytes; a frame that claims more is torn.
 pub const MAX_PAYLOAD: usize = 1 << 20;
 
-/// A wire record, raw.
+/// Payload: a wire record, as the ring had it.
 const KIND_RECORD: u8 = 1;
-/// A fact, JSON.
+/// Payload: a fact as JSON.
 const KIND_FACT: u8 = 2;
-/// The engine's identity repeated at a segment's head, JSON: for a replay that begins there.
+/// Payload: a fact of the preamble as JSON. Each segment begins with what the engine knows, for a replay that begins
+/// there.
 const KIND_PREAMBLE: u8 = 3;
 
-/// What one frame holds.
+/// The content of a frame.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Frame<'a> {
+pub enum JournalFrame<'a> {
     /// An input of the engine.
     Input(Input<'a>),
-    /// What the engine knew when this segment began; an input only where a replay begins with this segment.
+    /// What the engine knew when this segment began: an input only in the first segment of a replay.
     Preamble(Fact),
 }
 
 /// Why a segment ended before its bytes did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Its first bytes are not [`MAGIC`].
+pub enum SegmentEnd {
+    /// The first bytes are not [`MAGIC`].
     NotAJournal,
-    /// Written by a newer memtrace: its version.
+    /// Written by a newer memtrace, in this version of the format.
     Newer(u32),
     /// A frame is cut off, too long or fails its checksum.
     Torn,
 }
 
-/// Bytes of one segment to frames, in whatever pieces they come; total.
+/// Decodes the bytes of one segment, in pieces of any size, to frames. Never panics, whatever the bytes are.
 ///
-/// Holds at most one frame and the chunk pushed last, given that the caller takes every frame before it pushes more.
+/// Holds one incomplete frame and the last chunk at most, if the caller takes every frame before it pushes more.
 #[derive(Debug, Default)]
-pub struct Decoder {
-    /// What is not decoded yet.
+pub struct SegmentDecoder {
+    /// Bytes that are not decoded yet.
     pending: BytesMut,
     /// Payload of the record decoded last.
     record: Bytes,
     header_seen: bool,
-    stopped: Option<Stop>,
+    stopped: Option<SegmentEnd>,
     frames: u64,
     unknown: u64,
     torn_bytes: u64,
 }
 
 /// A decoded frame; the bytes of a record stay in the decoder.
-pub(super) enum Step {
+pub(super) enum DecodedFrame {
     Record,
     Fact(Fact),
     Preamble(Fact),
 }
 
-impl Decoder {
+impl SegmentDecoder {
     /// A decoder at the start of a segment.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes the next bytes of the segment.
+    /// Adds the next bytes of the segment.
     pub fn push(&mut self, chunk: &[u8]) {
         if self.stopped.is_some() {
             self.torn_bytes = self.torn_bytes.saturating_add(chunk.len() as u64);
@@ -93,39 +94,39 @@ impl Decoder {
         self.pending.extend_from_slice(chunk);
     }
 
-    /// The next whole frame; `None` until more bytes are pushed, and for good once the segment is torn.
-    pub fn next_frame(&mut self) -> Option<Frame<'_>> {
+    /// The next whole frame. `None` until more bytes are pushed, and always once the segment has ended early.
+    pub fn next_frame(&mut self) -> Option<JournalFrame<'_>> {
         let step = self.advance()?;
         Some(match step {
-            Step::Record => Frame::Input(Input::Record(self.record())),
-            Step::Fact(fact) => Frame::Input(Input::Fact(fact)),
-            Step::Preamble(fact) => Frame::Preamble(fact),
+            DecodedFrame::Record => JournalFrame::Input(Input::Record(self.record())),
+            DecodedFrame::Fact(fact) => JournalFrame::Input(Input::Fact(fact)),
+            DecodedFrame::Preamble(fact) => JournalFrame::Preamble(fact),
         })
     }
 
-    /// The segment has no more bytes: what is left is a torn frame.
+    /// Says that the segment has no more bytes: what is left is a torn frame.
     pub fn finish(&mut self) {
         if !self.pending.is_empty() {
-            self.stop(Stop::Torn);
+            self.stop(SegmentEnd::Torn);
         }
     }
 
-    /// Why the segment ended early.
-    pub fn stopped(&self) -> Option<Stop> {
+    /// Why the segment ended early; `None` while it has not.
+    pub fn stopped(&self) -> Option<SegmentEnd> {
         self.stopped
     }
 
-    /// Frames that checked out.
+    /// Valid frames so far.
     pub fn frames(&self) -> u64 {
         self.frames
     }
 
-    /// Frames that checked out but whose kind or content this build does not know; they are skipped.
+    /// Valid frames that were skipped because this build does not know their kind or content.
     pub fn unknown(&self) -> u64 {
         self.unknown
     }
 
-    /// Bytes given up.
+    /// Bytes that could not be decoded.
     pub fn torn_bytes(&self) -> u64 {
         self.torn_bytes
     }
@@ -134,7 +135,7 @@ impl Decoder {
         &self.record
     }
 
-    pub(super) fn advance(&mut self) -> Option<Step> {
+    pub(super) fn advance(&mut self) -> Option<DecodedFrame> {
         if self.stopped.is_some() || (!self.header_seen && !self.take_header()) {
             return None;
         }
@@ -143,11 +144,11 @@ impl Decoder {
             let [l0, l1, l2, l3, c0, c1, c2, c3, kind] = *head;
             let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
             if len > MAX_PAYLOAD {
-                self.stop(Stop::Torn);
+                self.stop(SegmentEnd::Torn);
                 return None;
             }
             if checksum(kind, rest.get(..len)?) != u32::from_le_bytes([c0, c1, c2, c3]) {
-                self.stop(Stop::Torn);
+                self.stop(SegmentEnd::Torn);
                 return None;
             }
             self.pending.advance(FRAME_BYTES);
@@ -155,10 +156,10 @@ impl Decoder {
             let step = match kind {
                 KIND_RECORD => {
                     self.record = payload;
-                    Some(Step::Record)
+                    Some(DecodedFrame::Record)
                 }
-                KIND_FACT => serde_json::from_slice(&payload).ok().map(Step::Fact),
-                KIND_PREAMBLE => serde_json::from_slice(&payload).ok().map(Step::Preamble),
+                KIND_FACT => serde_json::from_slice(&payload).ok().map(DecodedFrame::Fact),
+                KIND_PREAMBLE => serde_json::from_slice(&payload).ok().map(DecodedFrame::Preamble),
                 _ => None,
             };
             self.frames = self.frames.saturating_add(1);
@@ -176,9 +177,9 @@ impl Decoder {
         let [m0, m1, m2, m3, v0, v1, v2, v3] = *header;
         let version = u32::from_le_bytes([v0, v1, v2, v3]);
         if [m0, m1, m2, m3] != MAGIC {
-            self.stop(Stop::NotAJournal);
+            self.stop(SegmentEnd::NotAJournal);
         } else if version > VERSION {
-            self.stop(Stop::Newer(version));
+            self.stop(SegmentEnd::Newer(version));
         } else {
             self.header_seen = true;
             self.pending.advance(HEADER_BYTES);
@@ -186,14 +187,14 @@ impl Decoder {
         self.header_seen
     }
 
-    fn stop(&mut self, why: Stop) {
+    fn stop(&mut self, why: SegmentEnd) {
         self.torn_bytes = self.torn_bytes.saturating_add(self.pending.len() as u64);
         self.pending = BytesMut::new();
         self.stopped = Some(why);
     }
 }
 
-/// Appends one frame to `out`; false, and nothing appended, when its payload is too long.
+/// Appends one frame to `out`; false, with nothing appended, when its payload is longer than [`MAX_PAYLOAD`].
 fn encode(kind: u8, payload: &[u8], out: &mut Vec<u8>) -> bool {
     let Some(len) = u32::try_from(payload.len()).ok().filter(|_| payload.len() <= MAX_PAYLOAD) else {
         return false;
@@ -218,7 +219,7 @@ fn sequence(name: &str) -> Option<u64> {
     (digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
-/// Moves the segments in `dir` into its subdirectory `name`, replacing what was there.
+/// Moves the segments in `dir` to its subdirectory `name`, whose old content is deleted.
 pub fn set_aside(dir: &Path, name: &str) -> std::io::Result<()> {
     let aside = dir.join(name);
     match std::fs::remove_dir_all(&aside) {

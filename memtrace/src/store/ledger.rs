@@ -1,5 +1,8 @@
-//! Ledgers: one line of JSON an entry, appended; at its cap a file becomes the one before. Kills are on disk before
-//! anything else is done about them, SIGKILLs as the kernel writes them back.
+//! The ledgers: files of one line of JSON for each entry, appended to. A file that reaches its cap is renamed and a new
+//! one begun, so that a ledger is two files at most.
+//!
+//! `kills.jsonl` is synced with every entry: a kill is on disk before anything else is done about it. `sigkills.jsonl`
+//! is not, since there may be hundreds of SIGKILLs a second.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -13,22 +16,22 @@ use serde::de::DeserializeOwned;
 use super::atomic;
 use memtrace_incident::{KillEntry, SigkillEntry};
 
-/// What a ledger holds, and how.
-pub trait Entry: Serialize + DeserializeOwned {
-    /// Name of the ledger in the state directory.
+/// An entry of a ledger, and how its ledger is kept.
+pub trait LedgerEntry: Serialize + DeserializeOwned {
+    /// Name of the file in the state directory.
     const FILE: &'static str;
-    /// Name of the ledger before this one.
+    /// Name of the file after it has reached its cap.
     const FILE_BEFORE: &'static str;
-    /// Size at which the ledger becomes the one before.
+    /// Size at which the file is renamed, bytes.
     const MAX_BYTES: u64;
-    /// An appended entry is on the disk, not only with the kernel.
+    /// Whether each append is synced to the disk.
     const SYNCED: bool;
 
-    /// What tells one entry from another.
+    /// Identity of the entry: boot time of the event, pid, and start of the process.
     fn key(&self) -> (u64, u32, u64);
 }
 
-impl Entry for KillEntry {
+impl LedgerEntry for KillEntry {
     const FILE: &'static str = "kills.jsonl";
     const FILE_BEFORE: &'static str = "kills.jsonl.1";
     const MAX_BYTES: u64 = 8 << 20;
@@ -39,7 +42,7 @@ impl Entry for KillEntry {
     }
 }
 
-impl Entry for SigkillEntry {
+impl LedgerEntry for SigkillEntry {
     const FILE: &'static str = "sigkills.jsonl";
     const FILE_BEFORE: &'static str = "sigkills.jsonl.1";
     const MAX_BYTES: u64 = 2 << 20;
@@ -50,7 +53,7 @@ impl Entry for SigkillEntry {
     }
 }
 
-/// Appends entries.
+/// A ledger open for appending.
 #[derive(Debug)]
 pub struct Ledger<E> {
     dir: PathBuf,
@@ -64,15 +67,15 @@ pub struct Ledger<E> {
 
 /// A ledger read back.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lines<E> {
-    /// Every entry, oldest first.
+pub struct LedgerLines<E> {
+    /// The entries, oldest first.
     pub entries: Vec<E>,
-    /// Lines that are not one.
+    /// Lines that are not an entry.
     pub bad_lines: u64,
 }
 
-impl<E: Entry> Ledger<E> {
-    /// Opens the ledger in `dir`, creating it; a last line that a crash cut short is cut off.
+impl<E: LedgerEntry> Ledger<E> {
+    /// Opens the ledger in `dir`, creating it. A last line that a crash left incomplete is removed.
     pub fn open(dir: &Path) -> io::Result<Self> {
         Self::with_cap(dir, E::MAX_BYTES)
     }
@@ -88,17 +91,17 @@ impl<E: Entry> Ledger<E> {
         Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, entry: PhantomData })
     }
 
-    /// The state directory it is in.
+    /// The state directory that the ledger is in.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Bytes of a torn last line that opening cut off.
+    /// Bytes of an incomplete last line that opening removed.
     pub fn torn_bytes(&self) -> u64 {
         self.torn_bytes
     }
 
-    /// Adds entries, all or none; when this returns `Ok` they are where [`Entry::SYNCED`] says.
+    /// Appends the entries, all or none, and syncs them if [`LedgerEntry::SYNCED`].
     pub fn append(&mut self, entries: &[E]) -> io::Result<()> {
         let mut lines = Vec::new();
         for entry in entries {
@@ -109,7 +112,7 @@ impl<E: Entry> Ledger<E> {
         let rotated =
             if self.bytes > 0 && self.bytes.saturating_add(len) > self.max_bytes { self.rotate() } else { Ok(()) };
         if let Err(error) = self.file.write_all(&lines) {
-            // A full disk: no half line for the next one to continue.
+            // On a full disk part of a line may be written: the next entry must not continue it.
             let _ = self.file.set_len(self.bytes);
             return Err(error);
         }
@@ -117,7 +120,7 @@ impl<E: Entry> Ledger<E> {
         if E::SYNCED {
             self.file.sync_data()?;
         }
-        // The entries are safe either way; that the ledger outgrew its cap is still worth telling.
+        // The entries are written even if the rename failed; the error says that the file outgrew its cap.
         rotated
     }
 
@@ -129,9 +132,9 @@ impl<E: Entry> Ledger<E> {
     }
 }
 
-/// Reads a ledger of a state directory; one that does not exist is empty.
-pub fn read<E: Entry>(dir: &Path) -> io::Result<Lines<E>> {
-    let mut ledger = Lines { entries: Vec::new(), bad_lines: 0 };
+/// Reads the ledger in a state directory; one that does not exist is empty.
+pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
+    let mut ledger = LedgerLines { entries: Vec::new(), bad_lines: 0 };
     for name in [E::FILE_BEFORE, E::FILE] {
         let file = match File::open(dir.join(name)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -160,7 +163,7 @@ fn open(dir: &Path, name: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Bytes up to and with the last line end.
+/// Bytes up to and including the last line feed.
 fn whole_lines(file: &mut File) -> io::Result<u64> {
     const PIECE: u64 = 4096;
     let mut end = file.metadata()?.len();
@@ -225,7 +228,7 @@ mod tests {
     #[test]
     fn appends_over_restarts_each_ledger_its_own() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read::<KillEntry>(dir.path()).unwrap(), Lines { entries: Vec::new(), bad_lines: 0 });
+        assert_eq!(read::<KillEntry>(dir.path()).unwrap(), LedgerLines { entries: Vec::new(), bad_lines: 0 });
         Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
         Kills::open(dir.path()).unwrap().append(&[kill(2)]).unwrap();
         Ledger::open(dir.path()).unwrap().append(&[sigkill(3), sigkill(4)]).unwrap();

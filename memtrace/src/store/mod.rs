@@ -1,4 +1,4 @@
-//! What is on disk: the journal, the ledgers, incidents and their retention.
+//! What is on disk: the journal, the ledgers, and the incident files with their retention.
 
 pub mod atomic;
 pub mod incidents;

@@ -1,4 +1,5 @@
-//! Runs a command in a transient memory cgroup with a limit and exits with its code (128 plus the signal when killed).
+//! Runs a command in a temporary memory cgroup with a limit and exits with its code (128 plus the
+//! signal if killed).
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;

@@ -9,9 +9,9 @@ fn id(time_ms: u64, rest: u128) -> String {
     ulid::Ulid::from_parts(time_ms, rest).to_string()
 }
 
-fn store(count: u64) -> (tempfile::TempDir, Incidents) {
+fn store(count: u64) -> (tempfile::TempDir, IncidentStore) {
     let dir = tempfile::tempdir().unwrap();
-    let store = Incidents::create(dir.path().join("incidents")).unwrap();
+    let store = IncidentStore::create(dir.path().join("incidents")).unwrap();
     for number in 1..=count {
         let mut incident = fixtures::burst();
         incident.id = id(number * 1000, 7);
@@ -71,7 +71,7 @@ fn retention_drops_the_oldest() {
     let (_dir, store) = store(5);
     let each = store.list().unwrap()[0].bytes;
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(10);
-    assert_eq!(store.retain(each * 5 + 100, None, now).unwrap(), Dropped::default());
+    assert_eq!(store.retain(each * 5 + 100, None, now).unwrap(), DeletedFiles::default());
     assert_eq!(store.retain(each * 3 + 100, None, now).unwrap().files, 2);
     assert_eq!(store.retain(u64::MAX, Some(Duration::from_millis(6500)), now).unwrap().files, 1);
     assert_eq!(store.list().unwrap().len(), 2);
@@ -84,7 +84,7 @@ fn a_crash_leaves_nothing_half_written() {
     let inner = dir.path().join("incidents");
     fs::write(inner.join(".01X.memtrace.memtrace-tmp-1"), b"half").unwrap();
     fs::write(inner.join("notes.memtrace"), b"not ours").unwrap();
-    Incidents::create(&inner).unwrap();
+    IncidentStore::create(&inner).unwrap();
     assert_eq!(store.list().unwrap().len(), 1);
     assert_eq!(fs::read_dir(&inner).unwrap().count(), 2);
 }

@@ -1,27 +1,27 @@
-//! Reads a journal back: every input in order, and what is missing.
+//! Reads a journal: every input in order, and what is missing.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use super::{Decoder, Step, Stop, sequence};
+use super::{DecodedFrame, SegmentDecoder, SegmentEnd, sequence};
 use memtrace_engine::input::Input;
 
 /// Bytes read at a time.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// What a reading met.
+/// What was read of a journal, and what is missing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
+pub struct JournalStats {
     /// Segments read.
     pub segments: u64,
-    /// Frames that checked out.
+    /// Valid frames.
     pub frames: u64,
-    /// Frames skipped because this build does not know their kind or content.
+    /// Valid frames that were skipped because this build does not know their kind or content.
     pub unknown_frames: u64,
-    /// Segments that ended in a torn frame.
+    /// Segments that end in a torn frame.
     pub torn_segments: u64,
-    /// Bytes given up in them.
+    /// Bytes of these that could not be decoded.
     pub torn_bytes: u64,
     /// Segments missing between the first and the last: gaps in the sequence.
     pub missing_segments: u64,
@@ -33,44 +33,44 @@ pub enum OpenError {
     /// A file or directory cannot be read.
     #[error("failed to read journal {}: {source}", path.display())]
     Io {
-        /// Which.
+        /// Path of the journal.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// The directory has no segments.
+    /// There are no segments in the directory.
     #[error("failed to read journal {}: no journal-*.mtj segments in it", path.display())]
     Empty {
-        /// Which.
+        /// Path of the journal.
         path: PathBuf,
     },
-    /// The file does not begin like a segment.
+    /// The file does not begin with [`super::MAGIC`].
     #[error("failed to read journal {}: not a memtrace journal", path.display())]
     NotAJournal {
-        /// Which.
+        /// Path of the journal.
         path: PathBuf,
     },
-    /// The file is of a newer version.
+    /// The file has a newer format.
     #[error("failed to read journal {}: version {version} is newer than this memtrace reads ({}); update memtrace", path.display(), super::VERSION)]
     Newer {
-        /// Which.
+        /// Path of the journal.
         path: PathBuf,
-        /// Its version.
+        /// Version of the file.
         version: u32,
     },
 }
 
-/// Reads the segments of a directory, or one segment, as inputs.
+/// Reads a directory of segments, or one segment, as inputs of the engine.
 #[derive(Debug)]
-pub struct Reader {
-    /// Still to be read, last first.
+pub struct JournalReader {
+    /// Segments still to be read, the next one last. Cap: the files of the directory.
     segments: Vec<PathBuf>,
-    /// One file was named: it has to be a journal.
+    /// A single file was named: if it is not a journal, that is an error.
     single: bool,
     current: Option<Current>,
-    /// Whether the segment being read is where this reading begins: only its preamble counts.
+    /// No frame of an earlier segment was read: the preamble of this segment is input.
     begins: bool,
-    stats: Stats,
+    stats: JournalStats,
     chunk: Vec<u8>,
 }
 
@@ -78,15 +78,15 @@ pub struct Reader {
 struct Current {
     path: PathBuf,
     file: File,
-    decoder: Decoder,
+    decoder: SegmentDecoder,
     ended: bool,
 }
 
-impl Reader {
+impl JournalReader {
     /// Opens a directory of segments or one segment file.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let io = |source| OpenError::Io { path: path.to_owned(), source };
-        let mut stats = Stats::default();
+        let mut stats = JournalStats::default();
         let single = !fs::metadata(path).map_err(io)?.is_dir();
         let mut segments = vec![path.to_owned()];
         if !single {
@@ -108,7 +108,7 @@ impl Reader {
         Ok(Self { segments, single, current: None, begins: true, stats, chunk: vec![0; CHUNK_BYTES] })
     }
 
-    /// The next input; `None` at the end. After an error the next segment is tried.
+    /// The next input; `None` at the end. After an error the call can be repeated: it goes on with the next segment.
     pub fn next_input(&mut self) -> Result<Option<Input<'_>>, OpenError> {
         let step = loop {
             let Some(current) = &mut self.current else {
@@ -118,7 +118,7 @@ impl Reader {
                 continue;
             };
             match current.decoder.advance() {
-                Some(Step::Preamble(_)) if !self.begins => {}
+                Some(DecodedFrame::Preamble(_)) if !self.begins => {}
                 Some(step) => break step,
                 None if current.ended => self.close()?,
                 None => {
@@ -131,13 +131,13 @@ impl Reader {
             }
         };
         Ok(match step {
-            Step::Fact(fact) | Step::Preamble(fact) => Some(Input::Fact(fact)),
-            Step::Record => self.current.as_ref().map(|current| Input::Record(current.decoder.record())),
+            DecodedFrame::Fact(fact) | DecodedFrame::Preamble(fact) => Some(Input::Fact(fact)),
+            DecodedFrame::Record => self.current.as_ref().map(|current| Input::Record(current.decoder.record())),
         })
     }
 
-    /// What was met so far; complete after [`Reader::next_input`] returned `None`.
-    pub fn stats(&self) -> Stats {
+    /// What was read so far; complete once [`JournalReader::next_input`] has returned `None`.
+    pub fn stats(&self) -> JournalStats {
         self.stats
     }
 
@@ -147,7 +147,7 @@ impl Reader {
         };
         match File::open(&path) {
             Ok(file) => {
-                self.current = Some(Current { path, file, decoder: Decoder::new(), ended: false });
+                self.current = Some(Current { path, file, decoder: SegmentDecoder::new(), ended: false });
                 Ok(true)
             }
             // A running agent has deleted it since the directory was listed.
@@ -168,11 +168,11 @@ impl Reader {
         self.stats.frames += decoder.frames();
         self.stats.unknown_frames += decoder.unknown();
         self.stats.torn_bytes += decoder.torn_bytes();
-        // An empty or unreadable segment is not where the reading begins.
+        // After an empty or unreadable segment the next preamble counts.
         self.begins &= decoder.frames() == 0;
         match decoder.stopped() {
-            Some(Stop::Newer(version)) => return Err(OpenError::Newer { path: current.path, version }),
-            Some(Stop::NotAJournal) if self.single => return Err(OpenError::NotAJournal { path: current.path }),
+            Some(SegmentEnd::Newer(version)) => return Err(OpenError::Newer { path: current.path, version }),
+            Some(SegmentEnd::NotAJournal) if self.single => return Err(OpenError::NotAJournal { path: current.path }),
             Some(_) => self.stats.torn_segments += 1,
             None => {}
         }

@@ -14,11 +14,11 @@ enum Owned {
     Preamble(Fact),
 }
 
-fn owned(frame: Frame<'_>) -> Owned {
+fn owned(frame: JournalFrame<'_>) -> Owned {
     match frame {
-        Frame::Input(Input::Record(bytes)) => Owned::Record(bytes.to_vec()),
-        Frame::Input(Input::Fact(fact)) => Owned::Fact(fact),
-        Frame::Preamble(fact) => Owned::Preamble(fact),
+        JournalFrame::Input(Input::Record(bytes)) => Owned::Record(bytes.to_vec()),
+        JournalFrame::Input(Input::Fact(fact)) => Owned::Fact(fact),
+        JournalFrame::Preamble(fact) => Owned::Preamble(fact),
     }
 }
 
@@ -35,8 +35,8 @@ fn segment(frames: &[Owned]) -> Vec<u8> {
     out
 }
 
-fn decode(bytes: &[u8], chunk: usize) -> (Vec<Owned>, Decoder) {
-    let mut decoder = Decoder::new();
+fn decode(bytes: &[u8], chunk: usize) -> (Vec<Owned>, SegmentDecoder) {
+    let mut decoder = SegmentDecoder::new();
     let mut frames = Vec::new();
     for piece in bytes.chunks(chunk.max(1)) {
         decoder.push(piece);
@@ -91,7 +91,7 @@ proptest! {
         if at >= HEADER_BYTES {
             prop_assert!(frames.starts_with(&decoded));
             prop_assert!(decoded.len() < frames.len());
-            prop_assert_eq!(decoder.stopped(), Some(Stop::Torn));
+            prop_assert_eq!(decoder.stopped(), Some(SegmentEnd::Torn));
         }
     }
 
@@ -126,7 +126,7 @@ fn unknown_kinds_are_skipped_and_counted() {
     assert!(!encode(KIND_RECORD, &vec![0; MAX_PAYLOAD + 1], &mut bytes));
 }
 
-fn fill(writer: &mut Writer, records: std::ops::Range<u64>) {
+fn fill(writer: &mut JournalWriter, records: std::ops::Range<u64>) {
     for number in records {
         if writer.rotate_needed() {
             writer.begin_segment(&[tick(number)]).unwrap();
@@ -135,8 +135,8 @@ fn fill(writer: &mut Writer, records: std::ops::Range<u64>) {
     }
 }
 
-fn read(path: &Path) -> (Vec<u64>, Vec<u64>, Stats) {
-    let mut reader = Reader::open(path).unwrap();
+fn read(path: &Path) -> (Vec<u64>, Vec<u64>, JournalStats) {
+    let mut reader = JournalReader::open(path).unwrap();
     let (mut records, mut facts) = (Vec::new(), Vec::new());
     while let Some(input) = reader.next_input().unwrap() {
         match input {
@@ -158,7 +158,7 @@ fn names(dir: &Path) -> Vec<String> {
 #[test]
 fn the_ring_keeps_the_newest_within_its_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = Writer::open(dir.path(), 1000, 4000).unwrap();
+    let mut writer = JournalWriter::open(dir.path(), 1000, 4000).unwrap();
     fill(&mut writer, 0..1000);
     writer.flush().unwrap();
     assert!(writer.bytes() <= 4100, "{}", writer.bytes());
@@ -175,11 +175,11 @@ fn the_ring_keeps_the_newest_within_its_bytes() {
 #[test]
 fn a_new_writer_continues_and_a_crash_costs_the_tail() {
     let dir = tempfile::tempdir().unwrap();
-    fill(&mut Writer::open(dir.path(), 1000, 1 << 20).unwrap(), 0..100);
+    fill(&mut JournalWriter::open(dir.path(), 1000, 1 << 20).unwrap(), 0..100);
     let last = dir.path().join(names(dir.path()).pop().unwrap());
     let whole = fs::read(&last).unwrap();
     fs::write(&last, &whole[..whole.len() - 3]).unwrap();
-    fill(&mut Writer::open(dir.path(), 1000, 1 << 20).unwrap(), 100..200);
+    fill(&mut JournalWriter::open(dir.path(), 1000, 1 << 20).unwrap(), 100..200);
     let (records, _, stats) = read(dir.path());
     let expected: Vec<u64> = (0..200).filter(|number| *number != 99).collect();
     assert_eq!(records, expected);
@@ -189,7 +189,7 @@ fn a_new_writer_continues_and_a_crash_costs_the_tail() {
 #[test]
 fn a_missing_segment_is_counted_and_one_segment_reads_alone() {
     let dir = tempfile::tempdir().unwrap();
-    fill(&mut Writer::open(dir.path(), 1000, 1 << 20).unwrap(), 0..300);
+    fill(&mut JournalWriter::open(dir.path(), 1000, 1 << 20).unwrap(), 0..300);
     let names = names(dir.path());
     assert!(names.len() > 4);
     fs::remove_file(dir.path().join(&names[2])).unwrap();
@@ -201,12 +201,12 @@ fn a_missing_segment_is_counted_and_one_segment_reads_alone() {
 #[test]
 fn errors_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();
-    assert!(matches!(Reader::open(dir.path()), Err(OpenError::Empty { .. })));
+    assert!(matches!(JournalReader::open(dir.path()), Err(OpenError::Empty { .. })));
     let file = dir.path().join("x");
     fs::write(&file, b"not a journal at all").unwrap();
-    assert!(matches!(Reader::open(&file).unwrap().next_input(), Err(OpenError::NotAJournal { .. })));
+    assert!(matches!(JournalReader::open(&file).unwrap().next_input(), Err(OpenError::NotAJournal { .. })));
     fs::write(&file, b"MTJR\x07\0\0\0").unwrap();
-    let error = Reader::open(&file).unwrap().next_input().unwrap_err().to_string();
+    let error = JournalReader::open(&file).unwrap().next_input().unwrap_err().to_string();
     assert!(error.ends_with("version 7 is newer than this memtrace reads (1); update memtrace"), "{error}");
 }
 
@@ -214,7 +214,7 @@ fn errors_are_told_apart() {
 fn a_failed_writer_rests_until_the_flush_and_recovers() {
     let dir = tempfile::tempdir().unwrap();
     let sub = dir.path().join("journal");
-    let mut writer = Writer::open(&sub, 1000, 1 << 20).unwrap();
+    let mut writer = JournalWriter::open(&sub, 1000, 1 << 20).unwrap();
     fill(&mut writer, 0..3);
     writer.flush().unwrap();
     // /dev/full is a disk without room.
@@ -235,7 +235,7 @@ fn a_failed_writer_rests_until_the_flush_and_recovers() {
 #[test]
 fn a_large_preamble_does_not_make_a_segment_of_every_input() {
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = Writer::open(dir.path(), 100, 1 << 20).unwrap();
+    let mut writer = JournalWriter::open(dir.path(), 100, 1 << 20).unwrap();
     let preamble: Vec<Fact> = (0..100).map(tick).collect();
     for number in 0..10u64 {
         if writer.rotate_needed() {

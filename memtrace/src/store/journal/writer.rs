@@ -1,4 +1,4 @@
-//! Writes the journal: whole frames, a segment at a time, within its bytes.
+//! Writes the journal: whole frames, one segment after another, within a total size.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 use super::{KIND_FACT, KIND_PREAMBLE, KIND_RECORD, MAGIC, VERSION, encode, file_name, sequence};
 use memtrace_engine::input::{Fact, Input};
 
-/// Frames are handed to the kernel in pieces of about this size.
+/// Frames are written in pieces of about this size, bytes.
 const BUFFER_BYTES: usize = 64 << 10;
 
 /// Appends inputs to the journal in a directory.
 ///
-/// Before each input: `if writer.rotate_needed() { writer.begin_segment(&engine.preamble(now))? }`. An error costs
-/// the frames it names (see [`Writer::lost`]) and closes the segment; nothing more is written until the next
-/// [`Writer::flush`], so that a full disk costs one attempt a tick, and then a new segment begins.
+/// Before each input: `if writer.rotate_needed() { writer.begin_segment(&engine.preamble(now))? }`. An error loses
+/// frames (see [`JournalWriter::lost`]) and closes the segment; nothing more is written until the next
+/// [`JournalWriter::flush`], so that a full disk costs one attempt a tick, and then a new segment begins.
 #[derive(Debug)]
-pub struct Writer {
+pub struct JournalWriter {
     dir: PathBuf,
     segment_bytes: u64,
     total_bytes: u64,
@@ -26,7 +26,7 @@ pub struct Writer {
     /// Closed segments, oldest first: sequence and bytes. Cap: `total_bytes`.
     closed: VecDeque<(u64, u64)>,
     open: Option<Segment>,
-    /// Failed; waits for a flush.
+    /// A write has failed: nothing is tried until the next flush.
     resting: bool,
     lost: u64,
     scratch: Vec<u8>,
@@ -45,9 +45,9 @@ struct Segment {
     buffered_frames: u64,
 }
 
-impl Writer {
-    /// A writer that continues after the segments found in `dir`, which it creates. The directory never holds more
-    /// than `total_bytes` and one frame, in segments of about `segment_bytes`.
+impl JournalWriter {
+    /// Creates `dir` if needed and continues after the segments in it. The directory never holds more than
+    /// `total_bytes` and one frame, in segments of about `segment_bytes`.
     pub fn open(dir: &Path, segment_bytes: u64, total_bytes: u64) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let mut closed = Vec::new();
@@ -71,16 +71,16 @@ impl Writer {
         })
     }
 
-    /// Whether the next input belongs into a new segment.
+    /// Whether a new segment is to be begun before the next input.
     pub fn rotate_needed(&self) -> bool {
         match &self.open {
             None => !self.resting,
-            // A preamble larger than a segment must not make every input a segment of its own.
+            // Otherwise a preamble larger than a segment would give every input a segment of its own.
             Some(open) => open.size() >= self.segment_bytes.max(open.head.saturating_mul(2)),
         }
     }
 
-    /// Closes the segment, deletes the oldest ones beyond the total and begins a new one with `preamble`.
+    /// Closes the segment, deletes the oldest segments beyond the total size and begins a new one with `preamble`.
     pub fn begin_segment(&mut self, preamble: &[Fact]) -> io::Result<()> {
         let closed = self.close();
         let begun = self.begin(preamble);
@@ -88,7 +88,7 @@ impl Writer {
         closed.and(begun)
     }
 
-    /// Adds one input; it reaches the file with a later [`Writer::flush`] at the latest.
+    /// Appends one input. It is written with the next [`JournalWriter::flush`] at the latest.
     pub fn append(&mut self, input: &Input<'_>) -> io::Result<()> {
         let Some(open) = &mut self.open else {
             self.lost = self.lost.saturating_add(1);
@@ -109,23 +109,23 @@ impl Writer {
         Ok(())
     }
 
-    /// Hands everything appended so far to the kernel, and lets a failed writer try again.
+    /// Writes everything appended so far, and lets a failed writer try again.
     pub fn flush(&mut self) -> io::Result<()> {
         self.resting = false;
         self.write_out()
     }
 
-    /// Frames that were appended, or should have been, and are in no file.
+    /// Frames that could not be written.
     pub fn lost(&self) -> u64 {
         self.lost
     }
 
-    /// Number of the segment that is begun next: it changes when one begins.
+    /// Number of the segment that will begin next; it changes whenever one begins.
     pub fn next_segment(&self) -> u64 {
         self.next
     }
 
-    /// Bytes of the journal in its directory and in the buffer.
+    /// Size of the journal, bytes: its files and the buffer.
     pub fn bytes(&self) -> u64 {
         let closed: u64 = self.closed.iter().map(|(_, bytes)| bytes).sum();
         closed.saturating_add(self.open.as_ref().map_or(0, Segment::size))
@@ -147,7 +147,7 @@ impl Writer {
         }
         let head = buffer.len() as u64;
         self.open = Some(Segment { sequence, file, written: 0, head, buffer, buffered_frames: 0 });
-        // At once, so that a full disk is found here and leaves no segment without a header.
+        // Written at once: a full disk is found here, and leaves no segment without a header.
         let written = self.write_out();
         if written.is_err() {
             let _ = fs::remove_file(&path);
@@ -182,7 +182,7 @@ impl Writer {
             return Ok(());
         };
         if let Err(error) = open.file.write_all(&open.buffer) {
-            // Whole frames only: cut off what a short write left.
+            // Keep whole frames only: remove what a short write left.
             let _ = open.file.set_len(open.written);
             self.lost = self.lost.saturating_add(open.buffered_frames);
             self.closed.push_back((open.sequence, open.written));
@@ -203,7 +203,7 @@ impl Segment {
     }
 }
 
-impl Drop for Writer {
+impl Drop for JournalWriter {
     fn drop(&mut self) {
         let _ = self.write_out();
     }
@@ -216,7 +216,7 @@ fn encode_fact(kind: u8, fact: &Fact, scratch: &mut Vec<u8>, out: &mut Vec<u8>) 
 }
 
 #[cfg(test)]
-impl Writer {
+impl JournalWriter {
     /// Lets the open segment write to `file` from now on.
     pub(super) fn break_with(&mut self, file: File) {
         self.open.as_mut().unwrap().file = file;

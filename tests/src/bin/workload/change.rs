@@ -1,4 +1,5 @@
-//! Processes that change what they are while they grow: sharers, forked children, new programs, other cgroups.
+//! Processes that change while they grow: shared address spaces, forked children, new programs,
+//! other cgroups.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -10,7 +11,7 @@ use serde_json::json;
 
 use crate::{memory, raw};
 
-/// One address space, two processes; the first grows until it is done or both are killed.
+/// Two processes with one address space. The first grows until it is done or both are killed.
 pub(crate) fn share_mm(mib: usize) -> anyhow::Result<()> {
     let sharer = raw::sharer()?;
     crate::say("sharer", &json!({ "child": sharer }))?;
@@ -21,7 +22,7 @@ pub(crate) fn share_mm(mib: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A child by fork alone, under a name of its own, grows; its parent reports how it ended.
+/// A child that forks without exec, renames itself and grows. Its parent reports how it ended.
 pub(crate) fn fork_only(mib: usize) -> anyhow::Result<()> {
     let child = raw::fork()?;
     if child == 0 {
@@ -36,7 +37,7 @@ pub(crate) fn fork_only(mib: usize) -> anyhow::Result<()> {
     crate::say("child_exit", &json!({ "child": child, "status": status }))
 }
 
-/// Becomes another program in mid-growth: the same process, another address space.
+/// Execs another program while growing: the same process with another address space.
 pub(crate) fn exec_grow(first_mib: usize, mib: usize) -> anyhow::Result<()> {
     let held = memory::touched(first_mib);
     crate::say("grown", &json!({ "anon_mib": first_mib }))?;
@@ -46,7 +47,7 @@ pub(crate) fn exec_grow(first_mib: usize, mib: usize) -> anyhow::Result<()> {
     Err(error).context("failed to become another program")
 }
 
-/// Moves into another cgroup in mid-growth, and makes that the root of what it sees.
+/// Moves into another cgroup while growing, and makes that the root of its cgroup namespace.
 pub(crate) fn move_grow(first_mib: usize, to: &Path, mib: usize) -> anyhow::Result<()> {
     let before = memory::touched(first_mib);
     crate::say("grown", &json!({ "anon_mib": first_mib }))?;

@@ -1,4 +1,5 @@
-//! Rounds of one operation, each timed: where the clock counts instructions, it counts theirs.
+//! Times rounds of one operation. Where the clock counts instructions, the times are instruction
+//! counts.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -13,7 +14,7 @@ use serde_json::json;
 
 use crate::raw;
 
-/// What is done over and over.
+/// The operation.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(crate) enum Operation {
     /// Touch a fresh page of anonymous memory
@@ -33,13 +34,14 @@ pub(crate) enum Operation {
 /// The tiny program.
 const TINY: &str = "/bin/true";
 
-/// Rounds before those that count: caches, the linker's tables, the agent's first sight of this process.
+/// Rounds before those that count. They fill caches and the linker's tables, and let the agent meet
+/// this process.
 const WARM_UP: usize = 2;
 
 impl Operation {
-    /// How many make a round. A round is over before the next turn of the agent, which has ten a second, and but for
-    /// faults mostly before the next timer tick, 250 a second, at a nanosecond an instruction; of faults it has many, as
-    /// the agent, and the kernel's own accounting, do something once in 64.
+    /// Operations in a round. A round must end before the agent's next turn (ten a second) and
+    /// mostly before the next timer tick (250 a second, at one nanosecond an instruction). Faults
+    /// need many: the agent and the kernel's own accounting act on one in 64.
     fn count(self) -> u32 {
         match self {
             Self::Fault => 512,
@@ -51,7 +53,7 @@ impl Operation {
     }
 }
 
-/// Does so many rounds, and says how many nanoseconds an operation took in each.
+/// Runs the rounds and prints the nanoseconds an operation took in each.
 pub(crate) fn rounds(operation: Operation, rounds: usize, file: &Path) -> anyhow::Result<()> {
     let count = operation.count();
     let file = match operation {
@@ -61,7 +63,7 @@ pub(crate) fn rounds(operation: Operation, rounds: usize, file: &Path) -> anyhow
     let mut page = vec![0u8; rustix::param::page_size()];
     let mut found = Vec::with_capacity(rounds);
     for round in 0..rounds + WARM_UP {
-        // made and given back outside of what is timed
+        // mapped and unmapped outside the timed part
         let mut fresh = fresh(if matches!(operation, Operation::Fault) { count } else { 1 })?;
         let begin = monotonic_ns();
         match operation {
@@ -83,7 +85,7 @@ fn once(operation: Operation, file: Option<&File>, page: &mut [u8]) -> anyhow::R
         Operation::Map => drop(black_box(MmapOptions::new().len(64 << 10).map_anon().context("failed to map")?)),
         Operation::Syscall => drop(black_box(rustix::process::getpid())),
         Operation::Fork => match raw::fork()? {
-            // at once: what would run at exit belongs to the parent
+            // _exit: exit handlers belong to the parent
             0 => raw::leave(),
             child => drop(raw::wait(child)?),
         },
@@ -96,16 +98,16 @@ fn once(operation: Operation, file: Option<&File>, page: &mut [u8]) -> anyhow::R
     Ok(())
 }
 
-/// Memory that has no page yet, and gets small ones.
+/// Unpopulated memory that will get small pages.
 fn fresh(pages: u32) -> anyhow::Result<MmapMut> {
     let bytes = usize::try_from(pages)? * rustix::param::page_size();
     let memory = MmapOptions::new().len(bytes).map_anon().context("failed to map anonymous memory")?;
-    // refused by kernels that have no large pages, which then give none
+    // kernels without huge pages refuse this, and do not need it
     let _ = memory.advise(Advice::NoHugePage);
     Ok(memory)
 }
 
-/// A file of one page, which the kernel has in memory.
+/// A file of one page, in the page cache.
 fn cached(path: &Path) -> anyhow::Result<File> {
     let page = vec![1u8; rustix::param::page_size()];
     std::fs::write(path, page).with_context(|| format!("failed to write {}", path.display()))?;
@@ -114,7 +116,8 @@ fn cached(path: &Path) -> anyhow::Result<File> {
     Ok(file)
 }
 
-/// Takes memory page by page until it is killed; when each page was there goes into `stamp`, over the one before.
+/// Takes memory page by page until killed, and writes the time of each page over the last one in
+/// `stamp`.
 pub(crate) fn until_killed(stamp: &Path) -> anyhow::Result<()> {
     const AT_MOST: u32 = 1 << 14;
     let stamp = File::options().write(true).open(stamp).context("failed to open the file for stamps")?;

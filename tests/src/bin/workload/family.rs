@@ -1,4 +1,4 @@
-//! Workloads of more than one process. Children speak on the same stdout; each says its own `start`.
+//! Workloads of several processes. Children print to the same stdout, each with its own `start`.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -11,7 +11,8 @@ use serde_json::json;
 
 use crate::{loops, memory, raw, say, wait_for_end_of_stdin};
 
-/// Starts a member of the family; one that waits does so until its stdin closes, and is listened to meanwhile.
+/// Starts a child. One that waits does so until its stdin closes; its output is passed on
+/// meanwhile.
 fn member(comm: &str, mib: usize, wait: bool) -> anyhow::Result<Child> {
     let own = std::env::current_exe().context("failed to find this program")?;
     let mut command = Command::new(own);
@@ -24,7 +25,7 @@ fn member(comm: &str, mib: usize, wait: bool) -> anyhow::Result<Child> {
     command.spawn().context("failed to start a child")
 }
 
-/// Passes on what a waiting child says until it is ready or gone.
+/// Passes on the output of a waiting child until it is ready or gone.
 fn until_ready(child: &mut Child) -> anyhow::Result<()> {
     let Some(stdout) = child.stdout.take() else { return Ok(()) };
     for line in BufReader::new(stdout).lines() {
@@ -37,7 +38,7 @@ fn until_ready(child: &mut Child) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says how a child ended.
+/// Prints how a child ended.
 fn reap(mut child: Child) -> anyhow::Result<()> {
     let pid = child.id();
     drop(child.stdin.take());
@@ -45,7 +46,7 @@ fn reap(mut child: Child) -> anyhow::Result<()> {
     say("child_exit", &json!({ "child": pid, "code": status.code(), "signal": status.signal() }))
 }
 
-/// K children at once, each keeping its memory until all have got theirs or been killed.
+/// K children at once; each keeps its memory until all have theirs or are killed.
 pub(crate) fn many(processes: usize, mib_each: usize) -> anyhow::Result<()> {
     let mut children: Vec<Child> =
         (0..processes).map(|_| member("many-child", mib_each, true)).collect::<anyhow::Result<_>>()?;
@@ -53,14 +54,14 @@ pub(crate) fn many(processes: usize, mib_each: usize) -> anyhow::Result<()> {
     children.into_iter().try_for_each(reap)
 }
 
-/// A parent that stays alive while its child grows until done or killed.
+/// A parent that stays alive while its child grows until it is done or killed.
 pub(crate) fn fork_child(mib: usize) -> anyhow::Result<()> {
     let child = member("grow-child", mib, false)?;
     say("child", &json!({ "child": child.id() }))?;
     reap(child)
 }
 
-/// Parent and child each hold `mib`, both quiet.
+/// Parent and child each hold `mib` and do nothing.
 pub(crate) fn forked(mib: usize) -> anyhow::Result<()> {
     let held = memory::touched(mib);
     let mut child = member("forked-child", mib, true)?;
@@ -72,7 +73,8 @@ pub(crate) fn forked(mib: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Children that share this small program's memory until one writes: cheap enough for tens of thousands.
+/// Forked children that share this small program's pages until they write: cheap enough for tens of
+/// thousands.
 pub(crate) fn crowd(processes: usize, swing: bool) -> anyhow::Result<()> {
     let mut children = Vec::with_capacity(processes);
     let forked = (0..processes).try_for_each(|_| match raw::fork()? {
@@ -95,7 +97,7 @@ pub(crate) fn crowd(processes: usize, swing: bool) -> anyhow::Result<()> {
 
 /// What each child of a crowd does.
 fn stand(swing: bool) -> ! {
-    // None stays behind when its parent is killed.
+    // no child outlives its parent
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
     if !swing {
         raw::wait_for_the_end();

@@ -1,4 +1,4 @@
-//! Memory the kernel keeps for a process: socket buffers, page cache.
+//! Memory that the kernel holds for a process: socket buffers and page cache.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -12,7 +12,7 @@ use crate::memory;
 
 const MIB: usize = 1 << 20;
 
-/// Fills sockets that nobody reads until their buffers add up to `mib`, then waits for the end of stdin.
+/// Fills socket buffers with `mib` that nobody reads, then waits for the end of stdin.
 pub(crate) fn sockets(mib: usize) -> anyhow::Result<()> {
     rustix::process::setrlimit(
         rustix::process::Resource::Nofile,
@@ -26,7 +26,7 @@ pub(crate) fn sockets(mib: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Pairs of sockets whose buffers hold `mib` that nobody reads, and the bytes sent.
+/// Socket pairs with `mib` in their buffers, and the number of bytes sent.
 pub(crate) fn filled_sockets(mib: usize) -> anyhow::Result<(Vec<(UnixStream, UnixStream)>, usize)> {
     let chunk = [1u8; 4096];
     let mut pairs = Vec::new();

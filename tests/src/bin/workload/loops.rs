@@ -1,4 +1,4 @@
-//! One thing over and over, as fast as it goes or at a rate: what benchmarks count.
+//! Repeats one operation, as fast as possible or at a fixed rate, for benchmarks.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -16,8 +16,8 @@ use crate::{memory, raw, say};
 const AHEAD: Duration = Duration::from_millis(1);
 
 #[derive(clap::Args)]
-pub(crate) struct Args {
-    what: Kind,
+pub(crate) struct LoopArgs {
+    what: LoopKind,
     #[arg(long)]
     ms: u64,
     #[arg(long, default_value_t = 1)]
@@ -37,7 +37,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
-pub(crate) enum Kind {
+pub(crate) enum LoopKind {
     /// Map a region, touch every page, give it back; a unit is a page
     Fresh,
     /// Map 64 KiB, touch every page, give it back; a unit is a page
@@ -58,14 +58,14 @@ pub(crate) enum Kind {
     Malloc,
 }
 
-/// Runs it in each thread and says how many units came of it.
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+/// Runs the loop in each thread and prints how many units it did.
+pub(crate) fn run(args: &LoopArgs) -> anyhow::Result<()> {
     if let Some(comm) = &args.comm {
         std::fs::write("/proc/self/comm", comm).context("failed to set the process name")?;
     }
     let (begin, cpu) = (Instant::now(), raw::cpu_ns());
     let units = if args.threads <= 1 {
-        // No thread: a child may only be forked from the only one.
+        // in this thread: only a single-threaded process may fork here
         repeat(args, begin)?
     } else {
         std::thread::scope(|scope| -> anyhow::Result<u64> {
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     say("looped", &json!({ "units": units, "elapsed_ns": elapsed_ns, "cpu_ns": cpu_ns }))
 }
 
-fn repeat(args: &Args, begin: Instant) -> anyhow::Result<u64> {
+fn repeat(args: &LoopArgs, begin: Instant) -> anyhow::Result<u64> {
     let end = begin + Duration::from_millis(args.ms);
     let mut step = stepper(args)?;
     let mut units = 0;
@@ -96,26 +96,27 @@ fn repeat(args: &Args, begin: Instant) -> anyhow::Result<u64> {
     Ok(units)
 }
 
-/// A closure that does some units and says how many; enough of them that looking at the clock costs nothing beside.
-fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>>> {
+/// A closure that does some units and returns how many: enough that reading the clock costs little
+/// in comparison.
+fn stepper(args: &LoopArgs) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>>> {
     let bytes = args.mib << 20;
     Ok(match args.what {
-        Kind::Fresh => Box::new(move || touch_region(bytes)),
-        Kind::Small => Box::new(|| (0..16).map(|_| touch_region(64 << 10)).sum()),
-        Kind::Swing => Box::new(|| swing().map(|()| 1)),
-        Kind::Map => Box::new(|| {
+        LoopKind::Fresh => Box::new(move || touch_region(bytes)),
+        LoopKind::Small => Box::new(|| (0..16).map(|_| touch_region(64 << 10)).sum()),
+        LoopKind::Swing => Box::new(|| swing().map(|()| 1)),
+        LoopKind::Map => Box::new(|| {
             for _ in 0..64 {
                 black_box(map(64 << 10)?);
             }
             Ok(64)
         }),
-        Kind::Getpid => Box::new(|| {
+        LoopKind::Getpid => Box::new(|| {
             for _ in 0..256 {
                 black_box(rustix::process::getpid());
             }
             Ok(256)
         }),
-        Kind::Read => {
+        LoopKind::Read => {
             let mut zeros = File::open("/dev/zero").context("failed to open /dev/zero")?;
             let mut byte = [1u8];
             Box::new(move || {
@@ -125,16 +126,16 @@ fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>
                 Ok(256)
             })
         }
-        Kind::Fork => Box::new(|| match raw::fork()? {
+        LoopKind::Fork => Box::new(|| match raw::fork()? {
             0 => raw::leave(),
             child => raw::wait(child).map(|_| 1),
         }),
-        Kind::Exec => Box::new(|| {
+        LoopKind::Exec => Box::new(|| {
             let mut command = Command::new("/bin/true");
             command.stdin(Stdio::null()).stdout(Stdio::null());
             command.status().context("failed to run /bin/true").map(|_| 1)
         }),
-        Kind::Malloc => {
+        LoopKind::Malloc => {
             let mut kept: Vec<Vec<u8>> = Vec::new();
             kept.resize_with(1000, Vec::new);
             let mut random = 0x9e37_79b9_7f4a_7c15_u64;
@@ -143,7 +144,7 @@ fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>
                     random ^= random << 13;
                     random ^= random >> 7;
                     random ^= random << 17;
-                    // 2^4 to 2^13, each power as often as the next
+                    // sizes 2^4 to 2^13, each equally often
                     let size = 16usize << (random % 10);
                     *place = black_box(Vec::with_capacity(size));
                 }
@@ -153,7 +154,7 @@ fn stepper(args: &Args) -> anyhow::Result<Box<dyn FnMut() -> anyhow::Result<u64>
     })
 }
 
-/// Up and down by 1 MiB.
+/// Takes and returns 1 MiB.
 pub(crate) fn swing() -> anyhow::Result<()> {
     touch_region(1 << 20).map(drop)
 }
@@ -162,10 +163,10 @@ fn map(bytes: usize) -> anyhow::Result<MmapMut> {
     MmapOptions::new().len(bytes).map_anon().context("failed to map anonymous memory")
 }
 
-/// Small pages, whatever this machine's default is; how many.
+/// Asks for small pages, whatever this machine's default is. Returns their number.
 fn touch_region(bytes: usize) -> anyhow::Result<u64> {
     let mut memory = map(bytes)?;
-    // A kernel without huge pages does not know the advice, and needs none.
+    // a kernel without huge pages refuses this advice and does not need it
     let _ = memory.advise(Advice::NoHugePage);
     memory::touch(&mut memory);
     Ok(u64::try_from(bytes / rustix::param::page_size())?)

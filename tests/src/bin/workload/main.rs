@@ -1,6 +1,7 @@
-//! The programs the tests measure and kill: each reaches a known memory state in a known way.
+//! The programs that tests measure and kill. Each reaches a known memory state in a known way.
 //!
-//! Every subcommand prints JSON lines on stdout: first `start` (pid, start in clock ticks, comm), then what it does.
+//! Every subcommand prints JSON lines on stdout: first `start` (pid, start in clock ticks, comm),
+//! then its events.
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -135,7 +136,7 @@ enum What {
         base_mib: usize,
         /// One after the other: MIB:HOLD_MS:PAUSE_MS, the pause before it
         #[arg(required = true)]
-        spikes: Vec<spikes::Spike>,
+        spikes: Vec<spikes::SpikeShape>,
     },
     /// Mixed work (file cache, tmpfs, sockets, anonymous memory, children) in steps: one for every line on stdin
     Mix {
@@ -196,7 +197,7 @@ enum What {
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
     /// One thing over and over for a time; says how often
-    Loop(loops::Args),
+    Loop(loops::LoopArgs),
     /// Children that are forked and wait, until the end of stdin; says who they are
     Crowd {
         #[arg(long)]
@@ -256,23 +257,12 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
             wait_for_end_of_stdin()?;
             drop(held);
         }
-        What::Burst { mib, threads, touch, gate } => {
-            if gate {
-                say("gated", &json!({}))?;
-                wait_for_end_of_stdin()?;
-            }
-            let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-            let begin = std::time::Instant::now();
-            let held = memory::burst(mib, threads, touch)?;
-            let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
-            say("done", &json!({ "anon_mib": mib, "threads": threads, "elapsed_us": micros }))?;
-            drop(held);
-        }
+        What::Burst { mib, threads, touch, gate } => take_at_once(mib, threads, touch, gate)?,
         What::Many { processes, mib_each } => family::many(processes, mib_each)?,
         What::Tmpfs { mib, dir } => memory::fill_tmpfs(mib, &dir)?,
         What::ForkChild { mib } => family::fork_child(mib)?,
         What::Hold { anon_mib, file_mib, shmem_mib, threads, pinned, dir } => {
-            memory::hold(anon_mib, file_mib, shmem_mib, memory::Threads { count: threads, pinned }, &dir)?;
+            memory::hold(anon_mib, file_mib, shmem_mib, memory::HoldThreads { count: threads, pinned }, &dir)?;
         }
         What::Forked { mib } => family::forked(mib)?,
         What::ExitAfter { ms, mib, code } => {
@@ -316,7 +306,22 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints one event as a JSON line with who says it.
+/// Takes memory at once; with `gate`, after a line on stdin. The default is a thread for each CPU.
+fn take_at_once(mib: usize, threads: Option<usize>, touch: bool, gate: bool) -> anyhow::Result<()> {
+    if gate {
+        say("gated", &json!({}))?;
+        wait_for_end_of_stdin()?;
+    }
+    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let begin = std::time::Instant::now();
+    let held = memory::burst(mib, threads, touch)?;
+    let micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+    say("done", &json!({ "anon_mib": mib, "threads": threads, "elapsed_us": micros }))?;
+    drop(held);
+    Ok(())
+}
+
+/// Prints an event as a JSON line, with the pid of the process.
 fn say(event: &str, more: &Value) -> anyhow::Result<()> {
     let comm = std::fs::read_to_string("/proc/self/comm").context("failed to read the process name")?;
     let mut line = json!({
@@ -332,7 +337,7 @@ fn say(event: &str, more: &Value) -> anyhow::Result<()> {
 
 fn wait_for_end_of_stdin() -> anyhow::Result<()> {
     let mut byte = [0u8; 1];
-    // One byte at a time: no buffer grows while the harness looks at a quiet process.
+    // one byte at a time: no buffer may grow while the test looks at an idle process
     while std::io::stdin().read(&mut byte).context("failed to read stdin")? > 0 {
         if byte == *b"\n" {
             break;

@@ -1,4 +1,4 @@
-//! Taking memory: page by page, populated by the kernel, file-backed, shared, on tmpfs.
+//! Ways to take memory: page by page, populated by the kernel, file-backed, shared, on tmpfs.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -24,7 +24,7 @@ pub(crate) fn touch(memory: &mut [u8]) {
     black_box(memory);
 }
 
-/// Anonymous memory, every page touched.
+/// Anonymous memory with every page touched.
 pub(crate) fn touched(mib: usize) -> Vec<u8> {
     let mut memory = vec![0u8; mib * MIB];
     touch(&mut memory);
@@ -44,7 +44,7 @@ pub(crate) fn grow_slowly(mib: usize, mib_per_s: usize) -> Vec<u8> {
     memory
 }
 
-/// Maps memory and fills it; a function of its own, also to who has no debug information: its name is in stacks.
+/// Maps memory and fills it. A function of its own, so that its name is in stacks.
 #[inline(never)]
 fn take_share(bytes: usize, touching: bool) -> anyhow::Result<MmapMut> {
     let mut options = MmapOptions::new();
@@ -68,7 +68,7 @@ pub(crate) fn burst(mib: usize, threads: usize, touching: bool) -> anyhow::Resul
     })
 }
 
-/// Maps, touches and gives back, as fast as it can, until the time is up; says how many bytes it touched.
+/// Maps, touches and unmaps as fast as it can until the time is up. Prints the bytes touched.
 pub(crate) fn churn(time: Duration) -> anyhow::Result<()> {
     const PIECE: usize = 4 * MIB;
     let begin = Instant::now();
@@ -82,7 +82,7 @@ pub(crate) fn churn(time: Duration) -> anyhow::Result<()> {
     crate::say("churned", &json!({ "bytes": bytes, "elapsed_us": micros }))
 }
 
-/// Memory that wants huge pages, one byte of each touched, then waits for the end of stdin.
+/// Touches one byte in each of its huge pages, then waits for the end of stdin.
 pub(crate) fn huge(mib: usize) -> anyhow::Result<()> {
     const HUGE: usize = 2 * MIB;
     let mut memory = MmapOptions::new().len(mib * MIB + HUGE).map_anon().context("failed to map anonymous memory")?;
@@ -127,15 +127,15 @@ struct Share {
     maps: Vec<MmapRaw>,
 }
 
-/// Who takes memory in `hold`.
-pub(crate) struct Threads {
-    /// How many.
+/// The threads of `hold`.
+pub(crate) struct HoldThreads {
+    /// Number of threads.
     pub(crate) count: usize,
-    /// Whether each has a processor of its own.
+    /// Whether each is bound to a CPU of its own.
     pub(crate) pinned: bool,
 }
 
-/// Binds the calling thread to one of the processors that it may run on.
+/// Binds the calling thread to one of the CPUs it may run on.
 fn pin(index: usize) -> anyhow::Result<()> {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
     let allowed = sched_getaffinity(None).context("failed to ask for processors")?;
@@ -146,12 +146,12 @@ fn pin(index: usize) -> anyhow::Result<()> {
     sched_setaffinity(None, &one).with_context(|| format!("failed to run on processor {cpu}"))
 }
 
-/// Reaches the asked state with threads that stay alive, then waits for the end of stdin.
-pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: Threads, dir: &Path) -> anyhow::Result<()> {
-    let Threads { count: threads, pinned } = threads;
+/// Reaches the requested state with threads that stay alive, then waits for the end of stdin.
+pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: HoldThreads, dir: &Path) -> anyhow::Result<()> {
+    let HoldThreads { count: threads, pinned } = threads;
     let threads = threads.max(1);
     let page = rustix::param::page_size();
-    // Shares in whole pages, the last thread takes the rest: the sums are what was asked for.
+    // whole pages a thread, the last one takes the rest, so that the sums are exact
     let share = |mib: usize, index: usize| {
         let each = mib * MIB / threads / page * page;
         if index + 1 == threads { mib * MIB - each * (threads - 1) } else { each }
@@ -197,7 +197,7 @@ pub(crate) fn hold(anon: usize, file: usize, shmem: usize, threads: Threads, dir
     })
 }
 
-/// A new file in `dir`, already unlinked, mapped shared and read-only, every page present.
+/// A new, unlinked file in `dir`, mapped shared and read-only, with every page present.
 fn map_new_file(bytes: usize, index: usize, dir: &Path) -> anyhow::Result<MmapRaw> {
     let path = dir.join(format!("memtrace-tests-{}-{index}.map", std::process::id()));
     let mut file = disk::unlinked(&path)?;
@@ -211,7 +211,7 @@ fn map_new_file(bytes: usize, index: usize, dir: &Path) -> anyhow::Result<MmapRa
     MmapOptions::new().populate().map_raw_read_only(&file).context("failed to map a file")
 }
 
-/// Shared memory without a name, mapped writable, every page present.
+/// Anonymous shared memory, mapped writable, with every page present.
 fn map_new_shmem(bytes: usize) -> anyhow::Result<MmapRaw> {
     let memory = rustix::fs::memfd_create("memtrace-tests", rustix::fs::MemfdFlags::CLOEXEC)
         .context("failed to create shared memory")?;

@@ -1,4 +1,5 @@
-//! Mixed work in steps, quiet between them: file cache, tmpfs, sockets, anonymous memory and children come and go.
+//! Mixed work in steps with pauses between them: file cache, tmpfs, sockets, anonymous memory and
+//! children come and go.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,23 +10,23 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
 use memmap2::MmapMut;
-use memtrace_tests::dice::Dice;
 use memtrace_tests::disk;
+use memtrace_tests::random::SeededRandom;
 use serde_json::json;
 
 use crate::{kernel_side, memory};
 
 const MIB: usize = 1 << 20;
-/// Most things of one kind at a time; with their sizes this bounds the whole.
+/// Most items of one kind at a time; with their sizes, this bounds the total.
 const KINDS_CAP: usize = 4;
-/// Most MiB of one thing.
+/// Largest item, MiB.
 const THING_MIB: u64 = 24;
-/// What a step that ends with growth grows by: many times a quantum.
+/// Growth at the end of a step, MiB: many times the RSS threshold.
 const LAST_MIB: usize = 4;
-/// Things done in one step.
+/// Changes in one step.
 const DEEDS: usize = 3;
 
-/// What is held at the moment, oldest first.
+/// Items held at the moment, oldest first.
 struct Held {
     files: VecDeque<(File, usize)>,
     shmem: VecDeque<File>,
@@ -41,15 +42,15 @@ struct Grown(Child);
 impl Drop for Grown {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
-        // It ends by itself when its stdin does.
+        // it exits when its stdin closes
         let _ = self.0.wait();
     }
 }
 
-/// Makes one step for every line on stdin, until that ends; says `quiet` after each, and whether the last thing in it was
-/// growth of its own resident memory, as it is in every second step.
+/// Makes one step for every line on stdin. Prints `quiet` after each, and whether the step ended
+/// with growth of its own resident memory, which every second one does.
 pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
-    let mut dice = Dice::new(seed);
+    let mut random = SeededRandom::new(seed);
     let mut held = Held {
         files: VecDeque::new(),
         shmem: VecDeque::new(),
@@ -63,7 +64,7 @@ pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
     for (step, line) in std::io::stdin().lock().lines().enumerate() {
         line.context("failed to read stdin")?;
         for _ in 0..DEEDS {
-            held.change(&mut dice, dir, tmpfs)?;
+            held.change(&mut random, dir, tmpfs)?;
         }
         let grown = step % 2 == 1;
         if grown {
@@ -77,9 +78,9 @@ pub(crate) fn run(seed: u64, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
 }
 
 impl Held {
-    fn change(&mut self, dice: &mut Dice, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
-        let mib = usize::try_from(dice.between(1, THING_MIB))?;
-        match dice.between(0, 9) {
+    fn change(&mut self, random: &mut SeededRandom, dir: &Path, tmpfs: &Path) -> anyhow::Result<()> {
+        let mib = usize::try_from(random.between(1, THING_MIB))?;
+        match random.between(0, 9) {
             0 => {
                 let file = self.write(dir, mib)?;
                 push(&mut self.files, (file, mib));
@@ -103,7 +104,7 @@ impl Held {
         Ok(())
     }
 
-    /// A new file of `mib` that is gone from its directory and lives as long as it is open.
+    /// A new file of `mib`, already unlinked, that lives as long as it is open.
     fn write(&mut self, dir: &Path, mib: usize) -> anyhow::Result<File> {
         self.serial += 1;
         let path: PathBuf = dir.join(format!("mix-{}-{}", std::process::id(), self.serial));
@@ -113,7 +114,7 @@ impl Held {
         Ok(file)
     }
 
-    /// Reads a file from the disk, once its pages are let go.
+    /// Drops a file's pages and reads it from the disk.
     fn read_again(&mut self) -> anyhow::Result<()> {
         let Some((file, mib)) = self.files.front_mut() else { return Ok(()) };
         file.sync_data().context("failed to sync a file")?;
@@ -132,7 +133,7 @@ fn push<T>(things: &mut VecDeque<T>, thing: T) {
     things.push_back(thing);
 }
 
-/// A child that has taken `mib` and holds them.
+/// A child that holds `mib`.
 fn child(mib: usize) -> anyhow::Result<Grown> {
     let own = std::env::current_exe().context("failed to find this program")?;
     let mut command = Command::new(own);

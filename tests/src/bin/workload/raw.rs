@@ -1,4 +1,5 @@
-//! What Rust has no safe call for: processes that share memory, fork without exec, swap, a wild read. All unsafe code is here.
+//! System calls that have no safe wrapper: shared address spaces, fork without exec, swap; and a
+//! wild read. All unsafe code is here.
 #![allow(unsafe_code, reason = "system calls and a fault that are unsafe by nature")]
 
 use std::ffi::CString;
@@ -7,7 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 
-/// Starts a process in this one's address space (CLONE_VM, no CLONE_THREAD) that waits until it is killed.
+/// Starts a process in this address space (CLONE_VM without CLONE_THREAD) that waits until it is
+/// killed.
 pub(crate) fn sharer() -> anyhow::Result<u32> {
     extern "C" fn pause(_: *mut libc::c_void) -> libc::c_int {
         wait_for_the_end()
@@ -29,7 +31,7 @@ pub(crate) fn fork() -> anyhow::Result<u32> {
     u32::try_from(child).context("not a process id")
 }
 
-/// Ends a forked child at once: nothing of what its parent registered is run.
+/// Ends a forked child without running exit handlers of its parent.
 pub(crate) fn leave() -> ! {
     // SAFETY: takes a number and never comes back.
     unsafe { libc::_exit(0) }
@@ -43,7 +45,8 @@ pub(crate) fn wait_for_the_end() -> ! {
     }
 }
 
-/// CPU this process and the children it has waited for have used, nanoseconds in steps of a microsecond.
+/// CPU time of this process and the children it has waited for, nanoseconds with microsecond
+/// resolution.
 pub(crate) fn cpu_ns() -> u64 {
     let of = |who| {
         let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
@@ -69,7 +72,7 @@ pub(crate) fn wait(child: u32) -> anyhow::Result<i32> {
     Ok(status)
 }
 
-/// A cgroup namespace whose root is where this process is now.
+/// Enters a cgroup namespace whose root is the current cgroup.
 pub(crate) fn own_cgroup_namespace() -> anyhow::Result<()> {
     // SAFETY: takes a number; only this process' view of paths changes.
     let result = unsafe { libc::unshare(libc::CLONE_NEWCGROUP) };
@@ -77,7 +80,7 @@ pub(crate) fn own_cgroup_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Begins to swap to a device, or ends it.
+/// Starts or stops swapping to a device.
 pub(crate) fn swap(device: &Path, off: bool) -> anyhow::Result<()> {
     let path = CString::new(device.as_os_str().as_bytes()).context("a device name with a zero byte")?;
     // SAFETY: the path is a C string that outlives the call.
@@ -86,7 +89,7 @@ pub(crate) fn swap(device: &Path, off: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads an address nothing is mapped at.
+/// Reads an unmapped address.
 pub(crate) fn segv() {
     // SAFETY: none: the fault is what it is for.
     unsafe { std::ptr::read_volatile(std::ptr::dangling::<u64>()) };

@@ -1,4 +1,5 @@
-//! A secret that is all over the stack while memory is touched: above the frame that touches, and left behind below it.
+//! Keeps a secret all over the stack while memory is touched: in the frames above the one that
+//! touches, and in what earlier calls left below it.
 
 use std::fmt::Write;
 use std::hint::black_box;
@@ -14,7 +15,8 @@ const COPIES: usize = 512;
 const STEP_BYTES: usize = 256 << 10;
 const STEP_TIME: Duration = Duration::from_millis(5);
 
-/// Tells the secret on stdout, then takes `mib` of memory in small steps with the secret around it.
+/// Prints the secret, then takes `mib` of memory in small steps with the secret around it on the
+/// stack.
 pub(crate) fn keep(mib: usize) -> anyhow::Result<()> {
     let mut secret = [0u8; SECRET_BYTES];
     rustix::rand::getrandom(&mut secret, rustix::rand::GetRandomFlags::empty()).context("failed to make a secret")?;
@@ -29,7 +31,7 @@ pub(crate) fn keep(mib: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Its frame is full of the secret while all of the memory is touched.
+/// Fills its frame with the secret while it touches all of the memory.
 #[inline(never)]
 fn with_the_secret_above(secret: &[u8; SECRET_BYTES], mib: usize) -> anyhow::Result<Vec<MmapMut>> {
     let mut above = [*secret; COPIES];
@@ -44,7 +46,7 @@ fn with_the_secret_above(secret: &[u8; SECRET_BYTES], mib: usize) -> anyhow::Res
     Ok(held)
 }
 
-/// Leaves 16 KiB of it where the next frames will be.
+/// Leaves 16 KiB of the secret where the next frames will be.
 #[inline(never)]
 fn leave_the_secret_below(secret: &[u8; SECRET_BYTES]) {
     let mut below = [*secret; COPIES];

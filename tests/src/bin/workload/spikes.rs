@@ -1,4 +1,4 @@
-//! Spikes of memory over a base level, each with the workload's own record of when it was and how high.
+//! Spikes of memory over a base level. The workload records when each was and how high.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -13,15 +13,15 @@ use crate::memory;
 
 /// One spike: `MIB:HOLD_MS:PAUSE_MS`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Spike {
+pub(crate) struct SpikeShape {
     mib: usize,
-    /// At the top.
+    /// Time at the top.
     hold: Duration,
-    /// Before it.
+    /// Time before the spike.
     pause: Duration,
 }
 
-impl FromStr for Spike {
+impl FromStr for SpikeShape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -33,8 +33,9 @@ impl FromStr for Spike {
     }
 }
 
-/// Makes the spikes one after the other; waits for the end of stdin before the first and after the last pause.
-pub(crate) fn run(base_mib: usize, spikes: &[Spike]) -> anyhow::Result<()> {
+/// Makes the spikes in sequence. Waits for the end of stdin before the first and after the last
+/// pause.
+pub(crate) fn run(base_mib: usize, spikes: &[SpikeShape]) -> anyhow::Result<()> {
     let base = memory::touched(base_mib);
     let place = cage::own_place()?;
     crate::say("ready", &json!({ "path": place.path, "usage_file": place.usage_file() }))?;
@@ -64,7 +65,7 @@ pub(crate) fn run(base_mib: usize, spikes: &[Spike]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Resident memory, as the kernel counts it page by page: exact, and too slow to be asked for at a top.
+/// Resident memory from smaps_rollup: exact, but too slow to be read at the top of a spike.
 fn resident() -> anyhow::Result<u64> {
     let text = std::fs::read_to_string("/proc/self/smaps_rollup").context("failed to read /proc/self/smaps_rollup")?;
     let line = text.lines().find_map(|line| line.strip_prefix("Rss:"));

@@ -1,0 +1,170 @@
+//! Damaged files, made-up registers and stacks: nothing panics, nothing hangs. And the CFI of
+//! arm64, on any machine.
+
+use std::io::Cursor;
+use std::sync::{Arc, LazyLock};
+
+use proptest::prelude::*;
+
+use crate::cfi::{Cfi, CfiScratch, RegisterColumns};
+use crate::elf::ElfHeaders;
+use crate::modules::UnwindData;
+use crate::proc_dir::ProcDir;
+use crate::process_cache::ProcessCache;
+use crate::rule::{MissingWord, Registers, Rule, StackCopy, UnwindStep};
+
+const EXCEPTIONS: &str = r#"
+    #include <stdexcept>
+    #include <string>
+    int f(int n) {
+        try {
+            if (n > 3) throw std::runtime_error(std::string(n, 'x'));
+            return f(n + 1);
+        } catch (std::exception &e) {
+            return e.what()[0];
+        }
+    }
+"#;
+/// A small library with the unwind information of C++.
+static LIBRARY: LazyLock<Vec<u8>> = LazyLock::new(|| shared_object("g++", "lib.cc", EXCEPTIONS, &[]));
+
+fn shared_object(compiler: &str, file: &str, source: &str, flags: &[&str]) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let (source_path, out) = (dir.path().join(file), dir.path().join("lib.so"));
+    std::fs::write(&source_path, source).unwrap();
+    let mut command = std::process::Command::new(compiler);
+    command.args(["-O2", "-fomit-frame-pointer", "-w", "-shared", "-fPIC"]).args(flags);
+    let output = command.arg(&source_path).arg("-o").arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::read(out).unwrap()
+}
+
+/// A library of assembly: nothing but `source` in its text section.
+fn assembled(source: &str) -> Vec<u8> {
+    shared_object("gcc", "lib.c", &format!("__asm__({source:?});"), &["-nostdlib"])
+}
+
+/// Looks up the rule at many addresses of a module and applies it.
+fn walk_everything(bytes: &[u8], registers: Registers, stack: &[u8]) {
+    let Ok(headers) = ElfHeaders::read(Cursor::new(bytes)) else { return };
+    let segments = headers.segments.clone();
+    let Some(data) = UnwindData::read(Arc::new(headers), Cursor::new(bytes), 1 << 20) else { return };
+    let (mut scratch, slice) = (CfiScratch::default(), StackCopy::new(registers.sp, stack));
+    for segment in segments.iter().filter(|segment| segment.executable).take(4) {
+        for at in (0..segment.file_bytes.min(0x4000)).step_by(7) {
+            let (address, mut work) = (segment.address + at, 1 << 20);
+            match data.cfi().rule(address, &mut scratch, &mut work) {
+                Rule::Complex => data.cfi().step(address, &registers, &slice, &mut scratch, &mut work),
+                rule => rule.apply(&registers, &slice),
+            };
+        }
+    }
+}
+
+fn registers() -> impl Strategy<Value = Registers> {
+    let extreme =
+        prop_oneof![any::<u64>(), Just(0), Just(u64::MAX), Just(u64::MAX - 7), Just(1 << 63), 0x7000_u64..0x8000];
+    (extreme.clone(), extreme.clone(), extreme.clone(), proptest::option::of(extreme))
+        .prop_map(|(ip, sp, fp, lr)| Registers { ip, sp, fp, lr })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn flipped_bytes_of_unwind_information(
+        flips in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..40),
+        registers in registers(),
+        stack in proptest::collection::vec(any::<u8>(), 0..512),
+    ) {
+        let mut bytes = LIBRARY.clone();
+        let headers = ElfHeaders::read(Cursor::new(&bytes)).unwrap();
+        let (hdr, frame) = (headers.eh_frame_hdr.unwrap().file, headers.eh_frame.unwrap().file);
+        let places: Vec<usize> = hdr.chain(frame).map(|at| at as usize).collect();
+        for (at, byte) in flips {
+            bytes[places[at.index(places.len())]] = byte;
+        }
+        walk_everything(&bytes, registers, &stack);
+    }
+
+    #[test]
+    fn flipped_bytes_of_headers(
+        flips in proptest::collection::vec((0..0x400_usize, any::<u8>()), 1..20),
+        cut in any::<proptest::sample::Index>(),
+        registers in registers(),
+    ) {
+        let mut bytes = LIBRARY.clone();
+        for (at, byte) in flips {
+            bytes[at] = byte;
+        }
+        walk_everything(&bytes, registers, &[]);
+        bytes.truncate(cut.index(bytes.len()));
+        walk_everything(&bytes, registers, &[]);
+    }
+
+    #[test]
+    fn any_registers_and_stack_of_this_process(
+        registers in registers(),
+        inside in any::<proptest::sample::Index>(),
+        words in proptest::collection::vec((any::<bool>(), any::<proptest::sample::Index>(), any::<u64>()), 0..600),
+        chain in proptest::collection::vec(any::<u64>(), 0..127),
+    ) {
+        let pid = std::process::id();
+        let start = ProcDir::of(pid).unwrap().start_ticks().unwrap() * 10_000_000;
+        let maps = crate::maps::Maps::parse(&std::fs::read("/proc/self/maps").unwrap());
+        let code = |at: &proptest::sample::Index| {
+            let mapping = &maps.all()[at.index(maps.all().len())];
+            mapping.start + at.index((mapping.end - mapping.start) as usize) as u64
+        };
+        // Return addresses into real code among words that are none.
+        let stack_copy: Vec<u8> = words.iter().flat_map(|(is_code, at, word)| if *is_code { code(at) } else { *word }.to_le_bytes()).collect();
+        let mut processes = ProcessCache::default();
+        let registers = Registers { ip: code(&inside), ..registers };
+        let stack = processes.unwind(pid, start, registers, &stack_copy, &chain).unwrap();
+        prop_assert!((1..=crate::unwind::MAX_FRAMES).contains(&stack.frames.len()));
+        let modules = stack.frames.iter().filter_map(|frame| frame.module);
+        prop_assert!(modules.into_iter().all(|id| processes.module(id).is_some()));
+    }
+}
+
+#[test]
+fn an_expression_that_jumps_backwards_ends() {
+    // DW_CFA_def_cfa_expression, 3 bytes: DW_OP_skip -3.
+    let bytes = assembled(
+        ".text\n.globl loop\nloop:\n.cfi_startproc\n.cfi_escape 0x0f,3,0x2f,0xfd,0xff\nnop\nnop\nret\n.cfi_endproc\n",
+    );
+    let headers = ElfHeaders::read(Cursor::new(&bytes)).unwrap();
+    let start = headers.segments.iter().find(|segment| segment.executable).unwrap().address;
+    let data = UnwindData::read(Arc::new(headers), Cursor::new(&bytes), 1 << 20).unwrap();
+    let (mut scratch, mut work) = (CfiScratch::default(), 1 << 20);
+    let rule = data.cfi().rule(start, &mut scratch, &mut work);
+    assert_eq!(rule, Rule::Complex);
+    let registers = Registers { ip: start, sp: 0x1000, fp: 0, lr: None };
+    let step = data.cfi().step(start, &registers, &StackCopy::new(0x1000, &[0; 64]), &mut scratch, &mut work);
+    assert_eq!(step, UnwindStep::Broken);
+}
+
+/// Numbered columns: an assembler for any architecture writes those of arm64.
+#[test]
+fn arm64_returns_through_its_link_register() {
+    let bytes = assembled(
+        ".text\n.cfi_startproc\n.cfi_return_column 30\n.cfi_def_cfa 31, 0\nnop\n\
+         .cfi_def_cfa_offset 32\n.cfi_offset 29, -32\n.cfi_offset 30, -24\nnop\n\
+         .cfi_def_cfa 29, 32\nnop\n.cfi_undefined 30\nnop\n.cfi_endproc\n",
+    );
+    let headers = ElfHeaders::read(Cursor::new(&bytes)).unwrap();
+    let unwind = headers.read_unwind(Cursor::new(&bytes), 1 << 20).unwrap();
+    let start = headers.segments.iter().find(|segment| segment.executable).unwrap().address;
+    let cfi = Cfi::new(&headers, &unwind, None, RegisterColumns::AARCH64);
+    let (mut scratch, mut work) = (CfiScratch::default(), 1 << 20);
+    let mut rule = |at: u64| cfi.rule(start + at, &mut scratch, &mut work);
+    let words: Vec<u8> = [0x7100_u64, 0xaaaa, 3, 4].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let stack = StackCopy::new(0x7000, &words);
+    let leaf = Registers { ip: 0x10, sp: 0x7000, fp: 0x7050, lr: Some(0xbbbb) };
+    let caller = |ip, sp, fp| UnwindStep::Caller(Registers { ip, sp, fp, lr: None }, false);
+    assert_eq!(rule(0).apply(&leaf, &stack), caller(0xbbbb, 0x7000, 0x7050));
+    assert_eq!(rule(0).apply(&Registers { lr: None, ..leaf }, &stack), UnwindStep::Missing(MissingWord::Elsewhere));
+    assert_eq!(rule(1).apply(&leaf, &stack), caller(0xaaaa, 0x7020, 0x7100));
+    assert_eq!(rule(2).apply(&Registers { fp: 0x7000, ..leaf }, &stack), caller(0xaaaa, 0x7020, 0x7100));
+    assert_eq!(rule(3), Rule::Outermost);
+}

@@ -1,0 +1,415 @@
+//! Modules: the files that code was mapped from, each opened once for all processes.
+//!
+//! A file is known by device, inode, size and modification time ([`FileStamp`]), so a library that
+//! a thousand processes map is read once, and one that was written to is a new module. While its
+//! descriptor is held, the content stays readable even if the file is deleted and its container is
+//! gone: functions can be named after their process has died. A [`ModuleId`] is never reused.
+
+use std::collections::{HashMap, hash_map::Entry as Slot};
+use std::fs::File;
+use std::io::{Cursor, Read, Seek, SeekFrom, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cfi::{Cfi, EntryIndex, RegisterColumns};
+use crate::elf::{ElfError, ElfHeaders, ElfSegment, UnwindSections};
+use crate::maps::{Mapping, Maps};
+use crate::proc_dir::{FileStamp, ProcDir};
+
+/// Most modules known; beyond it the least recently used one is forgotten.
+pub const MAX_MODULES: usize = 4096;
+/// Most descriptors held; beyond it the least recently used one is closed.
+pub const MAX_OPEN: usize = 512;
+/// Bytes of unwind sections held for all modules; a module that alone has more is not unwound.
+pub const MAX_UNWIND_BYTES: usize = 16 << 20;
+/// File systems whose kind is cached.
+const MAX_FILE_SYSTEMS: usize = 1024;
+/// An unused descriptor is closed after this time: it keeps the disk space of a deleted file, and
+/// the mount of a container image.
+const IDLE: Duration = Duration::from_mins(10);
+/// Largest vdso that is read; it has two to four pages.
+const MAX_VDSO_BYTES: u64 = 64 << 10;
+
+/// Identifies a module for as long as this process runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModuleId(pub u32);
+
+/// A file that code was mapped from.
+#[derive(Debug)]
+pub struct Module {
+    /// Path as the process had it, or `[vdso]`.
+    pub path: Arc<str>,
+    /// Build id, lower-case hex.
+    pub build_id: Option<Arc<str>>,
+    /// `None`: the file could not be opened, or is not an ELF file for this architecture.
+    headers: Option<Arc<ElfHeaders>>,
+    /// It was opened and is not an ELF file: code in it was written at run time.
+    generated: bool,
+    /// The content, while the descriptor is held. Cap of all: [`MAX_OPEN`].
+    file: Option<Arc<File>>,
+    key: ModuleKey,
+    unwind: UnwindState,
+    /// Order of use, for eviction.
+    used: u64,
+    met: Instant,
+}
+
+impl Module {
+    /// Whether it is not an ELF file, so that code in it was written at run time.
+    pub fn is_generated(&self) -> bool {
+        self.generated
+    }
+
+    /// Whether it could be read once, but its descriptor was closed.
+    pub fn is_closed(&self) -> bool {
+        self.headers.is_some() && self.file.is_none()
+    }
+
+    /// ELF headers, if it could be read.
+    pub fn headers(&self) -> Option<&Arc<ElfHeaders>> {
+        self.headers.as_ref()
+    }
+
+    /// Its content, while the descriptor is held.
+    pub fn file(&self) -> Option<&Arc<File>> {
+        self.file.as_ref()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum ModuleKey {
+    File(FileStamp, Arc<str>),
+    /// Could not be opened: device and inode from /proc/PID/maps.
+    Unopened((u32, u32), u64, Arc<str>),
+    Vdso,
+}
+
+#[derive(Debug)]
+enum UnwindState {
+    Unread,
+    /// The module has none, or too much.
+    Unavailable,
+    Read(Arc<UnwindData>),
+}
+
+/// Unwind information of a module; all processes that map it share it.
+#[derive(Debug)]
+pub struct UnwindData {
+    /// Headers of the module.
+    pub headers: Arc<ElfHeaders>,
+    unwind: UnwindSections,
+    index: Option<EntryIndex>,
+}
+
+impl UnwindData {
+    /// Looks up rules in it.
+    pub fn cfi(&self) -> Cfi<'_> {
+        Cfi::new(&self.headers, &self.unwind, self.index.as_ref(), RegisterColumns::NATIVE)
+    }
+
+    /// Reads and indexes the unwind sections of a file; `None` if it has none, or more than
+    /// `most_bytes`.
+    pub fn read(headers: Arc<ElfHeaders>, file: impl Read + Seek, most_bytes: usize) -> Option<Self> {
+        let unwind = headers.read_unwind(file, u64::try_from(most_bytes).ok()?)?;
+        let cfi = Cfi::new(&headers, &unwind, None, RegisterColumns::NATIVE);
+        let index = cfi.needs_index().then(|| cfi.build_index());
+        Some(Self { headers, unwind, index })
+    }
+
+    fn bytes(&self) -> usize {
+        self.unwind.bytes().saturating_add(self.index.as_ref().map_or(0, EntryIndex::memory_estimate))
+    }
+}
+
+/// What was left out or given up for want of room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModuleLosses {
+    /// Modules forgotten.
+    pub forgotten: u64,
+    /// Descriptors closed for want of room, not because they were idle.
+    pub closed: u64,
+    /// Times unwind sections were dropped; they are read again when needed.
+    pub unloaded: u64,
+    /// Files that could not be opened, or are not ELF files for this architecture.
+    pub unusable: u64,
+    /// Modules with more than [`MAX_UNWIND_BYTES`] of unwind sections.
+    pub too_large: u64,
+}
+
+/// A module whose content can be read.
+#[derive(Clone, Debug)]
+pub struct OpenModule {
+    /// Path as the process had it.
+    pub path: Arc<str>,
+    /// Build id, lower-case hex.
+    pub build_id: Option<Arc<str>>,
+    /// ELF headers.
+    pub headers: Arc<ElfHeaders>,
+    /// The open file.
+    pub file: Arc<File>,
+}
+
+/// All modules known.
+#[derive(Debug, Default)]
+pub struct Modules {
+    /// Cap: [`MAX_MODULES`].
+    modules: HashMap<ModuleId, Module>,
+    /// The inverse of `modules`, and as large.
+    ids: HashMap<ModuleKey, ModuleId>,
+    next_id: u32,
+    clock: u64,
+    /// Cap: [`MAX_OPEN`].
+    open: usize,
+    /// Cap: [`MAX_UNWIND_BYTES`].
+    unwind_bytes: usize,
+    /// Whether a file system is FUSE, by device number. Cap: [`MAX_FILE_SYSTEMS`].
+    file_systems: HashMap<(u32, u32), bool>,
+    losses: ModuleLosses,
+}
+
+impl Modules {
+    /// The module with this id; `None` if it was forgotten.
+    pub fn get(&self, id: ModuleId) -> Option<&Module> {
+        self.modules.get(&id)
+    }
+
+    /// The module of a mapping, opened if it is new, and the load bias: address in memory minus
+    /// stated address. The outer `None` means anonymous memory; a bias of `None`, that the file
+    /// cannot be read as ELF.
+    pub fn lookup_or_insert(&mut self, process: &ProcDir, mapping: &Mapping) -> Option<(ModuleId, Option<u64>)> {
+        let id = if mapping.is_vdso() {
+            self.vdso(mapping)?
+        } else if mapping.has_file() {
+            self.file(process, mapping)
+        } else {
+            return None;
+        };
+        self.mark_used(id, Instant::now());
+        let headers = self.modules.get(&id).and_then(|module| module.headers.as_ref());
+        let page_bytes = rustix::param::page_size() as u64;
+        let stated = headers.and_then(|headers| headers.stated_address_of_mapping(mapping.offset, page_bytes));
+        Some((id, stated.map(|stated| mapping.start.wrapping_sub(stated))))
+    }
+
+    /// The unwind information of a module, read at the first call.
+    pub fn unwind_data(&mut self, id: ModuleId) -> Option<Arc<UnwindData>> {
+        self.mark_used(id, Instant::now());
+        let module = self.modules.get_mut(&id)?;
+        match &module.unwind {
+            UnwindState::Read(data) => return Some(data.clone()),
+            UnwindState::Unavailable => return None,
+            UnwindState::Unread => {}
+        }
+        // Without a file, try again later: it may be opened again.
+        let (headers, file) = (module.headers.clone()?, module.file.clone()?);
+        if headers.unwind_bytes() > MAX_UNWIND_BYTES as u64 {
+            self.losses.too_large = self.losses.too_large.saturating_add(1);
+        }
+        let data = UnwindData::read(headers, &*file, MAX_UNWIND_BYTES).filter(|data| data.bytes() <= MAX_UNWIND_BYTES);
+        let Some(data) = data.map(Arc::new) else {
+            module.unwind = UnwindState::Unavailable;
+            return None;
+        };
+        module.unwind = UnwindState::Read(data.clone());
+        self.unwind_bytes = self.unwind_bytes.saturating_add(data.bytes());
+        while self.unwind_bytes > MAX_UNWIND_BYTES && self.unload_oldest(id) {}
+        Some(data)
+    }
+
+    /// All modules whose descriptor is held.
+    pub fn open_modules(&self) -> Vec<OpenModule> {
+        let open = |module: &Module| {
+            Some(OpenModule {
+                path: module.path.clone(),
+                build_id: module.build_id.clone(),
+                headers: module.headers.clone()?,
+                file: module.file.clone()?,
+            })
+        };
+        self.modules.values().filter_map(open).collect()
+    }
+
+    /// Closes descriptors that were not used for ten minutes.
+    pub fn close_idle(&mut self, now: Instant) {
+        for module in self.modules.values_mut() {
+            if module.key != ModuleKey::Vdso
+                && now.saturating_duration_since(module.met) > IDLE
+                && module.file.take().is_some()
+            {
+                self.open = self.open.saturating_sub(1);
+            }
+        }
+    }
+
+    /// Approximate heap size in bytes.
+    pub fn memory_estimate(&self) -> usize {
+        let segments = |headers: &Arc<ElfHeaders>| headers.segments.capacity().saturating_mul(size_of::<ElfSegment>());
+        let headers = |module: &Module| module.headers.as_ref().map_or(0, segments);
+        let one = |module: &Module| {
+            size_of::<(ModuleId, Module)>()
+                .saturating_add(size_of::<(ModuleKey, ModuleId)>() + size_of::<ElfHeaders>())
+                .saturating_add(module.path.len())
+                .saturating_add(headers(module))
+        };
+        self.modules.values().map(one).fold(self.unwind_bytes, usize::saturating_add)
+    }
+
+    /// What was left out or given up, since the start.
+    pub fn losses(&self) -> ModuleLosses {
+        self.losses
+    }
+
+    fn file(&mut self, process: &ProcDir, mapping: &Mapping) -> ModuleId {
+        let path = &mapping.path;
+        if self.is_fuse(process, mapping.device) {
+            return self.intern(ModuleKey::Unopened(mapping.device, mapping.inode, path.clone()), path.clone(), None);
+        }
+        if let Some(stamp) = process.stat_mapped(mapping.start, mapping.end) {
+            let key = ModuleKey::File(stamp, path.clone());
+            // Held, and not written to since.
+            if let Some(id) = self.ids.get(&key)
+                && self.modules.get(id).is_some_and(|module| module.file.is_some() || module.headers.is_none())
+            {
+                return *id;
+            }
+        }
+        let file = process.open_mapped(mapping.start, mapping.end).or_else(|| {
+            // map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it: the same path,
+            // if it still leads to the same inode.
+            process.open_in_root(path).filter(|file| FileStamp::of(file).is_some_and(|s| s.inode == mapping.inode))
+        });
+        let key = match file.as_ref().and_then(FileStamp::of) {
+            Some(stamp) => ModuleKey::File(stamp, path.clone()),
+            None => ModuleKey::Unopened(mapping.device, mapping.inode, path.clone()),
+        };
+        self.intern(key, path.clone(), file)
+    }
+
+    /// Whether this is FUSE, which may never answer. Disks have a major number other than 0.
+    fn is_fuse(&mut self, process: &ProcDir, device: (u32, u32)) -> bool {
+        if device.0 != 0 {
+            return false;
+        }
+        if let Some(known) = self.file_systems.get(&device) {
+            return *known;
+        }
+        // Not in the mounts: a btrfs subvolume, memfd, or a file system that was lazily unmounted.
+        let hangs = process.is_fuse(device).unwrap_or(false);
+        if self.file_systems.len() >= MAX_FILE_SYSTEMS {
+            self.file_systems.clear();
+        }
+        self.file_systems.insert(device, hangs);
+        hangs
+    }
+
+    fn vdso(&mut self, mapping: &Mapping) -> Option<ModuleId> {
+        if let Some(id) = self.ids.get(&ModuleKey::Vdso) {
+            return Some(*id);
+        }
+        let image = own_vdso().filter(|image| {
+            u64::try_from(image.len()).is_ok_and(|bytes| bytes == mapping.end.saturating_sub(mapping.start))
+        })?;
+        ElfHeaders::read(Cursor::new(&image)).ok()?;
+        let file = rustix::fs::memfd_create("vdso", rustix::fs::MemfdFlags::CLOEXEC).ok().map(File::from);
+        let file = file.filter(|mut file| file.write_all(&image).is_ok());
+        Some(self.intern(ModuleKey::Vdso, mapping.path.clone(), file))
+    }
+
+    /// The id of a module that is new, or known without a descriptor.
+    fn intern(&mut self, key: ModuleKey, path: Arc<str>, file: Option<File>) -> ModuleId {
+        let id = match self.ids.entry(key.clone()) {
+            Slot::Occupied(known) => *known.get(),
+            Slot::Vacant(vacant) => {
+                let read = file.as_ref().map(ElfHeaders::read);
+                let generated = matches!(read, Some(Err(ElfError::NotElf)));
+                let headers = read.and_then(Result::ok).map(Arc::new);
+                if headers.is_none() {
+                    self.losses.unusable = self.losses.unusable.saturating_add(1);
+                }
+                let id = ModuleId(self.next_id);
+                self.next_id = self.next_id.wrapping_add(1);
+                vacant.insert(id);
+                let build_id = headers.as_ref().and_then(|headers| headers.build_id.as_deref()).map(Arc::from);
+                let (unwind, used, met) = (UnwindState::Unread, self.clock, Instant::now());
+                self.modules
+                    .insert(id, Module { path, build_id, headers, generated, file: None, key, unwind, used, met });
+                id
+            }
+        };
+        if let Some(module) = self.modules.get_mut(&id)
+            && module.headers.is_some()
+            && module.file.is_none()
+            && let Some(file) = file
+        {
+            module.file = Some(Arc::new(file));
+            self.open = self.open.saturating_add(1);
+        }
+        self.mark_used(id, Instant::now());
+        while self.open > MAX_OPEN && self.close_oldest(id) {}
+        while self.modules.len() > MAX_MODULES && self.forget_oldest(id) {}
+        id
+    }
+
+    /// The module is in use: it is the last to be evicted.
+    pub fn mark_used(&mut self, id: ModuleId, now: Instant) {
+        self.clock = self.clock.saturating_add(1);
+        if let Some(module) = self.modules.get_mut(&id) {
+            module.used = self.clock;
+            module.met = now;
+        }
+    }
+
+    fn oldest(&self, but: ModuleId, with: impl Fn(&Module) -> bool) -> Option<ModuleId> {
+        let candidates = self.modules.iter().filter(|(id, module)| **id != but && with(module));
+        candidates.min_by_key(|(_, module)| module.used).map(|(id, _)| *id)
+    }
+
+    fn close_oldest(&mut self, but: ModuleId) -> bool {
+        let Some(id) = self.oldest(but, |module| module.file.is_some() && module.key != ModuleKey::Vdso) else {
+            return false;
+        };
+        if let Some(module) = self.modules.get_mut(&id) {
+            module.file = None;
+        }
+        self.open = self.open.saturating_sub(1);
+        self.losses.closed = self.losses.closed.saturating_add(1);
+        true
+    }
+
+    fn unload_oldest(&mut self, but: ModuleId) -> bool {
+        let Some(id) = self.oldest(but, |module| matches!(module.unwind, UnwindState::Read(_))) else { return false };
+        self.unload(id);
+        self.losses.unloaded = self.losses.unloaded.saturating_add(1);
+        true
+    }
+
+    fn unload(&mut self, id: ModuleId) {
+        let Some(module) = self.modules.get_mut(&id) else { return };
+        if let UnwindState::Read(data) = std::mem::replace(&mut module.unwind, UnwindState::Unread) {
+            self.unwind_bytes = self.unwind_bytes.saturating_sub(data.bytes());
+        }
+    }
+
+    fn forget_oldest(&mut self, but: ModuleId) -> bool {
+        let Some(id) = self.oldest(but, |_| true) else { return false };
+        self.unload(id);
+        if let Some(module) = self.modules.remove(&id) {
+            self.ids.remove(&module.key);
+            self.open = self.open.saturating_sub(usize::from(module.file.is_some()));
+        }
+        self.losses.forgotten = self.losses.forgotten.saturating_add(1);
+        true
+    }
+}
+
+/// The vdso image of this process, which every 64-bit process of this kernel has too.
+fn own_vdso() -> Option<Vec<u8>> {
+    let maps = Maps::parse(&ProcDir::of(std::process::id())?.read("maps", crate::maps::MAX_BYTES)?);
+    let mapping = maps.all().iter().find(|mapping| mapping.is_vdso())?;
+    let bytes = mapping.end.checked_sub(mapping.start).filter(|bytes| *bytes <= MAX_VDSO_BYTES)?;
+    let mut memory = File::open("/proc/self/mem").ok()?;
+    memory.seek(SeekFrom::Start(mapping.start)).ok()?;
+    let mut image = vec![0; usize::try_from(bytes).ok()?];
+    memory.read_exact(&mut image).ok()?;
+    Some(image)
+}

@@ -1,0 +1,93 @@
+//! Numbers for stacks, so that a sample names its frames by a number.
+//!
+//! A program samples the same few hundred stacks over and over. Each distinct one becomes a fact
+//! once, with its modules; samples then carry its number only. The journal is a ring of segments,
+//! and a replay may begin at any of them, so after a new segment has begun each stack and module
+//! is stated there once more before it is used ([`PathNumbers::restate`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use memtrace_engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame};
+use memtrace_incident::Cut;
+use memtrace_unwind::modules::ModuleId;
+
+/// Stacks that have a number; beyond it all get new ones. The engine remembers as many, the newest.
+const MAX_PATHS: usize = PATHS_KNOWN as usize;
+
+/// The stacks that have a number, and those that the current journal segment has.
+#[derive(Debug, Default)]
+pub struct PathNumbers {
+    /// Cap: [`MAX_PATHS`].
+    numbers: BTreeMap<(Vec<PathFrame>, Option<Cut>), u32>,
+    next: u32,
+    /// Cap: [`MAX_PATHS`].
+    stated_paths: BTreeSet<u32>,
+    /// Cap: the frames of [`MAX_PATHS`] stacks.
+    stated_modules: BTreeSet<u32>,
+}
+
+impl PathNumbers {
+    /// The number of a stack. What the engine or the journal segment does not have yet is appended
+    /// to `facts`: the stack, and before it the modules of its frames. `module` gives path and
+    /// build id of a module.
+    pub fn number(
+        &mut self,
+        path: (Vec<PathFrame>, Option<Cut>),
+        module: impl Fn(ModuleId) -> Option<(String, Option<String>)>,
+        facts: &mut Vec<Fact>,
+    ) -> u32 {
+        if self.numbers.len() >= MAX_PATHS && !self.numbers.contains_key(&path) {
+            self.numbers.clear();
+            self.stated_paths.clear();
+        }
+        let next = self.next;
+        let id = *self.numbers.entry(path.clone()).or_insert(next);
+        if id == next {
+            self.next = next.wrapping_add(1);
+        }
+        if self.stated_paths.insert(id) {
+            let (frames, cut) = path;
+            for number in frames.iter().filter_map(|frame| frame.module) {
+                if self.stated_modules.insert(number)
+                    && let Some((path, build_id)) = module(ModuleId(number))
+                {
+                    facts.push(Fact::Module(ModuleFound { id: number, path, build_id }));
+                }
+            }
+            facts.push(Fact::Path(PathFound { id, frames, cut }));
+        }
+        id
+    }
+
+    /// A new segment of the journal has begun: it has no stack and no module yet.
+    pub fn restate(&mut self) {
+        self.stated_paths.clear();
+        self.stated_modules.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(offset: u64) -> (Vec<PathFrame>, Option<Cut>) {
+        (vec![PathFrame { module: Some(3), offset: Some(offset), ..PathFrame::default() }], None)
+    }
+
+    #[test]
+    fn a_stack_is_stated_once_a_segment() {
+        let (mut paths, mut facts) = (PathNumbers::default(), Vec::new());
+        let mut number = |offset, paths: &mut PathNumbers| {
+            paths.number(path(offset), |id| Some((format!("/lib/{}", id.0), None)), &mut facts)
+        };
+        assert_eq!([16, 32, 16].map(|offset| number(offset, &mut paths)), [0, 1, 0]);
+        paths.restate();
+        assert_eq!(number(16, &mut paths), 0);
+        let module = Fact::Module(ModuleFound { id: 3, path: "/lib/3".to_owned(), build_id: None });
+        let stated = |id, offset| {
+            let (frames, cut) = path(offset);
+            Fact::Path(PathFound { id, frames, cut })
+        };
+        assert_eq!(facts, [module.clone(), stated(0, 16), stated(1, 32), module, stated(0, 16)]);
+    }
+}

@@ -1,0 +1,365 @@
+//! What must hold whatever happens, of what the engine says against what the model did.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::adapter::{Cause, Incident, Kind, Out, Snapshot, Victim as Shown, early, left_out};
+use crate::distort::{Distortion, Lost};
+use crate::model::{Held, Key, Victim, World};
+use crate::wire::Blind;
+
+const TREE: &str = "a cgroup holds what its processes do";
+const HEIR: &str = "who inherits an identity holds what was told";
+const SHOWN: &str = "every process is shown";
+
+/// Something that must not be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Violation {
+    pub(crate) invariant: &'static str,
+    pub(crate) detail: String,
+}
+
+/// Fails with the invariant's name unless the condition holds.
+pub(crate) fn hold(invariant: &'static str, holds: bool, detail: impl FnOnce() -> String) -> Result<(), Violation> {
+    if holds { Ok(()) } else { Err(Violation { invariant, detail: detail() }) }
+}
+
+/// A victim as an incident lists it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Listed {
+    pub(crate) key: Key,
+    pub(crate) killed: bool,
+    pub(crate) shares_mm: bool,
+}
+
+/// What is remembered of a saved incident.
+#[derive(Clone, Debug)]
+pub(crate) struct Saved {
+    pub(crate) id: String,
+    pub(crate) kind: Kind,
+    pub(crate) victims: Vec<Listed>,
+    /// More were killed than are listed.
+    pub(crate) left_out: bool,
+    /// It was closed before its time.
+    pub(crate) early: bool,
+}
+
+impl Saved {
+    pub(crate) fn of(incident: &Incident) -> Self {
+        let victims = incident.oom.iter().filter(|_| incident.kind == Kind::OomKill).flat_map(|oom| &oom.victims);
+        let listed = |v: &Shown| Listed { key: (v.pid, v.start_boot_ns), killed: v.killed, shares_mm: v.shares_mm };
+        Self {
+            id: incident.id.clone(),
+            kind: incident.kind,
+            victims: victims.map(listed).collect(),
+            early: early(incident),
+            left_out: left_out(incident),
+        }
+    }
+}
+
+/// Everything the engine has said, as far as invariants speak of it. Grows with the run, which is bounded.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Witness {
+    pub(crate) saved: Vec<Saved>,
+    ids: BTreeSet<String>,
+    kills: Vec<(String, Key, bool)>,
+    sigkills: BTreeMap<Key, (bool, Option<String>)>,
+    /// Killed victims, with their incident.
+    killed: BTreeMap<Key, String>,
+    /// Violations that are known and not failed for, see [`known`].
+    pub(crate) known: BTreeMap<&'static str, u64>,
+}
+
+/// What the engine is known to get wrong. Each is to be taken out when the engine is mended.
+pub(crate) mod known {
+    /// A SIGKILL that changed nothing, for its process had one already, and that no mark follows (its thread is marked
+    /// already), makes that process a victim again, one that is said to share memory, or makes one that was only chosen
+    /// one that was killed.
+    pub(crate) const UNDELIVERED: &str = "a SIGKILL that was not delivered counts as a kill";
+    /// A mark is paired with any SIGKILL by the kernel within a second, whoever was running then: also one for another
+    /// reason (RLIMIT_CPU), of a process that the OOM killer then only chose.
+    pub(crate) const OTHER_REASON: &str = "a SIGKILL for another reason is taken for the OOM killer's";
+    /// A mark that comes late, after another process has its victim's identity of an address space.
+    pub(crate) const LATE_MARK: &str = "a late mark replaces what the next user of an identity holds";
+    /// More than 32 incidents open: the oldest is closed before those that share its victim's memory are looked for.
+    pub(crate) const EVICTED: &str = "an incident closed early loses those who share memory";
+    /// A reading that comes late takes the place of a newer one, and its cgroup that of a newer move.
+    pub(crate) const OVERTAKEN: &str = "a late reading replaces a newer one, or a newer move";
+    /// A process that was found running has a child that shares its memory, and then its first reading: it gets a new
+    /// address space, the child keeps the old one, and the memory of both is counted.
+    pub(crate) const UNNAMED: &str =
+        "memory of a process found running counts twice when it was shared before its first reading";
+    /// A child that shares its parent's memory is told of before the first reading of that memory.
+    pub(crate) const EARLY_CHILD: &str = "a child that shares memory nobody has told of yet is not counted as its user";
+}
+
+impl Witness {
+    /// Takes one output in; what can be checked of it at once is.
+    pub(crate) fn see(&mut self, out: &Out, world: &World, lost: &Lost) -> Result<(), Violation> {
+        match out {
+            Out::Kill { incident, key, killed } => {
+                hold(
+                    "a kill is told once",
+                    !self.kills.iter().rev().take(512).any(|k| k.0 == *incident && k.1 == *key),
+                    || format!("{key:?} twice in {incident}"),
+                )?;
+                self.kills.push((incident.clone(), *key, *killed));
+            }
+            Out::Sigkill { key, oom, incident } => {
+                hold("a SIGKILL is told once", !self.sigkills.contains_key(key), || format!("{key:?} twice"))?;
+                self.sigkills.insert(*key, (*oom, incident.clone()));
+            }
+            Out::Save(incident) => self.saved(incident, world)?,
+            Out::OnlyInLog(pid) => {
+                let known = |(key, v): (&Key, &Victim)| key.0 == *pid && v.killed && !v.lost;
+                let told = world.victims.iter().any(known);
+                hold("no kill is only in the kernel log", !told || lost.any, || format!("pid {pid}"))?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn saved(&mut self, incident: &Incident, world: &World) -> Result<(), Violation> {
+        hold("incident ids are unique", self.ids.insert(incident.id.clone()), || {
+            format!("{} ({:?}) twice", incident.id, incident.kind)
+        })?;
+        columns(incident)?;
+        allocations(incident)?;
+        composition(incident)?;
+        unknowns(incident, world.switches.blind)?;
+        let saved = Saved::of(incident);
+        let distinct: BTreeSet<Key> = saved.victims.iter().map(|v| v.key).collect();
+        hold("a victim is listed once", distinct.len() == saved.victims.len(), || format!("{saved:?}"))?;
+        for v in &saved.victims {
+            let truth = world.victims.get(&v.key);
+            hold("a victim was one", truth.is_some(), || format!("{v:?} in {}", saved.id))?;
+            let killed = truth.is_some_and(|t| t.killed);
+            let again = !killed || self.killed.contains_key(&v.key);
+            if v.killed && again && truth.is_some_and(|t| t.ignored) {
+                self.knows(known::UNDELIVERED);
+                continue;
+            }
+            if v.killed && !killed && world.by_kernel.contains(&v.key) {
+                self.knows(known::OTHER_REASON);
+                continue;
+            }
+            hold("a victim that is said to be killed was", killed || !v.killed, || format!("{v:?} in {}", saved.id))?;
+            if v.killed {
+                let other = self.killed.insert(v.key, saved.id.clone());
+                hold("a kill is in one incident", other.is_none(), || {
+                    format!("{:?} in {} and {}", v.key, saved.id, other.clone().unwrap_or_default())
+                })?;
+            }
+        }
+        self.saved.push(saved);
+        Ok(())
+    }
+
+    fn knows(&mut self, name: &'static str) {
+        *self.known.entry(name).or_default() += 1;
+    }
+
+    /// Lets pass what is known of sums of memory.
+    pub(crate) fn unless_known(
+        &mut self,
+        found: Result<(), Violation>,
+        how: Distortion,
+        world: &World,
+    ) -> Result<(), Violation> {
+        let unnamed = world.spaces.values().any(|s| s.shared_unnamed);
+        match &found {
+            Err(_) if unnamed => self.knows(known::UNNAMED),
+            Err(v) if how.late_ns > 0 && v.invariant == TREE => self.knows(known::OVERTAKEN),
+            Err(_) if how.wild => self.knows(known::OVERTAKEN),
+            Err(v) if how.late_ns > 0 && v.invariant == HEIR => self.knows(known::LATE_MARK),
+            Err(v) if how.late_ns > 0 && v.invariant == SHOWN => self.knows(known::EARLY_CHILD),
+            _ => return found,
+        }
+        Ok(())
+    }
+
+    /// Victims who share memory, of decisions whose incident was closed early.
+    fn evicted(&self, world: &World) -> BTreeSet<Key> {
+        let early = self.saved.iter().filter(|s| s.early).flat_map(|s| &s.victims);
+        let decisions: BTreeSet<usize> =
+            early.filter_map(|v| world.victims.get(&v.key)).flat_map(|t| t.decisions.iter().copied()).collect();
+        let of_those = |t: &Victim| !t.marked && t.decisions.iter().any(|d| decisions.contains(d));
+        world.victims.iter().filter(|(_, t)| of_those(t)).map(|(key, _)| *key).collect()
+    }
+
+    /// After a stop: nothing is open, so everything that was told is in an incident.
+    pub(crate) fn stopped(&self) -> Result<(), Violation> {
+        let listed: BTreeMap<(&str, Key), bool> =
+            self.saved.iter().flat_map(|s| s.victims.iter().map(|v| ((s.id.as_str(), v.key), v.killed))).collect();
+        for (incident, key, killed) in &self.kills {
+            hold("a kill that is told belongs to a saved incident", self.ids.contains(incident), || {
+                format!("{key:?} says {incident}")
+            })?;
+            let same = listed.get(&(incident.as_str(), *key)) == Some(killed);
+            hold("a kill that is told is listed as told", same, || format!("{key:?}, killed {killed}, {incident}"))?;
+        }
+        hold("as many kills are told as listed", self.kills.len() == listed.len(), || {
+            format!("{} told, {} listed", self.kills.len(), listed.len())
+        })
+    }
+
+    /// After a stop: every victim of the model is where it must be.
+    pub(crate) fn complete(&mut self, world: &World, strict: bool) -> Result<(), Violation> {
+        let left_out = self.saved.iter().any(|s| s.left_out);
+        let chosen: BTreeSet<Key> = self.saved.iter().flat_map(|s| s.victims.iter().map(|v| v.key)).collect();
+        let evicted = self.evicted(world);
+        for (key, truth) in world.victims.iter().filter(|(_, t)| !t.lost && !left_out && (t.killed || t.marked)) {
+            if evicted.contains(key) && !chosen.contains(key) {
+                self.knows(known::EVICTED);
+                continue;
+            }
+            hold("every victim is in an incident", chosen.contains(key), || format!("{key:?}: {truth:?}"))?;
+            let killed = self.killed.contains_key(key);
+            hold("every kill is in an incident as one", killed == truth.killed, || format!("{key:?}: {truth:?}"))?;
+            let others = world.others.contains(key);
+            let told = self.sigkills.get(key).is_some_and(|(oom, id)| *oom && id.as_ref() == self.killed.get(key));
+            hold("a SIGKILL of the OOM killer is told as one", told || others || !truth.killed, || {
+                format!("{key:?}: {truth:?}, told {:?}", self.sigkills.get(key))
+            })?;
+        }
+        if strict { self.decisions(world) } else { Ok(()) }
+    }
+
+    /// One decision, one incident.
+    fn decisions(&self, world: &World) -> Result<(), Violation> {
+        let mut of: BTreeMap<usize, &str> = BTreeMap::new();
+        let mut used: BTreeMap<&str, usize> = BTreeMap::new();
+        // Who was chosen again while dying belongs to several.
+        let once = world.victims.iter().filter(|(_, t)| t.killed && t.decisions.len() == 1);
+        for (key, truth) in once {
+            let (Some(decision), Some(id)) = (truth.decisions.first(), self.killed.get(key)) else { continue };
+            let other = of.insert(*decision, id).filter(|other| other != id);
+            hold("victims of one decision are in one incident", other.is_none(), || {
+                format!("{key:?} in {id}, others in {other:?}: {truth:?}")
+            })?;
+            let other = used.insert(id, *decision).filter(|other| other != decision);
+            if !world.switches.decisions {
+                // Then two of one trigger in a second cannot be told apart.
+                continue;
+            }
+            hold("victims of two decisions are in two incidents", other.is_none(), || {
+                format!("{key:?} in {id}: {truth:?} and decision {other:?}")
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn columns(incident: &Incident) -> Result<(), Violation> {
+    let c = &incident.timeline.columns;
+    let n = c.boot_ns.len();
+    let lengths = [
+        c.usage_bytes.len(),
+        c.limit_bytes.len(),
+        c.watermark_bytes.len(),
+        c.anon_bytes.len(),
+        c.file_bytes.len(),
+        c.shmem_bytes.len(),
+        c.swap_bytes.len(),
+        c.swap_usage_bytes.len(),
+        c.swap_limit_bytes.len(),
+    ];
+    hold("columns are of one length", lengths.iter().all(|l| *l == n), || format!("{}: {lengths:?}", incident.id))?;
+    hold("a curve goes forward", c.boot_ns.is_sorted(), || incident.id.clone())?;
+    let there = incident.kind != Kind::OomKill || c.boot_ns.contains(&incident.at.boot_ns);
+    hold("a kill is on its curve", there, || incident.id.clone())
+}
+
+fn allocations(incident: &Incident) -> Result<(), Violation> {
+    let Some(a) = &incident.allocations else { return Ok(()) };
+    let without = a.unattributed_bytes();
+    let (mut all, mut with) = (0u64, 0u64);
+    for (_, path, weight) in a.samples.rows() {
+        let path = path.map(|at| usize::try_from(at).ok().and_then(|at| incident.allocation_paths.get(at)));
+        hold("a sample's path is there", path != Some(None), || incident.id.clone())?;
+        let touch = path.flatten().is_none_or(|p| p.cause == Cause::Touch);
+        all += if touch { weight } else { 0 };
+        with += if touch && path.is_some() { weight } else { 0 };
+    }
+    let sums = (a.growth_bytes, a.attributed_bytes) == (all, with) && all == with + without;
+    hold("growth adds up", sums, || {
+        format!(
+            "{}: says {} of {}, {without} without; samples {with} of {all}",
+            incident.id, a.attributed_bytes, a.growth_bytes
+        )
+    })?;
+    let paths: u64 = incident.allocation_paths.iter().map(|p| p.weight_bytes).sum();
+    hold("paths weigh what their samples do", paths >= with, || format!("{}: {paths} of {with}", incident.id))
+}
+
+fn composition(incident: &Incident) -> Result<(), Violation> {
+    let c = &incident.composition;
+    let (Some(anon), Some(shmem), Some(rest)) = (c.anon_bytes, c.shmem_bytes, c.unattributed_bytes) else {
+        return Ok(());
+    };
+    if incident.kind == Kind::Recording || incident.kind == Kind::Spike {
+        return Ok(());
+    }
+    let out = incident.oom.as_ref().and_then(|oom| oom.oom_cgroup.as_ref());
+    let usages = [incident.cgroup.usage_bytes, out.and_then(|c| c.usage_bytes)];
+    let fits = |usage: u64| i64::try_from(usage.saturating_sub(anon + shmem)).unwrap_or(i64::MAX) == rest;
+    hold("composition adds up to usage", usages.into_iter().flatten().any(fits), || {
+        format!("{}: anon {anon}, shmem {shmem}, rest {rest} of {usages:?}", incident.id)
+    })
+}
+
+/// What no record could tell is not told.
+fn unknowns(incident: &Incident, blind: Blind) -> Result<(), Violation> {
+    let out = incident.oom.iter().flat_map(|oom| oom.oom_cgroup.iter().chain(oom.trigger_cgroup.iter()));
+    for c in std::iter::once(&incident.cgroup).chain(out) {
+        let told = [
+            (Blind::FAILCNT, c.failcnt.is_some()),
+            (Blind::SWAP, c.swap_usage_bytes.is_some() || c.swap_limit_bytes.is_some()),
+            (Blind::HIGH, c.high_bytes.is_some()),
+            (Blind::WATERMARK, c.peak_bytes.is_some() && incident.kind != Kind::Recording),
+            (Blind::USAGE, c.usage_bytes.is_some()),
+        ];
+        let wrong = told.iter().find(|(field, told)| blind.to(*field) && *told);
+        hold("unknown counters are not shown", wrong.is_none(), || format!("{}: {wrong:?} of {c:?}", incident.id))?;
+    }
+    for v in incident.oom.iter().flat_map(|oom| &oom.victims).filter(|v| !v.shares_mm) {
+        let rss = v.anon_bytes.or(v.file_bytes).or(v.shmem_bytes).or(v.swap_bytes);
+        let told = [
+            (Blind::VICTIM_RSS, rss.is_some()),
+            (Blind::PAGETABLES, v.pagetable_bytes.is_some()),
+            (Blind::OOM_SCORE, v.oom_score_adj.is_some()),
+        ];
+        let wrong = told.iter().find(|(field, told)| blind.to(*field) && *told);
+        hold("unknown values of a victim are not shown", wrong.is_none(), || format!("{}: {v:?}", incident.id))?;
+    }
+    Ok(())
+}
+
+/// Once all has arrived and ended: the engine believes what it was told.
+pub(crate) fn sums(snapshot: &Snapshot, world: &World, trees: bool) -> Result<(), Violation> {
+    let expected: BTreeMap<u32, (u64, Held)> = world
+        .processes
+        .values()
+        .filter_map(|p| Some((p.pid, (p.start_ns, world.spaces.get(&p.space)?.told?.held))))
+        .collect();
+    for p in &snapshot.processes {
+        let truth = expected.get(&p.pid).filter(|(start, _)| p.start_boot_ns.is_none_or(|s| s == *start));
+        let shown = Held { anon: p.anon_bytes, file: p.file_bytes, shmem: p.shmem_bytes, swap: p.swap_bytes };
+        let mm_id = world.processes.get(&p.pid).and_then(|p| world.spaces.get(&p.space)).map(|s| s.mm_id);
+        let heir = mm_id.is_some_and(|id| world.of_victims.contains(&id));
+        hold(if heir { HEIR } else { "a process holds what was told" }, truth.map(|t| t.1) == Some(shown), || {
+            format!("pid {} shows {shown:?}, told {truth:?}", p.pid)
+        })?;
+    }
+    let shown: BTreeSet<u32> = snapshot.processes.iter().map(|p| p.pid).collect();
+    let missing = expected.keys().find(|pid| !shown.contains(pid));
+    hold(SHOWN, missing.is_none(), || format!("pid {missing:?}: {:?}", missing.map(|p| expected.get(p))))?;
+    let told = world.told_sums();
+    for c in snapshot.cgroups.iter().filter(|_| trees) {
+        let truth = told.get(&c.id).copied().unwrap_or_default();
+        let shown = Held { anon: c.anon_bytes, file: c.file_bytes, shmem: c.shmem_bytes, swap: c.swap_bytes };
+        hold(TREE, truth == shown, || format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path))?;
+    }
+    Ok(())
+}
