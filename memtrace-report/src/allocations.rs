@@ -222,7 +222,8 @@ fn add_chains(page: &mut TextPage<'_>, incident: &Incident, culprits: &[Culprit<
     }
 }
 
-/// Outermost caller first: `main (src/main.rs:10) > load (src/load.rs:5) > fill (src/cache.rs:42), via memset`.
+/// Outermost caller first: `main (src/main.rs:10) > load (src/load.rs:5) > fill (src/cache.rs:42),
+/// via memset`.
 fn chain(culprit: &Culprit<'_>, unicode: bool) -> String {
     let mark = if unicode { "…" } else { "..." };
     let parts: Vec<String> = (paths::chain(culprit.path).into_iter())

@@ -139,7 +139,8 @@ impl CurveLevel {
         }
     }
 
-    /// The reading with the higher usage, together with its anon; unknown values come from the other.
+    /// The reading with the higher usage, together with its anon; unknown values come from the
+    /// other.
     fn highest(self, other: Self) -> Self {
         if self.usage_bytes.or(self.anon_bytes) > other.usage_bytes.or(other.anon_bytes) {
             self.or_from(other)

@@ -1,6 +1,7 @@
 //! Draws the memory curve in block characters: usage, its anonymous part, and the limit.
 //!
-//! A cell is one column of the curve and eight steps high (`▁` to `█`). ASCII has one step per cell.
+//! A cell is one column of the curve and eight steps high (`▁` to `█`). ASCII has one step per
+//! cell.
 
 use std::cmp::Ordering;
 
@@ -131,7 +132,8 @@ fn steps(value: u64, area: &PlotArea) -> u64 {
     u64::try_from(exact.min(full)).unwrap_or(0).max(u64::from(value > 0))
 }
 
-/// The row a limit is drawn in: the upper one if it lies between two, `None` if it is above the plot.
+/// The row a limit is drawn in: the upper one if it lies between two, `None` if it is above the
+/// plot.
 fn limit_row(limit: u64, area: &PlotArea) -> Option<u64> {
     (limit <= area.top_bytes).then(|| steps(limit, area) / CELL_STEPS)
 }

@@ -1,9 +1,9 @@
 //! A pprof profile: gzip over the messages of profile.proto
 //! (<https://github.com/google/pprof/blob/main/proto/profile.proto>).
 //!
-//! A sample has one value per cause, in the order of [`Cause::ALL`], because causes must not be added
-//! up; `pprof -sample_index=map` shows another. The structs below are those messages, with the field
-//! numbers of the specification and without the fields that memtrace does not write.
+//! A sample has one value per cause, in the order of [`Cause::ALL`], because causes must not be
+//! added up; `pprof -sample_index=map` shows another. The structs below are those messages, with
+//! the field numbers of the specification and without the fields that memtrace does not write.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -132,7 +132,8 @@ impl ProfileBuilder {
         Sample { location_id, value: values(at, weight), label }
     }
 
-    /// The id of the location of `frames`: a frame with the functions inlined in it, innermost first.
+    /// The id of the location of `frames`: a frame with the functions inlined in it, innermost
+    /// first.
     fn location(&mut self, frames: &[&Frame]) -> u64 {
         let line = frames.iter().map(|frame| self.line(frame)).collect();
         let mut location = Location { line, ..Location::default() };

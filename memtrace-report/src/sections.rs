@@ -1,7 +1,8 @@
-//! The sections of the text report below its facts: curve, processes, mappings, composition, losses.
+//! The sections of the text report below its facts: curve, processes, mappings, composition,
+//! losses.
 //!
-//! Each `add_` function appends its section to a [`TextPage`]. A file may hold any number of rows, so
-//! each section has a cap and says how many of how many it shows.
+//! Each `add_` function appends its section to a [`TextPage`]. A file may hold any number of rows,
+//! so each section has a cap and says how many of how many it shows.
 
 use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, Recording, Scope, TaskRow, units};
 
@@ -75,7 +76,8 @@ impl<'a> TextPage<'a> {
         }
     }
 
-    /// Adds one line with a label. `text` must be escaped; it is not broken, so that it can be copied.
+    /// Adds one line with a label. `text` must be escaped; it is not broken, so that it can be
+    /// copied.
     pub(super) fn fact_unbroken(&mut self, label: &str, text: &str) {
         let mut line = StyledLine::default();
         line.add(self.style, Paint::Faint, &format!("  {label}"));
