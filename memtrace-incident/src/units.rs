@@ -96,6 +96,22 @@ fn decimal(scaled: u128, places: u32) -> String {
 mod tests {
     use super::*;
 
+    /// Also what the functions of the HTML page return (tests/tests/browser_page.rs).
+    #[test]
+    fn the_cases_shared_with_the_page() {
+        let cases: serde_json::Value = serde_json::from_str(include_str!("units_cases.json")).unwrap();
+        let number = |value: &serde_json::Value| value.as_u64().unwrap();
+        for case in cases["bytes"].as_array().unwrap() {
+            assert_eq!(bytes(number(&case[0])), case[1].as_str().unwrap());
+        }
+        for case in cases["duration"].as_array().unwrap() {
+            assert_eq!(duration(number(&case[0])), case[1].as_str().unwrap());
+        }
+        for case in cases["percent"].as_array().unwrap() {
+            assert_eq!(percent(number(&case[0]), number(&case[1])).unwrap(), case[2].as_str().unwrap());
+        }
+    }
+
     #[test]
     fn sizes_have_about_three_digits() {
         let cases = [

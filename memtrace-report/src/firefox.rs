@@ -1,4 +1,8 @@
-//! A profile for the Firefox Profiler: stacks weighted in bytes over time, one thread per process, and the memory curve.
+//! A profile for the Firefox Profiler: first touches as stacks weighted in bytes over time, one
+//! thread per process, and the memory curve as a counter.
+//!
+//! The format has no specification but its readers, so the types are those of the crate that samply
+//! writes it with.
 
 use std::collections::HashMap;
 
@@ -6,18 +10,19 @@ use fxprof_processed_profile::{
     CategoryColor, CategoryHandle, CpuDelta, Frame as ProfileFrame, FrameFlags, FrameInfo, Profile, ReferenceTimestamp,
     SamplingInterval, StackHandle, ThreadHandle, Timestamp, WeightType,
 };
-
-use super::{frames, paths, plain};
 use memtrace_incident::{AllocationPath, Cause, Incident};
 
-/// Processes with a thread of their own; what more there are share one.
-const PROCESSES: usize = 512;
-/// Frames of one stack that are written.
-const FRAMES: usize = 512;
-/// Samples that may be written beyond the file's, because the format's weights end at 2 GiB.
-const SPLITS: u64 = 65_536;
+use super::{frames, paths, plain};
 
-/// First touches of the incident as JSON.
+/// Processes with a thread of their own; the others share one.
+const MAX_PROCESSES: usize = 512;
+/// Frames of one stack that are written, innermost first; the others are dropped.
+const MAX_FRAMES: usize = 512;
+/// Extra samples that heavy ones may be split into: a weight of the format is at most 2 GiB. After
+/// them the rest of a weight is dropped, which takes a file of more than 128 TiB of growth.
+const MAX_SPLITS: u64 = 65_536;
+
+/// The incident's first touches and its curve as JSON. Fails only if the serializer does.
 pub fn profile(incident: &Incident) -> serde_json::Result<String> {
     serde_json::to_string(&build(incident))
 }
@@ -31,30 +36,31 @@ fn build(incident: &Incident) -> Profile {
         columns.boot_ns.iter().zip(&columns.usage_bytes).filter_map(|(at, usage)| Some((*at, (*usage)?))).collect();
     curve.sort_by_key(|(boot_ns, _)| *boot_ns);
     let first = rows.first().map(|row| row.0).into_iter().chain(curve.first().map(|reading| reading.0)).min();
-    let mut writer = Writer::new(incident, first.unwrap_or(incident.at.boot_ns));
+    let mut writer = ProfileWriter::new(incident, first.unwrap_or(incident.at.boot_ns));
     for (boot_ns, path, weight) in rows {
-        writer.sample(boot_ns, path, weight);
+        writer.add_sample(boot_ns, path, weight);
     }
-    writer.curve(&curve);
+    writer.add_curve(&curve);
     writer.profile
 }
 
-/// A profile under construction.
-struct Writer<'a> {
+/// The profile being written, and the handles of what it already has.
+struct ProfileWriter<'a> {
     incident: &'a Incident,
     profile: Profile,
     zero_ns: u64,
     user: CategoryHandle,
     kernel: CategoryHandle,
+    /// By (pid, start on the boot clock). Cap: [`MAX_PROCESSES`]; then `shared` is used.
     threads: HashMap<(u32, u64), ThreadHandle>,
-    /// Per index in `allocation_paths`.
+    /// By index in `allocation_paths`. Cap: the paths of the incident.
     stacks: HashMap<usize, (ThreadHandle, Option<StackHandle>)>,
     shared: Option<ThreadHandle>,
-    nobody: Option<(ThreadHandle, Option<StackHandle>)>,
-    splits: u64,
+    without_stack: Option<(ThreadHandle, Option<StackHandle>)>,
+    splits_left: u64,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> ProfileWriter<'a> {
     fn new(incident: &'a Incident, zero_ns: u64) -> Self {
         let zero = paths::wall_ns(incident, zero_ns).unwrap_or(0);
         let reference = ReferenceTimestamp::from_millis_since_unix_epoch(zero as f64 / 1e6);
@@ -73,8 +79,8 @@ impl<'a> Writer<'a> {
             threads: HashMap::new(),
             stacks: HashMap::new(),
             shared: None,
-            nobody: None,
-            splits: SPLITS,
+            without_stack: None,
+            splits_left: MAX_SPLITS,
         }
     }
 
@@ -82,13 +88,13 @@ impl<'a> Writer<'a> {
         Timestamp::from_nanos_since_reference(boot_ns.saturating_sub(self.zero_ns))
     }
 
-    fn sample(&mut self, boot_ns: u64, path: Option<u32>, weight: u64) {
+    fn add_sample(&mut self, boot_ns: u64, path: Option<u32>, weight: u64) {
         let at = path.and_then(|path| usize::try_from(path).ok());
         let found = at.and_then(|at| Some((at, self.incident.allocation_paths.get(at)?)));
         let (thread, stack) = match found {
             Some((_, path)) if path.cause != Cause::Touch => return,
-            Some((at, path)) => self.stack(at, path),
-            None => self.nobody(),
+            Some((at, path)) => self.stack_of(at, path),
+            None => self.no_stack(),
         };
         let (time, most) = (self.time(boot_ns), i32::MAX.unsigned_abs());
         let mut left = weight;
@@ -96,14 +102,14 @@ impl<'a> Writer<'a> {
             let part = u32::try_from(left).unwrap_or(u32::MAX).min(most);
             self.profile.add_sample(thread, time, stack, CpuDelta::ZERO, i32::try_from(part).unwrap_or(i32::MAX));
             left -= u64::from(part);
-            if left == 0 || self.splits == 0 {
+            if left == 0 || self.splits_left == 0 {
                 return;
             }
-            self.splits -= 1;
+            self.splits_left -= 1;
         }
     }
 
-    fn thread(&mut self, name: &str, pid: u32) -> ThreadHandle {
+    fn add_thread(&mut self, name: &str, pid: u32) -> ThreadHandle {
         let start = Timestamp::from_nanos_since_reference(0);
         let process = self.profile.add_process(name, pid, start);
         let thread = self.profile.add_thread(process, pid, start, true);
@@ -112,21 +118,21 @@ impl<'a> Writer<'a> {
         thread
     }
 
-    fn stack(&mut self, at: usize, path: &AllocationPath) -> (ThreadHandle, Option<StackHandle>) {
+    fn stack_of(&mut self, at: usize, path: &AllocationPath) -> (ThreadHandle, Option<StackHandle>) {
         if let Some(known) = self.stacks.get(&at) {
             return *known;
         }
         let key = (path.process.pid, path.process.start_boot_ns);
         let thread = match (self.threads.get(&key), self.shared) {
             (Some(thread), _) => *thread,
-            (None, Some(shared)) if self.threads.len() >= PROCESSES => shared,
-            (None, _) if self.threads.len() >= PROCESSES => {
-                let thread = self.thread("more processes", 0);
+            (None, Some(shared)) if self.threads.len() >= MAX_PROCESSES => shared,
+            (None, _) if self.threads.len() >= MAX_PROCESSES => {
+                let thread = self.add_thread("more processes", 0);
                 self.shared = Some(thread);
                 thread
             }
             (None, _) => {
-                let thread = self.thread(&plain::escape(&path.process.comm), path.process.pid);
+                let thread = self.add_thread(&plain::escape(&path.process.comm), path.process.pid);
                 self.threads.insert(key, thread);
                 thread
             }
@@ -135,8 +141,8 @@ impl<'a> Writer<'a> {
         if let Some(cut) = path.cut {
             labels.push((format!("[cut: {}]", cut.name()), false));
         }
-        // The innermost ones tell more than the outermost.
-        labels.extend(path.frames.iter().take(FRAMES).rev().map(|frame| {
+        // Innermost frames are kept: they say what grew.
+        labels.extend(path.frames.iter().take(MAX_FRAMES).rev().map(|frame| {
             let name = plain::escape(&frames::label(frame));
             let place = paths::place(frame).map(|place| format!(" ({})", plain::escape(&place)));
             (format!("{name}{}", place.unwrap_or_default()), frame.kernel)
@@ -146,13 +152,13 @@ impl<'a> Writer<'a> {
         (thread, stack)
     }
 
-    fn nobody(&mut self) -> (ThreadHandle, Option<StackHandle>) {
-        if let Some(known) = self.nobody {
+    fn no_stack(&mut self) -> (ThreadHandle, Option<StackHandle>) {
+        if let Some(known) = self.without_stack {
             return known;
         }
-        let thread = self.thread("growth without a stack", 0);
+        let thread = self.add_thread("growth without a stack", 0);
         let stack = self.intern(thread, &[("[no stack]".to_owned(), false)]);
-        *self.nobody.insert((thread, stack))
+        *self.without_stack.insert((thread, stack))
     }
 
     fn intern(&mut self, thread: ThreadHandle, labels: &[(String, bool)]) -> Option<StackHandle> {
@@ -166,13 +172,13 @@ impl<'a> Writer<'a> {
         self.profile.intern_stack_frames(thread, frames.into_iter())
     }
 
-    /// The usage of the cgroup, as steps from reading to reading.
-    fn curve(&mut self, curve: &[(u64, u64)]) {
+    /// Adds the usage of the cgroup as a counter, whose samples are differences between readings.
+    fn add_curve(&mut self, curve: &[(u64, u64)]) {
         if curve.is_empty() {
             return;
         }
         let start = Timestamp::from_nanos_since_reference(0);
-        // A counter belongs to a process, which is shown only with a thread.
+        // A counter belongs to a process, and the profiler shows a process only if it has a thread.
         let process = self.profile.add_process("cgroup", 0, start);
         let thread = self.profile.add_thread(process, 0, start, true);
         self.profile.set_thread_name(thread, "cgroup");
@@ -187,9 +193,9 @@ impl<'a> Writer<'a> {
 
 #[cfg(test)]
 mod tests {
+    use memtrace_incident::{Allocations, fixtures};
+
     use super::*;
-    use memtrace_incident::Allocations;
-    use memtrace_incident::fixtures;
 
     fn weights(incident: &Incident) -> f64 {
         let json: serde_json::Value = serde_json::from_str(&profile(incident).unwrap()).unwrap();

@@ -1,14 +1,18 @@
-//! Folded stacks, as flame graph tools read them: `process;outermost;...;innermost bytes`.
+//! Folded stacks, the input of flame graph tools: one line per stack, outermost frame first.
+//!
+//! Example: `worker-4242;main;app::load;app::Cache::fill;memset 7340032`. The number is bytes.
 
 use std::collections::BTreeMap;
 
-use super::paths::Window;
-use super::{frames, paths, plain};
 use memtrace_incident::{Cause, Incident};
 
-/// The stacks of one cause in a window, one a line, in order of their names. Kernel functions end in `_[k]`; where
-/// `cause` is touch, growth without a stack is there as `[no stack: reason]`, so that all lines add up to the growth.
-pub fn stacks(incident: &Incident, window: &Window, cause: Cause) -> String {
+use super::paths::GrowthWindow;
+use super::{frames, paths, plain};
+
+/// The stacks of one cause in a window, one a line, sorted. Kernel functions end in `_[k]`, as perf
+/// marks them. For [`Cause::Touch`], growth without a stack has lines `[no stack: reason]`, so all
+/// lines add up to the growth.
+pub fn stacks(incident: &Incident, window: &GrowthWindow, cause: Cause) -> String {
     let mut lines: BTreeMap<String, u64> = BTreeMap::new();
     let mut add = |stack: String, bytes: u64| {
         if bytes > 0 {
@@ -18,7 +22,7 @@ pub fn stacks(incident: &Incident, window: &Window, cause: Cause) -> String {
     };
     let weights = paths::weights(incident, window, cause);
     for (path, bytes) in incident.allocation_paths.iter().zip(weights).filter(|(_, bytes)| *bytes > 0) {
-        let mut stack = process(&path.process.comm, path.process.pid);
+        let mut stack = process_part(&path.process.comm, path.process.pid);
         if let Some(cut) = path.cut {
             stack.push_str(&format!(";[cut: {}]", cut.name()));
         }
@@ -39,20 +43,21 @@ pub fn stacks(incident: &Incident, window: &Window, cause: Cause) -> String {
     lines.into_iter().map(|(stack, bytes)| format!("{stack} {bytes}\n")).collect()
 }
 
-/// `worker-4242`: two processes of one name are two stacks.
-fn process(comm: &str, pid: u32) -> String {
+/// `worker-4242`: with the pid, so that two processes of one name stay two stacks.
+fn process_part(comm: &str, pid: u32) -> String {
     format!("{}-{pid}", part(comm))
 }
 
-/// A name as one part of a line: nothing that ends a part, a line, or that a terminal obeys.
+/// A name as one part of a line: `;` would end the part, and control characters are escaped.
 fn part(name: &str) -> String {
     plain::escape(name).replace(';', ":")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     fn sum(text: &str) -> u64 {
         text.lines().map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()).sum()
@@ -61,9 +66,9 @@ mod tests {
     #[test]
     fn lines_add_up_to_the_growth() {
         let burst = fixtures::burst();
-        let text = stacks(&burst, &Window::WHOLE, Cause::Touch);
+        let text = stacks(&burst, &GrowthWindow::WHOLE, Cause::Touch);
         assert_eq!(sum(&text), burst.allocations.as_ref().unwrap().growth_bytes);
-        let second = Window::before(&burst, 1_000_000_000);
+        let second = GrowthWindow::before(&burst, 1_000_000_000);
         let in_second = sum(&stacks(&burst, &second, Cause::Touch));
         assert!(in_second < sum(&text) && in_second > 0);
         insta::assert_snapshot!(text);
@@ -72,8 +77,8 @@ mod tests {
     #[test]
     fn causes_are_apart() {
         let burst = fixtures::burst();
-        insta::assert_snapshot!(stacks(&burst, &Window::WHOLE, Cause::Map));
-        assert_eq!(stacks(&burst, &Window::WHOLE, Cause::Charge), "");
+        insta::assert_snapshot!(stacks(&burst, &GrowthWindow::WHOLE, Cause::Map));
+        assert_eq!(stacks(&burst, &GrowthWindow::WHOLE, Cause::Charge), "");
     }
 
     #[test]
@@ -85,7 +90,9 @@ mod tests {
                 frame.symbol = Some("x;y \u{1b}[31m\n9".into());
             }
         }
-        for line in stacks(&burst, &Window::WHOLE, Cause::Touch).lines().filter(|line| !line.starts_with("[no stack")) {
+        for line in
+            stacks(&burst, &GrowthWindow::WHOLE, Cause::Touch).lines().filter(|line| !line.starts_with("[no stack"))
+        {
             assert!(line.starts_with("a:b\\nc-"), "{line}");
             assert!(line.split(';').skip(1).all(|part| part.starts_with("x:y ") || part.starts_with("[cut")), "{line}");
         }

@@ -1,24 +1,29 @@
-//! A frame for people: its label, whose code it is, and its name without what a reader does not need.
+//! Frames as people read them: a label, whose code it is, and a short name.
+//!
+//! A report blames the innermost function of the program itself, so it has to tell the program from
+//! its allocator, its libc and its standard library. Names and source files decide that, because
+//! all of these may be linked into one executable. Example: with `malloc` (runtime),
+//! `ringlog::grow` (dependency) and `app::load` (program) on a stack, `app::load` is blamed.
 
 use memtrace_incident::Frame;
 
 /// Whose code a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
-    /// The process' own.
+pub(super) enum CodeOwner {
+    /// The program itself.
     Program,
-    /// A crate from a registry.
+    /// A crate from a registry or from git.
     Dependency,
-    /// Standard libraries, allocators, libc, the dynamic linker: never what a reader looks for.
+    /// Standard library, allocator, libc or dynamic linker: never blamed.
     Runtime,
-    /// The kernel.
+    /// A kernel function.
     Kernel,
-    /// No module and no name.
-    Nobody,
+    /// The frame has neither module nor name.
+    Unknown,
 }
 
-/// Shared objects whose code is [`Owner::Runtime`], by the beginning of their file's name.
-const MODULES: [&str; 24] = [
+/// Prefixes of file names of shared objects whose code is [`CodeOwner::Runtime`].
+const RUNTIME_MODULES: [&str; 24] = [
     "libc.so",
     "libc-2.",
     "libc.musl-",
@@ -45,8 +50,8 @@ const MODULES: [&str; 24] = [
     "[vdso]",
 ];
 
-/// Parts of the paths of source files that are [`Owner::Runtime`].
-const FILES: [&str; 14] = [
+/// Source files with one of these in their path are [`CodeOwner::Runtime`].
+const RUNTIME_FILES: [&str; 14] = [
     "/rustc/",
     "/library/std/src/",
     "/library/core/src/",
@@ -63,7 +68,7 @@ const FILES: [&str; 14] = [
     "/mimalloc/src/",
 ];
 
-/// Source files of glibc as its distributions compile it: relative to the directory of the part.
+/// Prefixes of glibc's source files: distributions compile it with paths relative to each part.
 const LIBC_FILES: [&str; 10] = [
     "./csu/",
     "./elf/",
@@ -77,8 +82,8 @@ const LIBC_FILES: [&str; 10] = [
     "../sysdeps/",
 ];
 
-/// Beginnings of symbols that are [`Owner::Runtime`] wherever they are.
-const PREFIXES: [&str; 28] = [
+/// Prefixes of symbols that are [`CodeOwner::Runtime`] in any file.
+const RUNTIME_PREFIXES: [&str; 28] = [
     "std::",
     "core::",
     "alloc::",
@@ -109,8 +114,9 @@ const PREFIXES: [&str; 28] = [
     "PyMem_",
 ];
 
-/// Symbols that are [`Owner::Runtime`] where no source file says otherwise: a program may have a `read` of its own.
-const NAMES: [&str; 62] = [
+/// Symbols that are [`CodeOwner::Runtime`] if their source file is unknown. With a known file they
+/// are judged by it: a program may have a `read` of its own.
+const RUNTIME_NAMES: [&str; 62] = [
     "malloc",
     "calloc",
     "realloc",
@@ -175,65 +181,67 @@ const NAMES: [&str; 62] = [
     "_PyObject_Realloc",
 ];
 
-/// What to call a frame: its function, else its place in a module, else `[unknown]`. Not escaped.
+/// The function of a frame, else `module+0xoffset`, else `[unknown]`. Not escaped.
 pub(super) fn label(frame: &Frame) -> String {
     match (&frame.symbol, &frame.module, frame.offset) {
         (Some(symbol), _, _) if !symbol.is_empty() => symbol.clone(),
-        (_, Some(module), Some(offset)) => format!("{}+{offset:#x}", base(module)),
-        (_, Some(module), None) => base(module).to_owned(),
+        (_, Some(module), Some(offset)) => format!("{}+{offset:#x}", file_name(module)),
+        (_, Some(module), None) => file_name(module).to_owned(),
         _ => "[unknown]".to_owned(),
     }
 }
 
-/// Whose code a frame is.
-pub(super) fn owner(frame: &Frame) -> Owner {
+/// Decides whose code a frame is, by module, then source file, then symbol.
+pub(super) fn code_owner(frame: &Frame) -> CodeOwner {
     if frame.kernel {
-        return Owner::Kernel;
+        return CodeOwner::Kernel;
     }
-    let module = frame.module.as_deref().map(base).unwrap_or_default();
-    if MODULES.iter().any(|known| module.starts_with(known)) {
-        return Owner::Runtime;
+    let module = frame.module.as_deref().map(file_name).unwrap_or_default();
+    if RUNTIME_MODULES.iter().any(|known| module.starts_with(known)) {
+        return CodeOwner::Runtime;
     }
     let symbol = frame.symbol.as_deref().unwrap_or_default();
     if symbol.is_empty() && module.is_empty() {
-        return Owner::Nobody;
+        return CodeOwner::Unknown;
     }
     let file = frame.file.as_deref().unwrap_or_default();
-    if FILES.iter().any(|known| file.contains(known)) || LIBC_FILES.iter().any(|known| file.starts_with(known)) {
-        return Owner::Runtime;
+    if RUNTIME_FILES.iter().any(|known| file.contains(known)) || LIBC_FILES.iter().any(|known| file.starts_with(known))
+    {
+        return CodeOwner::Runtime;
     }
-    if PREFIXES.iter().any(|known| symbol.starts_with(known)) {
-        return Owner::Runtime;
+    if RUNTIME_PREFIXES.iter().any(|known| symbol.starts_with(known)) {
+        return CodeOwner::Runtime;
     }
     let of_dependency = file.contains("/registry/src/") || file.contains("/.cargo/git/");
     if file.is_empty() {
-        // `<alloc::vec::Vec<T> as Trait>::method` may be the program's own; without a file it is not taken for that.
+        // `<alloc::vec::Vec<T> as Trait>::method` may be a method of the program. Without a file
+        // there is no evidence for that, and the standard library is far more frequent.
         let implementor = symbol.trim_start_matches(['<', '&', '[', '*']);
         let of_std =
-            implementor.len() < symbol.len() && PREFIXES.iter().take(4).any(|std| implementor.starts_with(std));
-        if of_std || NAMES.contains(&symbol) || symbol.starts_with("__mem") {
-            return Owner::Runtime;
+            implementor.len() < symbol.len() && RUNTIME_PREFIXES.iter().take(4).any(|std| implementor.starts_with(std));
+        if of_std || RUNTIME_NAMES.contains(&symbol) || symbol.starts_with("__mem") {
+            return CodeOwner::Runtime;
         }
     }
-    if of_dependency { Owner::Dependency } else { Owner::Program }
+    if of_dependency { CodeOwner::Dependency } else { CodeOwner::Program }
 }
 
-/// A function's name without generic arguments and trait: `<app::Cache<u8> as app::Fill>::fill::<u8>` is
-/// `app::Cache::fill`.
-pub(super) fn short(symbol: &str) -> String {
+/// A function's name without generic arguments, trait and C++ parameters:
+/// `<app::Cache<u8> as app::Fill>::fill::<u8>` becomes `app::Cache::fill`.
+pub(super) fn short_name(symbol: &str) -> String {
     if symbol.contains("operator") {
         return symbol.to_owned();
     }
     // The type of `<Type as Trait>::method` and of `<Type>::method`.
     if let Some(rest) = symbol.strip_prefix('<')
-        && let Some(end) = closing(rest)
+        && let Some(end) = closing_angle(rest)
         && let (Some(inside), Some(after)) = (rest.get(..end), rest.get(end + 1..))
         && after.starts_with("::")
     {
-        let implementor = as_clause(inside).trim_start_matches("dyn ");
+        let implementor = before_as(inside).trim_start_matches("dyn ");
         return format!("{}{}", without_generics(implementor.trim_start_matches('<')), without_generics(after));
     }
-    // Arguments of a C++ function.
+    // Parameters of a C++ function.
     let symbol = match symbol.find('(') {
         Some(at) if at > 0 => symbol.get(..at).unwrap_or(symbol),
         _ => symbol,
@@ -241,23 +249,25 @@ pub(super) fn short(symbol: &str) -> String {
     without_generics(symbol)
 }
 
-/// The last parts of a function's name: `Cache::fill`, with closures as part of who has them.
-pub(super) fn brief(symbol: &str) -> String {
-    let short = short(symbol);
+/// The last part of a function's name, with its type and its closures: `Cache::fill`,
+/// `Cache::fill::{closure#0}`, `main`.
+pub(super) fn brief_name(symbol: &str) -> String {
+    let short = short_name(symbol);
     let parts: Vec<&str> = short.split("::").filter(|part| !part.is_empty()).collect();
     let is_closure = |part: &&&str| part.contains("closure") || part.contains("{{");
     let kept = 1 + parts.iter().rev().take_while(is_closure).count();
-    // A method is told with its type, a function without its module.
+    // A method keeps its type, a function loses its module.
     let typed = (parts.len().checked_sub(kept + 1).and_then(|at| parts.get(at)))
         .is_some_and(|part| part.starts_with(|first: char| first.is_uppercase()));
     let from = parts.len().saturating_sub(kept + usize::from(typed));
     parts.get(from..).map(|parts| parts.join("::")).unwrap_or_default()
 }
 
-/// What the program called: the name as its source has it, without what a libc or an allocator makes of it.
-pub(super) fn called(frame: &Frame) -> String {
+/// The name as the program's source has it: `memset` for `__memset_avx2_unaligned_erms`, `malloc`
+/// for `__GI___libc_malloc`, `Vec::push` for an inlined `push` of `alloc/src/vec`.
+pub(super) fn called_name(frame: &Frame) -> String {
     let Some(symbol) = frame.symbol.as_deref().filter(|symbol| !symbol.is_empty()) else {
-        return frame.module.as_deref().map_or_else(|| "[unknown]".to_owned(), |module| base(module).to_owned());
+        return frame.module.as_deref().map_or_else(|| "[unknown]".to_owned(), |module| file_name(module).to_owned());
     };
     let bare = symbol.trim_start_matches("__GI_").trim_start_matches("__libc_").trim_start_matches('_');
     for (variant, name) in [
@@ -282,8 +292,8 @@ pub(super) fn called(frame: &Frame) -> String {
     {
         return bare.to_owned();
     }
-    let brief = brief(symbol);
-    // Inlined functions come without the path to them; the file tells the type of the well-known ones.
+    let brief = brief_name(symbol);
+    // DWARF names an inlined function without its path; for well-known types the file gives it.
     let file = frame.file.as_deref().unwrap_or_default();
     let of_type = [
         ("/alloc/src/vec/", "Vec"),
@@ -303,8 +313,8 @@ pub(super) fn called(frame: &Frame) -> String {
     }
 }
 
-/// A source file without the directories that every file of its project has: from the last `src` or `lib` on, or its
-/// last two parts.
+/// A source file without the directories that all files of its project share: from its last `src`
+/// on, else its last two parts.
 pub(super) fn short_file(file: &str) -> &str {
     let within = |marker: &str| file.rfind(marker).and_then(|at| file.get(at + 1..));
     if let Some(short) = within("/src/").filter(|short| short.len() < file.len()) {
@@ -314,13 +324,13 @@ pub(super) fn short_file(file: &str) -> &str {
     file.get(from..).unwrap_or(file)
 }
 
-/// The last part of a path.
-pub(super) fn base(path: &str) -> &str {
+/// The last part of a path; the path itself if it ends in `/`.
+pub(super) fn file_name(path: &str) -> &str {
     path.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(path)
 }
 
-/// Where the `>` is that closes what is already open.
-fn closing(text: &str) -> Option<usize> {
+/// The byte position of the `>` that closes a `<` before `text`. The one of `->` does not count.
+fn closing_angle(text: &str) -> Option<usize> {
     let mut depth = 1usize;
     let mut before = ' ';
     for (at, character) in text.char_indices() {
@@ -338,7 +348,7 @@ fn closing(text: &str) -> Option<usize> {
 }
 
 /// `Type` of `Type as Trait`.
-fn as_clause(text: &str) -> &str {
+fn before_as(text: &str) -> &str {
     let mut depth = 0usize;
     for (at, character) in text.char_indices() {
         match character {
@@ -353,7 +363,7 @@ fn as_clause(text: &str) -> &str {
     text
 }
 
-/// `a::B<C>::d::<E>` is `a::B::d`.
+/// `a::B<C>::d::<E>` becomes `a::B::d`.
 fn without_generics(text: &str) -> String {
     let mut out = String::new();
     let mut depth = 0usize;
@@ -391,7 +401,7 @@ mod tests {
 
     #[test]
     fn whose_code_it_is() {
-        use Owner::*;
+        use CodeOwner::*;
         let rustc = "/rustc/59807616e1fa2540724bfbac14d7976d7e4a3860/library/alloc/src/vec/mod.rs";
         let registry = "/root/.cargo/registry/src/index-1949cf8c6b5b557f/clap_builder-4.6.7/src/builder/command.rs";
         for (module, symbol, file, wanted) in [
@@ -427,12 +437,12 @@ mod tests {
             ("/usr/lib/libcrypto.so.3", "", "", Program),
             ("/usr/lib/libpython3.11.so.1.0", "list_repeat", "/b/Objects/listobject.c", Program),
             ("/usr/lib/libpython3.11.so.1.0", "new_arena", "/b/Objects/obmalloc.c", Runtime),
-            ("", "", "", Nobody),
+            ("", "", "", Unknown),
             ("[jit]", "", "", Program),
         ] {
-            assert_eq!(owner(&frame(module, symbol, file)), wanted, "{module} {symbol} {file}");
+            assert_eq!(code_owner(&frame(module, symbol, file)), wanted, "{module} {symbol} {file}");
         }
-        assert_eq!(owner(&Frame { kernel: true, ..frame("", "handle_mm_fault", "") }), Kernel);
+        assert_eq!(code_owner(&Frame { kernel: true, ..frame("", "handle_mm_fault", "") }), Kernel);
     }
 
     #[test]
@@ -458,8 +468,8 @@ mod tests {
             ("<", "<", "<"),
             ("", "", ""),
         ] {
-            assert_eq!(short(symbol), wanted, "{symbol}");
-            assert_eq!(brief(symbol), briefly, "{symbol}");
+            assert_eq!(short_name(symbol), wanted, "{symbol}");
+            assert_eq!(brief_name(symbol), briefly, "{symbol}");
         }
     }
 
@@ -473,7 +483,7 @@ mod tests {
             ("push<u8, alloc::alloc::Global>", "/rustc/x/library/alloc/src/vec/mod.rs", "Vec::push"),
             ("alloc::vec::Vec<T,A>::with_capacity", "", "Vec::with_capacity"),
         ] {
-            assert_eq!(called(&frame("/lib/x", symbol, file)), wanted);
+            assert_eq!(called_name(&frame("/lib/x", symbol, file)), wanted);
         }
     }
 
@@ -489,9 +499,9 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_name_panics(symbol in "[<>:a {}()#&-]{0,40}", file in ".*") {
-            let _ = (short(&symbol), brief(&symbol), short_file(&file).len());
+            let _ = (short_name(&symbol), brief_name(&symbol), short_file(&file).len());
             let frame = frame("/m", &symbol, &file);
-            let _ = (label(&frame), owner(&frame), called(&frame));
+            let _ = (label(&frame), code_owner(&frame), called_name(&frame));
         }
     }
 }

@@ -1,20 +1,18 @@
-//! What no incident file can do to the formats that show allocation paths: panic, or print what a terminal obeys.
+//! No incident file makes a format that shows allocation paths panic or print control characters.
 
+use memtrace_incident::*;
 use proptest::prelude::*;
 
-use super::paths::Window;
-use memtrace_incident::fixtures;
-
+use super::paths::GrowthWindow;
 use super::{Style, firefox, folded, plain, pprof, text};
-use memtrace_incident::*;
 
-/// Every format, every cause, with and without a window.
-fn every_format(incident: &Incident) {
+/// Writes every format, for every cause, with and without a window.
+fn write_every_format(incident: &Incident) {
     for unicode in [false, true] {
         let shown = text::report(incident, &Style { colour: false, width: 80, unicode });
         assert!(shown.chars().all(|character| character == '\n' || !plain::is_dangerous(character)), "{shown:?}");
     }
-    for window in [Window::WHOLE, Window::before(incident, 1_000_000_000)] {
+    for window in [GrowthWindow::WHOLE, GrowthWindow::before(incident, 1_000_000_000)] {
         for cause in Cause::ALL {
             let lines = folded::stacks(incident, &window, cause);
             assert!(
@@ -93,12 +91,12 @@ proptest! {
         incident.allocations = allocations;
         incident.at.boot_ns = at;
         incident.at.wall = wall.unwrap_or_default();
-        every_format(&incident);
+        write_every_format(&incident);
     }
 }
 
 #[test]
-fn as_much_as_a_file_holds() {
+fn a_file_at_its_caps_is_shown_in_a_few_lines() {
     let mut incident = fixtures::burst();
     let deep = |number: u64| AllocationPath {
         frames: (0..200)
@@ -119,20 +117,20 @@ fn as_much_as_a_file_holds() {
     samples.weight_bytes = vec![1 << 20; 20_000];
     let shown = text::report(&incident, &Style::PLAIN);
     assert!(shown.lines().count() < 80, "{shown}");
-    assert!(folded::stacks(&incident, &Window::WHOLE, Cause::Touch).lines().count() <= 2048 + 3);
-    pprof::profile(&incident, &Window::WHOLE, Cause::Touch).unwrap();
+    assert!(folded::stacks(&incident, &GrowthWindow::WHOLE, Cause::Touch).lines().count() <= 2048 + 3);
+    pprof::profile(&incident, &GrowthWindow::WHOLE, Cause::Touch).unwrap();
     firefox::profile(&incident).unwrap();
 }
 
 #[test]
-fn nothing_at_all() {
+fn an_incident_without_allocations_is_shown() {
     let mut incident = fixtures::burst();
     for allocations in [None, Some(Allocations::default())] {
         incident.allocations = allocations;
-        every_format(&incident);
+        write_every_format(&incident);
         incident.allocation_paths.clear();
         incident.timeline = Timeline::default();
-        every_format(&incident);
-        assert_eq!(folded::stacks(&incident, &Window::WHOLE, Cause::Touch), "");
+        write_every_format(&incident);
+        assert_eq!(folded::stacks(&incident, &GrowthWindow::WHOLE, Cause::Touch), "");
     }
 }

@@ -1,17 +1,18 @@
-//! Incident to one page of HTML that needs nothing else: its data, its script and its style are inside.
+//! An incident as one HTML page that loads nothing: data, scripts and styles are inside the file.
 //!
-//! Rust puts only JSON and constants into the page; `html/*.js` reads that JSON and sets text, never markup. A policy
-//! in the page (CSP) lets only the scripts and styles run whose hashes it names, and no request go out.
+//! Names in an incident come from processes that may be hostile. So Rust puts only JSON and
+//! constants into the page, and `html/*.js` reads that JSON and sets text, never markup. As a
+//! second line, the page's content security policy (CSP) names the hashes of its scripts and
+//! styles; a browser runs no others and sends no request.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sha2::{Digest, Sha256};
-
 use memtrace_incident::Incident;
+use sha2::{Digest, Sha256};
 
 const STYLES: [&str; 2] = [include_str!("html/uplot/uPlot.min.css"), include_str!("html/page.css")];
 
-/// In the order in which they run: each uses those before it.
+/// Scripts in the order they run; each uses those before it.
 const SCRIPTS: [&str; 7] = [
     include_str!("html/uplot/uPlot.iife.min.js"),
     include_str!("html/dom.js"),
@@ -24,7 +25,7 @@ const SCRIPTS: [&str; 7] = [
 
 const BODY: &str = include_str!("html/page.html");
 
-/// The page of an incident.
+/// The page of an incident, a whole document.
 pub fn page(incident: &Incident) -> String {
     let mut page = String::with_capacity(256 * 1024);
     page.push_str("<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
@@ -51,7 +52,7 @@ fn element(page: &mut String, name: &str, content: &str) {
     page.push_str(&format!("<{name}>{content}</{name}>\n"));
 }
 
-/// What the page may do: run its own scripts, and nothing else.
+/// The content security policy: the page's own scripts and styles by their hashes, nothing else.
 fn policy() -> String {
     let hashes = |contents: &[&str]| {
         let named = contents.iter().map(|content| format!(" 'sha256-{}'", STANDARD.encode(Sha256::digest(content))));
@@ -64,15 +65,16 @@ fn policy() -> String {
     )
 }
 
-/// The incident as JSON that ends no element and starts none.
+/// The incident as JSON that cannot end the script element it is in, nor start another.
 fn data(incident: &Incident) -> String {
-    // An incident has nothing that JSON cannot hold; if that changes, the page says that it has no data.
+    // Every incident can be written as JSON. If that changes, the page says that it has no data.
     let json = serde_json::to_string(incident).unwrap_or_else(|_| "null".to_owned());
     json.chars().fold(String::with_capacity(json.len()), |mut out, character| {
         match character {
-            // Outside of strings JSON has none of these, and inside each may be written as its code.
+            // JSON has these only inside strings, where an escape means the same.
             '<' | '>' | '&' => out.push_str(&format!("\\u{:04x}", u32::from(character))),
-            // Nor what a terminal obeys, for whoever prints the page: controls, line ends, and what turns text around.
+            // The page may be printed in a terminal: escape control characters and marks of
+            // direction.
             '\u{7f}'..='\u{9f}'
             | '\u{200b}'..='\u{200f}'
             | '\u{2028}'..='\u{202e}'
@@ -88,8 +90,9 @@ fn data(incident: &Incident) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     fn embedded(page: &str) -> &str {
         let (_, rest) = page.split_once("<script type=\"application/json\" id=\"incident\">").unwrap();
@@ -143,6 +146,16 @@ mod tests {
             assert!(!style.contains("</style") && !style.contains("url(") && !style.contains("@import"));
         }
         assert!(!BODY.contains("src=") && !BODY.contains("href="));
+    }
+
+    #[test]
+    fn the_page_and_the_text_report_explain_a_cut_alike() {
+        use memtrace_incident::Cut;
+        let data = include_str!("html/data.js");
+        for cut in [Cut::Slice, Cut::Module, Cut::Unwind, Cut::Frames, Cut::Registers, Cut::Gone] {
+            let line = format!("{}: \"{}\",", cut.name(), crate::allocations::why_cut(cut));
+            assert!(data.contains(&line), "{line}");
+        }
     }
 
     #[test]

@@ -1,49 +1,53 @@
-//! Incident to JSON: the whole file, and the short form of a list.
+//! Incidents as JSON: whole, and in the short form of a list.
+//!
+//! The keys are those of the incident file (docs/incident.schema.json). Characters that a terminal
+//! would obey are escaped, which changes the text and not the value.
 
 use std::borrow::Borrow;
 
+use memtrace_incident::{
+    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording,
+    SigkillEntry, Verdict,
+};
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
 
 use super::plain;
-use memtrace_incident::SigkillEntry;
-use memtrace_incident::{
-    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording, Verdict,
-};
 
-/// The whole incident, pretty.
+/// A whole incident, indented. Fails only if the serializer does.
 pub fn incident(incident: &Incident) -> serde_json::Result<String> {
     pretty(incident)
 }
 
-/// Whole incidents as one array.
+/// Whole incidents as one array. Fails only if the serializer does.
 pub fn incidents(incidents: &[Incident]) -> serde_json::Result<String> {
     pretty(incidents)
 }
 
 /// Incidents as one array, without `timeline`, `allocation_paths` and `allocations`.
 ///
-/// Each is written before the next is asked for: of an iterator that reads files, one is in memory at a time.
+/// Each is written before the next is taken from the iterator, so an iterator that reads files has
+/// one of them in memory at a time.
 pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json::Result<String> {
     let mut text = Vec::new();
     let mut serializer = serde_json::Serializer::pretty(&mut text);
     let mut list = serializer.serialize_seq(None)?;
     for incident in incidents {
-        list.serialize_element(&Listed::from(incident.borrow()))?;
+        list.serialize_element(&ListedIncident::from(incident.borrow()))?;
     }
     list.end()?;
     // A serializer of JSON writes UTF-8.
-    Ok(harmless(String::from_utf8(text).unwrap_or_default()))
+    Ok(escape_for_terminal(String::from_utf8(text).unwrap_or_default()))
 }
 
-/// Entries of the ledger of SIGKILLs as one array.
+/// Entries of the SIGKILL ledger as one array. Fails only if the serializer does.
 pub fn sigkills(entries: &[SigkillEntry]) -> serde_json::Result<String> {
     pretty(entries)
 }
 
-/// An incident file without what is large in it.
+/// An incident without its large parts.
 #[derive(Serialize)]
-struct Listed<'a> {
+struct ListedIncident<'a> {
     schema: u32,
     id: &'a str,
     kind: Kind,
@@ -61,7 +65,7 @@ struct Listed<'a> {
     losses: &'a [LossNote],
 }
 
-impl<'a> From<&'a Incident> for Listed<'a> {
+impl<'a> From<&'a Incident> for ListedIncident<'a> {
     fn from(incident: &'a Incident) -> Self {
         Self {
             schema: incident.schema,
@@ -83,12 +87,13 @@ impl<'a> From<&'a Incident> for Listed<'a> {
 }
 
 fn pretty<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
-    Ok(harmless(serde_json::to_string_pretty(value)?))
+    Ok(escape_for_terminal(serde_json::to_string_pretty(value)?))
 }
 
-/// JSON as a terminal may see it, with a line end.
-fn harmless(mut text: String) -> String {
-    // JSON itself only escapes the first 32: the rest of what a terminal obeys can only be inside a string.
+/// Escapes what a terminal would obey, and adds a line end.
+fn escape_for_terminal(mut text: String) -> String {
+    // serde_json escapes the codes below 32. The others can only be inside a string, where an
+    // escape means the same.
     if text.contains(|character| character != '\n' && plain::is_dangerous(character)) {
         text = text.chars().fold(String::with_capacity(text.len()), |mut out, character| {
             if character != '\n' && plain::is_dangerous(character) {
@@ -108,8 +113,9 @@ fn harmless(mut text: String) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     #[test]
     fn the_list_form_leaves_out_what_is_large_and_nothing_else() {

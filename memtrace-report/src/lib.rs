@@ -1,4 +1,9 @@
-//! Incident to text, JSON, a page and the formats of profilers; pure.
+//! Turns an incident into text, JSON, an HTML page and the formats of profilers.
+//!
+//! Every format is a function of the incident and of options such as [`Style`]. It reads no file,
+//! clock or environment, so `memtrace report` gives the same output on every machine. An incident
+//! comes from a file and may be hostile: strings are escaped in [`plain`] (for the page, in
+//! [`html`]), and what is printed of a list has a cap.
 
 pub mod firefox;
 pub mod folded;
@@ -20,19 +25,19 @@ mod table;
 #[cfg(test)]
 mod hostile_tests;
 
-/// How text may look where it is going.
+/// What the terminal or file that gets the text can show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Style {
     /// Terminal colours.
     pub colour: bool,
-    /// Columns; at least 60 are used.
+    /// Columns a line may have; clamped to 60..=200.
     pub width: usize,
     /// Block characters; ASCII otherwise.
     pub unicode: bool,
 }
 
 impl Style {
-    /// For a file or a pipe.
+    /// For a file or a pipe: no colours, 100 columns, block characters.
     pub const PLAIN: Self = Self { colour: false, width: 100, unicode: true };
 
     fn columns(&self) -> usize {
@@ -40,15 +45,15 @@ impl Style {
     }
 }
 
-/// What a piece of text is, for its colour.
+/// The role of a piece of text, which decides its colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Paint {
     Plain,
-    /// Bad news.
+    /// A kill, a loss, a disagreement.
     Alarm,
-    /// What to look at.
+    /// Headings and totals.
     Strong,
-    /// What to look past.
+    /// Labels, axes and notes.
     Faint,
     /// Anonymous memory in the curve.
     Anon,
@@ -58,14 +63,14 @@ enum Paint {
     Limit,
 }
 
-/// A line under construction: text with colours and its width without them.
+/// One line of output. `columns` is its width on the screen, without colour codes.
 #[derive(Clone, Debug, Default)]
-struct Line {
+struct StyledLine {
     text: String,
     columns: usize,
 }
 
-impl Line {
+impl StyledLine {
     /// Adds text that is already escaped.
     fn add(&mut self, style: &Style, paint: Paint, text: &str) {
         self.columns += text.chars().count();
@@ -89,15 +94,15 @@ impl Line {
         }
     }
 
-    /// Adds spaces up to a column.
+    /// Adds spaces until the line is `column` columns wide; none if it is wider.
     fn pad(&mut self, column: usize) {
         let spaces = column.saturating_sub(self.columns);
         self.text.extend(std::iter::repeat_n(' ', spaces));
         self.columns += spaces;
     }
 
-    /// Adds a whole line.
-    fn join(&mut self, other: &Line) {
+    /// Appends `other` with its colours.
+    fn join(&mut self, other: &StyledLine) {
         self.text.push_str(&other.text);
         self.columns += other.columns;
     }

@@ -1,44 +1,53 @@
-//! Allocation paths, weighed and grouped by the code that is to blame; what every format that shows them shares.
+//! Allocation paths weighed in a window and grouped by the function to blame; shared by all formats
+//! that show them.
+//!
+//! The incident stores each path once, and samples (time, path, bytes) that refer to it. So any
+//! window can be weighed afterwards: the last 100 ms of a burst are `GrowthWindow::before(incident,
+//! 100 ms)`. Growth that has no path is kept apart as "without a stack", and all parts add up to
+//! the growth.
 
 use std::collections::HashMap;
 
-use super::frames::{self, Owner};
 use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 
-/// Paths looked at: a file may hold any number of them, the recorder writes at most 2048.
-const PATHS: usize = 4096;
-/// Reasons for growth without a stack that are told apart.
-const REASONS: usize = 64;
-/// Functions of a caller chain.
-const CHAIN: usize = 6;
-/// Callers of an inlined closure that are searched for its name.
-const CLOSURE: usize = 4;
+use super::frames::{self, CodeOwner};
 
-/// A stretch of boot-clock time, both ends in it.
+/// Paths that are grouped into culprits, of those in a file. memtrace writes at most 2048; a file
+/// from elsewhere may hold more, and those are ignored.
+const MAX_PATHS: usize = 4096;
+/// Reasons for growth without a stack; the bytes of more go to "reason not known".
+const MAX_REASONS: usize = 64;
+/// Functions of a caller chain; the outermost and the innermost ones are kept.
+const MAX_CHAIN: usize = 6;
+/// Callers of an inlined closure that are searched for its full name.
+const CLOSURE_CALLERS: usize = 4;
+
+/// A part of the boot clock whose growth is weighed; both ends belong to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// From.
+pub struct GrowthWindow {
+    /// First nanosecond, on the boot clock of the incident's host.
     pub from_ns: u64,
-    /// To.
+    /// Last nanosecond, on the same clock.
     pub until_ns: u64,
 }
 
-impl Window {
-    /// All there is.
+impl GrowthWindow {
+    /// Every sample of the file, and paths of files that have no samples.
     pub const WHOLE: Self = Self { from_ns: 0, until_ns: u64::MAX };
 
-    /// The last `span_ns` before what the incident is about.
+    /// The last `span_ns` up to the event; of a recording, up to its highest usage.
     pub fn before(incident: &Incident, span_ns: u64) -> Self {
         let until_ns = anchor(incident);
         Self { from_ns: until_ns.saturating_sub(span_ns), until_ns }
     }
 
-    fn holds(&self, boot_ns: u64) -> bool {
+    fn contains(&self, boot_ns: u64) -> bool {
         (self.from_ns..=self.until_ns).contains(&boot_ns)
     }
 }
 
-/// The moment that windows count back from: the event; for a recording the highest usage of its curve.
+/// The boot-clock time that windows end at: the event; for a recording the highest usage of its
+/// curve, else its end.
 pub(super) fn anchor(incident: &Incident) -> u64 {
     if incident.kind != Kind::Recording {
         return incident.at.boot_ns;
@@ -55,11 +64,11 @@ pub(super) fn anchor(incident: &Incident) -> u64 {
     highest.map_or(incident.at.boot_ns, |(_, boot_ns)| boot_ns)
 }
 
-/// Bytes per path of `allocation_paths` in a window; 0 for paths of other causes.
-pub(super) fn weights(incident: &Incident, window: &Window, cause: Cause) -> Vec<u64> {
+/// Bytes in a window for each path of `allocation_paths`; 0 for paths of other causes.
+pub(super) fn weights(incident: &Incident, window: &GrowthWindow, cause: Cause) -> Vec<u64> {
     let of_cause = |path: &AllocationPath| path.cause == cause;
     let Some(allocations) = &incident.allocations else {
-        let whole = *window == Window::WHOLE;
+        let whole = *window == GrowthWindow::WHOLE;
         let weight = |path: &AllocationPath| if whole && of_cause(path) { path.weight_bytes } else { 0 };
         return incident.allocation_paths.iter().map(weight).collect();
     };
@@ -67,28 +76,30 @@ pub(super) fn weights(incident: &Incident, window: &Window, cause: Cause) -> Vec
     for (boot_ns, path, weight) in allocations.samples.rows() {
         let Some(at) = path.and_then(|path| usize::try_from(path).ok()) else { continue };
         let (Some(path), Some(sum)) = (incident.allocation_paths.get(at), weights.get_mut(at)) else { continue };
-        if of_cause(path) && window.holds(boot_ns) {
+        if of_cause(path) && window.contains(boot_ns) {
             *sum = sum.saturating_add(weight);
         }
     }
     weights
 }
 
-/// Growth of resident memory in a window that has no stack; rows whose path the file does not hold are among it.
-pub(super) fn without_stack(incident: &Incident, window: &Window) -> u64 {
+/// Growth of resident memory in a window that has no stack, bytes. Samples that refer to a path
+/// the file does not hold count as such.
+pub(super) fn without_stack(incident: &Incident, window: &GrowthWindow) -> u64 {
     let Some(allocations) = &incident.allocations else { return 0 };
     let known = |path: u32| usize::try_from(path).is_ok_and(|path| path < incident.allocation_paths.len());
     (allocations.samples.rows())
-        .filter(|(boot_ns, path, _)| window.holds(*boot_ns) && !path.is_some_and(known))
+        .filter(|(boot_ns, path, _)| window.contains(*boot_ns) && !path.is_some_and(known))
         .fold(0, |sum, (_, _, weight)| sum.saturating_add(weight))
 }
 
-/// Growth without a stack by reason. Samples do not say why, so that only the whole window is split.
-pub(super) fn without_stack_by_reason(incident: &Incident, window: &Window) -> Vec<(String, u64)> {
+/// Growth without a stack by reason, bytes. Samples carry no reason, so only the whole window is
+/// split; a shorter one is all "reason not known".
+pub(super) fn without_stack_by_reason(incident: &Incident, window: &GrowthWindow) -> Vec<(String, u64)> {
     let mut left = without_stack(incident, window);
     let mut reasons = Vec::new();
-    if *window == Window::WHOLE {
-        for part in incident.allocations.iter().flat_map(|allocations| &allocations.unattributed).take(REASONS) {
+    if *window == GrowthWindow::WHOLE {
+        for part in incident.allocations.iter().flat_map(|allocations| &allocations.unattributed).take(MAX_REASONS) {
             let bytes = part.bytes.min(left);
             left -= bytes;
             reasons.push((part.why.clone(), bytes));
@@ -99,35 +110,36 @@ pub(super) fn without_stack_by_reason(incident: &Incident, window: &Window) -> V
     reasons
 }
 
-/// A moment of the boot clock as nanoseconds since 1970; `None` where the file's wall time cannot be read.
+/// A boot-clock time as nanoseconds since 1970; `None` if the file's wall time cannot be parsed.
 pub(super) fn wall_ns(incident: &Incident, boot_ns: u64) -> Option<i64> {
     let at = incident.at.wall.parse::<jiff::Timestamp>().ok()?;
     let before = i128::from(incident.at.boot_ns) - i128::from(boot_ns);
     i64::try_from(at.as_nanosecond() - before).ok()
 }
 
-/// What one function of the program is to blame for.
+/// A function of the program, and the growth it is blamed for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Culprit<'a> {
-    /// Its name, short; not escaped.
+    /// Short name of the function; not escaped.
     pub name: String,
-    /// Its source file and line, where most was taken.
+    /// Source file and line of the heaviest path.
     pub place: Option<String>,
-    /// Bytes in each window asked for.
+    /// Bytes in each of the windows given to [`culprits`].
     pub bytes: Vec<u64>,
-    /// Its heaviest path.
+    /// The path with most bytes in the last window.
     pub path: &'a AllocationPath,
-    /// How many paths lead to it.
+    /// Number of paths grouped here.
     pub paths: usize,
-    /// Bytes of its paths that are cut short, in the last window asked for.
+    /// Bytes of paths that are cut, in the last window.
     pub cut_bytes: u64,
 }
 
-/// Culprits with their bytes in each window, heaviest in the last one first.
-pub(super) fn culprits<'a>(incident: &'a Incident, windows: &[Window], cause: Cause) -> Vec<Culprit<'a>> {
+/// Groups paths by function, source file and process name. Sorted by bytes in the last window,
+/// heaviest first, then by those in the windows before it. Cap: [`MAX_PATHS`].
+pub(super) fn culprits<'a>(incident: &'a Incident, windows: &[GrowthWindow], cause: Cause) -> Vec<Culprit<'a>> {
     let weights: Vec<Vec<u64>> = windows.iter().map(|window| weights(incident, window, cause)).collect();
     let mut found: HashMap<(String, Option<&str>, &str), (Culprit<'a>, u64)> = HashMap::new();
-    for (at, path) in incident.allocation_paths.iter().enumerate().take(PATHS) {
+    for (at, path) in incident.allocation_paths.iter().enumerate().take(MAX_PATHS) {
         let bytes: Vec<u64> = weights.iter().map(|of| of.get(at).copied().unwrap_or(0)).collect();
         if bytes.iter().all(|bytes| *bytes == 0) {
             continue;
@@ -160,30 +172,33 @@ pub(super) fn culprits<'a>(incident: &'a Incident, windows: &[Window], cause: Ca
     culprits
 }
 
-/// The frame to blame: the innermost of the program's own, else the innermost of a crate it uses.
+/// The frame to blame: the innermost of the program, else the innermost of a crate it uses.
 pub(super) fn culprit(path: &AllocationPath) -> Option<&Frame> {
     culprit_at(path).and_then(|at| path.frames.get(at))
 }
 
 fn culprit_at(path: &AllocationPath) -> Option<usize> {
-    let of = |wanted: Owner| path.frames.iter().position(|frame| frames::owner(frame) == wanted);
-    of(Owner::Program).or_else(|| of(Owner::Dependency))
+    let of = |wanted: CodeOwner| path.frames.iter().position(|frame| frames::code_owner(frame) == wanted);
+    of(CodeOwner::Program).or_else(|| of(CodeOwner::Dependency))
 }
 
-/// The culprit's name, short; for a path without one what it is put under. Not escaped.
+/// Short name of the function to blame; for a path without one, of what it is grouped under. Not
+/// escaped.
 pub(super) fn name(path: &AllocationPath) -> String {
-    culprit_at(path).and_then(|at| told(path, at, frames::short)).unwrap_or_else(|| nobody(path))
+    culprit_at(path)
+        .and_then(|at| frame_name(path, at, frames::short_name))
+        .unwrap_or_else(|| name_without_culprit(path))
 }
 
-/// The name of a frame, shortened. An inlined closure has none but `{closure#0}`; who called it has the whole one among
-/// its generic arguments.
-fn told(path: &AllocationPath, at: usize, shorten: fn(&str) -> String) -> Option<String> {
+/// The name of a frame, shortened by `shorten`. DWARF names an inlined closure only `{closure#0}`;
+/// a caller has the full name among its generic arguments.
+fn frame_name(path: &AllocationPath, at: usize, shorten: fn(&str) -> String) -> Option<String> {
     let frame = path.frames.get(at)?;
     let Some(symbol) = &frame.symbol else { return Some(frames::label(frame)) };
     let short = shorten(symbol);
     if let Some(number) = short.strip_prefix("{closure").filter(|rest| !rest.contains("::")) {
         let environment = format!("::{{closure_env{number}");
-        let callers = path.frames.iter().skip(at + 1).take(CLOSURE);
+        let callers = path.frames.iter().skip(at + 1).take(CLOSURE_CALLERS);
         let whole = callers.filter_map(|caller| caller.symbol.as_deref()).find_map(|caller| {
             let before = caller.get(..caller.find(&environment)?)?;
             let from = before.rfind(['<', ' ', ',', '(', '&']).map_or(0, |from| from + 1);
@@ -196,20 +211,21 @@ fn told(path: &AllocationPath, at: usize, shorten: fn(&str) -> String) -> Option
     Some(short)
 }
 
-/// What a path without a culprit is put under.
-fn nobody(path: &AllocationPath) -> String {
+/// The group of a path without a culprit: the dynamic linker, the innermost function and its
+/// module, or a note in brackets.
+fn name_without_culprit(path: &AllocationPath) -> String {
     let users: Vec<&Frame> = path.frames.iter().filter(|frame| !frame.kernel).collect();
     fn module<'a>(frame: &&'a Frame) -> Option<&'a str> {
-        frame.module.as_deref().map(frames::base)
+        frame.module.as_deref().map(frames::file_name)
     }
     let of_linker = |name: &str| name.starts_with("ld-") || name.starts_with("ld.so") || name.starts_with("ld64");
     if users.iter().rev().find_map(module).is_some_and(of_linker) {
         return "the dynamic linker".to_owned();
     }
-    match users.iter().find(|frame| frames::owner(frame) != Owner::Nobody) {
+    match users.iter().find(|frame| frames::code_owner(frame) != CodeOwner::Unknown) {
         Some(frame) => match module(frame) {
-            Some(module) => format!("{} in {module}", frames::called(frame)),
-            None => frames::called(frame),
+            Some(module) => format!("{} in {module}", frames::called_name(frame)),
+            None => frames::called_name(frame),
         },
         None => match path.frames.is_empty() {
             true => "[no frames]".to_owned(),
@@ -218,32 +234,33 @@ fn nobody(path: &AllocationPath) -> String {
     }
 }
 
-/// `file:line` of a frame, short.
+/// `file:line` of a frame, with a short file name; `None` without a file.
 pub(super) fn place(frame: &Frame) -> Option<String> {
     let file = frames::short_file(frame.file.as_deref().filter(|file| !file.is_empty())?);
     Some(frame.line.map_or_else(|| file.to_owned(), |line| format!("{file}:{line}")))
 }
 
-/// What the culprit called that took the memory: `Vec::with_capacity`, `memset`, or both where one led to the other.
+/// The call of the culprit that took the memory: `Vec::with_capacity`, or `Vec::resize (memset)` if
+/// the innermost function says what it did with the memory.
 pub(super) fn via(path: &AllocationPath) -> Option<String> {
     let folded = path.frames.get(..culprit_at(path)?)?;
     let folded: Vec<&Frame> = folded.iter().filter(|frame| !frame.kernel).collect();
     let (innermost, called) = (folded.first()?, folded.last()?);
-    let (innermost, called) = (frames::called(innermost), frames::called(called));
-    let telling = ["memset", "memcpy", "memcpy/memmove", "read", "pread64", "recv"].contains(&innermost.as_str());
-    Some(if telling && innermost != called { format!("{called} ({innermost})") } else { called })
+    let (innermost, called) = (frames::called_name(innermost), frames::called_name(called));
+    let says_how = ["memset", "memcpy", "memcpy/memmove", "read", "pread64", "recv"].contains(&innermost.as_str());
+    Some(if says_how && innermost != called { format!("{called} ({innermost})") } else { called })
 }
 
-/// The program's own functions on a path, outermost first, each with its place; what lies between is folded. At most
-/// six, the outermost and the last ones; `None` stands for those left out.
+/// The program's functions on a path with their places, outermost first; other functions are left
+/// out. Cap: [`MAX_CHAIN`]: the outermost and the innermost are kept, `None` stands for the rest.
 pub(super) fn chain(path: &AllocationPath) -> Vec<Option<(String, Option<String>)>> {
-    let wanted = culprit(path).map(frames::owner);
+    let wanted = culprit(path).map(frames::code_owner);
     let mut chain: Vec<(String, Option<String>)> = Vec::new();
     for (at, frame) in path.frames.iter().enumerate().rev() {
-        if Some(frames::owner(frame)) != wanted {
+        if Some(frames::code_owner(frame)) != wanted {
             continue;
         }
-        let name = told(path, at, frames::brief).unwrap_or_default();
+        let name = frame_name(path, at, frames::brief_name).unwrap_or_default();
         let place = place(frame);
         match chain.last_mut() {
             // Recursion.
@@ -252,22 +269,23 @@ pub(super) fn chain(path: &AllocationPath) -> Vec<Option<(String, Option<String>
         }
     }
     let mut chain: Vec<_> = chain.into_iter().map(Some).collect();
-    if chain.len() > CHAIN {
-        let until = chain.len() - (CHAIN - 1);
+    if chain.len() > MAX_CHAIN {
+        let until = chain.len() - (MAX_CHAIN - 1);
         chain.splice(1..until, [None]);
     }
     chain
 }
 
-/// The path that made the mapping which a path touched.
+/// The path of the `mmap` or `brk` call that made the memory a path touched; `None` if unknown.
 pub(super) fn mapped_by<'a>(incident: &'a Incident, path: &AllocationPath) -> Option<&'a AllocationPath> {
     incident.allocation_paths.get(usize::try_from(path.mapped_by?).ok()?)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -287,7 +305,7 @@ mod tests {
         let burst = fixtures::burst();
         let mut before = 0;
         for span_ns in [SECOND / 10, SECOND, 10 * SECOND, u64::MAX] {
-            let window = Window::before(&burst, span_ns);
+            let window = GrowthWindow::before(&burst, span_ns);
             let growth = weights(&burst, &window, Cause::Touch).iter().sum::<u64>() + without_stack(&burst, &window);
             assert!(growth > before, "{span_ns}");
             before = growth;
@@ -308,7 +326,7 @@ mod tests {
             [
                 "app::cache::Cache::fill",
                 "codec.so+0x1f3c0",
-                // Not the crate it uses.
+                // A crate is on the stack further in, but the program is blamed.
                 "app::supervise",
                 "app::cache::Cache::fill",
                 "app::cache::Cache::fill",
@@ -360,6 +378,6 @@ mod tests {
         let mut recording = fixtures::recording();
         let columns = &mut recording.timeline.columns;
         (columns.boot_ns, columns.usage_bytes) = (vec![1, 5, 9], vec![None, Some(7), Some(3)]);
-        assert_eq!(Window::before(&recording, 4), Window { from_ns: 1, until_ns: 5 });
+        assert_eq!(GrowthWindow::before(&recording, 4), GrowthWindow { from_ns: 1, until_ns: 5 });
     }
 }

@@ -1,9 +1,12 @@
-//! Strings from a file as text that a terminal cannot obey: the last edge before anybody's screen.
+//! Makes strings of an incident safe and short enough for a terminal.
+//!
+//! Names of processes, files and functions come from programs that may be hostile. Example: a
+//! process named ESC `[2J` would clear the screen of the reader; it is printed as `\x1b[2J`.
 
 use std::fmt::Write;
 
-/// `text` with everything that is not a visible character or a space escaped: control characters, and the
-/// invisible ones that reorder or hide text.
+/// `text` with control characters, and invisible ones that reorder or hide text, escaped:
+/// `\n`, `\x1b`, `\u{202e}`.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
@@ -22,7 +25,7 @@ pub fn escape(text: &str) -> String {
     out
 }
 
-/// Whether a terminal would obey the character, or hide text with it, instead of showing it.
+/// Whether the character is a control character, or an invisible one that reorders or hides text.
 pub fn is_dangerous(character: char) -> bool {
     character.is_control()
         || matches!(u32::from(character),
@@ -30,7 +33,7 @@ pub fn is_dangerous(character: char) -> bool {
             | 0xfff9..=0xfffb | 0xe0000..=0xe0fff)
 }
 
-/// `text` escaped and, where it is longer than `width`, cut in the middle.
+/// `text` escaped and, if it is longer than `width` characters, cut in the middle.
 pub fn elide(text: &str, width: usize, unicode: bool) -> String {
     let text = escape(text);
     let length = text.chars().count();
@@ -39,7 +42,7 @@ pub fn elide(text: &str, width: usize, unicode: bool) -> String {
     }
     let mark = if unicode { "…" } else { "..." };
     let kept = width.saturating_sub(mark.chars().count());
-    // The end of a path says more than its beginning.
+    // More is kept of the end, because the end of a path identifies more.
     let head = kept * 2 / 5;
     let tail = kept - head;
     let begin: String = text.chars().take(head).collect();
@@ -47,11 +50,12 @@ pub fn elide(text: &str, width: usize, unicode: bool) -> String {
     format!("{begin}{mark}{end}")
 }
 
-/// `text` escaped and broken between words into lines of at most `width`, as far as words allow.
+/// `text` escaped and broken between words into lines of at most `width` characters; a longer word
+/// gets a longer line.
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     let mut line = String::new();
-    for word in glue(&escape(text)) {
+    for word in unbreakable_words(&escape(text)) {
         if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > width {
             lines.push(std::mem::take(&mut line));
         }
@@ -66,8 +70,8 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// Words; a number and its unit as one, a dash with the word before it.
-fn glue(text: &str) -> Vec<String> {
+/// Splits into words, but keeps a number with its unit, and a dash with the word before it.
+fn unbreakable_words(text: &str) -> Vec<String> {
     const UNITS: [&str; 14] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "%", "ns", "us", "ms", "s", "min", "kB"];
     let mut words: Vec<String> = Vec::new();
     for word in text.split(' ').filter(|word| !word.is_empty()) {

@@ -1,30 +1,37 @@
-//! A pprof profile: gzip over google's profile.proto.
+//! A pprof profile: gzip over the messages of profile.proto
+//! (<https://github.com/google/pprof/blob/main/proto/profile.proto>).
+//!
+//! A sample has one value per cause, in the order of [`Cause::ALL`], because causes must not be
+//! added up; `pprof -sample_index=map` shows another. The structs below are those messages, with
+//! the field numbers of the specification and without the fields that memtrace does not write.
 
 use std::collections::HashMap;
 use std::io::Write;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 use prost::Message;
 
-use super::paths::Window;
+use super::paths::GrowthWindow;
 use super::{frames, paths, plain};
-use memtrace_incident::{AllocationPath, Cause, Frame, Incident, Kind};
 
-/// Frames of one stack that are written.
-const FRAMES: usize = 512;
-/// Place for each module in the profile's made-up address space: it holds offsets, but readers want addresses.
+/// Frames of one stack that are written, innermost first; the others are dropped.
+const MAX_FRAMES: usize = 512;
+/// Bytes of address space for each module. Readers want addresses and an incident has only offsets,
+/// so module `n` is placed at `n` times this.
 const MODULE_SPAN: u64 = 1 << 40;
 
-/// The incident's stacks in a window as a profile with one value per cause, `default` the one a reader shows unasked.
-pub fn profile(incident: &Incident, window: &Window, default: Cause) -> std::io::Result<Vec<u8>> {
+/// The stacks of an incident in a window. `default` is the cause that a reader shows first. Fails
+/// only if the compressor does.
+pub fn profile(incident: &Incident, window: &GrowthWindow, default: Cause) -> std::io::Result<Vec<u8>> {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
     gzip.write_all(&build(incident, window, default).encode_to_vec())?;
     gzip.finish()
 }
 
-fn build(incident: &Incident, window: &Window, default: Cause) -> Profile {
-    let mut builder = Builder::default();
+fn build(incident: &Incident, window: &GrowthWindow, default: Cause) -> Profile {
+    let mut builder = ProfileBuilder::default();
     builder.string("");
     let bytes = builder.string("bytes");
     let sample_type = Cause::ALL.map(|cause| ValueType { r#type: builder.string(cause.name()), unit: bytes }).into();
@@ -46,9 +53,9 @@ fn build(incident: &Incident, window: &Window, default: Cause) -> Profile {
     let period = incident.allocations.as_ref().map_or(0, |allocations| allocations.sample_bytes);
     profile.period = i64::try_from(period).unwrap_or(i64::MAX);
     profile.period_type = Some(ValueType { r#type: builder.string(Cause::Touch.name()), unit: bytes });
-    let (from_ns, until_ns) = span(incident, window);
+    let (from_ns, until_ns) = covered_ns(incident, window);
     profile.duration_nanos = i64::try_from(until_ns.saturating_sub(from_ns)).unwrap_or(i64::MAX);
-    // 0 is unknown to its readers.
+    // Readers take 0 as unknown.
     profile.time_nanos = paths::wall_ns(incident, from_ns).unwrap_or(0);
     profile.comment = vec![builder.string(&format!("memtrace incident {}", plain::escape(&incident.id)))];
     profile.mapping = builder.mapping;
@@ -58,8 +65,8 @@ fn build(incident: &Incident, window: &Window, default: Cause) -> Profile {
     profile
 }
 
-/// From the first to the last sample of the window.
-fn span(incident: &Incident, window: &Window) -> (u64, u64) {
+/// From the first sample of the window to its last, or to the event if that is later; boot clock.
+fn covered_ns(incident: &Incident, window: &GrowthWindow) -> (u64, u64) {
     let times = || incident.allocations.iter().flat_map(|allocations| &allocations.samples.boot_ns).copied();
     let first = times().min().unwrap_or(incident.at.boot_ns).max(window.from_ns);
     let last = times().max().unwrap_or(incident.at.boot_ns).min(window.until_ns);
@@ -67,15 +74,17 @@ fn span(incident: &Incident, window: &Window) -> (u64, u64) {
     (first, last.max(first))
 }
 
-/// One value per cause.
+/// The values of a sample: `weight` for the cause at index `at`, 0 for the others.
 fn values(at: usize, weight: u64) -> Vec<i64> {
     let weight = i64::try_from(weight).unwrap_or(i64::MAX);
     (0..Cause::ALL.len()).map(|cause| if cause == at { weight } else { 0 }).collect()
 }
 
-/// The tables of a profile under construction; ids are positions counted from 1.
+/// The tables of the profile being written, and the id of each entry; ids count from 1.
+///
+/// Cap of all: what the paths of the incident need; each of them adds at most [`MAX_FRAMES`].
 #[derive(Default)]
-struct Builder {
+struct ProfileBuilder {
     strings: Vec<String>,
     mapping: Vec<Mapping>,
     location: Vec<Location>,
@@ -86,7 +95,7 @@ struct Builder {
     function_at: HashMap<Function, u64>,
 }
 
-impl Builder {
+impl ProfileBuilder {
     fn string(&mut self, text: &str) -> i64 {
         if let Some(at) = self.string_at.get(text) {
             return *at;
@@ -104,7 +113,7 @@ impl Builder {
     fn sample(&mut self, path: &AllocationPath, at: usize, weight: u64) -> Sample {
         let mut location_id = Vec::new();
         let mut lines: Vec<&Frame> = Vec::new();
-        for frame in path.frames.iter().take(FRAMES) {
+        for frame in path.frames.iter().take(MAX_FRAMES) {
             lines.push(frame);
             if !frame.inlined {
                 location_id.push(self.location(&lines));
@@ -123,7 +132,8 @@ impl Builder {
         Sample { location_id, value: values(at, weight), label }
     }
 
-    /// One place in the code with all that is inlined there, innermost first.
+    /// The id of the location of `frames`: a frame with the functions inlined in it, innermost
+    /// first.
     fn location(&mut self, frames: &[&Frame]) -> u64 {
         let line = frames.iter().map(|frame| self.line(frame)).collect();
         let mut location = Location { line, ..Location::default() };
@@ -145,8 +155,9 @@ impl Builder {
 
     fn line(&mut self, frame: &Frame) -> Line {
         let whole = plain::escape(&frames::label(frame));
-        // pprof drops what is in angle brackets itself, and of `<A as B>::c` leaves `::c`.
-        let name = frame.symbol.as_deref().map_or_else(|| whole.clone(), |name| plain::escape(&frames::short(name)));
+        // pprof removes angle brackets itself, which leaves `::c` of `<A as B>::c`.
+        let name =
+            frame.symbol.as_deref().map_or_else(|| whole.clone(), |name| plain::escape(&frames::short_name(name)));
         let name = if frame.kernel { format!("{name}_[k]") } else { name };
         let mut function = Function { name: self.string(&name), ..Function::default() };
         function.system_name = self.string(&whole);
@@ -175,7 +186,7 @@ impl Builder {
             file_offset: 0,
             filename: self.string(&plain::escape(module)),
             build_id: self.string(&plain::escape(build_id.unwrap_or_default())),
-            // What could be named is named; a reader need not look for the files.
+            // Names are already in the profile, so a reader need not open the files.
             has_functions: true,
             has_filenames: true,
             has_line_numbers: true,
@@ -187,7 +198,7 @@ impl Builder {
     }
 }
 
-/// `perftools.profiles.Profile`; what is not written is left out.
+/// `perftools.profiles.Profile`.
 #[derive(Clone, PartialEq, Message)]
 struct Profile {
     #[prost(message, repeated, tag = "1")]
@@ -216,7 +227,7 @@ struct Profile {
     default_sample_type: i64,
 }
 
-/// What a value is.
+/// `perftools.profiles.ValueType`.
 #[derive(Clone, PartialEq, Message)]
 struct ValueType {
     #[prost(int64, tag = "1")]
@@ -225,7 +236,7 @@ struct ValueType {
     unit: i64,
 }
 
-/// A stack, innermost first, and its values.
+/// `perftools.profiles.Sample`: a stack, innermost first, and its values.
 #[derive(Clone, PartialEq, Message)]
 struct Sample {
     #[prost(uint64, repeated, tag = "1")]
@@ -236,7 +247,7 @@ struct Sample {
     label: Vec<Label>,
 }
 
-/// What else is known of a sample.
+/// `perftools.profiles.Label`: a key with a string or a number.
 #[derive(Clone, PartialEq, Message)]
 struct Label {
     #[prost(int64, tag = "1")]
@@ -247,7 +258,7 @@ struct Label {
     num: i64,
 }
 
-/// A module.
+/// `perftools.profiles.Mapping`: a module.
 #[derive(Clone, PartialEq, Message)]
 struct Mapping {
     #[prost(uint64, tag = "1")]
@@ -272,7 +283,7 @@ struct Mapping {
     has_inline_frames: bool,
 }
 
-/// A place in the code.
+/// `perftools.profiles.Location`: an address, and the functions inlined there, innermost first.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 struct Location {
     #[prost(uint64, tag = "1")]
@@ -285,7 +296,7 @@ struct Location {
     line: Vec<Line>,
 }
 
-/// A line of a function.
+/// `perftools.profiles.Line`: a function and a line in it.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 struct Line {
     #[prost(uint64, tag = "1")]
@@ -294,7 +305,7 @@ struct Line {
     line: i64,
 }
 
-/// A function.
+/// `perftools.profiles.Function`.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 struct Function {
     #[prost(uint64, tag = "1")]
@@ -311,8 +322,9 @@ struct Function {
 mod tests {
     use std::io::Read;
 
-    use super::*;
     use memtrace_incident::fixtures;
+
+    use super::*;
 
     fn decoded(bytes: &[u8]) -> Profile {
         let mut raw = Vec::new();
@@ -329,7 +341,7 @@ mod tests {
     fn what_is_read_back_adds_up() {
         let burst = fixtures::burst();
         let allocations = burst.allocations.as_ref().unwrap();
-        let read = decoded(&profile(&burst, &Window::WHOLE, Cause::Touch).unwrap());
+        let read = decoded(&profile(&burst, &GrowthWindow::WHOLE, Cause::Touch).unwrap());
         assert_eq!(sum(&read, Cause::Touch), allocations.growth_bytes);
         for cause in [Cause::Map, Cause::Brk, Cause::Charge] {
             let of = burst.allocation_paths.iter().filter(|path| path.cause == cause);
@@ -342,7 +354,7 @@ mod tests {
         assert!(read.location.iter().any(|location| location.line.len() > 1), "no inlined function");
         let named = |name: &str| read.function.iter().find(|function| string(function.name) == name).unwrap();
         assert_eq!(string(named("app::cache::Cache::fill").system_name), "<app::cache::Cache<u8>>::fill");
-        // Every id leads somewhere.
+        // Every id exists.
         let ids = |count: usize| 1..=count as u64;
         for sample in &read.sample {
             assert!(sample.location_id.iter().all(|id| ids(read.location.len()).contains(id)));
@@ -351,7 +363,7 @@ mod tests {
             assert!(location.mapping_id <= read.mapping.len() as u64);
             assert!(location.line.iter().all(|line| ids(read.function.len()).contains(&line.function_id)));
         }
-        // The kill is where the profile ends.
+        // The profile ends at the kill.
         let wall: jiff::Timestamp = burst.at.wall.parse().unwrap();
         assert_eq!(i128::from(read.time_nanos + read.duration_nanos), wall.as_nanosecond());
     }
@@ -359,7 +371,7 @@ mod tests {
     #[test]
     fn a_window_has_what_was_in_it() {
         let burst = fixtures::burst();
-        let window = Window::before(&burst, 1_000_000_000);
+        let window = GrowthWindow::before(&burst, 1_000_000_000);
         let read = decoded(&profile(&burst, &window, Cause::Map).unwrap());
         let wanted = paths::weights(&burst, &window, Cause::Touch).iter().sum::<u64>();
         assert_eq!(sum(&read, Cause::Touch), wanted + paths::without_stack(&burst, &window));

@@ -1,12 +1,12 @@
-//! What the text report says of a limit that was hit without a kill.
+//! The sentences of the text report about a limit that was hit without a kill: a near miss of
+//! `memory.max`, a slow-down by `memory.high`, or a v1 cgroup stuck with its OOM killer off.
 
-use super::text::short_place;
-use memtrace_incident::units;
+use memtrace_incident::{Incident, Pressure, PressureLimit, units};
 
 use super::Style;
-use memtrace_incident::{Incident, Pressure, PressureLimit};
+use super::text::short_place;
 
-/// The first line.
+/// The first line of the report.
 pub(super) fn headline(incident: &Incident, pressure: &Pressure, style: &Style) -> String {
     let cgroup = &incident.cgroup;
     let place = short_place(cgroup, style);
@@ -24,8 +24,8 @@ pub(super) fn headline(incident: &Incident, pressure: &Pressure, style: &Style) 
     }
 }
 
-/// The numbers.
-pub(super) fn line(pressure: &Pressure) -> String {
+/// The fact line: hits, time that tasks were held up, state of the OOM killer.
+pub(super) fn fact_line(pressure: &Pressure) -> String {
     let mut text = format!(
         "{} at {}",
         hits(pressure),
@@ -35,8 +35,8 @@ pub(super) fn line(pressure: &Pressure) -> String {
         }
     );
     match pressure.stalled_ns {
-        None => text.push_str(", for how long tasks were held up is unknown"),
-        Some(0) => text.push_str(", no task held up for 1 ms"),
+        None => text.push_str(", time that tasks were held up unknown"),
+        Some(0) => text.push_str(", no task held up for 1 ms or more"),
         Some(ns) => text.push_str(&format!(", tasks held up {}", units::duration(ns))),
     }
     if let Some(ns) = pressure.under_oom_ns {

@@ -1,35 +1,39 @@
-//! The sections of the text report below its headline: curve, processes, mappings, composition, losses.
+//! The sections of the text report below its facts: curve, processes, mappings, composition,
+//! losses.
+//!
+//! Each `add_` function appends its section to a [`TextPage`]. A file may hold any number of rows,
+//! so each section has a cap and says how many of how many it shows.
 
-use super::table::{Align, Table};
+use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, Recording, Scope, TaskRow, units};
+
+use super::table::{Align, TextTable};
 use super::text::{name, signal_name};
-use memtrace_incident::units;
+use super::{Paint, Style, StyledLine, curve, plain, plot};
 
-use super::{Line, Paint, Style, curve, plain, plot};
-use memtrace_incident::{Growth, Incident, Kind, Loss, LossNote, MappingNote, Oom, Recording, Scope, TaskRow};
-
-/// Rows of the process tables.
-const PROCESSES: usize = 8;
-/// Growers that are shown whatever their size.
+/// Rows of a process table.
+const PROCESS_ROWS: usize = 8;
+/// The fastest growing processes are shown even if they are small: so many of them.
 const GROWERS: usize = 3;
-/// Tasks and growth notes looked at: a file may hold any number of them.
+/// Tasks and growth notes that are ranked; the others only count as left out.
 const CONSIDERED: usize = 1024;
-/// Mappings shown.
+/// Mapping calls shown, the largest.
 const MAPPINGS: usize = 4;
-/// Losses shown.
+/// Losses shown, in the order of the file; the others are counted.
 const LOSSES: usize = 4;
 /// Columns for the labels of a plot's axis: `limit 1023.9 MiB`.
 const GUTTER: usize = 16;
 /// Rows of a plot.
 const PLOT_ROWS: u64 = 8;
 
-/// The report under construction.
-pub(super) struct Page<'a> {
+/// The report being written, line by line.
+pub(super) struct TextPage<'a> {
     pub(super) style: &'a Style,
-    lines: Vec<Line>,
+    /// Cap: each section has one; a whole report stays below 110 lines.
+    lines: Vec<StyledLine>,
 }
 
-impl<'a> Page<'a> {
-    /// Columns before the text of a fact.
+impl<'a> TextPage<'a> {
+    /// Column at which the text of a fact starts, behind its label.
     pub(super) const LABEL: usize = 14;
 
     pub(super) fn new(style: &'a Style) -> Self {
@@ -41,30 +45,30 @@ impl<'a> Page<'a> {
     }
 
     pub(super) fn blank(&mut self) {
-        self.lines.push(Line::default());
+        self.lines.push(StyledLine::default());
     }
 
-    /// A paragraph; `text` is escaped here.
+    /// Adds a paragraph. Escapes `text`.
     pub(super) fn wrapped(&mut self, paint: Paint, text: &str, indent: usize) {
         for part in plain::wrap(text, self.style.columns().saturating_sub(indent)) {
-            let mut line = Line::default();
+            let mut line = StyledLine::default();
             line.pad(indent);
             line.add(self.style, paint, &part);
             self.lines.push(line);
         }
     }
 
-    /// A bullet.
+    /// Adds a list item. Escapes `text`.
     pub(super) fn item(&mut self, text: &str) {
         for (number, part) in plain::wrap(text, self.style.columns().saturating_sub(4)).into_iter().enumerate() {
-            let mut line = Line::default();
+            let mut line = StyledLine::default();
             line.add(self.style, Paint::Plain, if number == 0 { "  - " } else { "    " });
             line.add(self.style, Paint::Plain, &part);
             self.lines.push(line);
         }
     }
 
-    /// A labelled paragraph.
+    /// Adds a paragraph with a label. Escapes `text`.
     pub(super) fn fact(&mut self, label: &str, text: &str) {
         let parts = plain::wrap(text, self.style.columns().saturating_sub(Self::LABEL));
         for (number, part) in parts.into_iter().enumerate() {
@@ -72,35 +76,36 @@ impl<'a> Page<'a> {
         }
     }
 
-    /// A labelled line of escaped text, however long.
+    /// Adds one line with a label. `text` must be escaped; it is not broken, so that it can be
+    /// copied.
     pub(super) fn fact_unbroken(&mut self, label: &str, text: &str) {
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(self.style, Paint::Faint, &format!("  {label}"));
         line.pad(Self::LABEL);
         line.add(self.style, Paint::Plain, text);
         self.lines.push(line);
     }
 
-    /// A line of escaped text.
-    pub(super) fn line(&mut self, line: Line) {
+    /// Adds a line, whose text must be escaped.
+    pub(super) fn line(&mut self, line: StyledLine) {
         self.lines.push(line);
     }
 
-    /// A table.
-    pub(super) fn table(&mut self, table: &Table, indent: usize) {
+    pub(super) fn table(&mut self, table: &TextTable, indent: usize) {
         self.lines.extend(table.lines(self.style, indent));
     }
 
-    /// The title of a section.
+    /// Adds the title of a section. `text` must be escaped.
     pub(super) fn title(&mut self, text: &str) {
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(self.style, Paint::Strong, text);
         self.lines.push(line);
     }
 }
 
-/// The curve, and beside or below it a closer look at a fast rise.
-pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
+/// Adds the curve and, for a fast rise, a second plot of it: beside the first if the page is 90
+/// columns wide, else below.
+pub(super) fn add_curve(page: &mut TextPage<'_>, incident: &Incident) {
     let columns = &incident.timeline.columns;
     let style = page.style;
     if columns.boot_ns.is_empty() {
@@ -111,34 +116,36 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
         (Kind::Recording, Some(recording)) => {
             let start_ns = recording.start_boot_ns;
             let end_ns = start_ns.saturating_add(recording.duration_ns);
-            (curve::Window { start_ns, end_ns, zero_ns: start_ns }, None)
+            (curve::DrawnSpan { start_ns, end_ns, zero_ns: start_ns }, None)
         }
-        (Kind::Spike | Kind::NearMiss | Kind::Stuck, _) => curve::windows(columns, incident.at.boot_ns, 1_000_000_000),
-        _ => curve::windows(columns, incident.at.boot_ns, 0),
+        (Kind::Spike | Kind::NearMiss | Kind::Stuck, _) => {
+            curve::choose_spans(columns, incident.at.boot_ns, 1_000_000_000)
+        }
+        _ => curve::choose_spans(columns, incident.at.boot_ns, 0),
     };
     let gutter = GUTTER;
     let beside = closer.is_some() && style.columns() >= 90;
     // Two axes and the space between the plots.
     let room = style.columns().saturating_sub(gutter + 2);
     let width = if beside { room.saturating_sub(4) / 2 } else { room };
-    let mut left = curve::sample(columns, &overview, width);
-    let mut right = closer.map(|closer| (closer, curve::sample(columns, &closer, width)));
-    // Files from before the limit was first read with the curve still know it.
+    let mut left = curve::resample(columns, &overview, width);
+    let mut right = closer.map(|closer| (closer, curve::resample(columns, &closer, width)));
+    // A curve may begin before the limit was first read; the cgroup has it.
     for level in left.iter_mut().chain(right.iter_mut().flat_map(|(_, levels)| levels.iter_mut())) {
-        level.limit = level.limit.or(incident.cgroup.limit_bytes);
+        level.limit_bytes = level.limit_bytes.or(incident.cgroup.limit_bytes);
     }
-    let top_bytes = plot::top(&[&left, right.as_ref().map_or(&[][..], |(_, levels)| levels)]);
-    let frame = plot::Frame { rows: PLOT_ROWS, top_bytes, gutter };
+    let top_bytes = plot::top_bytes(&[&left, right.as_ref().map_or(&[][..], |(_, levels)| levels)]);
+    let area = plot::PlotArea { rows: PLOT_ROWS, top_bytes, gutter };
 
     let until = incident.kind.curve_span();
-    let drawn = left.iter().any(|level| level.limit.is_some_and(|limit| limit <= top_bytes));
-    let mut title = Line::default();
+    let drawn = left.iter().any(|level| level.limit_bytes.is_some_and(|limit| limit <= top_bytes));
+    let mut title = StyledLine::default();
     let whose = match &incident.oom {
         Some(oom) if oom.scope != Scope::Cgroup => "the victim's cgroup",
         _ => "the cgroup",
     };
     title.add(style, Paint::Strong, &format!("Memory of {whose} {until}"));
-    if left.iter().all(|level| level.usage.is_none()) {
+    if left.iter().all(|level| level.usage_bytes.is_none()) {
         title.add(style, Paint::Alarm, " (usage unknown, anonymous only)");
     }
     match incident.cgroup.limit_bytes {
@@ -152,10 +159,10 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     title.join(&legend);
     page.lines.push(title);
 
-    let mut plot = plot::lines(&left, &overview, &frame, style);
+    let mut plot = plot::lines(&left, &overview, &area, style);
     if let Some((closer, levels)) = right {
         let label = if beside { 0 } else { gutter };
-        let closer = plot::lines(&levels, &closer, &plot::Frame { gutter: label, ..frame }, style);
+        let closer = plot::lines(&levels, &closer, &plot::PlotArea { gutter: label, ..area }, style);
         if beside {
             for (line, closer) in plot.iter_mut().zip(&closer) {
                 line.pad(gutter + 2 + width + 3);
@@ -168,8 +175,8 @@ pub(super) fn curve(page: &mut Page<'_>, incident: &Incident) {
     page.lines.append(&mut plot);
 }
 
-/// Who had the memory and who grew: the largest, the victims and the fastest growers.
-pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
+/// Adds the table of the largest processes, the victims and the fastest growers.
+pub(super) fn add_processes(page: &mut TextPage<'_>, incident: &Incident) {
     let of_pressure = || incident.pressure.as_ref().map_or(&[][..], |pressure| &pressure.tasks);
     let tasks = incident.oom.as_ref().map_or_else(of_pressure, |oom| &oom.tasks);
     let considered =
@@ -183,7 +190,7 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
         page.title("Processes: none known");
         return;
     }
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         (&*format!("Processes{more}"), Align::Left),
         ("pid", Align::Right),
         ("", Align::Left),
@@ -197,7 +204,7 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
         ("last 1 s", Align::Right),
         ("last 10 s", Align::Right),
     ])
-    .spare(&[8, 5, 6, 4, 7, 9]);
+    .droppable(&[8, 5, 6, 4, 7, 9]);
     let any = |size: fn(&TaskRow) -> u64| tasks.iter().any(|task| size(task) > 0);
     let (shmem, swap) = (any(|task| task.shmem_bytes), any(|task| task.swap_bytes));
     for row in shown {
@@ -206,15 +213,15 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
         let grown = |change: fn(&Growth) -> Option<i64>| {
             row.growth.and_then(change).map_or_else(|| "unknown".to_owned(), units::growth)
         };
-        let (comm, pid) = row.who();
+        let (comm, pid) = row.identity();
         let mark = mark(incident.oom.as_ref(), &row);
         table.row(
-            if row.victim() { Paint::Alarm } else { Paint::Plain },
+            if row.is_victim() { Paint::Alarm } else { Paint::Plain },
             [
                 plain::elide(comm, 24, page.style.unicode),
                 pid.to_string(),
                 mark.to_owned(),
-                units::bytes(row.rss()),
+                units::bytes(row.rss_bytes()),
                 of(|task| task.anon_bytes),
                 of(|task| task.file_bytes),
                 if_any(shmem, |task| task.shmem_bytes),
@@ -229,12 +236,12 @@ pub(super) fn processes(page: &mut Page<'_>, incident: &Incident) {
     page.table(&table, 0);
 }
 
-/// Processes of a recording by peak.
-pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Recording) {
-    let shown = recording.processes.len().min(PROCESSES) as u64;
+/// Adds the processes of a recording, in the order of the file: by peak.
+pub(super) fn add_recorded(page: &mut TextPage<'_>, incident: &Incident, recording: &Recording) {
+    let shown = recording.processes.len().min(PROCESS_ROWS) as u64;
     let all = (recording.processes.len() as u64).saturating_add(recording.processes_left_out);
     let more = if all > shown { format!(" ({shown} of {all})") } else { String::new() };
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         (&*format!("Processes{more}"), Align::Left),
         ("pid", Align::Right),
         ("peak", Align::Right),
@@ -242,7 +249,7 @@ pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Rec
         ("started", Align::Right),
         ("ended", Align::Left),
     ]);
-    for process in recording.processes.iter().take(PROCESSES) {
+    for process in recording.processes.iter().take(PROCESS_ROWS) {
         let ended = match process.exit_code {
             None => "still running".to_owned(),
             Some(status) => match i32::try_from(status & 0x7f).unwrap_or(0) {
@@ -278,12 +285,12 @@ pub(super) fn recorded(page: &mut Page<'_>, incident: &Incident, recording: &Rec
     }
     if !incident.growth.is_empty() {
         page.blank();
-        processes(page, incident);
+        add_processes(page, incident);
     }
 }
 
-/// The large mapping calls, in the order they were made.
-pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
+/// Adds the largest mapping calls, by time.
+pub(super) fn add_mappings(page: &mut TextPage<'_>, incident: &Incident) {
     let notes = &incident.mappings;
     if notes.is_empty() {
         return;
@@ -310,7 +317,7 @@ pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
     };
     page.title(&format!("Mapped {}, given back {}{which}", units::bytes(mapped), units::bytes(given_back)));
     for note in largest {
-        let mut line = Line::default();
+        let mut line = StyledLine::default();
         line.add(page.style, Paint::Plain, &format!("  {:>10}", offset(note.boot_ns, origin)));
         line.add(page.style, Paint::Plain, &format!("  {:<7}", plain::elide(&note.call, 10, page.style.unicode)));
         line.add(page.style, Paint::Strong, &format!("  {:>10}", units::growth(note.change_bytes)));
@@ -320,10 +327,11 @@ pub(super) fn mappings(page: &mut Page<'_>, incident: &Incident) {
     }
 }
 
-/// What memory was made of, and what nobody accounts for.
-pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
+/// Adds the fact "made of": memory by kind, and usage that no process accounts for.
+pub(super) fn add_composition(page: &mut TextPage<'_>, incident: &Incident) {
     let parts = &incident.composition;
-    // The parts add up to the usage at the moment they are of, which for a recording is its highest.
+    // Shares are of the sum of the parts, not of `cgroup.usage_bytes`: the parts of a recording are
+    // those at its highest usage, not at its end.
     let unattributed = parts.unattributed_bytes.and_then(|bytes| u64::try_from(bytes).ok());
     let usage = [parts.anon_bytes, parts.shmem_bytes, unattributed].into_iter().sum::<Option<u64>>();
     let share = |size: Option<u64>| {
@@ -350,11 +358,11 @@ pub(super) fn composition(page: &mut Page<'_>, incident: &Incident) {
     page.fact("made of", &format!("{text}, unattributed {unattributed}"));
 }
 
-/// What is missing from the file, with a sentence for each loss; "nothing" is said, too.
-pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
+/// Adds what is missing from the file with a sentence per loss, or "lost: nothing".
+pub(super) fn add_losses(page: &mut TextPage<'_>, incident: &Incident) {
     page.blank();
     let name = |text: &str| plain::elide(text, 60, page.style.unicode);
-    // What is no loss and has no count is a hook or a source that is off: its name before the colon.
+    // A note without a count is no loss but a hook or source that is off: `NAME: reason`.
     let (lost, off): (Vec<&LossNote>, Vec<&LossNote>) =
         incident.losses.iter().partition(|note| note.count.is_some() || Loss::of(&note.what).is_some());
     let mut texts: Vec<String> = (lost.iter().take(LOSSES))
@@ -382,15 +390,15 @@ pub(super) fn losses(page: &mut Page<'_>, incident: &Incident) {
     page.wrapped(Paint::Faint, &format!("incident {id}; everything in it: memtrace report --format json"), 0);
 }
 
-/// A process of the table: as it was at the kill, as it grew, or both.
+/// A process of the table: its state at the event (`task`), its growth, or both.
 #[derive(Clone, Copy)]
-struct Row<'a> {
+struct ProcessRow<'a> {
     task: Option<&'a TaskRow>,
     growth: Option<&'a Growth>,
 }
 
-impl Row<'_> {
-    fn who(&self) -> (&str, u32) {
+impl ProcessRow<'_> {
+    fn identity(&self) -> (&str, u32) {
         match (self.task, self.growth) {
             (Some(task), _) => (&task.comm, task.pid),
             (None, Some(growth)) => (&growth.comm, growth.pid),
@@ -398,46 +406,46 @@ impl Row<'_> {
         }
     }
 
-    fn rss(&self) -> u64 {
+    fn rss_bytes(&self) -> u64 {
         match (self.task, self.growth) {
             (Some(task), _) => task.anon_bytes.saturating_add(task.file_bytes).saturating_add(task.shmem_bytes),
             (None, growth) => growth.map_or(0, |growth| growth.rss_bytes),
         }
     }
 
-    fn victim(&self) -> bool {
+    fn is_victim(&self) -> bool {
         self.task.is_some_and(|task| task.victim)
     }
 }
 
-fn join<'a>(tasks: &'a [TaskRow], growth: &'a [Growth]) -> Vec<Row<'a>> {
+fn join<'a>(tasks: &'a [TaskRow], growth: &'a [Growth]) -> Vec<ProcessRow<'a>> {
     let same = |task: &TaskRow, growth: &Growth| {
         task.pid == growth.pid && task.start_boot_ns.is_none_or(|start| start == growth.start_boot_ns)
     };
-    let mut rows: Vec<Row<'a>> = (tasks.iter())
-        .map(|task| Row { task: Some(task), growth: growth.iter().find(|growth| same(task, growth)) })
+    let mut rows: Vec<ProcessRow<'a>> = (tasks.iter())
+        .map(|task| ProcessRow { task: Some(task), growth: growth.iter().find(|growth| same(task, growth)) })
         .collect();
     let gone = growth.iter().filter(|growth| !tasks.iter().any(|task| same(task, growth)));
-    rows.extend(gone.map(|growth| Row { task: None, growth: Some(growth) }));
-    rows.sort_by_key(|row| std::cmp::Reverse(row.rss()));
+    rows.extend(gone.map(|growth| ProcessRow { task: None, growth: Some(growth) }));
+    rows.sort_by_key(|row| std::cmp::Reverse(row.rss_bytes()));
     rows
 }
 
-/// The largest, but victims and the fastest growers in any case; largest first.
-fn select<'a>(rows: &[Row<'a>]) -> Vec<Row<'a>> {
+/// Chooses the rows to show: victims, the fastest growers, then the largest; sorted by size.
+fn select<'a>(rows: &[ProcessRow<'a>]) -> Vec<ProcessRow<'a>> {
     let mut growers: Vec<(i64, usize)> = (rows.iter().enumerate())
         .filter_map(|(at, row)| Some((row.growth?.last_1s_bytes.or(row.growth?.last_10s_bytes)?, at)))
         .filter(|(grown, _)| *grown > 0)
         .collect();
     growers.sort_by_key(|(grown, _)| std::cmp::Reverse(*grown));
-    let victims = (0..rows.len()).filter(|at| rows.get(*at).is_some_and(Row::victim));
+    let victims = (0..rows.len()).filter(|at| rows.get(*at).is_some_and(ProcessRow::is_victim));
     let mut chosen: Vec<usize> = Vec::new();
     for at in victims
-        .take(PROCESSES - GROWERS)
+        .take(PROCESS_ROWS - GROWERS)
         .chain(growers.into_iter().take(GROWERS).map(|(_, at)| at))
         .chain(0..rows.len())
     {
-        if chosen.len() < PROCESSES && !chosen.contains(&at) {
+        if chosen.len() < PROCESS_ROWS && !chosen.contains(&at) {
             chosen.push(at);
         }
     }
@@ -445,11 +453,11 @@ fn select<'a>(rows: &[Row<'a>]) -> Vec<Row<'a>> {
     chosen.into_iter().filter_map(|at| rows.get(at).copied()).collect()
 }
 
-fn mark(oom: Option<&Oom>, row: &Row<'_>) -> &'static str {
+fn mark(oom: Option<&Oom>, row: &ProcessRow<'_>) -> &'static str {
     let Some(oom) = oom else { return "" };
-    let (_, pid) = row.who();
+    let (_, pid) = row.identity();
     let trigger = oom.trigger.pid == pid;
-    match (row.victim(), trigger) {
+    match (row.is_victim(), trigger) {
         (true, true) if oom.victims.len() > 1 => "victim, trigger",
         (true, _) => "victim",
         (false, true) => "trigger",
@@ -457,7 +465,7 @@ fn mark(oom: Option<&Oom>, row: &Row<'_>) -> &'static str {
     }
 }
 
-/// `-213 ms`, `+1.2 s`.
+/// The distance of two boot-clock times: `-213 ms`, `+1.2 s`.
 fn offset(moment_ns: u64, origin_ns: u64) -> String {
     if moment_ns < origin_ns {
         format!("-{}", units::duration(origin_ns - moment_ns))

@@ -1,36 +1,37 @@
 //! A table of text cells: columns as wide as their widest cell.
 
-use super::{Line, Paint, Style};
+use super::{Paint, Style, StyledLine};
 
-/// How a column's cells stand.
+/// Alignment of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Align {
     Left,
     Right,
 }
 
-/// Cells that are already escaped.
+/// A table being written. Cells must be escaped already.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct TextTable {
     head: Vec<(String, Align)>,
+    /// Cap: the caller's; each section of the report has one.
     rows: Vec<(Paint, Vec<String>)>,
-    /// Columns given up where the line is too long, first first.
-    spare: Vec<usize>,
+    /// Columns to drop while a line is too long, in this order.
+    droppable: Vec<usize>,
 }
 
-impl Table {
+impl TextTable {
     pub(super) fn new<const N: usize>(head: [(&str, Align); N]) -> Self {
         Self::of(head.map(|(title, align)| (title.to_owned(), align)).into())
     }
 
-    /// With as many columns as there are titles.
+    /// A table whose number of columns is known at run time.
     pub(super) fn of(head: Vec<(String, Align)>) -> Self {
-        Self { head, rows: Vec::new(), spare: Vec::new() }
+        Self { head, rows: Vec::new(), droppable: Vec::new() }
     }
 
-    /// Names the columns to give up first where a line is too long.
-    pub(super) fn spare(mut self, columns: &[usize]) -> Self {
-        self.spare = columns.into();
+    /// Sets the columns to drop while a line is too long, in this order.
+    pub(super) fn droppable(mut self, columns: &[usize]) -> Self {
+        self.droppable = columns.into();
         self
     }
 
@@ -38,7 +39,7 @@ impl Table {
         self.push(paint, cells.into());
     }
 
-    /// A row of a table made by [`Table::of`].
+    /// Adds a row to a table made by [`TextTable::of`].
     pub(super) fn push(&mut self, paint: Paint, cells: Vec<String>) {
         self.rows.push((paint, cells));
     }
@@ -47,8 +48,8 @@ impl Table {
         self.rows.is_empty()
     }
 
-    /// The lines, the head first; columns that are the same in every row and say nothing (`-`) are left out.
-    pub(super) fn lines(&self, style: &Style, indent: usize) -> Vec<Line> {
+    /// The lines, titles first. A column whose cells are all empty or `-` is left out.
+    pub(super) fn lines(&self, style: &Style, indent: usize) -> Vec<StyledLine> {
         let mut columns: Vec<(usize, usize, Align)> = (self.head.iter().enumerate())
             .filter(|(at, _)| self.column(*at).any(|cell| cell != "-" && !cell.is_empty()))
             .map(|(at, (title, align))| {
@@ -56,10 +57,10 @@ impl Table {
                 (at, widest.max(title.chars().count()), *align)
             })
             .collect();
-        for spare in &self.spare {
+        for dropped in &self.droppable {
             let width: usize = columns.iter().map(|(_, width, _)| width + 2).sum();
             if width + indent > style.columns() + 2 {
-                columns.retain(|(at, _, _)| at != spare);
+                columns.retain(|(at, _, _)| at != dropped);
             }
         }
         let head: Vec<String> = self.head.iter().map(|(title, _)| title.clone()).collect();
@@ -75,7 +76,7 @@ impl Table {
                         Align::Right => text.push_str(&format!("{gap}{cell:>width$}")),
                     }
                 }
-                let mut line = Line::default();
+                let mut line = StyledLine::default();
                 line.add(style, paint, text.trim_end());
                 line
             })

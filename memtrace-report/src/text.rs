@@ -1,24 +1,25 @@
-//! The post-mortem on one screen: what an on-call engineer needs to know, most important first.
+//! The text report: a post-mortem on one screen (two with stacks), most important first.
+//!
+//! It starts with one sentence about what happened, then the verdict, the facts, the curve, the
+//! processes, the code that grew memory, and what is missing.
 
-use super::sections::{self, Page};
-use super::table::{Align, Table};
-use memtrace_incident::units;
+use memtrace_incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim, units};
 
-use super::{Paint, Style, plain};
-use super::{allocations, pressure};
-use memtrace_incident::{Cgroup, Incident, KernelLogKill, Kind, Oom, Process, Recording, Scope, Victim};
+use super::sections::{self, TextPage};
+use super::table::{Align, TextTable};
+use super::{Paint, Style, allocations, plain, pressure};
 
-/// Victims shown one by one.
+/// Victims with a row of their own; the others are counted.
 const VICTIMS: usize = 4;
-/// Evidence shown.
+/// Sentences of evidence shown; the others are counted.
 const EVIDENCE: usize = 4;
-/// Columns a path may take in the headline.
+/// Most columns that a cgroup's path takes within a sentence.
 const PATH_WIDTH: usize = 48;
 
-/// The report as text that ends with a line end. Whatever the incident says, it holds no control character but line
-/// ends and, with `style.colour`, its own colours.
+/// The report, which ends with a line end. For any incident it contains no control characters but
+/// line ends and, with `style.colour`, its own colour codes.
 pub fn report(incident: &Incident, style: &Style) -> String {
-    let mut page = Page::new(style);
+    let mut page = TextPage::new(style);
     let headline = match (incident.kind, &incident.oom, &incident.recording) {
         (Kind::Recording, _, Some(recording)) => recording_headline(incident, recording, style),
         (Kind::Spike, _, _) => spike_headline(incident, style),
@@ -28,30 +29,30 @@ pub fn report(incident: &Incident, style: &Style) -> String {
         },
         (_, Some(oom), _) => kill_headline(incident, oom, style),
         (Kind::OomKill, None, _) => "OOM kill: nothing more is known.".to_owned(),
-        (Kind::Recording, _, None) => "Recording: nothing is known of the command.".to_owned(),
+        (Kind::Recording, _, None) => "Recording: nothing is known about the command.".to_owned(),
     };
     page.wrapped(if incident.kind.is_alarm() { Paint::Alarm } else { Paint::Strong }, &headline, 0);
-    verdict(&mut page, incident);
+    add_verdict(&mut page, incident);
     page.blank();
-    when(&mut page, incident);
-    place(&mut page, incident);
+    add_time(&mut page, incident);
+    add_place(&mut page, incident);
     if let Some(oom) = &incident.oom {
-        kill(&mut page, incident, oom);
+        add_kill(&mut page, incident, oom);
     }
     if let Some(pressure) = &incident.pressure {
-        page.fact("pressure", &pressure::line(pressure));
+        page.fact("pressure", &pressure::fact_line(pressure));
     }
-    sections::composition(&mut page, incident);
+    sections::add_composition(&mut page, incident);
     page.blank();
-    sections::curve(&mut page, incident);
+    sections::add_curve(&mut page, incident);
     page.blank();
     match &incident.recording {
-        Some(recording) => sections::recorded(&mut page, incident, recording),
-        None => sections::processes(&mut page, incident),
+        Some(recording) => sections::add_recorded(&mut page, incident, recording),
+        None => sections::add_processes(&mut page, incident),
     }
-    allocations::section(&mut page, incident);
-    sections::mappings(&mut page, incident);
-    sections::losses(&mut page, incident);
+    allocations::add_section(&mut page, incident);
+    sections::add_mappings(&mut page, incident);
+    sections::add_losses(&mut page, incident);
     page.finish()
 }
 
@@ -119,7 +120,7 @@ fn recording_headline(incident: &Incident, recording: &Recording, style: &Style)
     format!("Recording: {what} ran {} {end}{}.", units::duration(recording.duration_ns), peak.unwrap_or_default())
 }
 
-fn verdict(page: &mut Page<'_>, incident: &Incident) {
+fn add_verdict(page: &mut TextPage<'_>, incident: &Incident) {
     let verdict = &incident.verdict;
     let most = page.style.columns() * 2;
     if !verdict.summary.is_empty() {
@@ -133,7 +134,7 @@ fn verdict(page: &mut Page<'_>, incident: &Incident) {
     }
 }
 
-fn when(page: &mut Page<'_>, incident: &Incident) {
+fn add_time(page: &mut TextPage<'_>, incident: &Incident) {
     let at = &incident.at;
     let plus_minus = if page.style.unicode { "±" } else { "+-" };
     page.fact(
@@ -147,7 +148,7 @@ fn when(page: &mut Page<'_>, incident: &Incident) {
     );
 }
 
-fn place(page: &mut Page<'_>, incident: &Incident) {
+fn add_place(page: &mut TextPage<'_>, incident: &Incident) {
     let host = &incident.host;
     let unicode = page.style.unicode;
     let or_unknown = |text: &str| match text {
@@ -171,7 +172,7 @@ fn place(page: &mut Page<'_>, incident: &Incident) {
         ),
     );
     let cgroup = &incident.cgroup;
-    // In one piece, however long: it is there to be copied.
+    // Not broken into lines, so that it can be copied.
     page.fact_unbroken("cgroup", &cgroup.path.as_deref().map_or_else(|| unknown_path(cgroup.id), plain::escape));
     let pod = cgroup.kubernetes.as_ref().map(|pod| {
         let qos = pod.qos.as_deref().map(|qos| format!(" ({})", plain::elide(qos, 20, unicode))).unwrap_or_default();
@@ -187,7 +188,7 @@ fn place(page: &mut Page<'_>, incident: &Incident) {
     page.fact("memory", &memory(cgroup));
 }
 
-fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
+fn add_kill(page: &mut TextPage<'_>, incident: &Incident, oom: &Oom) {
     let style = *page.style;
     if let (Scope::Ancestor, Some(ancestor)) = (oom.scope, &oom.oom_cgroup) {
         page.fact_unbroken(
@@ -203,18 +204,18 @@ fn kill(page: &mut Page<'_>, incident: &Incident, oom: &Oom) {
     }
     page.fact("trigger", &trigger(oom, &style));
     if !oom.trigger_kernel_stack.is_empty() {
-        page.fact_unbroken("stack", &stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(Page::LABEL)));
+        page.fact_unbroken("stack", &stack(&oom.trigger_kernel_stack, style.columns().saturating_sub(TextPage::LABEL)));
     }
     page.fact("kernel log", &kernel_log(oom, &style));
 }
 
-/// Kernel functions in one line of at most `width`.
+/// Kernel functions, innermost first, in one line of at most `width` columns.
 fn stack(functions: &[String], width: usize) -> String {
     let mut text = String::new();
     for (number, function) in functions.iter().enumerate() {
         let function = plain::elide(function, 48, false);
         let arrow = if number == 0 { "" } else { " < " };
-        // Room for what says how many are left out.
+        // 12 columns for ` < 123 more`.
         if text.chars().count() + arrow.len() + function.chars().count() + 12 > width {
             text.push_str(&format!(" < {} more", functions.len() - number));
             break;
@@ -225,7 +226,7 @@ fn stack(functions: &[String], width: usize) -> String {
     text
 }
 
-/// Whether the kernel log agrees.
+/// Whether the kernel log names one of the victims and the same cgroup.
 fn kernel_log(oom: &Oom, style: &Style) -> String {
     let Some(log) = &oom.kernel_log else {
         return "not read, or silent about this kill".to_owned();
@@ -245,7 +246,7 @@ fn kernel_log(oom: &Oom, style: &Style) -> String {
     }
     if let Some(line) = log.killed_line_ns.or(log.oom_line_ns) {
         let seconds = units::seconds(line);
-        // printk prints microseconds.
+        // Microseconds, as the kernel log has them (kernel/printk/printk.c, print_time).
         text.push_str(&format!(", printed at [{}]", seconds.get(..seconds.len() - 3).unwrap_or(&seconds)));
     }
     text
@@ -259,7 +260,7 @@ fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
         ("swap", victim.swap_bytes),
         ("page tables", victim.pagetable_bytes),
     ] {
-        // Known to be nothing: not worth its place on the screen.
+        // A known 0 is left out; an unknown value is not.
         if size == Some(0) {
             continue;
         }
@@ -276,11 +277,11 @@ fn victim_line(victim: &Victim, cgroup: &Cgroup, style: &Style) -> String {
     text
 }
 
-fn victim_table(victims: &[Victim], style: &Style) -> Table {
+fn victim_table(victims: &[Victim], style: &Style) -> TextTable {
     let shown = victims.len().min(VICTIMS);
     let title =
         if shown < victims.len() { format!("killed ({shown} of {})", victims.len()) } else { "killed".to_owned() };
-    let mut table = Table::new([
+    let mut table = TextTable::new([
         (&*title, Align::Left),
         ("pid", Align::Right),
         ("anon", Align::Right),
@@ -291,9 +292,9 @@ fn victim_table(victims: &[Victim], style: &Style) -> Table {
         ("adj", Align::Right),
         ("then", Align::Left),
     ])
-    .spare(&[4, 3, 6, 5]);
+    .droppable(&[4, 3, 6, 5]);
     for victim in victims.iter().take(VICTIMS) {
-        // A column of zeros says nothing.
+        // `-` in every row makes the table leave the column out.
         let size = |of: fn(&Victim) -> Option<u64>| {
             let all_zero = victims.iter().all(|victim| of(victim) == Some(0));
             if all_zero { "-".to_owned() } else { units::known(of(victim)) }
@@ -316,7 +317,7 @@ fn victim_table(victims: &[Victim], style: &Style) -> Table {
     table
 }
 
-/// What became of a victim.
+/// How a victim ended, and how long after it was chosen.
 fn fate(victim: &Victim) -> String {
     let how = match (victim.killed, victim.shares_mm) {
         (false, _) => "only chosen, was exiting; ",
@@ -333,7 +334,7 @@ fn trigger(oom: &Oom, style: &Style) -> String {
     let trigger = &oom.trigger;
     let thread = if trigger.tid == trigger.pid { String::new() } else { format!(", thread {}", trigger.tid) };
     let who = name(&trigger.comm, trigger.pid);
-    let among = oom.victims.iter().position(|victim| is(victim, trigger));
+    let among = oom.victims.iter().position(|victim| is_same(victim, trigger));
     match among {
         Some(0) if oom.victims.len() == 1 => format!("the victim itself asked for the memory{thread}"),
         Some(_) => format!("{who}{thread} asked for the memory; it is among the victims"),
@@ -347,7 +348,7 @@ fn trigger(oom: &Oom, style: &Style) -> String {
     }
 }
 
-fn is(victim: &Victim, process: &Process) -> bool {
+fn is_same(victim: &Victim, process: &Process) -> bool {
     victim.pid == process.pid && victim.start_boot_ns == process.start_boot_ns
 }
 
@@ -361,7 +362,7 @@ fn memory(cgroup: &Cgroup) -> String {
         }
     };
     text.push_str(&format!(", peak {}", units::known(cgroup.peak_bytes)));
-    // 0 at a kill is no news: where swap is limited too (v1 memsw), that counter counts the hits.
+    // Left out if 0: with a v1 limit on memory and swap (memsw), hits are counted there.
     if let Some(hits) = cgroup.failcnt.filter(|hits| *hits > 0) {
         text.push_str(&format!(", limit hit {}", units::count(hits, "time", "times")));
     }
@@ -384,7 +385,7 @@ pub(super) fn name(comm: &str, pid: u32) -> String {
     format!("`{}` (pid {pid})", plain::elide(comm, 32, false))
 }
 
-/// The path where it is short; the container and its pod where they say more than the middle of a long path.
+/// The cgroup's path if it is short, else its container and pod, else the path cut in the middle.
 pub(super) fn short_place(cgroup: &Cgroup, style: &Style) -> String {
     let short = cgroup.path.as_deref().is_some_and(|path| path.chars().count() <= PATH_WIDTH);
     match (&cgroup.container, &cgroup.kubernetes) {
@@ -396,7 +397,7 @@ pub(super) fn short_place(cgroup: &Cgroup, style: &Style) -> String {
     }
 }
 
-/// As `docker ps` and `crictl ps` print container ids.
+/// The first 12 digits, as `docker ps` and `crictl ps` print container ids.
 fn short_id(id: &str) -> String {
     plain::escape(&id.chars().take(12).collect::<String>())
 }
@@ -409,7 +410,7 @@ fn unknown_path(id: u64) -> String {
     format!("unknown path (id {id})")
 }
 
-/// `SIGKILL`, or the number.
+/// `SIGKILL`; `signal 35` for a signal without an entry here.
 pub(super) fn signal_name(signal: i32) -> String {
     let name = match signal {
         1 => "SIGHUP",

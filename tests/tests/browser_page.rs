@@ -379,8 +379,29 @@ fn frames_are_zoomed_into_searched_and_turned_around() -> anyhow::Result<()> {
     })
 }
 
+/// The page writes figures by the rule of `memtrace_incident::units`, whose tests read the same cases.
 #[test]
-fn a_file_without_stacks_or_readings_is_still_told() -> anyhow::Result<()> {
+fn figures_are_written_as_in_the_text_report() -> anyhow::Result<()> {
+    let cases: Value = serde_json::from_str(include_str!("../../memtrace-incident/src/units_cases.json"))?;
+    let dir = tempfile::tempdir()?;
+    let page = page_of(dir.path(), &sample::incident())?;
+    in_browser(&page, async |browser| {
+        for (function, cases) in cases.as_object().context("cases are by function")? {
+            for case in cases.as_array().context("cases are a list")? {
+                let [arguments @ .., wanted] = case.as_array().context("a case is a list")?.as_slice() else {
+                    bail!("an empty case of {function}")
+                };
+                let script = format!("return {function}(...{}).replaceAll('\\u00a0', ' ')", json!(arguments));
+                let written = browser.run(&script).await?;
+                ensure!(written == *wanted, "{function} {arguments:?} is {written}, not {wanted}");
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_file_without_stacks_or_readings_is_still_shown() -> anyhow::Result<()> {
     let mut bare = sample::incident();
     for column in
         ["boot_ns", "usage_bytes", "limit_bytes", "watermark_bytes", "anon_bytes", "file_bytes", "shmem_bytes"]

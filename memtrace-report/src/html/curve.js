@@ -1,14 +1,14 @@
-// The memory curve, drawn by uPlot; a dragged stretch of it is told to the page.
+// The memory curve, drawn by uPlot. Dragging over it selects a stretch of time for the whole page.
 "use strict";
 
 class Curve {
-  /** `chosen({from, until} | null)` is called when a stretch was dragged, or given up with a double click. */
-  constructor(element, incident, book, chosen) {
-    Object.assign(this, { element, book, chosen });
+  /** Calls `chosen` with the dragged stretch {from, until} in nanoseconds, or with null after a double click. */
+  constructor(element, incident, store, chosen) {
+    Object.assign(this, { element, store, chosen });
     this.stretch = null;
     this.magnified = false;
-    this.data = curveRows(incident, book.eventNs);
-    this.marks = eventMarks(incident, book);
+    this.data = curveRows(incident, store.eventNs);
+    this.marks = eventMarks(incident, store);
     this.plot = null;
     if (this.data[0].length === 0) {
       fill(element, make("p", "note", "This file has no readings of the curve."));
@@ -31,7 +31,7 @@ class Curve {
       line("File and shared", "--file"),
       line("Limit", "--limit", { dash: [6, 4] }),
     ];
-    // A series that is nowhere known only takes room.
+    // A series without any reading is hidden.
     series.forEach((one, i) => { if (i > 0 && this.data[i].every((reading) => reading === null)) one.show = false; });
     return {
       width: Math.max(this.element.clientWidth, 200),
@@ -64,7 +64,7 @@ class Curve {
   dragged(plot) {
     const { left, width } = plot.select;
     if (width < 2) return;
-    const ns = (px) => Math.round(this.book.eventNs + plot.posToVal(px, "x") * 1e9);
+    const ns = (px) => Math.round(this.store.eventNs + plot.posToVal(px, "x") * 1e9);
     this.chosen({ from: ns(left), until: ns(left + width) });
   }
 
@@ -76,7 +76,7 @@ class Curve {
     ctx.lineWidth = ratio;
     ctx.font = `${12 * ratio}px system-ui, sans-serif`;
     for (const { ns, label } of this.marks) {
-      const x = plot.valToPos((ns - this.book.eventNs) / 1e9, "x", true);
+      const x = plot.valToPos((ns - this.store.eventNs) / 1e9, "x", true);
       if (x < bbox.left || x > bbox.left + bbox.width) continue;
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
@@ -103,7 +103,7 @@ class Curve {
       return;
     }
     const end = this.plot.over.clientWidth;
-    const px = (ns) => Math.min(Math.max(this.plot.valToPos((ns - this.book.eventNs) / 1e9, "x"), 0), end);
+    const px = (ns) => Math.min(Math.max(this.plot.valToPos((ns - this.store.eventNs) / 1e9, "x"), 0), end);
     const [left, right] = [px(stretch.from), px(stretch.until)];
     const height = this.plot.over.clientHeight;
     this.plot.setSelect({ left, top: 0, width: Math.max(right - left, 1), height }, false);
@@ -112,7 +112,7 @@ class Curve {
   /** Shows only a stretch, or all of the curve again for null. */
   magnify(stretch) {
     if (!this.plot) return;
-    const { whole, eventNs } = this.book;
+    const { whole, eventNs } = this.store;
     const { from, until } = stretch || whole;
     this.plot.setScale("x", { min: (from - eventNs) / 1e9, max: (Math.max(until, from + 1000) - eventNs) / 1e9 });
     // uPlot commits scales in a microtask; the rectangle has to be placed on the new ones.
@@ -134,13 +134,13 @@ function curveRows(incident, eventNs) {
   return [0, 1, 2, 3, 4].map((column) => rows.map((row) => row[column]));
 }
 
-/** What happened when: kills, or the moment the incident is about. */
-function eventMarks(incident, book) {
+/** Marks for the curve: kills, or the moment of the event. */
+function eventMarks(incident, store) {
   const victims = list((incident.oom || {}).victims).filter((victim) => victim && Number.isFinite(victim.at_boot_ns));
   if (victims.length > 0) {
-    // A storm of kills is drawn as far as it can be read.
+    // At most 8, so that the marks of a storm of kills do not cover the curve.
     return victims.slice(0, 8).map((victim, i) => ({ ns: victim.at_boot_ns, label: i === 0 ? "kill" : "" }));
   }
   if (incident.kind === "recording") return [];
-  return [{ ns: book.eventNs, label: incident.kind === "spike" ? "spike" : "limit hit" }];
+  return [{ ns: store.eventNs, label: incident.kind === "spike" ? "spike" : "limit hit" }];
 }

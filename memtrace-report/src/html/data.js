@@ -1,25 +1,25 @@
-// The incident's samples: what grew in a stretch of time, as totals, as a tree of frames and as functions.
+// The incident's samples: growth in a stretch of time, as totals, as a tree of frames and as functions.
 "use strict";
 
-/** The ledgers, which must not be added up. */
+/** Causes with title and explanation. Their bytes measure different things and must not be added up. */
 const CAUSES = {
-  touch: ["Resident memory (touch)", "Pages the kernel gave on first touch: this is what fills the limit. The stack is of the code that touched, which may not be the code that asked for the mapping."],
+  touch: ["Resident memory (touch)", "Pages the kernel gave on first touch: this is what fills the limit. The stack is that of the code that touched the page, which need not be the code that asked for the mapping."],
   map: ["Mapped (mmap)", "Address space asked for with mmap or mremap, whether it was ever touched or not; it does not count towards the limit until it is."],
   brk: ["Heap (brk)", "Address space the heap asked for with brk, whether it was ever touched or not; it does not count towards the limit until it is."],
   charge: ["Charged in system calls (charge)", "What system calls charged to the cgroup: page cache, sockets, kernel memory, and what they touched for the process."],
 };
 
-/** Why a stack ends before its outermost frame. */
+/** Why a stack ends before its outermost frame: the sentences of the text report (allocations.rs, why_cut). */
 const CUTS = {
-  slice: "the copied slice of the stack ended",
-  module: "code of no known module",
+  slice: "the stack is larger than its copy",
+  module: "code outside known modules, without frame pointers",
   unwind: "unwind information missing or broken",
   frames: "more frames than are kept",
-  registers: "registers or stack not readable",
+  registers: "registers or stack could not be read",
   gone: "the process had ended",
 };
 
-/** What is embedded in the page, or null. */
+/** The incident embedded in the page; null if it cannot be parsed. */
 function readIncident() {
   try {
     const incident = JSON.parse(byId("incident").textContent);
@@ -29,8 +29,8 @@ function readIncident() {
   }
 }
 
-/** Samples and paths, made safe to index. Times are numbers: beyond 104 days of uptime they are rounded to 2 ns. */
-class Book {
+/** Samples and paths with missing fields filled in. Times are doubles: after 104 days of uptime they are rounded to 2 ns. */
+class SampleStore {
   constructor(incident) {
     this.frames = [];
     this.processes = new Map();
@@ -41,7 +41,7 @@ class Book {
     this.samples = sampleRows(allocations);
     this.timed = this.samples.length > 0;
     if (!this.timed) {
-      // A file without samples still has its paths' sums; they have no time.
+      // A file without samples still has the sum of each path, without times.
       this.samples = this.paths.map((path, index) => ({ ns: null, path: index, bytes: path.bytes }));
     }
     const times = list(((incident.timeline || {}).columns || {}).boot_ns).filter(Number.isFinite);
@@ -102,7 +102,7 @@ class Book {
   }
 
   add(key, frame) {
-    // What the search looks through.
+    // The text that the search matches.
     frame.text = [frame.label, frame.module || "", ...frame.places].join("\n").toLowerCase();
     this.known.set(key, this.frames.length);
     return this.frames.push(frame) - 1;
@@ -133,7 +133,7 @@ class Book {
     for (const sample of this.within(choice.stretch)) {
       const path = this.paths[sample.path];
       if (!path) {
-        // Nobody knows whose it is: it is only there when all processes are shown.
+        // Its process is unknown, so it is shown only with all processes.
         if (choice.cause === "touch" && !choice.process) without += sample.bytes;
       } else if (path.cause === choice.cause && (!choice.process || path.process === choice.process)) {
         weights.set(path, (weights.get(path) || 0) + sample.bytes);
@@ -177,7 +177,7 @@ class Book {
     return root;
   }
 
-  /** Functions of processes by own bytes: [{frame, self, total}], and what all of it is a share of. */
+  /** User functions as rows of {frame, self, total}, unsorted, and the bytes that all of them are a share of. */
   functions(choice) {
     const found = new Map();
     const { weights, without } = this.weights(choice);
@@ -189,7 +189,7 @@ class Book {
       for (const step of path.steps) {
         const frame = this.frames[step];
         if (frame.kind !== "user") continue;
-        // Inlined here and called there, it is one function.
+        // One row for a function, whether it was inlined or called.
         const key = JSON.stringify([frame.module, frame.label]);
         if (!found.has(key)) found.set(key, { frame, self: 0, total: 0 });
         innermost = found.get(key);
@@ -202,7 +202,7 @@ class Book {
   }
 }
 
-/** Rows of the samples' columns, oldest first; as many as the shortest column has. */
+/** The samples' columns as rows, oldest first; as many as the shortest column has. */
 function sampleRows(allocations) {
   const columns = (allocations || {}).samples || {};
   const [times, paths, weights] = [list(columns.boot_ns), list(columns.path), list(columns.weight_bytes)];
@@ -219,7 +219,7 @@ function node(parent, frame, key = null) {
   return { parent, frame, key, depth: parent ? parent.depth + 1 : 0, total: 0, self: 0, children: new Map(), sorted: [] };
 }
 
-/** Heaviest first. Without recursion: a stack may be deeper than a browser's. */
+/** Sorts children by bytes, heaviest first. No recursion: a stack of the file may be deeper than the browser allows. */
 function sortTree(root) {
   const todo = [root];
   while (todo.length > 0) {

@@ -1,4 +1,4 @@
-// Elements and figures. Whatever comes out of the incident becomes text here and nowhere becomes markup.
+// Elements and figures. Strings of the incident become text nodes, never markup, because they may be hostile.
 "use strict";
 
 /** The element with this id. */
@@ -18,12 +18,12 @@ function asChild(child) {
   return child instanceof Node ? child : document.createTextNode(printable(String(child)));
 }
 
-/** Replaces what an element holds. */
+/** Replaces the children of an element; strings become text. */
 function fill(element, ...children) {
   element.replaceChildren(...children.filter((child) => child !== null && child !== undefined).map(asChild));
 }
 
-/** A name without what would turn the text around it: control characters and marks of direction become visible. */
+/** Text whose control characters and marks of direction are escaped, so that they cannot reorder the text around it. */
 function printable(text) {
   return text.replace(
     /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
@@ -31,7 +31,7 @@ function printable(text) {
   );
 }
 
-/** Bytes in binary units by the rule of memtrace_incident::units: two decimals below ten, else one. */
+/** Bytes in binary units, as memtrace_incident::units writes them: two decimals below ten, else one. */
 function bytes(value) {
   if (!Number.isFinite(value)) return "unknown";
   const sign = value < 0 ? "\u2212" : "";
@@ -39,6 +39,7 @@ function bytes(value) {
   let unit = 0;
   const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
   const digits = () => (unit === 0 ? 0 : size < 10 ? 2 : 1);
+  // 1023.96 KiB is 1 MiB, not 1024 KiB.
   while (Number(size.toFixed(digits())) >= 1024 && unit < units.length - 1) {
     size /= 1024;
     unit += 1;
@@ -46,23 +47,30 @@ function bytes(value) {
   return sign + String(Number(size.toFixed(digits()))) + "\u00a0" + units[unit];
 }
 
-/** A length of time in nanoseconds. */
-function duration(ns) {
-  if (!Number.isFinite(ns)) return "unknown";
-  const sign = ns < 0 ? "\u2212" : "";
-  const size = Math.abs(ns);
-  const scales = [[60e9, "min"], [1e9, "s"], [1e6, "ms"], [1e3, "\u00b5s"]];
-  for (const [scale, unit] of scales) {
-    if (size >= scale) return sign + String(Number((size / scale).toPrecision(4))) + "\u00a0" + unit;
+/** A length of time in nanoseconds, as memtrace_incident::units writes it: `12.3 ms`, `2 min 5 s`. */
+function duration(value) {
+  if (!Number.isFinite(value)) return "unknown";
+  const sign = value < 0 ? "\u2212" : "";
+  const ns = Math.round(Math.abs(value));
+  if (ns < 1000) return `${sign}${ns}\u00a0ns`;
+  for (const [scale, unit] of [[1e3, "us"], [1e6, "ms"], [1e9, "s"]]) {
+    if (ns >= (unit === "s" ? 100e9 : scale * 1000)) continue;
+    const ten = ns < 10 * scale ? 100 : 10;
+    return `${sign}${Math.floor((ns * ten + scale / 2) / scale) / ten}\u00a0${unit}`;
   }
-  return sign + String(Math.round(size)) + "\u00a0ns";
+  const seconds = Math.floor((ns + 0.5e9) / 1e9);
+  const two = (large, largeUnit, small, smallUnit) =>
+    `${sign}${large}\u00a0${largeUnit}` + (small === 0 ? "" : `\u00a0${small}\u00a0${smallUnit}`);
+  const whole = (value, unit) => Math.floor(value / unit);
+  if (seconds < 3600) return two(whole(seconds, 60), "min", seconds % 60, "s");
+  if (seconds < 86400) return two(whole(seconds, 3600), "h", whole(seconds % 3600, 60), "min");
+  return two(whole(seconds, 86400), "d", whole(seconds % 86400, 3600), "h");
 }
 
-/** A share; of nothing it is nothing. */
+/** A share with one decimal, as memtrace_incident::units writes it; `-` if the whole is not above 0. */
 function percent(part, whole) {
-  if (!(whole > 0)) return "0\u00a0%";
-  const share = (100 * part) / whole;
-  return (share > 0 && share < 0.1 ? "<0.1" : share.toFixed(1)) + "\u00a0%";
+  if (!(whole > 0)) return "-";
+  return `${Math.floor((part * 1000) / whole + 0.5) / 10}\u00a0%`;
 }
 
 /** The last part of a path. */
@@ -71,12 +79,12 @@ function baseName(path) {
   return at >= 0 && at + 1 < path.length ? path.slice(at + 1) : path;
 }
 
-/** An array, whatever is there. */
+/** `value` if it is an array, else an empty one. */
 function list(value) {
   return Array.isArray(value) ? value : [];
 }
 
-/** A finite number or null. */
+/** `value` if it is a finite number, else null. */
 function number(value) {
   return Number.isFinite(value) ? value : null;
 }

@@ -1,15 +1,15 @@
 // The flame graph: rows of boxes, root on top, as wide as their bytes. Zoom, search, keyboard.
 "use strict";
 
-/** Narrower boxes are not drawn, px. */
+/** Boxes narrower than this are not drawn, px. */
 const NARROWEST = 1.2;
-/** At most so many boxes at once; the widest are kept. */
+/** Boxes drawn at once; the widest are kept. */
 const MOST_BOXES = 6000;
 /** Height of a row, px; page.css has it too. */
 const ROW = 20;
 
 class Flame {
-  /** `element` holds the boxes, `crumbs` the way back, `details` what is pointed at, `matched` the search's sum. */
+  /** Elements: `element` for the boxes, `crumbs` for the zoomed path, `details` for the frame under the pointer, `matched` for the sum of the search. */
   constructor(element, crumbs, details, matched) {
     Object.assign(this, { element, crumbs, details, matched });
     this.root = null;
@@ -18,9 +18,9 @@ class Flame {
     this.boxes = [];
     this.current = null;
     element.addEventListener("click", (event) => this.withBox(event, (box) => this.zoom(box.node)));
-    element.addEventListener("mouseover", (event) => this.withBox(event, (box) => this.tell(box.node)));
+    element.addEventListener("mouseover", (event) => this.withBox(event, (box) => this.describe(box.node)));
     element.addEventListener("focusin", (event) => this.withBox(event, (box) => this.point(box)));
-    element.addEventListener("mouseleave", () => this.tell(this.current ? this.current.node : this.zoomed));
+    element.addEventListener("mouseleave", () => this.describe(this.current ? this.current.node : this.zoomed));
     element.addEventListener("keydown", (event) => this.key(event));
     onWidth(element, () => this.draw());
   }
@@ -31,7 +31,7 @@ class Flame {
     if (box) then(box);
   }
 
-  /** Shows a tree; stays zoomed into the same frame where it still is there. */
+  /** Shows a tree; stays zoomed into the same frame if the tree has it. */
   show(root) {
     const way = [];
     for (let at = this.zoomed; at && at.parent; at = at.parent) way.unshift(at.key);
@@ -44,18 +44,18 @@ class Flame {
     }
     this.current = null;
     this.draw();
-    this.tell(this.zoomed);
+    this.describe(this.zoomed);
   }
 
   zoom(node, focus = true) {
     this.zoomed = node;
     this.draw();
-    this.tell(node);
+    this.describe(node);
     const box = this.boxes.find((candidate) => candidate.node === node);
     if (box && focus) box.drawn.focus({ preventScroll: true });
   }
 
-  /** Highlights what contains the words. */
+  /** Highlights frames whose text contains `query`. */
   search(query) {
     this.query = query.trim().toLowerCase();
     this.draw();
@@ -77,7 +77,7 @@ class Flame {
     return sum;
   }
 
-  /** Lays out what is wide enough. */
+  /** The boxes that are wide enough to draw, and the number of those that are not. */
   layout(width) {
     const boxes = [];
     for (let at = this.zoomed.parent; at; at = at.parent) boxes.push({ node: at, left: 0, width, above: true });
@@ -109,10 +109,10 @@ class Flame {
     element.dataset.totalBytes = String(root.total);
     element.dataset.zoomedBytes = String(this.zoomed.total);
     this.drawCrumbs();
-    this.tellMatched();
+    this.showMatched();
     if (!(root.total > 0)) {
       this.boxes = [];
-      fill(element, make("p", "note", "Nothing of this ledger grew in this stretch."));
+      fill(element, make("p", "note", "No growth with this cause in this stretch."));
       element.style.height = "";
       return;
     }
@@ -156,7 +156,7 @@ class Flame {
     const way = [];
     for (let at = this.zoomed; at; at = at.parent) way.unshift(at);
     this.crumbs.hidden = way.length < 2;
-    // Of a long way, the beginning and the end.
+    // Of a long path, the beginning and the end.
     const shown = way.length > 8 ? [way[0], way[1], null, ...way.slice(-4)] : way;
     fill(this.crumbs, ...shown.flatMap((node) => {
       if (node === null) return [make("span", "faint", "\u2026")];
@@ -167,7 +167,7 @@ class Flame {
     }));
   }
 
-  tellMatched() {
+  showMatched() {
     this.matched.hidden = this.query === "";
     if (this.query === "") return;
     const sum = this.matchedBytes();
@@ -175,8 +175,8 @@ class Flame {
     fill(this.matched, `Matched ${bytes(sum)}, ${percent(sum, this.zoomed.total)} of what is shown`);
   }
 
-  /** Says what a frame is. */
-  tell(node) {
+  /** Shows the facts of a frame below the graph. */
+  describe(node) {
     if (!node) return;
     const { frame } = node;
     const facts = [
@@ -196,7 +196,7 @@ class Flame {
     if (this.current) this.current.drawn.tabIndex = -1;
     this.current = box;
     box.drawn.tabIndex = 0;
-    this.tell(box.node);
+    this.describe(box.node);
   }
 
   key(event) {
@@ -225,7 +225,7 @@ class Flame {
   }
 }
 
-/** A steady shade for a name, so that a function looks the same wherever it is. */
+/** A shade from a hash of the name, so that a function has the same colour everywhere. */
 function shade(name) {
   let hash = 2166136261;
   for (let i = 0; i < name.length; i += 1) hash = Math.imul(hash ^ name.charCodeAt(i), 16777619);

@@ -1,16 +1,16 @@
-// Puts the page together: one choice (stretch, ledger, process, direction), and everything that shows it.
+// Puts the page together: one choice (stretch, cause, process, direction), and everything that depends on it.
 "use strict";
 
 function start() {
   const incident = readIncident();
   if (!incident) {
-    fill(byId("title"), "This page's incident cannot be read");
+    fill(byId("title"), "The incident in this page cannot be read");
     return;
   }
   showHead(incident);
   showAbout(byId("about"), incident);
-  const book = new Book(incident);
-  const choice = { stretch: book.whole, cause: "touch", process: "", inverted: false, kernel: true };
+  const store = new SampleStore(incident);
+  const choice = { stretch: store.whole, cause: "touch", process: "", inverted: false, kernel: true };
   let order = "self";
   let isWhole = true;
   const flame = new Flame(byId("flame"), byId("crumbs"), byId("details"), byId("matched"));
@@ -18,16 +18,16 @@ function start() {
 
   const showCode = () => {
     byId("flame").dataset.cause = choice.cause;
-    flame.show(book.tree(choice));
+    flame.show(store.tree(choice));
     const reorder = (key) => {
       order = key;
-      showFunctions(byId("functions"), book, choice, order, reorder);
+      showFunctions(byId("functions"), store, choice, order, reorder);
     };
     reorder(order);
   };
   const choose = (stretch) => {
     isWhole = !stretch;
-    choice.stretch = stretch ? clamp(stretch, book.whole) : book.whole;
+    choice.stretch = stretch ? clamp(stretch, store.whole) : store.whole;
     curve.mark(isWhole ? null : choice.stretch);
     if (isWhole && curve.magnified) {
       curve.magnified = false;
@@ -36,25 +36,25 @@ function start() {
     magnifier.disabled = isWhole;
     magnifier.setAttribute("aria-pressed", String(curve.magnified));
     for (const button of byId("stretches").querySelectorAll("[data-last-ns]")) {
-      button.setAttribute("aria-pressed", String(!isWhole ? sameStretch(choice.stretch, last(book, button.dataset.lastNs)) : button.dataset.lastNs === "all"));
+      button.setAttribute("aria-pressed", String(!isWhole ? sameStretch(choice.stretch, last(store, button.dataset.lastNs)) : button.dataset.lastNs === "all"));
     }
-    showTotals(byId("stretch"), book, choice.stretch);
+    showTotals(byId("stretch"), store, choice.stretch);
     showCode();
   };
-  const curve = new Curve(byId("curve"), incident, book, choose);
-  const hint = book.timed ? "Drag over the curve to weigh everything below by that stretch; double click for the whole." : "This file has no samples with times: figures below are of the whole window.";
+  const curve = new Curve(byId("curve"), incident, store, choose);
+  const hint = store.timed ? "Drag over the curve to restrict everything below to that stretch; double-click for the whole window." : "This file has no samples with times: the figures below are for the whole window.";
   const thinned = (incident.timeline || {}).thinned;
   fill(byId("curve-note"), hint + (thinned > 0 ? ` ${thinned} readings were left out where the curve is older.` : ""));
 
   for (const button of byId("stretches").querySelectorAll("[data-last-ns]")) {
-    button.addEventListener("click", () => choose(last(book, button.dataset.lastNs)));
+    button.addEventListener("click", () => choose(last(store, button.dataset.lastNs)));
   }
   magnifier.addEventListener("click", () => {
     curve.magnified = !curve.magnified;
     magnifier.setAttribute("aria-pressed", String(curve.magnified));
     curve.magnify(curve.magnified ? choice.stretch : null);
   });
-  offer(book, choice);
+  fillSelects(store, choice);
   const set = (id, key, read) => byId(id).addEventListener("change", (event) => {
     choice[key] = read(event.target);
     if (key === "cause") showCause(choice.cause);
@@ -65,7 +65,7 @@ function start() {
   set("inverted", "inverted", (box) => box.checked);
   set("kernel", "kernel", (box) => box.checked);
   byId("search").addEventListener("input", (event) => flame.search(event.target.value));
-  // The box of a search empties itself on Escape; only afterwards does it zoom out.
+  // Escape clears the search box; outside of it, it zooms out.
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && document.activeElement === document.body) flame.zoom(flame.zoomed.parent || flame.zoomed);
   });
@@ -73,10 +73,10 @@ function start() {
   choose(null);
 }
 
-/** Fills the selects with what the file has. */
-function offer(book, choice) {
-  const there = new Set(book.paths.map((path) => path.cause));
-  if (book.samples.some((sample) => !book.paths[sample.path])) there.add("touch");
+/** Fills the selects with the causes and processes of the file. */
+function fillSelects(store, choice) {
+  const there = new Set(store.paths.map((path) => path.cause));
+  if (store.samples.some((sample) => !store.paths[sample.path])) there.add("touch");
   const option = (value, text) => {
     const made = make("option", "", text);
     made.value = value;
@@ -86,7 +86,7 @@ function offer(book, choice) {
   if (!there.has("touch") && causes.length > 1) choice.cause = causes[1];
   fill(byId("cause"), ...causes.map((cause) => option(cause, CAUSES[cause][0])));
   byId("cause").value = choice.cause;
-  const processes = [...book.processes.values()];
+  const processes = [...store.processes.values()];
   byId("process-box").hidden = processes.length < 2;
   fill(byId("process"), option("", "all"), ...processes.slice(0, 500).map(({ key, label }) => option(key, label)));
 }
@@ -95,11 +95,11 @@ function showCause(cause) {
   fill(byId("cause-note"), CAUSES[cause][1]);
 }
 
-/** The last so many nanoseconds before the event; null for everything. */
-function last(book, length) {
+/** The stretch of `length` nanoseconds up to the event; null for "all". */
+function last(store, length) {
   if (length === "all") return null;
-  const until = Math.min(Math.max(book.eventNs, book.whole.from), book.whole.until);
-  return { from: Math.max(until - Number(length), book.whole.from), until };
+  const until = Math.min(Math.max(store.eventNs, store.whole.from), store.whole.until);
+  return { from: Math.max(until - Number(length), store.whole.from), until };
 }
 
 function clamp({ from, until }, whole) {

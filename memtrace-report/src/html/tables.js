@@ -1,4 +1,4 @@
-// What is told in words and tables: the head of the page, victims, tasks, composition, growth.
+// The words and tables of the page: head, totals, functions, victims, tasks, composition, growth.
 "use strict";
 
 const KINDS = {
@@ -9,7 +9,7 @@ const KINDS = {
   recording: "Recording",
 };
 
-/** The head: what happened, where, and how well it is known. */
+/** The head: what happened, where, the evidence, and what is missing. */
 function showHead(incident) {
   const cgroup = incident.cgroup || {};
   const kind = KINDS[incident.kind] || "Incident";
@@ -69,8 +69,8 @@ function known(value) {
 }
 
 /** Totals of the chosen stretch. */
-function showTotals(element, book, stretch) {
-  const totals = book.totals(stretch);
+function showTotals(element, store, stretch) {
+  const totals = store.totals(stretch);
   const known = (value) => (value === null ? "" : String(value));
   Object.assign(element.dataset, {
     fromNs: String(stretch.from),
@@ -80,7 +80,7 @@ function showTotals(element, book, stretch) {
     unattributedBytes: known(totals.unattributed),
   });
   const when = (ns) => {
-    const apart = ns - book.eventNs;
+    const apart = ns - store.eventNs;
     return apart === 0 ? "the event" : `${duration(Math.abs(apart))} ${apart < 0 ? "before" : "after"}`;
   };
   fill(
@@ -97,12 +97,12 @@ function figure(name, value, aside) {
 }
 
 /** The heaviest functions, by own bytes or with callees. */
-function showFunctions(element, book, choice, order, reorder) {
-  const { whole, rows } = book.functions(choice);
+function showFunctions(element, store, choice, order, reorder) {
+  const { whole, rows } = store.functions(choice);
   const most = 25;
   rows.sort((one, other) => other[order] - one[order] || other.total - one.total);
   if (rows.length === 0) {
-    fill(element, make("p", "note", "No stack of this ledger in this stretch."));
+    fill(element, make("p", "note", "No stack with this cause in this stretch."));
     return;
   }
   const head = (text, key) => {
@@ -122,14 +122,14 @@ function showFunctions(element, book, choice, order, reorder) {
   ));
 }
 
-/** What does not change with the stretch. */
+/** The sections that do not depend on the stretch. */
 function showAbout(element, incident) {
   const oom = incident.oom || {};
   const parts = [];
   const part = (title, ...content) => parts.push(make("section", "", make("h2", "", title), ...content));
   const victims = list(oom.victims).filter(Boolean);
   if (victims.length > 0) {
-    part("Victims", table("Victims, in the order of the kernel",
+    part("Victims", table("Victims",
       [["Process", false], ["Anonymous", true], ["File", true], ["Shared", true], ["Swap", true], ["Score adj.", true], ["", false]],
       victims.map((one) => [
         `${one.comm} (${one.pid})`, bytes(one.anon_bytes), bytes(one.file_bytes), bytes(one.shmem_bytes), bytes(one.swap_bytes),
@@ -156,7 +156,7 @@ function showAbout(element, incident) {
     make("p", "note", "Unattributed: usage without anonymous and shared memory of the processes: page cache, kernel memory, sockets, processes that were not followed."));
   const growth = list(incident.growth).filter(Boolean);
   if (growth.length > 0) {
-    part("Growth of processes up to the event", table("Most grown first",
+    part("Growth of processes up to the event", table("Largest growth first",
       [["Process", false], ["Resident", true], ["Last 100 ms", true], ["Last 1 s", true], ["Last 10 s", true]],
       growth.slice(0, 50).map((one) => [`${one.comm} (${one.pid})`, bytes(one.rss_bytes), bytes(one.last_100ms_bytes), bytes(one.last_1s_bytes), bytes(one.last_10s_bytes)])));
   }

@@ -1,10 +1,10 @@
-//! Tests of the text report: three screens as they are, and what a hostile file cannot do to a terminal.
+//! Tests of the text report: whole reports as snapshots, and that a hostile file cannot send control
+//! characters to a terminal.
 
+use memtrace_incident::{Columns, PressureLimit, fixtures};
 use proptest::prelude::*;
 
 use super::*;
-use memtrace_incident::fixtures;
-use memtrace_incident::{Columns, PressureLimit};
 
 fn check_plain(text: &str) {
     assert!(text.ends_with('\n'));

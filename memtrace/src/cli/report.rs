@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use memtrace_incident::{Cause, Incident};
-use memtrace_report::paths::Window;
+use memtrace_report::paths::GrowthWindow;
 use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 use super::VerbResult;
@@ -108,8 +108,8 @@ pub fn run(args: &Args) -> VerbResult {
         symbolize_file(&mut incident, &args.debug_dir);
     }
     let window = match args.window {
-        ReportWindow::All => Window::WHOLE,
-        ReportWindow::Last(span) => Window::before(&incident, span.nanoseconds()),
+        ReportWindow::All => GrowthWindow::WHOLE,
+        ReportWindow::Last(span) => GrowthWindow::before(&incident, span.nanoseconds()),
     };
     let rendered = match args.format {
         ReportFormat::Text => text::report(&incident, &terminal::style(args.color, args.output.is_some())).into_bytes(),
