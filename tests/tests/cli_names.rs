@@ -45,7 +45,7 @@ fn names_a_function_and_says_when_it_cannot() -> anyhow::Result<()> {
     std::fs::write(&garbage, [0x7f; 5000])?;
     let offset = own_offset()?;
     let job = json!({
-        "questions": [[["/garbage", null], [64]], [["/own", null], [offset, u64::MAX]], [["/none", null], [1]]],
+        "unnamed": [[["/garbage", null], [64]], [["/own", null], [offset, u64::MAX]], [["/none", null], [1]]],
         "modules": [[["/own", null], own], [["/garbage", null], garbage]],
         "debug_dirs": [],
         "search": false,
@@ -66,7 +66,7 @@ fn names_a_function_and_says_when_it_cannot() -> anyhow::Result<()> {
 
 #[test]
 fn what_is_no_job_is_refused() -> anyhow::Result<()> {
-    for job in [&b""[..], b"{", b"[]", b"{\"questions\":[[[\"/a\",null],[-1]]]}", &[0xff; 100_000]] {
+    for job in [&b""[..], b"{", b"[]", b"{\"unnamed\":[[[\"/a\",null],[-1]]]}", &[0xff; 100_000]] {
         let output = name_frames(job)?;
         ensure!(output.status.code() == Some(1) && output.stdout.is_empty(), "{output:?}");
     }
