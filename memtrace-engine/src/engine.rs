@@ -17,7 +17,7 @@ use crate::decode::{self, DecodeError, Reading, Record, known};
 use crate::growth::Attribution;
 use crate::input::{CgroupFound, Fact, Input, Settings};
 use crate::limits::Limits;
-use crate::oom::Oom;
+use crate::oom::OomKills;
 use crate::output::{Out, Output, Request};
 use crate::run::Run;
 use crate::world::{MAX_BEFORE_NS, World};
@@ -48,7 +48,7 @@ pub struct Engine {
     evictions_counted: [u64; 5],
     pub(crate) world: World,
     growth: Attribution,
-    pub(crate) oom: Oom,
+    pub(crate) oom: OomKills,
     pub(crate) limits: Limits,
     pub(crate) recording: Option<RecordingState>,
     /// How many outputs of [`Out`] the recording has seen.

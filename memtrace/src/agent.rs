@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::serve::{self, Counters, LoopRequest, MetricsSnapshot, StackCost};
+use crate::serve::{self, Counters, LoopRequest, MetricsSnapshot, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 
 mod incident_reader;
@@ -71,22 +71,13 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let (sender, mut requests) = mpsc::channel(MAX_REQUESTS);
     let listener = match config.listen {
         None => None,
-        Some(address) => Some(
-            TcpListener::bind(address)
-                .await
-                .with_context(|| format!("failed to listen on {address}; choose another address with --listen"))?,
-        ),
+        Some(address) => Some(listen(address).await?),
     };
     if let Some(journal) = &config.session.journal {
         recovery::recover(&journal.dir, &mut sinks)?;
     }
     let mut session = Session::start(&config.session)?;
-    for line in session.status().degraded() {
-        warn!("degraded: {line}");
-    }
-    for fallback in session.status().fallbacks() {
-        warn!("{fallback}");
-    }
+    warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
@@ -143,6 +134,21 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let failed = || format!("failed to listen on {address}; choose another address with --listen");
+    TcpListener::bind(address).await.with_context(failed)
+}
+
+/// Logs what is lost on this kernel, and which programs stand in for better ones.
+fn warn_of_missing_hooks(session: &Session) {
+    for line in session.status().degraded() {
+        warn!("degraded: {line}");
+    }
+    for fallback in session.status().fallbacks() {
+        warn!("{fallback}");
+    }
+}
+
 /// Answers a request between two turns of the loop. The client may have gone, so a failed reply is ignored.
 fn answer(request: LoopRequest, session: &Session, counters: &Counters, symbolize: &SymbolizeQueue) {
     match request {
@@ -158,7 +164,7 @@ fn answer(request: LoopRequest, session: &Session, counters: &Counters, symboliz
                 stacks,
                 incidents_named: symbolize.named,
                 incidents_not_named: symbolize.failed,
-                stack_cost: StackCost { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
+                stack_cost: StackCostTotals { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
                 counters: counters.clone(),
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),

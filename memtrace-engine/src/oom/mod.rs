@@ -32,17 +32,17 @@ use sigkills::Sigkills;
 
 /// State of all kills.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Oom {
+pub(crate) struct OomKills {
     /// Oldest first. Cap: [`OPEN_CAP`].
     open: Vec<OpenIncident>,
     pairing: Pairing,
     sigkills: Sigkills,
     log: KernelLog,
-    /// Whether [`Oom::cgroups`] may have changed since [`Oom::take_changed`].
+    /// Whether [`OomKills::cgroups`] may have changed since [`OomKills::take_changed`].
     changed: bool,
 }
 
-impl Oom {
+impl OomKills {
     /// SIGKILL was sent. One from the kernel waits for its mark, unless the mark came first.
     pub(crate) fn kill(&mut self, r: &wire::Kill, world: &World, run: &mut Run) {
         self.sigkills.sent_by(r, world, run);
@@ -233,7 +233,7 @@ impl Oom {
         }
     }
 
-    /// Closes incidents whose window is over; with `all`, every incident. Call [`Oom::add_sharers`]
+    /// Closes incidents whose window is over; with `all`, every incident. Call [`OomKills::add_sharers`]
     /// first.
     pub(crate) fn close_due(&mut self, all: bool, context: &BuildContext<'_>, out: &mut Out) {
         let (now, after_ns) = (context.run.now, context.run.settings.after_ns);
@@ -293,7 +293,7 @@ impl Oom {
         self.open.iter_mut().for_each(|open| open.view.input_over());
     }
 
-    /// Whether [`Oom::cgroups`] may have changed since the last call.
+    /// Whether [`OomKills::cgroups`] may have changed since the last call.
     pub(crate) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }

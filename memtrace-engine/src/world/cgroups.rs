@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 
 use memtrace_incident::MappingNote;
 
-use super::timeline::Timeline;
+use super::timeline::RecentCurve;
 use super::{Point, Sums};
 use crate::decode::{Limit, Reading};
 
@@ -43,7 +43,7 @@ pub(crate) struct CgroupRow {
     pub(crate) own: Sums,
     /// Sum over the address spaces of its subtree.
     pub(crate) tree: Sums,
-    pub(crate) timeline: Timeline,
+    pub(crate) timeline: RecentCurve,
     /// Oldest first. Cap: [`NOTES_CAP`].
     pub(crate) notes: VecDeque<MappingNote>,
     lookup_ns: Option<u64>,

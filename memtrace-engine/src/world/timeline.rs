@@ -225,7 +225,7 @@ impl Tier {
 
 /// The curve of one cgroup over the last `before_ns`. Cap: [`TIMELINE_CAP`].
 #[derive(Clone, Debug)]
-pub(crate) struct Timeline {
+pub(crate) struct RecentCurve {
     fine: Tier,
     mid: Tier,
     coarse: Tier,
@@ -233,7 +233,7 @@ pub(crate) struct Timeline {
     newest_ns: u64,
 }
 
-impl Default for Timeline {
+impl Default for RecentCurve {
     fn default() -> Self {
         Self {
             fine: Tier::new(0),
@@ -245,7 +245,7 @@ impl Default for Timeline {
     }
 }
 
-impl Timeline {
+impl RecentCurve {
     /// Adds a reading. Readings may come out of order.
     pub(crate) fn insert(&mut self, point: Point, before_ns: u64) {
         let before_ns = before_ns.min(MAX_BEFORE_NS);
@@ -375,13 +375,13 @@ mod tests {
         Point::new(boot_ns, &Reading { usage: Some(usage), ..Reading::default() }, Sums::default())
     }
 
-    fn rows(t: &Timeline) -> Vec<Point> {
+    fn rows(t: &RecentCurve) -> Vec<Point> {
         t.rows(0..=u64::MAX).copied().collect()
     }
 
     #[test]
     fn everything_of_the_last_two_seconds_is_kept() {
-        let mut t = Timeline::default();
+        let mut t = RecentCurve::default();
         for i in 0..2000u64 {
             t.insert(at(1_000_000_000 + i * 1_000_000, i), BEFORE);
         }
@@ -391,7 +391,7 @@ mod tests {
 
     #[test]
     fn age_makes_it_coarser_and_counts_what_is_left_out() {
-        let mut t = Timeline::default();
+        let mut t = RecentCurve::default();
         for i in 0..30_000u64 {
             t.insert(at(i * 1_000_000, i % 977), BEFORE);
         }
@@ -412,7 +412,7 @@ mod tests {
 
     #[test]
     fn a_peak_between_two_low_readings_survives_to_the_end_of_the_window() {
-        let mut t = Timeline::default();
+        let mut t = RecentCurve::default();
         t.insert(at(1_000_000_000, 10), BEFORE);
         t.insert(at(1_001_000_000, 999), BEFORE);
         t.insert(at(1_002_000_000, 10), BEFORE);
@@ -424,7 +424,7 @@ mod tests {
 
     #[test]
     fn a_curve_that_falls_and_rests_does_not_rest_on_its_peak() {
-        let (mut t, mut curve) = (Timeline::default(), Curve::default());
+        let (mut t, mut curve) = (RecentCurve::default(), Curve::default());
         for i in 0..10_000u64 {
             curve.insert(at(i * 10_000, 10));
         }
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn late_readings_go_where_they_belong() {
-        let mut t = Timeline::default();
+        let mut t = RecentCurve::default();
         for ns in [20_000_000_000u64, 5_000_000_000, 19_999_000_000, 12_000_000_000, 20_000_000_000] {
             t.insert(at(ns, ns), BEFORE);
         }
@@ -463,7 +463,7 @@ mod tests {
             steps in prop::collection::vec((0u64..400_000_000, 0u64..30_000_000, 0u64..1_000_000), 1..3000),
             before in prop_oneof![Just(BEFORE), 1_000_000_000u64..1_000_000_000_000],
         ) {
-            let mut t = Timeline::default();
+            let mut t = RecentCurve::default();
             let mut all = Vec::new();
             let mut now = 1_000_000_000_000u64;
             for (step, back, usage) in steps {
@@ -483,7 +483,7 @@ mod tests {
 
         #[test]
         fn any_times_stay_under_the_cap(times in prop::collection::vec((any::<u64>(), any::<u64>()), 0..500)) {
-            let mut t = Timeline::default();
+            let mut t = RecentCurve::default();
             let mut c = Curve::default();
             for (ns, usage) in times {
                 t.insert(at(ns, usage), BEFORE);

@@ -246,122 +246,22 @@ impl Hook {
     }
 
     const fn about(self) -> About {
-        use HookNeed::{Optional, Required};
-        const ANY: &[&[&str]] = &[];
         match self {
-            Self::Rss => About {
-                name: "rss",
-                need: Required,
-                programs: const { &[typed("rss_stat_btf", "rss_stat"), raw("rss_stat", "rss_stat")] },
-                fields: ANY,
-                lost: "There is no timeline of memory and nothing to attribute growth with.",
-            },
-            Self::Oom => About {
-                name: "oom",
-                need: Required,
-                programs: const { &[raw("mark_victim", "mark_victim")] },
-                fields: &[&["mark_victim_is_task"]],
-                lost: "OOM kills are not seen.",
-            },
-            Self::Kill => About {
-                name: "kill",
-                need: Required,
-                programs: const { &[raw("signal_generate", "signal_generate")] },
-                fields: ANY,
-                lost: "A process the OOM killer killed cannot be told from one it only marked, \
-                       and group kills are not seen in full.",
-            },
-            Self::Fork => About {
-                name: "fork",
-                need: Required,
-                programs: const { &[raw("process_fork", "sched_process_fork")] },
-                fields: ANY,
-                lost: "New processes have no parent and no start, so memory cannot be tied to a process.",
-            },
-            Self::Exec => About {
-                name: "exec",
-                need: Required,
-                programs: const { &[raw("process_exec", "sched_process_exec")] },
-                fields: ANY,
-                lost: "Processes keep the name and the address space of the program they were forked from.",
-            },
-            Self::Exit => About {
-                name: "exit",
-                need: Required,
-                programs: const { &[raw("process_exit", "sched_process_exit")] },
-                fields: ANY,
-                lost: "Processes never end, so memory is counted that is long freed.",
-            },
-            Self::ExitMmap => About {
-                name: "exit_mmap",
-                need: Optional,
-                programs: const { &[raw("exit_mmap", "exit_mmap")] },
-                fields: ANY,
-                lost: "The end of an address space is told by the exit of its process, a little early.",
-            },
-            Self::CgroupMkdir => About {
-                name: "cgroup_mkdir",
-                need: Optional,
-                programs: const { &[raw("cgroup_mkdir", "cgroup_mkdir")] },
-                fields: ANY,
-                lost: "Cgroups that live for less than a moment stay without a path.",
-            },
-            Self::CgroupRmdir => About {
-                name: "cgroup_rmdir",
-                need: Optional,
-                programs: const { &[raw("cgroup_rmdir", "cgroup_rmdir")] },
-                fields: ANY,
-                lost: "Removed cgroups are forgotten by age only.",
-            },
-            Self::CgroupAttach => About {
-                name: "cgroup_attach",
-                need: Optional,
-                programs: const { &[raw("cgroup_attach", "cgroup_attach_task")] },
-                fields: ANY,
-                lost: "A process that moves to another cgroup is noticed at its next reading.",
-            },
-            Self::ReclaimBegin => About {
-                name: "reclaim_begin",
-                need: Optional,
-                programs: const { &[raw("reclaim_begin", "mm_vmscan_memcg_reclaim_begin")] },
-                fields: ANY,
-                lost: "There is no warning before a kill, and near misses are not seen.",
-            },
-            Self::ReclaimEnd => About {
-                name: "reclaim_end",
-                need: Optional,
-                programs: const { &[raw("reclaim_end", "mm_vmscan_memcg_reclaim_end")] },
-                fields: ANY,
-                lost: "How long tasks were held up by reclaim is unknown.",
-            },
-            Self::Map => About {
-                name: "map",
-                need: Optional,
-                programs: const { &[CALLS_X86, CALLS_ARM64, raw("sys_exit", "sys_exit")] },
-                fields: &[
-                    &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
-                    &["regs_syscallno", "regs_orig_x0", "regs_regs"],
-                ],
-                lost: "The list of mappings (mmap, brk and their kin) is empty, and so are the allocation paths of these calls.",
-            },
-            Self::OomDecision => About {
-                name: "oom_decision",
-                need: Optional,
-                programs: const {
-                    &[fentry("oom_decision_fentry", OOM_KILL_PROCESS), kprobe("oom_decision_kprobe", OOM_KILL_PROCESS)]
-                },
-                fields: &[&["oom_memcg", "oom_chosen"]],
-                lost: "The cgroup that ran out is inferred from the page counters and the kernel log \
-                       instead of read from the OOM killer.",
-            },
-            Self::Charge => About {
-                name: "charge",
-                need: Optional,
-                programs: &[CHARGES_FENTRY, CHARGES_KPROBE],
-                fields: ANY,
-                lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is only seen \
-                       when a process of the cgroup changes, reclaims or is killed.",
-            },
+            Self::Rss => RSS,
+            Self::Oom => OOM,
+            Self::Kill => KILL,
+            Self::Fork => FORK,
+            Self::Exec => EXEC,
+            Self::Exit => EXIT,
+            Self::ExitMmap => EXIT_MMAP,
+            Self::CgroupMkdir => CGROUP_MKDIR,
+            Self::CgroupRmdir => CGROUP_RMDIR,
+            Self::CgroupAttach => CGROUP_ATTACH,
+            Self::ReclaimBegin => RECLAIM_BEGIN,
+            Self::ReclaimEnd => RECLAIM_END,
+            Self::Map => MAP,
+            Self::OomDecision => OOM_DECISION,
+            Self::Charge => CHARGE,
         }
     }
 }
@@ -374,6 +274,136 @@ struct About {
     fields: &'static [&'static [&'static str]],
     lost: &'static str,
 }
+
+use HookNeed::{Optional, Required};
+
+const ANY: &[&[&str]] = &[];
+
+const RSS: About = About {
+    name: "rss",
+    need: Required,
+    programs: const { &[typed("rss_stat_btf", "rss_stat"), raw("rss_stat", "rss_stat")] },
+    fields: ANY,
+    lost: "There is no timeline of memory and nothing to attribute growth with.",
+};
+
+const OOM: About = About {
+    name: "oom",
+    need: Required,
+    programs: const { &[raw("mark_victim", "mark_victim")] },
+    fields: &[&["mark_victim_is_task"]],
+    lost: "OOM kills are not seen.",
+};
+
+const KILL: About = About {
+    name: "kill",
+    need: Required,
+    programs: const { &[raw("signal_generate", "signal_generate")] },
+    fields: ANY,
+    lost: "A process the OOM killer killed cannot be told from one it only marked, \
+           and group kills are not seen in full.",
+};
+
+const FORK: About = About {
+    name: "fork",
+    need: Required,
+    programs: const { &[raw("process_fork", "sched_process_fork")] },
+    fields: ANY,
+    lost: "New processes have no parent and no start, so memory cannot be tied to a process.",
+};
+
+const EXEC: About = About {
+    name: "exec",
+    need: Required,
+    programs: const { &[raw("process_exec", "sched_process_exec")] },
+    fields: ANY,
+    lost: "Processes keep the name and the address space of the program they were forked from.",
+};
+
+const EXIT: About = About {
+    name: "exit",
+    need: Required,
+    programs: const { &[raw("process_exit", "sched_process_exit")] },
+    fields: ANY,
+    lost: "Processes never end, so memory is counted that is long freed.",
+};
+
+const EXIT_MMAP: About = About {
+    name: "exit_mmap",
+    need: Optional,
+    programs: const { &[raw("exit_mmap", "exit_mmap")] },
+    fields: ANY,
+    lost: "The end of an address space is told by the exit of its process, a little early.",
+};
+
+const CGROUP_MKDIR: About = About {
+    name: "cgroup_mkdir",
+    need: Optional,
+    programs: const { &[raw("cgroup_mkdir", "cgroup_mkdir")] },
+    fields: ANY,
+    lost: "Cgroups that live for less than a moment stay without a path.",
+};
+
+const CGROUP_RMDIR: About = About {
+    name: "cgroup_rmdir",
+    need: Optional,
+    programs: const { &[raw("cgroup_rmdir", "cgroup_rmdir")] },
+    fields: ANY,
+    lost: "Removed cgroups are forgotten by age only.",
+};
+
+const CGROUP_ATTACH: About = About {
+    name: "cgroup_attach",
+    need: Optional,
+    programs: const { &[raw("cgroup_attach", "cgroup_attach_task")] },
+    fields: ANY,
+    lost: "A process that moves to another cgroup is noticed at its next reading.",
+};
+
+const RECLAIM_BEGIN: About = About {
+    name: "reclaim_begin",
+    need: Optional,
+    programs: const { &[raw("reclaim_begin", "mm_vmscan_memcg_reclaim_begin")] },
+    fields: ANY,
+    lost: "There is no warning before a kill, and near misses are not seen.",
+};
+
+const RECLAIM_END: About = About {
+    name: "reclaim_end",
+    need: Optional,
+    programs: const { &[raw("reclaim_end", "mm_vmscan_memcg_reclaim_end")] },
+    fields: ANY,
+    lost: "How long tasks were held up by reclaim is unknown.",
+};
+
+const MAP: About = About {
+    name: "map",
+    need: Optional,
+    programs: const { &[CALLS_X86, CALLS_ARM64, raw("sys_exit", "sys_exit")] },
+    fields: &[
+        &["regs_orig_ax", "regs_di", "regs_si", "regs_dx", "regs_r10"],
+        &["regs_syscallno", "regs_orig_x0", "regs_regs"],
+    ],
+    lost: "The list of mappings (mmap, brk and their kin) is empty, and so are the allocation paths of these calls.",
+};
+
+const OOM_DECISION: About = About {
+    name: "oom_decision",
+    need: Optional,
+    programs: const { &[fentry("oom_decision_fentry", OOM_KILL_PROCESS), kprobe("oom_decision_kprobe", OOM_KILL_PROCESS)] },
+    fields: &[&["oom_memcg", "oom_chosen"]],
+    lost: "The cgroup that ran out is inferred from the page counters and the kernel log \
+           instead of read from the OOM killer.",
+};
+
+const CHARGE: About = About {
+    name: "charge",
+    need: Optional,
+    programs: &[CHARGES_FENTRY, CHARGES_KPROBE],
+    fields: ANY,
+    lost: "Growth that is not a process's own memory (page cache, sockets, kernel) is only seen \
+           when a process of the cgroup changes, reclaims or is killed.",
+};
 
 impl std::fmt::Display for Hook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

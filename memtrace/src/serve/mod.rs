@@ -60,7 +60,7 @@ pub struct MetricsSnapshot {
     /// Stacks unwound since the start.
     pub stacks: u64,
     /// What stacks have cost since the start.
-    pub stack_cost: StackCost,
+    pub stack_cost: StackCostTotals,
     /// Every hook, and whether it is attached.
     pub hooks: Vec<(&'static str, bool)>,
     /// Resident memory of the agent, bytes; `None` when /proc/self/statm cannot be read.
@@ -71,7 +71,7 @@ pub struct MetricsSnapshot {
 
 /// What stacks have cost since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StackCost {
+pub struct StackCostTotals {
     /// CPU time in the kernel, nanoseconds.
     pub kernel_ns: u64,
     /// CPU time in the agent, nanoseconds.
