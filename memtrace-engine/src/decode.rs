@@ -1,8 +1,8 @@
 //! Decodes the bytes of a ring into typed records. This is the only decoder of the wire format in
 //! userspace, and any bytes give a record or a typed error.
 //!
-//! It also turns wire values into what the engine works with: [`known`] makes `UNKNOWN` a `None`,
-//! [`Reading`] does so for all counters of a cgroup, and [`printable`] makes text safe for a
+//! It also turns wire values into what the engine works with: `known` makes `UNKNOWN` a `None`,
+//! `Reading` does so for all counters of a cgroup, and `printable` makes text safe for a
 //! terminal.
 
 use memtrace_common::event as wire;

@@ -51,7 +51,7 @@ impl RegisterColumns {
 }
 
 /// Index of a section without `.eh_frame_hdr`: stated address of the code and offset of its entry,
-/// sorted. Bounded by [`MAX_INDEX_WORK`].
+/// sorted. Bounded by `MAX_INDEX_WORK`.
 #[derive(Clone, Debug, Default)]
 pub struct EntryIndex(Vec<(u64, usize)>);
 

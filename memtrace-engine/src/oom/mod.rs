@@ -2,7 +2,7 @@
 //!
 //! A kill arrives in pieces: a decision, a SIGKILL, a mark of the victim, lines of the kernel log,
 //! and the victim's exit, in any order. [`pairing`] joins them. [`open_incident`] is the incident
-//! until its window is over. [`scope`] decides what ran out of memory. [`kernel_log`] is the second
+//! until its window is over. [`mod@scope`] decides what ran out of memory. [`kernel_log`] is the second
 //! witness. [`sigkills`] writes the sender of each SIGKILL to its ledger.
 
 use memtrace_common::event as wire;

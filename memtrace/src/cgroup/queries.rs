@@ -65,12 +65,12 @@ impl CgroupQueries {
         }
     }
 
-    /// How often a cgroup was not watched because [`MAX_WATCHED`] others were.
+    /// How often a cgroup was not watched because 64 others were.
     pub fn not_watched(&self) -> u64 {
         self.not_watched
     }
 
-    /// Answers at most [`LOOKUPS_AT_ONCE`] look-ups, and says which watched cgroups changed.
+    /// Answers a bounded number of look-ups, and says which watched cgroups changed.
     pub fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
         for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_AT_ONCE)) {

@@ -1,6 +1,6 @@
 //! The command line: one file for each verb, arguments in and text out, and the one place that decides exit codes.
 //!
-//! What several verbs share: [`config`] has every setting, [`values`] the sizes and times that people type, [`terminal`]
+//! What several verbs share: `config` has every setting, [`values`] the sizes and times that people type, [`terminal`]
 //! how text looks and where it goes.
 
 use std::io::Write;
