@@ -46,6 +46,32 @@ impl Kind {
         }
     }
 
+    /// The name on the command line: [`Kind::name`] with hyphens.
+    pub const fn flag_value(self) -> &'static str {
+        match self {
+            Self::OomKill => "oom-kill",
+            Self::NearMiss => "near-miss",
+            Self::Spike | Self::Stuck | Self::Recording => self.name(),
+        }
+    }
+
+    /// One sentence without a full stop, for help texts.
+    pub const fn sentence(self) -> &'static str {
+        match self {
+            Self::OomKill => "The OOM killer killed",
+            Self::Spike => "Memory came close to a limit and fell again",
+            Self::NearMiss => "A limit was hit without a kill",
+            Self::Stuck => "A cgroup waited at its limit with its OOM killer off",
+            Self::Recording => "A recording of `memtrace record`",
+        }
+    }
+
+    /// The kind with this name, in the file's or the command line's form; `oom` is short for an OOM kill.
+    pub fn named(name: &str) -> Option<Self> {
+        let is = |kind: &Self| name == kind.name() || name == kind.flag_value();
+        Self::ALL.into_iter().find(is).or((name == "oom").then_some(Self::OomKill))
+    }
+
     /// The moment at which the growth windows end, to follow a verb: "windows end at the kill".
     pub const fn moment(self) -> &'static str {
         match self {
@@ -82,6 +108,8 @@ mod tests {
     fn names_are_those_of_the_file() {
         for kind in Kind::ALL {
             assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
+            assert_eq!(kind.flag_value(), kind.name().replace('_', "-"));
+            assert_eq!((Kind::named(kind.name()), Kind::named(kind.flag_value())), (Some(kind), Some(kind)));
         }
     }
 }

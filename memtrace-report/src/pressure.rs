@@ -1,7 +1,7 @@
 //! The sentences of the text report about a limit that was hit without a kill: a near miss of
 //! `memory.max`, a slow-down by `memory.high`, or a v1 cgroup stuck with its OOM killer off.
 
-use memtrace_incident::{Incident, Pressure, PressureLimit, units};
+use memtrace_incident::{Incident, Kind, Pressure, PressureLimit, units};
 
 use super::Style;
 use super::text::short_place;
@@ -14,11 +14,13 @@ pub(super) fn headline(incident: &Incident, pressure: &Pressure, style: &Style) 
     let of = |bytes: Option<u64>| bytes.map_or_else(|| " (unknown)".to_owned(), |b| format!(" of {}", units::bytes(b)));
     if let Some(ns) = pressure.under_oom_ns {
         let of = of(cgroup.limit_bytes);
-        return format!("Stuck: {place} waited {} at its limit{of} with its OOM killer off.", units::duration(ns));
+        let (title, waited) = (Kind::Stuck.title(), units::duration(ns));
+        return format!("{title}: {place} waited {waited} at its limit{of} with its OOM killer off.");
     }
     match pressure.limit {
         PressureLimit::Max => {
-            format!("Near miss: {place} hit its limit{}, {hits}; nobody was killed.", of(cgroup.limit_bytes))
+            let title = Kind::NearMiss.title();
+            format!("{title}: {place} hit its limit{}, {hits}; nobody was killed.", of(cgroup.limit_bytes))
         }
         PressureLimit::High => format!("Slowed down: {place} hit its memory.high{}, {hits}.", of(cgroup.high_bytes)),
     }

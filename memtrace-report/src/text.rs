@@ -28,8 +28,8 @@ pub fn report(incident: &Incident, style: &Style) -> String {
             None => "A limit was hit without a kill: nothing more is known.".to_owned(),
         },
         (_, Some(oom), _) => kill_headline(incident, oom, style),
-        (Kind::OomKill, None, _) => "OOM kill: nothing more is known.".to_owned(),
-        (Kind::Recording, _, None) => "Recording: nothing is known about the command.".to_owned(),
+        (kind @ Kind::OomKill, None, _) => format!("{}: nothing more is known.", kind.title()),
+        (kind @ Kind::Recording, _, None) => format!("{}: nothing is known about the command.", kind.title()),
     };
     page.wrapped(if incident.kind.is_alarm() { Paint::Alarm } else { Paint::Strong }, &headline, 0);
     add_verdict(&mut page, incident);
@@ -69,7 +69,7 @@ fn kill_headline(incident: &Incident, oom: &Oom, style: &Style) -> String {
         },
     };
     let killed = oom.victims.is_empty() || oom.victims.iter().any(|victim| victim.killed);
-    let what = if killed { "OOM kill" } else { "OOM, nobody killed" };
+    let what = if killed { Kind::OomKill.title() } else { "OOM, nobody killed" };
     let place = short_place(&incident.cgroup, style);
     let limit = |cgroup: Option<&Cgroup>| match cgroup.and_then(|cgroup| cgroup.limit_bytes) {
         Some(limit) => format!("its limit of {}", units::bytes(limit)),
@@ -102,7 +102,8 @@ fn spike_headline(incident: &Incident, style: &Style) -> String {
         _ => String::new(),
     };
     let place = short_place(cgroup, style);
-    format!("Spike: {place} rose to {}{of_limit} and fell again; nobody was killed.", units::known(cgroup.usage_bytes))
+    let (title, usage) = (Kind::Spike.title(), units::known(cgroup.usage_bytes));
+    format!("{title}: {place} rose to {usage}{of_limit} and fell again; nobody was killed.")
 }
 
 fn recording_headline(incident: &Incident, recording: &Recording, style: &Style) -> String {
@@ -117,7 +118,8 @@ fn recording_headline(incident: &Incident, recording: &Recording, style: &Style)
         (None, None) => "and was still running".to_owned(),
     };
     let peak = incident.cgroup.peak_bytes.map(|peak| format!("; its cgroup peaked at {}", units::bytes(peak)));
-    format!("Recording: {what} ran {} {end}{}.", units::duration(recording.duration_ns), peak.unwrap_or_default())
+    let (title, duration) = (Kind::Recording.title(), units::duration(recording.duration_ns));
+    format!("{title}: {what} ran {duration} {end}{}.", peak.unwrap_or_default())
 }
 
 fn add_verdict(page: &mut TextPage<'_>, incident: &Incident) {

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::anyhow;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use jiff::{SpanRelativeTo, Timestamp};
 
 use super::config::{Config, Flags, READ};
@@ -35,28 +36,20 @@ pub struct Args {
     #[arg(long, value_name = "WHEN", value_parser = since)]
     pub since: Option<Timestamp>,
     /// Only incidents of this kind
-    #[arg(long, value_name = "KIND")]
-    pub kind: Option<KindFilter>,
+    #[arg(long, value_name = "KIND", value_parser = kind())]
+    pub kind: Option<Kind>,
     /// List processes that got SIGKILL, and who sent it, instead of incidents
     #[arg(long, conflicts_with = "kind")]
     pub sigkills: bool,
 }
 
-/// A kind of incident on the command line.
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KindFilter {
-    /// The OOM killer killed
-    #[value(alias = "oom_kill", alias = "oom")]
-    OomKill,
-    /// Memory came close to a limit and fell again
-    Spike,
-    /// A limit was hit without a kill
-    #[value(alias = "near_miss")]
-    NearMiss,
-    /// A cgroup waited at its limit with its OOM killer off
-    Stuck,
-    /// A recording of `memtrace record`
-    Recording,
+/// Takes a kind of incident in the command line's form or the file's; `oom` is short for `oom-kill`.
+fn kind() -> impl TypedValueParser<Value = Kind> {
+    let value = |kind: Kind| {
+        let value = PossibleValue::new(kind.flag_value()).help(kind.sentence()).alias(kind.name());
+        if kind == Kind::OomKill { value.alias("oom") } else { value }
+    };
+    PossibleValuesParser::new(Kind::ALL.map(value)).try_map(|name| Kind::named(&name).ok_or("not a kind of incident"))
 }
 
 /// Runs the verb.
@@ -133,19 +126,11 @@ pub(super) fn note(text: &str) {
 }
 
 fn wanted(args: &Args, incident: &Incident) -> bool {
-    let kind = match args.kind {
-        None => None,
-        Some(KindFilter::OomKill) => Some(Kind::OomKill),
-        Some(KindFilter::Spike) => Some(Kind::Spike),
-        Some(KindFilter::NearMiss) => Some(Kind::NearMiss),
-        Some(KindFilter::Stuck) => Some(Kind::Stuck),
-        Some(KindFilter::Recording) => Some(Kind::Recording),
-    };
     let recent = match (args.since, listing::wall(incident)) {
         (Some(since), Some(at)) => at >= since,
         _ => true,
     };
-    recent && kind.is_none_or(|kind| kind == incident.kind)
+    recent && args.kind.is_none_or(|kind| kind == incident.kind)
 }
 
 fn since(text: &str) -> Result<Timestamp, String> {
