@@ -105,24 +105,7 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
     }
     PendingGrowth::add(pending, -weight);
     PendingGrowth::set_next(pending, jittered);
-    let sample = field!(scratch.sample);
-    set!(sample => {
-        weight_bytes: (weight as u64) << subject.shift,
-        cause: subject.cause,
-        mm_id: subject.mm_id,
-        cgroup_id: cgroup_id,
-        grown_bytes: subject.grown_bytes,
-        address: subject.address,
-        size_bytes: subject.size_bytes,
-        reserved: 0,
-    });
-    read_user(regs, scratch);
-    let sample = field!(scratch.sample);
-    read_task(current(), field!(sample.task));
-    set!(sample => {
-        kernel_frames: bpf_calls::kernel_stack(ctx, field!(sample.kernel)),
-        user_frames: bpf_calls::user_stack(ctx, field!(sample.user)),
-    });
+    fill(ctx, regs, scratch, subject, cgroup_id, (weight as u64) << subject.shift);
     // Not ours when a program that interrupted this one overwrote it between our look and our mark.
     let ours = load(owner) == token;
     if !ours {
@@ -139,14 +122,48 @@ pub fn sample(ctx: &impl EbpfContext, regs: u64, pending: *mut PendingGrowth, su
         PendingGrowth::add(pending, weight);
         PendingGrowth::set_next(pending, PendingGrowth::grown(pending) + jittered);
     }
-    let budget = unsafe { &mut *budget };
-    let spent = boot_ns() - now;
-    budget.spent_ns += spent;
+    pay(unsafe { &mut *budget }, account, boot_ns() - now);
+}
+
+/// Puts a sample together in `scratch`: what it stands for, the user stack, the task and the frames.
+#[inline(always)]
+fn fill(
+    ctx: &impl EbpfContext,
+    regs: u64,
+    scratch: *mut SampleScratch,
+    subject: &SampleSubject,
+    cgroup_id: u64,
+    weight_bytes: u64,
+) {
+    let sample = field!(scratch.sample);
+    set!(sample => {
+        weight_bytes: weight_bytes,
+        cause: subject.cause,
+        mm_id: subject.mm_id,
+        cgroup_id: cgroup_id,
+        grown_bytes: subject.grown_bytes,
+        address: subject.address,
+        size_bytes: subject.size_bytes,
+        reserved: 0,
+    });
+    read_user(regs, scratch);
+    let sample = field!(scratch.sample);
+    read_task(current(), field!(sample.task));
+    set!(sample => {
+        kernel_frames: bpf_calls::kernel_stack(ctx, field!(sample.kernel)),
+        user_frames: bpf_calls::user_stack(ctx, field!(sample.user)),
+    });
+}
+
+/// Takes what a stack has cost off the part of the budget that it is paid from.
+#[inline(always)]
+fn pay(budget: &mut StackBudget, account: Account, spent_ns: u64) {
+    budget.spent_ns += spent_ns;
     budget.taken += 1;
     if account == Account::Large {
-        budget.large_tokens_ns -= spent as i64;
+        budget.large_tokens_ns -= spent_ns as i64;
     } else {
-        budget.tokens_ns -= spent as i64;
+        budget.tokens_ns -= spent_ns as i64;
     }
 }
 

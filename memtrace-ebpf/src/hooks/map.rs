@@ -159,8 +159,7 @@ fn note(ctx: &impl EbpfContext, regs: u64, arch: Arch, call: u32, ret: u64, mm: 
         grown(ctx, regs, call, address, size, mm, state);
     } else {
         state.unmapped_bytes = state.unmapped_bytes.wrapping_add(size);
-        // Only after a fall that was reported: address space that was never touched gives nothing
-        // back.
+        // Only after a fall that was reported: what was never touched gives nothing back.
         if state.fall_reported != 0 {
             state.fall_reported = 0;
             given_back();
@@ -172,8 +171,7 @@ fn note(ctx: &impl EbpfContext, regs: u64, arch: Arch, call: u32, ret: u64, mm: 
     {
         return;
     }
-    // A loop of large mappings adds up instead of flooding the ring; a huge one is reported at
-    // once.
+    // A loop of large mappings adds up and does not flood the ring; a huge one is sent at once.
     let now = boot_ns();
     if now.saturating_sub(state.mapping_ns) < MAPPING_INTERVAL_NS && size < control!(mapping_bytes) << 6 {
         return;
