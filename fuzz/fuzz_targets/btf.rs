@@ -2,13 +2,13 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memtrace::kernel::{btf::Btf, facts, support};
+use memtrace::kernel::{btf::Btf, facts, hooks::Hook, support};
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(btf) = Btf::parse(bytes) {
-        let mut found = support::Facts::default();
+        let mut found = support::KernelFacts::default();
         facts::describe(&mut found, &btf);
         let plan = support::plan(&found, &[]);
-        assert_eq!(plan.steps.len() + plan.refused.len(), support::Hook::ALL.len());
+        assert_eq!(plan.steps.len() + plan.refused.len(), Hook::ALL.len());
     }
 });
