@@ -14,6 +14,8 @@ use crate::{json, programs};
 
 /// How long incidents may take to appear.
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
+/// How long the first stack of a workload may take. Where none comes, the workload goes on.
+const FIRST_STACK: Duration = Duration::from_secs(10);
 /// Answers of the agent after which it has taken in what happened before the first of them.
 const TURNS: usize = 5;
 /// Polling interval.
@@ -47,7 +49,7 @@ impl Trial {
         let gated: Vec<&str> = arguments.iter().copied().chain(["--gate"]).collect();
         let mut actor = Actor::start(Some(cage), &gated)?;
         actor.until("gated")?;
-        let deadline = Deadline::after(WAIT_LIMIT);
+        let deadline = Deadline::after(FIRST_STACK);
         while stacks()? <= before && !deadline.has_passed() {
             std::thread::sleep(LOOK);
         }

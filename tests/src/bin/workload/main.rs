@@ -306,9 +306,15 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What a gated workload touches before it waits.
+const WARM_UP_BYTES: usize = 2 << 20;
+
 /// Takes memory at once; with `gate`, after a line on stdin. The default is a thread for each CPU.
 fn take_at_once(mib: usize, threads: Option<usize>, touch: bool, gate: bool) -> anyhow::Result<()> {
     if gate {
+        // Grows by more than any sample interval of a test, so that a stack of it was taken, and
+        // gives the memory back.
+        drop(std::hint::black_box(vec![1u8; WARM_UP_BYTES]));
         say("gated", &json!({}))?;
         wait_for_end_of_stdin()?;
     }
