@@ -14,8 +14,6 @@ use crate::{json, programs};
 
 /// How long incidents may take to appear.
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
-/// How long the first stack of a workload may take. Where none comes, the workload goes on.
-const FIRST_STACK: Duration = Duration::from_secs(10);
 /// Answers of the agent after which it has taken in what happened before the first of them.
 const TURNS: usize = 5;
 /// Polling interval.
@@ -40,22 +38,16 @@ impl Trial {
         Ok(Self { agent, dir })
     }
 
-    /// Starts a workload that takes `--gate` and lets it go on once the agent has read its mappings,
-    /// which is when it has unwound a first stack of it: whether the rest has stacks does not depend
-    /// on how soon the agent gets a CPU then.
+    /// Starts a workload that takes `--gate` and lets it go on when the agent has had time to read
+    /// its mappings, which it does with the first stack of a process. So whether the rest has
+    /// stacks does not depend on how soon the agent gets a CPU then.
     pub fn start_known(&self, cage: &Cage, arguments: &[&str]) -> anyhow::Result<Actor> {
-        let stacks = || self.agent.metric("memtrace_stacks_total");
-        let before = stacks()?;
         let gated: Vec<&str> = arguments.iter().copied().chain(["--gate"]).collect();
         let mut actor = Actor::start(Some(cage), &gated)?;
         actor.until("gated")?;
-        let deadline = Deadline::after(FIRST_STACK);
-        while stacks()? <= before && !deadline.has_passed() {
-            std::thread::sleep(LOOK);
-        }
         // The agent answers between two turns of its loop, and empties its rings in each.
         for _ in 0..TURNS {
-            stacks()?;
+            self.agent.metric("memtrace_stacks_total")?;
             std::thread::sleep(LOOK);
         }
         Ok(actor)
