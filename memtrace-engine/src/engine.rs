@@ -53,6 +53,8 @@ pub struct Engine {
     pub(crate) recording: Option<RecordingState>,
     /// How many outputs of [`Out`] the recording has seen.
     outputs_seen: usize,
+    /// The recording's cgroup that is among the pinned ones.
+    pinned_recording: Option<u64>,
 }
 
 /// Figures about the engine itself, for metrics.
@@ -133,8 +135,8 @@ impl Engine {
         self.limits.input_over();
         let pins_changed = self.oom.take_changed() | self.limits.take_changed();
         let recorded = self.recording.as_ref().and_then(RecordingState::cgroup);
-        if pins_changed || recorded != self.world.cgroups.pinned_recording {
-            self.world.cgroups.pinned_recording = recorded;
+        if pins_changed || recorded != self.pinned_recording {
+            self.pinned_recording = recorded;
             let ids: Vec<u64> = self.oom.cgroups().chain(self.limits.cgroups()).chain(recorded).collect();
             self.world.cgroups.pinned = ids.into_iter().flat_map(|id| self.world.cgroups.chain(id)).collect();
         }

@@ -390,11 +390,6 @@ impl Session {
         &self.probe
     }
 
-    /// Totals of what was lost, by label, as read last.
-    pub fn losses(&self) -> &[(String, u64)] {
-        &self.losses
-    }
-
     /// Journal frames that could not be written, since the start.
     pub fn journal_failures(&self) -> u64 {
         self.journal_failures

@@ -68,8 +68,6 @@ pub(crate) struct Cgroups {
     /// Cgroups that an open incident or a recording refers to, which are never dropped. Cap: that
     /// of open incidents times their victims, with ancestors.
     pub(crate) pinned: BTreeSet<u64>,
-    /// The cgroup of the recording, which is among the pinned ones.
-    pub(crate) pinned_recording: Option<u64>,
     /// Ids to look up. The engine drains them after each input.
     pub(crate) lookups: Vec<u64>,
     pub(crate) evicted: u64,
