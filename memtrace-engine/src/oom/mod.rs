@@ -26,7 +26,7 @@ mod sigkills;
 use kernel_log::KernelLog;
 pub(crate) use open_incident::OPEN_CAP;
 use open_incident::OpenIncident;
-use pairing::{Decision, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
+use pairing::{DELIVERED, Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
 use scope::{counters, scope, view_of};
 use sigkills::Sigkills;
 
@@ -51,11 +51,12 @@ impl OomKills {
         }
         let key = (r.target.tgid, r.target.start_boot_ns);
         let ns = r.header.boot_ns;
+        let delivered = r.result == DELIVERED;
         for open in &mut self.open {
             let first = open.victims.first().map(OpenVictim::key) == Some(key) && open.id.is_none();
             let Some(v) = open.victims.iter_mut().find(|v| v.key() == key) else { continue };
             let of_mark = v.marked_ns.is_some_and(|mark| mark.abs_diff(ns) <= PAIR_NS);
-            if v.kill_ns.is_none() && of_mark && !v.reported {
+            if v.kill_ns.is_none() && of_mark && !v.reported && delivered {
                 v.kill_ns = Some(ns);
                 v.victim.killed = true;
                 v.victim.at_boot_ns = ns;
@@ -125,6 +126,9 @@ impl OomKills {
         out: &mut Out,
     ) {
         if self.open.len() >= OPEN_CAP {
+            for kill in self.pairing.waiting() {
+                self.add_sharer(&kill, context.world, |at| at == 0);
+            }
             let mut oldest = self.open.remove(0);
             oldest.early = true;
             self.close(oldest, context, out);
@@ -206,31 +210,42 @@ impl OomKills {
     /// process that shares the victim's address space (mm/oom_kill.c, __oom_kill_process).
     pub(crate) fn add_sharers(&mut self, all: bool, world: &mut World, run: &Run) {
         for kill in self.pairing.overdue(run.now, all) {
-            let target = (kill.target.tgid, kill.target.start_boot_ns);
-            let open = self
-                .open
-                .iter_mut()
-                .filter(|o| o.trigger == kill.trigger)
-                .filter_map(|o| o.mark_before(kill.boot_ns).map(|mark| (mark, o)))
-                .max_by_key(|(mark, _)| *mark);
-            let Some((_, open)) = open else { continue };
-            self.pairing.remove_kills(target);
-            if open.victim(target).is_some() {
-                continue;
-            }
-            let mut victim = sharer(&kill);
-            let key = world.find(&kill.target);
-            let row = key.and_then(|key| world.processes.get(key));
-            if let Some(sums) = row.and_then(|row| world.sums_of(row)) {
-                let v = &mut victim.victim;
-                (v.anon_bytes, v.file_bytes) = (Some(sums.anon), Some(sums.file));
-                (v.shmem_bytes, v.swap_bytes) = (Some(sums.shmem), Some(sums.swap));
-            }
-            victim.victim.exit_boot_ns = row.and_then(|row| row.exited).map(|(ns, _)| ns);
-            self.log.hook_saw(victim.victim.pid, victim.tid, kill.boot_ns);
-            open.add(victim);
-            self.changed = true;
+            // Gives a process that ran already when tracing began its exact start.
+            world.find(&kill.target);
+            self.add_sharer(&kill, world, |_| true);
         }
+    }
+
+    /// Adds the target of a SIGKILL to the incident whose mark it followed, if `which` takes the
+    /// place of that incident in `open`.
+    fn add_sharer(&mut self, kill: &KernelKill, world: &World, which: impl Fn(usize) -> bool) {
+        let target = (kill.target.tgid, kill.target.start_boot_ns);
+        let open = self
+            .open
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, o)| o.trigger == kill.trigger)
+            .filter_map(|(at, o)| o.mark_before(kill.boot_ns).map(|mark| (mark, at, o)))
+            .max_by_key(|(mark, ..)| *mark);
+        let Some((_, at, open)) = open.filter(|_| kill.delivered) else { return };
+        if !which(at) {
+            return;
+        }
+        self.pairing.remove_kills(target);
+        if open.victim(target).is_some() {
+            return;
+        }
+        let mut victim = sharer(kill);
+        let row = world.processes.get(target);
+        if let Some(sums) = row.and_then(|row| world.sums_of(row)) {
+            let v = &mut victim.victim;
+            (v.anon_bytes, v.file_bytes) = (Some(sums.anon), Some(sums.file));
+            (v.shmem_bytes, v.swap_bytes) = (Some(sums.shmem), Some(sums.swap));
+        }
+        victim.victim.exit_boot_ns = row.and_then(|row| row.exited).map(|(ns, _)| ns);
+        self.log.hook_saw(victim.victim.pid, victim.tid, kill.boot_ns);
+        open.add(victim);
+        self.changed = true;
     }
 
     /// Closes incidents whose window is over; with `all`, every incident. Call [`OomKills::add_sharers`]

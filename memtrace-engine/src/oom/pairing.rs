@@ -32,6 +32,10 @@ const STACKS_CAP: usize = 64;
 /// Functions of a trigger's kernel stack; outer ones are left out.
 const FUNCTIONS_CAP: usize = wire::KERNEL_FRAMES;
 
+/// TRACE_SIGNAL_DELIVERED (include/trace/events/signal.h). With another result the signal had no
+/// effect.
+pub(super) const DELIVERED: u32 = 0;
+
 /// One thread of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Thread {
@@ -52,6 +56,8 @@ pub(super) struct KernelKill {
     pub(super) trigger: Thread,
     pub(super) target: wire::Task,
     pub(super) cgroup: Option<u64>,
+    /// False: the process was dying already, and the signal changed nothing.
+    pub(super) delivered: bool,
 }
 
 /// A decision of the OOM killer (mm/oom_kill.c, oom_kill_process).
@@ -123,6 +129,7 @@ impl Pairing {
             trigger: (&r.sender).into(),
             target: r.target,
             cgroup: cgroup_id(r.cgroup_id),
+            delivered: r.result == DELIVERED,
         };
         push(&mut self.kills, KILLS_CAP, kill);
     }
@@ -132,8 +139,12 @@ impl Pairing {
     pub(super) fn verify(&mut self, m: &wire::OomVictim, kills_seen: bool) -> Verified {
         let mark_ns = m.header.boot_ns;
         let key: ProcessKey = (m.victim.tgid, m.victim.start_boot_ns);
-        let fits =
-            |k: &KernelKill| (k.target.tgid, k.target.start_boot_ns) == key && k.boot_ns.abs_diff(mark_ns) <= PAIR_NS;
+        // The thread that marks is the one that sent the SIGKILL (mm/oom_kill.c, __oom_kill_process).
+        let fits = |k: &KernelKill| {
+            (k.target.tgid, k.target.start_boot_ns) == key
+                && k.boot_ns.abs_diff(mark_ns) <= PAIR_NS
+                && k.trigger == Thread::from(&m.trigger)
+        };
         let seen = self.kills.iter().filter(|k| fits(k)).map(|k| k.boot_ns).min();
         self.kills.retain(|k| !fits(k));
         let flagged = m.flags & wire::VICTIM_KILLED != 0;
@@ -150,6 +161,11 @@ impl Pairing {
         let overdue = self.kills.iter().filter(|k| due(k)).copied().collect();
         self.kills.retain(|k| k.boot_ns.saturating_add(PAIR_NS) > now);
         overdue
+    }
+
+    /// Every SIGKILL that waits for a mark.
+    pub(super) fn waiting(&self) -> Vec<KernelKill> {
+        self.kills.iter().copied().collect()
     }
 
     /// Removes the SIGKILLs to a process that became a victim.

@@ -6,7 +6,7 @@
 
 use memtrace_common::event as wire;
 
-use super::{ProcessKey, Sums, World};
+use super::{ProcessKey, ProcessRow, Sums, World};
 
 /// An address space.
 #[derive(Clone, Debug)]
@@ -19,6 +19,10 @@ pub(crate) struct AddressSpace {
     pub(crate) owner: ProcessKey,
     pub(crate) cgroup: Option<u64>,
     pub(crate) sums: Sums,
+    /// The newest record that `sums` is from, boot clock.
+    pub(crate) read_ns: u64,
+    /// When its owner last moved to another cgroup, boot clock.
+    pub(crate) moved_ns: u64,
     pub(crate) users: u32,
 }
 
@@ -33,6 +37,37 @@ impl World {
             self.drop_space(serial);
         }
         self.new_space(Some(mm_id), owner, cgroup, ns)
+    }
+
+    /// As [`World::space_of`], for a reading of a process: where its space has no identity so far, it
+    /// is this one.
+    pub(super) fn named_space(&mut self, mm_id: u64, owner: ProcessKey, cgroup: Option<u64>, ns: u64) -> u64 {
+        let unnamed = self.processes.get(owner).and_then(|row| row.mm).filter(|serial| {
+            self.spaces.get(serial).is_some_and(|space| space.mm_id.is_none() && space.owner == owner)
+        });
+        let taken = self.by_mm_id.get(&mm_id).and_then(|serial| self.spaces.get(serial));
+        match unnamed.filter(|_| taken.is_none_or(|space| space.users == 0)) {
+            None => self.space_of(mm_id, owner, cgroup, ns),
+            Some(serial) => {
+                if let Some(before) = self.by_mm_id.get(&mm_id).copied() {
+                    self.drop_space(before);
+                }
+                if let Some(space) = self.spaces.get_mut(&serial) {
+                    space.mm_id = Some(mm_id);
+                }
+                self.by_mm_id.insert(mm_id, serial);
+                serial
+            }
+        }
+    }
+
+    /// Makes sure that a live process has a space: one without identity until its first reading.
+    pub(super) fn expect_space(&mut self, owner: ProcessKey, ns: u64) {
+        let lacks = |row: &&ProcessRow| row.mm.is_none() && row.exited.is_none();
+        if let Some(cgroup) = self.processes.get(owner).filter(lacks).map(|row| row.cgroup) {
+            let serial = self.new_space(None, owner, cgroup, ns);
+            self.attach_space(owner, serial);
+        }
     }
 
     /// The serial of the space with this identity, if this task owned it at that time.
@@ -51,7 +86,9 @@ impl World {
     ) -> u64 {
         self.next_space += 1;
         let serial = self.next_space;
-        self.spaces.insert(serial, AddressSpace { mm_id, since_ns, owner, cgroup, sums: Sums::default(), users: 0 });
+        let sums = Sums::default();
+        let space = AddressSpace { mm_id, since_ns, owner, cgroup, sums, read_ns: 0, moved_ns: 0, users: 0 };
+        self.spaces.insert(serial, space);
         if let Some(id) = mm_id {
             self.by_mm_id.insert(id, serial);
         }

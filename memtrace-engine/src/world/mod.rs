@@ -92,7 +92,7 @@ impl World {
         let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
         let live_mm = alive.map(|row| row.mm);
         let space = match (known(r.mm_id), live_mm) {
-            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id, ns)),
+            (Some(id), Some(_)) if !dying => Some(self.named_space(id, key.unwrap_or_default(), reading.cgroup_id, ns)),
             (Some(id), _) => self.owned_by(id, &r.task, ns),
             (None, mm) => mm.flatten(),
         };
@@ -100,14 +100,16 @@ impl World {
             self.attach_space(key, serial);
         }
         let mut resident = None;
+        // A record that comes after a newer one of the same space says nothing about now.
         if let Some(serial) = space
-            && let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&r.rss, s.sums))
+            && let Some(before) = self.spaces.get_mut(&serial).filter(|space| space.read_ns <= ns)
         {
-            self.set_space(serial, reading.cgroup_id, sums);
+            before.read_ns = ns;
+            before.owner = key.unwrap_or(before.owner);
+            let sums = Sums::from_wire(&r.rss, before.sums);
+            let cgroup = reading.cgroup_id.filter(|_| before.moved_ns <= ns);
+            self.set_space(serial, cgroup, sums);
             resident = Some(sums.resident());
-            if let (Some(key), Some(s)) = (key, self.spaces.get_mut(&serial)) {
-                s.owner = key;
-            }
         }
         if let Some(row) = key.and_then(|k| self.processes.get_mut(k)) {
             let now = resident.unwrap_or_else(|| Sums::from_wire(&r.rss, Sums::default()).resident());
@@ -124,6 +126,11 @@ impl World {
         let ns = r.header.boot_ns;
         self.ensure(cgroup_id(r.cgroup_id), ns);
         let parent = self.processes.find(r.parent.tgid, r.parent.start_boot_ns);
+        if r.flags & wire::FORK_SHARES_MM != 0
+            && let Some(parent) = parent
+        {
+            self.expect_space(parent, ns);
+        }
         let (serial, shared) = parent
             .and_then(|k| self.processes.get(k))
             .map_or((None, None), |row| (Some(row.serial), row.mm.filter(|_| r.flags & wire::FORK_SHARES_MM != 0)));
@@ -201,6 +208,9 @@ impl World {
             mm.and_then(|s| self.spaces.get(&s).filter(|space| space.owner == key).map(|space| (s, space.sums)))
         {
             self.set_space(serial, Some(id), sums);
+            if let Some(space) = self.spaces.get_mut(&serial) {
+                space.moved_ns = space.moved_ns.max(ns);
+            }
         }
         self.changes.processes.push(key);
     }
@@ -260,9 +270,14 @@ impl World {
         let Some(key) = self.find(&m.victim) else { return };
         let Some(serial) = self.processes.get(key).and_then(|row| row.mm) else { return };
         let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&m.rss, s.sums)) else { return };
-        self.set_space(serial, None, sums);
+        let ns = m.header.boot_ns;
+        // After a newer reading the mark is late, and the space may be somebody else's by now.
+        if let Some(space) = self.spaces.get_mut(&serial).filter(|space| space.read_ns <= ns) {
+            space.read_ns = ns;
+            self.set_space(serial, None, sums);
+        }
         if let Some(row) = self.processes.get_mut(key) {
-            row.history.push(m.header.boot_ns, sums.resident());
+            row.history.push(ns, sums.resident());
             row.raise_peak(sums.resident());
         }
     }
@@ -396,7 +411,11 @@ impl World {
         };
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
             row.update_comm(task);
-            row.cgroup = cgroup_id(cgroup).or(row.cgroup);
+            if ns >= row.cgroup_ns
+                && let Some(id) = cgroup_id(cgroup)
+            {
+                (row.cgroup, row.cgroup_ns) = (Some(id), ns);
+            }
             row.last_ns = row.last_ns.max(ns);
         }
         key
