@@ -82,11 +82,6 @@ pub(crate) fn left_out(incident: &Incident) -> bool {
     lacks(incident, Loss::VictimsNotListed)
 }
 
-/// It was closed before its time.
-pub(crate) fn early(incident: &Incident) -> bool {
-    lacks(incident, Loss::WindowCutShort)
-}
-
 impl Out {
     /// The same output as text, byte for byte.
     pub(crate) fn text(&self) -> String {
