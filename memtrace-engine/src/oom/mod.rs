@@ -6,7 +6,7 @@
 //! witness. [`sigkills`] writes the sender of each SIGKILL to its ledger.
 
 use memtrace_common::event as wire;
-use memtrace_incident::{KillEntry, Kind, Oom as OomFacts};
+use memtrace_incident::{KillEntry, Kind, Loss, Oom as OomFacts};
 
 use crate::build::BuildContext;
 use crate::clock::Identity;
@@ -26,7 +26,7 @@ mod sigkills;
 use kernel_log::KernelLog;
 pub(crate) use open_incident::OPEN_CAP;
 use open_incident::OpenIncident;
-use pairing::{DELIVERED, Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
+use pairing::{Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
 use scope::{counters, scope, view_of};
 use sigkills::Sigkills;
 
@@ -49,14 +49,14 @@ impl OomKills {
         if r.sender_code != wire::SENDER_KERNEL {
             return;
         }
-        let key = (r.target.tgid, r.target.start_boot_ns);
-        let ns = r.header.boot_ns;
-        let delivered = r.result == DELIVERED;
+        let kill = KernelKill::from(r);
+        let (key, ns) = (kill.target(), kill.boot_ns);
         for open in &mut self.open {
             let first = open.victims.first().map(OpenVictim::key) == Some(key) && open.id.is_none();
+            let decided = open.decision.map(|decision| decision.boot_ns);
             let Some(v) = open.victims.iter_mut().find(|v| v.key() == key) else { continue };
-            let of_mark = v.marked_ns.is_some_and(|mark| mark.abs_diff(ns) <= PAIR_NS);
-            if v.kill_ns.is_none() && of_mark && !v.reported && delivered {
+            let of_mark = v.mark.is_some_and(|mark| kill.is_of(&mark, decided));
+            if v.kill_ns.is_none() && of_mark && !v.reported {
                 v.kill_ns = Some(ns);
                 v.victim.killed = true;
                 v.victim.at_boot_ns = ns;
@@ -64,11 +64,13 @@ impl OomKills {
                     open.at_ns = ns;
                 }
             }
-            if of_mark || v.marked_ns.is_none() {
+            if of_mark || v.mark.is_none() {
                 return;
             }
         }
-        self.pairing.add_kill(r);
+        if self.pairing.add_kill(kill) {
+            run.losses.count(Loss::KillsNotPaired, 1);
+        }
     }
 
     /// The OOM killer chose a victim.
@@ -95,7 +97,7 @@ impl OomKills {
         let victim = marked(m, verified);
         self.log.hook_saw(m.victim.tgid, m.victim.tid, victim.victim.at_boot_ns);
         if let Some(known) = self.open.iter_mut().find_map(|o| o.victim(key)) {
-            if known.marked_ns.is_none() {
+            if known.mark.is_none() {
                 let reported = known.reported;
                 *known = OpenVictim { reported, kill_ns: known.kill_ns.or(victim.kill_ns), ..victim };
                 known.victim.killed |= reported;
@@ -219,7 +221,7 @@ impl OomKills {
     /// Adds the target of a SIGKILL to the incident whose mark it followed, if `which` takes the
     /// place of that incident in `open`.
     fn add_sharer(&mut self, kill: &KernelKill, world: &World, which: impl Fn(usize) -> bool) {
-        let target = (kill.target.tgid, kill.target.start_boot_ns);
+        let target = kill.target();
         let open = self
             .open
             .iter_mut()

@@ -274,12 +274,16 @@ pub(crate) fn sums(snapshot: &Snapshot, world: &World, trees: bool) -> Result<()
     }
     let shown: BTreeSet<u32> = snapshot.processes.iter().map(|p| p.pid).collect();
     let missing = expected.keys().find(|pid| !shown.contains(pid));
-    hold("every process is shown", missing.is_none(), || format!("pid {missing:?}: {:?}", missing.map(|p| expected.get(p))))?;
+    hold("every process is shown", missing.is_none(), || {
+        format!("pid {missing:?}: {:?}", missing.map(|p| expected.get(p)))
+    })?;
     let told = world.told_sums();
     for c in snapshot.cgroups.iter().filter(|_| trees) {
         let truth = told.get(&c.id).copied().unwrap_or_default();
         let shown = Held { anon: c.anon_bytes, file: c.file_bytes, shmem: c.shmem_bytes, swap: c.swap_bytes };
-        hold("a cgroup holds what its processes do", truth == shown, || format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path))?;
+        hold("a cgroup holds what its processes do", truth == shown, || {
+            format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path)
+        })?;
     }
     Ok(())
 }
