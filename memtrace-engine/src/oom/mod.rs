@@ -22,6 +22,8 @@ mod open_incident;
 mod pairing;
 mod scope;
 mod sigkills;
+#[cfg(test)]
+mod tests;
 
 use kernel_log::KernelLog;
 pub(crate) use open_incident::OPEN_CAP;

@@ -476,6 +476,72 @@ mod tests {
         world.cgroups.get(id).map_or(0, |row| row.tree.anon)
     }
 
+    fn held(world: &World, pid: u32) -> Option<u64> {
+        let row = world.processes.get((pid, test_support::start(pid))).unwrap();
+        world.sums_of(row).map(|sums| sums.anon)
+    }
+
+    #[test]
+    fn a_late_reading_replaces_neither_a_newer_one_nor_a_newer_move() {
+        let mut world = World::default();
+        world.rss(&test_support::rss(3_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(2_000, 10, 5, 77, 20 * MIB));
+        assert_eq!(tree(&world, 5), 50 * MIB);
+        world.attach(&test_support::attach(5_000, 10, 6));
+        world.rss(&test_support::rss(4_000, 10, 5, 77, 60 * MIB));
+        assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 60 * MIB));
+        world.attach(&test_support::attach(4_500, 10, 7));
+        assert_eq!((tree(&world, 6), tree(&world, 7)), (60 * MIB, 0), "a late move");
+        // The first reading comes after the move, or after the program is another.
+        world.fork(&test_support::fork(6_000, 10, 11, 6, 0));
+        world.attach(&test_support::attach(6_200, 11, 7));
+        world.rss(&test_support::rss(6_100, 11, 6, 78, MIB));
+        assert_eq!((tree(&world, 6), tree(&world, 7)), (60 * MIB, MIB));
+        world.exec(&test_support::exec(6_500, 11, 7, "next", 0, 79));
+        world.rss(&test_support::rss(6_600, 11, 7, 79, 2 * MIB));
+        world.rss(&test_support::rss(6_300, 11, 7, 78, 9 * MIB));
+        assert_eq!((tree(&world, 7), held(&world, 11)), (2 * MIB, Some(2 * MIB)));
+    }
+
+    #[test]
+    fn a_late_mark_does_not_replace_what_the_next_user_of_an_identity_holds() {
+        let mut world = World::default();
+        let own = test_support::memcg(5, MIB);
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(3_000, 11, 6, 77, 20 * MIB));
+        world.mark(&test_support::victim(2_000, 90, 10, own, own, 55 * MIB));
+        assert_eq!(held(&world, 11), Some(20 * MIB));
+        world.mark(&test_support::victim(4_000, 90, 11, own, own, 21 * MIB));
+        assert_eq!(held(&world, 11), Some(21 * MIB), "one in time does");
+    }
+
+    #[test]
+    fn memory_of_a_process_found_running_counts_once_when_it_is_shared() {
+        let mut world = World::default();
+        let start_ticks = world.processes.ticks(test_support::start(10));
+        let found =
+            ProcessFound { pid: 10, start_ticks, cgroup_id: 5, anon_bytes: 40 * MIB, ..ProcessFound::default() };
+        world.process_found(&found);
+        world.fork(&test_support::fork(1_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        world.rss(&test_support::rss(2_000, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), world.spaces(), held(&world, 11)), (50 * MIB, 1, Some(50 * MIB)));
+        // The exact start makes another key: the memory is still its own and moves with it.
+        let mut world = World::default();
+        world.process_found(&found);
+        world.attach(&test_support::attach(1_000, 10, 6));
+        assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 40 * MIB));
+    }
+
+    #[test]
+    fn a_child_that_shares_memory_before_its_first_reading_is_its_user() {
+        let mut world = World::default();
+        world.fork(&test_support::fork(1_000, 1, 10, 5, 0));
+        world.fork(&test_support::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        assert_eq!((held(&world, 10), held(&world, 11)), (None, None), "nobody has read it");
+        world.rss(&test_support::rss(1_500, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), held(&world, 11)), (50 * MIB, Some(50 * MIB)));
+    }
+
     #[test]
     fn processes_that_share_an_address_space_count_once() {
         let mut world = World::default();

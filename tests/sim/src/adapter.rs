@@ -77,6 +77,11 @@ fn lacks(incident: &Incident, loss: Loss) -> bool {
     incident.losses.iter().any(|note| note.what == loss.label())
 }
 
+/// It was closed before its time.
+pub(crate) fn early(incident: &Incident) -> bool {
+    lacks(incident, Loss::WindowCutShort)
+}
+
 /// More were killed than it lists.
 pub(crate) fn left_out(incident: &Incident) -> bool {
     lacks(incident, Loss::VictimsNotListed)

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::adapter::{Cause, Incident, Kind, Out, Snapshot, Victim as Shown, left_out};
+use crate::adapter::{Cause, Incident, Kind, Out, Snapshot, Victim as Shown, early, left_out};
 use crate::distort::Lost;
 use crate::model::{Held, Key, Victim, World};
 use crate::wire::Blind;
@@ -35,6 +35,8 @@ pub(crate) struct Saved {
     pub(crate) victims: Vec<Listed>,
     /// More were killed than are listed.
     pub(crate) left_out: bool,
+    /// It was closed before its time.
+    pub(crate) early: bool,
 }
 
 impl Saved {
@@ -46,6 +48,7 @@ impl Saved {
             kind: incident.kind,
             victims: victims.map(listed).collect(),
             left_out: left_out(incident),
+            early: early(incident),
         }
     }
 }
@@ -115,6 +118,13 @@ impl Witness {
         Ok(())
     }
 
+    /// Whether the incident of a decision was closed before its time. A record that comes later belongs to a file that
+    /// is written, and no record can tell beforehand that one will come.
+    pub(crate) fn closed_early(&self, decision: usize, world: &World) -> bool {
+        let early = self.saved.iter().filter(|s| s.early).flat_map(|s| &s.victims);
+        early.filter_map(|v| world.victims.get(&v.key)).any(|t| t.decisions.contains(&decision))
+    }
+
     /// After a stop: nothing is open, so everything that was told is in an incident.
     pub(crate) fn stopped(&self) -> Result<(), Violation> {
         let listed: BTreeMap<(&str, Key), bool> =
@@ -136,6 +146,10 @@ impl Witness {
         let left_out = self.saved.iter().any(|s| s.left_out);
         let chosen: BTreeSet<Key> = self.saved.iter().flat_map(|s| s.victims.iter().map(|v| v.key)).collect();
         for (key, truth) in world.victims.iter().filter(|(_, t)| !t.lost && !left_out && (t.killed || t.marked)) {
+            // Who shares memory is told by one SIGKILL only, and that came too late.
+            if truth.late && !truth.marked && !chosen.contains(key) {
+                continue;
+            }
             hold("every victim is in an incident", chosen.contains(key), || format!("{key:?}: {truth:?}"))?;
             let killed = self.killed.contains_key(key);
             hold("every kill is in an incident as one", killed == truth.killed, || format!("{key:?}: {truth:?}"))?;

@@ -145,6 +145,8 @@ pub(crate) struct Victim {
     pub(crate) marked: bool,
     /// A record about it was lost.
     pub(crate) lost: bool,
+    /// The record of its SIGKILL was read after the incident was closed before its time.
+    pub(crate) late: bool,
 }
 
 /// A record on its way to the rings.

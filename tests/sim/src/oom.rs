@@ -163,7 +163,7 @@ impl World {
     }
 
     fn victim(&mut self, key: Key, decision: usize) -> &mut Victim {
-        let blank = Victim { decisions: Vec::new(), killed: false, marked: false, lost: false };
+        let blank = Victim { decisions: Vec::new(), killed: false, marked: false, lost: false, late: false };
         let victim = self.victims.entry(key).or_insert(blank);
         if victim.decisions.last() != Some(&decision) {
             victim.decisions.push(decision);

@@ -216,6 +216,12 @@ impl Run {
             if let Some(decision) = e.decision {
                 self.first.entry(decision).or_insert(self.steps.len());
             }
+            if let (Some(decision), Some(key)) = (e.decision, e.victim)
+                && self.witness.closed_early(decision, &self.world)
+                && let Some(victim) = self.world.victims.get_mut(&key)
+            {
+                victim.late = true;
+            }
             let garbage = self.rings.garbage(&e.bytes);
             self.feed(Step::Record(e.bytes))?;
             garbage.map_or(Ok(()), |bytes| self.feed(Step::Record(bytes)))?;
