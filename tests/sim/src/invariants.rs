@@ -146,11 +146,12 @@ impl Witness {
         let left_out = self.saved.iter().any(|s| s.left_out);
         let chosen: BTreeSet<Key> = self.saved.iter().flat_map(|s| s.victims.iter().map(|v| v.key)).collect();
         for (key, truth) in world.victims.iter().filter(|(_, t)| !t.lost && !left_out && (t.killed || t.marked)) {
-            // Who shares memory is told by one SIGKILL only, and that came too late.
-            if truth.late && !truth.marked && !chosen.contains(key) {
+            // The SIGKILL came too late. Who shares memory has no other record; one that is chosen again has a mark.
+            let known = chosen.contains(key);
+            if truth.late && !self.killed.contains_key(key) && (known || !truth.marked) {
                 continue;
             }
-            hold("every victim is in an incident", chosen.contains(key), || format!("{key:?}: {truth:?}"))?;
+            hold("every victim is in an incident", known, || format!("{key:?}: {truth:?}"))?;
             let killed = self.killed.contains_key(key);
             hold("every kill is in an incident as one", killed == truth.killed, || format!("{key:?}: {truth:?}"))?;
             let others = world.others.contains(key);
