@@ -20,6 +20,8 @@ pub(super) const PAIR_NS: u64 = 1000 * MS;
 /// The kernel holds a spin lock from the SIGKILL to the mark (mm/oom_kill.c, __oom_kill_process).
 /// RLIMIT_CPU sends the same SIGKILL, and a process that is dying for that marks itself when it runs
 /// out of memory (mm/oom_kill.c, out_of_memory).
+/// The same goes for a SIGKILL that changed nothing: its process may have shared the memory of an
+/// earlier victim, and be chosen while it is dying.
 const OWN_KILL_NS: u64 = MS;
 /// A SIGKILL by the same trigger within this time after a mark goes to a process that shares the
 /// victim's address space.
@@ -93,7 +95,8 @@ impl KernelKill {
     pub(super) fn is_of(&self, mark: &Mark, decided: Option<u64>) -> bool {
         let same = self.target() == mark.victim && self.trigger == mark.trigger;
         let Some(gap) = mark.boot_ns.checked_sub(self.boot_ns).filter(|_| same) else { return false };
-        let another_reason = self.trigger.key == mark.victim && decided.is_none_or(|ns| ns > self.boot_ns);
+        let other = self.trigger.key == mark.victim || !self.delivered;
+        let another_reason = other && decided.is_none_or(|ns| ns > self.boot_ns);
         gap <= if another_reason { OWN_KILL_NS } else { PAIR_NS }
     }
 }

@@ -1,3 +1,5 @@
+//! Which SIGKILLs make victims, and of which incident.
+
 use memtrace_common::event as wire;
 use memtrace_incident::{Incident, Loss};
 
@@ -37,6 +39,15 @@ fn a_sigkill_that_changed_nothing_makes_no_victim() {
     let mut test = TestEngine::new();
     test.feed(&mark(MS, 90, 100)).feed(&wire::Kill { result: 1, ..kill(2 * MS, 90, 100) });
     assert_eq!(closed(&mut test), [[(100, false, false)]]);
+}
+
+#[test]
+fn a_process_that_is_chosen_while_dying_is_not_killed_by_an_older_sigkill_that_changed_nothing() {
+    for (gap, killed) in [(2 * MS, false), (MS / 10, true)] {
+        let mut test = TestEngine::new();
+        test.feed(&wire::Kill { result: 1, ..kill(0, 90, 100) }).feed(&mark(gap, 90, 100));
+        assert_eq!(closed(&mut test), [[(100, killed, false)]]);
+    }
 }
 
 #[test]
