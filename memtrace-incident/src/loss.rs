@@ -43,6 +43,8 @@ pub enum Loss {
     GrowthDropped,
     /// The cap of stuck cgroups was reached.
     StuckNotFollowed,
+    /// The cap of SIGKILLs that wait for their mark was reached.
+    KillsNotPaired,
     /// The rate limit of the SIGKILL ledger was reached.
     SigkillsNotReported,
     /// The cap of labels was reached.
@@ -87,7 +89,7 @@ pub enum Loss {
 type Row = (Loss, &'static str, &'static str);
 
 /// Every loss. The first eight labels are the part after `RING/` or `HOOK/`.
-const ROWS: [Row; 36] = [
+const ROWS: [Row; 37] = [
     (Loss::RingFull, "ring_full", "Records found no room in their ring."),
     (
         Loss::TableFull,
@@ -140,6 +142,11 @@ const ROWS: [Row; 36] = [
         Loss::StuckNotFollowed,
         "engine/stuck_cgroups_not_followed",
         "More cgroups were stuck at their limit than are followed.",
+    ),
+    (
+        Loss::KillsNotPaired,
+        "engine/kills_not_paired",
+        "The kernel sent SIGKILLs faster than they are matched with OOM kills: a victim may be missing.",
     ),
     (Loss::SigkillsNotReported, "engine/sigkills_not_reported", "SIGKILLs came faster than their ledger takes them."),
     (Loss::Other, "engine/other_losses", "Losses under more names than are kept."),

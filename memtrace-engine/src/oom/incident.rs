@@ -135,7 +135,7 @@ pub(super) fn mark_victim(tasks: &mut Vec<TaskRow>, v: &OpenVictim) {
         row.start_boot_ns = Some(start);
         return;
     }
-    let (Some(anon_bytes), true) = (v.victim.anon_bytes, v.marked_ns.is_some()) else { return };
+    let (Some(anon_bytes), true) = (v.victim.anon_bytes, v.mark.is_some()) else { return };
     let mut row = TaskRow {
         pid: v.victim.pid,
         start_boot_ns: Some(start),

@@ -6,7 +6,7 @@
 //! witness. [`sigkills`] writes the sender of each SIGKILL to its ledger.
 
 use memtrace_common::event as wire;
-use memtrace_incident::{KillEntry, Kind, Oom as OomFacts};
+use memtrace_incident::{KillEntry, Kind, Loss, Oom as OomFacts};
 
 use crate::build::BuildContext;
 use crate::clock::Identity;
@@ -22,11 +22,13 @@ mod open_incident;
 mod pairing;
 mod scope;
 mod sigkills;
+#[cfg(test)]
+mod tests;
 
 use kernel_log::KernelLog;
 pub(crate) use open_incident::OPEN_CAP;
 use open_incident::OpenIncident;
-use pairing::{Decision, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
+use pairing::{Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
 use scope::{counters, scope, view_of};
 use sigkills::Sigkills;
 
@@ -49,12 +51,13 @@ impl OomKills {
         if r.sender_code != wire::SENDER_KERNEL {
             return;
         }
-        let key = (r.target.tgid, r.target.start_boot_ns);
-        let ns = r.header.boot_ns;
+        let kill = KernelKill::from(r);
+        let (key, ns) = (kill.target(), kill.boot_ns);
         for open in &mut self.open {
             let first = open.victims.first().map(OpenVictim::key) == Some(key) && open.id.is_none();
+            let decided = open.decision.map(|decision| decision.boot_ns);
             let Some(v) = open.victims.iter_mut().find(|v| v.key() == key) else { continue };
-            let of_mark = v.marked_ns.is_some_and(|mark| mark.abs_diff(ns) <= PAIR_NS);
+            let of_mark = v.mark.is_some_and(|mark| kill.is_of(&mark, decided));
             if v.kill_ns.is_none() && of_mark && !v.reported {
                 v.kill_ns = Some(ns);
                 v.victim.killed = true;
@@ -63,11 +66,13 @@ impl OomKills {
                     open.at_ns = ns;
                 }
             }
-            if of_mark || v.marked_ns.is_none() {
+            if of_mark || v.mark.is_none() {
                 return;
             }
         }
-        self.pairing.add_kill(r);
+        if self.pairing.add_kill(kill) {
+            run.losses.count(Loss::KillsNotPaired, 1);
+        }
     }
 
     /// The OOM killer chose a victim.
@@ -94,7 +99,7 @@ impl OomKills {
         let victim = marked(m, verified);
         self.log.hook_saw(m.victim.tgid, m.victim.tid, victim.victim.at_boot_ns);
         if let Some(known) = self.open.iter_mut().find_map(|o| o.victim(key)) {
-            if known.marked_ns.is_none() {
+            if known.mark.is_none() {
                 let reported = known.reported;
                 *known = OpenVictim { reported, kill_ns: known.kill_ns.or(victim.kill_ns), ..victim };
                 known.victim.killed |= reported;
@@ -125,6 +130,9 @@ impl OomKills {
         out: &mut Out,
     ) {
         if self.open.len() >= OPEN_CAP {
+            for kill in self.pairing.waiting() {
+                self.add_sharer(&kill, context.world, |at| at == 0);
+            }
             let mut oldest = self.open.remove(0);
             oldest.early = true;
             self.close(oldest, context, out);
@@ -206,31 +214,42 @@ impl OomKills {
     /// process that shares the victim's address space (mm/oom_kill.c, __oom_kill_process).
     pub(crate) fn add_sharers(&mut self, all: bool, world: &mut World, run: &Run) {
         for kill in self.pairing.overdue(run.now, all) {
-            let target = (kill.target.tgid, kill.target.start_boot_ns);
-            let open = self
-                .open
-                .iter_mut()
-                .filter(|o| o.trigger == kill.trigger)
-                .filter_map(|o| o.mark_before(kill.boot_ns).map(|mark| (mark, o)))
-                .max_by_key(|(mark, _)| *mark);
-            let Some((_, open)) = open else { continue };
-            self.pairing.remove_kills(target);
-            if open.victim(target).is_some() {
-                continue;
-            }
-            let mut victim = sharer(&kill);
-            let key = world.find(&kill.target);
-            let row = key.and_then(|key| world.processes.get(key));
-            if let Some(sums) = row.and_then(|row| world.sums_of(row)) {
-                let v = &mut victim.victim;
-                (v.anon_bytes, v.file_bytes) = (Some(sums.anon), Some(sums.file));
-                (v.shmem_bytes, v.swap_bytes) = (Some(sums.shmem), Some(sums.swap));
-            }
-            victim.victim.exit_boot_ns = row.and_then(|row| row.exited).map(|(ns, _)| ns);
-            self.log.hook_saw(victim.victim.pid, victim.tid, kill.boot_ns);
-            open.add(victim);
-            self.changed = true;
+            // Gives a process that ran already when tracing began its exact start.
+            world.find(&kill.target);
+            self.add_sharer(&kill, world, |_| true);
         }
+    }
+
+    /// Adds the target of a SIGKILL to the incident whose mark it followed, if `which` takes the
+    /// place of that incident in `open`.
+    fn add_sharer(&mut self, kill: &KernelKill, world: &World, which: impl Fn(usize) -> bool) {
+        let target = kill.target();
+        let open = self
+            .open
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, o)| o.trigger == kill.trigger)
+            .filter_map(|(at, o)| o.mark_before(kill.boot_ns).map(|mark| (mark, at, o)))
+            .max_by_key(|(mark, ..)| *mark);
+        let Some((_, at, open)) = open.filter(|_| kill.delivered) else { return };
+        if !which(at) {
+            return;
+        }
+        self.pairing.remove_kills(target);
+        if open.victim(target).is_some() {
+            return;
+        }
+        let mut victim = sharer(kill);
+        let row = world.processes.get(target);
+        if let Some(sums) = row.and_then(|row| world.sums_of(row)) {
+            let v = &mut victim.victim;
+            (v.anon_bytes, v.file_bytes) = (Some(sums.anon), Some(sums.file));
+            (v.shmem_bytes, v.swap_bytes) = (Some(sums.shmem), Some(sums.swap));
+        }
+        victim.victim.exit_boot_ns = row.and_then(|row| row.exited).map(|(ns, _)| ns);
+        self.log.hook_saw(victim.victim.pid, victim.tid, kill.boot_ns);
+        open.add(victim);
+        self.changed = true;
     }
 
     /// Closes incidents whose window is over; with `all`, every incident. Call [`OomKills::add_sharers`]

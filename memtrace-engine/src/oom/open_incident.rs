@@ -67,7 +67,7 @@ impl OpenIncident {
 
     /// The time of the latest mark that a SIGKILL at `kill_ns` to another process followed closely.
     pub(super) fn mark_before(&self, kill_ns: u64) -> Option<u64> {
-        let marks = self.victims.iter().filter_map(|v| v.marked_ns);
+        let marks = self.victims.iter().filter_map(OpenVictim::marked_ns);
         marks.filter(|ns| *ns <= kill_ns && kill_ns - ns <= SHARER_NS).max()
     }
 
@@ -79,7 +79,7 @@ impl OpenIncident {
         if let (Some(a), Some(b)) = (self.decision, decision) {
             return a.boot_ns == b.boot_ns;
         }
-        let last = self.victims.iter().filter_map(|v| v.marked_ns).max().unwrap_or(self.at_ns);
+        let last = self.victims.iter().filter_map(OpenVictim::marked_ns).max().unwrap_or(self.at_ns);
         let group = m.flags & wire::VICTIM_GROUP != 0 && self.group;
         group && last.abs_diff(m.header.boot_ns) <= PAIR_NS
     }

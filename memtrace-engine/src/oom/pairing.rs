@@ -16,6 +16,13 @@ use crate::world::{ProcessKey, comm};
 const MS: u64 = 1_000_000;
 /// A SIGKILL and a mark of one process belong together when they are at most this far apart.
 pub(super) const PAIR_NS: u64 = 1000 * MS;
+/// A process that marks itself has sent itself SIGKILL within this time, unless a decision says so.
+/// The kernel holds a spin lock from the SIGKILL to the mark (mm/oom_kill.c, __oom_kill_process).
+/// RLIMIT_CPU sends the same SIGKILL, and a process that is dying for that marks itself when it runs
+/// out of memory (mm/oom_kill.c, out_of_memory).
+/// The same goes for a SIGKILL that changed nothing: its process may have shared the memory of an
+/// earlier victim, and be chosen while it is dying.
+const OWN_KILL_NS: u64 = MS;
 /// A SIGKILL by the same trigger within this time after a mark goes to a process that shares the
 /// victim's address space.
 pub(super) const SHARER_NS: u64 = 100 * MS;
@@ -24,13 +31,17 @@ pub(super) const LATE_RECORD_NS: u64 = 100 * MS;
 /// Marks of a trigger belong to its decision for this long.
 const DECISION_NS: u64 = 10_000 * MS;
 /// SIGKILLs that wait for a mark; the oldest is dropped.
-const KILLS_CAP: usize = 1024;
+pub(super) const KILLS_CAP: usize = 1024;
 /// Decisions that are remembered; the oldest is dropped.
 const DECISIONS_CAP: usize = 256;
 /// Kernel stacks that wait for a mark; the oldest is dropped.
 const STACKS_CAP: usize = 64;
 /// Functions of a trigger's kernel stack; outer ones are left out.
 const FUNCTIONS_CAP: usize = wire::KERNEL_FRAMES;
+
+/// TRACE_SIGNAL_DELIVERED (include/trace/events/signal.h). With another result the signal had no
+/// effect.
+pub(super) const DELIVERED: u32 = 0;
 
 /// One thread of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +63,42 @@ pub(super) struct KernelKill {
     pub(super) trigger: Thread,
     pub(super) target: wire::Task,
     pub(super) cgroup: Option<u64>,
+    /// False: the process was dying already, and the signal changed nothing.
+    pub(super) delivered: bool,
+}
+
+/// Whom a mark is about, when it was made and by whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mark {
+    pub(super) boot_ns: u64,
+    pub(super) victim: ProcessKey,
+    pub(super) trigger: Thread,
+}
+
+impl From<&wire::OomVictim> for Mark {
+    fn from(m: &wire::OomVictim) -> Self {
+        Self {
+            boot_ns: m.header.boot_ns,
+            victim: (m.victim.tgid, m.victim.start_boot_ns),
+            trigger: (&m.trigger).into(),
+        }
+    }
+}
+
+impl KernelKill {
+    pub(super) fn target(&self) -> ProcessKey {
+        (self.target.tgid, self.target.start_boot_ns)
+    }
+
+    /// Whether the mark is that of this SIGKILL. The thread that marks is the one that has sent it
+    /// before (mm/oom_kill.c, __oom_kill_process). `decided` is when that thread chose a victim.
+    pub(super) fn is_of(&self, mark: &Mark, decided: Option<u64>) -> bool {
+        let same = self.target() == mark.victim && self.trigger == mark.trigger;
+        let Some(gap) = mark.boot_ns.checked_sub(self.boot_ns).filter(|_| same) else { return false };
+        let other = self.trigger.key == mark.victim || !self.delivered;
+        let another_reason = other && decided.is_none_or(|ns| ns > self.boot_ns);
+        gap <= if another_reason { OWN_KILL_NS } else { PAIR_NS }
+    }
 }
 
 /// A decision of the OOM killer (mm/oom_kill.c, oom_kill_process).
@@ -70,8 +117,8 @@ pub(super) struct Decision {
 pub(super) struct OpenVictim {
     pub(super) victim: Victim,
     pub(super) tid: u32,
-    /// When it was marked; `None` for a process that shares a victim's address space.
-    pub(super) marked_ns: Option<u64>,
+    /// Its mark; `None` for a process that shares a victim's address space.
+    pub(super) mark: Option<Mark>,
     /// When SIGKILL was sent; `None` as long as that is not known.
     pub(super) kill_ns: Option<u64>,
     /// Whether its ledger line was emitted.
@@ -83,9 +130,14 @@ impl OpenVictim {
         (self.victim.pid, self.victim.start_boot_ns)
     }
 
+    /// When it was marked, boot clock.
+    pub(super) fn marked_ns(&self) -> Option<u64> {
+        self.mark.map(|mark| mark.boot_ns)
+    }
+
     /// Whether no later record can change when it was killed.
     pub(super) fn is_certain(&self, now: u64, kills_seen: bool) -> bool {
-        let waited = self.marked_ns.is_none_or(|ns| now >= ns.saturating_add(LATE_RECORD_NS));
+        let waited = self.marked_ns().is_none_or(|ns| now >= ns.saturating_add(LATE_RECORD_NS));
         self.kill_ns.is_some() || !kills_seen || waited
     }
 }
@@ -108,38 +160,49 @@ pub(super) struct Pairing {
     stacks: VecDeque<(ProcessKey, Vec<String>)>,
 }
 
-fn push<T>(queue: &mut VecDeque<T>, cap: usize, item: T) {
-    if queue.len() >= cap {
+/// Returns whether the oldest was dropped.
+fn push<T>(queue: &mut VecDeque<T>, cap: usize, item: T) -> bool {
+    let full = queue.len() >= cap;
+    if full {
         queue.pop_front();
     }
     queue.push_back(item);
+    full
 }
 
-impl Pairing {
-    /// Adds a SIGKILL from the kernel without a mark so far.
-    pub(super) fn add_kill(&mut self, r: &wire::Kill) {
-        let kill = KernelKill {
+impl From<&wire::Kill> for KernelKill {
+    fn from(r: &wire::Kill) -> Self {
+        Self {
             boot_ns: r.header.boot_ns,
             trigger: (&r.sender).into(),
             target: r.target,
             cgroup: cgroup_id(r.cgroup_id),
-        };
-        push(&mut self.kills, KILLS_CAP, kill);
+            delivered: r.result == DELIVERED,
+        }
+    }
+}
+
+impl Pairing {
+    /// Adds a SIGKILL from the kernel without a mark so far. Returns whether another was dropped for
+    /// it.
+    pub(super) fn add_kill(&mut self, kill: KernelKill) -> bool {
+        push(&mut self.kills, KILLS_CAP, kill)
     }
 
-    /// Finds the SIGKILL of a mark, the earliest that fits, and removes all of that process.
+    /// Finds the SIGKILL of a mark, the earliest that fits. If there is one, removes all of that process.
     /// Without a record, the mark's own flag says whether and when its process was killed.
     pub(super) fn verify(&mut self, m: &wire::OomVictim, kills_seen: bool) -> Verified {
-        let mark_ns = m.header.boot_ns;
-        let key: ProcessKey = (m.victim.tgid, m.victim.start_boot_ns);
-        let fits =
-            |k: &KernelKill| (k.target.tgid, k.target.start_boot_ns) == key && k.boot_ns.abs_diff(mark_ns) <= PAIR_NS;
-        let seen = self.kills.iter().filter(|k| fits(k)).map(|k| k.boot_ns).min();
-        self.kills.retain(|k| !fits(k));
+        let mark = Mark::from(m);
+        let mark_ns = mark.boot_ns;
+        let decided = self.decision(mark.trigger, mark_ns).map(|decision| decision.boot_ns);
+        let seen = self.kills.iter().filter(|k| k.is_of(&mark, decided)).map(|k| k.boot_ns).min();
         let flagged = m.flags & wire::VICTIM_KILLED != 0;
         let from_flag =
             (flagged && m.after_kill_ns != u32::MAX).then(|| mark_ns.saturating_sub(u64::from(m.after_kill_ns)));
         let kill_ns = seen.or(from_flag).or((flagged || !kills_seen).then_some(mark_ns));
+        if kill_ns.is_some() {
+            self.remove_kills(mark.victim);
+        }
         Verified { kill_ns, killed: kill_ns.is_some() }
     }
 
@@ -152,9 +215,14 @@ impl Pairing {
         overdue
     }
 
+    /// Every SIGKILL that waits for a mark.
+    pub(super) fn waiting(&self) -> Vec<KernelKill> {
+        self.kills.iter().copied().collect()
+    }
+
     /// Removes the SIGKILLs to a process that became a victim.
     pub(super) fn remove_kills(&mut self, target: ProcessKey) {
-        self.kills.retain(|k| (k.target.tgid, k.target.start_boot_ns) != target);
+        self.kills.retain(|k| k.target() != target);
     }
 
     pub(super) fn add_decision(&mut self, r: &wire::OomDecision) -> Decision {
@@ -221,7 +289,7 @@ pub(super) fn marked(m: &wire::OomVictim, verified: Verified) -> OpenVictim {
         shares_mm: false,
         exit_boot_ns: None,
     };
-    OpenVictim { victim, tid: m.victim.tid, marked_ns: Some(mark_ns), kill_ns: verified.kill_ns, reported: false }
+    OpenVictim { victim, tid: m.victim.tid, mark: Some(m.into()), kill_ns: verified.kill_ns, reported: false }
 }
 
 /// A victim that was killed because it shares an address space with a marked one. Its memory is not
@@ -244,7 +312,7 @@ pub(super) fn sharer(k: &KernelKill) -> OpenVictim {
         shares_mm: true,
         exit_boot_ns: None,
     };
-    OpenVictim { victim, tid: k.target.tid, marked_ns: None, kill_ns: Some(k.boot_ns), reported: false }
+    OpenVictim { victim, tid: k.target.tid, mark: None, kill_ns: Some(k.boot_ns), reported: false }
 }
 
 #[cfg(test)]
@@ -259,7 +327,7 @@ mod tests {
         type Case = (&'static str, Option<u64>, bool, u32, bool, Option<u64>);
         let cases: [Case; 8] = [
             ("SIGKILL before", Some(4999), false, 0, true, Some(4999 * MS)),
-            ("SIGKILL record after", Some(5001), false, 0, true, Some(5001 * MS)),
+            ("a SIGKILL after the mark is another", Some(5001), false, 0, true, None),
             ("record beats the flag's time", Some(4999), true, 7, true, Some(4999 * MS)),
             ("flag alone", None, true, 1_000_000, true, Some(4999 * MS)),
             ("flag, too long ago to say when", None, true, u32::MAX, true, Some(5000 * MS)),
@@ -270,9 +338,9 @@ mod tests {
         for (name, kill_ms, flagged, after_kill_ns, kills_seen, expected) in cases {
             let mut pairing = Pairing::default();
             if let Some(ms) = kill_ms {
-                pairing.add_kill(&test_support::kill(ms * MS, 1, 2, 5));
+                pairing.add_kill((&test_support::kill(ms * MS, 1, 2, 5)).into());
             }
-            pairing.add_kill(&test_support::kill(4999 * MS, 1, 3, 5));
+            pairing.add_kill((&test_support::kill(4999 * MS, 1, 3, 5)).into());
             let mut mark =
                 test_support::victim(5000 * MS, 1, 2, test_support::memcg(5, 1), test_support::memcg(5, 1), 1);
             mark.flags = if flagged { wire::VICTIM_KILLED } else { 0 };
@@ -286,7 +354,7 @@ mod tests {
     fn everything_that_waits_is_bounded() {
         let mut pairing = Pairing::default();
         for i in 0..5000u32 {
-            pairing.add_kill(&test_support::kill(1, 1, i, 5));
+            pairing.add_kill((&test_support::kill(1, 1, i, 5)).into());
             pairing.add_decision(&test_support::decision(1, 1, i, test_support::no_memcg(), 0));
             pairing.store_stack((i, 0), Vec::new());
         }

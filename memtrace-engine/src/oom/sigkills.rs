@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use memtrace_common::event as wire;
 use memtrace_incident::{Loss, Process, SigkillCause, SigkillEntry};
 
-use super::pairing::{LATE_RECORD_NS, OpenVictim, PAIR_NS};
+use super::pairing::{DELIVERED, LATE_RECORD_NS, OpenVictim, PAIR_NS};
 use crate::decode::cgroup_id;
 use crate::output::{Out, Output};
 use crate::run::Run;
@@ -23,9 +23,6 @@ const REPORTED_CAP: usize = 4096;
 const BURST: u64 = 1000;
 /// One more entry in this time.
 const PERIOD_NS: u64 = 10_000_000;
-/// TRACE_SIGNAL_DELIVERED (include/trace/events/signal.h). With another result the signal had no
-/// effect.
-const DELIVERED: u32 = 0;
 
 /// SIGKILLs that wait for their entry, and processes that have one.
 #[derive(Clone, Debug, Default)]

@@ -19,20 +19,73 @@ pub(crate) struct AddressSpace {
     pub(crate) owner: ProcessKey,
     pub(crate) cgroup: Option<u64>,
     pub(crate) sums: Sums,
+    /// The newest record that `sums` is from, boot clock.
+    pub(crate) read_ns: u64,
     pub(crate) users: u32,
+}
+
+impl AddressSpace {
+    /// Whether nothing is known of its memory yet.
+    pub(super) fn is_unread(&self) -> bool {
+        self.mm_id.is_none() && self.sums.is_zero()
+    }
 }
 
 impl World {
     /// The serial of the space with this identity, which is created when there is none. A space
-    /// without users is dropped first: the kernel has given its identity to a new space.
-    pub(crate) fn space_of(&mut self, mm_id: u64, owner: ProcessKey, cgroup: Option<u64>, ns: u64) -> u64 {
-        if let Some(serial) = self.by_mm_id.get(&mm_id).copied() {
+    /// without users is dropped first: the kernel has given its identity to a new space. `None` for a
+    /// late record: the process has a newer space, or the identity is that of a newer one.
+    pub(super) fn space_of(&mut self, mm_id: u64, of: ProcessKey, cgroup: Option<u64>, ns: u64) -> Option<u64> {
+        let own = self.processes.get(of).and_then(|row| row.mm);
+        let taken = self.by_mm_id.get(&mm_id).copied();
+        if own.is_some() && own == taken {
+            return own;
+        }
+        let newer = |serial: &u64| self.spaces.get(serial).is_some_and(|s| s.mm_id.is_some() && s.since_ns > ns);
+        if own.is_some_and(|own| newer(&own)) {
+            return None;
+        }
+        if let Some(serial) = taken {
             if self.spaces.get(&serial).is_some_and(|space| space.users > 0) {
-                return serial;
+                return Some(serial).filter(|serial| !newer(serial));
             }
             self.drop_space(serial);
         }
-        self.new_space(Some(mm_id), owner, cgroup, ns)
+        Some(self.new_space(Some(mm_id), of, cgroup, ns))
+    }
+
+    /// As [`World::space_of`], for a reading: where the space of the process has no identity so far,
+    /// it is this one.
+    pub(super) fn named_space(&mut self, mm_id: u64, of: ProcessKey, cgroup: Option<u64>, ns: u64) -> Option<u64> {
+        let unnamed = self.processes.get(of).and_then(|row| row.mm).filter(|serial| {
+            let space = self.spaces.get(serial).filter(|space| space.mm_id.is_none());
+            // The kernel names another user when the owner has left.
+            let left = |owner| self.processes.get(owner).is_none_or(|row| row.mm != Some(*serial));
+            space.is_some_and(|space| space.owner == of || left(space.owner))
+        });
+        let taken = self.by_mm_id.get(&mm_id).copied();
+        let in_use = taken.and_then(|serial| self.spaces.get(&serial)).is_some_and(|space| space.users > 0);
+        let Some(serial) = unnamed.filter(|_| !in_use) else { return self.space_of(mm_id, of, cgroup, ns) };
+        if let Some(taken) = taken {
+            self.drop_space(taken);
+        }
+        if let Some(space) = self.spaces.get_mut(&serial) {
+            space.mm_id = Some(mm_id);
+        }
+        self.by_mm_id.insert(mm_id, serial);
+        Some(serial)
+    }
+
+    /// The space of a live process, which is created when there is none, without identity until the
+    /// first reading. `None` when the process has exited.
+    pub(super) fn expect_space(&mut self, owner: ProcessKey, ns: u64) -> Option<u64> {
+        let row = self.processes.get(owner).filter(|row| row.exited.is_none())?;
+        if row.mm.is_some() {
+            return row.mm;
+        }
+        let serial = self.new_space(None, owner, row.cgroup, ns);
+        self.attach_space(owner, serial);
+        Some(serial)
     }
 
     /// The serial of the space with this identity, if this task owned it at that time.
@@ -51,7 +104,9 @@ impl World {
     ) -> u64 {
         self.next_space += 1;
         let serial = self.next_space;
-        self.spaces.insert(serial, AddressSpace { mm_id, since_ns, owner, cgroup, sums: Sums::default(), users: 0 });
+        let sums = Sums::default();
+        let space = AddressSpace { mm_id, since_ns, owner, cgroup, sums, read_ns: 0, users: 0 };
+        self.spaces.insert(serial, space);
         if let Some(id) = mm_id {
             self.by_mm_id.insert(id, serial);
         }

@@ -83,16 +83,15 @@ impl World {
         let ns = r.header.boot_ns;
         let reading = Reading::from(&r.memcg);
         let dying = r.flags & wire::RSS_DYING != 0;
-        let key = if dying {
-            self.processes.find(r.task.tgid, r.task.start_boot_ns)
-        } else {
-            Some(self.lookup_or_insert(&r.task, r.memcg.cgroup_id, ns))
-        };
+        let key = if dying { self.find(&r.task) } else { Some(self.lookup_or_insert(&r.task, r.memcg.cgroup_id, ns)) };
         self.ensure(reading.cgroup_id, ns);
         let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
         let live_mm = alive.map(|row| row.mm);
+        // A record that was overtaken by that of a move.
+        let moved_to = alive.filter(|row| row.cgroup_ns > ns && !dying).and_then(|row| row.cgroup);
+        let cgroup = moved_to.or(reading.cgroup_id);
         let space = match (known(r.mm_id), live_mm) {
-            (Some(id), Some(_)) if !dying => Some(self.space_of(id, key.unwrap_or_default(), reading.cgroup_id, ns)),
+            (Some(id), Some(_)) if !dying => self.named_space(id, key.unwrap_or_default(), cgroup, ns),
             (Some(id), _) => self.owned_by(id, &r.task, ns),
             (None, mm) => mm.flatten(),
         };
@@ -100,16 +99,19 @@ impl World {
             self.attach_space(key, serial);
         }
         let mut resident = None;
+        // A record that comes after a newer one of the same space says nothing about now.
         if let Some(serial) = space
-            && let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&r.rss, s.sums))
+            && let Some(before) = self.spaces.get_mut(&serial).filter(|space| space.read_ns <= ns)
         {
-            self.set_space(serial, reading.cgroup_id, sums);
+            before.read_ns = ns;
+            before.owner = key.unwrap_or(before.owner);
+            let sums = Sums::from_wire(&r.rss, before.sums);
+            self.set_space(serial, cgroup, sums);
             resident = Some(sums.resident());
-            if let (Some(key), Some(s)) = (key, self.spaces.get_mut(&serial)) {
-                s.owner = key;
-            }
         }
-        if let Some(row) = key.and_then(|k| self.processes.get_mut(k)) {
+        // A late record of the program before says nothing about this one.
+        let current = space.is_some() || dying || known(r.mm_id).is_none();
+        if let Some(row) = key.and_then(|k| self.processes.get_mut(k)).filter(|_| current) {
             let now = resident.unwrap_or_else(|| Sums::from_wire(&r.rss, Sums::default()).resident());
             row.raise_peak(now.max(known(r.peak_bytes).unwrap_or(0)));
             row.history.push(ns, now);
@@ -123,7 +125,12 @@ impl World {
     pub(crate) fn fork(&mut self, r: &wire::Fork) {
         let ns = r.header.boot_ns;
         self.ensure(cgroup_id(r.cgroup_id), ns);
-        let parent = self.processes.find(r.parent.tgid, r.parent.start_boot_ns);
+        let parent = self.find(&r.parent);
+        if r.flags & wire::FORK_SHARES_MM != 0
+            && let Some(parent) = parent
+        {
+            self.expect_space(parent, ns);
+        }
         let (serial, shared) = parent
             .and_then(|k| self.processes.get(k))
             .map_or((None, None), |row| (Some(row.serial), row.mm.filter(|_| r.flags & wire::FORK_SHARES_MM != 0)));
@@ -145,11 +152,15 @@ impl World {
         self.ensure(cgroup_id(r.cgroup_id), ns);
         let key = self.lookup_or_insert(&r.task, r.cgroup_id, ns);
         let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
+        let named = known(r.mm_id).filter(|_| alive);
+        let space = named.and_then(|id| self.space_of(id, key, cgroup_id(r.cgroup_id), ns));
+        if named.is_some() && space.is_none() {
+            return;
+        }
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
             row.comm = comm(&r.task);
         }
-        if let Some(id) = known(r.mm_id).filter(|_| alive) {
-            let space = self.space_of(id, key, cgroup_id(r.cgroup_id), ns);
+        if let Some(space) = space {
             self.attach_space(key, space);
             // Peak and history belong to the program before.
             if let Some(row) = self.processes.get_mut(key) {
@@ -165,7 +176,7 @@ impl World {
 
     /// A process exited. Its memory counts until its address space is torn down.
     pub(crate) fn exit(&mut self, r: &wire::Exit) {
-        let Some(key) = self.processes.find(r.task.tgid, r.task.start_boot_ns) else { return };
+        let Some(key) = self.find(&r.task) else { return };
         let Some(row) = self.processes.get_mut(key) else { return };
         row.update_comm(&r.task);
         row.max_rss = row.max_rss.max(known(r.max_rss_bytes));
@@ -179,7 +190,7 @@ impl World {
         if let Some(serial) = self.owned_by(r.mm_id, &r.task, r.header.boot_ns) {
             self.drop_space(serial);
         }
-        let Some(key) = self.processes.find(r.task.tgid, r.task.start_boot_ns) else { return };
+        let Some(key) = self.find(&r.task) else { return };
         let Some(row) = self.processes.get_mut(key) else { return };
         if let Some(peak) = known(r.peak_bytes) {
             row.raise_peak(peak);
@@ -196,7 +207,7 @@ impl World {
         }
         self.ensure(Some(id), ns);
         let key = self.lookup_or_insert(&r.task, r.cgroup_id, ns);
-        let mm = self.processes.get(key).and_then(|row| row.mm);
+        let mm = self.processes.get(key).filter(|row| row.cgroup_ns <= ns).and_then(|row| row.mm);
         if let Some((serial, sums)) =
             mm.and_then(|s| self.spaces.get(&s).filter(|space| space.owner == key).map(|space| (s, space.sums)))
         {
@@ -260,9 +271,17 @@ impl World {
         let Some(key) = self.find(&m.victim) else { return };
         let Some(serial) = self.processes.get(key).and_then(|row| row.mm) else { return };
         let Some(sums) = self.spaces.get(&serial).map(|s| Sums::from_wire(&m.rss, s.sums)) else { return };
-        self.set_space(serial, None, sums);
+        let ns = m.header.boot_ns;
+        // After a newer reading the mark is late, and the space may be somebody else's by now.
+        let read = known(m.rss.anon_bytes).is_some();
+        if let Some(space) =
+            self.spaces.get_mut(&serial).filter(|space| read && space.read_ns.max(space.since_ns) <= ns)
+        {
+            space.read_ns = ns;
+            self.set_space(serial, None, sums);
+        }
         if let Some(row) = self.processes.get_mut(key) {
-            row.history.push(m.header.boot_ns, sums.resident());
+            row.history.push(ns, sums.resident());
             row.raise_peak(sums.resident());
         }
     }
@@ -324,14 +343,15 @@ impl World {
         }
         let Some(row) = self.processes.get_mut(key) else { return };
         row.cgroup = row.cgroup.or(cgroup);
-        let wants_space = row.mm.is_none() && row.exited.is_none() && !sums.is_zero();
+        let unread = row.mm.is_none_or(|mm| self.spaces.get(&mm).is_some_and(AddressSpace::is_unread));
+        let wants_space = unread && row.exited.is_none() && !sums.is_zero();
         if wants_space {
             row.history.push(found.boot_ns, sums.resident());
             row.raise_peak(sums.resident().max(found.peak_bytes));
             let cgroup = row.cgroup;
-            let serial = self.new_space(None, key, cgroup, found.boot_ns);
-            self.attach_space(key, serial);
-            self.set_space(serial, cgroup, sums);
+            if let Some(serial) = self.expect_space(key, found.boot_ns) {
+                self.set_space(serial, cgroup, sums);
+            }
         }
         if known.is_none() || wants_cgroup || wants_space {
             self.changes.processes.push(key);
@@ -355,12 +375,21 @@ impl World {
     }
 
     pub(crate) fn space_sums(&self, serial: u64) -> Option<Sums> {
-        self.spaces.get(&serial).map(|s| s.sums)
+        self.spaces.get(&serial).filter(|space| !space.is_unread()).map(|space| space.sums)
     }
 
-    /// The key of a wire task, as [`Processes::find`].
+    /// The key of a wire task, as [`Processes::find`]. A process that gets its exact start, and with
+    /// it another key, still owns its address space.
     pub(crate) fn find(&mut self, task: &wire::Task) -> Option<ProcessKey> {
-        self.processes.find(task.tgid, task.start_boot_ns)
+        let key = self.processes.find(task.tgid, task.start_boot_ns)?;
+        if let Some(space) = self.processes.get(key).and_then(|row| row.mm).and_then(|mm| self.spaces.get_mut(&mm))
+            && space.owner != key
+            && space.owner.0 == key.0
+            && self.processes.get(space.owner).is_none()
+        {
+            space.owner = key;
+        }
+        Some(key)
     }
 
     #[cfg(test)]
@@ -375,7 +404,7 @@ impl World {
     /// The key of a live process, which is inserted when there is none. Older processes with the
     /// same pid are marked as exited.
     fn lookup_or_insert(&mut self, task: &wire::Task, cgroup: u64, ns: u64) -> ProcessKey {
-        let key = match self.processes.find(task.tgid, task.start_boot_ns) {
+        let key = match self.find(task) {
             Some(key) => key,
             None => {
                 let key = (task.tgid, task.start_boot_ns);
@@ -396,7 +425,11 @@ impl World {
         };
         if let Some(row) = self.processes.get_mut(key).filter(|row| row.exited.is_none()) {
             row.update_comm(task);
-            row.cgroup = cgroup_id(cgroup).or(row.cgroup);
+            if ns >= row.cgroup_ns
+                && let Some(id) = cgroup_id(cgroup)
+            {
+                (row.cgroup, row.cgroup_ns) = (Some(id), ns);
+            }
             row.last_ns = row.last_ns.max(ns);
         }
         key
@@ -441,6 +474,72 @@ mod tests {
 
     fn tree(world: &World, id: u64) -> u64 {
         world.cgroups.get(id).map_or(0, |row| row.tree.anon)
+    }
+
+    fn held(world: &World, pid: u32) -> Option<u64> {
+        let row = world.processes.get((pid, test_support::start(pid))).unwrap();
+        world.sums_of(row).map(|sums| sums.anon)
+    }
+
+    #[test]
+    fn a_late_reading_replaces_neither_a_newer_one_nor_a_newer_move() {
+        let mut world = World::default();
+        world.rss(&test_support::rss(3_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(2_000, 10, 5, 77, 20 * MIB));
+        assert_eq!(tree(&world, 5), 50 * MIB);
+        world.attach(&test_support::attach(5_000, 10, 6));
+        world.rss(&test_support::rss(4_000, 10, 5, 77, 60 * MIB));
+        assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 60 * MIB));
+        world.attach(&test_support::attach(4_500, 10, 7));
+        assert_eq!((tree(&world, 6), tree(&world, 7)), (60 * MIB, 0), "a late move");
+        // The first reading comes after the move, or after the program is another.
+        world.fork(&test_support::fork(6_000, 10, 11, 6, 0));
+        world.attach(&test_support::attach(6_200, 11, 7));
+        world.rss(&test_support::rss(6_100, 11, 6, 78, MIB));
+        assert_eq!((tree(&world, 6), tree(&world, 7)), (60 * MIB, MIB));
+        world.exec(&test_support::exec(6_500, 11, 7, "next", 0, 79));
+        world.rss(&test_support::rss(6_600, 11, 7, 79, 2 * MIB));
+        world.rss(&test_support::rss(6_300, 11, 7, 78, 9 * MIB));
+        assert_eq!((tree(&world, 7), held(&world, 11)), (2 * MIB, Some(2 * MIB)));
+    }
+
+    #[test]
+    fn a_late_mark_does_not_replace_what_the_next_user_of_an_identity_holds() {
+        let mut world = World::default();
+        let own = test_support::memcg(5, MIB);
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(3_000, 11, 6, 77, 20 * MIB));
+        world.mark(&test_support::victim(2_000, 90, 10, own, own, 55 * MIB));
+        assert_eq!(held(&world, 11), Some(20 * MIB));
+        world.mark(&test_support::victim(4_000, 90, 11, own, own, 21 * MIB));
+        assert_eq!(held(&world, 11), Some(21 * MIB), "one in time does");
+    }
+
+    #[test]
+    fn memory_of_a_process_found_running_counts_once_when_it_is_shared() {
+        let mut world = World::default();
+        let start_ticks = world.processes.ticks(test_support::start(10));
+        let found =
+            ProcessFound { pid: 10, start_ticks, cgroup_id: 5, anon_bytes: 40 * MIB, ..ProcessFound::default() };
+        world.process_found(&found);
+        world.fork(&test_support::fork(1_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        world.rss(&test_support::rss(2_000, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), world.spaces(), held(&world, 11)), (50 * MIB, 1, Some(50 * MIB)));
+        // The exact start makes another key: the memory is still its own and moves with it.
+        let mut world = World::default();
+        world.process_found(&found);
+        world.attach(&test_support::attach(1_000, 10, 6));
+        assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 40 * MIB));
+    }
+
+    #[test]
+    fn a_child_that_shares_memory_before_its_first_reading_is_its_user() {
+        let mut world = World::default();
+        world.fork(&test_support::fork(1_000, 1, 10, 5, 0));
+        world.fork(&test_support::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        assert_eq!((held(&world, 10), held(&world, 11)), (None, None), "nobody has read it");
+        world.rss(&test_support::rss(1_500, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), held(&world, 11)), (50 * MIB, Some(50 * MIB)));
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub(crate) struct ProcessRow {
     pub(crate) parent_serial: Option<u64>,
     pub(crate) comm: String,
     pub(crate) cgroup: Option<u64>,
+    /// When the record was made that says so, boot clock; 0 when a fact said it.
+    pub(crate) cgroup_ns: u64,
     /// Serial of its address space.
     pub(crate) mm: Option<u64>,
     /// Highest sum of anon, file and shmem of its current program, in bytes.
@@ -210,6 +212,7 @@ impl Processes {
             parent_serial: None,
             comm: String::new(),
             cgroup: None,
+            cgroup_ns: 0,
             mm: None,
             peak: None,
             max_rss: None,

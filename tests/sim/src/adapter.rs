@@ -77,14 +77,14 @@ fn lacks(incident: &Incident, loss: Loss) -> bool {
     incident.losses.iter().any(|note| note.what == loss.label())
 }
 
-/// More were killed than it lists.
-pub(crate) fn left_out(incident: &Incident) -> bool {
-    lacks(incident, Loss::VictimsNotListed)
-}
-
 /// It was closed before its time.
 pub(crate) fn early(incident: &Incident) -> bool {
     lacks(incident, Loss::WindowCutShort)
+}
+
+/// More were killed than it lists.
+pub(crate) fn left_out(incident: &Incident) -> bool {
+    lacks(incident, Loss::VictimsNotListed)
 }
 
 impl Out {

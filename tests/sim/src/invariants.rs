@@ -3,13 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::{Cause, Incident, Kind, Out, Snapshot, Victim as Shown, early, left_out};
-use crate::distort::{Distortion, Lost};
+use crate::distort::Lost;
 use crate::model::{Held, Key, Victim, World};
 use crate::wire::Blind;
-
-const TREE: &str = "a cgroup holds what its processes do";
-const HEIR: &str = "who inherits an identity holds what was told";
-const SHOWN: &str = "every process is shown";
 
 /// Something that must not be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,8 +47,8 @@ impl Saved {
             id: incident.id.clone(),
             kind: incident.kind,
             victims: victims.map(listed).collect(),
-            early: early(incident),
             left_out: left_out(incident),
+            early: early(incident),
         }
     }
 }
@@ -66,31 +62,6 @@ pub(crate) struct Witness {
     sigkills: BTreeMap<Key, (bool, Option<String>)>,
     /// Killed victims, with their incident.
     killed: BTreeMap<Key, String>,
-    /// Violations that are known and not failed for, see [`known`].
-    pub(crate) known: BTreeMap<&'static str, u64>,
-}
-
-/// What the engine is known to get wrong. Each is to be taken out when the engine is mended.
-pub(crate) mod known {
-    /// A SIGKILL that changed nothing, for its process had one already, and that no mark follows (its thread is marked
-    /// already), makes that process a victim again, one that is said to share memory, or makes one that was only chosen
-    /// one that was killed.
-    pub(crate) const UNDELIVERED: &str = "a SIGKILL that was not delivered counts as a kill";
-    /// A mark is paired with any SIGKILL by the kernel within a second, whoever was running then: also one for another
-    /// reason (RLIMIT_CPU), of a process that the OOM killer then only chose.
-    pub(crate) const OTHER_REASON: &str = "a SIGKILL for another reason is taken for the OOM killer's";
-    /// A mark that comes late, after another process has its victim's identity of an address space.
-    pub(crate) const LATE_MARK: &str = "a late mark replaces what the next user of an identity holds";
-    /// More than 32 incidents open: the oldest is closed before those that share its victim's memory are looked for.
-    pub(crate) const EVICTED: &str = "an incident closed early loses those who share memory";
-    /// A reading that comes late takes the place of a newer one, and its cgroup that of a newer move.
-    pub(crate) const OVERTAKEN: &str = "a late reading replaces a newer one, or a newer move";
-    /// A process that was found running has a child that shares its memory, and then its first reading: it gets a new
-    /// address space, the child keeps the old one, and the memory of both is counted.
-    pub(crate) const UNNAMED: &str =
-        "memory of a process found running counts twice when it was shared before its first reading";
-    /// A child that shares its parent's memory is told of before the first reading of that memory.
-    pub(crate) const EARLY_CHILD: &str = "a child that shares memory nobody has told of yet is not counted as its user";
 }
 
 impl Witness {
@@ -135,15 +106,6 @@ impl Witness {
             let truth = world.victims.get(&v.key);
             hold("a victim was one", truth.is_some(), || format!("{v:?} in {}", saved.id))?;
             let killed = truth.is_some_and(|t| t.killed);
-            let again = !killed || self.killed.contains_key(&v.key);
-            if v.killed && again && truth.is_some_and(|t| t.ignored) {
-                self.knows(known::UNDELIVERED);
-                continue;
-            }
-            if v.killed && !killed && world.by_kernel.contains(&v.key) {
-                self.knows(known::OTHER_REASON);
-                continue;
-            }
             hold("a victim that is said to be killed was", killed || !v.killed, || format!("{v:?} in {}", saved.id))?;
             if v.killed {
                 let other = self.killed.insert(v.key, saved.id.clone());
@@ -156,36 +118,11 @@ impl Witness {
         Ok(())
     }
 
-    fn knows(&mut self, name: &'static str) {
-        *self.known.entry(name).or_default() += 1;
-    }
-
-    /// Lets pass what is known of sums of memory.
-    pub(crate) fn unless_known(
-        &mut self,
-        found: Result<(), Violation>,
-        how: Distortion,
-        world: &World,
-    ) -> Result<(), Violation> {
-        let unnamed = world.spaces.values().any(|s| s.shared_unnamed);
-        match &found {
-            Err(_) if unnamed => self.knows(known::UNNAMED),
-            Err(v) if how.late_ns > 0 && v.invariant == TREE => self.knows(known::OVERTAKEN),
-            Err(_) if how.wild => self.knows(known::OVERTAKEN),
-            Err(v) if how.late_ns > 0 && v.invariant == HEIR => self.knows(known::LATE_MARK),
-            Err(v) if how.late_ns > 0 && v.invariant == SHOWN => self.knows(known::EARLY_CHILD),
-            _ => return found,
-        }
-        Ok(())
-    }
-
-    /// Victims who share memory, of decisions whose incident was closed early.
-    fn evicted(&self, world: &World) -> BTreeSet<Key> {
+    /// Whether the incident of a decision was closed before its time. A record that comes later belongs to a file that
+    /// is written, and no record can tell beforehand that one will come.
+    pub(crate) fn closed_early(&self, decision: usize, world: &World) -> bool {
         let early = self.saved.iter().filter(|s| s.early).flat_map(|s| &s.victims);
-        let decisions: BTreeSet<usize> =
-            early.filter_map(|v| world.victims.get(&v.key)).flat_map(|t| t.decisions.iter().copied()).collect();
-        let of_those = |t: &Victim| !t.marked && t.decisions.iter().any(|d| decisions.contains(d));
-        world.victims.iter().filter(|(_, t)| of_those(t)).map(|(key, _)| *key).collect()
+        early.filter_map(|v| world.victims.get(&v.key)).any(|t| t.decisions.contains(&decision))
     }
 
     /// After a stop: nothing is open, so everything that was told is in an incident.
@@ -205,16 +142,16 @@ impl Witness {
     }
 
     /// After a stop: every victim of the model is where it must be.
-    pub(crate) fn complete(&mut self, world: &World, strict: bool) -> Result<(), Violation> {
+    pub(crate) fn complete(&self, world: &World, strict: bool) -> Result<(), Violation> {
         let left_out = self.saved.iter().any(|s| s.left_out);
         let chosen: BTreeSet<Key> = self.saved.iter().flat_map(|s| s.victims.iter().map(|v| v.key)).collect();
-        let evicted = self.evicted(world);
         for (key, truth) in world.victims.iter().filter(|(_, t)| !t.lost && !left_out && (t.killed || t.marked)) {
-            if evicted.contains(key) && !chosen.contains(key) {
-                self.knows(known::EVICTED);
+            // The SIGKILL came too late. Who shares memory has no other record; one that is chosen again has a mark.
+            let known = chosen.contains(key);
+            if truth.late && !self.killed.contains_key(key) && (known || !truth.marked) {
                 continue;
             }
-            hold("every victim is in an incident", chosen.contains(key), || format!("{key:?}: {truth:?}"))?;
+            hold("every victim is in an incident", known, || format!("{key:?}: {truth:?}"))?;
             let killed = self.killed.contains_key(key);
             hold("every kill is in an incident as one", killed == truth.killed, || format!("{key:?}: {truth:?}"))?;
             let others = world.others.contains(key);
@@ -346,20 +283,22 @@ pub(crate) fn sums(snapshot: &Snapshot, world: &World, trees: bool) -> Result<()
     for p in &snapshot.processes {
         let truth = expected.get(&p.pid).filter(|(start, _)| p.start_boot_ns.is_none_or(|s| s == *start));
         let shown = Held { anon: p.anon_bytes, file: p.file_bytes, shmem: p.shmem_bytes, swap: p.swap_bytes };
-        let mm_id = world.processes.get(&p.pid).and_then(|p| world.spaces.get(&p.space)).map(|s| s.mm_id);
-        let heir = mm_id.is_some_and(|id| world.of_victims.contains(&id));
-        hold(if heir { HEIR } else { "a process holds what was told" }, truth.map(|t| t.1) == Some(shown), || {
+        hold("a process holds what was told", truth.map(|t| t.1) == Some(shown), || {
             format!("pid {} shows {shown:?}, told {truth:?}", p.pid)
         })?;
     }
     let shown: BTreeSet<u32> = snapshot.processes.iter().map(|p| p.pid).collect();
     let missing = expected.keys().find(|pid| !shown.contains(pid));
-    hold(SHOWN, missing.is_none(), || format!("pid {missing:?}: {:?}", missing.map(|p| expected.get(p))))?;
+    hold("every process is shown", missing.is_none(), || {
+        format!("pid {missing:?}: {:?}", missing.map(|p| expected.get(p)))
+    })?;
     let told = world.told_sums();
     for c in snapshot.cgroups.iter().filter(|_| trees) {
         let truth = told.get(&c.id).copied().unwrap_or_default();
         let shown = Held { anon: c.anon_bytes, file: c.file_bytes, shmem: c.shmem_bytes, swap: c.swap_bytes };
-        hold(TREE, truth == shown, || format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path))?;
+        hold("a cgroup holds what its processes do", truth == shown, || {
+            format!("cgroup {} ({:?}) shows {shown:?}, told {truth:?}", c.id, c.path)
+        })?;
     }
     Ok(())
 }

@@ -71,7 +71,6 @@ impl World {
         if shares {
             if let Some(s) = self.spaces.get_mut(&space) {
                 s.users.push(pid);
-                s.shared_unnamed |= !s.followed;
             }
         } else {
             self.follow(space, true);

@@ -9,7 +9,6 @@
 //!
 //! A run is determined by one seed. One that fails prints how to repeat it, with the shortest story that fails.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -68,7 +67,6 @@ fn main() -> ExitCode {
     let mut seed = options.seed.unwrap_or_else(from_clock);
     let (mut runs, mut events, mut failed) = (0u64, 0u64, 0u64);
     let (mut incidents, mut victims) = (0u64, 0u64);
-    let mut known: BTreeMap<&'static str, u64> = BTreeMap::new();
     loop {
         let plan = Plan { seed, events: options.events, fault: Fault::None, tail: options.tail };
         let report = run(&plan);
@@ -76,7 +74,6 @@ fn main() -> ExitCode {
         events += report.events;
         incidents += report.incidents;
         victims += report.victims;
-        report.known.iter().for_each(|(name, hits)| *known.entry(name).or_default() += hits);
         if options.verbose {
             let Report { events, incidents, victims, shape, .. } = &report;
             println!("seed {seed}: {events} events, {incidents} incidents, {victims} victims; {shape}");
@@ -90,9 +87,6 @@ fn main() -> ExitCode {
             break;
         }
         seed = seed.wrapping_add(1);
-    }
-    for (name, hits) in &known {
-        println!("known: {name}: {hits}");
     }
     println!("{runs} seeds, {events} events, {incidents} incidents, {victims} victims: {failed} failed");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -71,8 +71,6 @@ pub(crate) struct Space {
     pub(crate) users: Vec<u32>,
     /// The hook follows it. One that was found running is not followed before it changes.
     pub(crate) followed: bool,
-    /// It got a second user before the hook followed it.
-    pub(crate) shared_unnamed: bool,
     /// The task and cgroup the hook last saw as its owner.
     pub(crate) seen: event::Task,
     pub(crate) cgroup: u64,
@@ -145,10 +143,10 @@ pub(crate) struct Victim {
     pub(crate) killed: bool,
     /// It was marked.
     pub(crate) marked: bool,
-    /// The OOM killer sent it SIGKILL when it had had one, and did not mark it again.
-    pub(crate) ignored: bool,
     /// A record about it was lost.
     pub(crate) lost: bool,
+    /// The record of its SIGKILL was read after the incident was closed before its time.
+    pub(crate) late: bool,
 }
 
 /// A record on its way to the rings.
@@ -219,10 +217,6 @@ pub(crate) struct World {
     pub(crate) decisions: usize,
     /// Processes that were sent SIGKILL by others.
     pub(crate) others: BTreeSet<Key>,
-    /// Of those, by the kernel for another reason than memory.
-    pub(crate) by_kernel: BTreeSet<Key>,
-    /// Identities that victims had.
-    pub(crate) of_victims: BTreeSet<u64>,
     free_mms: Vec<u64>,
     next_pid: u32,
     next_id: u64,
@@ -261,8 +255,6 @@ impl World {
             victims: BTreeMap::new(),
             decisions: 0,
             others: BTreeSet::new(),
-            by_kernel: BTreeSet::new(),
-            of_victims: BTreeSet::new(),
             free_mms: (1..=4u64).map(|n| 0xffff_8880_0000_0000 | (n << 12)).collect(),
             next_pid: 300,
             next_id: 100,
@@ -308,7 +300,6 @@ impl World {
             owner: Some(owner),
             users: vec![owner],
             followed: false,
-            shared_unnamed: false,
             seen: wire::task(0, 0, 0, ""),
             cgroup,
             sent: Held::default(),

@@ -160,11 +160,10 @@ impl World {
         self.send(hook, d, Some(key), bytes(&kill));
         let victim = self.victim(key, d.number);
         victim.killed |= !before;
-        victim.ignored |= before;
     }
 
     fn victim(&mut self, key: Key, decision: usize) -> &mut Victim {
-        let blank = Victim { decisions: Vec::new(), killed: false, marked: false, ignored: false, lost: false };
+        let blank = Victim { decisions: Vec::new(), killed: false, marked: false, lost: false, late: false };
         let victim = self.victims.entry(key).or_insert(blank);
         if victim.decisions.last() != Some(&decision) {
             victim.decisions.push(decision);
@@ -215,7 +214,6 @@ impl World {
         victim.marked = true;
         // Whoever killed it first: the OOM killer has sent SIGKILL and marked it.
         victim.killed |= killed;
-        self.of_victims.extend(self.spaces.get(&serial).map(|s| s.mm_id));
         self.exact(serial, held);
     }
 
@@ -258,8 +256,5 @@ impl World {
         let ring = if sender_code == SENDER_KERNEL { Ring::Ledger } else { Ring::Samples };
         self.emit(hook, ring, bytes(&kill));
         self.others.insert(key);
-        if sender_code == SENDER_KERNEL {
-            self.by_kernel.insert(key);
-        }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::adapter::{Fact, Fault, Kind, Out, Step, Subject, journalled};
 use crate::distort::Lost;
-use crate::invariants::{Listed, Saved, Violation, Witness, hold};
+use crate::invariants::{Saved, Violation, Witness, hold};
 use crate::model::World;
 
 /// What an engine said, as a number: FNV-1a over its bytes.
@@ -103,10 +103,7 @@ impl Cut {
         };
         for saved in witness.saved.iter().filter(after) {
             let other = by_id.get(&saved.id);
-            // See `known::UNDELIVERED`.
-            let real = |v: &&Listed| !(v.shares_mm && world.victims.get(&v.key).is_some_and(|t| t.ignored));
-            let victims = |s: &Saved| s.victims.iter().filter(real).cloned().collect::<Vec<_>>();
-            let alike = other.is_some_and(|other| other.kind == saved.kind && victims(other) == victims(saved));
+            let alike = other.is_some_and(|other| other.kind == saved.kind && other.victims == saved.victims);
             hold("a segment alone tells of its kills", alike, || format!("{saved:?}\n  became {other:?}"))?;
         }
         Ok(())

@@ -1,0 +1,106 @@
+//! Which SIGKILLs make victims, and of which incident.
+
+use memtrace_common::event as wire;
+use memtrace_incident::{Incident, Loss};
+
+use super::{OPEN_CAP, pairing::KILLS_CAP};
+use crate::test_support::{self, MIB, MS, SEC, TestEngine};
+
+const T: u64 = 1_000 * SEC;
+
+/// A SIGKILL from the kernel in cgroup 5, so many nanoseconds after the start.
+fn kill(ns: u64, trigger: u32, target: u32) -> wire::Kill {
+    test_support::kill(T + ns, trigger, target, 5)
+}
+
+/// A mark without the flag that SIGKILL preceded it.
+fn mark(ns: u64, trigger: u32, victim: u32) -> wire::OomVictim {
+    let (own, out) = (test_support::memcg(5, MIB), test_support::limited(5, MIB, MIB));
+    test_support::victim(T + ns, trigger, victim, own, out, MIB)
+}
+
+/// Process id, killed and shares memory of each victim.
+fn victims(incident: &Incident) -> Vec<(u32, bool, bool)> {
+    incident.oom.iter().flat_map(|oom| &oom.victims).map(|v| (v.pid, v.killed, v.shares_mm)).collect()
+}
+
+fn closed(test: &mut TestEngine) -> Vec<Vec<(u32, bool, bool)>> {
+    test.tick(T + 3 * SEC);
+    test.saved().iter().map(victims).collect()
+}
+
+#[test]
+fn a_sigkill_that_changed_nothing_makes_no_victim() {
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 90, 100)).feed(&mark(MS, 90, 100));
+    test.feed(&wire::Kill { result: 1, ..kill(2 * MS, 90, 101) }).feed(&kill(3 * MS, 90, 102));
+    assert_eq!(closed(&mut test), [[(100, true, false), (102, true, true)]]);
+    // One that was only chosen stays so: SIGKILL comes before the mark.
+    let mut test = TestEngine::new();
+    test.feed(&mark(MS, 90, 100)).feed(&wire::Kill { result: 1, ..kill(2 * MS, 90, 100) });
+    assert_eq!(closed(&mut test), [[(100, false, false)]]);
+}
+
+#[test]
+fn a_process_that_is_chosen_while_dying_is_not_killed_by_an_older_sigkill_that_changed_nothing() {
+    for (gap, killed) in [(2 * MS, false), (MS / 10, true)] {
+        let mut test = TestEngine::new();
+        test.feed(&wire::Kill { result: 1, ..kill(0, 90, 100) }).feed(&mark(gap, 90, 100));
+        assert_eq!(closed(&mut test), [[(100, killed, false)]]);
+    }
+}
+
+#[test]
+fn a_sigkill_for_another_reason_is_not_the_oom_killers() {
+    // RLIMIT_CPU, then the dying process runs out of memory and marks itself.
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 100, 100)).feed(&mark(5 * MS, 100, 100));
+    assert_eq!(closed(&mut test), [[(100, false, false)]]);
+    // The same while the SIGKILL's record is late.
+    let mut test = TestEngine::new();
+    test.feed(&mark(5 * MS, 100, 100)).feed(&kill(0, 100, 100));
+    assert_eq!(closed(&mut test), [[(100, false, false)]]);
+    // A process that chose itself, at once or by its decision.
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 100, 100)).feed(&mark(MS / 10, 100, 100));
+    assert_eq!(closed(&mut test), [[(100, true, false)]]);
+    let mut test = TestEngine::new();
+    test.feed(&test_support::decision(T - MS, 100, 100, test_support::memcg(5, MIB), 3));
+    test.feed(&kill(0, 100, 100)).feed(&mark(5 * MS, 100, 100));
+    assert_eq!(closed(&mut test), [[(100, true, false)]]);
+    // Another thread than the one that marks.
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 80, 100)).feed(&mark(MS, 90, 100));
+    assert_eq!(closed(&mut test), [[(100, false, false)]]);
+}
+
+#[test]
+fn an_incident_that_is_closed_early_has_those_who_share_memory() {
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 90, 100)).feed(&mark(1, 90, 100)).feed(&kill(2, 90, 101));
+    for n in 0..OPEN_CAP as u32 {
+        let (ns, pid) = (u64::from(n) * 10 + 10, 200 + n);
+        test.feed(&kill(ns, pid, pid)).feed(&mark(ns + 1, pid, pid));
+    }
+    let saved = test.saved();
+    assert_eq!((saved.len(), victims(&saved[0])), (1, vec![(100, true, false), (101, true, true)]));
+}
+
+#[test]
+fn one_process_is_killed_once() {
+    // It shares the memory of a victim, and another trigger chooses it before it is dead.
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 90, 100)).feed(&mark(MS, 90, 100)).feed(&kill(2 * MS, 90, 101));
+    test.feed(&wire::Kill { result: 1, ..kill(40 * MS, 91, 101) }).feed(&mark(41 * MS, 91, 101));
+    let all = closed(&mut test).concat();
+    assert_eq!(all.iter().filter(|v| v.0 == 101 && v.1).count(), 1, "{all:?}");
+}
+
+#[test]
+fn sigkills_that_are_dropped_before_their_mark_are_counted() {
+    let mut test = TestEngine::new();
+    for pid in 0..KILLS_CAP as u32 + 3 {
+        test.feed(&kill(0, 90, 1000 + pid));
+    }
+    assert_eq!(test.engine.run.losses.current().get(Loss::KillsNotPaired.label()), Some(&3));
+}
