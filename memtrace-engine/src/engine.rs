@@ -367,6 +367,7 @@ impl Engine {
         }
         // The recording includes what this input changed, and kills that still wait for a late
         // record.
+        self.oom.add_sharers(true, &mut self.world, &self.run);
         self.oom.report(true, &self.world, &self.run, out);
         self.follow(out);
         let Some(recording) = self.recording.take() else { return };

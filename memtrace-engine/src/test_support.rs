@@ -188,6 +188,11 @@ pub(crate) fn victim(boot_ns: u64, trigger: u32, pid: u32, own: Memcg, oom: Memc
     }
 }
 
+/// A mark that SIGKILL preceded by so many nanoseconds.
+pub(crate) fn after_kill(mark: OomVictim, after_kill_ns: u32) -> OomVictim {
+    OomVictim { flags: mark.flags | VICTIM_KILLED, after_kill_ns, ..mark }
+}
+
 pub(crate) fn decision(boot_ns: u64, trigger: u32, chosen: u32, oom: Memcg, constraint: u32) -> OomDecision {
     OomDecision {
         header: header::<OomDecision>(boot_ns),

@@ -40,7 +40,8 @@ fn a_burst_to_the_limit_makes_one_incident_that_ends_at_the_kill() {
     risen(&mut test, 100);
     test.feed(&test_support::mapping(T - 50 * MS, 100, OWN, CALL_MMAP, 220 * MIB));
     test.feed(&test_support::kill(T, 100, 100, OWN));
-    test.feed(&test_support::victim(T + 20_000, 100, 100, at_limit(), at_limit(), 255 * MIB));
+    let mark = test_support::victim(T + 20_000, 100, 100, at_limit(), at_limit(), 255 * MIB);
+    test.feed(&test_support::after_kill(mark, 20_000));
     let entry = test.kills();
     assert_eq!((entry.len(), entry[0].pid, entry[0].killed, entry[0].boot_ns), (1, 100, true, T));
     assert_eq!((entry[0].usage_bytes, entry[0].limit_bytes), (Some(LIMIT), Some(LIMIT)));
@@ -139,6 +140,7 @@ fn a_group_kill_of_32_is_one_incident() {
             let kill = test_support::kill(ns, 100, pid, OWN);
             let mut mark = test_support::victim(ns + 10_000, 100, pid, at_limit(), at_limit(), 8 * MIB);
             mark.flags = VICTIM_GROUP;
+            let mark = test_support::after_kill(mark, 10_000);
             if reversed {
                 test.feed(&mark).feed(&kill);
             } else {
@@ -164,7 +166,8 @@ fn a_process_that_shares_the_memory_is_a_victim_without_a_mark() {
     test.feed(&test_support::rss(T - SEC, 100, OWN, 7, 200 * MIB));
     test.feed(&test_support::fork(T - SEC / 2, 100, 101, OWN, FORK_SHARES_MM));
     test.feed(&test_support::kill(T, 100, 100, OWN));
-    test.feed(&test_support::victim(T + MS, 100, 100, at_limit(), at_limit(), 200 * MIB));
+    let mark = test_support::victim(T + MS, 100, 100, at_limit(), at_limit(), 200 * MIB);
+    test.feed(&test_support::after_kill(mark, MS as u32));
     test.feed(&test_support::kill(T + 2 * MS, 100, 101, OWN));
     test.feed(&test_support::kill(T + 2 * MS, 666, 102, OWN));
     test.feed(&test_support::kill(T + 200 * MS, 100, 103, OWN));

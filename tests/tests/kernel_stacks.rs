@@ -120,25 +120,22 @@ fn without_a_budget_there_are_no_stacks_and_nothing_else_is_missing() -> anyhow:
     trial.end()
 }
 
-/// The incident of this cgroup, once it has names.
+/// The incident of this cgroup, once its frames were named. A frame may stay without a name: an
+/// object without symbols has none for any of its code.
 fn named(trial: &Trial, cage: &Cage) -> anyhow::Result<Value> {
     let incident = trial.incident(cage)?;
     let id = json::text(&incident, "/id")?;
     let deadline = Deadline::after(NAMING);
-    loop {
-        let incident = trial.options().report(id)?;
-        let paths = json::list(&incident, "/allocation_paths")?;
-        let unnamed = |path: &&Value| {
-            let mut of_process =
-                path["frames"].as_array().into_iter().flatten().filter(|frame| frame["kernel"] != true);
-            let first = of_process.next().is_some_and(|frame| frame["symbol"].is_null());
-            first && of_process.all(|frame| frame["symbol"].is_null())
-        };
-        if (!paths.is_empty() && paths.iter().filter(unnamed).count() == 0) || deadline.has_passed() {
-            return Ok(incident);
-        }
+    while trial.agent.heard(&["named functions", id]).is_none() {
+        let failed = trial.agent.heard(&["no names for an incident", id]);
+        ensure!(
+            failed.is_none() && !deadline.has_passed(),
+            "{id} has no names; the agent said:\n{}",
+            trial.agent.stderr()
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
+    trial.options().report(id)
 }
 
 /// Checks that attributed and unattributed bytes are the growth, and so are the samples.

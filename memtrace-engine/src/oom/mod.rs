@@ -20,6 +20,7 @@ mod incident;
 mod kernel_log;
 mod open_incident;
 mod pairing;
+mod recent;
 mod scope;
 mod sigkills;
 #[cfg(test)]
@@ -28,7 +29,8 @@ mod tests;
 use kernel_log::KernelLog;
 pub(crate) use open_incident::OPEN_CAP;
 use open_incident::OpenIncident;
-use pairing::{Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, marked, process, sharer};
+use pairing::{Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, Verified, marked, process, sharer};
+use recent::RecentProcesses;
 use scope::{counters, scope, view_of};
 use sigkills::Sigkills;
 
@@ -40,6 +42,8 @@ pub(crate) struct OomKills {
     pairing: Pairing,
     sigkills: Sigkills,
     log: KernelLog,
+    /// Processes that were reported as killed, so that none is in two incidents.
+    killed: RecentProcesses,
     /// Whether [`OomKills::cgroups`] may have changed since [`OomKills::take_changed`].
     changed: bool,
 }
@@ -53,6 +57,9 @@ impl OomKills {
         }
         let kill = KernelKill::from(r);
         let (key, ns) = (kill.target(), kill.boot_ns);
+        if self.killed.contains(&key) {
+            return;
+        }
         for open in &mut self.open {
             let first = open.victims.first().map(OpenVictim::key) == Some(key) && open.id.is_none();
             let decided = open.decision.map(|decision| decision.boot_ns);
@@ -96,14 +103,20 @@ impl OomKills {
     pub(crate) fn mark(&mut self, m: &wire::OomVictim, context: &BuildContext<'_>, out: &mut Out) {
         let key = (m.victim.tgid, m.victim.start_boot_ns);
         let verified = self.pairing.verify(m, context.run.settings.kills_seen);
-        let victim = marked(m, verified);
+        self.forget_later_mark(key, m.header.boot_ns);
+        let open = self.open.iter_mut().any(|o| o.victim(key).is_some());
+        // It is dying of an earlier kill, whose incident is closed.
+        let again = !open && self.killed.contains(&key);
+        let victim = marked(m, if again { Verified::default() } else { verified });
         self.log.hook_saw(m.victim.tgid, m.victim.tid, victim.victim.at_boot_ns);
         if let Some(known) = self.open.iter_mut().find_map(|o| o.victim(key)) {
             if known.mark.is_none() {
                 let reported = known.reported;
                 *known = OpenVictim { reported, kill_ns: known.kill_ns.or(victim.kill_ns), ..victim };
                 known.victim.killed |= reported;
-            } else if known.kill_ns.is_none() && !known.reported {
+                return;
+            }
+            if known.kill_ns.is_none() && !known.reported {
                 known.kill_ns = victim.kill_ns;
                 known.victim.killed = victim.victim.killed;
             }
@@ -119,6 +132,21 @@ impl OomKills {
             None => self.open_incident(m, victim, decision, context, out),
         }
         self.changed = true;
+    }
+
+    /// A process that is dying marks itself when it runs out of memory again, and that record may
+    /// come before that of the mark by which it was chosen. Nothing is reported of it so far.
+    fn forget_later_mark(&mut self, victim: ProcessKey, mark_ns: u64) {
+        let later = |o: &OpenIncident| {
+            let alone = o.id.is_none() && o.victims.len() == 1;
+            alone && o.victims.iter().any(|v| v.key() == victim && v.marked_ns().is_some_and(|ns| ns > mark_ns))
+        };
+        if let Some(at) = self.open.iter().position(later) {
+            let forgotten = self.open.remove(at);
+            if !forgotten.stack.is_empty() {
+                self.pairing.store_stack(victim, forgotten.stack);
+            }
+        }
     }
 
     fn open_incident(
@@ -206,7 +234,7 @@ impl OomKills {
     /// every victim.
     pub(crate) fn report(&mut self, all: bool, world: &World, run: &Run, out: &mut Out) {
         for open in &mut self.open {
-            report_one(open, &mut self.sigkills, all, world, run, out);
+            report_one(open, (&mut self.sigkills, &mut self.killed), all, world, run, out);
         }
     }
 
@@ -268,7 +296,7 @@ impl OomKills {
     fn close(&mut self, mut open: OpenIncident, context: &BuildContext<'_>, out: &mut Out) {
         open.view.follow(context.world);
         open.refine(&self.log, context.world, context.run);
-        report_one(&mut open, &mut self.sigkills, true, context.world, context.run, out);
+        report_one(&mut open, (&mut self.sigkills, &mut self.killed), true, context.world, context.run, out);
         let incident = incident::oom_incident(&open, &self.log, context);
         if context.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
             for v in incident::missing_in_log(&open, &self.log) {
@@ -334,13 +362,20 @@ impl OomKills {
     /// Estimated memory in bytes.
     pub(crate) fn memory_estimate(&self) -> usize {
         let views: usize = self.open.iter().map(|open| open.view.memory_estimate()).sum();
-        views + self.sigkills.memory_estimate()
+        views + self.sigkills.memory_estimate() + self.killed.memory_estimate()
     }
 }
 
 /// Gives an incident its id and emits ledger lines of its victims that are certain; with `all`, of
 /// all. The first ledger line of an incident comes with a finding.
-fn report_one(open: &mut OpenIncident, sigkills: &mut Sigkills, all: bool, world: &World, run: &Run, out: &mut Out) {
+fn report_one(
+    open: &mut OpenIncident,
+    (sigkills, killed): (&mut Sigkills, &mut RecentProcesses),
+    all: bool,
+    world: &World,
+    run: &Run,
+    out: &mut Out,
+) {
     let (now, kills_seen) = (run.now, run.settings.kills_seen);
     let certain = |v: &OpenVictim| all || v.is_certain(now, kills_seen);
     let Some(first) = open.victims.first().filter(|v| open.id.is_some() || certain(v)) else { return };
@@ -354,6 +389,7 @@ fn report_one(open: &mut OpenIncident, sigkills: &mut Sigkills, all: bool, world
     for v in open.victims.iter_mut().filter(|v| !v.reported && certain(v)) {
         v.reported = true;
         if v.victim.killed {
+            killed.insert(v.key());
             sigkills.of_victim(v, &open.trigger_process, &id, world, run, out);
         }
         out.outputs.push(Output::Kill(KillEntry {

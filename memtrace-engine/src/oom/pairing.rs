@@ -16,13 +16,6 @@ use crate::world::{ProcessKey, comm};
 const MS: u64 = 1_000_000;
 /// A SIGKILL and a mark of one process belong together when they are at most this far apart.
 pub(super) const PAIR_NS: u64 = 1000 * MS;
-/// A process that marks itself has sent itself SIGKILL within this time, unless a decision says so.
-/// The kernel holds a spin lock from the SIGKILL to the mark (mm/oom_kill.c, __oom_kill_process).
-/// RLIMIT_CPU sends the same SIGKILL, and a process that is dying for that marks itself when it runs
-/// out of memory (mm/oom_kill.c, out_of_memory).
-/// The same goes for a SIGKILL that changed nothing: its process may have shared the memory of an
-/// earlier victim, and be chosen while it is dying.
-const OWN_KILL_NS: u64 = MS;
 /// A SIGKILL by the same trigger within this time after a mark goes to a process that shares the
 /// victim's address space.
 pub(super) const SHARER_NS: u64 = 100 * MS;
@@ -90,14 +83,19 @@ impl KernelKill {
         (self.target.tgid, self.target.start_boot_ns)
     }
 
-    /// Whether the mark is that of this SIGKILL. The thread that marks is the one that has sent it
-    /// before (mm/oom_kill.c, __oom_kill_process). `decided` is when that thread chose a victim.
+    /// Whether a mark without [`wire::VICTIM_KILLED`] is that of this SIGKILL. The thread that marks
+    /// is the one that has sent it before (mm/oom_kill.c, __oom_kill_process). `decided` is when that
+    /// thread chose a victim.
+    ///
+    /// Without a decision between them, two SIGKILLs are of another reason. RLIMIT_CPU sends one to
+    /// its own process, which marks itself when it runs out of memory while it is dying
+    /// (mm/oom_kill.c, out_of_memory). One that changed nothing went to a process that was dying,
+    /// and may have been chosen for that.
     pub(super) fn is_of(&self, mark: &Mark, decided: Option<u64>) -> bool {
         let same = self.target() == mark.victim && self.trigger == mark.trigger;
-        let Some(gap) = mark.boot_ns.checked_sub(self.boot_ns).filter(|_| same) else { return false };
-        let other = self.trigger.key == mark.victim || !self.delivered;
-        let another_reason = other && decided.is_none_or(|ns| ns > self.boot_ns);
-        gap <= if another_reason { OWN_KILL_NS } else { PAIR_NS }
+        let in_time = mark.boot_ns.checked_sub(self.boot_ns).is_some_and(|gap| gap <= PAIR_NS);
+        let doubtful = self.trigger.key == mark.victim || !self.delivered;
+        same && in_time && (!doubtful || decided.is_some_and(|ns| ns <= self.boot_ns))
     }
 }
 
@@ -143,7 +141,7 @@ impl OpenVictim {
 }
 
 /// When and whether a marked process was killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Verified {
     pub(super) kill_ns: Option<u64>,
     pub(super) killed: bool,
@@ -189,17 +187,20 @@ impl Pairing {
         push(&mut self.kills, KILLS_CAP, kill)
     }
 
-    /// Finds the SIGKILL of a mark, the earliest that fits. If there is one, removes all of that process.
-    /// Without a record, the mark's own flag says whether and when its process was killed.
+    /// Whether and when the process of a mark was killed. The mark's own flag says so: SIGKILL and
+    /// mark are in one section that nothing on the CPU gets between (mm/oom_kill.c, task_lock in
+    /// __oom_kill_process), but on a real-time kernel another SIGKILL may hide the first from the
+    /// hook. Then it is the earliest SIGKILL that fits. Removes all SIGKILLs of a killed process.
     pub(super) fn verify(&mut self, m: &wire::OomVictim, kills_seen: bool) -> Verified {
         let mark = Mark::from(m);
         let mark_ns = mark.boot_ns;
         let decided = self.decision(mark.trigger, mark_ns).map(|decision| decision.boot_ns);
-        let seen = self.kills.iter().filter(|k| k.is_of(&mark, decided)).map(|k| k.boot_ns).min();
         let flagged = m.flags & wire::VICTIM_KILLED != 0;
         let from_flag =
             (flagged && m.after_kill_ns != u32::MAX).then(|| mark_ns.saturating_sub(u64::from(m.after_kill_ns)));
-        let kill_ns = seen.or(from_flag).or((flagged || !kills_seen).then_some(mark_ns));
+        let of_mark = |k: &&KernelKill| k.is_of(&mark, decided);
+        let recorded = || self.kills.iter().filter(of_mark).map(|k| k.boot_ns).min();
+        let kill_ns = from_flag.or_else(recorded).or((flagged || !kills_seen).then_some(mark_ns));
         if kill_ns.is_some() {
             self.remove_kills(mark.victim);
         }
@@ -325,11 +326,12 @@ mod tests {
         // (name, SIGKILL at, flagged, after_kill_ns, kills seen) -> (kill time, killed); the mark
         // is at 5000 ms.
         type Case = (&'static str, Option<u64>, bool, u32, bool, Option<u64>);
-        let cases: [Case; 8] = [
+        let cases: [Case; 9] = [
             ("SIGKILL before", Some(4999), false, 0, true, Some(4999 * MS)),
             ("a SIGKILL after the mark is another", Some(5001), false, 0, true, None),
-            ("record beats the flag's time", Some(4999), true, 7, true, Some(4999 * MS)),
+            ("the flag's time beats that of a record", Some(4998), true, 1_000_000, true, Some(4999 * MS)),
             ("flag alone", None, true, 1_000_000, true, Some(4999 * MS)),
+            ("flag without a time, and a record", Some(4999), true, u32::MAX, true, Some(4999 * MS)),
             ("flag, too long ago to say when", None, true, u32::MAX, true, Some(5000 * MS)),
             ("mark alone: chosen while exiting", None, false, 0, true, None),
             ("mark alone, SIGKILLs not seen", None, false, 0, false, Some(5000 * MS)),

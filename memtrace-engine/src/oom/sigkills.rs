@@ -2,12 +2,13 @@
 //! that was delivered. A SIGKILL from the kernel waits, because the mark that makes it an OOM kill
 //! may come later.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 
 use memtrace_common::event as wire;
 use memtrace_incident::{Loss, Process, SigkillCause, SigkillEntry};
 
 use super::pairing::{DELIVERED, LATE_RECORD_NS, OpenVictim, PAIR_NS};
+use super::recent::RecentProcesses;
 use crate::decode::cgroup_id;
 use crate::output::{Out, Output};
 use crate::run::Run;
@@ -16,8 +17,6 @@ use crate::world::{ProcessKey, World, comm};
 /// Entries that wait; further ones are counted as lost. The last quarter is only for SIGKILLs from
 /// the kernel.
 const WAITING_CAP: usize = 4096;
-/// Processes with an emitted entry. Further SIGKILLs to them are ignored; the oldest is dropped.
-const REPORTED_CAP: usize = 4096;
 /// Entries at once. A user can send SIGKILL at any rate, so the rate of the ledger is limited. OOM
 /// kills are exempt.
 const BURST: u64 = 1000;
@@ -29,10 +28,8 @@ const PERIOD_NS: u64 = 10_000_000;
 pub(crate) struct Sigkills {
     /// The first SIGKILL of each process. Cap: [`WAITING_CAP`].
     waiting: BTreeMap<ProcessKey, SigkillEntry>,
-    /// Oldest first. Cap: [`REPORTED_CAP`].
-    reported: VecDeque<ProcessKey>,
-    /// The same processes, to look up.
-    reported_set: BTreeSet<ProcessKey>,
+    /// Processes with an emitted entry. Further SIGKILLs to them are ignored.
+    reported: RecentProcesses,
     /// When the whole burst is available again, boot clock.
     spent_until_ns: u64,
 }
@@ -41,7 +38,7 @@ impl Sigkills {
     /// A SIGKILL was delivered. Returns false when there is no room for it.
     fn sent(&mut self, entry: SigkillEntry) -> bool {
         let key = (entry.pid, entry.start_boot_ns);
-        if self.reported_set.contains(&key) {
+        if self.reported.contains(&key) {
             return true;
         }
         let cap = if entry.cause == SigkillCause::Kernel { WAITING_CAP } else { WAITING_CAP / 4 * 3 };
@@ -59,11 +56,11 @@ impl Sigkills {
     fn of_oom(&mut self, entry: SigkillEntry) -> Option<SigkillEntry> {
         let key = (entry.pid, entry.start_boot_ns);
         let faster = |first: &SigkillEntry| first.cause != SigkillCause::Kernel && first.boot_ns < entry.boot_ns;
-        if self.reported_set.contains(&key) || self.waiting.get(&key).is_some_and(faster) {
+        if self.reported.contains(&key) || self.waiting.get(&key).is_some_and(faster) {
             return None;
         }
         self.waiting.remove(&key);
-        self.remember(key);
+        self.reported.insert(key);
         Some(entry)
     }
 
@@ -76,7 +73,7 @@ impl Sigkills {
         let mut entries: Vec<SigkillEntry> =
             self.waiting.extract_if(.., |_, entry| due(entry)).map(|(_, e)| e).collect();
         entries.sort_by_key(|entry| (entry.boot_ns, entry.pid));
-        entries.iter().for_each(|entry| self.remember((entry.pid, entry.start_boot_ns)));
+        entries.iter().for_each(|entry| self.reported.insert((entry.pid, entry.start_boot_ns)));
         let found = entries.len();
         entries.retain(|_| self.allowed(now));
         let left_out = found.saturating_sub(entries.len()) as u64;
@@ -91,20 +88,8 @@ impl Sigkills {
         true
     }
 
-    fn remember(&mut self, key: ProcessKey) {
-        if !self.reported_set.insert(key) {
-            return;
-        }
-        self.reported.push_back(key);
-        if self.reported.len() > REPORTED_CAP
-            && let Some(oldest) = self.reported.pop_front()
-        {
-            self.reported_set.remove(&oldest);
-        }
-    }
-
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.waiting.len() * (size_of::<SigkillEntry>() + 64) + self.reported.len() * 2 * size_of::<ProcessKey>()
+        self.waiting.len() * (size_of::<SigkillEntry>() + 64) + self.reported.memory_estimate()
     }
 }
 
@@ -320,7 +305,7 @@ mod tests {
         test.feed(&wire::Kill { target: test_support::task(200_000), ..sigkill(1100, wire::SENDER_PROCESS) });
         test.tick(T + 3 * SEC);
         assert_eq!((reported(&test).len() as u64, lost(&test)), (BURST + 2, Some(10_000 - BURST)));
-        assert!(test.engine.oom.sigkills.reported.len() <= REPORTED_CAP && test.engine.oom.sigkills.waiting.is_empty());
+        assert!(test.engine.oom.sigkills.waiting.is_empty());
     }
 
     #[test]

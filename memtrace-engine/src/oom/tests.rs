@@ -43,10 +43,13 @@ fn a_sigkill_that_changed_nothing_makes_no_victim() {
 
 #[test]
 fn a_process_that_is_chosen_while_dying_is_not_killed_by_an_older_sigkill_that_changed_nothing() {
-    for (gap, killed) in [(2 * MS, false), (MS / 10, true)] {
+    for decided in [false, true] {
         let mut test = TestEngine::new();
-        test.feed(&wire::Kill { result: 1, ..kill(0, 90, 100) }).feed(&mark(gap, 90, 100));
-        assert_eq!(closed(&mut test), [[(100, killed, false)]]);
+        if decided {
+            test.feed(&test_support::decision(T - MS, 90, 100, test_support::memcg(5, MIB), 3));
+        }
+        test.feed(&wire::Kill { result: 1, ..kill(0, 90, 100) }).feed(&mark(MS / 10, 90, 100));
+        assert_eq!(closed(&mut test), [[(100, decided, false)]]);
     }
 }
 
@@ -60,9 +63,9 @@ fn a_sigkill_for_another_reason_is_not_the_oom_killers() {
     let mut test = TestEngine::new();
     test.feed(&mark(5 * MS, 100, 100)).feed(&kill(0, 100, 100));
     assert_eq!(closed(&mut test), [[(100, false, false)]]);
-    // A process that chose itself, at once or by its decision.
+    // A process that chose itself: the mark or the decision says so.
     let mut test = TestEngine::new();
-    test.feed(&kill(0, 100, 100)).feed(&mark(MS / 10, 100, 100));
+    test.feed(&kill(0, 100, 100)).feed(&test_support::after_kill(mark(MS / 10, 100, 100), 100_000));
     assert_eq!(closed(&mut test), [[(100, true, false)]]);
     let mut test = TestEngine::new();
     test.feed(&test_support::decision(T - MS, 100, 100, test_support::memcg(5, MIB), 3));
@@ -94,6 +97,29 @@ fn one_process_is_killed_once() {
     test.feed(&wire::Kill { result: 1, ..kill(40 * MS, 91, 101) }).feed(&mark(41 * MS, 91, 101));
     let all = closed(&mut test).concat();
     assert_eq!(all.iter().filter(|v| v.0 == 101 && v.1).count(), 1, "{all:?}");
+}
+
+#[test]
+fn a_process_that_is_chosen_again_after_its_incident_was_closed_early_is_not_killed_again() {
+    let mut test = TestEngine::new();
+    test.feed(&kill(0, 90, 100)).feed(&mark(1, 90, 100)).feed(&kill(2, 90, 101));
+    for n in 0..OPEN_CAP as u32 {
+        test.feed(&mark(u64::from(n) + 10, 200 + n, 200 + n));
+    }
+    test.feed(&wire::Kill { result: 1, ..kill(MS, 91, 101) });
+    test.feed(&test_support::after_kill(mark(2 * MS, 91, 101), MS as u32));
+    let about: Vec<_> = closed(&mut test).concat().into_iter().filter(|v| v.0 == 101).collect();
+    assert_eq!(about, [(101, true, true), (101, false, false)]);
+}
+
+#[test]
+fn the_mark_of_a_kill_counts_also_when_a_later_one_of_the_dying_process_comes_first() {
+    let mut test = TestEngine::new();
+    let mut again = mark(9 * MS, 100, 100);
+    (again.trigger.tid, again.victim.tid) = (1001, 1001);
+    test.feed(&kill(0, 90, 100)).feed(&again);
+    test.feed(&test_support::after_kill(mark(MS, 90, 100), MS as u32)).feed(&kill(2 * MS, 90, 101));
+    assert_eq!(closed(&mut test), [[(100, true, false), (101, true, true)]]);
 }
 
 #[test]

@@ -41,17 +41,32 @@ impl World {
         if own.is_some() && own == taken {
             return own;
         }
-        let newer = |serial: &u64| self.spaces.get(serial).is_some_and(|s| s.mm_id.is_some() && s.since_ns > ns);
-        if own.is_some_and(|own| newer(&own)) {
+        if own.is_some_and(|own| self.is_newer(own, ns)) {
             return None;
         }
         if let Some(serial) = taken {
             if self.spaces.get(&serial).is_some_and(|space| space.users > 0) {
-                return Some(serial).filter(|serial| !newer(serial));
+                return Some(serial).filter(|serial| !self.is_newer(*serial, ns));
             }
             self.drop_space(serial);
         }
         Some(self.new_space(Some(mm_id), of, cgroup, ns))
+    }
+
+    /// Whether a space was first named after `ns`, so that a record of `ns` is not about it.
+    pub(super) fn is_newer(&self, serial: u64, ns: u64) -> bool {
+        self.spaces.get(&serial).is_some_and(|space| space.mm_id.is_some() && space.since_ns > ns)
+    }
+
+    /// Drops the space that had this identity before, because a process that does not use it has
+    /// begun a new one with it: the records of the end of its users are late, or lost.
+    pub(super) fn drop_former(&mut self, mm_id: u64, of: ProcessKey, ns: u64) {
+        let own = self.processes.get(of).and_then(|row| row.mm);
+        let Some(taken) = self.by_mm_id.get(&mm_id).copied().filter(|taken| own != Some(*taken)) else { return };
+        let former = |space: &AddressSpace| space.owner != of && space.since_ns.max(space.read_ns) <= ns;
+        if self.spaces.get(&taken).is_some_and(former) {
+            self.drop_space(taken);
+        }
     }
 
     /// As [`World::space_of`], for a reading: where the space of the process has no identity so far,

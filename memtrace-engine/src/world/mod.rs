@@ -85,11 +85,15 @@ impl World {
         let dying = r.flags & wire::RSS_DYING != 0;
         let key = if dying { self.find(&r.task) } else { Some(self.lookup_or_insert(&r.task, r.memcg.cgroup_id, ns)) };
         self.ensure(reading.cgroup_id, ns);
-        let alive = key.and_then(|k| self.processes.get(k)).filter(|row| row.exited.is_none());
-        let live_mm = alive.map(|row| row.mm);
+        let row = key.and_then(|k| self.processes.get(k));
+        let live_mm = row.filter(|row| row.exited.is_none()).map(|row| row.mm);
         // A record that was overtaken by that of a move.
-        let moved_to = alive.filter(|row| row.cgroup_ns > ns && !dying).and_then(|row| row.cgroup);
+        let moved_to = row.filter(|row| row.cgroup_ns > ns && !dying).and_then(|row| row.cgroup);
         let cgroup = moved_to.or(reading.cgroup_id);
+        if let (Some(id), Some(key), Some(_), wire::RSS_FIRST, false) = (known(r.mm_id), key, live_mm, r.reason, dying)
+        {
+            self.drop_former(id, key, ns);
+        }
         let space = match (known(r.mm_id), live_mm) {
             (Some(id), Some(_)) if !dying => self.named_space(id, key.unwrap_or_default(), cgroup, ns),
             (Some(id), _) => self.owned_by(id, &r.task, ns),
@@ -134,6 +138,8 @@ impl World {
         let (serial, shared) = parent
             .and_then(|k| self.processes.get(k))
             .map_or((None, None), |row| (Some(row.serial), row.mm.filter(|_| r.flags & wire::FORK_SHARES_MM != 0)));
+        // The record is late and the parent has another program since.
+        let shared = shared.filter(|space| !self.is_newer(*space, ns));
         let key = self.lookup_or_insert(&r.child, r.cgroup_id, ns);
         if let Some(row) = self.processes.get_mut(key) {
             row.parent_pid = r.parent.tgid;
@@ -153,6 +159,9 @@ impl World {
         let key = self.lookup_or_insert(&r.task, r.cgroup_id, ns);
         let alive = self.processes.get(key).is_some_and(|row| row.exited.is_none());
         let named = known(r.mm_id).filter(|_| alive);
+        if let Some(id) = named {
+            self.drop_former(id, key, ns);
+        }
         let space = named.and_then(|id| self.space_of(id, key, cgroup_id(r.cgroup_id), ns));
         if named.is_some() && space.is_none() {
             return;
@@ -513,6 +522,44 @@ mod tests {
         assert_eq!(held(&world, 11), Some(20 * MIB));
         world.mark(&test_support::victim(4_000, 90, 11, own, own, 21 * MIB));
         assert_eq!(held(&world, 11), Some(21 * MIB), "one in time does");
+    }
+
+    #[test]
+    fn the_next_user_of_an_identity_has_its_own_space_when_the_end_of_the_former_is_late() {
+        let first =
+            |ns, pid, bytes| wire::RssChange { reason: wire::RSS_FIRST, ..test_support::rss(ns, pid, 5, 77, bytes) };
+        let mut world = World::default();
+        world.rss(&first(1_000, 10, 50 * MIB));
+        world.rss(&first(3_000, 11, 20 * MIB));
+        world.mm_gone(&test_support::mm_gone(2_000, 10, 77, 50 * MIB));
+        world.exit(&test_support::exit(2_100, 10, 5, 0));
+        world.mm_gone(&test_support::mm_gone(2_900, 11, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), held(&world, 11)), (20 * MIB, Some(20 * MIB)), "after a reading");
+        world.fork(&test_support::fork(3_500, 1, 12, 5, 0));
+        world.exec(&test_support::exec(4_000, 12, 5, "next", 0, 77));
+        world.rss(&first(4_100, 12, MIB));
+        world.mm_gone(&test_support::mm_gone(3_900, 11, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), held(&world, 12)), (MIB, Some(MIB)), "after an exec");
+    }
+
+    #[test]
+    fn a_late_record_of_a_fork_does_not_share_the_next_program_of_the_parent() {
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.rss(&test_support::rss(3_000, 10, 5, 78, 2 * MIB));
+        world.fork(&test_support::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        assert_eq!((held(&world, 10), held(&world, 11)), (Some(2 * MIB), None));
+    }
+
+    #[test]
+    fn a_late_reading_of_a_process_that_moved_and_exited_counts_where_it_went() {
+        let mut world = World::default();
+        world.rss(&test_support::rss(1_000, 10, 5, 77, 50 * MIB));
+        world.attach(&test_support::attach(3_000, 10, 6));
+        world.fork(&test_support::fork(3_500, 10, 11, 6, wire::FORK_SHARES_MM));
+        world.exit(&test_support::exit(4_000, 10, 6, 0));
+        world.rss(&test_support::rss(2_000, 10, 5, 77, 60 * MIB));
+        assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 60 * MIB));
     }
 
     #[test]

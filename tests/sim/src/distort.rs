@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use memtrace_common::event::KINDS;
+use memtrace_common::event::{Fork, Header, KIND_CGROUP, KIND_FORK, KINDS, Task};
+use zerocopy::FromBytes;
 
 use crate::model::{Emitted, MS};
 use crate::rng::Rng;
@@ -14,7 +15,8 @@ use crate::wire::Ring;
 pub(crate) struct Distortion {
     /// A ring is behind by up to this, nanoseconds. At most 90 ms: later than that the engine need not wait.
     pub(crate) late_ns: u64,
-    /// Records overtake one another inside a ring too.
+    /// Records of different threads overtake one another inside a ring too. A thread's own cannot, and no record of
+    /// a process that of its fork: that hook runs in the parent before the child does (kernel_clone in kernel/fork.c).
     pub(crate) wild: bool,
     /// One record in this many is lost; 0: none.
     pub(crate) lose_one_in: u64,
@@ -47,6 +49,10 @@ pub(crate) struct Rings {
     how: Distortion,
     waiting: Vec<Waiting>,
     ready: BTreeMap<Ring, u64>,
+    /// When the last record of each thread is read, of wild rings. Cap: threads of the run.
+    threads: BTreeMap<(Ring, u32, u64), u64>,
+    /// When the record of the fork of each process is read, of wild rings. Cap: processes of the run.
+    born: BTreeMap<(u32, u64), u64>,
     pub(crate) lost: Lost,
     /// Inputs that are no records, so far.
     pub(crate) garbage: u64,
@@ -55,7 +61,16 @@ pub(crate) struct Rings {
 impl Rings {
     pub(crate) fn new(rng: Rng, how: Distortion) -> Self {
         let (lost, garbage) = (Lost::default(), 0);
-        Self { rng, how, waiting: Vec::new(), ready: BTreeMap::new(), lost, garbage }
+        Self {
+            rng,
+            how,
+            waiting: Vec::new(),
+            ready: BTreeMap::new(),
+            threads: BTreeMap::new(),
+            born: BTreeMap::new(),
+            lost,
+            garbage,
+        }
     }
 
     /// Takes what the hooks have emitted.
@@ -67,12 +82,31 @@ impl Rings {
             }
             // Mostly a ring is read at once. Now and then a record that is being written holds up those behind it.
             let late = if self.rng.percent(2) { self.rng.below(self.how.late_ns + 1) } else { 0 };
-            let ready = self.ready.entry(e.ring).or_default();
-            let ready_ns = if self.how.wild { e.ns + late } else { (*ready).max(e.ns + late) };
             // Nothing is held up for longer, or a ring that is always late would fall behind for good.
-            let ready_ns = ready_ns.min(e.ns + self.how.late_ns);
-            *ready = ready_ns;
+            let ready_ns = self.after(&e).max(e.ns + late).min(e.ns + self.how.late_ns);
+            self.follow(&e, ready_ns);
             self.waiting.push(Waiting { ready_ns, emitted: e });
+        }
+    }
+
+    /// When the records are read that this one cannot overtake.
+    fn after(&self, e: &Emitted) -> u64 {
+        if !self.how.wild {
+            return self.ready.get(&e.ring).copied().unwrap_or_default();
+        }
+        let Some(task) = task(&e.bytes) else { return 0 };
+        let thread = self.threads.get(&(e.ring, task.tid, task.start_boot_ns)).copied().unwrap_or_default();
+        let born = self.born.get(&(task.tgid, task.start_boot_ns)).filter(|_| e.ring == Ring::Ledger);
+        thread.max(born.copied().unwrap_or_default())
+    }
+
+    fn follow(&mut self, e: &Emitted, ready_ns: u64) {
+        self.ready.insert(e.ring, ready_ns);
+        if let Some(task) = task(&e.bytes).filter(|_| self.how.wild) {
+            self.threads.insert((e.ring, task.tid, task.start_boot_ns), ready_ns);
+        }
+        if let Some(fork) = Fork::read_from_bytes(&e.bytes).ok().filter(|fork| fork.header.kind == KIND_FORK) {
+            self.born.insert((fork.child.tgid, fork.child.start_boot_ns), ready_ns);
         }
     }
 
@@ -116,6 +150,13 @@ impl Rings {
         }
         Some(bytes)
     }
+}
+
+/// The thread that a record is of: it is the first field of each, but of that about a cgroup.
+fn task(bytes: &[u8]) -> Option<Task> {
+    let (header, rest) = Header::read_from_prefix(bytes).ok()?;
+    let (task, _) = Task::read_from_prefix(rest).ok()?;
+    (header.kind != KIND_CGROUP).then_some(task)
 }
 
 /// The longest that a ring may be behind.

@@ -96,6 +96,10 @@ impl World {
     pub(crate) fn exec(&mut self, pid: u32, name: &str) {
         let Some(p) = self.processes.get(&pid).filter(|p| p.dies_ns.is_none()) else { return };
         let (old, cgroup) = (p.space, p.cgroup);
+        // Whoever called vfork waits until the child lets go of their space.
+        if self.processes.values().any(|child| child.parent == pid && child.space == old) {
+            return;
+        }
         // The new one is there before the old one is let go: it never has its identity.
         let held = Held { anon: 64 * 1024, file: 512 * 1024, ..Held::default() };
         let space = self.new_space(pid, cgroup, held);

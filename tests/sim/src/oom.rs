@@ -189,9 +189,9 @@ impl World {
         let hook = self.hook();
         let killed_at = self.killed_at(d, key);
         let killed = killed_at.is_some();
-        // A preempted trigger may have changed its CPU between SIGKILL and mark: then the hook knows
-        // nothing of the first.
-        let killed_at = killed_at.filter(|_| !self.rng.percent(5));
+        // On a real-time kernel another SIGKILL on this CPU may hide the first one from the hook.
+        let hidden = self.switches.decisions && self.rng.percent(5);
+        let killed_at = killed_at.filter(|_| !hidden);
         let blind = self.switches.blind;
         let held = self.spaces.get(&serial).map(|s| s.held).unwrap_or_default();
         let rss = if blind.to(Blind::VICTIM_RSS) { wire::UNREAD_RSS } else { held.wire() };

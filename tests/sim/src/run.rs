@@ -321,6 +321,7 @@ impl Run {
     }
 
     fn begin_recording(&mut self) -> Result<(), Violation> {
+        self.catch_up()?;
         let cgroup_id = self.rng.pick(&self.world.live_cgroups()).filter(|_| self.rng.percent(60));
         let pid = if cgroup_id.is_none() { self.rng.pick(&self.world.pids()) } else { None };
         let (boot_ns, command) = (self.world.now, vec!["make".to_owned()]);
@@ -328,6 +329,7 @@ impl Run {
     }
 
     fn end_recording(&mut self) -> Result<(), Violation> {
+        self.catch_up()?;
         let boot_ns = self.world.now;
         self.feed(Step::Fact(Fact::RecordingEnd { boot_ns, exit_code: Some(0), signal: None, cgroup_peak_bytes: None }))
     }
@@ -338,14 +340,20 @@ impl Run {
         facts.into_iter().try_for_each(|fact| self.feed(Step::Fact(fact)))
     }
 
-    /// Everything half done is done, everything in flight arrives, time passes: now the engine must agree.
-    fn settle(&mut self) -> Result<(), Violation> {
-        self.world.finish();
+    /// Everything in flight arrives, as a session waits for it before a recording ends.
+    fn catch_up(&mut self) -> Result<(), Violation> {
         self.pump(true)?;
         while !self.rings.is_empty() {
             self.world.now += 20 * MS;
             self.pump(true)?;
         }
+        Ok(())
+    }
+
+    /// Everything half done is done, everything in flight arrives, time passes: now the engine must agree.
+    fn settle(&mut self) -> Result<(), Violation> {
+        self.world.finish();
+        self.catch_up()?;
         for _ in 0..3 {
             self.world.now += SEC;
             self.world.due();
