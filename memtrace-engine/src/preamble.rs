@@ -54,7 +54,7 @@ impl Engine {
                 peak_bytes: row.peak.unwrap_or(0),
             })
         }));
-        facts.extend(self.limits.facts());
+        facts.extend(self.limits.facts(&self.world));
         if let Some(r) = &self.recording {
             let s = &r.subject;
             let (cgroup_id, pid, command) = (s.cgroup_id, s.pid, s.command.clone());

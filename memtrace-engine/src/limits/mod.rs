@@ -148,8 +148,8 @@ impl Limits {
     }
 
     /// Facts from which an empty engine gets the stuck cgroups.
-    pub(crate) fn facts(&self) -> impl Iterator<Item = Fact> + '_ {
-        self.stuck.iter().flat_map(Stuck::facts)
+    pub(crate) fn facts(&self, world: &World) -> impl Iterator<Item = Fact> {
+        self.stuck.iter().flat_map(|stuck| stuck.facts(world))
     }
 
     /// How often a cgroup was refused a detector.

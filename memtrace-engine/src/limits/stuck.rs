@@ -42,11 +42,13 @@ pub(crate) struct Stuck {
 
 impl Stuck {
     /// Facts from which an empty engine gets this state.
-    pub(crate) fn facts(&self) -> impl Iterator<Item = Fact> {
+    pub(crate) fn facts(&self, world: &World) -> impl Iterator<Item = Fact> {
         let cgroup_id = self.cgroup;
-        let fact = |boot_ns, under_oom| Fact::OomControl { cgroup_id, boot_ns, kill_disabled: true, under_oom };
-        let cleared = self.cleared_ns.map(|boot_ns| fact(boot_ns, false));
-        [fact(self.since_ns, true)].into_iter().chain(cleared)
+        let fact =
+            |boot_ns, kill_disabled, under_oom| Fact::OomControl { cgroup_id, boot_ns, kill_disabled, under_oom };
+        let disabled = world.cgroups.get(cgroup_id).and_then(|row| row.kill_disabled).unwrap_or(true);
+        let cleared = self.cleared_ns.map(|boot_ns| fact(boot_ns, disabled, false));
+        [fact(self.since_ns, true, true)].into_iter().chain(cleared)
     }
 }
 
@@ -396,17 +398,19 @@ mod tests {
 
     #[test]
     fn a_preamble_restores_stuck_cgroups_and_changes_nothing() {
-        for cleared in [false, true] {
+        for cleared in [None, Some(true), Some(false)] {
             let mut test = pod_engine(1);
             control(&mut test, 0, true, true);
-            if cleared {
-                control(&mut test, 500, true, false);
+            if let Some(kill_disabled) = cleared {
+                control(&mut test, 500, kill_disabled, false);
             }
             let mut fresh = TestEngine { engine: crate::Engine::new(), out: Out::default() };
             for fact in test.engine.preamble(T + SEC) {
                 fresh.fact(fact.clone());
                 test.fact(fact);
             }
+            let disabled = |test: &TestEngine| test.engine.world.cgroups.get(OWN).unwrap().kill_disabled;
+            assert_eq!((disabled(&test), disabled(&fresh)), (Some(cleared.unwrap_or(true)), disabled(&test)));
             for test in [&mut test, &mut fresh] {
                 test.tick(T + 900 * MS).fact(Fact::Stop { boot_ns: T + 2 * SEC });
             }
@@ -416,7 +420,7 @@ mod tests {
                     .map(|i| (i.id.clone(), i.pressure.as_ref().unwrap().under_oom_ns))
                     .collect::<Vec<_>>()
             };
-            assert_eq!((ids(&test), ids(&test).len()), (ids(&fresh), 1), "cleared: {cleared}");
+            assert_eq!((ids(&test), ids(&test).len()), (ids(&fresh), 1), "cleared: {cleared:?}");
         }
     }
 

@@ -69,6 +69,13 @@ impl World {
         }
     }
 
+    /// The serial of the space that had this identity then, if it is in use.
+    pub(super) fn space_then(&self, mm_id: u64, ns: u64) -> Option<u64> {
+        let serial = self.by_mm_id.get(&mm_id).copied()?;
+        let in_use = self.spaces.get(&serial).is_some_and(|space| space.users > 0);
+        (in_use && !self.is_newer(serial, ns)).then_some(serial)
+    }
+
     /// As [`World::space_of`], for a reading: where the space of the process has no identity so far,
     /// it is this one.
     pub(super) fn named_space(&mut self, mm_id: u64, of: ProcessKey, cgroup: Option<u64>, ns: u64) -> Option<u64> {

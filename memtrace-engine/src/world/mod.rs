@@ -102,6 +102,10 @@ impl World {
         if let (Some(key), Some(serial), true, Some(_)) = (key, space, !dying, live_mm) {
             self.attach_space(key, serial);
         }
+        // A late record of the program before says nothing about this one, but of those who share it.
+        let current = space.is_some() || dying || known(r.mm_id).is_none();
+        let space =
+            space.or_else(|| known(r.mm_id).filter(|_| live_mm.is_some()).and_then(|id| self.space_then(id, ns)));
         let mut resident = None;
         // A record that comes after a newer one of the same space says nothing about now.
         if let Some(serial) = space
@@ -113,8 +117,6 @@ impl World {
             self.set_space(serial, cgroup, sums);
             resident = Some(sums.resident());
         }
-        // A late record of the program before says nothing about this one.
-        let current = space.is_some() || dying || known(r.mm_id).is_none();
         if let Some(row) = key.and_then(|k| self.processes.get_mut(k)).filter(|_| current) {
             let now = resident.unwrap_or_else(|| Sums::from_wire(&r.rss, Sums::default()).resident());
             row.raise_peak(now.max(known(r.peak_bytes).unwrap_or(0)));
