@@ -1,7 +1,7 @@
 //! The daemon: a session whose outputs go to disk, to the log and to HTTP.
 //!
 //! One loop on one thread runs the session, writes what comes of it, and answers requests in between. What may take
-//! long is beside it: file reads of HTTP and the naming of functions, each in a blocking thread.
+//! long is beside it: the HTTP server on a thread of its own, and the naming of functions in a blocking thread.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -11,12 +11,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::serve::{self, Counters, LoopRequest, MetricsSnapshot, StackCostTotals};
+use crate::serve::{self, AppState, Counters, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 
 mod incident_reader;
@@ -42,6 +43,8 @@ pub struct AgentConfig {
     pub state_dir: PathBuf,
     /// Address to serve HTTP at; `None` for no HTTP.
     pub listen: Option<SocketAddr>,
+    /// Names that HTTP requests may use for this machine, besides its own.
+    pub allow_hosts: Vec<String>,
     /// Keep at most this much in incident files, bytes.
     pub retain_bytes: u64,
     /// Delete incident files that are older.
@@ -53,8 +56,8 @@ pub fn run(config: AgentConfig) -> anyhow::Result<()> {
     log_to_stderr();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // Two for file reads of HTTP, one for the naming of functions; each thread costs memory.
-        .max_blocking_threads(3)
+        // For the naming of functions; each thread costs memory.
+        .max_blocking_threads(1)
         .build()
         .context("failed to start the runtime")?;
     let outcome = runtime.block_on(serve_and_trace(config));
@@ -67,6 +70,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
     protect_from_oom();
+    raise_file_limit();
     let mut sinks = Sinks::open(&config)?;
     let (sender, mut requests) = mpsc::channel(MAX_REQUESTS);
     let listener = match config.listen {
@@ -81,7 +85,9 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     // Served only from here on: an answer means that the programs are attached.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
-        tokio::spawn(serve::run(listener, sender.clone(), Arc::new(IncidentReader::at(&config.state_dir))));
+        let incidents = Arc::new(IncidentReader::at(&config.state_dir));
+        let state = AppState::new(sender.clone(), incidents, HostNames::with_own(&config.allow_hosts));
+        serve::start(listener, state, ServerLimits::default())?;
     }
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -114,7 +120,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         };
         sinks.take(outputs);
         // One at a time, with rings and requests in between: a save waits for the disk, and they must not.
-        while sinks.save_one(&mut symbolize) {
+        while sinks.save_one(false, &mut symbolize) {
             sinks.take(session.pump(false));
             tokio::task::yield_now().await;
             while let Ok(request) = requests.try_recv() {
@@ -129,14 +135,16 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let modules = session.open_modules();
     sinks.take(session.stop());
-    while sinks.save_one(&mut symbolize) {}
+    while sinks.save_one(true, &mut symbolize) {}
+    sinks.report_unsaved();
     symbolize.stop(modules).await;
     Ok(())
 }
 
-async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+/// A listener that the server's thread takes over.
+async fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
     let failed = || format!("failed to listen on {address}; choose another address with --listen");
-    TcpListener::bind(address).await.with_context(failed)
+    TcpListener::bind(address).await.and_then(TcpListener::into_std).with_context(failed)
 }
 
 /// Logs what is lost on this kernel, and which programs stand in for better ones.
@@ -173,6 +181,8 @@ fn answer(request: LoopRequest, session: &Session, counters: &Counters, symboliz
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
                 resident_bytes: resident_bytes(),
                 map_bytes: session.probe().map_bytes(),
+                // The server's own.
+                connections: Vec::new(),
             };
             let _ = reply.send(Box::new(snapshot));
         }
@@ -196,6 +206,16 @@ fn protect_from_oom() {
     }
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-999") {
         warn!("oom_score_adj stays as it is ({error}): in a global OOM the agent may be killed; give CAP_SYS_RESOURCE");
+    }
+}
+
+/// Allows as many descriptors as this process may have, so that files of others and connections leave some for saving.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+    {
+        warn!("the limit of open files stays at {:?}: {error}", limit.current);
     }
 }
 

@@ -2,7 +2,8 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
-use std::net::TcpListener;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -154,14 +155,14 @@ fn a_journal_in_use_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A tmpfs of 64 KiB; unmounted when dropped.
+/// A tmpfs of 256 KiB; unmounted when dropped.
 struct TinyDisk(tempfile::TempDir);
 
 impl TinyDisk {
     fn mount() -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount(c"tmpfs", dir.path(), c"tmpfs", flags, Some(c"size=64k,mode=0700"))
+        rustix::mount::mount(c"tmpfs", dir.path(), c"tmpfs", flags, Some(c"size=256k,mode=0700"))
             .context("failed to mount a tiny tmpfs")?;
         Ok(Self(dir))
     }
@@ -175,7 +176,7 @@ impl Drop for TinyDisk {
 }
 
 #[test]
-fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<()> {
+fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
     let disk = TinyDisk::mount()?;
@@ -184,27 +185,27 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
     let mut agent = options.start()?;
     // fill what the agent's own files leave to the last byte
     let filler = disk.0.path().join("filler");
-    let _full = std::fs::write(&filler, vec![0u8; 64 << 10]);
-    oom_kill("full")?;
+    let _full = std::fs::write(&filler, vec![0u8; 256 << 10]);
+    let without_room = oom_kill("full")?;
     let deadline = Deadline::after(Duration::from_secs(30));
-    let failures = loop {
-        let failures = agent.metric("memtrace_incident_write_failures_total")?.unwrap_or_default();
-        if failures > 0.0 || deadline.has_passed() {
-            break failures;
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    };
+    while agent.metric("memtrace_incidents_waiting")? != Some(1.0) {
+        ensure!(!deadline.has_passed(), "nothing waits to be saved; it said:\n{}", agent.stderr());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let failures = agent.metric("memtrace_incident_write_failures_total")?.unwrap_or_default();
     ensure!(failures > 0.0, "no failed write was counted; it said:\n{}", agent.stderr());
     ensure!(agent.is_running()?, "the agent ended; it said:\n{}", agent.stderr());
     ensure!(agent.get("/healthz")?.0 == 200, "the agent is not healthy");
     for incident in options.incidents()? {
         options.report(json::text(&incident, "/id")?)?;
     }
-    // once there is room, the next kill is kept
+    // Once there is room, what waits is saved, and the next kill too.
     std::fs::remove_file(&filler)?;
     let killed = oom_kill("room")?;
-    let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, killed))?;
-    ensure!(has(&listed, killed), "no incident after room was made; it said:\n{}", agent.stderr());
+    let both = |listed: &[Value]| has(listed, killed) && has(listed, without_room);
+    let listed = options.incidents_when(Duration::from_secs(90), both)?;
+    ensure!(both(&listed), "not both incidents after room was made: {listed:?}; it said:\n{}", agent.stderr());
+    ensure!(agent.metric("memtrace_incidents_waiting")? == Some(0.0), "something waits to be saved");
     agent.stop()?;
     let half: Vec<_> = std::fs::read_dir(disk.0.path())?
         .filter_map(Result::ok)
@@ -212,5 +213,54 @@ fn a_full_state_directory_is_counted_and_the_agent_goes_on() -> anyhow::Result<(
         .filter(|name| name.contains("tmp") || name.contains("partial"))
         .collect();
     ensure!(half.is_empty(), "half-written files were left: {half:?}");
+    Ok(())
+}
+
+/// Connections of somebody who does not wish the agent well: more than it has descriptors for by default.
+const HOSTILE_CONNECTIONS: usize = 1100;
+/// What the agent may grow by meanwhile, a kill and its incident included. Half of the bytes it is sent.
+const GROWTH_CAP: f64 = 200.0 * 1024.0 * 1024.0;
+
+#[test]
+fn clients_that_never_finish_keep_neither_others_nor_incidents_out() -> anyhow::Result<()> {
+    require_root()?;
+    allow_many_files()?;
+    let dir = tempfile::tempdir()?;
+    let options = AgentOptions::below(dir.path());
+    let mut agent = options.start()?;
+    let resident = "memtrace_self_memory_bytes{part=\"resident\"}";
+    let before = agent.metric(resident)?.context("no resident memory")?;
+    let head = [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ".to_vec(), vec![b'x'; 390_000]].concat();
+    let mut open = Vec::with_capacity(HOSTILE_CONNECTIONS);
+    for n in 0..HOSTILE_CONNECTIONS {
+        let mut stream = TcpStream::connect(("127.0.0.1", agent.port()))?;
+        stream.set_nonblocking(true)?;
+        // Half of them send what has no end, half nothing. The agent may have closed it already.
+        if n % 2 == 0 {
+            let _ = stream.write(&head);
+        }
+        open.push(stream);
+    }
+    ensure!(agent.get("/healthz")?.0 == 200, "the agent is not healthy");
+    let killed = oom_kill("crowd")?;
+    let listed = options.incidents_when(Duration::from_secs(60), |listed| has(listed, killed))?;
+    ensure!(has(&listed, killed), "the incident is lost; it said:\n{}", agent.stderr());
+    let grown = agent.metric(resident)?.context("no resident memory")? - before;
+    ensure!(grown < GROWTH_CAP, "it grew by {grown} bytes");
+    let closed = agent.metric("memtrace_http_connections_total{outcome=\"crowded_out\"}")?.unwrap_or_default();
+    ensure!(closed >= (HOSTILE_CONNECTIONS / 2) as f64, "{closed} connections were closed to make room");
+    drop(open);
+    agent.stop()?;
+    Ok(())
+}
+
+/// Raises this process' own limit of open files to what it may have.
+fn allow_many_files() -> anyhow::Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = HOSTILE_CONNECTIONS as u64 + 200;
+    ensure!(limit.maximum.is_none_or(|most| most >= wanted), "only {:?} files may be open", limit.maximum);
+    let current = limit.current.map(|current| current.max(wanted));
+    setrlimit(Resource::Nofile, Rlimit { current, ..limit })?;
     Ok(())
 }

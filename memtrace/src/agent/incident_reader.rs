@@ -1,5 +1,9 @@
 //! The incidents on disk, as HTTP serves them. Each is read when it is asked for, so that one is in memory at a time.
+//!
+//! They are served without addresses: the file is for root and its group, an answer for whoever can connect, and
+//! where the code of a process is mapped is what the kernel hides from others (`/proc/PID/maps`).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::serve::IncidentSource;
@@ -20,13 +24,26 @@ impl IncidentReader {
         let entries = self.0.list().map_err(|error| error.to_string())?;
         // A damaged file does not hide the others; `memtrace report` says what is wrong with it.
         let read = entries.into_iter().take(most).filter_map(|entry| incidents::read(&entry.path).ok());
-        Ok(read.map(|incident| Incident {
+        Ok(read.map(without_addresses).map(|incident| Incident {
             timeline: Timeline::default(),
             allocation_paths: Vec::new(),
             allocations: None,
             ..incident
         }))
     }
+}
+
+/// Makes addresses distances from the lowest of their process in this incident.
+fn without_addresses(mut incident: Incident) -> Incident {
+    let mut lowest: BTreeMap<u32, u64> = BTreeMap::new();
+    for note in &incident.mappings {
+        let address = lowest.entry(note.pid).or_insert(note.address);
+        *address = note.address.min(*address);
+    }
+    for note in &mut incident.mappings {
+        note.address = note.address.saturating_sub(lowest.get(&note.pid).copied().unwrap_or(note.address));
+    }
+    incident
 }
 
 impl IncidentSource for IncidentReader {
@@ -37,7 +54,8 @@ impl IncidentSource for IncidentReader {
     fn incident(&self, id: &str) -> Result<Option<String>, String> {
         match self.0.find(id) {
             Ok(entry) => {
-                let incident = incidents::read(&entry.path).map_err(|error| error.to_string())?;
+                let incident =
+                    incidents::read(&entry.path).map(without_addresses).map_err(|error| error.to_string())?;
                 json::incident(&incident).map(Some).map_err(|error| error.to_string())
             }
             Err(_) => Ok(None),
@@ -72,6 +90,16 @@ mod tests {
         assert_eq!(reader.list(3).unwrap(), json::list(&newest).unwrap());
         assert_eq!(reader.list(0).unwrap(), "[]\n");
         assert!(reader.incident(&ids[0]).unwrap().unwrap().contains("usage_bytes"));
+        // No address of a process comes out; distances do.
+        let address = incident.mappings.iter().map(|note| note.address).min().unwrap();
+        assert!(address > 1 << 40 && json::incident(&incident).unwrap().contains(&address.to_string()));
+        for text in [reader.incident(&ids[0]).unwrap().unwrap(), reader.list(3).unwrap()] {
+            let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let first =
+                value.pointer("/mappings").or_else(|| value.pointer("/0/mappings")).unwrap().as_array().unwrap();
+            let distances: Vec<u64> = first.iter().map(|note| note["address"].as_u64().unwrap()).collect();
+            assert!(distances.contains(&0) && distances.iter().all(|distance| *distance < 1 << 32), "{distances:?}");
+        }
         assert_eq!(reader.incident("01J00000000000000000000008").unwrap(), None);
     }
 }

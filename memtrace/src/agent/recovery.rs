@@ -103,7 +103,7 @@ fn add_missing<E: LedgerEntry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, fail
     }
 }
 
-/// Saves the incidents that are not on disk; how many were saved.
+/// Saves the incidents that are not on disk; how many were saved. The others are tried again later.
 fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
     let known: BTreeSet<String> =
         sinks.incidents.list().unwrap_or_default().into_iter().map(|entry| entry.id).collect();
@@ -118,6 +118,7 @@ fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
             Err(error) => {
                 sinks.counters.write_failures = sinks.counters.write_failures.saturating_add(1);
                 error!(id = %incident.id, "failed to save a recovered incident: {error}");
+                sinks.queue(incident);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fs::{DirBuilder, File, Metadata};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
 use rustix::fs::{FlockOperation, flock};
@@ -20,14 +20,29 @@ use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
 use memtrace_incident::{KillEntry, SigkillEntry};
 
+/// Incidents that wait to be saved; when it is reached the oldest is given up.
+const MAX_WAITING: usize = 64;
+/// Time from a save that failed to the next try. It doubles up to [`RETRY_MOST`].
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_secs(60);
+
+/// When a save that failed is tried again.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    at: Instant,
+    pause: Duration,
+}
+
 /// Takes the outputs of the session.
 pub(super) struct Sinks {
     pub(super) incidents: IncidentStore,
     pub(super) kills: Ledger<KillEntry>,
     pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
-    /// Closed incidents that are not written yet. Cap: what the engine keeps open at once.
+    /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`].
     saves: VecDeque<Box<Incident>>,
+    /// Set while saving fails.
+    retry: Option<Retry>,
     /// Held while the agent runs: two agents with one state directory would each write every incident, and two with
     /// one journal would move its segments away from each other.
     _locks: (Lock, Option<Lock>),
@@ -45,7 +60,7 @@ impl Sinks {
             config.session.journal.as_ref().map(|journal| lock_journal(&journal.dir, &state)).transpose()?.flatten();
         let (kills, sigkills) = (open_ledger(dir)?, open_ledger(dir)?);
         let counters = Counters::default();
-        Ok(Self { incidents, kills, sigkills, counters, saves: VecDeque::new(), _locks: (state, journal) })
+        Ok(Self { incidents, kills, sigkills, counters, saves: VecDeque::new(), retry: None, _locks: (state, journal) })
     }
 
     /// Writes kills and SIGKILLs to their ledgers at once and queues the incidents to be saved.
@@ -63,7 +78,7 @@ impl Sinks {
                 }
                 Output::Sigkill(sigkill) => sigkills.push(sigkill),
                 Output::Alert(finding) => self.report(&finding),
-                Output::Save(incident) => self.saves.push_back(incident),
+                Output::Save(incident) => self.queue(incident),
             }
         }
         self.append_sigkills(&sigkills);
@@ -83,21 +98,51 @@ impl Sinks {
         }
     }
 
-    /// Writes the oldest closed incident; false when there is none.
-    pub(super) fn save_one(&mut self, symbolize: &mut SymbolizeQueue) -> bool {
+    /// Queues an incident to be saved.
+    pub(super) fn queue(&mut self, incident: Box<Incident>) {
+        if self.saves.len() >= MAX_WAITING
+            && let Some(oldest) = self.saves.pop_front()
+        {
+            self.counters.given_up = self.counters.given_up.saturating_add(1);
+            error!(id = %oldest.id, "gave up saving an incident: {MAX_WAITING} others wait");
+        }
+        self.saves.push_back(incident);
+        self.counters.waiting = self.saves.len() as u64;
+    }
+
+    /// Writes the oldest closed incident; false when there is none, or saving has failed and it is not yet time for the
+    /// next try. With `now`, it is.
+    pub(super) fn save_one(&mut self, now: bool, symbolize: &mut SymbolizeQueue) -> bool {
+        if !now && self.retry.is_some_and(|retry| Instant::now() < retry.at) {
+            return false;
+        }
         let Some(incident) = self.saves.pop_front() else { return false };
-        match self.incidents.save(&incident) {
+        let saved = self.incidents.save(&incident);
+        match saved {
             Ok(path) => {
+                self.retry = None;
                 self.counters.count_saved(incident.kind);
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
                 symbolize.push(&incident, &path);
             }
             Err(error) => {
                 self.counters.write_failures = self.counters.write_failures.saturating_add(1);
-                error!(id = %incident.id, "failed to save an incident: {error}");
+                let pause = self.retry.map_or(RETRY_FIRST, |retry| (retry.pause * 2).min(RETRY_MOST));
+                self.retry = Some(Retry { at: Instant::now() + pause, pause });
+                error!(id = %incident.id, "failed to save an incident: {error}; next try in {pause:?}");
+                // Others go first: what is wrong may be wrong with this one only.
+                self.saves.push_back(incident);
             }
         }
-        true
+        self.counters.waiting = self.saves.len() as u64;
+        self.retry.is_none()
+    }
+
+    /// Logs incidents that could not be saved until the agent stopped.
+    pub(super) fn report_unsaved(&self) {
+        for incident in &self.saves {
+            error!(id = %incident.id, "an incident is lost: it could not be saved before the agent stopped");
+        }
     }
 
     /// Counts and logs a finding.

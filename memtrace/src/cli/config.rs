@@ -78,6 +78,8 @@ pub(super) enum SettingKind {
     Address { set: fn(&mut AgentConfig, Option<SocketAddr>) },
     /// A list of hooks.
     Hooks { set: fn(&mut AgentConfig, Vec<Hook>) },
+    /// A list of host names.
+    Names { set: fn(&mut AgentConfig, Vec<String>) },
     /// On when it is given, off by default.
     Switch { set: fn(&mut AgentConfig, bool) },
 }
@@ -133,6 +135,7 @@ impl Setting {
             }
             SettingKind::Address { set } => set(config, address(as_text()?)?),
             SettingKind::Hooks { set } => set(config, hooks(as_text()?)?),
+            SettingKind::Names { set } => set(config, names(as_text()?)?),
             SettingKind::Switch { set } => {
                 set(config, as_text()?.parse().map_err(|_| format!("`{}` is not true or false", text.display()))?);
             }
@@ -189,6 +192,7 @@ impl Setting {
             SettingKind::File { .. } => "FILE",
             SettingKind::Address { .. } => "ADDR",
             SettingKind::Hooks { .. } => "HOOK",
+            SettingKind::Names { .. } => "NAME",
             SettingKind::Switch { .. } => return None,
         })
     }
@@ -216,6 +220,15 @@ fn hooks(text: &str) -> Result<Vec<Hook>, String> {
         Hook::named(name).ok_or_else(|| format!("`{name}` is not a hook: there are {}", known()))
     };
     text.split(',').filter(|name| !name.is_empty()).map(named).collect()
+}
+
+fn names(text: &str) -> Result<Vec<String>, String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let name = |name: &str| match name.chars().all(is_part) {
+        true => Ok(name.to_owned()),
+        false => Err(format!("`{name}` is not a host name: give one such as node1.example, without a port")),
+    };
+    text.split(',').filter(|name| !name.is_empty()).map(name).collect()
 }
 
 /// Where a value comes from.
@@ -331,6 +344,7 @@ fn empty() -> AgentConfig {
         },
         state_dir: PathBuf::new(),
         listen: None,
+        allow_hosts: Vec::new(),
         retain_bytes: 0,
         retain_age: Duration::ZERO,
     }

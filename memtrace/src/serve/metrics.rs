@@ -127,6 +127,16 @@ static METRICS: &[Metric] = &[
         "Incidents or ledger lines that could not be written",
         Value::One(|now| now.counters.write_failures),
     ),
+    Metric::gauge(
+        "incidents_waiting",
+        "Incidents that wait to be written; a write that failed is tried again",
+        Value::One(|now| now.counters.waiting),
+    ),
+    Metric::counter(
+        "incidents_given_up",
+        "Incidents that were never written, because too many waited",
+        Value::One(|now| now.counters.given_up),
+    ),
     Metric::counter(
         "incidents_named",
         "Incidents whose stack frames were given function names",
@@ -141,6 +151,15 @@ static METRICS: &[Metric] = &[
         "incidents_dropped",
         "Incident files deleted for size or age",
         Value::One(|now| now.counters.dropped),
+    ),
+    Metric::counter(
+        "http_connections",
+        "Connections to the HTTP server",
+        Value::Each {
+            label: "outcome",
+            values: "`accepted`, `crowded_out` (closed to make room), `timed_out`, `not_accepted` (no descriptor)",
+            read: |now| now.connections.iter().map(|(outcome, count)| ((*outcome).to_owned(), *count)).collect(),
+        },
     ),
     Metric::counter(
         "journal_write_failures",

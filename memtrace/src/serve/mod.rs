@@ -1,27 +1,37 @@
 //! HTTP: metrics, health, incidents, processes and cgroups.
 //!
-//! A handler has no state of its own. What the session knows it asks the agent's loop for ([`LoopRequest`]); what is on
-//! disk it reads through an [`IncidentSource`], in a blocking thread and one request at a time.
+//! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it reads through an
+//! [`IncidentSource`], in a blocking thread and one request at a time. [`server`] accepts and bounds connections,
+//! [`guard`] refuses foreign ones, [`answers`] bounds what is made and kept for them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::{Path as UrlPath, Query, State};
 use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use serde::Deserialize;
-use tokio::net::TcpListener;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tracing::error;
 
 use memtrace_engine::Counts;
 use memtrace_engine::snapshot::Snapshot;
 use memtrace_incident::SigkillCause;
 use memtrace_incident::{Incident, Kind};
 
+mod answers;
+mod guard;
 mod metrics;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use answers::{BodyBudget, Shared, busy};
+pub use guard::HostNames;
+pub use server::{ServerCounts, ServerLimits, start};
 
 /// Incidents on the page, newest first.
 const MAX_ROWS: usize = 100;
@@ -29,6 +39,13 @@ const MAX_ROWS: usize = 100;
 const DEFAULT_LISTED: usize = 200;
 /// Largest `limit` of /api/incidents; a larger one counts as this.
 const MAX_LISTED: usize = 1000;
+
+/// Time for an answer of the agent's loop.
+const LOOP_LIMIT: Duration = Duration::from_secs(5);
+/// A body that is larger is made at most once in a while and shared.
+const LARGE_BYTES: usize = 256 << 10;
+/// The same for a snapshot: processes and cgroups.
+const LARGE_ROWS: usize = 1000;
 
 /// The incidents on disk, read only.
 pub trait IncidentSource: Send + Sync + 'static {
@@ -67,6 +84,8 @@ pub struct MetricsSnapshot {
     pub resident_bytes: Option<u64>,
     /// Memory of its BPF maps, bytes; `None` when the kernel does not report it.
     pub map_bytes: Option<u64>,
+    /// Connections to this server, by what became of them.
+    pub connections: Vec<(&'static str, u64)>,
 }
 
 /// What stacks have cost since the start.
@@ -99,6 +118,10 @@ pub struct Counters {
     pub saved: BTreeMap<Kind, u64>,
     /// Incidents or ledger lines that could not be written.
     pub write_failures: u64,
+    /// Incidents that wait to be written.
+    pub waiting: u64,
+    /// Incidents that were not written, because too many waited.
+    pub given_up: u64,
     /// Incident files deleted for size or age.
     pub dropped: u64,
 }
@@ -121,22 +144,100 @@ pub enum LoopRequest {
     Metrics(oneshot::Sender<Box<MetricsSnapshot>>),
 }
 
+/// What the handlers share.
 #[derive(Clone)]
-struct AppState {
+pub struct AppState {
     requests: mpsc::Sender<LoopRequest>,
     incidents: Arc<dyn IncidentSource>,
+    names: HostNames,
+    counts: Arc<ServerCounts>,
     /// One permit: only one request reads from disk at a time, so that many requests do not add up in memory.
     read_permit: Arc<Semaphore>,
+    answers: Arc<Answers>,
+    bodies: BodyBudget,
 }
 
-/// Serves until the runtime ends.
-pub async fn run(listener: TcpListener, requests: mpsc::Sender<LoopRequest>, incidents: Arc<dyn IncidentSource>) {
-    if let Err(error) = axum::serve(listener, router(requests, incidents)).await {
-        error!("the HTTP server stopped: {error}");
+/// Answers that may be large.
+struct Answers {
+    snapshot: Shared<Arc<Snapshot>>,
+    metrics: Shared<Bytes>,
+    processes: Shared<Bytes>,
+    cgroups: Shared<Bytes>,
+}
+
+impl AppState {
+    /// Asks `requests`, reads from `incidents`, and answers to `names`.
+    pub fn new(requests: mpsc::Sender<LoopRequest>, incidents: Arc<dyn IncidentSource>, names: HostNames) -> Self {
+        let body = || Shared::new(|bytes: &Bytes| bytes.len() > LARGE_BYTES);
+        let rows = |snapshot: &Arc<Snapshot>| snapshot.processes.len() + snapshot.cgroups.len() > LARGE_ROWS;
+        let answers = Answers { snapshot: Shared::new(rows), metrics: body(), processes: body(), cgroups: body() };
+        Self {
+            requests,
+            incidents,
+            names,
+            counts: Arc::default(),
+            read_permit: Arc::new(Semaphore::new(1)),
+            answers: Arc::new(answers),
+            bodies: BodyBudget::default(),
+        }
+    }
+
+    /// Gives back what nobody asks for any more.
+    fn expire(&self) {
+        let Answers { snapshot, metrics, processes, cgroups } = &*self.answers;
+        snapshot.expire();
+        [metrics, processes, cgroups].into_iter().for_each(Shared::expire);
+    }
+
+    /// The answer of the agent's loop, or 503 when it gives none in time.
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> LoopRequest) -> Result<T, Response> {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            let gone = || busy("the agent is stopping\n");
+            self.requests.send(request(reply)).await.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())
+        };
+        let late = |_| busy("the agent's loop did not answer in time\n");
+        tokio::time::timeout(LOOP_LIMIT, asked).await.map_err(late)?
+    }
+
+    async fn snapshot(&self) -> Result<Arc<Snapshot>, Response> {
+        self.answers.snapshot.get(async { self.ask(LoopRequest::Snapshot).await.map(Arc::new) }).await
+    }
+
+    /// Reads from disk in a blocking thread, so that other requests are not held up.
+    async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, Response> {
+        let incidents = Arc::clone(&self.incidents);
+        let gone = |_| busy("the agent is stopping\n");
+        let permit = Arc::clone(&self.read_permit).acquire_owned().await.map_err(gone)?;
+        let reading = move || {
+            // Held until the read ends: a client that hangs up does not stop it.
+            let _permit = permit;
+            read(&*incidents)
+        };
+        tokio::task::spawn_blocking(reading).await.map_err(|error| failed(error.to_string()))?.map_err(failed)
+    }
+
+    fn answer(&self, kind: &'static str, body: Bytes) -> Result<Response, Response> {
+        Ok(([(header::CONTENT_TYPE, kind)], self.bodies.body(body)?).into_response())
     }
 }
 
-fn router(requests: mpsc::Sender<LoopRequest>, source: Arc<dyn IncidentSource>) -> Router {
+const JSON: &str = "application/json";
+
+fn failed(why: String) -> Response {
+    (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response()
+}
+
+fn json(rows: &impl Serialize) -> Result<Bytes, Response> {
+    serde_json::to_vec(rows).map(Bytes::from).map_err(|error| failed(error.to_string()))
+}
+
+fn router(state: AppState) -> Router {
+    let guard = axum::middleware::from_fn_with_state(state.names.clone(), guard::guard);
     Router::new()
         .route("/", get(page))
         .route("/healthz", get(async || "ok\n"))
@@ -146,33 +247,8 @@ fn router(requests: mpsc::Sender<LoopRequest>, source: Arc<dyn IncidentSource>) 
         .route("/api/incidents/{id}", get(incident))
         .route("/api/processes", get(processes))
         .route("/api/cgroups", get(cgroups))
-        .with_state(AppState { requests, incidents: source, read_permit: Arc::new(Semaphore::new(1)) })
-}
-
-impl AppState {
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> LoopRequest) -> Result<T, Response> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response();
-        self.requests.send(request(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())
-    }
-
-    /// Reads from disk in a blocking thread, so that the loop is not held up.
-    async fn read<T: Send + 'static>(
-        &self,
-        read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
-    ) -> Result<T, Response> {
-        let incidents = Arc::clone(&self.incidents);
-        let gone = |_| (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response();
-        let permit = Arc::clone(&self.read_permit).acquire_owned().await.map_err(gone)?;
-        let failed = |why: String| (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response();
-        let reading = move || {
-            // Held until the read ends: a client that hangs up does not stop it.
-            let _permit = permit;
-            read(&*incidents)
-        };
-        tokio::task::spawn_blocking(reading).await.map_err(|error| failed(error.to_string()))?.map_err(failed)
-    }
+        .layer(guard)
+        .with_state(state)
 }
 
 /// 200 as soon as the loop answers: it runs once the programs are attached.
@@ -181,9 +257,13 @@ async fn ready(State(state): State<AppState>) -> Result<&'static str, Response> 
 }
 
 async fn metrics_text(State(state): State<AppState>) -> Result<Response, Response> {
-    let text = metrics::text(*state.ask(LoopRequest::Metrics).await?);
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+    let text = async {
+        let mut snapshot = state.ask(LoopRequest::Metrics).await?;
+        snapshot.connections = state.counts.by_outcome();
+        Ok(Bytes::from(metrics::text(*snapshot)))
+    };
+    let text = state.answers.metrics.get(text).await?;
+    state.answer("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
 }
 
 #[derive(Deserialize)]
@@ -193,13 +273,19 @@ struct ProcessQuery {
 }
 
 async fn processes(State(state): State<AppState>, Query(query): Query<ProcessQuery>) -> Result<Response, Response> {
-    let mut rows = state.ask(LoopRequest::Snapshot).await?.processes;
-    rows.retain(|row| query.pid.is_none_or(|pid| row.pid == pid));
-    Ok(axum::Json(rows).into_response())
+    let rows = match query.pid {
+        None => state.answers.processes.get(async { json(&state.snapshot().await?.processes) }).await?,
+        Some(pid) => {
+            let snapshot = state.snapshot().await?;
+            json(&snapshot.processes.iter().filter(|row| row.pid == pid).collect::<Vec<_>>())?
+        }
+    };
+    state.answer(JSON, rows)
 }
 
 async fn cgroups(State(state): State<AppState>) -> Result<Response, Response> {
-    Ok(axum::Json(state.ask(LoopRequest::Snapshot).await?.cgroups).into_response())
+    let rows = state.answers.cgroups.get(async { json(&state.snapshot().await?.cgroups) }).await?;
+    state.answer(JSON, rows)
 }
 
 #[derive(Deserialize)]
@@ -211,25 +297,26 @@ struct IncidentQuery {
 async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQuery>) -> Result<Response, Response> {
     let most = query.limit.unwrap_or(DEFAULT_LISTED).min(MAX_LISTED);
     let text = state.read(move |source| source.list(most)).await?;
-    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+    state.answer(JSON, text.into())
 }
 
 async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Response> {
     let text = state.read(move |source| source.incident(&id)).await?;
     let text = text.ok_or_else(|| (StatusCode::NOT_FOUND, "no such incident\n").into_response())?;
-    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
+    state.answer(JSON, text.into())
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.
-async fn page(State(state): State<AppState>) -> Result<Html<String>, Response> {
+async fn page(State(state): State<AppState>) -> Result<Response, Response> {
     let rows: String = state.read(|source| source.newest(MAX_ROWS)).await?.iter().map(row).collect();
-    Ok(Html(format!(
+    let page = format!(
         "<!doctype html><meta charset=utf-8><title>memtrace</title>\
          <style>body{{font:14px system-ui;margin:2em}}td,th{{padding:.2em 1em .2em 0;text-align:left}}</style>\
          <h1>memtrace</h1><p><a href=/metrics>metrics</a> <a href=/api/processes>processes</a> \
          <a href=/api/cgroups>cgroups</a> <a href=/api/incidents>incidents</a>\
          <table><tr><th>incident<th>when<th>victim<th>cgroup<th>what it means{rows}</table>"
-    )))
+    );
+    state.answer("text/html; charset=utf-8", page.into())
 }
 
 fn row(incident: &Incident) -> String {
@@ -257,86 +344,4 @@ fn escape(text: &str) -> String {
         }
         out
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::{Read, Write};
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn names_cannot_break_out_of_the_page() {
-        assert_eq!(escape("<a href='x'>&\""), "&lt;a href=&#39;x&#39;&gt;&amp;&quot;");
-    }
-
-    /// Answers with how many incidents it was asked for; counts how many requests read at once.
-    #[derive(Default)]
-    struct Counting {
-        now: AtomicUsize,
-        most: AtomicUsize,
-    }
-
-    impl IncidentSource for Counting {
-        fn list(&self, most: usize) -> Result<String, String> {
-            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
-            self.most.fetch_max(now, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_millis(20));
-            self.now.fetch_sub(1, Ordering::SeqCst);
-            Ok(most.to_string())
-        }
-
-        fn incident(&self, _: &str) -> Result<Option<String>, String> {
-            Ok(None)
-        }
-
-        fn newest(&self, _: usize) -> Result<Vec<Incident>, String> {
-            Ok(Vec::new())
-        }
-    }
-
-    fn get(address: std::net::SocketAddr, path: &str) -> String {
-        let mut stream = std::net::TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    }
-
-    #[test]
-    fn lists_are_limited_and_read_one_at_a_time_and_readiness_is_a_ping() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let source = Arc::new(Counting::default());
-        let counting = Arc::clone(&source);
-        runtime.block_on(async move {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let (sender, mut requests) = mpsc::channel(4);
-            tokio::spawn(run(listener, sender, counting));
-            let of = |path: &'static str| tokio::task::spawn_blocking(move || get(address, path));
-            for (path, end) in [
-                ("/api/incidents", "\r\n\r\n200"),
-                ("/api/incidents?limit=3", "\r\n\r\n3"),
-                ("/api/incidents?limit=0", "\r\n\r\n0"),
-                ("/api/incidents?limit=100000", "\r\n\r\n1000"),
-            ] {
-                let answer = of(path).await.unwrap();
-                assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(end), "{path}: {answer}");
-            }
-            assert!(of("/api/incidents?limit=x").await.unwrap().starts_with("HTTP/1.1 400"));
-            let together: Vec<_> = (0..8).map(|_| of("/api/incidents")).collect();
-            for answer in together {
-                assert!(answer.await.unwrap().starts_with("HTTP/1.1 200"));
-            }
-            let ready = of("/readyz");
-            match requests.recv().await.unwrap() {
-                LoopRequest::Ping(reply) => reply.send(()).unwrap(),
-                _ => panic!("readiness asked for more than a ping"),
-            }
-            assert!(ready.await.unwrap().ends_with("ready\n"));
-        });
-        assert_eq!(source.most.load(Ordering::SeqCst), 1);
-    }
 }

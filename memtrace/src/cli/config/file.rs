@@ -46,11 +46,12 @@ fn text_of(kind: &SettingKind, value: &toml::Value) -> Result<OsString, String> 
         (SettingKind::Switch { .. }, _) => Err("must be true or false".to_owned()),
         (SettingKind::Count { .. }, Integer(count)) => Ok(count.to_string().into()),
         (SettingKind::Count { .. }, _) => Err("must be a number".to_owned()),
-        (SettingKind::Hooks { .. }, Array(items)) => {
+        (SettingKind::Hooks { .. } | SettingKind::Names { .. }, Array(items)) => {
             let names: Option<Vec<&str>> = items.iter().map(toml::Value::as_str).collect();
-            names.map(|names| names.join(",").into()).ok_or_else(|| "must be a list of names of hooks".to_owned())
+            names.map(|names| names.join(",").into()).ok_or_else(|| "must be a list of names".to_owned())
         }
         (SettingKind::Hooks { .. }, _) => Err("must be a list, such as [\"map\"]".to_owned()),
+        (SettingKind::Names { .. }, _) => Err("must be a list, such as [\"node1.example\"]".to_owned()),
         (_, String(text)) => Ok(text.into()),
         (SettingKind::Size { .. } | SettingKind::Share { .. }, Integer(number)) => Ok(number.to_string().into()),
         (SettingKind::Share { .. }, Float(number)) => Ok(number.to_string().into()),
@@ -101,7 +102,7 @@ fn literal(setting: &Setting, given: &Given) -> anyhow::Result<String> {
     let quoted = |text: &str| toml::Value::from(text).to_string();
     Ok(match setting.kind {
         SettingKind::Switch { .. } | SettingKind::Count { .. } => text.trim().to_owned(),
-        SettingKind::Hooks { .. } => {
+        SettingKind::Hooks { .. } | SettingKind::Names { .. } => {
             let names = text.split(',').filter(|name| !name.is_empty()).map(quoted);
             format!("[{}]", names.collect::<Vec<_>>().join(", "))
         }
@@ -113,7 +114,7 @@ fn literal(setting: &Setting, given: &Given) -> anyhow::Result<String> {
 const fn unset(kind: &SettingKind) -> &'static str {
     match kind {
         SettingKind::Switch { .. } => "false",
-        SettingKind::Hooks { .. } => "[]",
+        SettingKind::Hooks { .. } | SettingKind::Names { .. } => "[]",
         _ => "\"\"",
     }
 }

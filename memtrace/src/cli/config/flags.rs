@@ -88,6 +88,10 @@ fn arg(setting: &'static Setting, verb: Verbs) -> Arg {
             .action(ArgAction::Append)
             .value_delimiter(',')
             .value_parser(PossibleValuesParser::new(Hook::ALL.map(Hook::name))),
+        SettingKind::Names { .. } => arg
+            .action(ArgAction::Append)
+            .value_delimiter(',')
+            .value_parser(|text: &str| setting.check(OsStr::new(text)).map(|()| text.to_owned())),
         _ => arg.value_parser(|text: &str| setting.check(OsStr::new(text)).map(|()| text.to_owned())),
     }
 }

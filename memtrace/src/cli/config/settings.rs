@@ -65,6 +65,14 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         ..AGENT_ONLY
     },
     Setting {
+        key: "allow_host",
+        flag: "allow-host",
+        help: "Answer requests for these names too: a comma-separated list, or repeated",
+        note: "Addresses, `localhost` and this machine's name are always answered. Any other name may be a web page's.",
+        kind: SettingKind::Names { set: |config, names| config.allow_hosts = names },
+        ..AGENT_ONLY
+    },
+    Setting {
         key: "btf",
         flag: "btf",
         help: "Read kernel types (BTF) from this file instead of /sys/kernel/btf/vmlinux",
