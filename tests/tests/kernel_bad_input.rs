@@ -140,7 +140,7 @@ fn a_journal_in_use_is_named() -> anyhow::Result<()> {
     second.state_dir = dir.path().join("other");
     let (code, said) = ends(&second, free_port()?)?;
     let journal = path(&options.journal_dir)?;
-    let named = said.contains(&format!("another memtrace agent uses the journal in {journal}"));
+    let named = said.contains(&format!("another memtrace agent (pid {}) uses the journal in {journal}", agent.pid()));
     ensure!(code == 1 && named && said.contains("--journal-dir"), "ended with {code}:\n{said}");
     second.journal_dir = dir.path().join("other-journal");
     second.state_dir.clone_from(&options.state_dir);
@@ -152,6 +152,39 @@ fn a_journal_in_use_is_named() -> anyhow::Result<()> {
     second.state_dir.clone_from(&options.journal_dir);
     second.journal_dir.clone_from(&options.journal_dir);
     second.start()?.stop()?;
+    Ok(())
+}
+
+#[test]
+fn a_state_directory_that_others_may_change_is_refused_and_links_in_it_are_not_followed() -> anyhow::Result<()> {
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let options = AgentOptions::below(dir.path());
+    let precious = dir.path().join("precious");
+    std::fs::write(&precious, "precious")?;
+    std::fs::create_dir(&options.state_dir)?;
+    for (name, said_of) in [("lock", "lock: it is a link"), ("kills.jsonl", "kills.jsonl: it is a link")] {
+        let link = options.state_dir.join(name);
+        symlink(&precious, &link)?;
+        let (code, said) = ends(&options, free_port()?)?;
+        ensure!(code == 1 && said.contains(said_of), "a linked {name}: ended with {code}:\n{said}");
+        std::fs::remove_file(&link)?;
+    }
+    ensure!(std::fs::read(&precious)? == b"precious", "a file was written to through a link");
+    std::fs::set_permissions(&options.state_dir, std::fs::Permissions::from_mode(0o777))?;
+    let (code, said) = ends(&options, free_port()?)?;
+    ensure!(code == 1 && said.contains("everybody may write to it"), "ended with {code}:\n{said}");
+    std::fs::set_permissions(&options.state_dir, std::fs::Permissions::from_mode(0o755))?;
+    chown(&options.state_dir, Some(12_345), None)?;
+    let (code, said) = ends(&options, free_port()?)?;
+    ensure!(code == 1 && said.contains("belongs to user 12345"), "ended with {code}:\n{said}");
+    chown(&options.state_dir, Some(0), None)?;
+    let mut agent = options.start()?;
+    // Nobody else can take the lock away from the next.
+    let mode = std::fs::metadata(options.state_dir.join("lock"))?.permissions().mode() & 0o777;
+    ensure!(mode == 0o600, "the lock is open to others: {mode:o}");
+    agent.stop()?;
     Ok(())
 }
 

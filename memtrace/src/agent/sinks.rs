@@ -1,12 +1,13 @@
 //! Where the outputs of the session go: ledgers, incident files, log and counters.
 
 use std::collections::VecDeque;
-use std::fs::{DirBuilder, File, Metadata};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tracing::{error, info, warn};
@@ -16,6 +17,7 @@ use super::symbolize_queue::SymbolizeQueue;
 use crate::serve::Counters;
 use crate::store::incidents::IncidentStore;
 use crate::store::ledger::{Ledger, LedgerEntry};
+use crate::store::own_dir;
 use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
 use memtrace_incident::{KillEntry, SigkillEntry};
@@ -25,6 +27,9 @@ const MAX_WAITING: usize = 64;
 /// Time from a save that failed to the next try. It doubles up to [`RETRY_MOST`].
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(60);
+
+/// Mode of a lock.
+const LOCK_MODE: u32 = 0o600;
 
 /// When a save that failed is tried again.
 #[derive(Clone, Copy, Debug)]
@@ -53,9 +58,8 @@ impl Sinks {
         let dir = &config.state_dir;
         let incidents = IncidentStore::create(dir)
             .with_context(|| format!("failed to use the state directory {}", dir.display()))?;
-        let state = Lock::take(dir)?.with_context(|| {
-            format!("another memtrace agent runs on {}; stop it or choose another --state-dir", dir.display())
-        })?;
+        let in_use = format!("runs on {}; stop it or choose another --state-dir", dir.display());
+        let state = Lock::take_or_fail(dir, &in_use)?;
         let journal =
             config.session.journal.as_ref().map(|journal| lock_journal(&journal.dir, &state)).transpose()?.flatten();
         let (kills, sigkills) = (open_ledger(dir)?, open_ledger(dir)?);
@@ -210,15 +214,41 @@ fn open_ledger<E: LedgerEntry>(dir: &Path) -> anyhow::Result<Ledger<E>> {
 /// The lock of a directory, released when it is dropped.
 struct Lock(File);
 
+/// What came of taking a lock.
+enum Taken {
+    Held(Lock),
+    /// By another process, which has left its id in it.
+    ByAnother(Option<u32>),
+}
+
 impl Lock {
-    /// Locks `dir/lock`; `None` when another process holds it.
-    fn take(dir: &Path) -> anyhow::Result<Option<Self>> {
+    /// Locks `dir/lock`. Only its owner can open that file, or anybody could hold the lock.
+    fn take(dir: &Path) -> anyhow::Result<Taken> {
         let path = dir.join("lock");
-        let file = File::create(&path).with_context(|| format!("failed to write to {}", path.display()))?;
+        let mut file = own_dir::open(&path, LOCK_MODE, OpenOptions::new().read(true).write(true))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Self(file))),
-            Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("failed to lock {}", path.display())),
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let mut holder = String::new();
+                let read = Read::by_ref(&mut file).take(16).read_to_string(&mut holder);
+                return Ok(Taken::ByAnother(read.ok().and_then(|_| holder.trim().parse().ok())));
+            }
+            Err(error) => return Err(error).with_context(|| format!("failed to lock {}", path.display())),
+        }
+        let failed = || format!("failed to write to {}", path.display());
+        // One that an earlier version made was open to everybody.
+        file.set_permissions(Permissions::from_mode(LOCK_MODE)).with_context(failed)?;
+        // For messages: a full disk does not keep the agent from running.
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        Ok(Taken::Held(Self(file)))
+    }
+
+    /// As [`Lock::take`]; fails when another process holds it.
+    fn take_or_fail(dir: &Path, in_use: &str) -> anyhow::Result<Self> {
+        match Self::take(dir)? {
+            Taken::Held(lock) => Ok(lock),
+            Taken::ByAnother(None) => bail!("another memtrace agent {in_use}"),
+            Taken::ByAnother(Some(pid)) => bail!("another memtrace agent (pid {pid}) {in_use}"),
         }
     }
 
@@ -231,18 +261,12 @@ impl Lock {
 
 /// Locks the journal's directory; `None` when it is the state directory, which is locked already.
 fn lock_journal(dir: &Path, state: &Lock) -> anyhow::Result<Option<Lock>> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .with_context(|| format!("failed to use the journal directory {}", dir.display()))?;
+    own_dir::create(dir, 0o700).with_context(|| format!("failed to use the journal directory {}", dir.display()))?;
     if state.is_of(dir) {
         return Ok(None);
     }
-    let in_use = || {
-        format!("another memtrace agent uses the journal in {}; stop it or choose another --journal-dir", dir.display())
-    };
-    Lock::take(dir)?.with_context(in_use).map(Some)
+    let in_use = format!("uses the journal in {}; stop it or choose another --journal-dir", dir.display());
+    Lock::take_or_fail(dir, &in_use).map(Some)
 }
 
 #[cfg(test)]
@@ -254,13 +278,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (state, journal) = (dir.path().join("state"), dir.path().join("run/journal"));
         std::fs::create_dir(&state).unwrap();
-        let held = Lock::take(&state).unwrap().unwrap();
-        assert!(Lock::take(&state).unwrap().is_none());
+        // As an earlier version left it, with whatever in it.
+        std::fs::write(state.join("lock"), "1234567").unwrap();
+        let held = Lock::take_or_fail(&state, "runs").unwrap();
+        assert_eq!(held.0.metadata().unwrap().mode() & 0o777, LOCK_MODE);
+        let own = std::process::id();
+        assert!(matches!(Lock::take(&state).unwrap(), Taken::ByAnother(Some(pid)) if pid == own));
         assert!(lock_journal(&state, &held).unwrap().is_none(), "one directory for both is one lock");
         let first = lock_journal(&journal, &held).unwrap();
         assert!(first.is_some());
         let error = lock_journal(&journal, &held).err().unwrap().to_string();
-        assert!(error.contains("uses the journal in") && error.contains("run/journal"), "{error}");
+        assert!(error.contains(&format!("agent (pid {own}) uses the journal in")), "{error}");
+        assert!(error.contains("run/journal"), "{error}");
         drop(first);
         assert!(lock_journal(&journal, &held).unwrap().is_some());
         std::fs::write(dir.path().join("file"), "").unwrap();

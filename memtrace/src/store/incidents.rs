@@ -1,16 +1,15 @@
 //! Incident files: `<id>.memtrace`, zstd over JSON. They are written whole, read with bounds (a file may come from
 //! anywhere), and deleted by age and size.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use memtrace_incident::Incident;
 use memtrace_incident::codec::{self, Unreadable, happened, is_id};
 
-use super::atomic;
+use super::{atomic, own_dir};
 
 /// Ending of an incident file's name.
 pub const EXTENSION: &str = "memtrace";
@@ -95,7 +94,7 @@ impl IncidentStore {
     /// The store in `dir`, for writing: creates the directory and removes what a crash left half written.
     pub fn create(dir: impl Into<PathBuf>) -> io::Result<Self> {
         let dir = dir.into();
-        DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir)?;
+        own_dir::create(&dir, DIR_MODE)?;
         atomic::remove_leftovers(&dir)?;
         Ok(Self { dir })
     }

@@ -1,5 +1,5 @@
 //! The ledgers: files of one line of JSON for each entry, appended to. A file that reaches its cap is renamed and a new
-//! one begun, so that a ledger is two files at most.
+//! one begun, so that a ledger is two files at most. While no new one can be made, the old one grows to twice its cap.
 //!
 //! `kills.jsonl` is synced with every entry: a kill is on disk before anything else is done about it. `sigkills.jsonl`
 //! is not, since there may be hundreds of SIGKILLs a second.
@@ -7,13 +7,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::marker::PhantomData;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::atomic;
+use super::{atomic, own_dir};
 use memtrace_incident::{KillEntry, SigkillEntry};
 
 /// An entry of a ledger, and how its ledger is kept.
@@ -22,6 +21,8 @@ pub trait LedgerEntry: Serialize + DeserializeOwned {
     const FILE: &'static str;
     /// Name of the file after it has reached its cap.
     const FILE_BEFORE: &'static str;
+    /// Name of the next file until it takes the place of the one that has reached its cap.
+    const FILE_NEXT: &'static str;
     /// Size at which the file is renamed, bytes.
     const MAX_BYTES: u64;
     /// Whether each append is synced to the disk.
@@ -34,6 +35,7 @@ pub trait LedgerEntry: Serialize + DeserializeOwned {
 impl LedgerEntry for KillEntry {
     const FILE: &'static str = "kills.jsonl";
     const FILE_BEFORE: &'static str = "kills.jsonl.1";
+    const FILE_NEXT: &'static str = "kills.jsonl.next";
     const MAX_BYTES: u64 = 8 << 20;
     const SYNCED: bool = true;
 
@@ -45,6 +47,7 @@ impl LedgerEntry for KillEntry {
 impl LedgerEntry for SigkillEntry {
     const FILE: &'static str = "sigkills.jsonl";
     const FILE_BEFORE: &'static str = "sigkills.jsonl.1";
+    const FILE_NEXT: &'static str = "sigkills.jsonl.next";
     const MAX_BYTES: u64 = 2 << 20;
     const SYNCED: bool = false;
 
@@ -109,8 +112,16 @@ impl<E: LedgerEntry> Ledger<E> {
             lines.push(b'\n');
         }
         let len = lines.len() as u64;
-        let rotated =
-            if self.bytes > 0 && self.bytes.saturating_add(len) > self.max_bytes { self.rotate() } else { Ok(()) };
+        let with = self.bytes.saturating_add(len);
+        let rotated = if self.bytes > 0 && with > self.max_bytes { self.rotate() } else { Ok(()) };
+        if let Err(error) = rotated.as_ref()
+            && with > self.max_bytes.saturating_mul(2)
+        {
+            return Err(io::Error::new(
+                error.kind(),
+                format!("the ledger is full and no new one can be made: {error}"),
+            ));
+        }
         if let Err(error) = self.file.write_all(&lines) {
             // On a full disk part of a line may be written: the next entry must not continue it.
             let _ = self.file.set_len(self.bytes);
@@ -120,13 +131,25 @@ impl<E: LedgerEntry> Ledger<E> {
         if E::SYNCED {
             self.file.sync_data()?;
         }
-        // The entries are written even if the rename failed; the error says that the file outgrew its cap.
-        rotated
+        // The entries are written even if there is no new file yet: the next append tries again.
+        Ok(())
     }
 
+    /// Begins a new file. It is made before the old one is renamed, so that a failure leaves everything as it was.
     fn rotate(&mut self) -> io::Result<()> {
-        fs::rename(self.dir.join(E::FILE), self.dir.join(E::FILE_BEFORE))?;
-        self.file = open(&self.dir, E::FILE)?;
+        let [file, before, next] = [E::FILE, E::FILE_BEFORE, E::FILE_NEXT].map(|name| self.dir.join(name));
+        let fresh = append_to(&next)?;
+        fresh.set_len(0)?;
+        match fs::rename(&file, &before) {
+            // Somebody has taken it away: what was in it is gone, and there is room for the next.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        if let Err(error) = fs::rename(&next, &file) {
+            let _ = fs::rename(&before, &file);
+            return Err(error);
+        }
+        self.file = fresh;
         self.bytes = 0;
         atomic::sync_dir(&self.dir)
     }
@@ -156,11 +179,15 @@ pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
 fn open(dir: &Path, name: &str) -> io::Result<File> {
     let path = dir.join(name);
     let existed = path.exists();
-    let file = OpenOptions::new().read(true).append(true).create(true).mode(0o640).open(path)?;
+    let file = append_to(&path)?;
     if !existed {
         atomic::sync_dir(dir)?;
     }
     Ok(file)
+}
+
+fn append_to(path: &Path) -> io::Result<File> {
+    own_dir::open(path, 0o640, OpenOptions::new().read(true).append(true))
 }
 
 /// Bytes up to and including the last line feed.
@@ -257,6 +284,36 @@ mod tests {
         fs::write(dir.path().join(KillEntry::FILE), vec![b'x'; 5000]).unwrap();
         assert_eq!(Kills::open(dir.path()).unwrap().torn_bytes(), 5000);
         assert_eq!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_rotation_that_fails_loses_nothing_and_is_done_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kills = Kills::with_cap(dir.path(), 1000).unwrap();
+        // No new file can be made, as without an inode.
+        let next = dir.path().join(KillEntry::FILE_NEXT);
+        fs::create_dir(&next).unwrap();
+        let mut pid = 0;
+        let refused = loop {
+            pid += 1;
+            if let Err(error) = kills.append(&[kill(pid)]) {
+                break error.to_string();
+            }
+        };
+        assert!(refused.contains("no new one can be made"), "{refused}");
+        let size = fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len();
+        assert!((1000..=2000).contains(&size), "{size} bytes");
+        assert_eq!(pids(dir.path()), (1..pid).collect::<Vec<_>>(), "all before are there");
+        fs::remove_dir(&next).unwrap();
+        kills.append(&[kill(pid), kill(pid + 1)]).unwrap();
+        assert_eq!(pids(dir.path()), (1..pid + 2).collect::<Vec<_>>());
+        assert!(dir.path().join(KillEntry::FILE_BEFORE).exists() && !next.exists());
+        // A file that was taken away is begun anew at the next rotation.
+        fs::remove_file(dir.path().join(KillEntry::FILE)).unwrap();
+        for pid in 100..110 {
+            kills.append(&[kill(pid)]).unwrap();
+        }
+        assert_eq!(pids(dir.path()).last(), Some(&109));
     }
 
     #[test]

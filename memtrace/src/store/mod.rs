@@ -4,3 +4,4 @@ pub mod atomic;
 pub mod incidents;
 pub mod journal;
 pub mod ledger;
+pub mod own_dir;

@@ -1,0 +1,92 @@
+//! Directories and files that nobody but the agent may change. It runs as root: whoever can put a link into a directory
+//! that it writes to chooses what it writes over, and whoever can open its lock can keep it from starting.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::OFlags;
+
+/// Write permission for everybody.
+const OTHERS_WRITE: u32 = 0o002;
+
+/// Creates a directory with this mode, or takes the one that is there.
+///
+/// Fails also when it belongs to another user than root and the one this process runs as, or when everybody may write
+/// to it.
+pub fn create(dir: &Path, mode: u32) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(mode).create(dir)?;
+    let found = fs::metadata(dir)?;
+    let own = rustix::process::geteuid().as_raw();
+    let refused = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    match found.uid() {
+        uid if uid != 0 && uid != own => refused(format!(
+            "it belongs to user {uid}, who could replace what is in it; give it to root (chown root) or choose another"
+        )),
+        _ if found.mode() & OTHERS_WRITE != 0 => {
+            refused("everybody may write to it; take that right away (chmod o-w) or choose another".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens a file in such a directory with these options, creating it with this mode; never through a link, and nothing
+/// that is not a regular file.
+pub fn open(path: &Path, mode: u32, options: &mut OpenOptions) -> io::Result<File> {
+    let no_wait = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    // Both flags are positive.
+    let flags = i32::try_from(no_wait.bits()).unwrap_or_default();
+    let file = options.create(true).mode(mode).custom_flags(flags).open(path).map_err(|error| named(path, &error))?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a regular file", path.display())))
+}
+
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    let what = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => "it is a link; remove it".to_owned(),
+        _ => error.to_string(),
+    };
+    io::Error::new(error.kind(), format!("failed to open {}: {what}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_directory_of_somebody_else_or_of_everybody_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/b");
+        create(&inner, 0o750).unwrap();
+        assert_eq!(fs::metadata(&inner).unwrap().mode() & 0o777, 0o750);
+        create(&inner, 0o700).unwrap();
+        fs::set_permissions(&inner, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(create(&inner, 0o700).unwrap_err().to_string().contains("everybody may write"));
+        fs::set_permissions(&inner, fs::Permissions::from_mode(0o755)).unwrap();
+        // Without privileges it cannot be given away.
+        if chown(&inner, Some(12345), None).is_ok() {
+            assert!(create(&inner, 0o700).unwrap_err().to_string().contains("belongs to user 12345"));
+        }
+    }
+
+    #[test]
+    fn nothing_is_opened_through_a_link_and_nothing_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let append = |name: &str| open(&path(name), 0o600, OpenOptions::new().read(true).append(true));
+        fs::write(path("precious"), "x").unwrap();
+        symlink(path("precious"), path("link")).unwrap();
+        assert!(append("link").unwrap_err().to_string().contains("is a link"));
+        symlink(path("new"), path("dangling")).unwrap();
+        assert!(append("dangling").is_err() && !path("new").exists());
+        rustix::fs::mkfifoat(rustix::fs::CWD, path("fifo"), 0o600.into()).unwrap();
+        assert!(append("fifo").unwrap_err().to_string().contains("not a regular file"));
+        assert_eq!(append("file").unwrap().metadata().unwrap().mode() & 0o777, 0o600);
+        assert_eq!(fs::read(path("precious")).unwrap(), b"x");
+    }
+}
