@@ -1,47 +1,60 @@
 //! Directories and files that nobody but the agent may change. It runs as root: whoever can put a link into a directory
 //! that it writes to chooses what it writes over, and whoever can open its lock can keep it from starting.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
 
-/// Write permission for everybody.
+/// Write permission for everybody, and the bit with which nobody can rename or remove what is another's.
 const OTHERS_WRITE: u32 = 0o002;
+const STICKY: u32 = 0o1000;
 
 /// Creates a directory with this mode, or takes the one that is there.
 ///
-/// Fails also when it belongs to another user than root and the one this process runs as, or when everybody may write
-/// to it.
+/// Fails also when it belongs to another user than root and the one this process runs as, or when everybody may remove
+/// what is in it.
 pub fn create(dir: &Path, mode: u32) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(mode).create(dir)?;
     let found = fs::metadata(dir)?;
-    let own = rustix::process::geteuid().as_raw();
-    let refused = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    match found.uid() {
-        uid if uid != 0 && uid != own => refused(format!(
-            "it belongs to user {uid}, who could replace what is in it; give it to root (chown root) or choose another"
-        )),
-        _ if found.mode() & OTHERS_WRITE != 0 => {
-            refused("everybody may write to it; take that right away (chmod o-w) or choose another".to_owned())
-        }
-        _ => Ok(()),
+    if let Some(uid) = stranger(&found) {
+        let why = "could replace what is in it; give it to root (chown root) or choose another";
+        return Err(refused(format!("it belongs to user {uid}, who {why}")));
     }
+    if found.mode() & (OTHERS_WRITE | STICKY) == OTHERS_WRITE {
+        return Err(refused(
+            "everybody may write to it; take that right away (chmod o-w) or choose another".to_owned(),
+        ));
+    }
+    Ok(())
 }
 
-/// Opens a file in such a directory with these options, creating it with this mode; never through a link, and nothing
-/// that is not a regular file.
+/// The owner of a file, unless that is root or the user this process runs as.
+fn stranger(found: &Metadata) -> Option<u32> {
+    Some(found.uid()).filter(|uid| *uid != 0 && *uid != rustix::process::geteuid().as_raw())
+}
+
+fn refused(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, why)
+}
+
+/// Opens a file in such a directory with these options, creating it with this mode; never through a link, and only a
+/// regular file of root or of the user this process runs as.
 pub fn open(path: &Path, mode: u32, options: &mut OpenOptions) -> io::Result<File> {
     let no_wait = OFlags::NOFOLLOW | OFlags::NONBLOCK;
     // Both flags are positive.
     let flags = i32::try_from(no_wait.bits()).unwrap_or_default();
     let file = options.create(true).mode(mode).custom_flags(flags).open(path).map_err(|error| named(path, &error))?;
-    if file.metadata()?.is_file() {
-        return Ok(file);
+    let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(refused(format!("{} is not a regular file; remove it", path.display())));
     }
-    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a regular file", path.display())))
+    match stranger(&found) {
+        Some(uid) => Err(refused(format!("{} belongs to user {uid}; remove it", path.display()))),
+        None => Ok(file),
+    }
 }
 
 fn named(path: &Path, error: &io::Error) -> io::Error {
@@ -67,7 +80,8 @@ mod tests {
         create(&inner, 0o700).unwrap();
         fs::set_permissions(&inner, fs::Permissions::from_mode(0o777)).unwrap();
         assert!(create(&inner, 0o700).unwrap_err().to_string().contains("everybody may write"));
-        fs::set_permissions(&inner, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&inner, fs::Permissions::from_mode(0o1777)).unwrap();
+        create(&inner, 0o700).unwrap();
         // Without privileges it cannot be given away.
         if chown(&inner, Some(12345), None).is_ok() {
             assert!(create(&inner, 0o700).unwrap_err().to_string().contains("belongs to user 12345"));
@@ -86,6 +100,10 @@ mod tests {
         assert!(append("dangling").is_err() && !path("new").exists());
         rustix::fs::mkfifoat(rustix::fs::CWD, path("fifo"), 0o600.into()).unwrap();
         assert!(append("fifo").unwrap_err().to_string().contains("not a regular file"));
+        fs::write(path("foreign"), "x").unwrap();
+        if chown(path("foreign"), Some(12345), None).is_ok() {
+            assert!(append("foreign").unwrap_err().to_string().contains("belongs to user 12345"));
+        }
         assert_eq!(append("file").unwrap().metadata().unwrap().mode() & 0o777, 0o600);
         assert_eq!(fs::read(path("precious")).unwrap(), b"x");
     }
