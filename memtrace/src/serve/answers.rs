@@ -11,6 +11,8 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 
 /// How long a large answer is given to everybody who asks.
 const FRESH: Duration = Duration::from_secs(1);
+/// How long somebody waits until what others wait for is made.
+const TURN_LIMIT: Duration = Duration::from_secs(5);
 /// Bodies that are on their way to clients, in all, KiB. One that is larger may be on its way alone.
 const BODIES_KIB: u32 = 64 << 10;
 
@@ -28,9 +30,10 @@ impl<T: Clone> Shared<T> {
         Self { large, latest: Mutex::new(None) }
     }
 
-    /// The latest, or a new one. One is made at a time.
+    /// The latest, or a new one. One is made at a time; 503 when it is not one's turn in time.
     pub(super) async fn get(&self, make: impl Future<Output = Result<T, Response>>) -> Result<T, Response> {
-        let mut latest = self.latest.lock().await;
+        let turn = tokio::time::timeout(TURN_LIMIT, self.latest.lock()).await;
+        let mut latest = turn.map_err(|_| busy("others wait for the same; try again\n"))?;
         if let Some((_, value)) = latest.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
             return Ok(value.clone());
         }
@@ -96,6 +99,17 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn nobody_waits_behind_others_for_ever() {
+        let shared = Shared::new(|_: &u32| false);
+        let never = shared.get(std::future::pending());
+        let asked = async { shared.get(async { Ok(1) }).await.unwrap_err().status() };
+        tokio::select! {
+            _ = never => panic!("nothing was made"),
+            status = asked => assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE),
+        }
+    }
 
     #[tokio::test(flavor = "current_thread")]
     async fn what_is_large_is_made_once_and_shared_until_it_is_old() {
