@@ -16,6 +16,29 @@ const TURN_LIMIT: Duration = Duration::from_secs(5);
 /// Bodies that are on their way to clients, in all, KiB. One that is larger may be on its way alone.
 const BODIES_KIB: u32 = 64 << 10;
 
+/// Why a request gets no answer.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// 503: it may be tried again.
+    Busy(&'static str),
+    /// 404.
+    NoSuchIncident,
+    /// 500.
+    Failed(String),
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Busy(why) => {
+                (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], format!("{why}\n")).into_response()
+            }
+            Self::NoSuchIncident => (StatusCode::NOT_FOUND, "no such incident\n").into_response(),
+            Self::Failed(why) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response(),
+        }
+    }
+}
+
 /// Something that is made for each who asks while it is small, and at most once in [`FRESH`] when it is large.
 #[derive(Debug)]
 pub(super) struct Shared<T> {
@@ -31,9 +54,9 @@ impl<T: Clone> Shared<T> {
     }
 
     /// The latest, or a new one. One is made at a time; 503 when it is not one's turn in time.
-    pub(super) async fn get(&self, make: impl Future<Output = Result<T, Response>>) -> Result<T, Response> {
+    pub(super) async fn get(&self, make: impl Future<Output = Result<T, Refusal>>) -> Result<T, Refusal> {
         let turn = tokio::time::timeout(TURN_LIMIT, self.latest.lock()).await;
-        let mut latest = turn.map_err(|_| busy("others wait for the same; try again\n"))?;
+        let mut latest = turn.map_err(|_| Refusal::Busy("others wait for the same; try again"))?;
         if let Some((_, value)) = latest.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
             return Ok(value.clone());
         }
@@ -80,18 +103,13 @@ impl AsRef<[u8]> for Counted {
 
 impl BodyBudget {
     /// The body of an answer, or 503 when clients are slow to read what others are to get.
-    pub(super) fn body(&self, bytes: Bytes) -> Result<Body, Response> {
+    pub(super) fn body(&self, bytes: Bytes) -> Result<Body, Refusal> {
         let kib = u32::try_from(bytes.len().div_ceil(1024)).unwrap_or(BODIES_KIB).min(BODIES_KIB);
         match Arc::clone(&self.0).try_acquire_many_owned(kib) {
             Ok(permit) => Ok(Body::from(Bytes::from_owner(Counted { bytes, _permit: permit }))),
-            Err(_) => Err(busy("too much is on its way to slow clients; try again\n")),
+            Err(_) => Err(Refusal::Busy("too much is on its way to slow clients; try again")),
         }
     }
-}
-
-/// 503 with a time to try again.
-pub(super) fn busy(why: &'static str) -> Response {
-    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], why).into_response()
 }
 
 #[cfg(test)]
@@ -104,10 +122,12 @@ mod tests {
     async fn nobody_waits_behind_others_for_ever() {
         let shared = Shared::new(|_: &u32| false);
         let never = shared.get(std::future::pending());
-        let asked = async { shared.get(async { Ok(1) }).await.unwrap_err().status() };
+        let asked = async { shared.get(async { Ok(1) }).await.unwrap_err() };
         tokio::select! {
+            // So that it is the one that waits for ever that comes first.
+            biased;
             _ = never => panic!("nothing was made"),
-            status = asked => assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE),
+            refusal = asked => assert!(matches!(refusal, Refusal::Busy(_)), "{refusal:?}"),
         }
     }
 
@@ -135,7 +155,8 @@ mod tests {
         let budget = BodyBudget::default();
         let half = Bytes::from(vec![0; BODIES_KIB as usize * 512]);
         let (first, second) = (budget.body(half.clone()).unwrap(), budget.body(half.clone()).unwrap());
-        assert_eq!(budget.body(Bytes::from_static(b"x")).unwrap_err().status(), StatusCode::SERVICE_UNAVAILABLE);
+        let refusal = budget.body(Bytes::from_static(b"x")).unwrap_err();
+        assert_eq!(refusal.into_response().status(), StatusCode::SERVICE_UNAVAILABLE);
         drop((first, second));
         let all = budget.body(Bytes::from(vec![0; BODIES_KIB as usize * 1024 + 1])).unwrap();
         assert!(budget.body(half).is_err());

@@ -11,7 +11,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Path as UrlPath, Query, State};
-use axum::http::{StatusCode, header};
+use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::{Deserialize, Serialize};
@@ -29,7 +29,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use answers::{BodyBudget, Shared, busy};
+use answers::{BodyBudget, Refusal, Shared};
 pub use guard::HostNames;
 pub use server::{ServerCounts, ServerLimits, start};
 
@@ -190,18 +190,18 @@ impl AppState {
     }
 
     /// The answer of the agent's loop, or 503 when it gives none in time.
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> LoopRequest) -> Result<T, Response> {
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> LoopRequest) -> Result<T, Refusal> {
         let (reply, answer) = oneshot::channel();
         let asked = async {
-            let gone = || busy("the agent is stopping\n");
+            let gone = || Refusal::Busy("the agent is stopping");
             self.requests.send(request(reply)).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())
         };
-        let late = |_| busy("the agent's loop did not answer in time\n");
+        let late = |_| Refusal::Busy("the agent's loop did not answer in time");
         tokio::time::timeout(LOOP_LIMIT, asked).await.map_err(late)?
     }
 
-    async fn snapshot(&self) -> Result<Arc<Snapshot>, Response> {
+    async fn snapshot(&self) -> Result<Arc<Snapshot>, Refusal> {
         self.answers.snapshot.get(async { self.ask(LoopRequest::Snapshot).await.map(Arc::new) }).await
     }
 
@@ -209,31 +209,28 @@ impl AppState {
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
-    ) -> Result<T, Response> {
+    ) -> Result<T, Refusal> {
         let incidents = Arc::clone(&self.incidents);
-        let gone = |_| busy("the agent is stopping\n");
+        let gone = |_| Refusal::Busy("the agent is stopping");
         let permit = Arc::clone(&self.read_permit).acquire_owned().await.map_err(gone)?;
         let reading = move || {
             // Held until the read ends: a client that hangs up does not stop it.
             let _permit = permit;
             read(&*incidents)
         };
-        tokio::task::spawn_blocking(reading).await.map_err(|error| failed(error.to_string()))?.map_err(failed)
+        let read = tokio::task::spawn_blocking(reading).await;
+        read.map_err(|error| Refusal::Failed(error.to_string()))?.map_err(Refusal::Failed)
     }
 
-    fn answer(&self, kind: &'static str, body: Bytes) -> Result<Response, Response> {
+    fn answer(&self, kind: &'static str, body: Bytes) -> Result<Response, Refusal> {
         Ok(([(header::CONTENT_TYPE, kind)], self.bodies.body(body)?).into_response())
     }
 }
 
 const JSON: &str = "application/json";
 
-fn failed(why: String) -> Response {
-    (StatusCode::INTERNAL_SERVER_ERROR, format!("{why}\n")).into_response()
-}
-
-fn json(rows: &impl Serialize) -> Result<Bytes, Response> {
-    serde_json::to_vec(rows).map(Bytes::from).map_err(|error| failed(error.to_string()))
+fn json(rows: &impl Serialize) -> Result<Bytes, Refusal> {
+    serde_json::to_vec(rows).map(Bytes::from).map_err(|error| Refusal::Failed(error.to_string()))
 }
 
 fn router(state: AppState) -> Router {
@@ -252,11 +249,11 @@ fn router(state: AppState) -> Router {
 }
 
 /// 200 as soon as the loop answers: it runs once the programs are attached.
-async fn ready(State(state): State<AppState>) -> Result<&'static str, Response> {
+async fn ready(State(state): State<AppState>) -> Result<&'static str, Refusal> {
     state.ask(LoopRequest::Ping).await.map(|()| "ready\n")
 }
 
-async fn metrics_text(State(state): State<AppState>) -> Result<Response, Response> {
+async fn metrics_text(State(state): State<AppState>) -> Result<Response, Refusal> {
     let text = async {
         let mut snapshot = state.ask(LoopRequest::Metrics).await?;
         snapshot.connections = state.counts.by_outcome();
@@ -272,7 +269,7 @@ struct ProcessQuery {
     pid: Option<u32>,
 }
 
-async fn processes(State(state): State<AppState>, Query(query): Query<ProcessQuery>) -> Result<Response, Response> {
+async fn processes(State(state): State<AppState>, Query(query): Query<ProcessQuery>) -> Result<Response, Refusal> {
     let rows = match query.pid {
         None => state.answers.processes.get(async { json(&state.snapshot().await?.processes) }).await?,
         Some(pid) => {
@@ -283,7 +280,7 @@ async fn processes(State(state): State<AppState>, Query(query): Query<ProcessQue
     state.answer(JSON, rows)
 }
 
-async fn cgroups(State(state): State<AppState>) -> Result<Response, Response> {
+async fn cgroups(State(state): State<AppState>) -> Result<Response, Refusal> {
     let rows = state.answers.cgroups.get(async { json(&state.snapshot().await?.cgroups) }).await?;
     state.answer(JSON, rows)
 }
@@ -294,20 +291,19 @@ struct IncidentQuery {
     limit: Option<usize>,
 }
 
-async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQuery>) -> Result<Response, Response> {
+async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQuery>) -> Result<Response, Refusal> {
     let most = query.limit.unwrap_or(DEFAULT_LISTED).min(MAX_LISTED);
     let text = state.read(move |source| source.list(most)).await?;
     state.answer(JSON, text.into())
 }
 
-async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Response> {
+async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Refusal> {
     let text = state.read(move |source| source.incident(&id)).await?;
-    let text = text.ok_or_else(|| (StatusCode::NOT_FOUND, "no such incident\n").into_response())?;
-    state.answer(JSON, text.into())
+    state.answer(JSON, text.ok_or(Refusal::NoSuchIncident)?.into())
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.
-async fn page(State(state): State<AppState>) -> Result<Response, Response> {
+async fn page(State(state): State<AppState>) -> Result<Response, Refusal> {
     let rows: String = state.read(|source| source.newest(MAX_ROWS)).await?.iter().map(row).collect();
     let page = format!(
         "<!doctype html><meta charset=utf-8><title>memtrace</title>\
