@@ -120,17 +120,17 @@ const ROWS: [Row; 37] = [
     (
         Loss::ProcessesEvicted,
         "engine/processes_evicted",
-        "More processes than are followed: the longest silent were dropped.",
+        "More processes than are followed: those silent longest were dropped.",
     ),
     (
         Loss::CgroupsEvicted,
         "engine/cgroups_evicted",
-        "More cgroups than are followed: the longest silent were dropped.",
+        "More cgroups than are followed: those silent longest were dropped.",
     ),
     (
         Loss::CurvesDropped,
         "engine/curves_dropped",
-        "The memory for curves was used up: those of the longest silent cgroups were dropped.",
+        "The memory for curves was used up: those of the cgroups silent longest were dropped.",
     ),
     (
         Loss::DetectorsRefused,

@@ -387,7 +387,12 @@ pub(super) fn add_losses(page: &mut TextPage<'_>, incident: &Incident) {
         page.wrapped(Paint::Faint, &sentence, 2);
     }
     let id = plain::elide(&incident.id, 40, page.style.unicode);
-    page.wrapped(Paint::Faint, &format!("incident {id}; everything in it: memtrace report --format json"), 0);
+    // A recording is wherever its user put it; the others are found by their id.
+    let line = match incident.kind {
+        Kind::Recording => format!("incident {id}; everything in it: memtrace report FILE --format json"),
+        _ => format!("everything in it: memtrace report {id} --format json"),
+    };
+    page.wrapped(Paint::Faint, &line, 0);
 }
 
 /// A process of the table: its state at the event (`task`), its growth, or both.

@@ -32,29 +32,12 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
             return Ok(());
         }
     };
-    let mut engine = Engine::new();
-    let mut out = Out::default();
-    let (mut stopped, mut last_ns) = (false, 0);
-    loop {
-        match reader.next_input() {
-            Ok(Some(input)) => {
-                stopped = matches!(input, Input::Fact(Fact::Stop { .. }));
-                last_ns = input.boot_ns().unwrap_or(0).max(last_ns);
-                engine.apply(&input, &mut out);
-            }
-            Ok(None) => break,
-            Err(error) => warn!("journal of the previous run: {error}"),
-        }
-        // The others are not needed, and would pile up over a long journal.
-        out.requests.clear();
-        out.outputs.retain(|output| matches!(output, Output::Save(_) | Output::Kill(_) | Output::Sigkill(_)));
-    }
+    let Replayed { stopped, out } = replay(&mut reader);
     let stats = reader.stats();
     if stats.torn_bytes > 0 {
         warn!("journal of the previous run: dropped a torn tail of {} bytes", stats.torn_bytes);
     }
     if !stopped {
-        engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
         let (mut replayed, mut sent) = (Vec::new(), Vec::new());
         for output in &out.outputs {
             match output {
@@ -78,6 +61,38 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
     }
     journal::set_aside(dir, PREVIOUS)
         .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
+}
+
+/// A journal run through an engine.
+struct Replayed {
+    /// Whether the run stopped properly. Facts that were on their way may come after the stop.
+    stopped: bool,
+    /// Kills, SIGKILLs and incidents, those too that were open at the end.
+    out: Out,
+}
+
+fn replay(reader: &mut JournalReader) -> Replayed {
+    let mut engine = Engine::new();
+    let mut out = Out::default();
+    let (mut stopped, mut last_ns) = (false, 0);
+    loop {
+        match reader.next_input() {
+            Ok(Some(input)) => {
+                stopped |= matches!(input, Input::Fact(Fact::Stop { .. }));
+                last_ns = input.boot_ns().unwrap_or(0).max(last_ns);
+                engine.apply(&input, &mut out);
+            }
+            Ok(None) => break,
+            Err(error) => warn!("journal of the previous run: {error}"),
+        }
+        // The others are not needed, and would pile up over a long journal.
+        out.requests.clear();
+        out.outputs.retain(|output| matches!(output, Output::Save(_) | Output::Kill(_) | Output::Sigkill(_)));
+    }
+    if !stopped {
+        engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
+    }
+    Replayed { stopped, out }
 }
 
 /// Adds the entries that a ledger lacks; how many were added.
@@ -123,4 +138,28 @@ fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
         }
     }
     saved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::journal::JournalWriter;
+    use memtrace_engine::input::CgroupFound;
+
+    #[test]
+    fn a_run_stopped_properly_if_a_stop_is_in_its_journal_whatever_comes_after_it() {
+        let found = Fact::Cgroup(CgroupFound { id: 7, boot_ns: 3, ..CgroupFound::default() });
+        let stop = Fact::Stop { boot_ns: 2 };
+        for (facts, stopped) in [(vec![&found], false), (vec![&found, &stop], true), (vec![&stop, &found], true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut journal = JournalWriter::open(dir.path(), 1 << 20, 1 << 20).unwrap();
+            journal.begin_segment(&[]).unwrap();
+            for fact in facts {
+                journal.append(&Input::Fact(fact.clone())).unwrap();
+            }
+            journal.flush().unwrap();
+            let replayed = replay(&mut JournalReader::open(dir.path()).unwrap());
+            assert_eq!(replayed.stopped, stopped);
+        }
+    }
 }

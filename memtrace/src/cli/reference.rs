@@ -11,12 +11,12 @@ use super::config::settings::SETTINGS;
 const INTRO: &str = "\
 # Flags and configuration
 
-Every verb and its flags, as `memtrace VERB --help` prints them. This page is made from the same definitions; a test
+Every verb and its flags, with what `--help` has no room for. This page is made from the same definitions; a test
 compares the two. [reference.md](reference.md) has the files, the HTTP API and the exit codes.
 
 - **SIZE** is a number of bytes, or a number with `K`, `M`, `G` or `T` (powers of 1024): `4096`, `450M`, `1.5GiB`.
 - **SPAN** is a number with `ns`, `us`, `ms`, `s`, `m`, `h` or `d`: `250ms`, `30s`, `2d`.
-- **PERCENT** is a share of one CPU: `1%`, `0.5`.
+- **PERCENT** is a share of one CPU: `1%`; `0.5` is half a percent.
 - **page** is the page size of the running kernel, usually 4K.
 ";
 

@@ -48,7 +48,7 @@ pub struct Args {
     /// Write to FILE instead of standard output
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Which stacks to weigh (see below): folded has only these, pprof shows them first
+    /// Which stacks to weigh: folded has only these, pprof shows them first
     #[arg(long, value_name = "touch|map|brk|charge", default_value = "touch", value_parser = cause)]
     pub cause: Cause,
     /// Only the last SPAN before the event, or `all`; for folded and pprof. The event of a recording is its

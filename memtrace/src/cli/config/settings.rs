@@ -210,8 +210,8 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         key: "no_near_misses",
         flag: "no-near-misses",
         help: "Do not save near misses: a limit that was hit without a kill",
-        note: "One is saved when `memory.max` or `memory.high` has been hit for five seconds: at most one a minute \
-               for each cgroup, and fewer while it goes on, down to one an hour.",
+        note: "One is saved when `memory.max` or `memory.high` was hit, memory was reclaimed and nobody was killed within \
+               five seconds: at most one a minute for each cgroup, and fewer while it goes on, down to one an hour.",
         kind: SettingKind::Switch { set: |config, on| config.session.near_misses = !on },
         ..AGENT_ONLY
     },
