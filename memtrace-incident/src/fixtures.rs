@@ -98,7 +98,7 @@ fn mapping(before_ms: u64, pid: u32, comm: &str, call: &str, change: i64) -> Map
         pid,
         comm: comm.into(),
         call: call.into(),
-        address: 0x7f3a_4c00_0000 + before_ms * 0x1000_0000,
+        address: Some(0x7f3a_4c00_0000 + before_ms * 0x1000_0000),
         change_bytes: change,
         small_mapped_bytes: 132 * 1024,
         small_unmapped_bytes: 0,

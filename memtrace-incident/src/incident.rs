@@ -399,8 +399,9 @@ pub struct MappingNote {
     pub comm: String,
     /// Name of the call: `mmap`, `munmap`, `mremap`, `brk`, `madvise`, `unknown`.
     pub call: String,
-    /// Where the mapping begins.
-    pub address: u64,
+    /// Where the mapping begins. Absent over HTTP: who can connect may not be who may know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<u64>,
     /// How much address space it added; negative when it gave some back.
     pub change_bytes: i64,
     /// What smaller calls added since the note before this one.

@@ -321,7 +321,8 @@ pub(super) fn add_mappings(page: &mut TextPage<'_>, incident: &Incident) {
         line.add(page.style, Paint::Plain, &format!("  {:>10}", offset(note.boot_ns, origin)));
         line.add(page.style, Paint::Plain, &format!("  {:<7}", plain::elide(&note.call, 10, page.style.unicode)));
         line.add(page.style, Paint::Strong, &format!("  {:>10}", units::growth(note.change_bytes)));
-        line.add(page.style, Paint::Plain, &format!("  at {:#x} by ", note.address));
+        let at = note.address.map(|address| format!("at {address:#x} ")).unwrap_or_default();
+        line.add(page.style, Paint::Plain, &format!("  {at}by "));
         line.add(page.style, Paint::Plain, &name(&note.comm, note.pid));
         page.lines.push(line);
     }

@@ -135,8 +135,11 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let modules = session.open_modules();
     sinks.take(session.stop());
-    while sinks.save_one(true, &mut symbolize) {}
-    sinks.report_unsaved();
+    if !sinks.save_all(&mut symbolize)
+        && let Some(journal) = &config.session.journal
+    {
+        recovery::leave_mark(&journal.dir);
+    }
     symbolize.stop(modules).await;
     Ok(())
 }
@@ -157,12 +160,14 @@ fn warn_of_missing_hooks(session: &Session) {
     }
 }
 
-/// Answers a request between two turns of the loop. The client may have gone, so a failed reply is ignored.
+/// Answers a request between two turns of the loop, unless its client has gone.
 fn answer(request: LoopRequest, session: &Session, counters: &Counters, symbolize: &SymbolizeQueue) {
     match request {
         LoopRequest::Ping(reply) => {
             let _ = reply.send(());
         }
+        LoopRequest::Snapshot(reply) if reply.is_closed() => {}
+        LoopRequest::Metrics(reply) if reply.is_closed() => {}
         LoopRequest::Snapshot(reply) => {
             let _ = reply.send(session.engine().snapshot());
         }

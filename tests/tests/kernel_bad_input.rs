@@ -239,6 +239,21 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
     let listed = options.incidents_when(Duration::from_secs(90), both)?;
     ensure!(both(&listed), "not both incidents after room was made: {listed:?}; it said:\n{}", agent.stderr());
     ensure!(agent.metric("memtrace_incidents_waiting")? == Some(0.0), "something waits to be saved");
+    // What could not be saved until the agent stopped is saved by the next.
+    let _full = std::fs::write(&filler, vec![0u8; 256 << 10]);
+    let at_the_end = oom_kill("end")?;
+    let deadline = Deadline::after(Duration::from_secs(30));
+    while agent.metric("memtrace_incidents_waiting")? != Some(1.0) {
+        ensure!(!deadline.has_passed(), "nothing waits to be saved; it said:\n{}", agent.stderr());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    agent.stop()?;
+    std::fs::remove_file(&filler)?;
+    let mut agent = options.start()?;
+    let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, at_the_end))?;
+    ensure!(has(&listed, at_the_end), "the last incident is lost; the next agent said:\n{}", agent.stderr());
+    let kills = std::fs::read_to_string(disk.0.path().join("kills.jsonl"))?;
+    ensure!(kills.lines().count() == 3, "three were killed, the ledger has\n{kills}");
     agent.stop()?;
     let half: Vec<_> = std::fs::read_dir(disk.0.path())?
         .filter_map(Result::ok)

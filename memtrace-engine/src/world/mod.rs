@@ -267,7 +267,7 @@ impl World {
             pid: r.task.tgid,
             comm: comm(&r.task),
             call: call.to_owned(),
-            address: r.address,
+            address: Some(r.address),
             change_bytes: if grew { size } else { -size },
             small_mapped_bytes: known(r.mapped_bytes).unwrap_or(0),
             small_unmapped_bytes: known(r.unmapped_bytes).unwrap_or(0),

@@ -1,6 +1,7 @@
 //! Recovery from a run that did not stop properly: its journal is replayed before the new run begins.
 
 use std::collections::BTreeSet;
+use std::fs::OpenOptions;
 use std::path::Path;
 
 use anyhow::Context;
@@ -9,6 +10,7 @@ use tracing::{error, info, warn};
 use super::sinks::Sinks;
 use crate::store::journal::{self, JournalReader, OpenError};
 use crate::store::ledger::{self, Ledger, LedgerEntry};
+use crate::store::own_dir;
 use memtrace_engine::input::{Fact, Input};
 use memtrace_engine::output::Output;
 use memtrace_engine::{Engine, Out};
@@ -16,7 +18,18 @@ use memtrace_engine::{Engine, Out};
 /// Subdirectory of the journal's directory for the journal of the previous run.
 const PREVIOUS: &str = "previous";
 
-/// Replays the journal in `dir` unless its run stopped properly: closes the incidents that were open, saves those that
+/// File in the journal's directory: the run stopped, and could not save everything.
+const UNSAVED: &str = "unsaved";
+
+/// Makes the next start recover from this run's journal, as if it had not stopped properly.
+pub(super) fn leave_mark(dir: &Path) {
+    match own_dir::open(&dir.join(UNSAVED), 0o600, OpenOptions::new().write(true)) {
+        Ok(_) => warn!("the next start saves the rest from the journal in {}", dir.display()),
+        Err(error) => error!("the rest is lost: {error}"),
+    }
+}
+
+/// Replays the journal in `dir` unless its run stopped properly and saved everything: closes the incidents that were open, saves those that
 /// are not on disk, and adds the kills and SIGKILLs that the ledgers lack.
 ///
 /// Incident ids come from the event itself, so an incident that was saved has the same id in the replay. The journal is
@@ -37,7 +50,8 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
     if stats.torn_bytes > 0 {
         warn!("journal of the previous run: dropped a torn tail of {} bytes", stats.torn_bytes);
     }
-    if !stopped {
+    let mark = dir.join(UNSAVED);
+    if !stopped || mark.exists() {
         let (mut replayed, mut sent) = (Vec::new(), Vec::new());
         for output in &out.outputs {
             match output {
@@ -56,8 +70,15 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
             recovered = incidents,
             kills,
             sigkills,
-            "the previous run did not stop properly: replayed its journal"
+            stopped,
+            "the previous run did not stop properly, or could not save everything: replayed its journal"
         );
+    }
+    match std::fs::remove_file(&mark) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            warn!("failed to remove {}: {error}", mark.display());
+        }
+        _ => {}
     }
     journal::set_aside(dir, PREVIOUS)
         .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
@@ -129,7 +150,10 @@ fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
             continue;
         }
         match sinks.incidents.save(&incident) {
-            Ok(_) => saved = saved.saturating_add(1),
+            Ok(_) => {
+                sinks.counters.count_saved(incident.kind);
+                saved = saved.saturating_add(1);
+            }
             Err(error) => {
                 sinks.counters.write_failures = sinks.counters.write_failures.saturating_add(1);
                 error!(id = %incident.id, "failed to save a recovered incident: {error}");

@@ -128,6 +128,8 @@ impl Sinks {
                 self.counters.count_saved(incident.kind);
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
                 symbolize.push(&incident, &path);
+                // There is room again.
+                self.write_ledgers();
             }
             Err(error) => {
                 self.counters.write_failures = self.counters.write_failures.saturating_add(1);
@@ -142,10 +144,28 @@ impl Sinks {
         self.retry.is_none()
     }
 
-    /// Logs incidents that could not be saved until the agent stopped.
-    pub(super) fn report_unsaved(&self) {
+    /// Saves what it can before the agent stops. Returns whether that was everything.
+    pub(super) fn save_all(&mut self, symbolize: &mut SymbolizeQueue) -> bool {
+        for _ in 0..self.saves.len() {
+            self.save_one(true, symbolize);
+        }
+        self.write_ledgers();
         for incident in &self.saves {
-            error!(id = %incident.id, "an incident is lost: it could not be saved before the agent stopped");
+            error!(id = %incident.id, "an incident could not be saved before the agent stopped");
+        }
+        let entries = self.kills.unwritten().saturating_add(self.sigkills.unwritten());
+        if entries > 0 {
+            error!("{entries} entries of ledgers could not be written before the agent stopped");
+        }
+        self.saves.is_empty() && entries == 0
+    }
+
+    /// Tries again to write what could not be written to the ledgers.
+    fn write_ledgers(&mut self) {
+        for written in [self.kills.write_unwritten(), self.sigkills.write_unwritten()] {
+            if let Err(error) = written {
+                error!("failed to write to a ledger: {error}");
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 /// How long a large answer is given to everybody who asks.
 const FRESH: Duration = Duration::from_secs(1);
 /// How long somebody waits until what others wait for is made.
-const TURN_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const TURN_LIMIT: Duration = Duration::from_secs(5);
 /// Bodies that are on their way to clients, in all, KiB. One that is larger may be on its way alone.
 const BODIES_KIB: u32 = 64 << 10;
 

@@ -35,7 +35,9 @@ impl HostNames {
 
     /// Whether a request for this host and port is for us.
     fn allow(&self, authority: &str) -> bool {
-        let Ok(authority) = authority.parse::<Authority>() else { return false };
+        // No browser sends a user's name along.
+        let parsed = authority.parse::<Authority>().ok().filter(|_| !authority.contains('@'));
+        let Some(authority) = parsed else { return false };
         let host = authority.host();
         let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         let named = |name: &str| host.eq_ignore_ascii_case(name);
@@ -81,9 +83,18 @@ mod tests {
             assert!(names.allow(good), "{good}");
         }
         assert!(names.allow("Metrics.Example:9469"));
-        for bad in
-            ["evil.example", "127.0.0.1.evil.example", "localhost.evil", "evil@", "", "::1", "a b", "node1.x", "[::1"]
-        {
+        for bad in [
+            "evil.example",
+            "127.0.0.1.evil.example",
+            "localhost.evil",
+            "evil@",
+            "evil@127.0.0.1",
+            "",
+            "::1",
+            "a b",
+            "node1.x",
+            "[::1",
+        ] {
             assert!(!names.allow(bad), "{bad}");
         }
         assert!(HostNames::default().allow("localhost") && !HostNames::default().allow("node1"));

@@ -29,7 +29,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use answers::{BodyBudget, Refusal, Shared};
+use answers::{BodyBudget, Refusal, Shared, TURN_LIMIT};
 pub use guard::HostNames;
 pub use server::{ServerCounts, ServerLimits, start};
 
@@ -211,8 +211,9 @@ impl AppState {
         read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
     ) -> Result<T, Refusal> {
         let incidents = Arc::clone(&self.incidents);
-        let gone = |_| Refusal::Busy("the agent is stopping");
-        let permit = Arc::clone(&self.read_permit).acquire_owned().await.map_err(gone)?;
+        let turn = tokio::time::timeout(TURN_LIMIT, Arc::clone(&self.read_permit).acquire_owned()).await;
+        let late = |_| Refusal::Busy("others wait for incidents; try again");
+        let permit = turn.map_err(late)?.map_err(|_| Refusal::Busy("the agent is stopping"))?;
         let reading = move || {
             // Held until the read ends: a client that hangs up does not stop it.
             let _permit = permit;

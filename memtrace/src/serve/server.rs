@@ -3,7 +3,7 @@
 //!
 //! Everything a client can make it keep has a cap: connections, bytes and time of a request's head, time of a whole
 //! exchange. Beyond the cap of connections the one that asked longest ago is closed, so somebody who opens many of them
-//! keeps nobody out.
+//! and keeps them keeps nobody out.
 
 use std::io;
 use std::net::TcpListener as StdListener;

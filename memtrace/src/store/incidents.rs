@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 use memtrace_incident::Incident;
 use memtrace_incident::codec::{self, Unreadable, happened, is_id};
 
-use super::{atomic, own_dir};
+use super::atomic;
+use super::own_dir::{self, stranger};
 
 /// Ending of an incident file's name.
 pub const EXTENSION: &str = "memtrace";
@@ -83,12 +84,19 @@ pub struct DeletedFiles {
 #[derive(Clone, Debug)]
 pub struct IncidentStore {
     dir: PathBuf,
+    /// Whether files of others are ignored.
+    own_only: bool,
 }
 
 impl IncidentStore {
     /// The store in `dir`, for reading: nothing is created or removed.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into() }
+        Self { dir: dir.into(), own_only: false }
+    }
+
+    /// As [`IncidentStore::at`], of the agent's own directory: what others have put there is ignored.
+    pub fn own(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into(), own_only: true }
     }
 
     /// The store in `dir`, for writing: creates the directory and removes what a crash left half written.
@@ -96,7 +104,7 @@ impl IncidentStore {
         let dir = dir.into();
         own_dir::create(&dir, DIR_MODE)?;
         atomic::remove_leftovers(&dir)?;
-        Ok(Self { dir })
+        Ok(Self::own(dir))
     }
 
     /// Writes an incident under its id, durably. A second one with the same id replaces the first.
@@ -117,7 +125,7 @@ impl IncidentStore {
                 continue;
             }
             match entry.metadata() {
-                Ok(metadata) if metadata.is_file() => {
+                Ok(metadata) if metadata.is_file() && !(self.own_only && stranger(&metadata).is_some()) => {
                     found.push(IncidentFile { id: id.to_owned(), path: path.clone(), bytes: metadata.len() });
                 }
                 _ => {}
@@ -155,22 +163,33 @@ impl IncidentStore {
     pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<DeletedFiles> {
         let oldest = max_age.and_then(|age| now.checked_sub(age));
         let (mut kept, mut dropped) = (0u64, DeletedFiles::default());
+        let (mut full, mut failed) = (false, None);
         for entry in self.list()? {
             let with = kept.saturating_add(entry.bytes);
             let expired = matches!((oldest, happened(&entry.id)), (Some(oldest), Some(at)) if at < oldest);
             // Everything older than a deleted file is deleted too.
-            if dropped.files == 0 && with <= max_bytes && !expired {
+            if !full && with <= max_bytes && !expired {
                 kept = with;
                 continue;
             }
-            fs::remove_file(&entry.path)?;
-            dropped.files += 1;
-            dropped.bytes = dropped.bytes.saturating_add(entry.bytes);
+            // One that cannot be deleted does not keep the others.
+            match fs::remove_file(&entry.path) {
+                Ok(()) => {
+                    dropped.files += 1;
+                    dropped.bytes = dropped.bytes.saturating_add(entry.bytes);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => failed = failed.or(Some(error)),
+            }
+            full = true;
         }
         if dropped.files > 0 {
             atomic::sync_dir(&self.dir)?;
         }
-        Ok(dropped)
+        match failed {
+            Some(error) if dropped.files == 0 => Err(error),
+            _ => Ok(dropped),
+        }
     }
 
     fn path(&self, id: &str) -> io::Result<PathBuf> {

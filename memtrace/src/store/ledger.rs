@@ -4,9 +4,9 @@
 //! `kills.jsonl` is synced with every entry: a kill is on disk before anything else is done about it. `sigkills.jsonl`
 //! is not, since there may be hundreds of SIGKILLs a second.
 
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -15,8 +15,11 @@ use serde::de::DeserializeOwned;
 use super::{atomic, own_dir};
 use memtrace_incident::{KillEntry, SigkillEntry};
 
+/// Entries that wait to be written; beyond it the oldest are given up.
+const MAX_UNWRITTEN: usize = 4096;
+
 /// An entry of a ledger, and how its ledger is kept.
-pub trait LedgerEntry: Serialize + DeserializeOwned {
+pub trait LedgerEntry: Clone + Serialize + DeserializeOwned {
     /// Name of the file in the state directory.
     const FILE: &'static str;
     /// Name of the file after it has reached its cap.
@@ -65,7 +68,10 @@ pub struct Ledger<E> {
     bytes: u64,
     max_bytes: u64,
     torn_bytes: u64,
-    entry: PhantomData<fn(&E)>,
+    /// Entries that could not be written, oldest first. Cap: [`MAX_UNWRITTEN`].
+    unwritten: VecDeque<E>,
+    /// Entries given up because too many could not be written.
+    given_up: u64,
 }
 
 /// A ledger read back.
@@ -91,7 +97,8 @@ impl<E: LedgerEntry> Ledger<E> {
             file.set_len(whole)?;
             file.sync_data()?;
         }
-        Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, entry: PhantomData })
+        let (unwritten, given_up) = (VecDeque::new(), 0);
+        Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, unwritten, given_up })
     }
 
     /// The state directory that the ledger is in.
@@ -104,15 +111,44 @@ impl<E: LedgerEntry> Ledger<E> {
         self.torn_bytes
     }
 
-    /// Appends the entries, all or none, and syncs them if [`LedgerEntry::SYNCED`].
+    /// Appends the entries, after those that could not be written before, and syncs them if [`LedgerEntry::SYNCED`]. When
+    /// that fails, all wait for the next call.
     pub fn append(&mut self, entries: &[E]) -> io::Result<()> {
+        self.unwritten.extend(entries.iter().cloned());
+        let excess = self.unwritten.len().saturating_sub(MAX_UNWRITTEN);
+        self.unwritten.drain(..excess);
+        self.given_up = self.given_up.saturating_add(excess as u64);
+        self.write_unwritten()
+    }
+
+    /// Tries again to write what could not be written.
+    pub fn write_unwritten(&mut self) -> io::Result<()> {
+        if self.unwritten.is_empty() {
+            return Ok(());
+        }
         let mut lines = Vec::new();
-        for entry in entries {
+        for entry in &self.unwritten {
             serde_json::to_writer(&mut lines, entry)?;
             lines.push(b'\n');
         }
-        let len = lines.len() as u64;
-        let with = self.bytes.saturating_add(len);
+        self.write(&lines)?;
+        self.unwritten.clear();
+        Ok(())
+    }
+
+    /// Entries that wait to be written.
+    pub fn unwritten(&self) -> u64 {
+        self.unwritten.len() as u64
+    }
+
+    /// Entries that were never written, because too many waited.
+    pub fn given_up(&self) -> u64 {
+        self.given_up
+    }
+
+    /// Writes lines, all or none.
+    fn write(&mut self, lines: &[u8]) -> io::Result<()> {
+        let with = self.bytes.saturating_add(lines.len() as u64);
         let rotated = if self.bytes > 0 && with > self.max_bytes { self.rotate() } else { Ok(()) };
         if let Err(error) = rotated.as_ref()
             && with > self.max_bytes.saturating_mul(2)
@@ -122,16 +158,14 @@ impl<E: LedgerEntry> Ledger<E> {
                 format!("the ledger is full and no new one can be made: {error}"),
             ));
         }
-        if let Err(error) = self.file.write_all(&lines) {
+        let written = self.file.write_all(lines).and_then(|()| if E::SYNCED { self.file.sync_data() } else { Ok(()) });
+        if let Err(error) = written {
             // On a full disk part of a line may be written: the next entry must not continue it.
             let _ = self.file.set_len(self.bytes);
             return Err(error);
         }
-        self.bytes = self.bytes.saturating_add(len);
-        if E::SYNCED {
-            self.file.sync_data()?;
-        }
-        // The entries are written even if there is no new file yet: the next append tries again.
+        // They are written even if there is no new file yet: the next append tries again.
+        self.bytes = self.bytes.saturating_add(lines.len() as u64);
         Ok(())
     }
 
@@ -159,7 +193,7 @@ impl<E: LedgerEntry> Ledger<E> {
 pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
     let mut ledger = LedgerLines { entries: Vec::new(), bad_lines: 0 };
     for name in [E::FILE_BEFORE, E::FILE] {
-        let file = match File::open(dir.join(name)) {
+        let file = match own_dir::read(&dir.join(name)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file?,
         };
@@ -304,9 +338,11 @@ mod tests {
         let size = fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len();
         assert!((1000..=2000).contains(&size), "{size} bytes");
         assert_eq!(pids(dir.path()), (1..pid).collect::<Vec<_>>(), "all before are there");
+        assert!(kills.write_unwritten().is_err() && kills.unwritten() == 1);
         fs::remove_dir(&next).unwrap();
-        kills.append(&[kill(pid), kill(pid + 1)]).unwrap();
-        assert_eq!(pids(dir.path()), (1..pid + 2).collect::<Vec<_>>());
+        kills.append(&[kill(pid + 1)]).unwrap();
+        assert_eq!(pids(dir.path()), (1..pid + 2).collect::<Vec<_>>(), "and the one that could not be written");
+        assert_eq!((kills.unwritten(), kills.given_up()), (0, 0));
         assert!(dir.path().join(KillEntry::FILE_BEFORE).exists() && !next.exists());
         // A file that was taken away is begun anew at the next rotation.
         fs::remove_file(dir.path().join(KillEntry::FILE)).unwrap();
@@ -314,6 +350,21 @@ mod tests {
             kills.append(&[kill(pid)]).unwrap();
         }
         assert_eq!(pids(dir.path()).last(), Some(&109));
+    }
+
+    #[test]
+    fn entries_that_cannot_be_written_wait_and_the_oldest_are_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kills = Kills::open(dir.path()).unwrap();
+        let file = std::mem::replace(&mut kills.file, OpenOptions::new().write(true).open("/dev/full").unwrap());
+        let all: Vec<KillEntry> = (0..MAX_UNWRITTEN as u32 + 3).map(kill).collect();
+        for some in [&all[..1], &all[1..MAX_UNWRITTEN], &all[MAX_UNWRITTEN..]] {
+            assert!(kills.append(some).is_err());
+        }
+        assert_eq!((kills.unwritten(), kills.given_up()), (MAX_UNWRITTEN as u64, 3));
+        kills.file = file;
+        kills.write_unwritten().unwrap();
+        assert_eq!(pids(dir.path()), (3..MAX_UNWRITTEN as u32 + 3).collect::<Vec<_>>());
     }
 
     #[test]

@@ -8,14 +8,16 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-/// Write permission for everybody, and the bit with which nobody can rename or remove what is another's.
+/// Write permission for everybody and for the group, and the bit with which nobody can rename or remove what is
+/// another's.
 const OTHERS_WRITE: u32 = 0o002;
+const GROUP_WRITES: u32 = 0o020;
 const STICKY: u32 = 0o1000;
 
 /// Creates a directory with this mode, or takes the one that is there.
 ///
-/// Fails also when it belongs to another user than root and the one this process runs as, or when everybody may remove
-/// what is in it.
+/// Fails also when it belongs to another user than root and the one this process runs as, or when others may remove
+/// what is in it: everybody, or a group other than root's.
 pub fn create(dir: &Path, mode: u32) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(mode).create(dir)?;
     let found = fs::metadata(dir)?;
@@ -23,16 +25,21 @@ pub fn create(dir: &Path, mode: u32) -> io::Result<()> {
         let why = "could replace what is in it; give it to root (chown root) or choose another";
         return Err(refused(format!("it belongs to user {uid}, who {why}")));
     }
-    if found.mode() & (OTHERS_WRITE | STICKY) == OTHERS_WRITE {
+    let sticky = found.mode() & STICKY != 0;
+    if found.mode() & OTHERS_WRITE != 0 && !sticky {
         return Err(refused(
             "everybody may write to it; take that right away (chmod o-w) or choose another".to_owned(),
         ));
+    }
+    if found.mode() & GROUP_WRITES != 0 && found.gid() != 0 && !sticky {
+        let why = "may write to it; take that right away (chmod g-w) or choose another";
+        return Err(refused(format!("group {} {why}", found.gid())));
     }
     Ok(())
 }
 
 /// The owner of a file, unless that is root or the user this process runs as.
-fn stranger(found: &Metadata) -> Option<u32> {
+pub(super) fn stranger(found: &Metadata) -> Option<u32> {
     Some(found.uid()).filter(|uid| *uid != 0 && *uid != rustix::process::geteuid().as_raw())
 }
 
@@ -54,6 +61,16 @@ pub fn open(path: &Path, mode: u32, options: &mut OpenOptions) -> io::Result<Fil
     match stranger(&found) {
         Some(uid) => Err(refused(format!("{} belongs to user {uid}; remove it", path.display()))),
         None => Ok(file),
+    }
+}
+
+/// Opens a regular file to read it, wherever it is; waits for nobody to write into a pipe.
+pub fn read(path: &Path) -> io::Result<File> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(refused(format!("{} is not a regular file", path.display()))),
     }
 }
 
@@ -82,7 +99,13 @@ mod tests {
         assert!(create(&inner, 0o700).unwrap_err().to_string().contains("everybody may write"));
         fs::set_permissions(&inner, fs::Permissions::from_mode(0o1777)).unwrap();
         create(&inner, 0o700).unwrap();
-        // Without privileges it cannot be given away.
+        fs::set_permissions(&inner, fs::Permissions::from_mode(0o770)).unwrap();
+        // Without privileges neither can be given away.
+        if chown(&inner, None, Some(12345)).is_ok() {
+            assert!(create(&inner, 0o700).unwrap_err().to_string().contains("group 12345 may write"));
+            chown(&inner, None, Some(0)).unwrap();
+            create(&inner, 0o700).unwrap();
+        }
         if chown(&inner, Some(12345), None).is_ok() {
             assert!(create(&inner, 0o700).unwrap_err().to_string().contains("belongs to user 12345"));
         }
@@ -100,6 +123,8 @@ mod tests {
         assert!(append("dangling").is_err() && !path("new").exists());
         rustix::fs::mkfifoat(rustix::fs::CWD, path("fifo"), 0o600.into()).unwrap();
         assert!(append("fifo").unwrap_err().to_string().contains("not a regular file"));
+        assert!(read(&path("fifo")).unwrap_err().to_string().contains("not a regular file"));
+        assert!(read(&path("link")).is_ok(), "a link is followed to read");
         fs::write(path("foreign"), "x").unwrap();
         if chown(path("foreign"), Some(12345), None).is_ok() {
             assert!(append("foreign").unwrap_err().to_string().contains("belongs to user 12345"));

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use super::super::own_dir;
 use super::{DecodedFrame, SegmentDecoder, SegmentEnd, sequence};
 use memtrace_engine::input::Input;
 
@@ -145,7 +146,9 @@ impl JournalReader {
         let Some(path) = self.segments.pop() else {
             return Ok(false);
         };
-        match File::open(&path) {
+        // A single one may be a pipe that its user has made.
+        let opened = if self.single { File::open(&path) } else { own_dir::read(&path) };
+        match opened {
             Ok(file) => {
                 self.current = Some(Current { path, file, decoder: SegmentDecoder::new(), ended: false });
                 Ok(true)
