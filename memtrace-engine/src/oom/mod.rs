@@ -109,7 +109,9 @@ impl OomKills {
         let again = !open && self.killed.contains(&key);
         let victim = marked(m, if again { Verified::default() } else { verified });
         self.log.hook_saw(m.victim.tgid, m.victim.tid, victim.victim.at_boot_ns);
-        if let Some(known) = self.open.iter_mut().find_map(|o| o.victim(key)) {
+        // One that is reported as only chosen, while it was dying, may be killed by another decision.
+        let same = |known: &&mut OpenVictim| known.victim.killed || !known.reported || !verified.killed;
+        if let Some(known) = self.open.iter_mut().filter_map(|o| o.victim(key)).find(same) {
             if known.mark.is_none() {
                 let reported = known.reported;
                 *known = OpenVictim { reported, kill_ns: known.kill_ns.or(victim.kill_ns), ..victim };

@@ -113,6 +113,15 @@ fn a_process_that_is_chosen_again_after_its_incident_was_closed_early_is_not_kil
 }
 
 #[test]
+fn a_process_that_was_only_chosen_while_dying_is_killed_by_the_next_decision() {
+    let mut test = TestEngine::new();
+    test.feed(&mark(0, 100, 100)).tick(T + 200 * MS);
+    test.feed(&wire::Kill { result: 1, ..kill(300 * MS, 90, 100) });
+    test.feed(&test_support::after_kill(mark(301 * MS, 90, 100), MS as u32));
+    assert_eq!(closed(&mut test), [[(100, false, false)], [(100, true, false)]]);
+}
+
+#[test]
 fn the_mark_of_a_kill_counts_also_when_a_later_one_of_the_dying_process_comes_first() {
     let mut test = TestEngine::new();
     let mut again = mark(9 * MS, 100, 100);
