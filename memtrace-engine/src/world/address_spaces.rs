@@ -85,17 +85,35 @@ impl World {
             let left = |owner| self.processes.get(owner).is_none_or(|row| row.mm != Some(*serial));
             space.is_some_and(|space| space.owner == of || left(space.owner))
         });
-        let taken = self.by_mm_id.get(&mm_id).copied();
-        let in_use = taken.and_then(|serial| self.spaces.get(&serial)).is_some_and(|space| space.users > 0);
-        let Some(serial) = unnamed.filter(|_| !in_use) else { return self.space_of(mm_id, of, cgroup, ns) };
-        if let Some(taken) = taken {
+        match unnamed {
+            Some(serial) if self.name_space(serial, mm_id, ns) => Some(serial),
+            _ => self.space_of(mm_id, of, cgroup, ns),
+        }
+    }
+
+    /// The serial of the space that a process left when it exited, which gets this identity: others use it, and nothing
+    /// was read of it before.
+    pub(super) fn left_space(&mut self, mm_id: u64, of: ProcessKey, ns: u64) -> Option<u64> {
+        let serial = self.processes.get(of)?.left_mm?;
+        let unnamed = |space: &AddressSpace| space.mm_id.is_none() && space.owner == of && space.users > 0;
+        self.spaces.get(&serial).filter(|space| unnamed(space))?;
+        self.name_space(serial, mm_id, ns).then_some(serial)
+    }
+
+    /// Gives a space its identity, unless a space in use has it. A record of `ns` has said so: it was there by then.
+    fn name_space(&mut self, serial: u64, mm_id: u64, ns: u64) -> bool {
+        if let Some(taken) = self.by_mm_id.get(&mm_id).copied() {
+            if self.spaces.get(&taken).is_some_and(|space| space.users > 0) {
+                return false;
+            }
             self.drop_space(taken);
         }
         if let Some(space) = self.spaces.get_mut(&serial) {
             space.mm_id = Some(mm_id);
+            space.since_ns = space.since_ns.min(ns);
         }
         self.by_mm_id.insert(mm_id, serial);
-        Some(serial)
+        true
     }
 
     /// The space of a live process, which is created when there is none, without identity until the

@@ -96,7 +96,7 @@ impl World {
         }
         let space = match (known(r.mm_id), live_mm) {
             (Some(id), Some(_)) if !dying => self.named_space(id, key.unwrap_or_default(), cgroup, ns),
-            (Some(id), _) => self.owned_by(id, &r.task, ns),
+            (Some(id), _) => self.owned_by(id, &r.task, ns).or_else(|| self.left_space(id, key?, ns)),
             (None, mm) => mm.flatten(),
         };
         if let (Some(key), Some(serial), true, Some(_)) = (key, space, !dying, live_mm) {
@@ -562,6 +562,20 @@ mod tests {
         world.exit(&test_support::exit(4_000, 10, 6, 0));
         world.rss(&test_support::rss(2_000, 10, 5, 77, 60 * MIB));
         assert_eq!((tree(&world, 5), tree(&world, 6)), (0, 60 * MIB));
+    }
+
+    #[test]
+    fn a_late_first_reading_of_a_process_that_exited_is_of_who_shares_its_memory() {
+        let mut world = World::default();
+        world.fork(&test_support::fork(1_000, 1, 10, 5, 0));
+        world.fork(&test_support::fork(2_000, 10, 11, 5, wire::FORK_SHARES_MM));
+        world.exit(&test_support::exit(3_000, 10, 5, 0));
+        world.rss(&test_support::rss(1_500, 10, 5, 77, 40 * MIB));
+        assert_eq!((tree(&world, 5), held(&world, 11)), (40 * MIB, Some(40 * MIB)));
+        world.rss(&test_support::rss(1_600, 10, 5, 77, 50 * MIB));
+        assert_eq!((tree(&world, 5), held(&world, 11)), (50 * MIB, Some(50 * MIB)));
+        world.rss(&test_support::rss(4_000, 11, 5, 77, 60 * MIB));
+        assert_eq!((tree(&world, 5), world.spaces()), (60 * MIB, 1));
     }
 
     #[test]

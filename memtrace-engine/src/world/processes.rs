@@ -42,6 +42,8 @@ pub(crate) struct ProcessRow {
     pub(crate) cgroup_ns: u64,
     /// Serial of its address space.
     pub(crate) mm: Option<u64>,
+    /// Serial of the address space it used when it exited, which others may still use.
+    pub(crate) left_mm: Option<u64>,
     /// Highest sum of anon, file and shmem of its current program, in bytes.
     pub(crate) peak: Option<u64>,
     pub(crate) max_rss: Option<u64>,
@@ -214,6 +216,7 @@ impl Processes {
             cgroup: None,
             cgroup_ns: 0,
             mm: None,
+            left_mm: None,
             peak: None,
             max_rss: None,
             exited: None,
@@ -234,7 +237,8 @@ impl Processes {
         }
         row.exited = Some((boot_ns, code));
         self.dead.push_back((boot_ns, key));
-        row.mm.take()
+        row.left_mm = row.mm.take();
+        row.left_mm
     }
 
     /// Drops processes that exited long ago. Returns address spaces that lost a user.
