@@ -1,8 +1,8 @@
 //! HTTP: metrics, health, incidents, processes and cgroups.
 //!
 //! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it reads through an
-//! [`IncidentSource`], in a blocking thread and one request at a time. [`server`] accepts and bounds connections,
-//! [`guard`] refuses foreign ones, [`answers`] bounds what is made and kept for them.
+//! [`IncidentSource`], in a blocking thread and one request at a time. `server` accepts and bounds connections,
+//! `guard` refuses foreign ones, `answers` bounds what is made and kept for them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
