@@ -301,6 +301,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_recording_is_judged_by_its_own_size_however_far_its_limit_is() {
+        let curve = curve(&[(800 * MS, 0), (400 * MS, 20), (0, 47)]);
+        let judged = |limit| {
+            judge(&VerdictInput {
+                about: About::Recording,
+                path: Some("/a"),
+                at_ns: AT,
+                usage: Some(47 * MIB),
+                limit,
+                curve: &curve,
+                tasks: &[],
+                growth: &[],
+                composition: &Composition::default(),
+            })
+            .summary
+        };
+        assert_eq!(judged(Some(256 * MIB)), judged(None));
+        assert_eq!(judged(None), "Memory peaked at 47 MiB: it rose 47 MiB in 800 ms.");
+    }
+
     fn pressure(limit: PressureLimit, hits: u64) -> Pressure {
         Pressure {
             from_boot_ns: AT,
