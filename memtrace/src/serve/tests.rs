@@ -67,20 +67,24 @@ fn trial(limits: ServerLimits, processes: usize, answers: bool) -> Trial {
                 unanswered.push(request);
                 continue;
             }
-            let what = match request {
-                LoopRequest::Ping(reply) => reply.send(()).map(|()| "ping").unwrap(),
+            // Noted before it is answered: who has the answer may look.
+            let note = |what| heard.lock().unwrap().push(what);
+            match request {
+                LoopRequest::Ping(reply) => {
+                    note("ping");
+                    reply.send(()).unwrap();
+                }
                 LoopRequest::Snapshot(reply) => {
+                    note("snapshot");
                     let row = |pid| ProcessView { pid, comm: "x".repeat(400), ..ProcessView::default() };
                     let processes = (0..processes as u32).map(row).collect();
                     drop(reply.send(Snapshot { processes, ..Snapshot::default() }));
-                    "snapshot"
                 }
                 LoopRequest::Metrics(reply) => {
+                    note("metrics");
                     drop(reply.send(Box::default()));
-                    "metrics"
                 }
-            };
-            heard.lock().unwrap().push(what);
+            }
         }
     });
     start(listener, state, limits).unwrap();
