@@ -86,8 +86,8 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = listener {
         let incidents = Arc::new(IncidentReader::at(&config.state_dir));
-        let state = AppState::new(sender.clone(), incidents, HostNames::with_own(&config.allow_hosts));
-        serve::start(listener, state, ServerLimits::default())?;
+        let names = HostNames::with_own(&config.allow_hosts);
+        serve::start(listener, AppState::new(sender.clone(), incidents, names, ServerLimits::default()))?;
     }
     info!(
         version = env!("CARGO_PKG_VERSION"),

@@ -22,8 +22,10 @@ use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
 use memtrace_incident::{KillEntry, SigkillEntry};
 
-/// Incidents that wait to be saved; when it is reached the oldest is given up.
-const MAX_WAITING: usize = 64;
+/// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
+const MAX_WAITING: usize = 1024;
+/// The same while saving fails.
+const MAX_WAITING_FAILED: usize = 64;
 /// Time from a save that failed to the next try. It doubles up to [`RETRY_MOST`].
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(60);
@@ -44,7 +46,7 @@ pub(super) struct Sinks {
     pub(super) kills: Ledger<KillEntry>,
     pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
-    /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`].
+    /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`], [`MAX_WAITING_FAILED`].
     saves: VecDeque<Box<Incident>>,
     /// Set while saving fails.
     retry: Option<Retry>,
@@ -104,11 +106,12 @@ impl Sinks {
 
     /// Queues an incident to be saved.
     pub(super) fn queue(&mut self, incident: Box<Incident>) {
-        if self.saves.len() >= MAX_WAITING
+        let cap = if self.retry.is_some() { MAX_WAITING_FAILED } else { MAX_WAITING };
+        while self.saves.len() >= cap
             && let Some(oldest) = self.saves.pop_front()
         {
             self.counters.given_up = self.counters.given_up.saturating_add(1);
-            error!(id = %oldest.id, "gave up saving an incident: {MAX_WAITING} others wait");
+            error!(id = %oldest.id, "gave up saving an incident: {cap} others wait");
         }
         self.saves.push_back(incident);
         self.counters.waiting = self.saves.len() as u64;

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -40,8 +39,6 @@ const DEFAULT_LISTED: usize = 200;
 /// Largest `limit` of /api/incidents; a larger one counts as this.
 const MAX_LISTED: usize = 1000;
 
-/// Time for an answer of the agent's loop.
-const LOOP_LIMIT: Duration = Duration::from_secs(5);
 /// A body that is larger is made at most once in a while and shared.
 const LARGE_BYTES: usize = 256 << 10;
 /// The same for a snapshot: processes and cgroups.
@@ -155,6 +152,7 @@ pub struct AppState {
     read_permit: Arc<Semaphore>,
     answers: Arc<Answers>,
     bodies: BodyBudget,
+    limits: ServerLimits,
 }
 
 /// Answers that may be large.
@@ -167,7 +165,12 @@ struct Answers {
 
 impl AppState {
     /// Asks `requests`, reads from `incidents`, and answers to `names`.
-    pub fn new(requests: mpsc::Sender<LoopRequest>, incidents: Arc<dyn IncidentSource>, names: HostNames) -> Self {
+    pub fn new(
+        requests: mpsc::Sender<LoopRequest>,
+        incidents: Arc<dyn IncidentSource>,
+        names: HostNames,
+        limits: ServerLimits,
+    ) -> Self {
         let body = || Shared::new(|bytes: &Bytes| bytes.len() > LARGE_BYTES);
         let rows = |snapshot: &Arc<Snapshot>| snapshot.processes.len() + snapshot.cgroups.len() > LARGE_ROWS;
         let answers = Answers { snapshot: Shared::new(rows), metrics: body(), processes: body(), cgroups: body() };
@@ -179,6 +182,7 @@ impl AppState {
             read_permit: Arc::new(Semaphore::new(1)),
             answers: Arc::new(answers),
             bodies: BodyBudget::default(),
+            limits,
         }
     }
 
@@ -198,7 +202,7 @@ impl AppState {
             answer.await.map_err(|_| gone())
         };
         let late = |_| Refusal::Busy("the agent's loop did not answer in time");
-        tokio::time::timeout(LOOP_LIMIT, asked).await.map_err(late)?
+        tokio::time::timeout(self.limits.loop_time, asked).await.map_err(late)?
     }
 
     async fn snapshot(&self) -> Result<Arc<Snapshot>, Refusal> {

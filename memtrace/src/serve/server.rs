@@ -37,6 +37,8 @@ pub struct ServerLimits {
     pub head_bytes: usize,
     /// Time for a request's head, and between two requests of a connection.
     pub head_time: Duration,
+    /// Time for an answer of the agent's loop.
+    pub loop_time: Duration,
     /// Time from a request, or from the connection, to the end of its answer.
     pub exchange_time: Duration,
 }
@@ -47,6 +49,7 @@ impl Default for ServerLimits {
             connections: 64,
             head_bytes: 16 << 10,
             head_time: Duration::from_secs(10),
+            loop_time: Duration::from_secs(30),
             exchange_time: Duration::from_secs(60),
         }
     }
@@ -86,10 +89,10 @@ fn count(counter: &AtomicU64) {
 /// Starts the server on a thread of its own. It ends with the process.
 ///
 /// Fails when the thread cannot be started.
-pub fn start(listener: StdListener, state: AppState, limits: ServerLimits) -> anyhow::Result<()> {
+pub fn start(listener: StdListener, state: AppState) -> anyhow::Result<()> {
     let serve = move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build();
-        let served = runtime.and_then(|runtime| runtime.block_on(run(listener, state, limits)));
+        let served = runtime.and_then(|runtime| runtime.block_on(run(listener, state)));
         if let Err(error) = served {
             error!("the HTTP server stopped: {error}");
         }
@@ -112,7 +115,8 @@ impl Connection {
 }
 
 /// Serves for ever. Fails only when the listener is unusable.
-async fn run(listener: StdListener, state: AppState, limits: ServerLimits) -> io::Result<()> {
+async fn run(listener: StdListener, state: AppState) -> io::Result<()> {
+    let limits = state.limits;
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let begun = Instant::now();

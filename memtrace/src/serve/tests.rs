@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::*;
 use memtrace_engine::snapshot::ProcessView;
@@ -57,7 +57,7 @@ fn trial(limits: ServerLimits, processes: usize, answers: bool) -> Trial {
     let (sender, mut requests) = mpsc::channel(4);
     let source = Arc::new(Counting::default());
     let incidents: Arc<dyn IncidentSource> = Arc::clone(&source) as _;
-    let state = AppState::new(sender, incidents, HostNames::default());
+    let state = AppState::new(sender, incidents, HostNames::default(), limits);
     let (counts, asked) = (Arc::clone(&state.counts), Arc::new(Mutex::new(Vec::new())));
     let heard = Arc::clone(&asked);
     std::thread::spawn(move || {
@@ -87,7 +87,7 @@ fn trial(limits: ServerLimits, processes: usize, answers: bool) -> Trial {
             }
         }
     });
-    start(listener, state, limits).unwrap();
+    start(listener, state).unwrap();
     Trial { address, counts, source, asked }
 }
 
@@ -234,7 +234,7 @@ fn what_is_large_is_asked_for_once_by_many_and_what_is_small_each_time() {
 
 #[test]
 fn health_answers_while_the_loop_does_not() {
-    let trial = trial(ServerLimits::default(), 0, false);
+    let trial = trial(ServerLimits { loop_time: Duration::from_secs(1), ..ServerLimits::default() }, 0, false);
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| trial.get("/readyz"));
         for _ in 0..10 {
