@@ -188,6 +188,16 @@ fn a_state_directory_that_others_may_change_is_refused_and_links_in_it_are_not_f
     Ok(())
 }
 
+/// Waits until one incident waits to be saved.
+fn until_one_waits(agent: &Agent) -> anyhow::Result<()> {
+    let deadline = Deadline::after(Duration::from_secs(30));
+    while agent.metric("memtrace_incidents_waiting")? != Some(1.0) {
+        ensure!(!deadline.has_passed(), "nothing waits to be saved; it said:\n{}", agent.stderr());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
 /// A tmpfs of 256 KiB; unmounted when dropped.
 struct TinyDisk(tempfile::TempDir);
 
@@ -220,11 +230,7 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
     let filler = disk.0.path().join("filler");
     let _full = std::fs::write(&filler, vec![0u8; 256 << 10]);
     let without_room = oom_kill("full")?;
-    let deadline = Deadline::after(Duration::from_secs(30));
-    while agent.metric("memtrace_incidents_waiting")? != Some(1.0) {
-        ensure!(!deadline.has_passed(), "nothing waits to be saved; it said:\n{}", agent.stderr());
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    until_one_waits(&agent)?;
     let failures = agent.metric("memtrace_incident_write_failures_total")?.unwrap_or_default();
     ensure!(failures > 0.0, "no failed write was counted; it said:\n{}", agent.stderr());
     ensure!(agent.is_running()?, "the agent ended; it said:\n{}", agent.stderr());
@@ -242,11 +248,7 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
     // What could not be saved until the agent stopped is saved by the next.
     let _full = std::fs::write(&filler, vec![0u8; 256 << 10]);
     let at_the_end = oom_kill("end")?;
-    let deadline = Deadline::after(Duration::from_secs(30));
-    while agent.metric("memtrace_incidents_waiting")? != Some(1.0) {
-        ensure!(!deadline.has_passed(), "nothing waits to be saved; it said:\n{}", agent.stderr());
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    until_one_waits(&agent)?;
     agent.stop()?;
     std::fs::remove_file(&filler)?;
     let mut agent = options.start()?;

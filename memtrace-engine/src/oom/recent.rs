@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, VecDeque};
 use crate::world::ProcessKey;
 
 /// Most processes.
-const CAP: usize = 4096;
+pub(super) const CAP: usize = 4096;
 
 /// A set of processes that keeps the latest.
 #[derive(Clone, Debug, Default)]
@@ -33,8 +33,12 @@ impl RecentProcesses {
         }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.order.len()
+    }
+
     pub(super) fn memory_estimate(&self) -> usize {
-        self.order.len() * 2 * size_of::<ProcessKey>()
+        self.len() * 2 * size_of::<ProcessKey>()
     }
 }
 

@@ -29,8 +29,8 @@ pub(super) fn leave_mark(dir: &Path) {
     }
 }
 
-/// Replays the journal in `dir` unless its run stopped properly and saved everything: closes the incidents that were open, saves those that
-/// are not on disk, and adds the kills and SIGKILLs that the ledgers lack.
+/// Replays the journal in `dir` unless its run stopped properly and saved everything: closes the incidents that were
+/// open, saves those that are not on disk, and adds the kills and SIGKILLs that the ledgers lack.
 ///
 /// Incident ids come from the event itself, so an incident that was saved has the same id in the replay. The journal is
 /// then moved to a subdirectory and stays readable until the next start. A journal that cannot be opened is logged and

@@ -124,8 +124,7 @@ impl Sinks {
             return false;
         }
         let Some(incident) = self.saves.pop_front() else { return false };
-        let saved = self.incidents.save(&incident);
-        match saved {
+        match self.incidents.save(&incident) {
             Ok(path) => {
                 self.retry = None;
                 self.counters.count_saved(incident.kind);
