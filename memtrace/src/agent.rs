@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::serve::{self, AppState, Counters, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
+use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 
 mod incident_reader;
@@ -104,7 +104,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         let outputs = tokio::select! {
             outputs = session.step() => outputs,
             Some(request) = requests.recv() => {
-                answer(request, &session, &sinks.counters, &symbolize);
+                answer(request, &session, &sinks, &symbolize);
                 continue;
             }
             ended = symbolize.ended() => {
@@ -124,7 +124,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
             sinks.take(session.pump(false));
             tokio::task::yield_now().await;
             while let Ok(request) = requests.try_recv() {
-                answer(request, &session, &sinks.counters, &symbolize);
+                answer(request, &session, &sinks, &symbolize);
             }
         }
         if symbolize.wants_modules() {
@@ -161,7 +161,7 @@ fn warn_of_missing_hooks(session: &Session) {
 }
 
 /// Answers a request between two turns of the loop, unless its client has gone.
-fn answer(request: LoopRequest, session: &Session, counters: &Counters, symbolize: &SymbolizeQueue) {
+fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &SymbolizeQueue) {
     match request {
         LoopRequest::Ping(reply) => {
             let _ = reply.send(());
@@ -178,7 +178,8 @@ fn answer(request: LoopRequest, session: &Session, counters: &Counters, symboliz
                 incidents_named: symbolize.named,
                 incidents_not_named: symbolize.failed,
                 stack_cost: StackCostTotals { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
-                counters: counters.clone(),
+                counters: sinks.counters.clone(),
+                incidents_waiting: sinks.waiting(),
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),
                 sent: session.probe().sent(),

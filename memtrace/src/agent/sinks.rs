@@ -114,7 +114,6 @@ impl Sinks {
             error!(id = %oldest.id, "gave up saving an incident: {cap} others wait");
         }
         self.saves.push_back(incident);
-        self.counters.waiting = self.saves.len() as u64;
     }
 
     /// Writes the oldest closed incident; false when there is none, or saving has failed and it is not yet time for the
@@ -142,8 +141,12 @@ impl Sinks {
                 self.saves.push_back(incident);
             }
         }
-        self.counters.waiting = self.saves.len() as u64;
         self.retry.is_none()
+    }
+
+    /// Incidents that wait to be written.
+    pub(super) fn waiting(&self) -> u64 {
+        self.saves.len() as u64
     }
 
     /// Saves what it can before the agent stops. Returns whether that was everything.

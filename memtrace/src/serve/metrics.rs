@@ -130,7 +130,7 @@ static METRICS: &[Metric] = &[
     Metric::gauge(
         "incidents_waiting",
         "Incidents that wait to be written; a write that failed is tried again",
-        Value::One(|now| now.counters.waiting),
+        Value::One(|now| now.incidents_waiting),
     ),
     Metric::counter(
         "incidents_given_up",

@@ -67,6 +67,8 @@ pub struct MetricsSnapshot {
     pub sent: Vec<(&'static str, u64)>,
     /// Journal frames that could not be written.
     pub journal_failures: u64,
+    /// Incidents that wait to be written.
+    pub incidents_waiting: u64,
     /// Incidents whose stack frames were given function names.
     pub incidents_named: u64,
     /// Incidents whose stack frames could not be named.
@@ -115,8 +117,6 @@ pub struct Counters {
     pub saved: BTreeMap<Kind, u64>,
     /// Incidents or ledger lines that could not be written.
     pub write_failures: u64,
-    /// Incidents that wait to be written.
-    pub waiting: u64,
     /// Incidents that were not written, because too many waited.
     pub given_up: u64,
     /// Incident files deleted for size or age.
