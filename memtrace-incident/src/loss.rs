@@ -79,6 +79,12 @@ pub enum Loss {
     ModulesClosedEarly,
     /// The cap of unwind information of one module was reached.
     UnwindInformationTooLarge,
+    /// A process' files were left alone, because reading them did not end before.
+    StackFilesRefused,
+    /// A process' files were not read, to stay within the stack budget.
+    StackFilesOverBudget,
+    /// The process that unwinds stacks hung or ended.
+    StackWorkerReplaced,
     /// The journal could not be written.
     JournalNotWritten,
     /// The cap of cgroups whose `memory.oom_control` is watched was reached.
@@ -89,7 +95,7 @@ pub enum Loss {
 type Row = (Loss, &'static str, &'static str);
 
 /// Every loss. The first eight labels are the part after `RING/` or `HOOK/`.
-const ROWS: [Row; 37] = [
+const ROWS: [Row; 40] = [
     (Loss::RingFull, "ring_full", "Records found no room in their ring."),
     (
         Loss::TableFull,
@@ -188,6 +194,21 @@ const ROWS: [Row; 37] = [
         Loss::UnwindInformationTooLarge,
         "stacks/unwind_information_too_large",
         "A module's unwind information is larger than is read: stacks through it are cut.",
+    ),
+    (
+        Loss::StackFilesRefused,
+        "stacks/files_refused",
+        "Files of a process were left alone, because reading them did not end before: stacks through them are cut.",
+    ),
+    (
+        Loss::StackFilesOverBudget,
+        "stacks/files_over_budget",
+        "Files of a process were not read, because the budget for stacks was used up: stacks through them are cut.",
+    ),
+    (
+        Loss::StackWorkerReplaced,
+        "stacks/worker_replaced",
+        "The process that unwinds stacks did not answer or ended, and was replaced: stacks of that moment are missing.",
     ),
     (
         Loss::JournalNotWritten,

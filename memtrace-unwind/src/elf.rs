@@ -21,7 +21,7 @@ use object::read::{ReadCache, ReadCacheOps, ReadRef};
 use object::{LittleEndian, elf};
 
 /// Bytes of headers, names and notes that are read of one file.
-const MAX_HEADER_BYTES: u64 = 8 << 20;
+const MAX_HEADER_BYTES: u64 = 2 << 20;
 /// Program headers that are read of one file.
 pub const MAX_SEGMENTS: usize = 128;
 /// Section headers that are read of one file.

@@ -4,7 +4,8 @@
 //! knows the processes: it reads /proc/PID/maps ([`proc_dir`], [`maps`]) and opens the files that
 //! code was mapped from ([`modules`], [`elf`]). [`unwind`] then walks from frame to caller: call
 //! frame information ([`cfi`]) gives a [`rule`] for each address, frame pointers stand in where a
-//! module has none, and [`perf_map`] names code that a JIT compiler wrote. A frame of a file is
+//! module has none, and [`perf_map`] names code that a JIT compiler wrote. Every reading goes
+//! through the [`gate`], which refuses, announces and accounts. A frame of a file is
 //! `(module, offset)`; its function is looked up later and elsewhere.
 //!
 //! Everything read here comes from the traced programs: a container brings its own binaries, and
@@ -14,6 +15,7 @@
 
 pub mod cfi;
 pub mod elf;
+pub mod gate;
 pub mod maps;
 pub mod modules;
 pub mod perf_map;

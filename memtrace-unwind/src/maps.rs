@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 /// Bytes of /proc/PID/maps that are read; the rest is ignored.
-pub const MAX_BYTES: usize = 16 << 20;
+pub const MAX_BYTES: usize = 8 << 20;
 /// Lines that are read; the rest is ignored.
 pub const MAX_LINES: usize = 65_536;
 /// Executable mappings kept for one process; those at higher addresses are counted as left out.

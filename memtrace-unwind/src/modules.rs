@@ -1,11 +1,15 @@
 //! Modules: the files that code was mapped from, each opened once for all processes.
 //!
+//! A file is opened when a frame lies in it, and only if its process may read it.
+//!
 //! A file is known by device, inode, size and modification time ([`FileStamp`]), so a library that
 //! a thousand processes map is read once, and one that was written to is a new module. While its
 //! descriptor is held, the content stays readable even if the file is deleted and its container is
-//! gone: functions can be named after their process has died. A [`ModuleId`] is never reused.
+//! gone: functions can be named after their process has died. But it also keeps a file system from
+//! being unmounted, so it is closed soon after the last process that maps the file has ended. A
+//! [`ModuleId`] is never reused.
 
-use std::collections::{HashMap, hash_map::Entry as Slot};
+use std::collections::{HashMap, HashSet, hash_map::Entry as Slot};
 use std::fs::File;
 use std::io::{Cursor, Read, Seek, SeekFrom, Write};
 use std::sync::Arc;
@@ -13,8 +17,10 @@ use std::time::{Duration, Instant};
 
 use crate::cfi::{Cfi, EntryIndex, RegisterColumns};
 use crate::elf::{ElfError, ElfHeaders, ElfSegment, UnwindSections};
+use crate::gate::Gate;
 use crate::maps::{Mapping, Maps};
-use crate::proc_dir::{FileStamp, ProcDir};
+use crate::proc_dir::{Credentials, FileStamp, ProcDir};
+use crate::unwind::MappedModule;
 
 /// Most modules known; beyond it the least recently used one is forgotten.
 pub const MAX_MODULES: usize = 4096;
@@ -52,6 +58,8 @@ pub struct Module {
     /// Order of use, for eviction.
     used: u64,
     met: Instant,
+    /// Since when no process that is followed maps it.
+    unmapped: Option<Instant>,
 }
 
 impl Module {
@@ -82,6 +90,17 @@ enum ModuleKey {
     /// Could not be opened: device and inode from /proc/PID/maps.
     Unopened((u32, u32), u64, Arc<str>),
     Vdso,
+}
+
+impl ModuleKey {
+    /// Device number of the file.
+    fn device(&self) -> Option<(u32, u32)> {
+        match self {
+            Self::File(stamp, _) => Some(stamp.device()),
+            Self::Unopened(device, ..) => Some(*device),
+            Self::Vdso => None,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -149,6 +168,15 @@ pub struct OpenModule {
     pub file: Arc<File>,
 }
 
+/// A process whose files are to be opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Reader<'a> {
+    /// Its directory in /proc.
+    pub dir: &'a ProcDir,
+    /// Who it is.
+    pub credentials: &'a Credentials,
+}
+
 /// All modules known.
 #[derive(Debug, Default)]
 pub struct Modules {
@@ -165,6 +193,8 @@ pub struct Modules {
     /// Whether a file system is FUSE, by device number. Cap: [`MAX_FILE_SYSTEMS`].
     file_systems: HashMap<(u32, u32), bool>,
     losses: ModuleLosses,
+    /// Every reading of a file goes through it.
+    pub(crate) gate: Gate,
 }
 
 impl Modules {
@@ -173,22 +203,35 @@ impl Modules {
         self.modules.get(&id)
     }
 
-    /// The module of a mapping, opened if it is new, and the load bias: address in memory minus
-    /// stated address. The outer `None` means anonymous memory; a bias of `None`, that the file
-    /// cannot be read as ELF.
-    pub fn lookup_or_insert(&mut self, process: &ProcDir, mapping: &Mapping) -> Option<(ModuleId, Option<u64>)> {
+    /// Modules whose files are read through `gate`.
+    pub fn new(gate: Gate) -> Self {
+        Self { gate, ..Self::default() }
+    }
+
+    /// The module of a mapping, opened if it is new and the gate lets it pass.
+    pub fn lookup_or_insert(&mut self, reader: &Reader<'_>, mapping: &Mapping) -> MappedModule {
         let id = if mapping.is_vdso() {
-            self.vdso(mapping)?
+            self.vdso(mapping)
         } else if mapping.has_file() {
-            self.file(process, mapping)
+            let Some(id) = self.file(reader, mapping) else { return self.unread(mapping) };
+            Some(id)
         } else {
-            return None;
+            None
         };
+        let Some(id) = id else { return MappedModule::Anonymous };
         self.mark_used(id, Instant::now());
         let headers = self.modules.get(&id).and_then(|module| module.headers.as_ref());
         let page_bytes = rustix::param::page_size() as u64;
         let stated = headers.and_then(|headers| headers.stated_address_of_mapping(mapping.offset, page_bytes));
-        Some((id, stated.map(|stated| mapping.start.wrapping_sub(stated))))
+        MappedModule::Read(id, stated.map(|stated| mapping.start.wrapping_sub(stated)))
+    }
+
+    /// The module of a mapping by its path alone; no file is touched.
+    pub fn unread(&mut self, mapping: &Mapping) -> MappedModule {
+        if !mapping.has_file() {
+            return MappedModule::Anonymous;
+        }
+        MappedModule::Unread(self.intern(unopened(mapping), mapping.path.clone(), None))
     }
 
     /// The unwind information of a module, read at the first call.
@@ -205,7 +248,8 @@ impl Modules {
         if headers.unwind_bytes() > MAX_UNWIND_BYTES as u64 {
             self.losses.too_large = self.losses.too_large.saturating_add(1);
         }
-        let data = UnwindData::read(headers, &*file, MAX_UNWIND_BYTES).filter(|data| data.bytes() <= MAX_UNWIND_BYTES);
+        let read = || UnwindData::read(headers, &*file, MAX_UNWIND_BYTES);
+        let data = self.gate.pass(module.key.device(), read)?.filter(|data| data.bytes() <= MAX_UNWIND_BYTES);
         let Some(data) = data.map(Arc::new) else {
             module.unwind = UnwindState::Unavailable;
             return None;
@@ -229,16 +273,25 @@ impl Modules {
         self.modules.values().filter_map(open).collect()
     }
 
-    /// Closes descriptors that were not used for ten minutes.
-    pub fn close_idle(&mut self, now: Instant) {
-        for module in self.modules.values_mut() {
-            if module.key != ModuleKey::Vdso
-                && now.saturating_duration_since(module.met) > IDLE
-                && module.file.take().is_some()
-            {
+    /// Closes descriptors that were not used for ten minutes, and those of files that are not among
+    /// the `mapped` ones for `keep` by now.
+    pub fn close_unused(&mut self, mapped: &HashSet<ModuleId>, keep: Duration, now: Instant) {
+        for (id, module) in self.modules.iter_mut().filter(|(_, module)| module.key != ModuleKey::Vdso) {
+            if mapped.contains(id) {
+                module.unmapped = None;
+            }
+            let unmapped = *module.unmapped.get_or_insert(now);
+            let over = !mapped.contains(id) && now.saturating_duration_since(unmapped) >= keep;
+            let idle = now.saturating_duration_since(module.met) > IDLE;
+            if (over || idle) && module.file.take().is_some() {
                 self.open = self.open.saturating_sub(1);
             }
         }
+    }
+
+    /// Whether any descriptor is held.
+    pub fn holds_files(&self) -> bool {
+        self.open > 0
     }
 
     /// Approximate heap size in bytes.
@@ -259,47 +312,59 @@ impl Modules {
         self.losses
     }
 
-    fn file(&mut self, process: &ProcDir, mapping: &Mapping) -> ModuleId {
+    /// `None`: the gate did not let it pass.
+    fn file(&mut self, reader: &Reader<'_>, mapping: &Mapping) -> Option<ModuleId> {
         let path = &mapping.path;
-        if self.is_fuse(process, mapping.device) {
-            return self.intern(ModuleKey::Unopened(mapping.device, mapping.inode, path.clone()), path.clone(), None);
+        if self.is_fuse(mapping.device) {
+            return Some(self.intern(unopened(mapping), path.clone(), None));
         }
-        if let Some(stamp) = process.stat_mapped(mapping.start, mapping.end) {
+        let device = Some(mapping.device);
+        let stat = || reader.dir.stat_mapped(mapping.start, mapping.end);
+        if let Some(stamp) = self.gate.pass(device, stat)? {
             let key = ModuleKey::File(stamp, path.clone());
             // Held, and not written to since.
             if let Some(id) = self.ids.get(&key)
                 && self.modules.get(id).is_some_and(|module| module.file.is_some() || module.headers.is_none())
             {
-                return *id;
+                return Some(*id);
             }
         }
-        let file = process.open_mapped(mapping.start, mapping.end).or_else(|| {
-            // map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it: the same path,
-            // if it still leads to the same inode.
-            process.open_in_root(path).filter(|file| FileStamp::of(file).is_some_and(|s| s.inode == mapping.inode))
-        });
-        let key = match file.as_ref().and_then(FileStamp::of) {
-            Some(stamp) => ModuleKey::File(stamp, path.clone()),
-            None => ModuleKey::Unopened(mapping.device, mapping.inode, path.clone()),
+        let open = || {
+            let file = reader.dir.open_mapped(mapping.start, mapping.end).or_else(|| {
+                // map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it: the same path,
+                // if it still leads to the same inode.
+                let file = reader.dir.open_in_root(path)?;
+                FileStamp::of(&file).is_some_and(|stamp| stamp.inode == mapping.inode).then_some(file)
+            });
+            let file = file.filter(|file| reader.credentials.may_read(file))?;
+            let (stamp, headers) = (FileStamp::of(&file)?, ElfHeaders::read(&file));
+            Some((stamp, file, headers))
         };
-        self.intern(key, path.clone(), file)
+        Some(match self.gate.pass(device, open)? {
+            Some((stamp, file, headers)) => {
+                self.intern(ModuleKey::File(stamp, path.clone()), path.clone(), Some((file, headers)))
+            }
+            None => self.intern(unopened(mapping), path.clone(), None),
+        })
     }
 
-    /// Whether this is FUSE, which may never answer. Disks have a major number other than 0.
-    fn is_fuse(&mut self, process: &ProcDir, device: (u32, u32)) -> bool {
-        if device.0 != 0 {
-            return false;
-        }
-        if let Some(known) = self.file_systems.get(&device) {
-            return *known;
-        }
-        // Not in the mounts: a btrfs subvolume, memfd, or a file system that was lazily unmounted.
-        let hangs = process.is_fuse(device).unwrap_or(false);
-        if self.file_systems.len() >= MAX_FILE_SYSTEMS {
-            self.file_systems.clear();
-        }
-        self.file_systems.insert(device, hangs);
-        hangs
+    /// Takes note of the file systems that a process has mounted.
+    pub fn learn_file_systems(&mut self, found: Vec<((u32, u32), bool)>) {
+        // A number is used again once its file system is unmounted: the newest answer counts.
+        self.file_systems.clear();
+        self.file_systems.extend(found.into_iter().take(MAX_FILE_SYSTEMS));
+    }
+
+    /// Whether the file system of this mapping is not known, and may be FUSE. Disks have a major
+    /// number other than 0.
+    pub fn is_unknown_file_system(&self, mapping: &Mapping) -> bool {
+        mapping.has_file() && mapping.device.0 == 0 && !self.file_systems.contains_key(&mapping.device)
+    }
+
+    /// Whether this is FUSE, which may never answer. What this does not find (FUSE below another file
+    /// system, or lazily unmounted) hangs, and whoever waits for this process replaces it.
+    fn is_fuse(&self, device: (u32, u32)) -> bool {
+        self.file_systems.get(&device).copied().unwrap_or(false)
     }
 
     fn vdso(&mut self, mapping: &Mapping) -> Option<ModuleId> {
@@ -312,15 +377,24 @@ impl Modules {
         ElfHeaders::read(Cursor::new(&image)).ok()?;
         let file = rustix::fs::memfd_create("vdso", rustix::fs::MemfdFlags::CLOEXEC).ok().map(File::from);
         let file = file.filter(|mut file| file.write_all(&image).is_ok());
+        let file = file.map(|file| {
+            let headers = ElfHeaders::read(&file);
+            (file, headers)
+        });
         Some(self.intern(ModuleKey::Vdso, mapping.path.clone(), file))
     }
 
     /// The id of a module that is new, or known without a descriptor.
-    fn intern(&mut self, key: ModuleKey, path: Arc<str>, file: Option<File>) -> ModuleId {
+    fn intern(
+        &mut self,
+        key: ModuleKey,
+        path: Arc<str>,
+        opened: Option<(File, Result<ElfHeaders, ElfError>)>,
+    ) -> ModuleId {
+        let (file, read) = opened.unzip();
         let id = match self.ids.entry(key.clone()) {
             Slot::Occupied(known) => *known.get(),
             Slot::Vacant(vacant) => {
-                let read = file.as_ref().map(ElfHeaders::read);
                 let generated = matches!(read, Some(Err(ElfError::NotElf)));
                 let headers = read.and_then(Result::ok).map(Arc::new);
                 if headers.is_none() {
@@ -331,8 +405,9 @@ impl Modules {
                 vacant.insert(id);
                 let build_id = headers.as_ref().and_then(|headers| headers.build_id.as_deref()).map(Arc::from);
                 let (unwind, used, met) = (UnwindState::Unread, self.clock, Instant::now());
-                self.modules
-                    .insert(id, Module { path, build_id, headers, generated, file: None, key, unwind, used, met });
+                let module =
+                    Module { path, build_id, headers, generated, file: None, key, unwind, used, met, unmapped: None };
+                self.modules.insert(id, module);
                 id
             }
         };
@@ -400,6 +475,10 @@ impl Modules {
         self.losses.forgotten = self.losses.forgotten.saturating_add(1);
         true
     }
+}
+
+fn unopened(mapping: &Mapping) -> ModuleKey {
+    ModuleKey::Unopened(mapping.device, mapping.inode, mapping.path.clone())
 }
 
 /// The vdso image of this process, which every 64-bit process of this kernel has too.

@@ -2,20 +2,26 @@
 //!
 //! Runtimes with a JIT compiler (Node.js with `--perf-basic-prof`, the JVM with an agent, .NET)
 //! append a line for each function they compile: `START SIZE NAME`, both numbers in hex. A later
-//! line may reuse the addresses of a function that was freed.
+//! line may reuse the addresses of a function that was freed. A map only grows, so each reading goes
+//! on where the one before has ended ([`PerfMap::read_on`]).
+//!
+//! What is read here comes out for others to see, so the file must be the process' own: see
+//! [`crate::proc_dir::Credentials::owns`].
 
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
-use crate::proc_dir::ProcDir;
+use crate::proc_dir::{Credentials, ProcDir};
 
-/// Bytes of a perf map that are read.
-pub const MAX_BYTES: u64 = 32 << 20;
+/// Bytes of a perf map that are read in all.
+pub const MAX_BYTES: u64 = 8 << 20;
+/// Bytes of a perf map that are read at once.
+const MAX_READ_BYTES: u64 = 1 << 20;
 /// Functions kept for one process.
-pub const MAX_FUNCTIONS: usize = 262_144;
+pub const MAX_FUNCTIONS: usize = 65_536;
 /// Bytes of names kept for one process.
-pub const MAX_NAME_BYTES: usize = 16 << 20;
+pub const MAX_NAME_BYTES: usize = 2 << 20;
 /// Bytes kept of one name.
 const MAX_NAME: usize = 1024;
 /// Functions tried below an address: later ones may lie inside earlier ones that were freed.
@@ -28,8 +34,10 @@ pub struct PerfMap {
     functions: Vec<Function>,
     /// All names, concatenated. Cap: [`MAX_NAME_BYTES`].
     names: String,
-    /// Size of the file when it was read, bytes.
-    file_bytes: u64,
+    /// The file that was read: device and inode.
+    file: (u64, u64),
+    /// Bytes of it that were read, up to the end of a line.
+    read_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,23 +49,40 @@ struct Function {
 }
 
 impl PerfMap {
-    /// Reads the perf map of a process, if it has one and it is larger than `known_bytes`. As perf
-    /// does, trusts it only if the process' user or root owns it.
-    pub fn read(process: &ProcDir, known_bytes: u64) -> Option<Self> {
-        let (pid, users) = process.status()?;
-        let file = process.open_in_root(&format!("/tmp/perf-{pid}.map"))?;
-        let data = file.metadata().ok()?;
-        if (data.uid() != 0 && !users.contains(&data.uid())) || data.size() <= known_bytes {
-            return None;
+    /// Reads what is new in the perf map of a process, at most 1 MiB. False if nothing is, or if the
+    /// process has no perf map that is its own. The map of another file than before begins anew.
+    pub fn read_on(&mut self, process: &ProcDir, credentials: &Credentials) -> bool {
+        let Some(file) = process.open_in_root(&format!("/tmp/perf-{}.map", credentials.inner_pid)) else {
+            return false;
+        };
+        let Ok(data) = file.metadata() else { return false };
+        if !credentials.owns(&file) {
+            return false;
         }
-        let mut bytes = Vec::new();
-        file.take(MAX_BYTES).read_to_end(&mut bytes).ok()?;
-        Some(Self { file_bytes: data.size(), ..Self::parse(&bytes) })
+        let identity = (data.dev(), data.ino());
+        if identity != self.file || data.size() < self.read_bytes {
+            *self = Self { file: identity, ..Self::default() };
+        }
+        let end = data.size().min(MAX_BYTES).min(self.read_bytes.saturating_add(MAX_READ_BYTES));
+        let Some(bytes) = read_range(&file, self.read_bytes, end).filter(|bytes| !bytes.is_empty()) else {
+            return false;
+        };
+        // The last line may be half written. One that fills all that is read at once is no line.
+        let lines = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at.saturating_add(1));
+        let lines = if lines == 0 && bytes.len() as u64 == MAX_READ_BYTES { bytes.len() } else { lines };
+        self.read_bytes = self.read_bytes.saturating_add(lines as u64);
+        self.append(bytes.get(..lines).unwrap_or_default());
+        lines > 0
     }
 
     /// Parses the content of a perf map. Total: lines that do not parse are skipped.
     pub fn parse(bytes: &[u8]) -> Self {
         let mut map = Self::default();
+        map.append(bytes);
+        map
+    }
+
+    fn append(&mut self, bytes: &[u8]) {
         for line in bytes.split(|byte| *byte == b'\n') {
             let text = String::from_utf8_lossy(line);
             let mut words = text.splitn(3, ' ');
@@ -65,19 +90,16 @@ impl PerfMap {
             let (Some(start), Some(size)) = (hex(start), hex(size)) else { continue };
             let name = head(name.trim(), MAX_NAME);
             let Some(end) = start.checked_add(size).filter(|_| size > 0 && !name.is_empty()) else { continue };
-            if map.functions.len() >= MAX_FUNCTIONS || map.names.len().saturating_add(name.len()) > MAX_NAME_BYTES {
+            if self.functions.len() >= MAX_FUNCTIONS || self.names.len().saturating_add(name.len()) > MAX_NAME_BYTES {
                 break;
             }
-            let Ok(name_start) = u32::try_from(map.names.len()) else { break };
-            map.names.push_str(name);
-            let Ok(name_end) = u32::try_from(map.names.len()) else { break };
-            map.functions.push(Function { start, end, name_start, name_end });
+            let Ok(name_start) = u32::try_from(self.names.len()) else { break };
+            self.names.push_str(name);
+            let Ok(name_end) = u32::try_from(self.names.len()) else { break };
+            self.functions.push(Function { start, end, name_start, name_end });
         }
         // Stable: of two functions with one start the later one comes last, and is found first.
-        map.functions.sort_by_key(|function| function.start);
-        map.functions.shrink_to_fit();
-        map.names.shrink_to_fit();
-        map
+        self.functions.sort_by_key(|function| function.start);
     }
 
     /// Name of the function that holds `address`.
@@ -88,15 +110,26 @@ impl PerfMap {
         self.names.get(function.name_start as usize..function.name_end as usize).map(Arc::from)
     }
 
-    /// Size of the file when it was read, in bytes.
-    pub fn file_bytes(&self) -> u64 {
-        self.file_bytes
-    }
-
     /// Heap size in bytes.
     pub fn memory_estimate(&self) -> usize {
         self.functions.capacity().saturating_mul(size_of::<Function>()).saturating_add(self.names.capacity())
     }
+}
+
+/// The bytes `from..to` of a file, as far as it has them.
+fn read_range(file: &File, from: u64, to: u64) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(to.saturating_sub(from)).ok()?];
+    let mut filled: usize = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, from.saturating_add(filled as u64)) {
+            Ok(0) => break,
+            Ok(more) => filled = filled.saturating_add(more),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+    bytes.truncate(filled);
+    Some(bytes)
 }
 
 /// At most `most` bytes of a text, cut between characters.
@@ -132,19 +165,42 @@ mod tests {
     fn a_process_names_its_own_code() {
         let path = format!("/tmp/perf-{}.map", std::process::id());
         let mut file = std::fs::File::create(&path).unwrap();
-        writeln!(file, "abc000 10 jitted").unwrap();
+        write!(file, "abc000 10 jitted\nabd000 10 ha").unwrap();
         let process = ProcDir::of(std::process::id()).unwrap();
-        let map = PerfMap::read(&process, 0).unwrap();
-        let unchanged = PerfMap::read(&process, map.file_bytes());
-        // Owned by another user, and then not a regular file.
+        let own = process.credentials().unwrap();
+        let mut map = PerfMap::default();
+        assert!(map.read_on(&process, &own) && !map.read_on(&process, &own), "the same again");
+        assert_eq!((map.find(0xabc008).as_deref(), map.find(0xabd008)), (Some("jitted"), None));
+        writeln!(file, "lf").unwrap();
+        assert!(map.read_on(&process, &own), "it has grown");
+        assert_eq!((map.find(0xabc008).as_deref(), map.find(0xabd008).as_deref()), (Some("jitted"), Some("half")));
+        // Another file begins anew; one of another user, and a link, are not read.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "abe000 10 other\n").unwrap();
+        assert!(map.read_on(&process, &own) && map.find(0xabc008).is_none() && map.find(0xabe008).is_some());
         std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
-        let foreign = PerfMap::read(&process, 0);
+        let foreign = PerfMap::default().read_on(&process, &own);
+        let root_for_other = Credentials { users: vec![12345, 0, 0, 0], ..own.clone() };
+        let two_users = PerfMap::default().read_on(&process, &root_for_other);
+        std::fs::rename(&path, format!("{path}.target")).unwrap();
+        std::os::unix::fs::symlink(format!("{path}.target"), &path).unwrap();
+        std::os::unix::fs::chown(format!("{path}.target"), Some(own.users[0]), None).unwrap();
+        let link = PerfMap::default().read_on(&process, &own);
+        std::fs::remove_file(format!("{path}.target")).unwrap();
         std::fs::remove_file(&path).unwrap();
-        std::os::unix::fs::symlink("/proc/self/maps", &path).unwrap();
-        let link = PerfMap::read(&process, 0);
-        std::fs::remove_file(&path).unwrap();
-        assert_eq!(map.find(0xabc008).as_deref(), Some("jitted"));
-        assert_eq!((unchanged, foreign, link), (None, None, None));
+        assert_eq!((foreign, two_users, link), (false, false, false));
+    }
+
+    #[test]
+    fn a_map_that_is_larger_than_is_read_keeps_its_beginning() {
+        let dir = tempfile::tempfile().unwrap();
+        assert_eq!(read_range(&dir, 0, 10), Some(Vec::new()));
+        let mut map = PerfMap::default();
+        let lines: String = (0..MAX_FUNCTIONS + 10).map(|at| format!("{:x} 8 f\n", at * 16)).collect();
+        map.append(lines.as_bytes());
+        assert_eq!(map.functions.len(), MAX_FUNCTIONS);
+        map.append(b"ffffff0000 8 late\n");
+        assert_eq!(map.find(0xffffff0000), None);
     }
 
     proptest! {

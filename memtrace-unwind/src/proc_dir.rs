@@ -21,7 +21,7 @@ const TICK_NS: u64 = 10_000_000;
 /// Bytes read of /proc/PID/stat and /proc/PID/status.
 const MAX_STATUS_BYTES: usize = 64 << 10;
 /// Bytes read of /proc/PID/mountinfo.
-const MAX_MOUNT_BYTES: usize = 4 << 20;
+const MAX_MOUNT_BYTES: usize = 256 << 10;
 
 /// The /proc directory of one process.
 #[derive(Debug)]
@@ -57,21 +57,16 @@ impl ProcDir {
         fields.split_ascii_whitespace().nth(19)?.parse().ok()
     }
 
-    /// Process id in its innermost pid namespace, and the user ids it runs as: real, effective,
-    /// saved, file system.
-    pub fn status(&self) -> Option<(u32, Vec<u32>)> {
-        let status = String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?).into_owned();
-        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let pid = field("NSpid")?.split_ascii_whitespace().next_back()?.parse().ok()?;
-        let users = field("Uid")?.split_ascii_whitespace().filter_map(|id| id.parse().ok()).collect();
-        Some((pid, users))
+    /// Who the process is.
+    pub fn credentials(&self) -> Option<Credentials> {
+        Credentials::parse(&String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?))
     }
 
-    /// Whether a process answers for the file system with this device number (FUSE). If that
-    /// process hangs, so does every open(2) and stat(2) there. `None` if the mounts of this
-    /// process do not list the device.
-    pub fn is_fuse(&self, device: (u32, u32)) -> Option<bool> {
-        is_fuse(&self.read("mountinfo", MAX_MOUNT_BYTES)?, device)
+    /// The file systems in the mounts of this process by device number, and whether another process
+    /// answers for each (FUSE): if that one hangs, so does every open(2) and stat(2) there. At most
+    /// the first 256 KiB of the mounts are read.
+    pub fn file_systems(&self) -> Vec<((u32, u32), bool)> {
+        self.read("mountinfo", MAX_MOUNT_BYTES).map(|mounts| file_systems(&mounts)).unwrap_or_default()
     }
 
     /// The first `most_bytes` of a file in this directory; `None` if it is empty or unreadable.
@@ -100,12 +95,60 @@ impl ProcDir {
         })
     }
 
-    /// The regular file that the process itself would open at `path`, inside its own root.
+    /// The regular file that the process itself would open at `path`, inside its own root. No part
+    /// of the path may be a link: a process can make links to what it may not read.
     pub fn open_in_root(&self, path: &str) -> Option<File> {
         let root = openat(&self.fd, "root", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
         let handle = openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), inside).ok()?;
         open_regular(handle)
+    }
+}
+
+/// Who a process is, as the initial user namespace numbers it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Credentials {
+    /// Process id in its innermost pid namespace.
+    pub inner_pid: u32,
+    /// Real, effective, saved and file system user. Cap: 4.
+    pub users: Vec<u32>,
+    /// Groups, the supplementary ones too. Cap: what 64 KiB hold.
+    pub groups: Vec<u32>,
+}
+
+impl Credentials {
+    /// Parses /proc/PID/status.
+    fn parse(status: &str) -> Option<Self> {
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let numbers = |text: &str| text.split_ascii_whitespace().filter_map(|id| id.parse().ok()).collect();
+        let inner_pid = field("NSpid")?.split_ascii_whitespace().next_back()?.parse().ok()?;
+        let users: Vec<u32> = numbers(field("Uid")?);
+        let mut groups: Vec<u32> = numbers(field("Gid")?);
+        groups.extend(field("Groups").map(numbers).unwrap_or_default());
+        users.first()?;
+        Some(Self { inner_pid, users, groups })
+    }
+
+    /// The real user.
+    pub fn user(&self) -> Option<u32> {
+        self.users.first().copied()
+    }
+
+    /// Whether the file is the process' own: it belongs to the one user that the process runs as. A
+    /// set-user-id program has two, and reads for neither.
+    pub fn owns(&self, file: &File) -> bool {
+        file.metadata().is_ok_and(|data| self.users.iter().all(|user| *user == data.uid()))
+    }
+
+    /// Whether the mode of the file lets the process read it. Programs may be mapped that cannot be
+    /// read (mode 0711), and what is read here comes out for others to see.
+    pub fn may_read(&self, file: &File) -> bool {
+        let Ok(data) = file.metadata() else { return false };
+        let (mode, all) = (data.mode(), |owner: u32| self.users.iter().all(|user| *user == owner));
+        all(0)
+            || mode & 0o004 != 0
+            || (all(data.uid()) && mode & 0o400 != 0)
+            || (self.groups.contains(&data.gid()) && mode & 0o040 != 0)
     }
 }
 
@@ -121,6 +164,11 @@ pub struct FileStamp {
 }
 
 impl FileStamp {
+    /// Major and minor number of the device, as stat(2) has them.
+    pub fn device(&self) -> (u32, u32) {
+        (rustix::fs::major(self.device), rustix::fs::minor(self.device))
+    }
+
     /// The stamp of an open file.
     pub fn of(file: &File) -> Option<Self> {
         let data = file.metadata().ok()?;
@@ -134,13 +182,14 @@ impl FileStamp {
     }
 }
 
-fn is_fuse(mounts: &[u8], (major, minor): (u32, u32)) -> Option<bool> {
-    let device = format!("{major}:{minor}");
-    String::from_utf8_lossy(mounts).lines().find_map(|line| {
+fn file_systems(mounts: &[u8]) -> Vec<((u32, u32), bool)> {
+    let parse = |line: &str| {
         // ID PARENT MAJOR:MINOR ROOT MOUNT OPTIONS [TAGS] - TYPE SOURCE OPTIONS
         let (head, tail) = line.split_once(" - ")?;
-        (head.split(' ').nth(2)? == device).then(|| tail.starts_with("fuse"))
-    })
+        let (major, minor) = head.split(' ').nth(2)?.split_once(':')?;
+        Some(((major.parse().ok()?, minor.parse().ok()?), tail.starts_with("fuse")))
+    };
+    String::from_utf8_lossy(mounts).lines().filter_map(parse).collect()
 }
 
 fn mapped_name(start: u64, end: u64) -> String {
@@ -172,7 +221,7 @@ mod tests {
         let pid = std::process::id();
         let start_ns = ProcDir::of(pid).unwrap().start_ticks().unwrap() * TICK_NS;
         let dir = ProcDir::open(pid, start_ns + 1234).unwrap();
-        assert!(dir.status().unwrap().1.len() == 4);
+        assert!(dir.credentials().unwrap().users.len() == 4);
         assert!(dir.read("maps", 100).unwrap().len() == 100);
         assert!(ProcDir::open(pid, start_ns + 5 * TICK_NS).is_none(), "another process of that id");
         assert!(ProcDir::open(u32::MAX, start_ns).is_none());
@@ -183,6 +232,10 @@ mod tests {
         let dir = ProcDir::of(std::process::id()).unwrap();
         assert!(dir.open_in_root("/proc/self/exe").is_none() && dir.open_in_root("/dev/null").is_none());
         assert!(dir.open_in_root("/../../etc/passwd").is_some() && dir.open_in_root("/none").is_none());
+        let made = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/etc", made.path().join("link")).unwrap();
+        let through = made.path().join("link/passwd");
+        assert!(dir.open_in_root(through.to_str().unwrap()).is_none(), "through a link");
     }
 
     #[test]
@@ -190,9 +243,33 @@ mod tests {
         let mounts = b"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
             23 22 0:45 / /home/x\\040y rw,nosuid shared:3 master:1 - fuse.sshfs host: rw\n\
             24 22 0:46 / /run rw - tmpfs tmpfs rw\nnonsense\n";
-        let found = [(8, 1), (0, 45), (0, 46), (0, 47)].map(|device| is_fuse(mounts, device));
-        assert_eq!(found, [Some(false), Some(true), Some(false), None]);
-        assert!(ProcDir::of(std::process::id()).unwrap().is_fuse((0, 0)).is_none());
+        assert_eq!(file_systems(mounts), [((8, 1), false), ((0, 45), true), ((0, 46), false)]);
+        assert!(!ProcDir::of(std::process::id()).unwrap().file_systems().is_empty());
+    }
+
+    #[test]
+    fn a_process_reads_what_the_mode_lets_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("program");
+        let file = File::create(&path).unwrap();
+        std::os::unix::fs::chown(&path, Some(1000), Some(50)).unwrap();
+        let who = |user: u32, saved: u32, group: u32| {
+            let status = format!("NSpid:\t77\t3\nUid:\t{user}\t{user}\t{saved}\t{user}\nGid:\t7\nGroups:\t{group} \n");
+            Credentials::parse(&status).unwrap()
+        };
+        assert_eq!((who(5, 5, 9).inner_pid, who(5, 5, 9).user()), (3, Some(5)));
+        let readers = [who(1000, 1000, 7), who(1001, 1001, 50), who(1001, 1001, 7), who(0, 0, 7), who(1000, 0, 7)];
+        for (mode, expected) in [
+            (0o711, [true, false, false, true, false]),
+            (0o750, [true, true, false, true, false]),
+            (0o755, [true; 5]),
+            (0o311, [false, false, false, true, false]),
+        ] {
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            assert_eq!(readers.each_ref().map(|reader| reader.may_read(&file)), expected, "{mode:o}");
+        }
+        assert_eq!(readers.each_ref().map(|reader| reader.owns(&file)), [true, false, false, false, false]);
+        assert_eq!(Credentials::parse("Uid:\t\nNSpid:\t1\nGid:\t0\n"), None);
     }
 
     #[test]

@@ -4,18 +4,20 @@
 //! A stack means nothing without the mappings of its process, and a process may end right after
 //! its sample was taken. So mappings are read at the first sample, and again when an address is
 //! met that they do not hold (a library was loaded since). Reading them costs up to a millisecond,
-//! so repeated readings back off. What is known of a process that ended stays for
-//! [`KEEP_AFTER_EXIT`]: its last samples are still in the ring.
+//! so repeated readings back off. The files behind them are opened with the mappings if they are
+//! few, else when a frame lies in them: a program may map thousands. What is known of a process that
+//! ended stays for [`KEEP_AFTER_EXIT`]: its last samples are still in the ring.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use crate::gate::{Gate, GateCounts, ProcessKey, Refused};
 use crate::maps::{self, Maps};
-use crate::modules::{Module, ModuleId, ModuleLosses, Modules, OpenModule};
+use crate::modules::{Module, ModuleId, ModuleLosses, Modules, OpenModule, Reader};
 use crate::perf_map::PerfMap;
-use crate::proc_dir::ProcDir;
+use crate::proc_dir::{Credentials, ProcDir};
 use crate::rule::Registers;
-use crate::unwind::{MappedCode, Unwinder, UnwoundStack};
+use crate::unwind::{MappedCode, MappedModule, Unwinder, UnwoundStack};
 
 /// Most processes cached; beyond it the least recently used one is evicted.
 pub const MAX_PROCESSES: usize = 1024;
@@ -23,6 +25,13 @@ pub const MAX_PROCESSES: usize = 1024;
 const MAX_MAP_BYTES: usize = 8 << 20;
 /// Heap bytes of the perf maps of all processes.
 const MAX_JIT_BYTES: usize = 8 << 20;
+/// Mapped files that are opened with the mappings; of a process with more, each is opened when a
+/// frame lies in it.
+const OPENED_AT_ONCE: usize = 64;
+/// Files looked at for one stack.
+const MAX_LOOKED_AT: usize = 64;
+/// Processes that are looked at in each [`ProcessCache::tick`] for having ended unnoticed.
+const CHECKED_PER_TICK: usize = 8;
 /// Longest pause between two readings of a process' mappings because of an unknown address.
 const REREAD: Duration = Duration::from_millis(100);
 /// First such pause; each one doubles it. A program that starts maps its libraries one by one.
@@ -33,9 +42,6 @@ const REREAD_JIT: Duration = Duration::from_secs(1);
 const REREAD_JIT_FIRST: Duration = Duration::from_millis(20);
 /// How long a process that ended stays cached.
 pub const KEEP_AFTER_EXIT: Duration = Duration::from_secs(10);
-
-/// Process id and start time (boot clock, nanoseconds): unique, however ids are reused.
-type ProcessKey = (u32, u64);
 
 /// What was read, left out and evicted since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,6 +60,8 @@ pub struct CacheCounts {
     pub mappings_left_out: u64,
     /// The same for modules.
     pub modules: ModuleLosses,
+    /// Readings that were refused or put off.
+    pub gate: GateCounts,
 }
 
 /// Processes, their modules, and the unwinder that all of them share.
@@ -73,6 +81,9 @@ pub struct ProcessCache {
 
 #[derive(Debug, Default)]
 struct CachedProcess {
+    /// Identity of the address space that is cached, as samples have it; `None` before the first.
+    mm_id: Option<u64>,
+    credentials: Credentials,
     code: Option<MappedCode>,
     code_backoff: Backoff,
     jit: Option<PerfMap>,
@@ -80,6 +91,8 @@ struct CachedProcess {
     ended: Option<Instant>,
     /// Order of use, for eviction.
     used: u64,
+    /// Order in which processes were looked at for having ended.
+    checked: u64,
 }
 
 /// When something may be read again: after a short pause at first, then after pauses that double
@@ -103,6 +116,16 @@ impl Backoff {
 }
 
 impl ProcessCache {
+    /// No process; files are read through `gate`.
+    pub fn new(gate: Gate) -> Self {
+        Self { modules: Modules::new(gate), ..Self::default() }
+    }
+
+    /// Leaves these files alone from now on, in place of others.
+    pub fn refuse(&mut self, refused: Refused) {
+        self.modules.gate.refuse(refused);
+    }
+
     /// The process has replaced its program: what was known of it is wrong.
     pub fn exec(&mut self, pid: u32, start_boot_ns: u64) {
         let key = (pid, start_boot_ns);
@@ -136,9 +159,11 @@ impl ProcessCache {
         }
     }
 
-    /// Evicts processes that ended a while ago and closes idle files. Call it about once a second.
-    pub fn tick(&mut self) {
+    /// Evicts processes that ended a while ago, and closes files that are idle, or that no process
+    /// maps for `keep_files` by now. Call it about once a second.
+    pub fn tick(&mut self, keep_files: Duration) {
         let now = Instant::now();
+        self.find_ended(now);
         let over = |process: &CachedProcess| {
             process.ended.is_some_and(|ended| now.saturating_duration_since(ended) > KEEP_AFTER_EXIT)
         };
@@ -147,22 +172,56 @@ impl ProcessCache {
         for key in gone {
             self.evict(key);
         }
-        self.modules.close_idle(now);
+        if self.modules.holds_files() {
+            let live = self.processes.values().filter(|process| process.ended.is_none());
+            let slots = live.filter_map(|process| process.code.as_ref()).flat_map(|code| &code.modules);
+            let mapped: HashSet<ModuleId> = slots.filter_map(|slot| slot.module()).collect();
+            self.modules.close_unused(&mapped, keep_files, now);
+        }
     }
 
-    /// The frames of a thread of the process, innermost first. `stack_copy` is its stack from its
-    /// stack pointer up; it is not kept. `frame_pointers` is the chain that the kernel walked, the
-    /// instruction pointer first. `None`: the process had ended before its mappings could be read.
+    /// Looks whether those used longest ago have ended: word of it may have been lost.
+    fn find_ended(&mut self, now: Instant) {
+        let mut live: Vec<(u64, ProcessKey)> = self
+            .processes
+            .iter()
+            .filter(|(_, process)| process.ended.is_none())
+            .map(|(key, process)| (process.checked, *key))
+            .collect();
+        live.sort_unstable();
+        for (_, key) in live.into_iter().take(CHECKED_PER_TICK) {
+            self.clock = self.clock.saturating_add(1);
+            let clock = self.clock;
+            if let Some(process) = self.processes.get_mut(&key) {
+                process.checked = clock;
+                if ProcDir::open(key.0, key.1).is_none() {
+                    process.ended = Some(now);
+                }
+            }
+        }
+    }
+
+    /// The frames of a thread of the process, innermost first. `mm_id` identifies its address space,
+    /// if that is known: with another one it runs another program. `stack_copy` is its stack from its stack pointer up;
+    /// it is not kept. `frame_pointers` is the chain that the kernel walked, the instruction pointer
+    /// first. `None`: the process had ended before its mappings could be read, or they are not read.
     pub fn unwind(
         &mut self,
-        pid: u32,
-        start_boot_ns: u64,
+        (key, mm_id): (ProcessKey, Option<u64>),
         registers: Registers,
         stack_copy: &[u8],
         frame_pointers: &[u64],
     ) -> Option<UnwoundStack> {
-        let key = (pid, start_boot_ns);
         self.lookup_or_insert(key);
+        let known = self.processes.get(&key).and_then(|process| process.mm_id);
+        if let (Some(known), Some(mm_id)) = (known, mm_id)
+            && known != mm_id
+        {
+            self.exec(key.0, key.1);
+        }
+        if let Some(process) = self.processes.get_mut(&key) {
+            process.mm_id = mm_id.or(process.mm_id);
+        }
         let cached = self.processes.get(&key).is_some_and(|process| process.code.is_some());
         if !cached {
             self.read_maps(key);
@@ -184,7 +243,7 @@ impl ProcessCache {
 
     /// What was read, left out and evicted since the start.
     pub fn counts(&self) -> CacheCounts {
-        CacheCounts { modules: self.modules.losses(), ..self.counts }
+        CacheCounts { modules: self.modules.losses(), gate: self.modules.gate.counts(), ..self.counts }
     }
 
     /// Approximate heap size in bytes.
@@ -202,10 +261,12 @@ impl ProcessCache {
 
     fn lookup_or_insert(&mut self, key: ProcessKey) {
         self.clock = self.clock.saturating_add(1);
+        self.modules.gate.set_process(key);
         self.processes.entry(key).or_default().used = self.clock;
         while self.processes.len() > MAX_PROCESSES && self.evict_oldest(key, |_| true) {}
     }
 
+    /// Walks the stack, and again while that finds modules that can be opened.
     fn walk(
         &mut self,
         key: ProcessKey,
@@ -213,26 +274,67 @@ impl ProcessCache {
         stack_copy: &[u8],
         frame_pointers: &[u64],
     ) -> Option<UnwoundStack> {
-        let Some(code) = self.processes.get(&key).and_then(|process| process.code.as_ref()) else {
-            self.counts.gone = self.counts.gone.saturating_add(1);
-            return None;
-        };
-        Some(self.unwinder.unwind(&mut self.modules, code, registers, stack_copy, frame_pointers))
+        let mut looked_at = 0;
+        loop {
+            let Some(code) = self.processes.get(&key).and_then(|process| process.code.as_ref()) else {
+                self.counts.gone = self.counts.gone.saturating_add(1);
+                return None;
+            };
+            let stack = self.unwinder.unwind(&mut self.modules, code, registers, stack_copy, frame_pointers);
+            looked_at += 1;
+            match stack.needs_module {
+                Some(index) if looked_at < MAX_LOOKED_AT && self.look_at(key, index) => {}
+                _ => return Some(stack),
+            }
+        }
     }
 
-    /// The modules of the stack are in use. If one was closed, reading the mappings opens it again.
+    /// Opens the file of a mapping, or takes note of its path if it cannot be opened now. True if
+    /// that is more than was known.
+    fn look_at(&mut self, key: ProcessKey, index: usize) -> bool {
+        let Some(process) = self.processes.get_mut(&key) else { return false };
+        let Some(code) = process.code.as_mut() else { return false };
+        let (Some(mapping), Some(slot)) = (code.maps.all().get(index), code.modules.get_mut(index)) else {
+            return false;
+        };
+        let dir =
+            if process.ended.is_none() && self.modules.gate.affords() { ProcDir::open(key.0, key.1) } else { None };
+        let found = match &dir {
+            Some(dir) => self.modules.lookup_or_insert(&Reader { dir, credentials: &process.credentials }, mapping),
+            None => self.modules.unread(mapping),
+        };
+        let before = std::mem::replace(slot, found);
+        before == MappedModule::Unknown || found != before
+    }
+
+    /// The modules of the stack are in use. Those that were closed are opened again.
     fn mark_modules_used(&mut self, key: ProcessKey, stack: &UnwoundStack) {
         let now = Instant::now();
-        let mut closed = false;
+        let mut closed = Vec::new();
         let mut last = None;
         for id in stack.frames.iter().filter_map(|frame| frame.module) {
             if last.replace(id) != Some(id) {
                 self.modules.mark_used(id, now);
-                closed |= self.modules.get(id).is_some_and(Module::is_closed);
+                if self.modules.get(id).is_some_and(Module::is_closed) && !closed.contains(&id) {
+                    closed.push(id);
+                }
             }
         }
-        if closed && self.may_reread(key) {
-            self.read_maps(key);
+        if closed.is_empty() || !self.may_reread(key) {
+            return;
+        }
+        let slots = self.processes.get_mut(&key).and_then(|process| {
+            process.code_backoff.note();
+            Some(&process.code.as_ref()?.modules)
+        });
+        let is_closed = |slot: &MappedModule| slot.module().is_some_and(|id| closed.contains(&id));
+        let indexes: Vec<usize> = slots
+            .into_iter()
+            .flat_map(|slots| slots.iter().enumerate().filter(|(_, slot)| is_closed(slot)).map(|(index, _)| index))
+            .take(MAX_LOOKED_AT)
+            .collect();
+        for index in indexes {
+            self.look_at(key, index);
         }
     }
 
@@ -240,22 +342,44 @@ impl ProcessCache {
         self.processes.get(&key).is_none_or(|process| process.code_backoff.is_due(REREAD_FIRST, REREAD))
     }
 
-    /// False if the process has ended: what is cached of it stays.
+    /// False if the process has ended or is not read now: what is cached of it stays.
     fn read_maps(&mut self, key: ProcessKey) -> bool {
         let Some(process) = self.processes.get_mut(&key) else { return false };
         if process.ended.is_some() {
             return false;
         }
-        let Some(dir) = ProcDir::open(key.0, key.1) else { return false };
+        let read = || {
+            let dir = ProcDir::open(key.0, key.1)?;
+            let credentials = dir.credentials()?;
+            let maps = dir.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes))?;
+            Some((dir, credentials, maps))
+        };
+        let Some(Some((dir, credentials, maps))) = self.modules.gate.pass(None, read) else { return false };
+        if let Some(user) = credentials.user() {
+            self.modules.gate.set_user(user);
+        }
         process.code_backoff.note();
         self.counts.maps_read = self.counts.maps_read.saturating_add(1);
-        let Some(bytes) = dir.read("maps", maps::MAX_BYTES) else { return false };
-        let maps = Maps::parse(&bytes);
         let left_out = u64::try_from(maps.left_out()).unwrap_or(u64::MAX);
         self.counts.mappings_left_out = self.counts.mappings_left_out.saturating_add(left_out);
-        let modules = maps.all().iter().map(|mapping| self.modules.lookup_or_insert(&dir, mapping)).collect();
+        if maps.all().iter().any(|mapping| self.modules.is_unknown_file_system(mapping))
+            && let Some(found) = self.modules.gate.pass(None, || dir.file_systems())
+        {
+            self.modules.learn_file_systems(found);
+        }
+        let few = maps.all().iter().filter(|mapping| mapping.has_file()).count() <= OPENED_AT_ONCE;
+        let reader = Reader { dir: &dir, credentials: &credentials };
+        let modules = maps
+            .all()
+            .iter()
+            .map(|mapping| match few && self.modules.gate.affords() {
+                true => self.modules.lookup_or_insert(&reader, mapping),
+                false => MappedModule::Unknown,
+            })
+            .collect();
         let code = MappedCode { maps, modules };
         self.map_bytes = self.map_bytes.saturating_add(code.memory_estimate());
+        process.credentials = credentials;
         let before = process.code.replace(code);
         self.map_bytes = self.map_bytes.saturating_sub(before.map_or(0, |code| code.memory_estimate()));
         while self.map_bytes > MAX_MAP_BYTES && self.evict_oldest(key, |process| process.code.is_some()) {}
@@ -278,16 +402,20 @@ impl ProcessCache {
 
     fn read_jit(&mut self, key: ProcessKey) -> bool {
         let Some(process) = self.processes.get_mut(&key) else { return false };
+        if process.ended.is_some() {
+            return false;
+        }
         process.jit_backoff.note();
-        let known_bytes = process.jit.as_ref().map_or(0, PerfMap::file_bytes);
-        let dir = ProcDir::open(key.0, key.1);
-        let Some(map) = dir.and_then(|dir| PerfMap::read(&dir, known_bytes)) else { return false };
-        self.counts.perf_maps_read = self.counts.perf_maps_read.saturating_add(1);
-        self.jit_bytes = self.jit_bytes.saturating_add(map.memory_estimate());
-        let before = process.jit.replace(map);
-        self.jit_bytes = self.jit_bytes.saturating_sub(before.map_or(0, |map| map.memory_estimate()));
+        let map = process.jit.get_or_insert_default();
+        let before = map.memory_estimate();
+        let credentials = &process.credentials;
+        let read = || ProcDir::open(key.0, key.1).is_some_and(|dir| map.read_on(&dir, credentials));
+        let grown = self.modules.gate.pass(None, read).unwrap_or(false);
+        let bytes = process.jit.as_ref().map_or(0, PerfMap::memory_estimate);
+        self.jit_bytes = self.jit_bytes.saturating_sub(before).saturating_add(bytes);
+        self.counts.perf_maps_read = self.counts.perf_maps_read.saturating_add(u64::from(grown));
         while self.jit_bytes > MAX_JIT_BYTES && self.evict_oldest(key, |process| process.jit.is_some()) {}
-        true
+        grown
     }
 
     fn evict_oldest(&mut self, but: ProcessKey, with: impl Fn(&CachedProcess) -> bool) -> bool {

@@ -33,6 +33,9 @@ pub struct UnwoundStack {
     pub truncation: Option<Truncation>,
     /// The walk met an address that no mapping holds: the mappings may be out of date.
     pub needs_maps: bool,
+    /// A frame lies in a mapping that nobody has looked at, or else in one that could not be opened
+    /// yet: its index in [`MappedCode::modules`]. Once it is open, the walk may get farther.
+    pub needs_module: Option<usize>,
 }
 
 /// Why a walk ended before the outermost frame.
@@ -71,19 +74,47 @@ pub struct UnwoundFrame {
 pub struct MappedCode {
     /// Executable mappings, by address.
     pub maps: Maps,
-    /// For each mapping its module and the load bias: address in memory minus the address that
-    /// the file states. The bias is `None` if the file cannot be read as ELF. As long as `maps`.
-    pub modules: Vec<Option<(ModuleId, Option<u64>)>>,
+    /// For each mapping its module. As long as `maps`.
+    pub modules: Vec<MappedModule>,
+}
+
+/// What is known of the file behind a mapping. Files are opened when a frame lies in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappedModule {
+    /// Nobody has looked yet.
+    Unknown,
+    /// Known by its path only: it could not be opened yet.
+    Unread(ModuleId),
+    /// Opened. Its load bias is the address in memory minus the address that the file states;
+    /// `None` if the file cannot be read as ELF.
+    Read(ModuleId, Option<u64>),
+    /// Anonymous memory.
+    Anonymous,
+}
+
+impl MappedModule {
+    /// The module, if it is known.
+    pub fn module(self) -> Option<ModuleId> {
+        match self {
+            Self::Read(id, _) | Self::Unread(id) => Some(id),
+            Self::Unknown | Self::Anonymous => None,
+        }
+    }
 }
 
 impl MappedCode {
     fn place(&self, address: u64) -> Option<CodePlace> {
         let (index, mapping) = self.maps.find(address)?;
-        let module = self.modules.get(index).copied().flatten();
+        let mapped = self.modules.get(index).copied().unwrap_or(MappedModule::Anonymous);
         let offset = address.checked_sub(mapping.start)?.checked_add(mapping.offset)?;
-        let stated = module.and_then(|(_, bias)| Some(address.wrapping_sub(bias?)));
+        let (module, bias) = match mapped {
+            MappedModule::Read(id, bias) => (Some(id), bias),
+            MappedModule::Unread(id) => (Some(id), None),
+            MappedModule::Unknown | MappedModule::Anonymous => (None, None),
+        };
+        let stated = bias.map(|bias| address.wrapping_sub(bias));
         let by_kernel = matches!(&*mapping.path, "[vdso]" | "[vsyscall]" | "[uprobes]");
-        Some(CodePlace { module: module.map(|(id, _)| id), offset, stated, by_kernel })
+        Some(CodePlace { index, mapped, module, offset, stated, by_kernel, has_file: mapping.has_file() })
     }
 
     fn holds(&self, return_address: u64) -> bool {
@@ -92,12 +123,15 @@ impl MappedCode {
 
     /// Approximate heap size in bytes.
     pub fn memory_estimate(&self) -> usize {
-        let modules = self.modules.capacity().saturating_mul(size_of::<Option<(ModuleId, Option<u64>)>>());
+        let modules = self.modules.capacity().saturating_mul(size_of::<MappedModule>());
         self.maps.memory_estimate().saturating_add(modules)
     }
 }
 
 struct CodePlace {
+    /// Index of the mapping.
+    index: usize,
+    mapped: MappedModule,
     module: Option<ModuleId>,
     /// Offset in the mapped file, bytes.
     offset: u64,
@@ -105,6 +139,7 @@ struct CodePlace {
     stated: Option<u64>,
     /// The kernel mapped this code, not the process.
     by_kernel: bool,
+    has_file: bool,
 }
 
 impl CodePlace {
@@ -155,22 +190,26 @@ impl Unwinder {
     ) -> UnwoundStack {
         let walk = self.walk(modules, code, registers, stack_copy);
         let joined = join(walk, frame_pointers, code);
-        let frame = |hop: &Hop| {
+        let (mut unknown, mut unread) = (None, None);
+        let mut frame = |hop: &Hop| {
             let Some(place) = code.place(hop.lookup()) else {
                 return UnwoundFrame { address: hop.address, ..UnwoundFrame::default() };
             };
             let jit = match place.module {
                 Some(id) => modules.get(id).is_some_and(Module::is_generated),
-                None => !place.by_kernel,
+                None => !place.by_kernel && !place.has_file,
             };
+            match place.mapped {
+                MappedModule::Unknown => unknown = unknown.or(Some(place.index)),
+                MappedModule::Unread(_) => unread = unread.or(Some(place.index)),
+                MappedModule::Read(..) | MappedModule::Anonymous => {}
+            }
             let offset = place.module.is_some().then_some(place.offset);
             UnwoundFrame { module: place.module, offset, name: None, jit, address: hop.address }
         };
-        UnwoundStack {
-            frames: joined.hops.iter().map(frame).collect(),
-            truncation: joined.truncation,
-            needs_maps: joined.needs_maps,
-        }
+        let frames = joined.hops.iter().map(&mut frame).collect();
+        let needs_module = unknown.or(unread);
+        UnwoundStack { frames, truncation: joined.truncation, needs_maps: joined.needs_maps, needs_module }
     }
 
     /// Heap size in bytes.

@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use crate::own_memory;
 use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 
@@ -127,21 +128,31 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
                 answer(request, &session, &sinks, &symbolize);
             }
         }
-        if symbolize.wants_modules() {
-            symbolize.start(session.open_modules());
-        }
+        name_next(&mut session, &mut symbolize);
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    let modules = session.open_modules();
     sinks.take(session.stop());
     if !sinks.save_all(&mut symbolize)
         && let Some(journal) = &config.session.journal
     {
         recovery::leave_mark(&journal.dir);
     }
-    symbolize.stop(modules).await;
+    symbolize.stop(|wanted| session.modules(wanted)).await;
     Ok(())
+}
+
+/// Starts naming the functions of the next incident, once the files of its modules are there.
+fn name_next(session: &mut Session, symbolize: &mut SymbolizeQueue) {
+    session.wait_for_names(symbolize.is_busy());
+    if let Some(wanted) = symbolize.wanted_modules() {
+        session.ask_for_modules(wanted);
+    }
+    if symbolize.waits_for_modules()
+        && let Some(modules) = session.take_modules()
+    {
+        symbolize.start(modules);
+    }
 }
 
 /// A listener that the server's thread takes over.
@@ -173,6 +184,7 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
         }
         LoopRequest::Metrics(reply) => {
             let (stacks, cost) = session.stack_cost();
+            let (health, worker_bytes) = session.worker_health();
             let snapshot = MetricsSnapshot {
                 stacks,
                 incidents_named: symbolize.named,
@@ -183,9 +195,11 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),
                 sent: session.probe().sent(),
+                stack_workers: vec![("running", u64::from(health.running)), ("stuck", health.stuck)],
+                stack_worker_bytes: health.running.then_some(worker_bytes),
                 journal_failures: session.journal_failures(),
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
-                resident_bytes: resident_bytes(),
+                resident_bytes: own_memory::resident_bytes(),
                 map_bytes: session.probe().map_bytes(),
                 // The server's own.
                 connections: Vec::new(),
@@ -193,13 +207,6 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
             let _ = reply.send(Box::new(snapshot));
         }
     }
-}
-
-/// Resident memory of this process, bytes.
-fn resident_bytes() -> Option<u64> {
-    let statm = fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
-    pages.checked_mul(rustix::param::page_size() as u64)
 }
 
 /// Keeps the agent running when memory runs out, which is when it is needed: its pages are locked (CAP_IPC_LOCK), and

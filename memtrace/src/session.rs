@@ -14,7 +14,6 @@ use memtrace_engine::input::{Fact, Input, Settings};
 use memtrace_engine::output::{Output, Request};
 use memtrace_engine::{Engine, Out};
 use memtrace_incident::Loss;
-use memtrace_unwind::modules::OpenModule;
 use tracing::{debug, info, warn};
 
 use crate::cgroup::hierarchy::Hierarchy;
@@ -32,10 +31,12 @@ use crate::store::journal;
 mod capabilities;
 mod config;
 mod stack_pipeline;
+mod stack_worker;
 
 pub use capabilities::{Capabilities, attach, detect};
 pub use config::{JournalConfig, SessionConfig};
 use stack_pipeline::StackPipeline;
+pub use stack_worker::{ModuleFile, WorkerHealth};
 
 /// How often time passes for the engine, and rings are drained that did not wake the session.
 const TICK: Duration = Duration::from_millis(100);
@@ -61,6 +62,8 @@ pub struct Session {
     kernel_log: Option<log::KmsgReader>,
     queries: CgroupQueries,
     stacks: StackPipeline,
+    /// Somebody will ask for the functions of saved incidents.
+    wait_for_names: bool,
     ticker: Ticker,
     ticks: u32,
     /// A tick was put off for a kill.
@@ -76,6 +79,7 @@ impl Session {
     /// these privileges cannot do it.
     pub fn start(config: &SessionConfig) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(detect(config.btf.as_deref()), config)?;
+        let stacks = StackPipeline::new(&probe, config.sample_interval_bytes, config.stack_budget_ppm)?;
         let kernel_log = match config.kernel_log.then(log::KmsgReader::open) {
             None => None,
             Some(Ok(reader)) => Some(reader),
@@ -100,7 +104,8 @@ impl Session {
             journal_failures: 0,
             kernel_log,
             queries: CgroupQueries::default(),
-            stacks: StackPipeline::new(config.sample_interval_bytes, config.stack_budget_ppm),
+            stacks,
+            wait_for_names: false,
             ticker: Ticker::every(TICK).context("failed to make a timer")?,
             ticks: 0,
             tick_owed: false,
@@ -181,6 +186,7 @@ impl Session {
         let mut tick = false;
         tokio::select! {
             () = self.probe.ready() => {}
+            () = self.stacks.ready() => {}
             () = self.ticker.tick() => tick = true,
         }
         self.pump(tick)
@@ -203,13 +209,15 @@ impl Session {
                 break;
             }
         }
-        self.stacks.drain(&mut self.probe);
         let killed = self.out.outputs.iter().any(|output| matches!(output, Output::Kill(_)));
         if tick && killed && !self.tick_owed {
             self.tick_owed = true;
         } else if tick {
             self.tick_owed = false;
             self.tick(now);
+        }
+        if !killed {
+            self.report_stacks();
         }
         self.carry_out_requests();
         self.flush_journal();
@@ -244,9 +252,10 @@ impl Session {
         }
         if self.ticks.is_multiple_of(TICKS_PER_LOSSES) {
             self.read_losses();
+            self.stacks.wait_for_names(self.wait_for_names || self.engine.counts().open_incidents > 0);
             self.stacks.maintain(&mut self.probe, now);
         }
-        self.report_stacks();
+        self.stacks.check();
         for fact in self.queries.answer(&self.hierarchy, clock::boot_ns()) {
             self.feed(fact);
         }
@@ -289,7 +298,7 @@ impl Session {
     fn report_stacks(&mut self) {
         let segment = self.journal.as_ref().map_or(0, journal::JournalWriter::next_segment);
         let begin = clock::cpu_time();
-        for fact in self.stacks.take_facts(segment) {
+        for fact in self.stacks.take_facts(&mut self.probe, segment) {
             self.feed(fact);
         }
         self.stacks.add_cost(clock::cpu_time().saturating_sub(begin));
@@ -330,17 +339,23 @@ impl Session {
     pub fn catch_up(&mut self) {
         let now = clock::boot_ns();
         while self.drain_batch() {}
-        self.stacks.drain(&mut self.probe);
-        while self.stacks.has_backlog() {
-            self.stacks.drain(&mut self.probe);
+        let deadline = self.stacks.ask_for_all();
+        loop {
+            let all = self.stacks.await_all(deadline);
+            while self.stacks.has_backlog() {
+                self.report_stacks();
+            }
+            if all {
+                break;
+            }
         }
-        self.report_stacks();
         self.read_losses();
         self.feed(Fact::Tick { boot_ns: now });
     }
 
-    /// Ends the run: drains the rings, closes every incident, and logs what was lost.
-    pub fn stop(mut self) -> Vec<Output> {
+    /// Ends the run: drains the rings, closes every incident, and logs what was lost. Nothing but
+    /// [`Session::modules`] may be called after it.
+    pub fn stop(&mut self) -> Vec<Output> {
         let mut outputs = self.pump(true);
         self.catch_up();
         self.feed(Fact::Stop { boot_ns: clock::boot_ns() });
@@ -365,9 +380,36 @@ impl Session {
         self.stacks.cost(&self.probe)
     }
 
-    /// Modules of sampled processes whose content can be read now: functions are named from it.
-    pub fn open_modules(&self) -> Vec<OpenModule> {
-        self.stacks.open_modules()
+    /// Asks for the files of these modules, as path and build id: functions are named from them.
+    /// [`Session::take_modules`] has them later.
+    pub fn ask_for_modules(&mut self, wanted: Vec<(String, Option<String>)>) {
+        self.stacks.ask_for_modules(wanted);
+    }
+
+    /// The files that were asked for, of those that are still open; `None` while they are not there.
+    pub fn take_modules(&mut self) -> Option<Vec<ModuleFile>> {
+        self.stacks.take_modules()
+    }
+
+    /// The files of these modules. Waits a few seconds at most: for a run that ends.
+    pub fn modules(&mut self, wanted: Vec<(String, Option<String>)>) -> Vec<ModuleFile> {
+        self.stacks.modules(wanted)
+    }
+
+    /// Whether functions of saved incidents are still to be named: files of programs that have ended
+    /// stay open a little longer.
+    pub fn wait_for_names(&mut self, wait: bool) {
+        self.wait_for_names = wait;
+    }
+
+    /// Keeps files of programs that have ended open to the end of the run: for a recording.
+    pub fn keep_files(&mut self) {
+        self.stacks.keep_files();
+    }
+
+    /// How the stack worker is doing, and its resident memory in bytes.
+    pub fn worker_health(&self) -> (WorkerHealth, u64) {
+        self.stacks.worker_health()
     }
 
     /// The engine, for its counts and its snapshot.

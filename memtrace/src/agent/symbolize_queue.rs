@@ -9,26 +9,30 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use memtrace_incident::{AllocationPath, Incident};
-use memtrace_unwind::modules::OpenModule;
+use memtrace_incident::Incident;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::session::ModuleFile;
 use crate::store::incidents;
-use crate::symbolize::frame_names::{NamingSummary, UnnamedFrames};
+use crate::symbolize::frame_names::{ModuleName, NamingSummary, UnnamedFrames};
 use crate::symbolize::subprocess;
 use crate::symbolize::symbolizer::Symbolizer;
 
 /// Most incidents waiting; when it is reached the oldest goes without names.
 const MAX_WAITING: usize = 256;
+/// Modules of one incident whose files are asked for.
+const MAX_MODULES: usize = 1024;
 /// Time for what is running or waits when the agent stops.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
 /// Files whose frames are to be named, and the one being worked on.
 #[derive(Debug, Default)]
 pub(super) struct SymbolizeQueue {
-    /// Cap: [`MAX_WAITING`].
-    waiting: VecDeque<PathBuf>,
+    /// With the modules that have their functions. Cap: [`MAX_WAITING`].
+    waiting: VecDeque<(PathBuf, Vec<ModuleName>)>,
+    /// The first one's modules were asked for.
+    asked: bool,
     running: Option<(PathBuf, JoinHandle<anyhow::Result<NamingSummary>>)>,
     /// Incidents whose frames were named.
     pub(super) named: u64,
@@ -42,26 +46,39 @@ pub(super) struct SymbolizeResult(anyhow::Result<NamingSummary>);
 impl SymbolizeQueue {
     /// Queues an incident that was saved to `path`, unless all of its frames have names.
     pub(super) fn push(&mut self, incident: &Incident, path: &Path) {
-        let nameless =
-            |path: &AllocationPath| path.frames.iter().any(|frame| frame.symbol.is_none() && frame.offset.is_some());
-        if !incident.allocation_paths.iter().any(nameless) {
+        let modules: Vec<ModuleName> =
+            UnnamedFrames::of(incident).0.into_iter().map(|(module, _)| module).take(MAX_MODULES).collect();
+        if modules.is_empty() {
             return;
         }
         if self.waiting.len() >= MAX_WAITING {
             self.waiting.pop_front();
             self.failed = self.failed.saturating_add(1);
         }
-        self.waiting.push_back(path.to_owned());
+        self.waiting.push_back((path.to_owned(), modules));
     }
 
-    /// Whether [`Self::start`] has something to do.
-    pub(super) fn wants_modules(&self) -> bool {
-        self.running.is_none() && !self.waiting.is_empty()
+    /// Modules whose files are needed for the next incident, if they were not asked for yet.
+    pub(super) fn wanted_modules(&mut self) -> Option<Vec<ModuleName>> {
+        let (_, modules) = self.waiting.front().filter(|_| self.running.is_none() && !self.asked)?;
+        self.asked = true;
+        Some(modules.clone())
     }
 
-    /// Starts the next incident with the modules that the session holds open.
-    pub(super) fn start(&mut self, modules: Vec<OpenModule>) {
-        let Some(path) = self.waiting.pop_front() else { return };
+    /// Whether [`Self::start`] waits for the modules that were asked for.
+    pub(super) fn waits_for_modules(&self) -> bool {
+        self.asked
+    }
+
+    /// Whether incidents are being named, or wait for that.
+    pub(super) fn is_busy(&self) -> bool {
+        self.running.is_some() || !self.waiting.is_empty()
+    }
+
+    /// Starts the next incident with the files of its modules.
+    pub(super) fn start(&mut self, modules: Vec<ModuleFile>) {
+        self.asked = false;
+        let Some((path, _)) = self.waiting.pop_front() else { return };
         let file = path.clone();
         let running = tokio::task::spawn_blocking(move || symbolize(&file, modules));
         self.running = Some((path, running));
@@ -89,11 +106,12 @@ impl SymbolizeQueue {
     }
 
     /// Names what is running and what waits, as far as [`STOP_LIMIT`] allows: the agent stops.
-    pub(super) async fn stop(&mut self, modules: Vec<OpenModule>) {
+    pub(super) async fn stop(&mut self, mut modules: impl FnMut(Vec<ModuleName>) -> Vec<ModuleFile>) {
         let until = tokio::time::Instant::now() + STOP_LIMIT;
+        self.asked = false;
         loop {
-            if self.running.is_none() {
-                self.start(modules.clone());
+            if let Some(wanted) = self.wanted_modules() {
+                self.start(modules(wanted));
             }
             if self.running.is_none() {
                 return;
@@ -105,9 +123,10 @@ impl SymbolizeQueue {
 }
 
 /// Reads an incident, names its frames and writes it again, whole or not at all.
-fn symbolize(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<NamingSummary> {
+fn symbolize(path: &Path, modules: Vec<ModuleFile>) -> anyhow::Result<NamingSummary> {
     let mut incident = incidents::read(path)?;
     let unnamed = UnnamedFrames::of(&incident);
+    let modules = modules.into_iter().filter_map(ModuleFile::open_module).collect();
     let summary = subprocess::find(&Symbolizer::with_modules(modules, &[]), &unnamed).apply(&mut incident);
     if summary.named > 0 {
         incidents::write(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;

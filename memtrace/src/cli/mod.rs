@@ -26,6 +26,7 @@ mod reference;
 pub mod replay;
 pub mod report;
 pub mod schema;
+pub mod stack_worker;
 pub mod terminal;
 pub mod values;
 
@@ -62,6 +63,9 @@ pub enum Verb {
     /// Name the stack frames that standard input asks for; started by the agent
     #[command(hide = true)]
     NameFrames(name_frames::Args),
+    /// Unwind the stacks of a ring that comes with standard input; started by `agent` and `record`
+    #[command(hide = true)]
+    StackWorker(stack_worker::Args),
     /// Print a completion script for a shell
     Completions(completions::Args),
     /// Print the manual page, or write one for every verb
@@ -84,6 +88,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Verb::Schema(args) => schema::run(&args),
         Verb::ExecIn(args) => exec_in::run(&args),
         Verb::NameFrames(args) => name_frames::run(&args),
+        Verb::StackWorker(args) => stack_worker::run(&args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),
     };

@@ -1,5 +1,6 @@
 //! `memtrace record`: traces one command, process or cgroup and reports where its memory went.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -26,9 +27,9 @@ use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
 use crate::error::CommandError;
 use crate::proc::proc_scan;
-use crate::session::{Session, SessionConfig};
+use crate::session::{ModuleFile, Session, SessionConfig};
 use crate::store::incidents;
-use crate::symbolize::frame_names::UnnamedFrames;
+use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
 use crate::symbolize::subprocess;
 use crate::symbolize::symbolizer::Symbolizer;
 
@@ -122,6 +123,7 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         ..Config::load(None, &args.settings)?.parse()?.session
     };
     let mut session = Session::start(&config)?;
+    session.keep_files();
     let mut files = Vec::new();
     let ending = if args.command.is_empty() {
         follow(args, &mut session, &mut files).await?
@@ -135,13 +137,17 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
         signal: ending.status.and_then(|status| status.signal()),
         cgroup_peak_bytes: ending.cgroup_peak_bytes,
     });
-    let modules = session.open_modules();
     collect(session.stop(), &mut files);
+    let wanted: BTreeSet<ModuleName> =
+        files.iter().flat_map(|incident| UnnamedFrames::of(incident).0).map(|(module, _)| module).collect();
+    let modules = session.modules(wanted.into_iter().collect());
+    drop(session);
     if std::io::stderr().is_terminal() && !args.quiet {
         eprintln!("memtrace: finding the names of functions");
     }
     // As root: the files of what was recorded need not be readable to the user. Debug information is untrusted, so a
     // subprocess reads it.
+    let modules = modules.into_iter().filter_map(ModuleFile::open_module).collect();
     let symbolizer = Symbolizer::with_modules(modules, &[]);
     for incident in &mut files {
         subprocess::find(&symbolizer, &UnnamedFrames::of(incident)).apply(incident);

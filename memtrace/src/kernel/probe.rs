@@ -1,8 +1,8 @@
 //! The loaded programs: attaches them one by one, drains the rings, reads the counters.
 //!
-//! With `object` the only file that names aya.
+//! With `object` and its own parts the only file that names aya.
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -25,8 +25,12 @@ use super::misses::{Misses, field};
 use super::status::{AttachResult, ProgramCost};
 use super::support::{AttachPlan, ProgramRefusal};
 
+pub mod stack_ring;
+
 /// Bytes a single [`Probe::drain`] takes out of the rings at most, so that a storm cannot grow the agent.
 const MAX_BATCH_BYTES: usize = 4 << 20;
+/// The map of the ring that is drained by [`stack_ring::StackRing`].
+const STACKS: &str = "STACKS";
 /// How long to wait for the per-CPU offsets to be learnt.
 const PERCPU_PATIENCE: Duration = Duration::from_millis(500);
 /// Longest reason for which a program was refused, bytes. A verifier log can be 16 MiB.
@@ -111,7 +115,7 @@ impl Probe {
             .override_global(CONTROL, settings.control.as_bytes(), true)
             .map_max_entries("LEDGER", settings.ledger_bytes)
             .map_max_entries("SAMPLES", settings.samples_bytes)
-            .map_max_entries("STACKS", settings.stacks_bytes)
+            .map_max_entries(STACKS, settings.stacks_bytes)
             .map_max_entries("AYA_LOGS", 1 << 14)
             .map_max_entries("SCRATCH", settings.control.cpus.max(1))
             .map_max_entries("MMS", settings.max_processes);
@@ -124,8 +128,9 @@ impl Probe {
         }
 
         // Rings first: a hook may fire as soon as it is attached.
+        // The third one, of stacks, is drained elsewhere: see `stack_ring`.
         let mut rings = Vec::new();
-        for (ring, map, _) in RINGS {
+        for (ring, map, _) in RINGS.into_iter().filter(|(ring, ..)| *ring != Ring::Stacks) {
             let map = ebpf.take_map(map).ok_or(ProbeError::Map(map))?;
             let buffer = RingBuf::try_from(map).map_err(|error| ProbeError::Load(error.to_string()))?;
             // SAFETY: the ring owns its map's descriptor, which stays open and the same until the ring is dropped.
@@ -142,13 +147,12 @@ impl Probe {
 
     /// Waits until a ring has woken its reader.
     pub async fn ready(&mut self) {
-        let [(_, ledger), (_, samples), (_, stacks)] = self.rings.as_mut_slice() else {
+        let [(_, ledger), (_, samples)] = self.rings.as_mut_slice() else {
             return std::future::pending().await;
         };
         tokio::select! {
             Ok(mut guard) = ledger.readable_mut() => guard.clear_ready(),
             Ok(mut guard) = samples.readable_mut() => guard.clear_ready(),
-            Ok(mut guard) = stacks.readable_mut() => guard.clear_ready(),
         }
     }
 
@@ -159,7 +163,7 @@ impl Probe {
         self.arena.clear();
         self.slots.clear();
         let mut more = false;
-        for (ring, buffer) in self.rings.iter_mut().filter(|(ring, _)| *ring != Ring::Stacks) {
+        for (ring, buffer) in &mut self.rings {
             let buffer = buffer.get_mut();
             loop {
                 if self.arena.len() >= MAX_BATCH_BYTES {
@@ -184,17 +188,12 @@ impl Probe {
         (records, more)
     }
 
-    /// Lends records of the stacks ring to `take`, at most `most` of them, in the ring's own
-    /// memory: they hold stacks of other programs, secrets included, which must not be copied.
-    /// Returns whether more is waiting.
-    pub fn drain_stacks(&mut self, most: usize, mut take: impl FnMut(&[u8])) -> bool {
-        let Some((_, buffer)) = self.rings.iter_mut().find(|(ring, _)| *ring == Ring::Stacks) else { return false };
-        let buffer = buffer.get_mut();
-        for _ in 0..most {
-            let Some(item) = buffer.next() else { return false };
-            take(&item);
-        }
-        true
+    /// The descriptor of the STACKS ring, for [`stack_ring::StackRing`].
+    pub fn stacks_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.ebpf.maps().find_map(|(name, map)| match map {
+            Map::RingBuf(data) if name == STACKS => Some(data.fd().as_fd()),
+            _ => None,
+        })
     }
 
     /// Passes messages of the programs (aya-log) to this process' log.

@@ -195,7 +195,20 @@ static METRICS: &[Metric] = &[
         "Time the kernel side spent on stacks",
         Value::Nanoseconds(|now| now.stack_cost.kernel_ns),
     ),
-    Metric::counter("stack_user", "Time the agent spent on stacks", Value::Nanoseconds(|now| now.stack_cost.user_ns)),
+    Metric::counter(
+        "stack_user",
+        "Time the agent and its stack worker spent on stacks",
+        Value::Nanoseconds(|now| now.stack_cost.user_ns),
+    ),
+    Metric::gauge(
+        "stack_workers",
+        "Processes that unwind stacks",
+        Value::Each {
+            label: "state",
+            values: "`running`: 1, or 0 while there are no stacks; `stuck`: killed, waiting for a file system to let go",
+            read: |now| now.stack_workers.iter().map(|(state, count)| ((*state).to_owned(), *count)).collect(),
+        },
+    ),
     Metric::counter("bad_records", "Records that could not be decoded", Value::One(|now| now.counts.bad_records)),
     Metric::gauge("open_incidents", "Incidents still gathering", Value::One(|now| now.counts.open_incidents)),
     Metric::gauge("cgroups", "Memory cgroups followed", Value::One(|now| now.counts.cgroups)),
@@ -205,9 +218,13 @@ static METRICS: &[Metric] = &[
         "Memory of the agent itself",
         Value::Each {
             label: "part",
-            values: "`resident`, `maps` (its BPF maps and rings)",
+            values: "`resident`, `maps` (its BPF maps and rings), `stack_worker` (resident)",
             read: |now| {
-                let parts = [("resident", now.resident_bytes), ("maps", now.map_bytes)];
+                let parts = [
+                    ("resident", now.resident_bytes),
+                    ("maps", now.map_bytes),
+                    ("stack_worker", now.stack_worker_bytes),
+                ];
                 parts.into_iter().filter_map(|(part, bytes)| Some((part.to_owned(), bytes?))).collect()
             },
         },

@@ -83,6 +83,10 @@ pub struct MetricsSnapshot {
     pub resident_bytes: Option<u64>,
     /// Memory of its BPF maps, bytes; `None` when the kernel does not report it.
     pub map_bytes: Option<u64>,
+    /// Processes that unwind stacks, by what they do.
+    pub stack_workers: Vec<(&'static str, u64)>,
+    /// Resident memory of the one that runs, bytes.
+    pub stack_worker_bytes: Option<u64>,
     /// Connections to this server, by what became of them.
     pub connections: Vec<(&'static str, u64)>,
 }

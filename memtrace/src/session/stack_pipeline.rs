@@ -1,65 +1,83 @@
-//! The session's part in stacks: drain their ring, report them to the engine, keep their budget.
+//! The session's part in stacks: what their worker unwinds goes to the engine, within their budget.
 //!
 //! The loop calls it at five places: [`StackPipeline::observe`] for each record of the other rings,
-//! [`StackPipeline::follow_new_cgroups`] after each batch of them, [`StackPipeline::drain`] once a
-//! turn, [`StackPipeline::take_facts`] with each tick, [`StackPipeline::maintain`] once a second.
+//! [`StackPipeline::follow_new_cgroups`] after each batch of them, [`StackPipeline::take_facts`] once
+//! a turn, [`StackPipeline::check`] with each tick, [`StackPipeline::maintain`] once a second.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use memtrace_common::event::CGROUP_MADE;
+use anyhow::Context;
+use memtrace_common::event::{CGROUP_MADE, RECLAIM_BEGIN};
 use memtrace_engine::Engine;
 use memtrace_engine::decode::Record;
 use memtrace_engine::input::Fact;
 use memtrace_incident::Loss;
-use memtrace_unwind::modules::OpenModule;
+use memtrace_unwind::gate::ProcessKey;
 use tracing::{debug, warn};
 
+use super::stack_worker::{ModuleFile, StackWorker, WorkerHealth};
 use crate::clock;
 use crate::kernel::probe::Probe;
+use crate::stacks::messages::{ModuleLabel, StackCounts, ToWorker};
+use crate::stacks::renumbering::Renumbering;
 use crate::stacks::sampling_rate::{SamplingRate, StackCost};
-use crate::stacks::stack_samples::StackSamples;
 
-/// Stacks unwound between two readings of the CPU clock.
-const STACKS_PER_BATCH: usize = 16;
-/// CPU time for stacks in one turn: the first stack of a process costs up to a millisecond, and
-/// kills and readings of memory get their turn in between.
-const TURN: Duration = Duration::from_millis(5);
 /// Cgroups whose stacks are taken, where not all are.
 const MAX_SAMPLED: usize = 1024;
+/// Processes whose end the worker is told.
+const MAX_FOLLOWED: usize = 4096;
+/// Time for the worker to bring what the ring holds, when something ends.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(3);
+/// Time for the worker to bring files, when something ends.
+const MODULES_LIMIT: Duration = Duration::from_secs(3);
+/// How long files stay open that no process maps, when nobody waits for names.
+const KEEP_FILES: Duration = Duration::from_secs(1);
+/// The same while an incident is open or its functions are not named.
+const KEEP_FILES_FOR_NAMES: Duration = Duration::from_secs(10);
 
 /// Everything about stacks that a session keeps.
 pub(super) struct StackPipeline {
-    samples: StackSamples,
+    worker: StackWorker,
+    numbers: Renumbering,
     rate: SamplingRate,
     /// When the rate was adjusted last, boot clock.
     adjusted_ns: u64,
-    /// The ring holds more than the last turn took.
-    backlog: bool,
+    /// CPU time that this process has spent on stacks.
+    spent: Duration,
     /// Stacks whose cost the eBPF programs have been given.
     reported: u64,
     /// Cgroups whose stacks are taken, where not all are. Cap: [`MAX_SAMPLED`].
     sampled: BTreeSet<u64>,
     /// Cgroups made in these since the last batch. Cap: the records of one batch.
     made: Vec<u64>,
+    /// Processes that the worker most likely has cached. What it is not told it finds out by itself,
+    /// only later. Cap: [`MAX_FOLLOWED`].
+    followed: BTreeSet<ProcessKey>,
     /// The journal segment that has what stacks refer to.
     stated_segment: u64,
+    /// How long files stay open that no process maps.
+    keep_files: Duration,
 }
 
 impl StackPipeline {
     /// `sample_bytes` is the default sample interval; `budget_ppm` is in parts per million of one
-    /// CPU.
-    pub(super) fn new(sample_bytes: u64, budget_ppm: u64) -> Self {
-        Self {
-            samples: StackSamples::new(),
+    /// CPU. Must run inside a tokio runtime.
+    pub(super) fn new(probe: &Probe, sample_bytes: u64, budget_ppm: u64) -> anyhow::Result<Self> {
+        let ring = probe.stacks_fd().context("there is no ring of stacks")?;
+        Ok(Self {
+            worker: StackWorker::start(ring, budget_ppm)?,
+            numbers: Renumbering::default(),
             rate: SamplingRate::new(sample_bytes, budget_ppm),
             adjusted_ns: clock::boot_ns(),
-            backlog: false,
+            spent: Duration::ZERO,
             reported: 0,
             sampled: BTreeSet::new(),
             made: Vec::new(),
+            followed: BTreeSet::new(),
             stated_segment: 0,
-        }
+            keep_files: KEEP_FILES,
+        })
     }
 
     /// Takes stacks of the processes in this cgroup and in all below it, present and future: for a
@@ -80,7 +98,23 @@ impl StackPipeline {
             Record::Cgroup(cgroup) if cgroup.change == CGROUP_MADE && self.sampled.contains(&cgroup.parent_id) => {
                 self.made.push(cgroup.memcg.cgroup_id);
             }
-            record => self.samples.observe(record),
+            Record::Exec(exec) => {
+                let process = (exec.task.tgid, exec.task.start_boot_ns);
+                if self.followed.contains(&process) {
+                    self.worker.say_later(&ToWorker::Exec(process));
+                }
+            }
+            Record::Exit(exit) => {
+                let process = (exit.task.tgid, exit.task.start_boot_ns);
+                if self.followed.remove(&process) {
+                    self.worker.say_later(&ToWorker::Exit(process));
+                }
+            }
+            // A limit was hit: once it comes to a kill it is too late to read mappings.
+            Record::Reclaim(reclaim) if reclaim.phase == RECLAIM_BEGIN => {
+                self.worker.say(&ToWorker::Prefetch((reclaim.task.tgid, reclaim.task.start_boot_ns)));
+            }
+            _ => {}
         }
     }
 
@@ -92,59 +126,72 @@ impl StackPipeline {
         }
     }
 
-    /// Unwinds what the STACKS ring holds, for one turn.
-    pub(super) fn drain(&mut self, probe: &mut Probe) {
-        let (samples, rate) = (&mut self.samples, &mut self.rate);
-        // The clock is a system call, and most turns have no stack.
-        let mut begin = None;
-        let since = |begin: Option<Duration>| begin.map_or(Duration::ZERO, |b| clock::cpu_time().saturating_sub(b));
-        let mut backlog = true;
-        while backlog && since(begin) < TURN {
-            backlog = probe.drain_stacks(STACKS_PER_BATCH, |record| {
-                begin.get_or_insert_with(clock::cpu_time);
-                if let Some(cgroup) = samples.push(record) {
-                    rate.note_sample(cgroup);
-                }
-            });
-        }
-        self.backlog = backlog;
-        for (pid, bytes) in self.samples.take_copy_requests() {
+    /// Waits until the worker has something.
+    pub(super) async fn ready(&self) {
+        self.worker.ready().await;
+    }
+
+    /// Whether stacks wait to be taken.
+    pub(super) fn has_backlog(&self) -> bool {
+        self.worker.has_batch()
+    }
+
+    /// The stacks of one batch, as facts. `segment` is the journal segment that they will be written
+    /// to: each states once what its stacks refer to.
+    pub(super) fn take_facts(&mut self, probe: &mut Probe, segment: u64) -> Vec<Fact> {
+        self.worker.receive();
+        let Some(batch) = self.worker.next_batch() else { return Vec::new() };
+        for (pid, bytes) in batch.copy_bytes {
             if let Err(error) = probe.set_stack_copy(pid, bytes) {
                 debug!("size of stack copies of process {pid}: {error}");
             }
         }
-        self.samples.add_cost(since(begin));
-        let (unwound, spent) = self.samples.cost();
-        if unwound > self.reported {
-            self.reported = unwound;
-            if let Err(error) = probe.set_user_spent(nanoseconds(spent)) {
+        if self.worker.take_renewed() {
+            self.numbers.next_worker();
+        }
+        if segment != self.stated_segment {
+            self.stated_segment = segment;
+            self.numbers.restate();
+        }
+        for fact in &batch.facts {
+            let Fact::Stack(stack) = fact else { continue };
+            self.rate.note_sample(stack.cgroup_id);
+            if self.followed.len() >= MAX_FOLLOWED {
+                self.followed.pop_first();
+            }
+            self.followed.insert((stack.pid, stack.start_boot_ns));
+        }
+        self.pay(probe);
+        self.numbers.renumber(batch.facts)
+    }
+
+    /// Tells the eBPF programs what stacks have cost here and in the worker.
+    fn pay(&mut self, probe: &mut Probe) {
+        let counts = self.worker.counts();
+        if counts.unwound > self.reported {
+            self.reported = counts.unwound;
+            if let Err(error) = probe.set_user_spent(self.user_ns(&counts)) {
                 debug!("cost of stacks: {error}");
             }
         }
     }
 
-    /// Whether the ring held more than the last turn took.
-    pub(super) fn has_backlog(&self) -> bool {
-        self.backlog
+    fn user_ns(&self, counts: &StackCounts) -> u64 {
+        nanoseconds(self.spent).saturating_add(counts.spent_ns)
     }
 
-    /// The stacks that were unwound, as facts. `segment` is the journal segment that they will be
-    /// written to: each states once what its stacks refer to.
-    pub(super) fn take_facts(&mut self, segment: u64) -> Vec<Fact> {
-        if segment != self.stated_segment {
-            self.stated_segment = segment;
-            self.samples.restate();
-        }
-        self.samples.take()
-    }
-
-    /// Adds CPU time that was spent on stacks.
+    /// Adds CPU time that this process spent on stacks.
     pub(super) fn add_cost(&mut self, time: Duration) {
-        self.samples.add_cost(time);
+        self.spent = self.spent.saturating_add(time);
     }
 
-    /// Adjusts the sample intervals to the budget, and drops what is known of dead processes. Call
-    /// it about once a second.
+    /// Replaces the worker if it hangs. Call it with each tick.
+    pub(super) fn check(&mut self) {
+        self.worker.check(Instant::now());
+    }
+
+    /// Adjusts the sample intervals to the budget, and lets the worker drop what is known of dead
+    /// processes. Call it about once a second.
     pub(super) fn maintain(&mut self, probe: &mut Probe, now: u64) {
         let (_, cost) = self.cost(probe);
         for (cgroup, bytes) in self.rate.adjust(cost, now.saturating_sub(self.adjusted_ns)) {
@@ -153,30 +200,79 @@ impl StackPipeline {
             }
         }
         self.adjusted_ns = now;
-        self.samples.tick();
+        self.worker.ask(self.keep_files);
+    }
+
+    /// Whether functions of programs that end now are still to be named.
+    pub(super) fn wait_for_names(&mut self, wait: bool) {
+        self.keep_files = if wait { KEEP_FILES_FOR_NAMES } else { KEEP_FILES };
+    }
+
+    /// Keeps files open until the end of the run, whoever maps them.
+    pub(super) fn keep_files(&mut self) {
+        self.keep_files = Duration::MAX;
+    }
+
+    /// Lets the worker drain the ring: before something ends that must be reported in full. Returns
+    /// the deadline for [`StackPipeline::await_all`].
+    pub(super) fn ask_for_all(&mut self) -> Instant {
+        self.worker.ask_for_all(self.keep_files);
+        Instant::now().checked_add(CATCH_UP_LIMIT).unwrap_or_else(Instant::now)
+    }
+
+    /// Waits for what the ring held, or until there are stacks to take. True if nothing more comes.
+    pub(super) fn await_all(&mut self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.worker.await_answer(left) || left.is_zero()
     }
 
     /// Stacks unwound, and what stacks have cost since the start.
     pub(super) fn cost(&self, probe: &Probe) -> (u64, StackCost) {
         let budget = probe.stack_budget().unwrap_or_default();
-        let (unwound, here) = self.samples.cost();
-        let cost = StackCost { kernel_ns: budget.spent_ns, user_ns: nanoseconds(here), thinned: budget.thinned };
-        (unwound, cost)
+        let counts = self.worker.counts();
+        let user_ns = self.user_ns(&counts);
+        let cost = StackCost { kernel_ns: budget.spent_ns, user_ns, thinned: budget.thinned };
+        (counts.unwound, cost)
     }
 
-    /// What was lost of stacks, as totals since the start.
+    /// What was lost of stacks, as totals since the start; only what is not 0.
     pub(super) fn losses(&self, probe: &Probe) -> Vec<(String, u64)> {
-        let mut totals = self.samples.losses();
+        let (counts, restarts) = (self.worker.counts(), self.worker.health().restarts);
         let (_, StackCost { thinned, .. }) = self.cost(probe);
-        if thinned > 0 {
-            totals.push((Loss::StacksOverBudget.label().to_owned(), thinned));
-        }
-        totals
+        let named = [
+            (Loss::StacksNoRoomToWait, counts.no_room_to_wait),
+            (Loss::StacksBadRecords, counts.bad_records),
+            (Loss::StackProcessesForgotten, counts.processes_forgotten),
+            (Loss::StackMappingsLeftOut, counts.mappings_left_out),
+            (Loss::ModulesForgotten, counts.modules_forgotten),
+            (Loss::ModulesClosedEarly, counts.modules_closed_early),
+            (Loss::UnwindInformationTooLarge, counts.unwind_too_large),
+            (Loss::StackFilesRefused, counts.refused),
+            (Loss::StackFilesOverBudget, counts.over_budget),
+            (Loss::StackWorkerReplaced, restarts),
+            (Loss::StacksOverBudget, thinned),
+        ];
+        named.iter().filter(|(_, count)| *count > 0).map(|(loss, count)| (loss.label().to_owned(), *count)).collect()
     }
 
-    /// Modules of sampled processes whose content can be read now: functions are named from it.
-    pub(super) fn open_modules(&self) -> Vec<OpenModule> {
-        self.samples.open_modules()
+    /// How the worker is doing, and its resident memory in bytes.
+    pub(super) fn worker_health(&self) -> (WorkerHealth, u64) {
+        (self.worker.health(), self.worker.counts().resident_bytes)
+    }
+
+    /// Asks for the files of modules; [`StackPipeline::take_modules`] has them later.
+    pub(super) fn ask_for_modules(&mut self, wanted: Vec<ModuleLabel>) {
+        self.worker.ask_for_modules(wanted);
+    }
+
+    /// The files that were asked for, once they are there.
+    pub(super) fn take_modules(&mut self) -> Option<Vec<ModuleFile>> {
+        self.worker.take_modules()
+    }
+
+    /// The files of these modules, as far as they come in time: when something ends.
+    pub(super) fn modules(&mut self, wanted: Vec<ModuleLabel>) -> Vec<ModuleFile> {
+        self.worker.modules(wanted, MODULES_LIMIT)
     }
 }
 

@@ -28,6 +28,11 @@ impl KernelStackQueue {
         }
     }
 
+    /// Stacks that wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// A fact for each stack that waits.
     pub fn take(&mut self, symbols: &mut KernelSymbols) -> Vec<Fact> {
         let waiting = std::mem::take(&mut self.waiting);

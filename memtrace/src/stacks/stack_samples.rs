@@ -9,11 +9,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use memtrace_common::event::{
-    CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_STACK_COPY_BYTES, RECLAIM_BEGIN, StackSample, UNKNOWN,
+    CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_STACK_COPY_BYTES, StackSample, UNKNOWN,
 };
-use memtrace_engine::decode::{Record, StackRecord, decode_stack};
+use memtrace_engine::decode::{StackRecord, decode_stack};
 use memtrace_engine::input::{Fact, PathFrame, StackFound};
-use memtrace_incident::{Cause, Cut, Loss};
+use memtrace_incident::{Cause, Cut};
+use memtrace_unwind::gate::{Gate, ProcessKey, Refused};
 use memtrace_unwind::modules::OpenModule;
 use memtrace_unwind::process_cache::ProcessCache;
 use memtrace_unwind::rule::Registers;
@@ -21,6 +22,7 @@ use memtrace_unwind::unwind::{Truncation, UnwoundFrame};
 
 use super::kallsyms::KernelSymbols;
 use super::kernel_stacks::KernelStackQueue;
+use super::messages::StackCounts;
 use super::path_numbers::PathNumbers;
 
 /// Samples that wait for the names of their kernel frames.
@@ -57,14 +59,13 @@ pub struct StackSamples {
     /// Records that could not be decoded.
     bad: u64,
     unwound: u64,
-    spent: Duration,
 }
 
 impl StackSamples {
-    /// With the symbols of the running kernel, and no process known.
-    pub fn new() -> Self {
+    /// With the symbols of the running kernel, and no process known. Files are read through `gate`.
+    pub fn new(gate: Gate) -> Self {
         Self {
-            processes: ProcessCache::default(),
+            processes: ProcessCache::new(gate),
             kernel_stacks: KernelStackQueue::default(),
             symbols: KernelSymbols::read(),
             waiting: VecDeque::new(),
@@ -74,32 +75,30 @@ impl StackSamples {
             refused: 0,
             bad: 0,
             unwound: 0,
-            spent: Duration::ZERO,
         }
     }
 
-    /// Takes a record of the STACKS ring. Returns the cgroup that it samples, if it is a sample.
-    pub fn push(&mut self, record: &[u8]) -> Option<u64> {
-        let cgroup = match decode_stack(record) {
+    /// Takes a record of the STACKS ring.
+    pub fn push(&mut self, record: &[u8]) {
+        let taken = match decode_stack(record) {
             Ok(StackRecord::KernelStack(stack)) => {
                 self.kernel_stacks.push(stack);
-                return None;
+                Some(())
             }
             Ok(StackRecord::Sample(sample, stack_copy)) => self.sample(sample, stack_copy),
             Err(_) => None,
         };
-        if cgroup.is_none() {
+        if taken.is_none() {
             self.bad = self.bad.saturating_add(1);
         }
-        cgroup
     }
 
     /// `None` if the sample's cause is unknown.
-    fn sample(&mut self, sample: &StackSample, stack_copy: &[u8]) -> Option<u64> {
+    fn sample(&mut self, sample: &StackSample, stack_copy: &[u8]) -> Option<()> {
         let cause = cause(sample.cause)?;
         if self.waiting.len() >= MAX_WAITING {
             self.refused = self.refused.saturating_add(1);
-            return Some(sample.cgroup_id);
+            return Some(());
         }
         let task = &sample.task;
         let (user, cut) = self.unwind(sample, stack_copy);
@@ -127,7 +126,7 @@ impl StackSamples {
             user,
             cut,
         });
-        Some(sample.cgroup_id)
+        Some(())
     }
 
     /// User frames of a sample, innermost first, and why the outermost one is missing if it is.
@@ -139,24 +138,39 @@ impl StackSamples {
         let registers = Registers { ip: sample.ip, sp: sample.sp, fp: sample.bp, lr };
         let frame_pointers = sample.user.get(..sample.user_frames as usize).unwrap_or_default();
         let task = &sample.task;
-        match self.processes.unwind(task.tgid, task.start_boot_ns, registers, stack_copy, frame_pointers) {
+        // A charge is of a cgroup, not of an address space.
+        let mm_id = (sample.mm_id != 0).then_some(sample.mm_id);
+        let process = ((task.tgid, task.start_boot_ns), mm_id);
+        match self.processes.unwind(process, registers, stack_copy, frame_pointers) {
             Some(stack) => (stack.frames.iter().map(path_frame).collect(), stack.truncation.map(cut)),
             None => (Vec::new(), Some(Cut::Gone)),
         }
     }
 
-    /// Takes note of a record of another ring: programs started, processes that ended, and those
-    /// that hit a limit.
-    pub fn observe(&mut self, record: &Record) {
-        match record {
-            Record::Exec(exec) => self.processes.exec(exec.task.tgid, exec.task.start_boot_ns),
-            Record::Exit(exit) => self.processes.exit(exit.task.tgid, exit.task.start_boot_ns),
-            // A limit was hit: once it comes to a kill it is too late to read mappings.
-            Record::Reclaim(reclaim) if reclaim.phase == RECLAIM_BEGIN => {
-                self.processes.prefetch(reclaim.task.tgid, reclaim.task.start_boot_ns);
-            }
-            _ => {}
-        }
+    /// Leaves these files alone from now on, in place of others.
+    pub fn refuse(&mut self, refused: Refused) {
+        self.processes.refuse(refused);
+    }
+
+    /// The process has replaced its program.
+    pub fn exec(&mut self, (pid, start_boot_ns): ProcessKey) {
+        self.processes.exec(pid, start_boot_ns);
+    }
+
+    /// The process has ended.
+    pub fn exit(&mut self, (pid, start_boot_ns): ProcessKey) {
+        self.processes.exit(pid, start_boot_ns);
+    }
+
+    /// Reads the mappings of the process now: it hit a limit, and once that comes to a kill it is too
+    /// late.
+    pub fn prefetch(&mut self, (pid, start_boot_ns): ProcessKey) {
+        self.processes.prefetch(pid, start_boot_ns);
+    }
+
+    /// Stacks, of processes and of the kernel, that [`StackSamples::take`] would return.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len().saturating_add(self.kernel_stacks.waiting())
     }
 
     /// A copy of `got` bytes, of `asked` at most, was too short. Unless the stack itself ended, the
@@ -199,14 +213,10 @@ impl StackSamples {
         names.into_iter().skip(first).map(frame).collect()
     }
 
-    /// A new segment of the journal has begun, see [`PathNumbers::restate`].
-    pub fn restate(&mut self) {
-        self.paths.restate();
-    }
-
-    /// Evicts processes that ended a while ago and closes idle files. Call it about once a second.
-    pub fn tick(&mut self) {
-        self.processes.tick();
+    /// Evicts processes that ended a while ago, and closes files that no process maps for `keep_files`
+    /// by now. Call it about once a second.
+    pub fn tick(&mut self, keep_files: Duration) {
+        self.processes.tick(keep_files);
     }
 
     /// Modules whose content can be read now: functions are named from it.
@@ -214,35 +224,23 @@ impl StackSamples {
         self.processes.open_modules()
     }
 
-    /// Stacks unwound, and the CPU time spent on them, since the start.
-    pub fn cost(&self) -> (u64, Duration) {
-        (self.unwound, self.spent)
-    }
-
-    /// Adds CPU time that was spent on stacks.
-    pub fn add_cost(&mut self, time: Duration) {
-        self.spent = self.spent.saturating_add(time);
-    }
-
-    /// What was lost here, as totals since the start; only what is not 0.
-    pub fn losses(&self) -> Vec<(String, u64)> {
+    /// What was done and lost since the start. CPU time and memory are not known here.
+    pub fn counts(&self) -> StackCounts {
         let counts = self.processes.counts();
-        let named = [
-            (Loss::StacksNoRoomToWait, self.refused),
-            (Loss::StacksBadRecords, self.bad),
-            (Loss::StackProcessesForgotten, counts.forgotten),
-            (Loss::StackMappingsLeftOut, counts.mappings_left_out),
-            (Loss::ModulesForgotten, counts.modules.forgotten),
-            (Loss::ModulesClosedEarly, counts.modules.closed),
-            (Loss::UnwindInformationTooLarge, counts.modules.too_large),
-        ];
-        named.iter().filter(|(_, count)| *count > 0).map(|(loss, count)| (loss.label().to_owned(), *count)).collect()
-    }
-}
-
-impl Default for StackSamples {
-    fn default() -> Self {
-        Self::new()
+        StackCounts {
+            unwound: self.unwound,
+            spent_ns: 0,
+            resident_bytes: 0,
+            no_room_to_wait: self.refused,
+            bad_records: self.bad,
+            processes_forgotten: counts.forgotten,
+            mappings_left_out: counts.mappings_left_out,
+            modules_forgotten: counts.modules.forgotten,
+            modules_closed_early: counts.modules.closed,
+            unwind_too_large: counts.modules.too_large,
+            refused: counts.gate.refused,
+            over_budget: counts.gate.over_budget,
+        }
     }
 }
 

@@ -119,7 +119,7 @@ impl Waiting {
     fn unwind_copy(&self, processes: &mut ProcessCache, most: usize, chain: &[u64]) -> UnwoundStack {
         let registers = self.registers();
         let stack_copy = self.stack_copy(registers.sp, most);
-        processes.unwind(self.pid(), self.start_ns(), registers, &stack_copy, chain).unwrap()
+        processes.unwind(((self.pid(), self.start_ns()), None), registers, &stack_copy, chain).unwrap()
     }
 
     fn kill(&mut self) {
@@ -304,7 +304,7 @@ fn names_survive_the_process_and_its_binary() {
     waiting.kill();
     processes.exit(pid, start);
     // A stack that was still in the ring.
-    assert_eq!(processes.unwind(pid, start, registers, &stack_copy, &[]), Some(stack.clone()));
+    assert_eq!(processes.unwind(((pid, start), None), registers, &stack_copy, &[]), Some(stack.clone()));
     let frames = named(&processes, &stack);
     let mine: Vec<&Frame> = frames.iter().filter(|frame| frame.module.as_ref() == Some(&path)).collect();
     assert_eq!(
@@ -312,7 +312,7 @@ fn names_survive_the_process_and_its_binary() {
         ["wait_here", "deep", "deep", "deep", "deep", "main", "_start"]
     );
     // Of a process that nothing was known of.
-    assert_eq!(ProcessCache::default().unwind(pid, start, registers, &stack_copy, &[]), None);
+    assert_eq!(ProcessCache::default().unwind(((pid, start), None), registers, &stack_copy, &[]), None);
 }
 
 #[test]
@@ -518,7 +518,7 @@ fn another_process_of_the_same_id_is_not_taken_for_it() {
     let mut processes = ProcessCache::default();
     let before = waiting.start_ns() - 1_000_000_000;
     assert!(!processes.prefetch(waiting.pid(), before));
-    assert_eq!(processes.unwind(waiting.pid(), before, registers, &[], &[]), None);
+    assert_eq!(processes.unwind(((waiting.pid(), before), None), registers, &[], &[]), None);
     assert_eq!(processes.counts().gone, 1);
 }
 
@@ -555,7 +555,7 @@ fn the_vdso_is_a_module() {
     let mut inside = None;
     for ip in (vdso.start..vdso.end).step_by(16) {
         let registers = Registers { ip, sp: 0x7000_0000_0000, fp: 1, lr: Some(caller) };
-        let stack = processes.unwind(pid, start, registers, &stack_copy, &[]).unwrap();
+        let stack = processes.unwind(((pid, start), None), registers, &stack_copy, &[]).unwrap();
         let frames = named(&processes, &stack);
         assert_eq!(frames[0].module.as_deref(), Some("[vdso]"));
         if frames[0].symbol.as_deref().is_some_and(|name| name.contains("clock_gettime")) && frames.len() > 1 {
@@ -580,7 +580,7 @@ fn a_module_that_is_truncated_does_no_harm() {
     drop(waiting);
     // A program that runs cannot be written to; a library can.
     std::fs::File::options().write(true).open(&program).unwrap().set_len(100).unwrap();
-    let stack = processes.unwind(pid, start, registers, &stack_copy, &[]).unwrap();
+    let stack = processes.unwind(((pid, start), None), registers, &stack_copy, &[]).unwrap();
     assert_eq!(stack.truncation, Some(Truncation::UnwindInfo));
     assert_eq!(named(&processes, &stack)[1].symbol, None);
 }

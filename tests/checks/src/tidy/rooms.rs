@@ -16,7 +16,7 @@ const HOUSES: [House; 2] = [
     House {
         src: "memtrace/src/",
         floors: &[
-            &["error", "clock"],
+            &["error", "clock", "own_memory"],
             &["kernel"],
             &["cgroup", "proc", "stacks", "symbolize", "store", "serve"],
             &["host"],

@@ -1,0 +1,14 @@
+//! `memtrace stack-worker` (hidden): unwinds stacks, see [`crate::stacks::worker`].
+
+use super::VerbResult;
+use crate::stacks::worker;
+
+/// Arguments of `memtrace stack-worker`.
+#[derive(clap::Args, Debug)]
+pub struct Args {}
+
+/// Runs the verb.
+pub fn run(_: &Args) -> VerbResult {
+    worker::run()?;
+    Ok(0)
+}

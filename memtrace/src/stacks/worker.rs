@@ -1,0 +1,239 @@
+//! The stack worker: a process of its own that drains the STACKS ring and unwinds.
+//!
+//! Unwinding reads files of other programs, and those may never answer (a FUSE server that sleeps,
+//! NFS without its server, an overlay over either). Nobody may wait for that, so it happens here: the
+//! recorder is told of each reading before it begins, kills this process when one does not end in
+//! time, and starts another that leaves such files alone. Nothing else is lost by that than stacks.
+//!
+//! The recorder starts it as the hidden verb `stack-worker`, with a socket as standard input; see
+//! [`super::messages`] for what they say to each other. It ends when the recorder does.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use memtrace_unwind::gate::{Gate, ReadObserver, Reading, Refused};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+
+use super::messages::{Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, ToWorker, frame, send_with_fds};
+use super::stack_samples::StackSamples;
+use crate::clock;
+use crate::kernel::probe::stack_ring::StackRing;
+use crate::own_memory;
+
+/// Stacks unwound between two looks at the socket.
+const STACKS_PER_TURN: usize = 64;
+/// How long an unwound stack waits for others that go with it.
+const GATHER: Duration = Duration::from_millis(50);
+/// Facts of one batch, about: the recorder takes a batch at a time.
+const FACTS_PER_BATCH: usize = 256;
+/// Private memory of the worker (RLIMIT_DATA), bytes. Its caches are bounded far below.
+const MAX_PRIVATE_BYTES: u64 = 256 << 20;
+/// What the worker may do beyond what everybody may: read /proc/PID and files of every process, open
+/// /proc/PID/map_files (SYS_ADMIN before Linux 5.9), and see addresses in /proc/kallsyms.
+const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_PTRACE
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::CHECKPOINT_RESTORE)
+    .union(CapabilitySet::SYSLOG);
+
+/// Runs until the recorder has gone.
+pub fn run() -> anyhow::Result<()> {
+    confine();
+    let socket = Rc::new(UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().context("no standard input")?));
+    let mut incoming = Incoming::default();
+    let (gate, ring) = receive_start(&socket, &mut incoming)?;
+    let ring = StackRing::open(ring).map_err(anyhow::Error::msg).context("failed to open the stacks ring")?;
+    drop_capabilities();
+    let samples = StackSamples::new(gate);
+    let begin = clock::cpu_time();
+    let mut worker = Worker { socket, incoming, ring, samples, begin, gathering: None, keep_files: Duration::ZERO };
+    worker.send_batch(1)?;
+    loop {
+        if !worker.turn()? {
+            return Ok(());
+        }
+    }
+}
+
+/// Best effort: a worker with more rights than it needs is better than none.
+fn confine() {
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    // Rather this process than the recorder, but no sooner than others.
+    let adjusted = std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse().ok());
+    let adjusted = adjusted.map_or(0, |adjusted: i32| adjusted.saturating_add(100).clamp(-500, 1000));
+    let _ = std::fs::write("/proc/self/oom_score_adj", adjusted.to_string());
+    for (resource, most) in [(Resource::Data, MAX_PRIVATE_BYTES), (Resource::Core, 0)] {
+        let most = getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most));
+        let _ = setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) });
+    }
+}
+
+/// Keeps [`CAPABILITIES`] only.
+fn drop_capabilities() {
+    let Ok(held) = capabilities(None) else { return };
+    let kept = held.permitted & CAPABILITIES;
+    let _ = set_capabilities(
+        None,
+        CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
+    );
+    let _ = rustix::thread::set_no_new_privs(true);
+}
+
+fn receive_start(socket: &Rc<UnixStream>, incoming: &mut Incoming) -> anyhow::Result<(Gate, OwnedFd)> {
+    loop {
+        if let Some(message) = incoming.next_message()? {
+            let ToWorker::Start { rate_ppm, refused } = message else { anyhow::bail!("the first message is no start") };
+            let ring = incoming.next_fd().context("no descriptor of the ring came")?;
+            let observer = Announcer(socket.clone());
+            return Ok((Gate::new(Box::new(observer), Refused::from(refused), rate_ppm), ring));
+        }
+        wait(&[socket.as_fd()], None)?;
+        match incoming.read(socket) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
+            _ => {}
+        }
+    }
+}
+
+/// Waits until one of the descriptors can be read, `time` at most.
+fn wait(fds: &[rustix::fd::BorrowedFd<'_>], time: Option<Duration>) -> io::Result<()> {
+    let mut fds: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    let time = time.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+    match poll(&mut fds, time.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Tells the recorder what is read.
+#[derive(Debug)]
+struct Announcer(Rc<UnixStream>);
+
+impl Announcer {
+    fn say(&self, message: &FromWorker) {
+        // If the recorder has gone, the next look at the socket says so.
+        let _ = frame(message).and_then(|bytes| send_with_fds(&self.0, &bytes, &[]));
+    }
+}
+
+impl ReadObserver for Announcer {
+    fn begin(&mut self, reading: &Reading) {
+        self.say(&FromWorker::begin(reading));
+    }
+
+    fn end(&mut self) {
+        self.say(&FromWorker::End);
+    }
+}
+
+struct Worker {
+    socket: Rc<UnixStream>,
+    incoming: Incoming,
+    ring: StackRing,
+    samples: StackSamples,
+    /// CPU time when unwinding began: what the start took is not part of the budget.
+    begin: Duration,
+    /// Since when stacks wait to be sent.
+    gathering: Option<Instant>,
+    keep_files: Duration,
+}
+
+impl Worker {
+    /// Waits for something to do and does it. False when the recorder has gone.
+    fn turn(&mut self) -> io::Result<bool> {
+        let time = self.gathering.map(|since| GATHER.saturating_sub(since.elapsed()));
+        wait(&[self.ring.as_fd(), self.socket.as_fd()], time)?;
+        // What happened to a process comes before its stacks.
+        if !self.receive()? {
+            return Ok(false);
+        }
+        self.drain(STACKS_PER_TURN);
+        let due = self.gathering.is_some_and(|since| since.elapsed() >= GATHER);
+        if due || self.samples.waiting() >= FACTS_PER_BATCH {
+            self.send_batch(0)?;
+        }
+        Ok(true)
+    }
+
+    fn drain(&mut self, most: usize) -> bool {
+        let Self { ring, samples, .. } = self;
+        let more = ring.drain(most, |record| samples.push(record));
+        if samples.waiting() > 0 {
+            self.gathering.get_or_insert_with(Instant::now);
+        }
+        more
+    }
+
+    /// Takes what the recorder has sent.
+    fn receive(&mut self) -> io::Result<bool> {
+        loop {
+            while let Some(message) = self.incoming.next_message()? {
+                self.take(message)?;
+            }
+            match self.incoming.read(&self.socket) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn take(&mut self, message: ToWorker) -> io::Result<()> {
+        match message {
+            ToWorker::Start { .. } => {}
+            ToWorker::Refuse(refused) => self.samples.refuse(refused.into()),
+            ToWorker::Exec(process) => self.samples.exec(process),
+            ToWorker::Exit(process) => self.samples.exit(process),
+            ToWorker::Prefetch(process) => self.samples.prefetch(process),
+            ToWorker::Answer { number, drain, keep_files_ms } => {
+                self.keep_files = Duration::from_millis(keep_files_ms);
+                while drain && self.drain(STACKS_PER_TURN) {
+                    if self.samples.waiting() >= FACTS_PER_BATCH {
+                        self.send_batch(0)?;
+                    }
+                }
+                self.samples.tick(self.keep_files);
+                self.send_batch(number)?;
+            }
+            ToWorker::Modules(wanted) => self.send_modules(&wanted)?,
+        }
+        Ok(())
+    }
+
+    fn send_batch(&mut self, number: u64) -> io::Result<()> {
+        self.gathering = None;
+        let facts = self.samples.take();
+        let mut counts = self.samples.counts();
+        let spent = clock::cpu_time().saturating_sub(self.begin);
+        counts.spent_ns = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
+        counts.resident_bytes = own_memory::resident_bytes().unwrap_or(0);
+        let batch = Batch { number, facts, copy_bytes: self.samples.take_copy_requests(), counts };
+        self.send(&FromWorker::Batch(Box::new(batch)), &[])
+    }
+
+    fn send_modules(&mut self, wanted: &[ModuleLabel]) -> io::Result<()> {
+        let open = self.samples.open_modules();
+        let label = |path: &str, build_id: Option<&str>| (path.to_owned(), build_id.map(str::to_owned));
+        let open: Vec<_> = open
+            .iter()
+            .map(|module| (label(&module.path, module.build_id.as_deref()), &module.file))
+            .filter(|(label, _)| wanted.contains(label))
+            .collect();
+        for part in open.chunks(MAX_FDS) {
+            let fds: Vec<_> = part.iter().map(|(_, file)| file.as_fd()).collect();
+            let open = part.iter().map(|(label, _)| label.clone()).collect();
+            self.send(&FromWorker::Modules { open, last: false }, &fds)?;
+        }
+        self.send(&FromWorker::Modules { open: Vec::new(), last: true }, &[])
+    }
+
+    fn send(&self, message: &FromWorker, fds: &[rustix::fd::BorrowedFd<'_>]) -> io::Result<()> {
+        send_with_fds(&self.socket, &frame(message)?, fds)
+    }
+}
