@@ -56,7 +56,7 @@ pub(super) struct StackPipeline {
     followed: BTreeSet<ProcessKey>,
     /// The journal segment that has what stacks refer to.
     stated_segment: u64,
-    /// How long files stay open that no process maps.
+    /// How long files stay open that no process maps; [`Duration::MAX`] for the whole run.
     keep_files: Duration,
 }
 
@@ -205,7 +205,9 @@ impl StackPipeline {
 
     /// Whether functions of programs that end now are still to be named.
     pub(super) fn wait_for_names(&mut self, wait: bool) {
-        self.keep_files = if wait { KEEP_FILES_FOR_NAMES } else { KEEP_FILES };
+        if self.keep_files != Duration::MAX {
+            self.keep_files = if wait { KEEP_FILES_FOR_NAMES } else { KEEP_FILES };
+        }
     }
 
     /// Keeps files open until the end of the run, whoever maps them.

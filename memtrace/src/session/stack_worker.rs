@@ -239,6 +239,8 @@ impl StackWorker {
     /// Replaces a worker that hangs, and starts one if there is none. Call it with each tick.
     pub(super) fn check(&mut self, now: Instant) {
         self.stuck.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        // What it has said by now counts: this process may have been busy elsewhere.
+        self.receive();
         if let Some(running) = &mut self.running {
             running.flush();
             let over = |since: Instant, limit| now.saturating_duration_since(since) > limit;
