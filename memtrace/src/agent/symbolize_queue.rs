@@ -16,8 +16,8 @@ use tracing::{info, warn};
 
 use crate::store::incidents;
 use crate::symbolize::frame_names::{NamingSummary, UnnamedFrames};
+use crate::symbolize::job::NameSources;
 use crate::symbolize::subprocess;
-use crate::symbolize::symbolizer::Symbolizer;
 
 /// Most incidents waiting; when it is reached the oldest goes without names.
 const MAX_WAITING: usize = 256;
@@ -108,7 +108,7 @@ impl SymbolizeQueue {
 fn symbolize(path: &Path, modules: Vec<OpenModule>) -> anyhow::Result<NamingSummary> {
     let mut incident = incidents::read(path)?;
     let unnamed = UnnamedFrames::of(&incident);
-    let summary = subprocess::find(&Symbolizer::with_modules(modules, &[]), &unnamed).apply(&mut incident);
+    let summary = subprocess::find(&NameSources::with_modules(modules, &[]), &unnamed).apply(&mut incident);
     if summary.named > 0 {
         incidents::write(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;
     }

@@ -29,8 +29,8 @@ use crate::proc::proc_scan;
 use crate::session::{Session, SessionConfig};
 use crate::store::incidents;
 use crate::symbolize::frame_names::UnnamedFrames;
+use crate::symbolize::job::NameSources;
 use crate::symbolize::subprocess;
-use crate::symbolize::symbolizer::Symbolizer;
 
 /// How long records of a process may arrive after it has ended, and how long a kill's incident records.
 const LATE: Duration = Duration::from_millis(300);
@@ -142,9 +142,9 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
     }
     // As root: the files of what was recorded need not be readable to the user. Debug information is untrusted, so a
     // subprocess reads it.
-    let symbolizer = Symbolizer::with_modules(modules, &[]);
+    let sources = NameSources::with_modules(modules, &[]);
     for incident in &mut files {
-        subprocess::find(&symbolizer, &UnnamedFrames::of(incident)).apply(incident);
+        subprocess::find(&sources, &UnnamedFrames::of(incident)).apply(incident);
     }
     Ok((files, ending.status.map_or(0, exit_code)))
 }
