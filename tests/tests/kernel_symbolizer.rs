@@ -45,8 +45,8 @@ impl Busy {
     fn start(mut command: Command) -> anyhow::Result<Self> {
         let program = programs::path("workload")?;
         let code: Vec<u64> = (0..std::fs::metadata(&program)?.len().min(8 << 20)).step_by(128).collect();
-        let module = json!({ "name": [program, build_id(&program)?], "offsets": code, "held": null });
-        let job = json!({ "modules": [module], "debug_dirs": [], "search": true });
+        let module = json!([program, build_id(&program)?]);
+        let job = json!({ "unnamed": [[module, code]], "modules": [], "debug_dirs": [], "search": true });
         command.arg("name-frames").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn()?;
         child.stdin.take().context("no standard input")?.write_all(&serde_json::to_vec(&job)?)?;

@@ -24,7 +24,7 @@ use memtrace_unwind::proc_dir::open_regular;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use super::frame_names::ModuleName;
-use super::job::{HeldModule, ModuleJob, NamingJob};
+use super::job::NamingJob;
 use super::symbolizer::SourceFile;
 
 /// Where distributions put debug information.
@@ -53,25 +53,28 @@ pub struct ModuleFiles {
 pub fn open_all(job: NamingJob) -> Vec<ModuleFiles> {
     let system = SYSTEM_DIRS.iter().map(PathBuf::from);
     let dirs: Vec<PathBuf> = job.debug_dirs.iter().cloned().chain(system).collect();
-    let wanted = job.modules.iter().filter_map(|module| module.name.1.as_deref()).collect();
+    let wanted = job.unnamed.0.iter().filter_map(|((_, build_id), _)| build_id.as_deref()).collect();
     let mut found = if job.search { search(&job.debug_dirs, &wanted) } else { BTreeMap::new() };
-    let open = |module: ModuleJob| {
-        let own = module.held.as_ref().and_then(|held| File::open(&held.opens_at).ok());
+    let held: BTreeMap<ModuleName, PathBuf> = job.modules.into_iter().collect();
+    let links: BTreeMap<ModuleName, String> = job.debug_links.into_iter().collect();
+    let open = |(name, offsets): (ModuleName, BTreeSet<u64>)| {
+        let own = held.get(&name).and_then(|path| File::open(path).ok());
+        let (path, build_id) = &name;
         let mut debug = Vec::new();
-        if let Some(id) = &module.name.1 {
+        if let Some(id) = build_id {
             debug.extend(by_build_id(&dirs, id).iter().filter_map(|path| open_file(path, job.search)));
-            if let (Some(held), Some(own)) = (&module.held, &own) {
-                debug.extend(by_link(&dirs, &module.name.0, held, own));
+            if let (Some(link), Some(own)) = (links.get(&name), &own) {
+                debug.extend(by_link(&dirs, path, link, own));
             }
             debug.extend(found.get_mut(id).map(std::mem::take).into_iter().flatten());
             if job.search {
-                debug.extend(open_file(Path::new(&module.name.0), true));
+                debug.extend(open_file(Path::new(path), true));
             }
         }
         let debug = debug.into_iter().take(MAX_DEBUG_FILES).filter_map(SourceFile::map).collect();
-        ModuleFiles { name: module.name, offsets: module.offsets, own: own.and_then(SourceFile::map), debug }
+        ModuleFiles { name, offsets, own: own.and_then(SourceFile::map), debug }
     };
-    job.modules.into_iter().map(open).collect()
+    job.unnamed.0.into_iter().map(open).collect()
 }
 
 /// Opens a regular file; unless the caller asks for themselves, only one that everybody may read.
@@ -95,8 +98,8 @@ fn by_build_id(dirs: &[PathBuf], build_id: &str) -> Vec<PathBuf> {
 
 /// The debug files that a module names (`.gnu_debuglink`), where gdb looks for them: beside the
 /// module, in `.debug` there, and under the module's own path in directories for debug files.
-fn by_link(dirs: &[PathBuf], path: &str, held: &HeldModule, own: &File) -> Vec<File> {
-    let Some((name, dir)) = held.debug_link.as_deref().zip(Path::new(path).parent()) else { return Vec::new() };
+fn by_link(dirs: &[PathBuf], path: &str, name: &str, own: &File) -> Vec<File> {
+    let Some(dir) = Path::new(path).parent() else { return Vec::new() };
     let owner = own.metadata().ok().map(|data| data.uid());
     let beside = [dir.join(name), dir.join(".debug").join(name)];
     let beside = beside.iter().filter(|_| is_same_file(path, own)).filter_map(|path| open_without_links(path));
@@ -154,11 +157,12 @@ mod tests {
 
     use super::*;
 
+    const LINK: &str = "program.debug";
+
     /// A directory with a module `bin/program` that names the debug file `program.debug`.
     struct Place {
         dir: tempfile::TempDir,
         program: PathBuf,
-        held: HeldModule,
     }
 
     fn place() -> Place {
@@ -167,8 +171,7 @@ mod tests {
         std::fs::create_dir_all(bin.join(".debug")).unwrap();
         let program = bin.canonicalize().unwrap().join("program");
         std::fs::write(&program, "program").unwrap();
-        let held = HeldModule { opens_at: program.clone(), debug_link: Some("program.debug".to_owned()) };
-        Place { dir, program, held }
+        Place { dir, program }
     }
 
     fn write(path: &Path, mode: u32) {
@@ -180,7 +183,7 @@ mod tests {
         /// What the files that `by_link` opens contain, which is their path.
         fn linked(&self, dirs: &[PathBuf]) -> Vec<String> {
             let own = File::open(&self.program).unwrap();
-            let found = by_link(dirs, self.program.to_str().unwrap(), &self.held, &own);
+            let found = by_link(dirs, self.program.to_str().unwrap(), LINK, &own);
             found.into_iter().map(|file| std::io::read_to_string(file).unwrap()).collect()
         }
     }
@@ -222,7 +225,7 @@ mod tests {
 
     #[test]
     fn beside_the_module_means_beside_that_very_file() {
-        let mut place = place();
+        let place = place();
         let bin = place.program.parent().unwrap().to_owned();
         write(&bin.join("program.debug"), 0o600);
         assert_eq!(place.linked(&[]).len(), 1, "it belongs to the module's owner");
@@ -230,9 +233,7 @@ mod tests {
         let own = File::open(&place.program).unwrap();
         std::fs::rename(&place.program, bin.join("moved")).unwrap();
         std::fs::write(&place.program, "another program").unwrap();
-        assert!(by_link(&[], place.program.to_str().unwrap(), &place.held, &own).is_empty());
-        place.held.debug_link = None;
-        assert!(place.linked(&[]).is_empty());
+        assert!(by_link(&[], place.program.to_str().unwrap(), LINK, &own).is_empty());
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! What the process that names frames is asked to do, and what its caller lets it open for that.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use memtrace_unwind::modules::OpenModule;
@@ -18,37 +17,24 @@ pub struct NameSources {
     search: bool,
 }
 
-/// A job of the process that names frames.
+/// A job of the process that names frames; it comes as JSON.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct NamingJob {
-    /// Cap: [`super::subprocess::MODULES_PER_CHILD`].
-    pub modules: Vec<ModuleJob>,
+    /// What is to be named. Cap: [`super::subprocess::MODULES_PER_CHILD`] modules.
+    pub unnamed: UnnamedFrames,
+    /// The modules that the caller holds open, each with a path through which its descriptor can be
+    /// opened. Cap: that of `unnamed`.
+    pub modules: Vec<(ModuleName, PathBuf)>,
+    /// Names of their debug files, see [`memtrace_unwind::elf::ElfHeaders::debug_link`]. Cap: that
+    /// of `unnamed`.
+    #[serde(default)]
+    pub debug_links: Vec<(ModuleName, String)>,
     /// Directories with debug files, before those of the system.
     pub debug_dirs: Vec<PathBuf>,
     /// Whether the caller asks for themselves: any file in and below `debug_dirs`, and at the paths
     /// of modules, is looked at. Otherwise it is asked for a process, and a debug file must be one
     /// that everybody may read.
     pub search: bool,
-}
-
-/// What is to be named of one module.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ModuleJob {
-    /// Its path and build id.
-    pub name: ModuleName,
-    /// Offsets in its file, bytes.
-    pub offsets: BTreeSet<u64>,
-    /// The module itself, if it is held open.
-    pub held: Option<HeldModule>,
-}
-
-/// A module that the caller holds open.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct HeldModule {
-    /// A path through which the caller's descriptor can be opened.
-    pub opens_at: PathBuf,
-    /// Name of its debug file, see [`memtrace_unwind::elf::ElfHeaders::debug_link`].
-    pub debug_link: Option<String>,
 }
 
 impl NameSources {
@@ -66,28 +52,29 @@ impl NameSources {
 
     /// The job for the first `most` modules of `unnamed`.
     pub fn job(&self, unnamed: &UnnamedFrames, most: usize) -> NamingJob {
-        let module = |(name, offsets): &(ModuleName, BTreeSet<u64>)| ModuleJob {
-            name: name.clone(),
-            offsets: offsets.clone(),
-            held: self.held(name),
-        };
-        NamingJob {
-            modules: unnamed.0.iter().take(most).map(module).collect(),
-            debug_dirs: self.debug_dirs.clone(),
-            search: self.search,
+        let unnamed = UnnamedFrames(unnamed.0.iter().take(most).cloned().collect());
+        let mut job = NamingJob { debug_dirs: self.debug_dirs.clone(), search: self.search, ..NamingJob::default() };
+        for (name, _) in &unnamed.0 {
+            let Some(module) = self.held(name) else { continue };
+            job.modules.extend(descriptor_path(module).map(|path| (name.clone(), path)));
+            job.debug_links.extend(module.headers.debug_link.clone().map(|link| (name.clone(), link)));
         }
+        NamingJob { unnamed, ..job }
     }
 
-    fn held(&self, (path, build_id): &ModuleName) -> Option<HeldModule> {
+    fn held(&self, (path, build_id): &ModuleName) -> Option<&OpenModule> {
         let same = |open: &&OpenModule| *open.path == **path && open.build_id.as_deref() == build_id.as_deref();
         let mut open = self.modules.iter().filter(same);
         // Two files of one path and no build id: it may be either, so it is neither.
-        let module = match (open.next()?, open.next()) {
-            (_, Some(_)) if build_id.is_none() => return None,
-            (first, _) => first,
-        };
-        let fd = fd_path(&*module.file);
-        let opens_at = Path::new("/proc").join(std::process::id().to_string()).join("fd").join(fd.file_name()?);
-        Some(HeldModule { opens_at, debug_link: module.headers.debug_link.clone() })
+        match (open.next()?, open.next()) {
+            (_, Some(_)) if build_id.is_none() => None,
+            (first, _) => Some(first),
+        }
     }
+}
+
+/// A path through which another process can open what this one holds open.
+fn descriptor_path(module: &OpenModule) -> Option<PathBuf> {
+    let fd = fd_path(&*module.file);
+    Some(Path::new("/proc").join(std::process::id().to_string()).join("fd").join(fd.file_name()?))
 }

@@ -68,9 +68,9 @@ fn find_by(
             }
         };
         // A child reports every module: it ended at the first one that it did not report.
-        let whole = reported >= job.modules.len();
+        let whole = reported >= job.unnamed.0.len();
         failures = failures.saturating_add(usize::from(!whole));
-        let done = if whole { job.modules.len() } else { reported.saturating_add(1) };
+        let done = if whole { reported } else { reported.saturating_add(1) };
         left.0.drain(..done.min(left.0.len()));
     }
     answers.0.retain(|(_, names)| !names.is_empty());
@@ -127,7 +127,7 @@ fn receive(
     bytes_left: &mut u64,
     answers: &mut FrameNames,
 ) -> anyhow::Result<usize> {
-    for (reported, module) in job.modules.iter().enumerate() {
+    for (reported, (module, _)) in job.unnamed.0.iter().enumerate() {
         let time = deadline.map_or(MAX_TIME, |deadline| deadline.saturating_duration_since(Instant::now()));
         let line = match lines.recv_timeout(time) {
             Ok(line) => line,
@@ -136,13 +136,13 @@ fn receive(
         };
         *bytes_left = bytes_left.saturating_sub(u64::try_from(line.len()).unwrap_or(u64::MAX).saturating_add(1));
         match serde_json::from_slice::<(ModuleName, Vec<OffsetNames>)>(&line) {
-            Ok((name, names)) if name == module.name && names.iter().all(symbolizer::is_plausible) => {
+            Ok((name, names)) if name == *module && names.iter().all(symbolizer::is_plausible) => {
                 answers.0.push((name, names));
             }
             _ => return Ok(reported),
         }
     }
-    Ok(job.modules.len())
+    Ok(job.unnamed.0.len())
 }
 
 /// The child: reads a job and writes a line of JSON for each module. Fails if either stream does,
@@ -175,8 +175,8 @@ mod tests {
     /// A child that reports the first module unless that is `/bad`, and then ends as `end` says.
     fn child(end: &str) -> Command {
         let script = format!(
-            r#"read -r job; case "$job" in *'"modules":[{{"name":["/bad"'*) {end};; esac
-            module=${{job#*'"modules":[{{"name":["'}}; module=${{module%%'"'*}}
+            r#"read -r job; case "$job" in *'"unnamed":[[["/bad"'*) {end};; esac
+            module=${{job#*'"unnamed":[[["'}}; module=${{module%%'"'*}}
             echo "[[\"$module\",null],[[16,[{{\"symbol\":\"main\",\"file\":null,\"line\":7}}]]]]"; {end}"#
         );
         let mut command = Command::new("/bin/sh");

@@ -52,9 +52,10 @@ impl SourceFile {
         Some(Self { file, symbolizer, path })
     }
 
-    /// Its ELF headers, if it has this build id.
+    /// Its ELF headers; `None` if it has another build id than this.
     fn headers(&self, build_id: Option<&str>) -> Option<ElfHeaders> {
-        ElfHeaders::read(&self.file).ok().filter(|headers| headers.build_id.as_deref() == build_id)
+        let headers = ElfHeaders::read(&self.file).ok()?;
+        (build_id.is_none() || headers.build_id.as_deref() == build_id).then_some(headers)
     }
 
     /// The names that it has for offsets of a module with these headers.
@@ -113,6 +114,7 @@ pub fn find_each<E>(
 /// offsets of frames refer to: the module's, or what they must have been.
 fn candidates(module: &ModuleFiles) -> Vec<(&SourceFile, Arc<ElfHeaders>)> {
     let build_id = module.name.1.as_deref();
+    // The caller holds the module itself, so it need not have a build id.
     let own = module.own.as_ref().and_then(|file| Some((file, Arc::new(file.headers(build_id)?))));
     let debug = module.debug.iter().filter_map(|file| {
         let headers = file.headers(Some(build_id?))?;
