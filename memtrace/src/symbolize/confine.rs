@@ -147,23 +147,16 @@ fn program(rules: Rules, otherwise: SeccompAction, matched: SeccompAction) -> an
 /// Calls that take a path: to the symbolizer no file exists. It looks for debug files by itself, and
 /// carries on without those that it does not find.
 fn by_path() -> anyhow::Result<Rules> {
-    let mut rules: Rules = PATH_CALLS.into_iter().map(|call| (call, Vec::new())).collect();
+    let mut rules: Rules = PATH_CALLS.iter().map(|call| (*call, Vec::new())).collect();
     // With AT_EMPTY_PATH they ask for an open file.
     for (call, flags) in [(libc::SYS_newfstatat, 3), (libc::SYS_statx, 2)] {
-        rules.insert(call, vec![when(flags, SeccompCmpOp::MaskedEq(AT_EMPTY_PATH), 0)?]);
+        rules.insert(call, vec![when(flags, without(libc::AT_EMPTY_PATH), 0)?]);
     }
     Ok(rules)
 }
 
-/// AT_EMPTY_PATH (include/uapi/linux/fcntl.h).
-const AT_EMPTY_PATH: u64 = 0x1000;
-/// F_GETFD (include/uapi/asm-generic/fcntl.h).
-const F_GETFD: u64 = 1;
-/// PROT_EXEC (include/uapi/asm-generic/mman-common.h).
-const PROT_EXEC: u64 = 4;
-
 /// Calls by path that answer "no such file".
-const PATH_CALLS: [i64; if cfg!(target_arch = "x86_64") { 11 } else { 7 }] = [
+const PATH_CALLS: &[i64] = &[
     libc::SYS_openat,
     libc::SYS_openat2,
     libc::SYS_faccessat,
@@ -182,7 +175,7 @@ const PATH_CALLS: [i64; if cfg!(target_arch = "x86_64") { 11 } else { 7 }] = [
 ];
 
 /// Calls that are allowed whatever their arguments: to read, to have memory, to end.
-const CALLS: [i64; 22] = [
+const CALLS: &[i64] = &[
     libc::SYS_read,
     libc::SYS_pread64,
     libc::SYS_lseek,
@@ -209,16 +202,20 @@ const CALLS: [i64; 22] = [
 ];
 
 fn allowed() -> anyhow::Result<Rules> {
-    let free = CALLS.into_iter().chain(PATH_CALLS).map(|call| (call, Vec::new()));
-    let mut rules: Rules = free.collect();
+    let mut rules: Rules = CALLS.iter().chain(PATH_CALLS).map(|call| (*call, Vec::new())).collect();
     // Names go to standard output; what panics writes to standard error.
     rules.insert(libc::SYS_write, vec![when(0, SeccompCmpOp::Eq, 1)?, when(0, SeccompCmpOp::Eq, 2)?]);
     // The standard library asks whether a descriptor is open before it closes it, in debug builds.
-    rules.insert(libc::SYS_fcntl, vec![when(1, SeccompCmpOp::Eq, F_GETFD)?]);
+    rules.insert(libc::SYS_fcntl, vec![when(1, SeccompCmpOp::Eq, u64::from(libc::F_GETFD.unsigned_abs()))?]);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![when(2, SeccompCmpOp::MaskedEq(PROT_EXEC), 0)?]);
+        rules.insert(call, vec![when(2, without(libc::PROT_EXEC), 0)?]);
     }
     Ok(rules)
+}
+
+/// Equal to 0 in these bits.
+fn without(bits: libc::c_int) -> SeccompCmpOp {
+    SeccompCmpOp::MaskedEq(u64::from(bits.unsigned_abs()))
 }
 
 /// Holds if this comparison of an argument, counted from 0, does.

@@ -26,6 +26,9 @@ use super::{confine, debug_files, symbolizer};
 const VERB: &str = "name-frames";
 /// Time that all children of one call may take together.
 const MAX_TIME: Duration = Duration::from_secs(60);
+/// The part of that time which a child may take for one module, and to open all files before the
+/// first: so that one which does not answer leaves time for others.
+const QUIET_PART: u32 = 3;
 /// Most modules of one child: it holds a few descriptors for each, of the 1024 that a process has.
 pub const MODULES_PER_CHILD: usize = 64;
 /// Most children of one call that fail, each at some module.
@@ -53,38 +56,64 @@ fn find_by(
     time: Duration,
     mut command: impl FnMut() -> Command,
 ) -> FrameNames {
-    let deadline = Instant::now().checked_add(time);
+    let Some(until) = Instant::now().checked_add(time) else { return FrameNames::default() };
+    let deadline = Deadline { until, quiet: time.checked_div(QUIET_PART).unwrap_or(time) };
     let mut answers = FrameNames::default();
     let mut left = unnamed.clone();
-    let (mut failures, mut bytes_left): (usize, u64) = (0, MAX_ANSWER_BYTES);
-    // Ends: each turn takes a module from those that are left.
-    while !left.0.is_empty() && failures < MAX_FAILURES && bytes_left > 0 {
-        let job = sources.job(&left, MODULES_PER_CHILD);
-        let reported = match run(&mut command(), &job, deadline, &mut bytes_left, &mut answers) {
-            Ok(reported) => reported,
+    let (mut failures, mut bytes_left, mut batch): (usize, u64, usize) = (0, MAX_ANSWER_BYTES, MODULES_PER_CHILD);
+    // Ends: each turn but one takes a module from those that are left.
+    while !left.0.is_empty() && failures < MAX_FAILURES && bytes_left > 0 && Instant::now() < until {
+        let job = sources.job(&left, batch);
+        let (reported, end) = match run(&mut command(), &job, deadline, &mut bytes_left, &mut answers) {
+            Ok(ended) => ended,
             Err(error) => {
                 debug!("failed to name frames: {error:#}");
                 break;
             }
         };
+        if end == AnswerEnd::Quiet && reported == 0 && batch > 1 {
+            // Some file cannot be opened in time, and all are opened first: find out which.
+            batch = 1;
+            continue;
+        }
         // A child reports every module: it ended at the first one that it did not report.
-        let whole = reported >= job.unnamed.0.len();
-        failures = failures.saturating_add(usize::from(!whole));
-        let done = if whole { reported } else { reported.saturating_add(1) };
-        left.0.drain(..done.min(left.0.len()));
+        let failed = usize::from(end != AnswerEnd::Whole);
+        failures = failures.saturating_add(failed);
+        left.0.drain(..reported.saturating_add(failed).min(left.0.len()));
     }
     answers.0.retain(|(_, names)| !names.is_empty());
     answers
 }
 
-/// Runs one child and appends its answers. Returns the number of modules it reported.
+/// How long a child is waited for.
+#[derive(Clone, Copy, Debug)]
+struct Deadline {
+    /// The end of the call.
+    until: Instant,
+    /// Time for one line.
+    quiet: Duration,
+}
+
+/// Why no more lines were taken from a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AnswerEnd {
+    /// It has reported every module.
+    Whole,
+    /// It ended, or said something that makes no sense.
+    Failed,
+    /// It said nothing for too long.
+    Quiet,
+}
+
+/// Runs one child and appends its answers. Returns the number of modules it reported, and why it
+/// reported no more.
 fn run(
     command: &mut Command,
     job: &NamingJob,
-    deadline: Option<Instant>,
+    deadline: Deadline,
     bytes_left: &mut u64,
     answers: &mut FrameNames,
-) -> anyhow::Result<usize> {
+) -> anyhow::Result<(usize, AnswerEnd)> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     let reported = (|| {
         let mut input = child.stdin.take().context("no standard input")?;
@@ -92,7 +121,7 @@ fn run(
         let _ = input.write_all(&serde_json::to_vec(job)?);
         drop(input);
         let lines = read_lines(child.stdout.take().context("no standard output")?, *bytes_left)?;
-        receive(&lines, job, deadline, bytes_left, answers)
+        Ok(receive(&lines, job, deadline, bytes_left, answers))
     })();
     let _ = child.kill();
     // It may be unable to die, on a file system that does not answer: do not wait for that.
@@ -119,30 +148,31 @@ fn read_lines(output: ChildStdout, most_bytes: u64) -> anyhow::Result<Receiver<V
 }
 
 /// Takes a line for each module of a job, in its order. Returns how many there were: a line that is
-/// anything else is where the child failed. It has read hostile files, so nothing it says is trusted.
+/// anything else is where the child failed. It has read hostile files, so nothing it says is
+/// trusted.
 fn receive(
     lines: &Receiver<Vec<u8>>,
     job: &NamingJob,
-    deadline: Option<Instant>,
+    deadline: Deadline,
     bytes_left: &mut u64,
     answers: &mut FrameNames,
-) -> anyhow::Result<usize> {
+) -> (usize, AnswerEnd) {
     for (reported, (module, _)) in job.unnamed.0.iter().enumerate() {
-        let time = deadline.map_or(MAX_TIME, |deadline| deadline.saturating_duration_since(Instant::now()));
+        let time = deadline.until.saturating_duration_since(Instant::now()).min(deadline.quiet);
         let line = match lines.recv_timeout(time) {
             Ok(line) => line,
-            Err(RecvTimeoutError::Disconnected) => return Ok(reported),
-            Err(RecvTimeoutError::Timeout) => anyhow::bail!("no answer in time"),
+            Err(RecvTimeoutError::Disconnected) => return (reported, AnswerEnd::Failed),
+            Err(RecvTimeoutError::Timeout) => return (reported, AnswerEnd::Quiet),
         };
         *bytes_left = bytes_left.saturating_sub(u64::try_from(line.len()).unwrap_or(u64::MAX).saturating_add(1));
         match serde_json::from_slice::<(ModuleName, Vec<OffsetNames>)>(&line) {
             Ok((name, names)) if name == *module && names.iter().all(symbolizer::is_plausible) => {
                 answers.0.push((name, names));
             }
-            _ => return Ok(reported),
+            _ => return (reported, AnswerEnd::Failed),
         }
     }
-    Ok(job.unnamed.0.len())
+    (job.unnamed.0.len(), AnswerEnd::Whole)
 }
 
 /// The child: reads a job and writes a line of JSON for each module. Fails if either stream does,
@@ -196,6 +226,22 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_cannot_be_opened_in_time_costs_its_own_names() {
+        let unnamed = unnamed(&["/a", "/b", "/hangs", "/z"]);
+        let script = r#"read -r job; case "$job" in *'"/hangs"'*) exec sleep 600;; esac
+            module=${job#*'"unnamed":[[["'}; module=${module%%'"'*}
+            echo "[[\"$module\",null],[[16,[{\"symbol\":\"main\",\"file\":null,\"line\":7}]]]]""#;
+        let command = || {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", script]);
+            command
+        };
+        let answers = find_by(&NameSources::default(), &unnamed, Duration::from_secs(9), command);
+        let named: Vec<&str> = answers.0.iter().map(|((module, _), _)| module.as_str()).collect();
+        assert_eq!(named, ["/a", "/b", "/z"]);
+    }
+
+    #[test]
     fn an_answer_that_was_not_asked_for_is_not_taken() {
         let long = "x".repeat(5000);
         for line in [
@@ -215,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_child_that_does_not_end_is_not_waited_for() {
-        let unnamed = unnamed(&["/bad", "/b"]);
+        let unnamed = unnamed(&["/bad"]);
         let answers = find_by(&NameSources::default(), &unnamed, Duration::from_millis(50), || child("exec sleep 600"));
         assert_eq!(answers, FrameNames::default());
         let nothing = find_by(&NameSources::default(), &unnamed, MAX_TIME, || Command::new("/none"));
