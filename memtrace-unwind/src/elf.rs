@@ -26,6 +26,8 @@ const MAX_HEADER_BYTES: u64 = 2 << 20;
 pub const MAX_SEGMENTS: usize = 128;
 /// Section headers that are read of one file.
 const MAX_SECTIONS: usize = 16_384;
+/// Bytes of `.gnu_debuglink` that are read: a file name, at most three zeros, and a checksum.
+const MAX_LINK_BYTES: u64 = 264;
 /// Bytes kept of a build id; a SHA-1 has 20.
 const MAX_BUILD_ID: usize = 64;
 /// Above every user address: x86_64 has 47 bits (56 with 5-level tables), arm64 at most 52.
@@ -89,6 +91,9 @@ pub struct ElfHeaders {
     pub eh_frame_hdr: Option<ElfSection>,
     /// `.debug_frame`, unless it is compressed.
     pub debug_frame: Option<ElfSection>,
+    /// Name of the file with the module's debug information, from `.gnu_debuglink`: one component
+    /// of a path, never `.` or `..`.
+    pub debug_link: Option<String>,
     /// Stated address of `.text`, which some pointers in `.eh_frame` are relative to.
     pub text_address: Option<u64>,
     /// Stated address of `.got`, likewise.
@@ -176,6 +181,9 @@ impl ElfHeaders {
                 b".eh_frame" if flags & SHF_ALLOC != 0 => self.eh_frame = whole,
                 b".eh_frame_hdr" if flags & SHF_ALLOC != 0 => self.eh_frame_hdr = whole,
                 b".debug_frame" => self.debug_frame = whole,
+                b".gnu_debuglink" if section.sh_size(endian) <= MAX_LINK_BYTES => {
+                    self.debug_link = section.data(endian, data).ok().and_then(debug_link);
+                }
                 b".text" if address < MAX_ADDRESS => self.text_address = Some(address),
                 b".got" if address < MAX_ADDRESS => self.got_address = Some(address),
                 _ => {}
@@ -302,6 +310,15 @@ fn build_id(
     None
 }
 
+/// The file name that the section `.gnu_debuglink` begins with (gdb's manual, "Debugging Information
+/// in Separate Files"). Anything but a plain file name would lead out of the directories that it is
+/// looked up in.
+fn debug_link(section: &[u8]) -> Option<String> {
+    let name = std::str::from_utf8(section.split(|byte| *byte == 0).next()?).ok()?;
+    let plain = !matches!(name, "" | "." | "..") && !name.contains('/');
+    plain.then(|| name.to_owned())
+}
+
 /// A reader with a budget: headers may state any size, and what is read is kept.
 struct Bounded<'a, R: ReadCacheOps> {
     cache: &'a ReadCache<R>,
@@ -346,6 +363,16 @@ mod tests {
 
     fn segment(offset: u64, file_bytes: u64, address: u64, executable: bool) -> ElfSegment {
         ElfSegment { offset, file_bytes, address, memory_bytes: file_bytes, align: 4096, executable }
+    }
+
+    #[test]
+    fn a_debug_link_is_a_file_name_and_nothing_else() {
+        let named = |section: &[u8]| debug_link(section);
+        assert_eq!(named(b"program.debug\0\0\0\x01\x02\x03\x04").as_deref(), Some("program.debug"));
+        assert_eq!(named("gew\u{f6}lbe.debug".as_bytes()).as_deref(), Some("gew\u{f6}lbe.debug"));
+        for bad in [&b""[..], b"\0abcd", b".", b"..\0", b"../shadow\0", b"/etc/shadow\0", b"a/b", b"\xff\xfe\0"] {
+            assert_eq!(named(bad), None, "{bad:?}");
+        }
     }
 
     #[test]

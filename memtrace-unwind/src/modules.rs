@@ -162,8 +162,8 @@ pub struct OpenModule {
     pub path: Arc<str>,
     /// Build id, lower-case hex.
     pub build_id: Option<Arc<str>>,
-    /// ELF headers.
-    pub headers: Arc<ElfHeaders>,
+    /// Name of its debug file, see [`ElfHeaders::debug_link`].
+    pub debug_link: Option<String>,
     /// The open file.
     pub file: Arc<File>,
 }
@@ -266,7 +266,7 @@ impl Modules {
             Some(OpenModule {
                 path: module.path.clone(),
                 build_id: module.build_id.clone(),
-                headers: module.headers.clone()?,
+                debug_link: module.headers.as_ref()?.debug_link.clone(),
                 file: module.file.clone()?,
             })
         };

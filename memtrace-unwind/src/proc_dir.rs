@@ -196,8 +196,8 @@ fn mapped_name(start: u64, end: u64) -> String {
     format!("map_files/{start:x}-{end:x}")
 }
 
-/// Opens the file behind an `O_PATH` handle, only if it is a regular file.
-fn open_regular(handle: OwnedFd) -> Option<File> {
+/// Opens the file behind an `O_PATH` handle for reading, only if it is a regular file.
+pub fn open_regular(handle: OwnedFd) -> Option<File> {
     let kind = rustix::fs::fstat(&handle).ok()?.st_mode;
     if rustix::fs::FileType::from_raw_mode(kind) != rustix::fs::FileType::RegularFile {
         return None;

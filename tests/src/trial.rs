@@ -1,5 +1,6 @@
 //! A trial: an agent of the test's own, and the incidents it records.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -42,8 +43,13 @@ impl Trial {
     /// its mappings, which it does with the first stack of a process. So whether the rest has
     /// stacks does not depend on how soon the agent gets a CPU then.
     pub fn start_known(&self, cage: &Cage, arguments: &[&str]) -> anyhow::Result<Actor> {
+        self.start_known_from(cage.command(programs::path("workload")?)?, arguments)
+    }
+
+    /// Like [`Trial::start_known`], with a command that becomes `workload`.
+    pub fn start_known_from(&self, command: Command, arguments: &[&str]) -> anyhow::Result<Actor> {
         let gated: Vec<&str> = arguments.iter().copied().chain(["--gate"]).collect();
-        let mut actor = Actor::start(Some(cage), &gated)?;
+        let mut actor = Actor::from_command(command, &gated)?;
         actor.until("gated")?;
         // The agent answers between two turns of its loop, and empties its rings in each.
         for _ in 0..TURNS {

@@ -10,14 +10,15 @@ use std::time::Duration;
 
 use anyhow::Context;
 use memtrace_incident::Incident;
+use memtrace_unwind::modules::OpenModule;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
 use crate::session::ModuleFile;
 use crate::store::incidents;
 use crate::symbolize::frame_names::{ModuleName, NamingSummary, UnnamedFrames};
+use crate::symbolize::job::NameSources;
 use crate::symbolize::subprocess;
-use crate::symbolize::symbolizer::Symbolizer;
 
 /// Most incidents waiting; when it is reached the oldest goes without names.
 const MAX_WAITING: usize = 256;
@@ -126,8 +127,8 @@ impl SymbolizeQueue {
 fn symbolize(path: &Path, modules: Vec<ModuleFile>) -> anyhow::Result<NamingSummary> {
     let mut incident = incidents::read(path)?;
     let unnamed = UnnamedFrames::of(&incident);
-    let modules = modules.into_iter().filter_map(ModuleFile::open_module).collect();
-    let summary = subprocess::find(&Symbolizer::with_modules(modules, &[]), &unnamed).apply(&mut incident);
+    let modules = modules.into_iter().map(OpenModule::from).collect();
+    let summary = subprocess::find(&NameSources::with_modules(modules, &[]), &unnamed).apply(&mut incident);
     if summary.named > 0 {
         incidents::write(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;
     }

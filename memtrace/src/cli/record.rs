@@ -13,6 +13,7 @@ use memtrace_engine::input::Fact;
 use memtrace_engine::output::Output;
 use memtrace_incident::{Incident, Kind};
 use memtrace_report::text;
+use memtrace_unwind::modules::OpenModule;
 use rustix::fs::Access;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,11 +28,11 @@ use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
 use crate::error::CommandError;
 use crate::proc::proc_scan;
-use crate::session::{ModuleFile, Session, SessionConfig};
+use crate::session::{Session, SessionConfig};
 use crate::store::incidents;
 use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
+use crate::symbolize::job::NameSources;
 use crate::symbolize::subprocess;
-use crate::symbolize::symbolizer::Symbolizer;
 
 /// How long records of a process may arrive after it has ended, and how long a kill's incident records.
 const LATE: Duration = Duration::from_millis(300);
@@ -147,10 +148,10 @@ async fn record(args: &Args) -> anyhow::Result<(Vec<Incident>, u8)> {
     }
     // As root: the files of what was recorded need not be readable to the user. Debug information is untrusted, so a
     // subprocess reads it.
-    let modules = modules.into_iter().filter_map(ModuleFile::open_module).collect();
-    let symbolizer = Symbolizer::with_modules(modules, &[]);
+    let modules = modules.into_iter().map(OpenModule::from).collect();
+    let sources = NameSources::with_modules(modules, &[]);
     for incident in &mut files {
-        subprocess::find(&symbolizer, &UnnamedFrames::of(incident)).apply(incident);
+        subprocess::find(&sources, &UnnamedFrames::of(incident)).apply(incident);
     }
     Ok((files, ending.status.map_or(0, exit_code)))
 }

@@ -16,7 +16,9 @@ use super::terminal::{self, Colour};
 use super::values::Span;
 use crate::error::CommandError;
 use crate::store::incidents::{self, FindError, IncidentStore};
-use crate::symbolize::symbolizer::symbolize_file;
+use crate::symbolize::frame_names::UnnamedFrames;
+use crate::symbolize::job::NameSources;
+use crate::symbolize::subprocess;
 
 /// Arguments of `memtrace report`.
 #[derive(clap::Args, Debug)]
@@ -105,7 +107,9 @@ fn cause(text: &str) -> Result<Cause, String> {
 pub fn run(args: &Args) -> VerbResult {
     let mut incident = load(&args.incident, &Config::load(None, &args.settings)?.parse()?.state_dir)?;
     if !args.debug_dir.is_empty() {
-        symbolize_file(&mut incident, &args.debug_dir);
+        // The files are untrusted, and so is the incident that asks for them.
+        let sources = NameSources::with_files(&args.debug_dir);
+        subprocess::find(&sources, &UnnamedFrames::of(&incident)).apply(&mut incident);
     }
     let window = match args.window {
         ReportWindow::All => GrowthWindow::WHOLE,

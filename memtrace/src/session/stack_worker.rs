@@ -8,7 +8,6 @@
 //! waited for; with more there are no stacks until one is gone.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -18,7 +17,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use memtrace_unwind::elf::ElfHeaders;
 use memtrace_unwind::gate::Reading;
 use memtrace_unwind::modules::OpenModule;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -26,7 +24,9 @@ use rustix::net::{SendFlags, send};
 use tokio::io::Interest;
 use tracing::{info, warn};
 
-use crate::stacks::messages::{Batch, FromWorker, Incoming, ModuleLabel, StackCounts, ToWorker, frame, send_with_fds};
+use crate::stacks::messages::{
+    Batch, FromWorker, Incoming, ModuleLabel, OpenLabel, StackCounts, ToWorker, frame, send_with_fds,
+};
 
 mod refusals;
 
@@ -51,27 +51,19 @@ const MAX_OUTGOING_BYTES: usize = 256 << 10;
 /// Batches that wait to be taken.
 const MAX_BATCHES: usize = 64;
 
-/// A file of a module, with its name.
+/// A file of a module, with what its name is.
 #[derive(Debug)]
 pub struct ModuleFile {
-    /// Path and build id.
-    pub label: ModuleLabel,
+    /// Path, build id, and the name of its debug file.
+    pub label: OpenLabel,
     /// The open file.
     pub file: OwnedFd,
 }
 
-impl ModuleFile {
-    /// Reads its headers. May wait for as long as the file system likes.
-    pub fn open_module(self) -> Option<OpenModule> {
-        let (path, build_id) = self.label;
-        let file = File::from(self.file);
-        let headers = ElfHeaders::read(&file).ok()?;
-        Some(OpenModule {
-            path: path.into(),
-            build_id: build_id.map(Into::into),
-            headers: Arc::new(headers),
-            file: Arc::new(file),
-        })
+impl From<ModuleFile> for OpenModule {
+    fn from(module: ModuleFile) -> Self {
+        let OpenLabel { path, build_id, debug_link } = module.label;
+        Self { path: path.into(), build_id: build_id.map(Into::into), debug_link, file: Arc::new(module.file.into()) }
     }
 }
 

@@ -31,6 +31,17 @@ const MAX_WAITING_FDS: usize = 1024;
 /// A module as incidents name it: path and build id (lower-case hex).
 pub type ModuleLabel = (String, Option<String>);
 
+/// A module that is open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenLabel {
+    /// Path as the process had it.
+    pub path: String,
+    /// Build id, lower-case hex.
+    pub build_id: Option<String>,
+    /// Name of its debug file, see [`memtrace_unwind::elf::ElfHeaders::debug_link`].
+    pub debug_link: Option<String>,
+}
+
 /// From the recorder to the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToWorker {
@@ -80,8 +91,8 @@ pub enum FromWorker {
     Batch(Box<Batch>),
     /// Modules that are open; as many descriptors come with it. At most [`MAX_FDS`].
     Modules {
-        /// Their names.
-        open: Vec<ModuleLabel>,
+        /// What they are.
+        open: Vec<OpenLabel>,
         /// No more come.
         last: bool,
     },
@@ -276,14 +287,15 @@ mod tests {
     fn messages_and_descriptors_arrive_in_order() {
         let (mut left, right) = UnixStream::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
-        let modules = FromWorker::Modules { open: vec![("/a".to_owned(), None)], last: true };
+        let label = OpenLabel { path: "/a".to_owned(), build_id: None, debug_link: None };
+        let modules = FromWorker::Modules { open: vec![label.clone()], last: true };
         send_with_fds(&left, &frame(&modules).unwrap(), &[file.as_fd()]).unwrap();
         let end = frame(&FromWorker::End).unwrap();
         left.write_all(end.split_at(3).0).unwrap();
         let mut incoming = Incoming::default();
         incoming.read(&right).unwrap();
         let Ok(Some(FromWorker::Modules { open, last: true })) = incoming.next_message() else { panic!("no modules") };
-        assert_eq!(open, [("/a".to_owned(), None)]);
+        assert_eq!(open, [label]);
         assert!(incoming.next_fd().is_some() && incoming.next_fd().is_none());
         // The kernel ends a read where descriptors begin or end.
         incoming.read(&right).unwrap();

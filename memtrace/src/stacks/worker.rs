@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use memtrace_unwind::gate::{Gate, ReadObserver, Reading, Refused};
+use memtrace_unwind::modules::OpenModule;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-use super::messages::{Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, ToWorker, frame, send_with_fds};
+use super::messages::{Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, OpenLabel, ToWorker, frame, send_with_fds};
 use super::stack_samples::StackSamples;
 use crate::clock;
 use crate::kernel::probe::stack_ring::StackRing;
@@ -219,12 +220,15 @@ impl Worker {
 
     fn send_modules(&mut self, wanted: &[ModuleLabel]) -> io::Result<()> {
         let open = self.samples.open_modules();
-        let label = |path: &str, build_id: Option<&str>| (path.to_owned(), build_id.map(str::to_owned));
-        let open: Vec<_> = open
-            .iter()
-            .map(|module| (label(&module.path, module.build_id.as_deref()), &module.file))
-            .filter(|(label, _)| wanted.contains(label))
-            .collect();
+        let label = |module: &OpenModule| OpenLabel {
+            path: module.path.to_string(),
+            build_id: module.build_id.as_deref().map(str::to_owned),
+            debug_link: module.debug_link.clone(),
+        };
+        let is_wanted =
+            |open: &OpenLabel| wanted.iter().any(|(path, build_id)| *path == open.path && *build_id == open.build_id);
+        let open: Vec<_> =
+            open.iter().map(|module| (label(module), &module.file)).filter(|(label, _)| is_wanted(label)).collect();
         for part in open.chunks(MAX_FDS) {
             let fds: Vec<_> = part.iter().map(|(_, file)| file.as_fd()).collect();
             let open = part.iter().map(|(label, _)| label.clone()).collect();

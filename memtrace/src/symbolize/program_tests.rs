@@ -12,7 +12,9 @@ use memtrace_unwind::process_cache::ProcessCache;
 use memtrace_unwind::rule::Registers;
 use memtrace_unwind::unwind::{Truncation, UnwoundFrame, UnwoundStack};
 
-use super::symbolizer::{Symbolizer, symbolize_file};
+use super::frame_names::{FrameNames, UnnamedFrames};
+use super::job::NameSources;
+use super::{debug_files, symbolizer};
 
 const COPY_BYTES: usize = 60 << 10;
 /// Prints its frame pointer, then waits. Not inlined, so that it is in every stack.
@@ -160,14 +162,23 @@ fn frames_of(processes: &ProcessCache, stack: &UnwoundStack) -> Vec<Frame> {
     stack.frames.iter().map(frame).collect()
 }
 
-fn named_with(symbolizer: &Symbolizer, frames: Vec<Frame>) -> Vec<Frame> {
+/// As the process that names frames does it, but in this process and not confined.
+fn named_with(sources: &NameSources, frames: Vec<Frame>) -> Vec<Frame> {
     let mut incident = incident_of(frames);
-    symbolizer.name(&mut incident);
+    let job = sources.job(&UnnamedFrames::of(&incident), usize::MAX);
+    let mut found = FrameNames::default();
+    let reported: Result<(), std::convert::Infallible> =
+        symbolizer::find_each(debug_files::open_all(job), |module, names| {
+            found.0.push((module.clone(), names));
+            Ok(())
+        });
+    reported.unwrap();
+    found.apply(&mut incident);
     incident.allocation_paths.remove(0).frames
 }
 
 fn named(processes: &ProcessCache, stack: &UnwoundStack) -> Vec<Frame> {
-    named_with(&Symbolizer::with_modules(processes.open_modules(), &[]), frames_of(processes, stack))
+    named_with(&NameSources::with_modules(processes.open_modules(), &[]), frames_of(processes, stack))
 }
 
 fn symbols(frames: &[Frame]) -> Vec<&str> {
@@ -336,13 +347,11 @@ fn a_stripped_program_is_named_by_its_debug_file_only() {
         assert!(!mine.is_empty() && mine.iter().all(|name| name == "?"), "{flags:?}: {mine:?}");
         let dirs = [apart.clone()];
         // In the agent, which has the program; and elsewhere, with the debug file alone, renamed.
-        let agent = named_with(&Symbolizer::with_modules(processes.open_modules(), &dirs), frames.clone());
+        let agent = named_with(&NameSources::with_modules(processes.open_modules(), &dirs), frames.clone());
         std::fs::rename(&program, dir.path().join("moved")).unwrap();
         std::fs::rename(&debug, apart.join("some.file")).unwrap();
-        let mut elsewhere = incident_of(frames);
-        symbolize_file(&mut elsewhere, &dirs);
-        let elsewhere = &elsewhere.allocation_paths[0].frames;
-        for named in [&agent, elsewhere] {
+        let elsewhere = named_with(&NameSources::with_files(&dirs), frames);
+        for named in [&agent, &elsewhere] {
             let names = symbols(named);
             assert!(
                 names.windows(5).any(|all| all == ["wait_here", "deep", "deep", "deep", "deep"]),

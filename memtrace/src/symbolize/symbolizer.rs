@@ -3,19 +3,23 @@
 //! Nothing is guessed: a symbol that does not reach to the address, or whose size is not known,
 //! names nothing. Debug information gives source lines and inlined functions; the symbol table
 //! gives full paths of functions that debug information names in short. So both are asked.
+//!
+//! The files are untrusted, so this runs in a process that has opened and mapped them
+//! ([`SourceFile::map`]) and then has given up the ability to open any ([`super::confine`]).
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use blazesym::symbolize::source::{Elf, Source};
-use blazesym::symbolize::{self as blaze, CodeInfo, Input, Sym, Symbolized, evict};
-use memtrace_incident::Incident;
-use memtrace_unwind::modules::OpenModule;
+use blazesym::symbolize::{self as blaze, CodeInfo, Input, Sym, Symbolized};
+use memtrace_unwind::elf::{ElfHeaders, ElfSegment};
 use memtrace_unwind::proc_dir::fd_path;
 
-use super::debug_files::{self, DebugCandidate};
-use super::frame_names::{FrameNames, FunctionName, ModuleName, NamingSummary, OffsetNames, UnnamedFrames};
+use super::debug_files::ModuleFiles;
+use super::frame_names::{FunctionName, ModuleName, OffsetNames};
 
 /// Bytes kept of a name; a longer one is shortened in its middle.
 pub const MAX_NAME_BYTES: usize = 4096;
@@ -24,155 +28,115 @@ const MAX_INLINED: usize = 64;
 /// Bytes of all names given at once.
 const MAX_ANSWER_BYTES: usize = 32 << 20;
 
-/// Finds names in the files of modules.
-#[derive(Clone, Debug, Default)]
-pub struct Symbolizer {
-    /// Cap: that of the cache they come from, [`memtrace_unwind::modules::MAX_OPEN`].
-    modules: Vec<OpenModule>,
-    debug_dirs: Vec<PathBuf>,
-    /// Look for files by build id: for incidents of other machines, and of processes long gone.
-    search: bool,
+/// A file that blazesym has opened and mapped, and of which nothing has been read.
+pub struct SourceFile {
+    /// The same file, to read its headers.
+    file: File,
+    symbolizer: blaze::Symbolizer,
+    /// The path that `symbolizer` knows it by.
+    path: PathBuf,
 }
 
-impl Symbolizer {
-    /// Names from the modules that the agent holds open, and from debug files that are installed on
-    /// this machine. `debug_dirs` are searched first.
-    pub fn with_modules(modules: Vec<OpenModule>, debug_dirs: &[PathBuf]) -> Self {
-        Self { modules, debug_dirs: debug_dirs.to_vec(), search: false }
+impl SourceFile {
+    /// Opens a file once more in the way of blazesym, which wants a path. `None` if it cannot be
+    /// opened or mapped.
+    pub fn map(file: File) -> Option<Self> {
+        let path = fd_path(&file);
+        // A symbolizer for each file: its caches are dropped with it. It has no directories for
+        // debug files, and could open none there: those are source files of their own.
+        let builder = blaze::Symbolizer::builder().enable_auto_reload(false).set_debug_dirs(Some([""; 0]));
+        let symbolizer = builder.enable_code_info(true).enable_inlined_fns(true).build();
+        let source = Source::Elf(Elf { debug_syms: false, ..Elf::new(&path) });
+        // To name no address it reads nothing. The mapping stays in its cache, by path.
+        symbolizer.symbolize(&source, Input::VirtOffset(&[])).ok()?;
+        Some(Self { file, symbolizer, path })
     }
 
-    /// Names from files found by their build id only: in and below `debug_dirs`, and at the paths
-    /// of the modules.
-    pub fn with_files(debug_dirs: &[PathBuf]) -> Self {
-        Self { modules: Vec::new(), debug_dirs: debug_dirs.to_vec(), search: true }
+    /// Its ELF headers; `None` if it has another build id than this.
+    fn headers(&self, build_id: Option<&str>) -> Option<ElfHeaders> {
+        let headers = ElfHeaders::read(&self.file).ok()?;
+        (build_id.is_none() || headers.build_id.as_deref() == build_id).then_some(headers)
     }
 
-    pub(super) fn new(modules: Vec<OpenModule>, debug_dirs: Vec<PathBuf>, search: bool) -> Self {
-        Self { modules, debug_dirs, search }
+    /// The names that it has for offsets of a module with these headers.
+    fn names(&self, headers: &ElfHeaders, offsets: &[u64]) -> Vec<OffsetNames> {
+        let stated: Vec<(u64, u64)> =
+            offsets.iter().filter_map(|offset| Some((*offset, headers.stated_address(*offset)?))).collect();
+        let addresses: Vec<u64> = stated.iter().map(|(_, address)| *address).collect();
+        let resolve = |debug| catch_unwind(AssertUnwindSafe(|| self.resolve(debug, &addresses))).ok().flatten();
+        // blazesym refuses a file with broken debug information as a whole; its symbols may be good.
+        let nothing = || vec![Vec::new(); addresses.len()];
+        let (by_debug, by_symbol) = (resolve(true).unwrap_or_else(nothing), resolve(false).unwrap_or_else(nothing));
+        let both = by_debug.into_iter().zip(by_symbol).map(|(debug, symbol)| qualified(debug, symbol));
+        stated.iter().map(|(offset, _)| *offset).zip(both).filter(|(_, names)| !names.is_empty()).collect()
     }
 
-    /// Names the frames of an incident, in this process: see [`super::subprocess`].
-    pub fn name(&self, incident: &mut Incident) -> NamingSummary {
-        self.find(&UnnamedFrames::of(incident)).apply(incident)
-    }
-
-    /// Finds names in this process: see [`super::subprocess`].
-    pub fn find(&self, unnamed: &UnnamedFrames) -> FrameNames {
-        let mut found = FrameNames::default();
-        let reported: Result<(), std::convert::Infallible> = self.find_each(unnamed, |module, names| {
-            if !names.is_empty() {
-                found.0.push((module.clone(), names));
-            }
-            Ok(())
+    /// The names of addresses, in their order; `None` if the file cannot be read.
+    fn resolve(&self, debug_symbols: bool, addresses: &[u64]) -> Option<Vec<Vec<FunctionName>>> {
+        let source = Source::Elf(Elf { debug_syms: debug_symbols, ..Elf::new(&self.path) });
+        let answers = self.symbolizer.symbolize(&source, Input::VirtOffset(addresses)).ok()?;
+        let names = answers.iter().map(|answer| match answer {
+            Symbolized::Sym(symbol) => names_of(symbol),
+            Symbolized::Unknown(_) => Vec::new(),
         });
-        match reported {
-            Ok(()) => found,
-        }
-    }
-
-    /// Finds names module by module and reports each module, also one without any name. Ends at the
-    /// first error of `report`.
-    pub fn find_each<E>(
-        &self,
-        unnamed: &UnnamedFrames,
-        mut report: impl FnMut(&ModuleName, Vec<OffsetNames>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut bytes_left = MAX_ANSWER_BYTES;
-        let wanted = unnamed.0.iter().filter_map(|((_, build_id), _)| build_id.as_deref()).collect();
-        let found = if self.search { debug_files::search(&self.debug_dirs, &wanted) } else { BTreeMap::new() };
-        for (module, offsets) in &unnamed.0 {
-            let mut names: BTreeMap<u64, Vec<FunctionName>> = BTreeMap::new();
-            for candidate in self.candidates(module, &found) {
-                let open: Vec<u64> = offsets.iter().copied().filter(|offset| !names.contains_key(offset)).collect();
-                if open.is_empty() {
-                    break;
-                }
-                for (offset, answer) in names_in(&candidate, &open, &self.debug_dirs) {
-                    let size: usize = answer.iter().map(FunctionName::bytes).sum();
-                    if size <= bytes_left {
-                        bytes_left = bytes_left.saturating_sub(size);
-                        names.insert(offset, answer);
-                    }
-                }
-            }
-            report(module, names.into_iter().collect())?;
-        }
-        Ok(())
-    }
-
-    /// The modules that are held open, each with a path under which other processes can open it.
-    pub fn open_paths(&self) -> Vec<(ModuleName, PathBuf)> {
-        let pid = std::process::id().to_string();
-        let name = |module: &OpenModule| (module.path.to_string(), module.build_id.as_deref().map(str::to_owned));
-        let path = |module: &OpenModule| {
-            let fd = fd_path(&*module.file);
-            fd.file_name().map(|fd| Path::new("/proc").join(&pid).join("fd").join(fd))
-        };
-        self.modules.iter().filter_map(|module| Some((name(module), path(module)?))).collect()
-    }
-
-    /// Directories that are searched before those of the system.
-    pub fn debug_dirs(&self) -> &[PathBuf] {
-        &self.debug_dirs
-    }
-
-    /// Whether files are looked for by build id.
-    pub fn searches(&self) -> bool {
-        self.search
-    }
-
-    /// Files that may name a module, those with most information first.
-    fn candidates(&self, module: &ModuleName, found: &BTreeMap<String, Vec<PathBuf>>) -> Vec<DebugCandidate> {
-        let (path, build_id) = module;
-        let mut same =
-            self.modules.iter().filter(|open| *open.path == **path && open.build_id.as_deref() == build_id.as_deref());
-        // Two files of one path and no build id: it may be either, so it is neither.
-        let own = match (same.next(), same.next()) {
-            (Some(first), other) if other.is_none() || build_id.is_some() => Some(DebugCandidate::of_module(first)),
-            _ => None,
-        };
-        let headers = own.as_ref().map(|own| own.headers.clone());
-        let mut candidates = Vec::new();
-        if let Some(id) = build_id {
-            let extra = found.get(id).into_iter().flatten().cloned();
-            let first = self.modules.iter().find(|open| *open.path == **path && open.build_id.as_deref() == Some(id));
-            let linked = first.map(|module| debug_files::by_link(&self.debug_dirs, module)).unwrap_or_default();
-            for path in debug_files::by_build_id(&self.debug_dirs, id).chain(linked).chain(extra) {
-                candidates.extend(DebugCandidate::of_debug_file(path, id, headers.clone()));
-            }
-            if self.search {
-                candidates.extend(DebugCandidate::of_debug_file(PathBuf::from(path), id, None));
-            }
-        }
-        candidates.extend(own);
-        candidates
+        Some(names.collect())
     }
 }
 
-/// Names what can be named in an incident, with files of this machine.
-pub fn symbolize_file(incident: &mut Incident, debug_dirs: &[PathBuf]) -> NamingSummary {
-    Symbolizer::with_files(debug_dirs).name(incident)
+/// Finds names module by module and reports each module, also one without any name. Ends at the
+/// first error of `report`.
+pub fn find_each<E>(
+    modules: Vec<ModuleFiles>,
+    mut report: impl FnMut(&ModuleName, Vec<OffsetNames>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut bytes_left = MAX_ANSWER_BYTES;
+    for module in modules {
+        let mut names: BTreeMap<u64, Vec<FunctionName>> = BTreeMap::new();
+        for (file, headers) in candidates(&module) {
+            let open: Vec<u64> = module.offsets.iter().copied().filter(|offset| !names.contains_key(offset)).collect();
+            if open.is_empty() {
+                break;
+            }
+            for (offset, answer) in file.names(&headers, &open) {
+                let size: usize = answer.iter().map(FunctionName::bytes).sum();
+                if size <= bytes_left {
+                    bytes_left = bytes_left.saturating_sub(size);
+                    names.insert(offset, answer);
+                }
+            }
+        }
+        report(&module.name, names.into_iter().collect())?;
+    }
+    Ok(())
+}
+
+/// Files that may name a module, those with most information first, each with the headers that
+/// offsets of frames refer to: the module's, or what they must have been.
+fn candidates(module: &ModuleFiles) -> Vec<(&SourceFile, Arc<ElfHeaders>)> {
+    let build_id = module.name.1.as_deref();
+    // The caller holds the module itself, so it need not have a build id.
+    let own = module.own.as_ref().and_then(|file| Some((file, Arc::new(file.headers(build_id)?))));
+    let debug = module.debug.iter().filter_map(|file| {
+        let headers = file.headers(Some(build_id?))?;
+        let module = own.as_ref().map(|(_, own)| own.clone());
+        Some((file, module.unwrap_or_else(|| Arc::new(with_module_offsets(headers)))))
+    });
+    let mut all: Vec<_> = debug.collect();
+    all.extend(own);
+    all
+}
+
+/// Whether names are no more and no longer than this module makes them.
+pub fn is_plausible((_, names): &OffsetNames) -> bool {
+    let fits = |text: &String| text.len() <= MAX_NAME_BYTES;
+    names.len() <= MAX_INLINED.saturating_add(1)
+        && names.iter().all(|name| fits(&name.symbol) && name.file.as_ref().is_none_or(fits))
 }
 
 impl FunctionName {
     fn bytes(&self) -> usize {
         self.symbol.len().saturating_add(self.file.as_ref().map_or(0, String::len))
     }
-}
-
-/// The names that one file has for offsets of its module.
-fn names_in(candidate: &DebugCandidate, offsets: &[u64], debug_dirs: &[PathBuf]) -> Vec<OffsetNames> {
-    let stated: Vec<(u64, u64)> =
-        offsets.iter().filter_map(|offset| Some((*offset, candidate.stated_address(*offset)?))).collect();
-    let addresses: Vec<u64> = stated.iter().map(|(_, address)| *address).collect();
-    let path = &candidate.path;
-    let resolve =
-        |debug| catch_unwind(AssertUnwindSafe(|| resolve(path, debug, &addresses, debug_dirs))).ok().flatten();
-    // blazesym refuses a file with broken debug information as a whole; its symbols may be good.
-    let nothing = || vec![Vec::new(); addresses.len()];
-    let (by_debug, by_symbol) = (resolve(true).unwrap_or_else(nothing), resolve(false).unwrap_or_else(nothing));
-    let both = by_debug.into_iter().zip(by_symbol).map(|(debug, symbol)| qualified(debug, symbol));
-    stated.iter().map(|(offset, _)| *offset).zip(both).filter(|(_, names)| !names.is_empty()).collect()
 }
 
 /// Debug information with line tables only, as in release builds of Rust, names functions without
@@ -188,32 +152,6 @@ fn qualified(mut debug: Vec<FunctionName>, symbol: Vec<FunctionName>) -> Vec<Fun
         outer.symbol = whole.symbol;
     }
     debug
-}
-
-/// The names of addresses, in their order; `None` if the file cannot be read.
-fn resolve(
-    path: &Path,
-    debug_symbols: bool,
-    addresses: &[u64],
-    debug_dirs: &[PathBuf],
-) -> Option<Vec<Vec<FunctionName>>> {
-    let dirs = debug_dirs.iter().cloned().chain(debug_files::SYSTEM_DIRS.iter().map(PathBuf::from));
-    let builder =
-        blaze::Symbolizer::builder().enable_auto_reload(false).enable_code_info(true).enable_inlined_fns(true);
-    // A symbolizer for each file: its caches, which hold descriptors, are dropped with it.
-    let mut symbolizer = builder.set_debug_dirs(Some(dirs)).build();
-    let source = Source::Elf(Elf { debug_syms: debug_symbols, ..Elf::new(path) });
-    let answers = symbolizer.symbolize(&source, Input::VirtOffset(addresses)).ok()?;
-    let names = answers
-        .iter()
-        .map(|answer| match answer {
-            Symbolized::Sym(symbol) => names_of(symbol),
-            Symbolized::Unknown(_) => Vec::new(),
-        })
-        .collect();
-    drop(answers);
-    let _ = symbolizer.evict(&evict::Elf::new(path).into());
-    Some(names)
 }
 
 fn names_of(symbol: &Sym<'_>) -> Vec<FunctionName> {
@@ -248,4 +186,27 @@ fn shortened(text: &str) -> String {
     let head = text.get(..text.floor_char_boundary(HALF)).unwrap_or_default();
     let tail = text.get(text.ceil_char_boundary(text.len().saturating_sub(HALF))..).unwrap_or_default();
     format!("{head}…{tail}")
+}
+
+/// Restores the offsets that the segments have in the module's file. `objcopy --only-keep-debug`
+/// keeps their addresses and sizes but not their offsets. Linkers put each segment at the first
+/// offset after the one before that equals its address modulo its alignment, so the offsets follow.
+fn with_module_offsets(headers: ElfHeaders) -> ElfHeaders {
+    let emptied = |segment: &ElfSegment| segment.executable && segment.file_bytes < segment.memory_bytes;
+    if !headers.segments.iter().any(emptied) {
+        return headers;
+    }
+    let mut end: u64 = 0;
+    let segments = headers
+        .segments
+        .iter()
+        .map(|segment| {
+            let align = segment.align.max(1);
+            let past = segment.address.wrapping_sub(end).checked_rem(align).unwrap_or(0);
+            let offset = end.saturating_add(past);
+            end = offset.saturating_add(segment.memory_bytes);
+            ElfSegment { offset, file_bytes: segment.memory_bytes, ..*segment }
+        })
+        .collect();
+    ElfHeaders { segments, ..headers }
 }

@@ -33,7 +33,7 @@ enum RunsOn {
     Newest,
 }
 
-const RARE: [Rare; 8] = [
+const RARE: [Rare; 9] = [
     Rare { executable: "kernel_change", runs_on: RunsOn::Ends, why: "fork, exec and moves between cgroups" },
     Rare { executable: "kernel_degraded", runs_on: RunsOn::Newest, why: "an agent for each hook that is left out" },
     Rare { executable: "kernel_kills", runs_on: RunsOn::Ends, why: "many kills" },
@@ -42,6 +42,7 @@ const RARE: [Rare; 8] = [
     Rare { executable: "kernel_secret", runs_on: RunsOn::Ends, why: "searches all that the agent has" },
     Rare { executable: "kernel_sigkill", runs_on: RunsOn::Ends, why: "every sender of a SIGKILL" },
     Rare { executable: "kernel_storm", runs_on: RunsOn::Ends, why: "many kills at once" },
+    Rare { executable: "kernel_symbolizer", runs_on: RunsOn::Ends, why: "what a confined process may do" },
 ];
 
 impl Selection {

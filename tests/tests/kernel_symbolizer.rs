@@ -1,0 +1,280 @@
+//! The process that names frames: what it may do, whose files it can name, what a bad file costs.
+
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use memtrace_tests::agent::json_of;
+use memtrace_tests::cage::Cage;
+use memtrace_tests::claims::MIB;
+use memtrace_tests::deadline::Deadline;
+use memtrace_tests::programs::{self, require_root};
+use memtrace_tests::trial::Trial;
+use memtrace_tests::{json, sample};
+use serde_json::{Value, json};
+
+const NOBODY: u32 = 65_534;
+/// A user who is not the one that the agent runs as.
+const SOMEBODY: u32 = 12_345;
+/// Time until a process has done what it does at once, and until names are in an incident.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Most kills until one has stacks.
+const KILLS: usize = 5;
+/// Bytes of an answer that fit into a pipe of which nothing is read.
+const PIPE_BYTES: usize = 64 << 10;
+
+/// The build id of an ELF file: the note whose name is GNU and whose type is 3, of 20 bytes.
+fn build_id(file: &Path) -> anyhow::Result<String> {
+    let bytes = std::fs::read(file)?;
+    let head = *b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
+    let at = bytes.windows(head.len()).position(|window| window == head).context("no build id")?;
+    let id = bytes.get(at + head.len()..at + head.len() + 20).context("a short build id")?;
+    Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The process that names frames, kept busy: it has more names to write than anybody reads.
+struct Busy(Child);
+
+impl Busy {
+    fn start(mut command: Command) -> anyhow::Result<Self> {
+        let program = programs::path("workload")?;
+        let code: Vec<u64> = (0..std::fs::metadata(&program)?.len().min(8 << 20)).step_by(128).collect();
+        let module = json!([program, build_id(&program)?]);
+        let job = json!({ "unnamed": [[module, code]], "modules": [], "debug_dirs": [], "search": true });
+        command.arg("name-frames").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        child.stdin.take().context("no standard input")?.write_all(&serde_json::to_vec(&job)?)?;
+        Ok(Self(child))
+    }
+
+    /// A field of /proc/PID/status, once it is confined. Words are separated by one blank.
+    fn status(&self, field: &str) -> anyhow::Result<String> {
+        let deadline = Deadline::after(LIMIT);
+        loop {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
+            let find = |field: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+                Some(line.split_whitespace().collect::<Vec<_>>().join(" "))
+            };
+            // Two filters: the second makes it whole.
+            if find("Seccomp_filters").as_deref().unwrap_or("2") == "2" && find("Seccomp").as_deref() == Some("2") {
+                return find(field).with_context(|| format!("no {field} in:\n{status}"));
+            }
+            ensure!(!deadline.has_passed(), "it is not confined:\n{status}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_process_that_names_frames_has_no_privileges() -> anyhow::Result<()> {
+    require_root()?;
+    let busy = Busy::start(programs::memtrace_command()?)?;
+    let four = [NOBODY; 4].map(|id| id.to_string()).join(" ");
+    for (field, expected) in [("Uid", four.as_str()), ("Gid", &four), ("Groups", ""), ("NoNewPrivs", "1")] {
+        let found = busy.status(field)?;
+        ensure!(found == expected, "{field}: {found}");
+    }
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        let found = busy.status(set)?;
+        ensure!(found.bytes().all(|digit| digit == b'0'), "{set}: {found}");
+    }
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", busy.0.id()))?;
+    for (limit, most) in [
+        ("Max cpu time", 40),
+        ("Max file size", 0),
+        ("Max data size", 512 * MIB),
+        ("Max address space", 64 << 30),
+        ("Max stack size", 8 * MIB),
+        ("Max core file size", 0),
+        ("Max processes", 0),
+        ("Max open files", 0),
+    ] {
+        let line = limits.lines().find_map(|line| line.strip_prefix(limit)).with_context(|| limit.to_owned())?;
+        let hard = line.split_whitespace().nth(1).and_then(|hard| hard.parse::<u64>().ok());
+        ensure!(hard.is_some_and(|hard| hard <= most), "{limit}:{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_user_without_privileges_gets_the_same_names() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
+    let program = dir.path().join("memtrace");
+    std::fs::copy(programs::memtrace()?, &program)?;
+    let mut command = Command::new(&program);
+    command.uid(SOMEBODY).gid(SOMEBODY).current_dir("/");
+    let mut busy = Busy::start(command)?;
+    for (field, expected) in [("Uid", SOMEBODY), ("Gid", SOMEBODY), ("NoNewPrivs", 1), ("Seccomp", 2)] {
+        let found = busy.status(field)?;
+        ensure!(found.split(' ').all(|word| word == expected.to_string()), "{field}: {found}");
+    }
+    let answer = std::io::read_to_string(busy.0.stdout.take().context("no standard output")?)?;
+    ensure!(answer.len() > PIPE_BYTES && answer.contains("memory::take_share"), "{} bytes", answer.len());
+    ensure!(busy.0.wait()?.success());
+    Ok(())
+}
+
+/// Whether some stack of an incident goes through a function.
+fn names(incident: &Value, function: &str) -> bool {
+    frames(incident).filter_map(|frame| frame["symbol"].as_str()).any(|symbol| symbol.contains(function))
+}
+
+/// The frames of all stacks of an incident.
+fn frames(incident: &Value) -> impl Iterator<Item = &Value> {
+    let paths = incident["allocation_paths"].as_array().into_iter().flatten();
+    paths.flat_map(|path| path["frames"].as_array().into_iter().flatten())
+}
+
+/// The incident of a kill of `program`, once its frames have been looked at. A host under load can
+/// lose the stacks of a kill, which is told elsewhere and not the matter here: then another one.
+fn named_kill(trial: &Trial, program: &Path) -> anyhow::Result<Value> {
+    for _ in 0..KILLS {
+        let cage = Cage::new("private", 64 * MIB)?;
+        let burst = ["burst", "--mib", "256", "--touch", "--threads", "2"];
+        trial.start_known_from(cage.command(program)?, &burst)?.finish()?.was_killed()?;
+        let incident = trial.incident(&cage)?;
+        cage.remove()?;
+        if !frames(&incident).any(|frame| frame["module"].as_str() == program.to_str()) {
+            continue;
+        }
+        let id = json::text(&incident, "/id")?;
+        let deadline = Deadline::after(LIMIT);
+        while trial.agent.heard(&["named functions", id]).is_none() {
+            ensure!(!deadline.has_passed(), "{id} has no names; the agent said:\n{}", trial.agent.stderr());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        return trial.options().report(id);
+    }
+    anyhow::bail!("none of {KILLS} kills has a stack; the agent said:\n{}", trial.agent.stderr())
+}
+
+#[test]
+fn files_that_only_their_owner_may_read_are_named() -> anyhow::Result<()> {
+    let trial = Trial::begin(&["--sample", "256K", "--stack-budget", "100%"])?;
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
+    let program = dir.path().join("program");
+    std::fs::copy(programs::path("workload")?, &program)?;
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o700))?;
+    let mut nameless = None;
+    for owner in [0, SOMEBODY] {
+        std::os::unix::fs::chown(&program, Some(owner), Some(owner))?;
+        let incident = named_kill(&trial, &program)?;
+        ensure!(names(&incident, "memory::take_share"), "no names from a file of user {owner}");
+        nameless = Some(without_names(incident));
+    }
+    trial.end()?;
+    // The same by the file alone: as root, and as nobody, who may read it only once it is public.
+    let file = dir.path().join("nameless.memtrace");
+    std::fs::write(&file, zstd::encode_all(&*serde_json::to_vec(&nameless)?, 3)?)?;
+    let memtrace = dir.path().join("memtrace");
+    std::fs::copy(programs::memtrace()?, &memtrace)?;
+    for (user, mode, named) in [(0, 0o700, true), (NOBODY, 0o700, false), (NOBODY, 0o755, true)] {
+        std::fs::set_permissions(&program, PermissionsExt::from_mode(mode))?;
+        let mut command = Command::new(&memtrace);
+        command.arg("report").arg(&file).args(["--format", "json", "--debug-dir"]).arg(dir.path());
+        let report = json_of({
+            command.uid(user).gid(user).current_dir("/");
+            command
+        })?;
+        ensure!(names(&report, "memory::take_share") == named, "user {user}, mode {mode:o}");
+    }
+    Ok(())
+}
+
+/// The incident as it was saved at first.
+fn without_names(mut incident: Value) -> Value {
+    let paths = incident["allocation_paths"].as_array_mut().into_iter().flatten();
+    for frame in paths.flat_map(|path| path["frames"].as_array_mut().into_iter().flatten()) {
+        if frame["kernel"] == json!(false) {
+            frame["symbol"] = Value::Null;
+        }
+    }
+    incident
+}
+
+/// A 64-bit ELF file of this architecture with a build id, code, and debug information that has
+/// `bytes` bytes of zeros once it is decompressed.
+fn bomb(build_id: [u8; 20], bytes: u64) -> anyhow::Result<Vec<u8>> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), 3)?;
+    std::io::copy(&mut std::io::Read::take(std::io::repeat(0), bytes), &mut encoder)?;
+    let mut packed = encoder.finish()?;
+    // Headers are aligned; what follows the one frame is not looked at.
+    packed.resize(packed.len().next_multiple_of(8), 0);
+    let note = [&b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"[..], &build_id, &[0; 4]].concat();
+    let strings = b"\0.debug_info\0.debug_abbrev\0.shstrtab\0\0\0\0";
+    // ELFCOMPRESS_ZSTD, reserved, size, alignment
+    let debug = [&2_u64.to_le_bytes()[..], &bytes.to_le_bytes(), &1_u64.to_le_bytes(), &packed].concat();
+    let (note_at, debug_at) = (64 + 2 * 56_usize, 64 + 2 * 56 + note.len());
+    let strings_at = debug_at + debug.len();
+    let headers_at = strings_at + strings.len();
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let halves = |first: u32, second: u32| u64::from(first) | u64::from(second) << 32;
+    let machine: u16 = if cfg!(target_arch = "aarch64") { 183 } else { 62 };
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0".to_vec();
+    file.extend(machine.to_le_bytes());
+    file.extend(1_u32.to_le_bytes());
+    file.extend(words(&[0, 64, headers_at as u64]));
+    file.extend([0_u16, 0, 64, 56, 2, 64, 4, 3].iter().flat_map(|half| half.to_le_bytes()));
+    file.extend(words(&[halves(1, 5), 0, 0, 0, 0x10000, 0x10000, 0x1000]));
+    file.extend(words(&[halves(4, 4), note_at as u64, 0, 0, note.len() as u64, note.len() as u64, 4]));
+    file.extend([note, debug, strings.to_vec()].concat());
+    file.extend([0; 64]);
+    for (name, kind, flags, at, size) in [
+        (1, 1, 0x800, debug_at, strings_at - debug_at),
+        (13, 1, 0x800, debug_at, strings_at - debug_at),
+        (27, 3, 0, strings_at, strings.len()),
+    ] {
+        file.extend(words(&[halves(name, kind), flags, 0, at as u64, size as u64, 0, 1, 0]));
+    }
+    Ok(file)
+}
+
+#[test]
+fn debug_information_that_grows_without_end_costs_its_own_names_only() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let program = programs::path("workload")?;
+    std::fs::copy(&program, dir.path().join("program"))?;
+    std::fs::write(dir.path().join("bomb"), bomb([7; 20], 1 << 30)?)?;
+    let frame = |module: &str, id: &str, offset: u64| {
+        json!({ "module": module, "build_id": id, "offset": offset, "symbol": null, "file": null, "line": null,
+            "kernel": false, "inlined": false })
+    };
+    let id = build_id(&program)?;
+    let mut frames = vec![frame("/a/bomb", &"07".repeat(20), 0x100)];
+    frames.extend((0..4 << 20).step_by(4096).take(500).map(|offset| frame("/b/program", &id, offset)));
+    let mut incident = sample::incident();
+    incident["allocation_paths"] = json!([{
+        "weight_bytes": 4096, "cause": "touch", "cut": null, "mapped_by": null, "frames": frames,
+        "process": { "pid": 4242, "tid": 4242, "start_boot_ns": 5_000_000_000_u64, "comm": "workload" },
+    }]);
+    let file = dir.path().join("incident.memtrace");
+    std::fs::write(&file, zstd::encode_all(&*serde_json::to_vec(&incident)?, 3)?)?;
+    // All processes of the report together; each may have 512 MiB.
+    let cage = Cage::new("report", 768 * MIB)?;
+    let mut command = cage.command(programs::memtrace()?)?;
+    command.arg("report").arg(&file).args(["--format", "json", "--debug-dir"]).arg(dir.path());
+    let report = json_of(command)?;
+    ensure!(cage.oom_kills()? == 0, "the report ran out of memory");
+    let frames = json::list(&report, "/allocation_paths/0/frames")?;
+    let named = frames.iter().filter(|frame| !frame["symbol"].is_null()).count();
+    ensure!(frames[0]["symbol"].is_null() && named > 10, "{named} of {} frames are named", frames.len());
+    cage.remove()
+}
