@@ -7,6 +7,9 @@ use memtrace_incident::{Incident, Pressure, PressureLimit};
 use memtrace_incident::{SigkillCause, SigkillEntry};
 use memtrace_report::plain;
 
+/// Most characters of a cgroup's path. Those of Kubernetes have about 200.
+const PATH_WIDTH: usize = 256;
+
 /// Incidents as a table, in the order given. Strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {
     let head = ["ID", "WHEN (UTC)", "KIND", "VICTIM", "LIMIT", "PEAK", "CGROUP"].map(str::to_owned);
@@ -65,14 +68,18 @@ fn row(incident: &Incident) -> [String; 7] {
         _ => full.limit_bytes.map_or_else(|| "none".to_owned(), units::bytes),
     };
     [
-        plain::escape(&incident.id),
+        plain::elide(&incident.id, 26, true),
         when(&incident.at.wall),
         incident.kind.name().to_owned(),
         victim,
         limit,
         units::known(full.peak_bytes),
-        incident.cgroup.path.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape),
+        path(incident.cgroup.path.as_deref()),
     ]
+}
+
+fn path(path: Option<&str>) -> String {
+    path.map_or_else(|| "unknown".to_owned(), |path| plain::elide(path, PATH_WIDTH, true))
 }
 
 fn when(wall: &str) -> String {
@@ -86,7 +93,8 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
     let sender = if itself { "itself".to_owned() } else { process(&entry.sender_comm, entry.sender_pid) };
     let sent_by = match entry.cause {
         SigkillCause::Oom => {
-            let incident = entry.incident.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape);
+            let incident =
+                entry.incident.as_deref().map_or_else(|| "unknown".to_owned(), |id| plain::elide(id, 26, true));
             format!("the OOM killer, incident {incident}")
         }
         SigkillCause::CgroupKill => format!("{sender} by cgroup.kill"),
@@ -95,8 +103,7 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
         SigkillCause::ParentDeath => format!("the death of its parent, {sender}"),
         SigkillCause::Kernel => "the kernel, not for memory".to_owned(),
     };
-    let cgroup = entry.cgroup_path.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape);
-    [when(&entry.wall), process(&entry.comm, entry.pid), cgroup, sent_by]
+    [when(&entry.wall), process(&entry.comm, entry.pid), path(entry.cgroup_path.as_deref()), sent_by]
 }
 
 #[cfg(test)]
