@@ -7,18 +7,24 @@
 //! refuse: of stacks that are too many or too deep for one it leaves the outer frames out.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::io::{self, BufReader, Read, Write};
 use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::bounded::Bounds;
-use crate::{Cut, Incident, SCHEMA, caps};
+use crate::{Cgroup, Cut, Incident, SCHEMA, caps};
 
 /// Largest file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 32 << 20;
 /// Largest JSON that a file may unpack to, in bytes.
 pub const MAX_JSON_BYTES: u64 = 64 << 20;
+
+/// JSON that [`read_cgroup`] reads at most; the cgroup is among the first 2 KiB.
+const HEAD_BYTES: u64 = 64 << 10;
+const HEAD_BUFFER: usize = 4096;
 
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const ZSTD_LEVEL: i32 = 3;
@@ -162,6 +168,40 @@ pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
     };
     check(&incident)?;
     Ok(incident)
+}
+
+/// The cgroup of an incident, from the beginning of its file: for who has many files and wants to
+/// know which is whose. `None` when it cannot be read.
+pub fn read_cgroup(stream: impl Read) -> Option<Cgroup> {
+    let mut decoder = zstd::Decoder::new(stream).ok()?;
+    decoder.window_log_max(WINDOW_LOG_MAX).ok()?;
+    let json = BufReader::with_capacity(HEAD_BUFFER, decoder).take(HEAD_BYTES);
+    let mut found = None;
+    // What comes after the cgroup is not read, which is an error to the parser.
+    let _ = serde_json::Deserializer::from_reader(json).deserialize_map(Head(&mut found));
+    found
+}
+
+/// Takes the cgroup and ends there.
+struct Head<'a>(&'a mut Option<Cgroup>);
+
+impl<'de> Visitor<'de> for Head<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an incident")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "cgroup" {
+                *self.0 = Some(map.next_value()?);
+                return Ok(());
+            }
+            map.next_value::<IgnoredAny>()?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether `id` is a ULID as memtrace writes it, which makes it a safe file name.

@@ -38,7 +38,7 @@ pub mod units;
 pub use allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
 pub use incident::*;
 pub use kind::Kind;
-pub use ledger::{KillEntry, SigkillCause, SigkillEntry};
+pub use ledger::{KillEntry, MoreSigkills, SigkillCause, SigkillEntry};
 pub use loss::Loss;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;

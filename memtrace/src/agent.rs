@@ -108,11 +108,13 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
                 continue;
             }
             ended = symbolize.ended() => {
-                symbolize.finish(ended);
+                if let Some(path) = symbolize.finish(ended) {
+                    sinks.rewritten(&path);
+                }
                 continue;
             }
             _ = retention.tick() => {
-                sinks.retain(&config);
+                sinks.retain();
                 continue;
             }
             _ = terminate.recv() => break,
@@ -141,6 +143,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         recovery::leave_mark(&journal.dir);
     }
     symbolize.stop(modules).await;
+    sinks.retain();
     Ok(())
 }
 

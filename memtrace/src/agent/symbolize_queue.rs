@@ -73,9 +73,9 @@ impl SymbolizeQueue {
         SymbolizeResult(running.await.context("the thread ended early").flatten())
     }
 
-    /// Counts and logs how the running one ended.
-    pub(super) fn finish(&mut self, ended: SymbolizeResult) {
-        let Some((path, _)) = self.running.take() else { return };
+    /// Counts and logs how the running one ended. Returns its file.
+    pub(super) fn finish(&mut self, ended: SymbolizeResult) -> Option<PathBuf> {
+        let (path, _) = self.running.take()?;
         match ended.0 {
             Ok(summary) => {
                 self.named = self.named.saturating_add(1);
@@ -86,6 +86,7 @@ impl SymbolizeQueue {
                 warn!(file = %path.display(), "no names for an incident: {error:#}; reports show offsets");
             }
         }
+        Some(path)
     }
 
     /// Names what is running and what waits, as far as [`STOP_LIMIT`] allows: the agent stops.

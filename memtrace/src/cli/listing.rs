@@ -19,7 +19,8 @@ pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> St
 /// Entries of the SIGKILL ledger as a table, in the order given. Strings from the ledger are escaped.
 pub(super) fn sigkills(entries: &[SigkillEntry]) -> String {
     let head = ["WHEN (UTC)", "PROCESS", "CGROUP", "SENT BY"].map(str::to_owned);
-    columns(std::iter::once(head).chain(entries.iter().map(sigkill)))
+    let rows = entries.iter().flat_map(|entry| std::iter::once(sigkill(entry)).chain(more(entry)));
+    columns(std::iter::once(head).chain(rows))
 }
 
 fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
@@ -106,10 +107,22 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
     [when(&entry.wall), process(&entry.comm, entry.pid), path(entry.cgroup_path.as_deref()), sent_by]
 }
 
+/// The row for SIGKILLs that have none of their own, below the entry that stands for them.
+fn more(entry: &SigkillEntry) -> Option<[String; 4]> {
+    let more = entry.more.as_ref()?;
+    let who = match entry.sender_uid.filter(|_| more.same_sender) {
+        Some(uid) => format!("user {uid} in {}", path(entry.sender_cgroup_path.as_deref())),
+        None if more.same_sender => "the same".to_owned(),
+        None => "several users and cgroups".to_owned(),
+    };
+    let what = format!("{} more", more.count);
+    Some([when(&more.from), what, String::new(), format!("{who}, until {}", when(&more.until))])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memtrace_incident::fixtures;
+    use memtrace_incident::{MoreSigkills, fixtures};
 
     #[test]
     fn a_row_a_sigkill() {
@@ -125,6 +138,10 @@ mod tests {
             sender_pid,
             sender_start_boot_ns: 1,
             sender_comm: "sh".into(),
+            sender_uid: Some(1000),
+            sender_cgroup_id: None,
+            sender_cgroup_path: Some("/user".into()),
+            more: None,
             incident: incident.map(Into::into),
         };
         let entries = [
@@ -146,6 +163,12 @@ mod tests {
             "the kernel, not for memory",
         ];
         assert_eq!(sent_by, expected, "{table}");
+        let (from, until) = ("2026-03-01T03:00:00Z".into(), "2026-03-01T03:10:00Z".into());
+        let more = MoreSigkills { count: 70, from, until, same_sender: true };
+        let flood = sigkills(&[SigkillEntry { more: Some(more), ..entry(SigkillCause::Process, 8, None) }]);
+        let last = flood.lines().last().unwrap();
+        assert!(last.starts_with("2026-03-01 03:00:00  70 more "), "{flood}");
+        assert!(last.ends_with("user 1000 in /user, until 2026-03-01 03:10:00"), "{flood}");
         assert!(table.contains("2026-03-01 03:12:45  wor"), "{table}");
         assert!(table.chars().all(|character| character == '\n' || !plain::is_dangerous(character)));
     }

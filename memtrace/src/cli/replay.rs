@@ -86,9 +86,10 @@ fn replay(
         out.requests.clear();
         for output in out.outputs.drain(..) {
             if let Output::Save(incident) = output {
+                let full = incidents.len() >= MAX_INCIDENTS;
                 match incidents.iter_mut().find(|known| known.id == incident.id) {
                     Some(known) => *known = *incident,
-                    None if incidents.len() >= MAX_INCIDENTS => left_out = left_out.saturating_add(1),
+                    None if full => left_out = left_out.saturating_add(1),
                     None => incidents.push(*incident),
                 }
             }
