@@ -113,6 +113,18 @@ pub(crate) fn shorten(text: &str) -> Option<String> {
     Some([head, MARK, tail].concat())
 }
 
+/// Bytes that a report may need to print the text: some characters become an escape of six bytes.
+fn printed(text: &str) -> u64 {
+    text.bytes().fold(0, |sum: u64, byte| {
+        sum.saturating_add(match byte {
+            b'<' | b'>' | b'&' | 0x7f | ..0x20 => 6,
+            // Two to four bytes of a character become six, six or twelve.
+            0x80.. => 3,
+            _ => 1,
+        })
+    })
+}
+
 /// A deserializer, visitor, seed or access of serde, bounded.
 #[derive(Clone, Copy)]
 struct Bounded<'b, T> {
@@ -220,7 +232,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Bounded<'_, V> {
             self.bounds.key(text);
         }
         if self.part != Part::Field {
-            self.bounds.charge(STRING.saturating_add(text.len() as u64))?;
+            self.bounds.charge(STRING.saturating_add(printed(text)))?;
         }
         self.inner.visit_str(text)
     }

@@ -6,9 +6,9 @@
 /// Bytes of one string. A reader leaves the middle of a longer one out; a path of the kernel is no
 /// longer (PATH_MAX).
 pub const TEXT: usize = 4096;
-/// What all objects, list entries and strings of a file may take in memory, in bytes, as
-/// [`crate::codec::decode`] estimates it.
-pub const MEMORY: u64 = 160 << 20;
+/// What all objects, list entries and strings of a file may take in memory or in a report, in
+/// bytes, as [`crate::codec::decode`] estimates it.
+pub const MEMORY: u64 = 144 << 20;
 
 /// Processes in [`crate::Incident::growth`].
 pub const GROWTH: usize = 1024;

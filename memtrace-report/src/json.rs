@@ -132,18 +132,27 @@ impl Formatter for TerminalFormatter {
         end_object_value();
     }
 
-    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, out: &mut W, mut text: &str) -> io::Result<()> {
-        while let Some((at, dangerous)) = text.char_indices().find(|(_, character)| plain::is_dangerous(*character)) {
-            let (before, rest) = text.split_at(at);
-            out.write_all(before.as_bytes())?;
-            let mut units = [0; 2];
-            for unit in dangerous.encode_utf16(&mut units) {
-                write!(out, "\\u{unit:04x}")?;
-            }
-            text = rest.get(dangerous.len_utf8()..).unwrap_or_default();
-        }
-        out.write_all(text.as_bytes())
+    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        write_escaped(out, text, plain::is_dangerous)
     }
+}
+
+/// Writes a part of a string of JSON, with the characters that are to be escaped as `\uXXXX`.
+pub(super) fn write_escaped<W: io::Write + ?Sized>(
+    out: &mut W,
+    mut text: &str,
+    escaped: impl Fn(char) -> bool,
+) -> io::Result<()> {
+    while let Some((at, character)) = text.char_indices().find(|(_, character)| escaped(*character)) {
+        let (before, rest) = text.split_at(at);
+        out.write_all(before.as_bytes())?;
+        let mut units = [0; 2];
+        for unit in character.encode_utf16(&mut units) {
+            write!(out, "\\u{unit:04x}")?;
+        }
+        text = rest.get(character.len_utf8()..).unwrap_or_default();
+    }
+    out.write_all(text.as_bytes())
 }
 
 #[cfg(test)]
