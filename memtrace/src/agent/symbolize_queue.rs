@@ -61,7 +61,9 @@ impl SymbolizeQueue {
 
     /// Starts the next incident with the modules that the session holds open.
     pub(super) fn start(&mut self, modules: Vec<OpenModule>) {
-        let Some(path) = self.waiting.pop_front() else { return };
+        // Retention may have deleted some meanwhile.
+        let next = std::iter::from_fn(|| self.waiting.pop_front()).find(|path| path.exists());
+        let Some(path) = next else { return };
         let file = path.clone();
         let running = tokio::task::spawn_blocking(move || symbolize(&file, modules));
         self.running = Some((path, running));
