@@ -18,7 +18,7 @@ use crate::serve::Counters;
 use crate::store::incidents::IncidentStore;
 use crate::store::ledger::{Ledger, LedgerEntry};
 use crate::store::own_dir;
-use crate::store::retention::{DeletedFiles, Retention};
+use crate::store::retention::{self, DeletedFiles, Retention};
 use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
 use memtrace_incident::{KillEntry, SigkillEntry};
@@ -67,7 +67,8 @@ impl Sinks {
         let journal =
             config.session.journal.as_ref().map(|journal| lock_journal(&journal.dir, &state)).transpose()?.flatten();
         let (kills, sigkills) = (open_ledger(dir)?, open_ledger(dir)?);
-        let retention = Retention::of(&incidents, config.retain_bytes, config.retain_age)
+        let retained = retention::with_room_to_write(config.retain_bytes);
+        let retention = Retention::of(&incidents, retained, config.retain_age)
             .with_context(|| format!("failed to list the incidents in {}", dir.display()))?;
         let (counters, saves, retry) = (Counters::default(), VecDeque::new(), None);
         Ok(Self { incidents, retention, kills, sigkills, counters, saves, retry, _locks: (state, journal) })

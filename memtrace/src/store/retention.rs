@@ -21,6 +21,15 @@ const MOST_FILES: usize = 65_536;
 /// as the newest of its cgroup.
 const MOST_READ: usize = 16_384;
 
+/// The largest part of the size that is left free, so that it holds also while a file is written.
+const MOST_FREE: u64 = 16 << 20;
+
+/// What may be kept where there are never to be more than `bytes`: an incident is written before others are deleted,
+/// and written again, larger, with names of functions in it.
+pub fn with_room_to_write(bytes: u64) -> u64 {
+    bytes.saturating_sub((bytes / 8).min(MOST_FREE))
+}
+
 /// What was deleted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeletedFiles {
