@@ -6,6 +6,7 @@ use memtrace_report::{Style, json, text};
 use memtrace_incident::codec;
 
 fn read_and_report(file: &[u8]) {
+    let _ = codec::read_cgroup(file);
     let Ok(incident) = codec::decode(file) else { return };
     let narrow = Style { colour: false, width: 0, unicode: false };
     let coloured = Style { colour: true, width: 300, unicode: true };

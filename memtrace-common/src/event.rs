@@ -10,6 +10,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The value of a `u64` field that could not be read: unknown, never 0.
 pub const UNKNOWN: u64 = u64::MAX;
+/// An unknown `u32` (a user id that a record does not have).
+pub const UNKNOWN_U32: u32 = u32::MAX;
+/// Size of a [`Kill`] in journals that were written before it had the sender's user id, in bytes.
+pub const KILL_SIZE_BEFORE: usize = 96;
 /// An unknown `i32` (an `oom_score_adj` that could not be read).
 pub const UNKNOWN_I32: i32 = i32::MIN;
 
@@ -276,7 +280,7 @@ records! {
         charge_bytes: u64,
     }
     /// LEDGER when the kernel sent SIGKILL, SAMPLES when somebody else did.
-    16 Kill (KIND_KILL) 96 {
+    16 Kill (KIND_KILL) 104 {
         /// The sender: `current`. For an OOM kill it is the thread whose allocation failed.
         sender: Task,
         /// The thread it is sent to.
@@ -287,6 +291,11 @@ records! {
         sender_code: u32,
         /// The kernel's verdict on delivery (`TRACE_SIGNAL_*`): 0 delivered, 1 ignored, 2 already pending.
         result: u32,
+        /// The sender's real user id, in the initial user namespace, or [`UNKNOWN_U32`]: whose share of the ledger
+        /// it takes. Journals of earlier versions end before it ([`KILL_SIZE_BEFORE`]).
+        sender_uid: u32,
+        /// 0.
+        reserved: u32,
     }
     /// LEDGER. The OOM killer marked a victim.
     17 OomVictim (KIND_OOM_VICTIM) 328 {

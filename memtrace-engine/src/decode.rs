@@ -81,6 +81,9 @@ pub fn decode(bytes: &[u8]) -> Result<Record, DecodeError> {
         return Err(DecodeError::UnknownKind { kind });
     };
     let stated = usize::from(header.size);
+    if kind == wire::KIND_KILL && stated == wire::KILL_SIZE_BEFORE && bytes.len() == stated {
+        return kill_before(bytes).ok_or(DecodeError::UnknownKind { kind });
+    }
     let wrong = DecodeError::WrongSize { kind, expected, stated, actual: bytes.len() };
     if stated != expected || bytes.len() != expected {
         return Err(wrong);
@@ -135,6 +138,14 @@ pub fn decode_stack(bytes: &[u8]) -> Result<StackRecord<'_>, DecodeError> {
         },
         kind => Err(DecodeError::UnknownKind { kind }),
     }
+}
+
+/// A kill as earlier versions wrote it, without the sender's user id.
+fn kill_before(bytes: &[u8]) -> Option<Record> {
+    let mut whole = [0; size_of::<wire::Kill>()];
+    whole.get_mut(..bytes.len())?.copy_from_slice(bytes);
+    let kill: wire::Kill = read(&whole)?;
+    Some(Record::Kill(wire::Kill { sender_uid: wire::UNKNOWN_U32, ..kill }))
 }
 
 fn read<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Option<T> {
@@ -305,6 +316,18 @@ mod tests {
             bytes.pop();
             assert!(matches!(decode(&bytes), Err(DecodeError::WrongSize { .. })), "{name}");
         }
+    }
+
+    #[test]
+    fn a_kill_of_an_earlier_version_has_an_unknown_sender() {
+        let kill = wire::Kill { sender_uid: 7, ..test_support::kill(5, 1, 2, 3) };
+        let mut bytes = kill.as_bytes().to_vec();
+        assert_eq!(decode(&bytes), Ok(Record::Kill(kill)));
+        bytes.truncate(wire::KILL_SIZE_BEFORE);
+        assert!(matches!(decode(&bytes), Err(DecodeError::WrongSize { .. })));
+        bytes[2..4].copy_from_slice(&(wire::KILL_SIZE_BEFORE as u16).to_ne_bytes());
+        let Ok(Record::Kill(read)) = decode(&bytes) else { panic!("not read") };
+        assert_eq!((read.sender_uid, read.result, read.target), (wire::UNKNOWN_U32, kill.result, kill.target));
     }
 
     #[test]

@@ -167,6 +167,8 @@ pub(crate) fn kill(boot_ns: u64, sender: u32, target: u32, cgroup_id: u64) -> Ki
         cgroup_id,
         sender_code: SENDER_KERNEL,
         result: 0,
+        sender_uid: 0,
+        reserved: 0,
     }
 }
 

@@ -2,11 +2,10 @@
 //! parse, so a hostile file cannot make a reader allocate more than the caps allow.
 
 use std::fmt;
-use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 
-use crate::caps;
+use crate::{AllocationPath, caps};
 
 /// Entries to allocate ahead at most. The length that a file claims is not trusted.
 const FIRST_ROOM: usize = 64;
@@ -28,7 +27,6 @@ macro_rules! capped {
 capped! {
     growth: caps::GROWTH,
     mappings: caps::MAPPINGS,
-    allocation_paths: caps::ALLOCATION_PATHS,
     frames: caps::FRAMES,
     losses: caps::LOSSES,
     functions: caps::FUNCTIONS,
@@ -43,18 +41,35 @@ capped! {
     samples: caps::SAMPLES,
 }
 
+/// Paths, with a cap on their frames together beside that of each list.
+pub(crate) fn allocation_paths<'de, D>(deserializer: D) -> Result<Vec<AllocationPath>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let weight = |path: &AllocationPath| path.frames.len();
+    let all = Some(All { weight, most: caps::ALL_FRAMES, name: "frames in all" });
+    deserializer.deserialize_seq(Capped { name: "allocation_paths", most: caps::ALLOCATION_PATHS, all })
+}
+
 fn list<'de, T, D>(deserializer: D, name: &'static str, most: usize) -> Result<Vec<T>, D::Error>
 where
     T: Deserialize<'de>,
     D: Deserializer<'de>,
 {
-    deserializer.deserialize_seq(Capped { name, most, entry: PhantomData })
+    deserializer.deserialize_seq(Capped { name, most, all: None })
 }
 
 struct Capped<T> {
     name: &'static str,
     most: usize,
-    entry: PhantomData<T>,
+    all: Option<All<T>>,
+}
+
+/// A cap on what the entries of a list hold together.
+struct All<T> {
+    weight: fn(&T) -> usize,
+    most: usize,
+    name: &'static str,
 }
 
 impl<'de, T: Deserialize<'de>> Visitor<'de> for Capped<T> {
@@ -66,9 +81,16 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Capped<T> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
         let mut entries = Vec::with_capacity(list.size_hint().unwrap_or(0).min(FIRST_ROOM));
+        let mut weight = 0usize;
         while let Some(entry) = list.next_element()? {
             if entries.len() >= self.most {
                 return Err(A::Error::custom(format!("more than {} {}", self.most, self.name)));
+            }
+            if let Some(all) = &self.all {
+                weight = weight.saturating_add((all.weight)(&entry));
+                if weight > all.most {
+                    return Err(A::Error::custom(format!("more than {} {}", all.most, all.name)));
+                }
             }
             entries.push(entry);
         }

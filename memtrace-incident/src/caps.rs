@@ -1,6 +1,14 @@
-//! The most entries that each list of an incident file may have. [`crate::codec::decode`] refuses a
-//! file with more, which bounds the memory of a reader. The engine has lower caps of its own and
-//! asserts at compile time that they stay below these.
+//! The most entries that each list of an incident file may have, and what all of them may hold
+//! together. [`crate::codec::decode`] refuses a file with more, which bounds the memory of a
+//! reader. The engine has lower caps of its own and asserts at compile time that they stay below
+//! these.
+
+/// Bytes of one string. A reader leaves the middle of a longer one out; a path of the kernel is no
+/// longer (PATH_MAX).
+pub const TEXT: usize = 4096;
+/// What all objects, list entries and strings of a file may take in memory or in a report, in
+/// bytes, as [`crate::codec::decode`] estimates it.
+pub const MEMORY: u64 = 144 << 20;
 
 /// Processes in [`crate::Incident::growth`].
 pub const GROWTH: usize = 1024;
@@ -9,7 +17,9 @@ pub const MAPPINGS: usize = 16_384;
 /// Paths in [`crate::Incident::allocation_paths`].
 pub const ALLOCATION_PATHS: usize = 16_384;
 /// Frames of one path, with inlined functions.
-pub const FRAMES: usize = 16_384;
+pub const FRAMES: usize = 4096;
+/// Frames of all paths together.
+pub const ALL_FRAMES: usize = 262_144;
 /// Entries of [`crate::Incident::losses`].
 pub const LOSSES: usize = 1024;
 /// Functions in [`crate::Oom::trigger_kernel_stack`].

@@ -2,23 +2,35 @@
 //!
 //! A file may come from anywhere, so a reader trusts none of its claims. The size of the file is
 //! bounded, and so is the size of the JSON, which is measured before anything is parsed. Every list
-//! is bounded while it is parsed ([`crate::caps`]). So the caps bound the memory that [`decode`]
-//! takes.
+//! and string is bounded while it is parsed, and so is what all of them take ([`crate::caps`]):
+//! [`decode`] stays below 256 MiB whatever the file. [`encode`] writes no file that [`decode`] would
+//! refuse: of stacks that are too many or too deep for one it leaves the outer frames out.
 
-use std::io::{self, BufReader, Read};
+use std::borrow::Cow;
+use std::fmt;
+use std::io::{self, BufReader, Read, Write};
 use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 
-use crate::{Incident, SCHEMA};
+use crate::bounded::Bounds;
+use crate::{Cgroup, Cut, Incident, SCHEMA, caps};
 
 /// Largest file that is read, in bytes.
-pub const MAX_FILE_BYTES: u64 = 64 << 20;
+pub const MAX_FILE_BYTES: u64 = 32 << 20;
 /// Largest JSON that a file may unpack to, in bytes.
-pub const MAX_JSON_BYTES: u64 = 512 << 20;
+pub const MAX_JSON_BYTES: u64 = 64 << 20;
+
+/// JSON that [`read_cgroup`] reads at most; the cgroup is among the first 2 KiB.
+const HEAD_BYTES: u64 = 64 << 10;
+const HEAD_BUFFER: usize = 4096;
 
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const ZSTD_LEVEL: i32 = 3;
+/// Largest window of zstd that is read, as a power of two: 8 MiB, which level 19 uses. It is memory
+/// that a reader takes.
+const WINDOW_LOG_MAX: u32 = 23;
 
 /// Why a file cannot be read as an incident.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +48,7 @@ pub enum Unreadable {
     #[error("the file is damaged: {0}")]
     Damaged(io::Error),
     /// The file or its JSON is larger than [`MAX_FILE_BYTES`] or [`MAX_JSON_BYTES`].
-    #[error("{what} is larger than {limit} bytes")]
+    #[error("{what} is larger than the {} MiB that memtrace reads; `zstd -dc FILE | head -c 1000` shows what it is", limit >> 20)]
     TooLarge {
         /// What is too large, for the message.
         what: &'static str,
@@ -44,8 +56,13 @@ pub enum Unreadable {
         limit: u64,
     },
     /// The JSON is not an incident, or a list in it has too many entries.
-    #[error("not a memtrace incident: {0}")]
-    NotAnIncident(serde_json::Error),
+    #[error("not a memtrace incident: {}{error}", if field.is_empty() { String::new() } else { format!("in `{field}`: ") })]
+    NotAnIncident {
+        /// Where in the JSON: `oom.victims[3].comm`; empty at its top.
+        field: String,
+        /// What is wrong there.
+        error: serde_json::Error,
+    },
     /// The schema of the file is not [`SCHEMA`].
     #[error("schema {found} is {} than this memtrace reads ({SCHEMA}){}", if *found > SCHEMA { "newer" } else { "older" }, if *found > SCHEMA { "; update memtrace" } else { "" })]
     Schema {
@@ -74,12 +91,54 @@ pub fn read_from(stream: impl Read) -> Result<Incident, Unreadable> {
     decode(&bytes)
 }
 
-/// Encodes an incident as the bytes of its file: JSON, compressed with zstd, with a checksum.
+/// Encodes an incident as the bytes of its file: JSON, compressed with zstd, with a checksum. Stacks
+/// are cut, all to the same number of frames, if the file could not be read otherwise.
 pub fn encode(incident: &Incident) -> io::Result<Vec<u8>> {
+    let deepest = |incident: &Incident| incident.allocation_paths.iter().map(|path| path.frames.len()).max();
+    let mut incident = Cow::Borrowed(incident);
+    loop {
+        let frames: usize = incident.allocation_paths.iter().map(|path| path.frames.len()).sum();
+        let deepest = deepest(&incident).unwrap_or(0);
+        if frames <= caps::ALL_FRAMES {
+            let (bytes, json_bytes) = encode_whole(&incident)?;
+            if json_bytes <= MAX_JSON_BYTES || deepest == 0 {
+                return Ok(bytes);
+            }
+        }
+        for path in &mut incident.to_mut().allocation_paths {
+            if path.frames.len() > deepest / 2 {
+                path.frames.truncate(deepest / 2);
+                path.cut = Some(Cut::Frames);
+            }
+        }
+    }
+}
+
+/// The file, and the size of its JSON.
+fn encode_whole(incident: &Incident) -> io::Result<(Vec<u8>, u64)> {
     let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
     encoder.include_checksum(true)?;
-    serde_json::to_writer(&mut encoder, incident)?;
-    encoder.finish()
+    let mut counted = Counted { inner: encoder, bytes: 0 };
+    serde_json::to_writer(&mut counted, incident)?;
+    Ok((counted.inner.finish()?, counted.bytes))
+}
+
+/// Counts what is written through it.
+struct Counted<W> {
+    inner: W,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.bytes = self.bytes.saturating_add(written as u64);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 /// Decodes the bytes of an incident file. Any bytes give an incident or an error, never a panic.
@@ -95,19 +154,54 @@ pub fn decode(bytes: &[u8]) -> Result<Incident, Unreadable> {
         });
     }
     measure(bytes, MAX_JSON_BYTES)?;
-    let incident: Incident = match parse(bytes)? {
+    let bounds = Bounds::new(caps::MEMORY);
+    let incident: Incident = match parse(bytes, &bounds)? {
         Ok(incident) => incident,
         // A file with a newer schema may fail to parse. Then its schema number is the better
         // message.
         Err(error) => {
-            return Err(match parse::<Versioned>(bytes)? {
+            return Err(match parse::<Versioned>(bytes, &Bounds::new(caps::MEMORY))? {
                 Ok(Versioned { schema }) if schema != SCHEMA => Unreadable::Schema { found: schema },
-                _ => Unreadable::NotAnIncident(error),
+                _ => Unreadable::NotAnIncident { field: bounds.field(), error },
             });
         }
     };
     check(&incident)?;
     Ok(incident)
+}
+
+/// The cgroup of an incident, from the beginning of its file: for who has many files and wants to
+/// know which is whose. `None` when it cannot be read.
+pub fn read_cgroup(stream: impl Read) -> Option<Cgroup> {
+    let mut decoder = zstd::Decoder::new(stream).ok()?;
+    decoder.window_log_max(WINDOW_LOG_MAX).ok()?;
+    let json = BufReader::with_capacity(HEAD_BUFFER, decoder).take(HEAD_BYTES);
+    let mut found = None;
+    // What comes after the cgroup is not read, which is an error to the parser.
+    let _ = serde_json::Deserializer::from_reader(json).deserialize_map(Head(&mut found));
+    found
+}
+
+/// Takes the cgroup and ends there.
+struct Head<'a>(&'a mut Option<Cgroup>);
+
+impl<'de> Visitor<'de> for Head<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an incident")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "cgroup" {
+                *self.0 = Some(map.next_value()?);
+                return Ok(());
+            }
+            map.next_value::<IgnoredAny>()?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether `id` is a ULID as memtrace writes it, which makes it a safe file name.
@@ -135,8 +229,7 @@ struct Versioned {
 /// Unpacks the file once and drops the bytes. A zip bomb costs time up to the cap but no memory,
 /// and damage anywhere in the file is found before any of it is parsed.
 fn measure(bytes: &[u8], limit: u64) -> Result<(), Unreadable> {
-    let unpacked = zstd::Decoder::with_buffer(bytes)
-        .and_then(|json| io::copy(&mut json.take(limit.saturating_add(1)), &mut io::sink()));
+    let unpacked = unpacker(bytes).and_then(|json| io::copy(&mut json.take(limit.saturating_add(1)), &mut io::sink()));
     let size = unpacked.map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => Unreadable::Truncated,
         _ => Unreadable::Damaged(error),
@@ -147,10 +240,17 @@ fn measure(bytes: &[u8], limit: u64) -> Result<(), Unreadable> {
     Ok(())
 }
 
+fn unpacker(bytes: &[u8]) -> io::Result<zstd::Decoder<'static, &[u8]>> {
+    let mut decoder = zstd::Decoder::with_buffer(bytes)?;
+    decoder.window_log_max(WINDOW_LOG_MAX)?;
+    Ok(decoder)
+}
+
 /// Parses while it unpacks, so the JSON is never in memory as a whole. Call [`measure`] first.
-fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<serde_json::Result<T>, Unreadable> {
-    let json = zstd::Decoder::with_buffer(bytes)?;
-    Ok(serde_json::from_reader(BufReader::new(json)))
+fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8], bounds: &Bounds) -> Result<serde_json::Result<T>, Unreadable> {
+    let json = unpacker(bytes)?;
+    let mut json = serde_json::Deserializer::from_reader(BufReader::new(json));
+    Ok(bounds.parse(&mut json).and_then(|value| json.end().map(|()| value)))
 }
 
 fn check(incident: &Incident) -> Result<(), Unreadable> {
@@ -179,5 +279,7 @@ fn check(incident: &Incident) -> Result<(), Unreadable> {
     }
 }
 
+#[cfg(test)]
+mod bomb_tests;
 #[cfg(test)]
 mod tests;

@@ -58,8 +58,35 @@ pub struct SigkillEntry {
     pub sender_start_boot_ns: u64,
     /// The sender's name, escaped where not printable.
     pub sender_comm: String,
+    /// The sender's real user id; null when the kernel sent it for memory, and when it is not known.
+    #[serde(default)]
+    pub sender_uid: Option<u32>,
+    /// kernfs id of the sender's memory cgroup; null when it is not known, and as above.
+    #[serde(default)]
+    pub sender_cgroup_id: Option<u64>,
+    /// Path of the sender's memory cgroup; null as above.
+    #[serde(default)]
+    pub sender_cgroup_path: Option<String>,
     /// Id of the incident, for an OOM kill; null otherwise.
     pub incident: Option<String>,
+    /// SIGKILLs of the same sender before this one that have no line of their own; absent when
+    /// there are none. Whoever sends very many fills only a share of the ledger.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub more: Option<MoreSigkills>,
+}
+
+/// SIGKILLs that have no line of their own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoreSigkills {
+    /// How many.
+    pub count: u64,
+    /// When the first was sent, wall time, RFC 3339 UTC.
+    pub from: String,
+    /// When the last was sent, wall time, RFC 3339 UTC.
+    pub until: String,
+    /// Whether all were sent by the same user from the same cgroup. False: by several, of whom none
+    /// has a share of its own.
+    pub same_sender: bool,
 }
 
 /// Why a SIGKILL was sent.

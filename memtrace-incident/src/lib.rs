@@ -8,7 +8,7 @@
 //! - [`Loss`] lists everything that can be missing from a file, each with a label and a sentence.
 //! - [`KillEntry`] and [`SigkillEntry`] are lines of the ledgers beside the incident files.
 //! - [`codec`] turns an incident into the bytes of its file and back. A file may come from
-//!   anywhere, so every list is bounded while it is parsed.
+//!   anywhere, so every list and string is bounded while it is parsed, and so is their sum.
 //! - [`units`] formats bytes, times and percentages. All reports use it, so figures look alike.
 //!
 //! ```
@@ -19,6 +19,7 @@
 //! ```
 
 mod allocation;
+mod bounded;
 mod capped;
 pub mod caps;
 pub mod codec;
@@ -37,7 +38,7 @@ pub mod units;
 pub use allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
 pub use incident::*;
 pub use kind::Kind;
-pub use ledger::{KillEntry, SigkillCause, SigkillEntry};
+pub use ledger::{KillEntry, MoreSigkills, SigkillCause, SigkillEntry};
 pub use loss::Loss;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;

@@ -134,3 +134,52 @@ fn an_incident_without_allocations_is_shown() {
         assert_eq!(folded::stacks(&incident, &GrowthWindow::WHOLE, Cause::Touch), "");
     }
 }
+
+#[test]
+fn a_long_string_is_cut_to_fit_wherever_it_is_shown() {
+    fn lengthen(value: &mut serde_json::Value) {
+        match value {
+            serde_json::Value::String(text) if text.len() < 100 => *text = format!("{text}{}", "x".repeat(100_000)),
+            serde_json::Value::Array(entries) => entries.iter_mut().for_each(lengthen),
+            serde_json::Value::Object(fields) => fields.values_mut().for_each(lengthen),
+            _ => {}
+        }
+    }
+    for incident in [fixtures::burst(), fixtures::group(), fixtures::near_miss(), fixtures::recording()] {
+        let mut value = serde_json::to_value(&incident).unwrap();
+        for (name, field) in value.as_object_mut().unwrap() {
+            // Strings of these are names of an enum, which are not free.
+            match name.as_str() {
+                "kind" => {}
+                "pressure" | "oom" | "allocation_paths" => {
+                    let kept = field.clone();
+                    lengthen(field);
+                    restore(field, &kept);
+                }
+                _ => lengthen(field),
+            }
+        }
+        let long: Incident = serde_json::from_value(value).unwrap();
+        let shown = text::report(&long, &Style::PLAIN);
+        assert!(shown.lines().all(|line| line.chars().count() < 1000), "{shown}");
+        assert!(shown.lines().count() < 150, "{shown}");
+    }
+}
+
+/// Gives `value` the enums of `kept` again.
+fn restore(value: &mut serde_json::Value, kept: &serde_json::Value) {
+    match (value, kept) {
+        (serde_json::Value::Array(entries), serde_json::Value::Array(kept)) => {
+            entries.iter_mut().zip(kept).for_each(|(entry, kept)| restore(entry, kept));
+        }
+        (serde_json::Value::Object(fields), serde_json::Value::Object(kept)) => {
+            for (name, field) in fields {
+                match name.as_str() {
+                    "scope" | "limit" | "cause" | "cut" => field.clone_from(&kept[name]),
+                    _ => restore(field, &kept[name]),
+                }
+            }
+        }
+        _ => {}
+    }
+}

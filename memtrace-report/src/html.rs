@@ -5,10 +5,17 @@
 //! second line, the page's content security policy (CSP) names the hashes of its scripts and
 //! styles; a browser runs no others and sends no request.
 
+use std::io;
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use memtrace_incident::Incident;
+use serde::Serialize;
+use serde_json::Serializer;
+use serde_json::ser::Formatter;
 use sha2::{Digest, Sha256};
+
+use super::json;
 
 const STYLES: [&str; 2] = [include_str!("html/uplot/uPlot.min.css"), include_str!("html/page.css")];
 
@@ -39,7 +46,7 @@ pub fn page(incident: &Incident) -> String {
     page.push_str("</head>\n<body>\n");
     page.push_str(BODY);
     page.push_str("<script type=\"application/json\" id=\"incident\">");
-    page.push_str(&data(incident));
+    page = add_data(page, incident);
     page.push_str("</script>\n");
     for script in SCRIPTS {
         element(&mut page, "script", script);
@@ -65,27 +72,36 @@ fn policy() -> String {
     )
 }
 
-/// The incident as JSON that cannot end the script element it is in, nor start another.
-fn data(incident: &Incident) -> String {
+/// Adds the incident as JSON that cannot end the script element it is in, nor start another.
+fn add_data(page: String, incident: &Incident) -> String {
+    let begin = page.len();
+    let mut page = page.into_bytes();
+    let written = incident.serialize(&mut Serializer::with_formatter(&mut page, ScriptFormatter));
     // Every incident can be written as JSON. If that changes, the page says that it has no data.
-    let json = serde_json::to_string(incident).unwrap_or_else(|_| "null".to_owned());
-    json.chars().fold(String::with_capacity(json.len()), |mut out, character| {
-        match character {
-            // JSON has these only inside strings, where an escape means the same.
-            '<' | '>' | '&' => out.push_str(&format!("\\u{:04x}", u32::from(character))),
-            // The page may be printed in a terminal: escape control characters and marks of
-            // direction.
-            '\u{7f}'..='\u{9f}'
-            | '\u{200b}'..='\u{200f}'
-            | '\u{2028}'..='\u{202e}'
-            | '\u{2066}'..='\u{2069}'
-            | '\u{feff}' => {
-                out.push_str(&format!("\\u{:04x}", u32::from(character)));
-            }
-            other => out.push(other),
-        }
-        out
-    })
+    if written.is_err() {
+        page.truncate(begin);
+        page.extend_from_slice(b"null");
+    }
+    // A serializer of JSON writes UTF-8.
+    String::from_utf8(page).unwrap_or_default()
+}
+
+/// Writes compact JSON without what HTML or a terminal would obey. JSON has such characters only
+/// inside strings, where an escape means the same.
+struct ScriptFormatter;
+
+impl Formatter for ScriptFormatter {
+    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        json::write_escaped(out, text, |character| {
+            // The page may be printed in a terminal: control characters and marks of direction.
+            matches!(character, '<' | '>' | '&'
+                | '\u{7f}'..='\u{9f}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2066}'..='\u{2069}'
+                | '\u{feff}')
+        })
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! would obey are escaped, which changes the text and not the value.
 
 use std::borrow::Borrow;
+use std::io;
 
 use memtrace_incident::{
     At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording,
@@ -11,6 +12,7 @@ use memtrace_incident::{
 };
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
+use serde_json::ser::{Formatter, PrettyFormatter};
 
 use super::plain;
 
@@ -30,14 +32,13 @@ pub fn incidents(incidents: &[Incident]) -> serde_json::Result<String> {
 /// one of them in memory at a time.
 pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json::Result<String> {
     let mut text = Vec::new();
-    let mut serializer = serde_json::Serializer::pretty(&mut text);
+    let mut serializer = serializer(&mut text);
     let mut list = serializer.serialize_seq(None)?;
     for incident in incidents {
         list.serialize_element(&ListedIncident::from(incident.borrow()))?;
     }
     list.end()?;
-    // A serializer of JSON writes UTF-8.
-    Ok(escape_for_terminal(String::from_utf8(text).unwrap_or_default()))
+    Ok(finished(text))
 }
 
 /// Entries of the SIGKILL ledger as one array. Fails only if the serializer does.
@@ -87,28 +88,71 @@ impl<'a> From<&'a Incident> for ListedIncident<'a> {
 }
 
 fn pretty<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
-    Ok(escape_for_terminal(serde_json::to_string_pretty(value)?))
+    let mut text = Vec::new();
+    value.serialize(&mut serializer(&mut text))?;
+    Ok(finished(text))
 }
 
-/// Escapes what a terminal would obey, and adds a line end.
-fn escape_for_terminal(mut text: String) -> String {
-    // serde_json escapes the codes below 32. The others can only be inside a string, where an
-    // escape means the same.
-    if text.contains(|character| character != '\n' && plain::is_dangerous(character)) {
-        text = text.chars().fold(String::with_capacity(text.len()), |mut out, character| {
-            if character != '\n' && plain::is_dangerous(character) {
-                let mut units = [0; 2];
-                for unit in character.encode_utf16(&mut units) {
-                    out.push_str(&format!("\\u{unit:04x}"));
-                }
-            } else {
-                out.push(character);
+fn serializer(text: &mut Vec<u8>) -> serde_json::Serializer<&mut Vec<u8>, TerminalFormatter> {
+    serde_json::Serializer::with_formatter(text, TerminalFormatter::default())
+}
+
+/// The text with a line end. A serializer of JSON writes UTF-8.
+fn finished(mut text: Vec<u8>) -> String {
+    text.push(b'\n');
+    String::from_utf8(text).unwrap_or_default()
+}
+
+/// Writes indented JSON and escapes what a terminal would obey. serde_json escapes the codes below
+/// 32 itself. The others can only be inside a string, where an escape means the same. They are
+/// escaped on their way, because a second copy of a large file would be memory for nothing.
+#[derive(Default)]
+struct TerminalFormatter(PrettyFormatter<'static>);
+
+macro_rules! indented {
+    ($($method:ident($($name:ident: $type:ty)?);)*) => {
+        $(
+            fn $method<W: io::Write + ?Sized>(&mut self, out: &mut W $(, $name: $type)?) -> io::Result<()> {
+                self.0.$method(out $(, $name)?)
             }
-            out
-        });
+        )*
+    };
+}
+
+impl Formatter for TerminalFormatter {
+    indented! {
+        begin_array();
+        end_array();
+        begin_array_value(first: bool);
+        end_array_value();
+        begin_object();
+        end_object();
+        begin_object_key(first: bool);
+        begin_object_value();
+        end_object_value();
     }
-    text.push('\n');
-    text
+
+    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        write_escaped(out, text, plain::is_dangerous)
+    }
+}
+
+/// Writes a part of a string of JSON, with the characters that are to be escaped as `\uXXXX`.
+pub(super) fn write_escaped<W: io::Write + ?Sized>(
+    out: &mut W,
+    mut text: &str,
+    escaped: impl Fn(char) -> bool,
+) -> io::Result<()> {
+    while let Some((at, character)) = text.char_indices().find(|(_, character)| escaped(*character)) {
+        let (before, rest) = text.split_at(at);
+        out.write_all(before.as_bytes())?;
+        let mut units = [0; 2];
+        for unit in character.encode_utf16(&mut units) {
+            write!(out, "\\u{unit:04x}")?;
+        }
+        text = rest.get(character.len_utf8()..).unwrap_or_default();
+    }
+    out.write_all(text.as_bytes())
 }
 
 #[cfg(test)]

@@ -33,9 +33,19 @@ pub fn is_dangerous(character: char) -> bool {
             | 0xfff9..=0xfffb | 0xe0000..=0xe0fff)
 }
 
-/// `text` escaped and, if it is longer than `width` characters, cut in the middle.
+/// `text` escaped and, if it is longer than `width` characters, cut in the middle. Takes memory for
+/// what is shown, however long `text` is.
 pub fn elide(text: &str, width: usize, unicode: bool) -> String {
-    let text = escape(text);
+    // An escape has at least as many characters as what it stands for, so neither end needs more.
+    let far = width.saturating_add(1).saturating_mul(2);
+    let middle = match (text.char_indices().nth(far), text.char_indices().nth_back(far)) {
+        (Some((head, _)), Some((tail, _))) if head < tail => text.get(..head).zip(text.get(tail..)),
+        _ => None,
+    };
+    let text = match middle {
+        Some((head, tail)) => escape(head) + &escape(tail),
+        None => escape(text),
+    };
     let length = text.chars().count();
     if length <= width {
         return text;

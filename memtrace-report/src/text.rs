@@ -15,6 +15,8 @@ const VICTIMS: usize = 4;
 const EVIDENCE: usize = 4;
 /// Most columns that a cgroup's path takes within a sentence.
 const PATH_WIDTH: usize = 48;
+/// Most characters of a path that is shown to be copied. Those of Kubernetes have about 200.
+const WHOLE_PATH_WIDTH: usize = 512;
 
 /// The report, which ends with a line end. For any incident it contains no control characters but
 /// line ends and, with `style.colour`, its own colour codes.
@@ -175,7 +177,7 @@ fn add_place(page: &mut TextPage<'_>, incident: &Incident) {
     );
     let cgroup = &incident.cgroup;
     // Not broken into lines, so that it can be copied.
-    page.fact_unbroken("cgroup", &cgroup.path.as_deref().map_or_else(|| unknown_path(cgroup.id), plain::escape));
+    page.fact_unbroken("cgroup", &whole_path(cgroup, page.style));
     let pod = cgroup.kubernetes.as_ref().map(|pod| {
         let qos = pod.qos.as_deref().map(|qos| format!(" ({})", plain::elide(qos, 20, unicode))).unwrap_or_default();
         format!("pod {}{qos}", plain::elide(&pod.pod_uid, 40, unicode))
@@ -193,10 +195,7 @@ fn add_place(page: &mut TextPage<'_>, incident: &Incident) {
 fn add_kill(page: &mut TextPage<'_>, incident: &Incident, oom: &Oom) {
     let style = *page.style;
     if let (Scope::Ancestor, Some(ancestor)) = (oom.scope, &oom.oom_cgroup) {
-        page.fact_unbroken(
-            "ancestor",
-            &ancestor.path.as_deref().map_or_else(|| unknown_path(ancestor.id), plain::escape),
-        );
+        page.fact_unbroken("ancestor", &whole_path(ancestor, &style));
         page.fact("", &memory(ancestor));
     }
     match oom.victims.as_slice() {
@@ -406,6 +405,14 @@ fn short_id(id: &str) -> String {
 
 fn path(path: Option<&str>, width: usize, style: &Style) -> String {
     path.map_or_else(|| "an unknown cgroup".to_owned(), |path| plain::elide(path, width, style.unicode))
+}
+
+/// The path to copy; one that no runtime makes is cut in the middle.
+fn whole_path(cgroup: &Cgroup, style: &Style) -> String {
+    match &cgroup.path {
+        Some(path) => plain::elide(path, WHOLE_PATH_WIDTH, style.unicode),
+        None => unknown_path(cgroup.id),
+    }
 }
 
 fn unknown_path(id: u64) -> String {

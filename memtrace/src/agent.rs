@@ -109,11 +109,13 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
                 continue;
             }
             ended = symbolize.ended() => {
-                symbolize.finish(ended);
+                if let Some(path) = symbolize.finish(ended) {
+                    sinks.rewritten(&path);
+                }
                 continue;
             }
             _ = retention.tick() => {
-                sinks.retain(&config);
+                sinks.retain();
                 continue;
             }
             _ = terminate.recv() => break,
@@ -139,6 +141,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         recovery::leave_mark(&journal.dir);
     }
     symbolize.stop(|wanted| session.modules(wanted)).await;
+    sinks.retain();
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! SIGKILL sent by the kernel followed by mark_victim for the same task; mark_victim alone means
 //! "chosen while already exiting" (mm/oom_kill.c: __oom_kill_process, task_will_free_mem).
 
+use aya_ebpf::helpers::bpf_get_current_uid_gid;
 use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
 use aya_log_ebpf::warn;
@@ -70,6 +71,8 @@ fn signal_generate(ctx: RawTracePointContext) -> i32 {
             cgroup_id: kernel::memcg_id(kernel::memcg_of(target)),
             sender_code: sender_code,
             result: ctx.arg::<i32>(4) as u32,
+            sender_uid: bpf_get_current_uid_gid() as u32,
+            reserved: 0,
         });
     });
     0

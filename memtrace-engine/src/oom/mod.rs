@@ -22,6 +22,7 @@ mod open_incident;
 mod pairing;
 mod recent;
 mod scope;
+mod sender_rates;
 mod sigkills;
 #[cfg(test)]
 mod tests;

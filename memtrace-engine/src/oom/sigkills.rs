@@ -5,10 +5,11 @@
 use std::collections::BTreeMap;
 
 use memtrace_common::event as wire;
-use memtrace_incident::{Loss, Process, SigkillCause, SigkillEntry};
+use memtrace_incident::{Loss, MoreSigkills, Process, SigkillCause, SigkillEntry};
 
 use super::pairing::{DELIVERED, LATE_RECORD_NS, OpenVictim, PAIR_NS};
 use super::recent::RecentProcesses;
+use super::sender_rates::{LeftOut, SenderRates};
 use crate::decode::cgroup_id;
 use crate::output::{Out, Output};
 use crate::run::Run;
@@ -17,11 +18,6 @@ use crate::world::{ProcessKey, World, comm};
 /// Entries that wait; further ones are counted as lost. The last quarter is only for SIGKILLs from
 /// the kernel.
 const WAITING_CAP: usize = 4096;
-/// Entries at once. A user can send SIGKILL at any rate, so the rate of the ledger is limited. OOM
-/// kills are exempt.
-const BURST: u64 = 1000;
-/// One more entry in this time.
-const PERIOD_NS: u64 = 10_000_000;
 
 /// SIGKILLs that wait for their entry, and processes that have one.
 #[derive(Clone, Debug, Default)]
@@ -30,8 +26,7 @@ pub(crate) struct Sigkills {
     waiting: BTreeMap<ProcessKey, SigkillEntry>,
     /// Processes with an emitted entry. Further SIGKILLs to them are ignored.
     reported: RecentProcesses,
-    /// When the whole burst is available again, boot clock.
-    spent_until_ns: u64,
+    rates: SenderRates,
 }
 
 impl Sigkills {
@@ -64,8 +59,9 @@ impl Sigkills {
         Some(entry)
     }
 
-    /// Entries that have waited long enough, oldest first, and how many the rate limit left out.
-    fn due(&mut self, now: u64, all: bool) -> (Vec<SigkillEntry>, u64) {
+    /// Entries that have waited long enough, oldest first, each with those of its sender that the
+    /// rate limit left out before it; and how many were left out now.
+    fn due(&mut self, now: u64, all: bool) -> (Vec<(SigkillEntry, Option<LeftOut>)>, u64) {
         let due = |entry: &SigkillEntry| {
             let wait = if entry.cause == SigkillCause::Kernel { PAIR_NS } else { LATE_RECORD_NS };
             all || now > entry.boot_ns.saturating_add(wait)
@@ -74,22 +70,21 @@ impl Sigkills {
             self.waiting.extract_if(.., |_, entry| due(entry)).map(|(_, e)| e).collect();
         entries.sort_by_key(|entry| (entry.boot_ns, entry.pid));
         entries.iter().for_each(|entry| self.reported.insert((entry.pid, entry.start_boot_ns)));
-        let found = entries.len();
-        entries.retain(|_| self.allowed(now));
-        let left_out = found.saturating_sub(entries.len()) as u64;
-        (entries, left_out)
-    }
-
-    fn allowed(&mut self, now: u64) -> bool {
-        if self.spent_until_ns.saturating_sub(now) > (BURST - 1) * PERIOD_NS {
-            return false;
+        let mut left_out = 0u64;
+        let mut reported = self.rates.overdue(now, all);
+        for entry in entries {
+            match self.rates.take(entry, now, all) {
+                Some(allowed) => reported.push(allowed),
+                None => left_out = left_out.saturating_add(1),
+            }
         }
-        self.spent_until_ns = self.spent_until_ns.max(now).saturating_add(PERIOD_NS);
-        true
+        (reported, left_out)
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.waiting.len() * (size_of::<SigkillEntry>() + 64) + self.reported.memory_estimate()
+        self.waiting.len() * (size_of::<SigkillEntry>() + 64)
+            + self.reported.memory_estimate()
+            + self.rates.memory_estimate()
     }
 }
 
@@ -124,7 +119,11 @@ impl Sigkills {
             sender_pid: r.sender.tgid,
             sender_start_boot_ns: r.sender.start_boot_ns,
             sender_comm: name(&r.sender),
+            sender_uid: (r.sender_uid != wire::UNKNOWN_U32).then_some(r.sender_uid),
+            sender_cgroup_id: (world.processes.get((r.sender.tgid, r.sender.start_boot_ns))).and_then(|row| row.cgroup),
+            sender_cgroup_path: None,
             incident: None,
+            more: None,
         };
         if !self.sent(entry) {
             run.losses.count(Loss::SigkillsNotReported, 1);
@@ -154,29 +153,42 @@ impl Sigkills {
             sender_pid: trigger.pid,
             sender_start_boot_ns: trigger.start_boot_ns,
             sender_comm: trigger.comm.clone(),
+            sender_uid: None,
+            sender_cgroup_id: None,
+            sender_cgroup_path: None,
             incident: Some(incident.to_owned()),
+            more: None,
         };
         let entry = self.of_oom(entry);
-        out.outputs.extend(entry.map(|entry| complete(entry, world, run)));
+        out.outputs.extend(entry.map(|entry| complete(entry, None, world, run)));
     }
 
     /// Emits entries that have waited long enough; with `all`, every entry.
     pub(super) fn report_due(&mut self, all: bool, world: &World, run: &mut Run, out: &mut Out) {
         let (entries, left_out) = self.due(run.now, all);
         run.losses.count(Loss::SigkillsNotReported, left_out);
-        out.outputs.extend(entries.into_iter().map(|entry| complete(entry, world, run)));
+        let complete = |(entry, left_out)| complete(entry, left_out, world, run);
+        out.outputs.extend(entries.into_iter().map(complete));
     }
 }
 
-/// The output of an entry, with wall time and path filled in.
-fn complete(entry: SigkillEntry, world: &World, run: &Run) -> Output {
+/// The output of an entry, with wall times and paths filled in.
+fn complete(entry: SigkillEntry, left_out: Option<LeftOut>, world: &World, run: &Run) -> Output {
     let (wall, cgroup_path) = (run.clock.wall(entry.boot_ns), world.cgroups.path(entry.cgroup_id));
-    Output::Sigkill(SigkillEntry { wall, cgroup_path, ..entry })
+    let sender_cgroup_path = world.cgroups.path(entry.sender_cgroup_id);
+    let more = left_out.map(|left_out| MoreSigkills {
+        count: left_out.count,
+        from: run.clock.wall(left_out.from_ns),
+        until: run.clock.wall(left_out.until_ns),
+        same_sender: left_out.same_sender,
+    });
+    Output::Sigkill(SigkillEntry { wall, cgroup_path, sender_cgroup_path, more, ..entry })
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::recent::CAP;
+    use super::super::sender_rates::OWN_BURST;
     use super::*;
     use crate::test_support::{self, MIB, MS, SEC, TestEngine};
 
@@ -300,12 +312,23 @@ mod tests {
         ));
         test.tick(T + SEC);
         let all = reported(&test);
-        assert_eq!((all.len() as u64, all[0].cause), (BURST + 1, SigkillCause::Oom), "the OOM killer's has its place");
+        assert_eq!(
+            (all.len() as u64, all[0].cause),
+            (OWN_BURST + 1, SigkillCause::Oom),
+            "the OOM killer's has its place"
+        );
         let lost = |test: &TestEngine| test.engine.run.losses.current().get(Loss::SigkillsNotReported.label()).copied();
-        assert_eq!(lost(&test), Some(10_000 - BURST));
+        assert_eq!(lost(&test), Some(10_000 - OWN_BURST));
         test.feed(&wire::Kill { target: test_support::task(200_000), ..sigkill(1100, wire::SENDER_PROCESS) });
         test.tick(T + 3 * SEC);
-        assert_eq!((reported(&test).len() as u64, lost(&test)), (BURST + 2, Some(10_000 - BURST)));
+        let all = reported(&test);
+        assert_eq!((all.len() as u64, lost(&test)), (OWN_BURST + 2, Some(10_000 - OWN_BURST)));
+        let more = all.last().and_then(|last| last.more.clone()).unwrap();
+        assert_eq!(
+            (more.count, more.same_sender),
+            (WAITING_CAP as u64 / 4 * 3 - OWN_BURST, true),
+            "and they are counted"
+        );
         assert!(test.engine.oom.sigkills.reported.len() <= CAP && test.engine.oom.sigkills.waiting.is_empty());
     }
 

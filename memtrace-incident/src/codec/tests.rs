@@ -21,6 +21,18 @@ fn decoding_gives_what_was_encoded() {
 }
 
 #[test]
+fn the_cgroup_is_read_from_the_beginning_of_a_file() {
+    for incident in [fixtures::burst(), fixtures::recording()] {
+        let bytes = encode(&incident).unwrap();
+        assert_eq!(read_cgroup(&bytes[..]), Some(incident.cgroup));
+        assert_eq!(read_cgroup(&bytes[..10]), None);
+    }
+    assert_eq!(read_cgroup(&packed(b"{\"cgroup\":7}")[..]), None);
+    let far = [b"{\"x\":\"", vec![b'x'; 1 << 20].as_slice(), b"\",\"cgroup\":{}}"].concat();
+    assert_eq!(read_cgroup(&packed(&far)[..]), None);
+}
+
+#[test]
 fn a_list_is_refused_at_its_cap_by_name() {
     let refused = |incident: &Incident| decode(&encode(incident).unwrap()).unwrap_err().to_string();
     let mut incident = fixtures::burst();

@@ -121,14 +121,17 @@ fn add_missing<E: LedgerEntry>(mut entries: Vec<E>, ledger: &mut Ledger<E>, fail
     if entries.is_empty() {
         return 0;
     }
-    let mut known: BTreeSet<_> = match ledger::read::<E>(ledger.dir()) {
-        Ok(lines) => lines.entries.iter().map(E::key).collect(),
+    let (mut known, counted): (BTreeSet<_>, Vec<E>) = match ledger::read::<E>(ledger.dir()) {
+        Ok(lines) => (
+            lines.entries.iter().map(E::key).collect(),
+            lines.entries.into_iter().filter(E::stands_for_others).collect(),
+        ),
         Err(error) => {
             error!("failed to read {}, nothing is added to it: {error}", E::FILE);
             return 0;
         }
     };
-    entries.retain(|entry| known.insert(entry.key()));
+    entries.retain(|entry| !counted.iter().any(|known| known.stands_for(entry)) && known.insert(entry.key()));
     match ledger.append(&entries) {
         Ok(()) => entries.len() as u64,
         Err(error) => {

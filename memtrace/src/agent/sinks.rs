@@ -18,6 +18,7 @@ use crate::serve::Counters;
 use crate::store::incidents::IncidentStore;
 use crate::store::ledger::{Ledger, LedgerEntry};
 use crate::store::own_dir;
+use crate::store::retention::{self, DeletedFiles, Retention};
 use memtrace_engine::output::{Finding, Output};
 use memtrace_incident::{Incident, PressureLimit};
 use memtrace_incident::{KillEntry, SigkillEntry};
@@ -43,6 +44,7 @@ struct Retry {
 /// Takes the outputs of the session.
 pub(super) struct Sinks {
     pub(super) incidents: IncidentStore,
+    retention: Retention,
     pub(super) kills: Ledger<KillEntry>,
     pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
@@ -65,8 +67,11 @@ impl Sinks {
         let journal =
             config.session.journal.as_ref().map(|journal| lock_journal(&journal.dir, &state)).transpose()?.flatten();
         let (kills, sigkills) = (open_ledger(dir)?, open_ledger(dir)?);
-        let counters = Counters::default();
-        Ok(Self { incidents, kills, sigkills, counters, saves: VecDeque::new(), retry: None, _locks: (state, journal) })
+        let retained = retention::with_room_to_write(config.retain_bytes);
+        let retention = Retention::of(&incidents, retained, config.retain_age)
+            .with_context(|| format!("failed to list the incidents in {}", dir.display()))?;
+        let (counters, saves, retry) = (Counters::default(), VecDeque::new(), None);
+        Ok(Self { incidents, retention, kills, sigkills, counters, saves, retry, _locks: (state, journal) })
     }
 
     /// Writes kills and SIGKILLs to their ledgers at once and queues the incidents to be saved.
@@ -129,6 +134,8 @@ impl Sinks {
                 self.counters.count_saved(incident.kind);
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
                 symbolize.push(&incident, &path);
+                let deleted = self.retention.saved(&incident);
+                self.report_deleted(deleted);
                 // There is room again.
                 self.write_ledgers();
             }
@@ -214,14 +221,32 @@ impl Sinks {
         }
     }
 
-    /// Deletes incident files that are too old or too many.
-    pub(super) fn retain(&mut self, config: &AgentConfig) {
-        match self.incidents.retain(config.retain_bytes, Some(config.retain_age), SystemTime::now()) {
-            Ok(dropped) if dropped.files > 0 => {
-                self.counters.dropped = self.counters.dropped.saturating_add(dropped.files);
-                info!(files = dropped.files, bytes = dropped.bytes, "deleted old incidents");
+    /// The symbolizer has written an incident again, with names.
+    pub(super) fn rewritten(&mut self, path: &Path) {
+        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { return };
+        let deleted = self.retention.rewritten(id);
+        self.report_deleted(deleted);
+    }
+
+    /// Deletes incident files that are too old, too large together, or too many.
+    pub(super) fn retain(&mut self) {
+        let deleted = self.retention.review(SystemTime::now());
+        self.report_deleted(deleted);
+    }
+
+    /// Counts and logs what retention has deleted.
+    fn report_deleted(&mut self, deleted: std::io::Result<DeletedFiles>) {
+        match deleted {
+            Ok(DeletedFiles { files: 0, .. }) => {}
+            Ok(DeletedFiles { files, bytes, newest_of_cgroup, last }) => {
+                self.counters.dropped = self.counters.dropped.saturating_add(files);
+                let last = last.unwrap_or_default();
+                if newest_of_cgroup > 0 {
+                    warn!(files, bytes, newest_of_cgroup, last, "deleted incidents, also the newest of a cgroup");
+                } else {
+                    info!(files, bytes, last, "deleted old incidents");
+                }
             }
-            Ok(_) => {}
             Err(error) => error!("failed to delete old incidents: {error}"),
         }
     }

@@ -79,7 +79,8 @@ impl SymbolizeQueue {
     /// Starts the next incident with the files of its modules.
     pub(super) fn start(&mut self, modules: Vec<ModuleFile>) {
         self.asked = false;
-        let Some((path, _)) = self.waiting.pop_front() else { return };
+        // Retention may have deleted it meanwhile.
+        let Some((path, _)) = self.waiting.pop_front().filter(|(path, _)| path.exists()) else { return };
         let file = path.clone();
         let running = tokio::task::spawn_blocking(move || symbolize(&file, modules));
         self.running = Some((path, running));
@@ -91,9 +92,9 @@ impl SymbolizeQueue {
         SymbolizeResult(running.await.context("the thread ended early").flatten())
     }
 
-    /// Counts and logs how the running one ended.
-    pub(super) fn finish(&mut self, ended: SymbolizeResult) {
-        let Some((path, _)) = self.running.take() else { return };
+    /// Counts and logs how the running one ended. Returns its file.
+    pub(super) fn finish(&mut self, ended: SymbolizeResult) -> Option<PathBuf> {
+        let (path, _) = self.running.take()?;
         match ended.0 {
             Ok(summary) => {
                 self.named = self.named.saturating_add(1);
@@ -104,6 +105,7 @@ impl SymbolizeQueue {
                 warn!(file = %path.display(), "no names for an incident: {error:#}; reports show offsets");
             }
         }
+        Some(path)
     }
 
     /// Names what is running and what waits, as far as [`STOP_LIMIT`] allows: the agent stops.

@@ -7,6 +7,9 @@ use memtrace_incident::{Incident, Pressure, PressureLimit};
 use memtrace_incident::{SigkillCause, SigkillEntry};
 use memtrace_report::plain;
 
+/// Most characters of a cgroup's path. Those of Kubernetes have about 200.
+const PATH_WIDTH: usize = 256;
+
 /// Incidents as a table, in the order given. Strings from the files are escaped.
 pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> String {
     let head = ["ID", "WHEN (UTC)", "KIND", "VICTIM", "LIMIT", "PEAK", "CGROUP"].map(str::to_owned);
@@ -16,7 +19,8 @@ pub(super) fn table<'a>(incidents: impl IntoIterator<Item = &'a Incident>) -> St
 /// Entries of the SIGKILL ledger as a table, in the order given. Strings from the ledger are escaped.
 pub(super) fn sigkills(entries: &[SigkillEntry]) -> String {
     let head = ["WHEN (UTC)", "PROCESS", "CGROUP", "SENT BY"].map(str::to_owned);
-    columns(std::iter::once(head).chain(entries.iter().map(sigkill)))
+    let rows = entries.iter().flat_map(|entry| std::iter::once(sigkill(entry)).chain(more(entry)));
+    columns(std::iter::once(head).chain(rows))
 }
 
 fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
@@ -65,14 +69,18 @@ fn row(incident: &Incident) -> [String; 7] {
         _ => full.limit_bytes.map_or_else(|| "none".to_owned(), units::bytes),
     };
     [
-        plain::escape(&incident.id),
+        plain::elide(&incident.id, 26, true),
         when(&incident.at.wall),
         incident.kind.name().to_owned(),
         victim,
         limit,
         units::known(full.peak_bytes),
-        incident.cgroup.path.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape),
+        path(incident.cgroup.path.as_deref()),
     ]
+}
+
+fn path(path: Option<&str>) -> String {
+    path.map_or_else(|| "unknown".to_owned(), |path| plain::elide(path, PATH_WIDTH, true))
 }
 
 fn when(wall: &str) -> String {
@@ -86,7 +94,8 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
     let sender = if itself { "itself".to_owned() } else { process(&entry.sender_comm, entry.sender_pid) };
     let sent_by = match entry.cause {
         SigkillCause::Oom => {
-            let incident = entry.incident.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape);
+            let incident =
+                entry.incident.as_deref().map_or_else(|| "unknown".to_owned(), |id| plain::elide(id, 26, true));
             format!("the OOM killer, incident {incident}")
         }
         SigkillCause::CgroupKill => format!("{sender} by cgroup.kill"),
@@ -95,14 +104,25 @@ fn sigkill(entry: &SigkillEntry) -> [String; 4] {
         SigkillCause::ParentDeath => format!("the death of its parent, {sender}"),
         SigkillCause::Kernel => "the kernel, not for memory".to_owned(),
     };
-    let cgroup = entry.cgroup_path.as_deref().map_or_else(|| "unknown".to_owned(), plain::escape);
-    [when(&entry.wall), process(&entry.comm, entry.pid), cgroup, sent_by]
+    [when(&entry.wall), process(&entry.comm, entry.pid), path(entry.cgroup_path.as_deref()), sent_by]
+}
+
+/// The row for SIGKILLs that have none of their own, below the entry that stands for them.
+fn more(entry: &SigkillEntry) -> Option<[String; 4]> {
+    let more = entry.more.as_ref()?;
+    let who = match entry.sender_uid.filter(|_| more.same_sender) {
+        Some(uid) => format!("user {uid} in {}", path(entry.sender_cgroup_path.as_deref())),
+        None if more.same_sender => "the same".to_owned(),
+        None => "several users and cgroups".to_owned(),
+    };
+    let what = format!("{} more", more.count);
+    Some([when(&more.from), what, String::new(), format!("{who}, until {}", when(&more.until))])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memtrace_incident::fixtures;
+    use memtrace_incident::{MoreSigkills, fixtures};
 
     #[test]
     fn a_row_a_sigkill() {
@@ -118,6 +138,10 @@ mod tests {
             sender_pid,
             sender_start_boot_ns: 1,
             sender_comm: "sh".into(),
+            sender_uid: Some(1000),
+            sender_cgroup_id: None,
+            sender_cgroup_path: Some("/user".into()),
+            more: None,
             incident: incident.map(Into::into),
         };
         let entries = [
@@ -139,6 +163,12 @@ mod tests {
             "the kernel, not for memory",
         ];
         assert_eq!(sent_by, expected, "{table}");
+        let (from, until) = ("2026-03-01T03:00:00Z".into(), "2026-03-01T03:10:00Z".into());
+        let more = MoreSigkills { count: 70, from, until, same_sender: true };
+        let flood = sigkills(&[SigkillEntry { more: Some(more), ..entry(SigkillCause::Process, 8, None) }]);
+        let last = flood.lines().last().unwrap();
+        assert!(last.starts_with("2026-03-01 03:00:00  70 more "), "{flood}");
+        assert!(last.ends_with("user 1000 in /user, until 2026-03-01 03:10:00"), "{flood}");
         assert!(table.contains("2026-03-01 03:12:45  wor"), "{table}");
         assert!(table.chars().all(|character| character == '\n' || !plain::is_dangerous(character)));
     }

@@ -16,6 +16,9 @@ use memtrace_incident::Incident;
 use memtrace_incident::units;
 use memtrace_report::json;
 
+/// Most incidents of one journal. The agent's journal, which is 16 MiB, holds fewer.
+const MAX_INCIDENTS: usize = 4096;
+
 /// Arguments of `memtrace replay`.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -43,7 +46,11 @@ pub struct Args {
 pub fn run(args: &Args) -> VerbResult {
     let mut reader = JournalReader::open(&args.capture)?;
     let mut engine = Engine::new();
-    let incidents = replay(&mut reader, |input, out| engine.apply(input, out))?;
+    let (incidents, left_out) = replay(&mut reader, |input, out| engine.apply(input, out))?;
+    if left_out > 0 {
+        let saved = units::count(left_out, "incident", "incidents");
+        note(&format!("{saved} after the first {MAX_INCIDENTS} left out: replay the segments one by one for the rest"));
+    }
     let gaps = gaps(reader.stats());
     if !gaps.is_empty() {
         note(&format!("parts of the journal are missing: {gaps}"));
@@ -66,16 +73,23 @@ pub fn run(args: &Args) -> VerbResult {
     Ok(0)
 }
 
-/// Feeds a journal to an engine. Returns the incidents it saves, each in its last version, in the order of their first.
-fn replay(reader: &mut JournalReader, mut apply: impl FnMut(&Input<'_>, &mut Out)) -> Result<Vec<Incident>, OpenError> {
+/// Feeds a journal to an engine. Returns the incidents it saves, each in its last version, in the order of their first,
+/// and how many times one was left out because there were [`MAX_INCIDENTS`].
+fn replay(
+    reader: &mut JournalReader,
+    mut apply: impl FnMut(&Input<'_>, &mut Out),
+) -> Result<(Vec<Incident>, u64), OpenError> {
+    let mut left_out = 0u64;
     let mut out = Out::default();
     let mut incidents: Vec<Incident> = Vec::new();
     let mut collect = |out: &mut Out| {
         out.requests.clear();
         for output in out.outputs.drain(..) {
             if let Output::Save(incident) = output {
+                let full = incidents.len() >= MAX_INCIDENTS;
                 match incidents.iter_mut().find(|known| known.id == incident.id) {
                     Some(known) => *known = *incident,
+                    None if full => left_out = left_out.saturating_add(1),
                     None => incidents.push(*incident),
                 }
             }
@@ -96,7 +110,7 @@ fn replay(reader: &mut JournalReader, mut apply: impl FnMut(&Input<'_>, &mut Out
         apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
         collect(&mut out);
     }
-    Ok(incidents)
+    Ok((incidents, left_out))
 }
 
 /// What is missing from the journal, in words; empty when nothing is.
@@ -137,7 +151,7 @@ mod tests {
                 out.outputs.push(Output::Save(Box::new(fixtures::burst())));
             }
         });
-        (incidents.unwrap(), seen)
+        (incidents.unwrap().0, seen)
     }
 
     #[test]

@@ -1,13 +1,12 @@
 //! Incident files: `<id>.memtrace`, zstd over JSON. They are written whole, read with bounds (a file may come from
-//! anywhere), and deleted by age and size.
+//! anywhere).
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use memtrace_incident::Incident;
-use memtrace_incident::codec::{self, Unreadable, happened, is_id};
+use memtrace_incident::codec::{self, Unreadable, is_id};
 
 use super::atomic;
 use super::own_dir::{self, stranger};
@@ -68,15 +67,6 @@ pub struct IncidentFile {
     /// Path of the file.
     pub path: PathBuf,
     /// Size of the file, bytes.
-    pub bytes: u64,
-}
-
-/// What [`IncidentStore::retain`] deleted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DeletedFiles {
-    /// Number of files.
-    pub files: u64,
-    /// Size of these files, bytes.
     pub bytes: u64,
 }
 
@@ -159,40 +149,13 @@ impl IncidentStore {
         }
     }
 
-    /// Deletes the oldest incidents until the rest is within `max_bytes` and no older than `max_age`.
-    pub fn retain(&self, max_bytes: u64, max_age: Option<Duration>, now: SystemTime) -> io::Result<DeletedFiles> {
-        let oldest = max_age.and_then(|age| now.checked_sub(age));
-        let (mut kept, mut dropped) = (0u64, DeletedFiles::default());
-        let (mut full, mut failed) = (false, None);
-        for entry in self.list()? {
-            let with = kept.saturating_add(entry.bytes);
-            let expired = matches!((oldest, happened(&entry.id)), (Some(oldest), Some(at)) if at < oldest);
-            // Everything older than a deleted file is deleted too.
-            if !full && with <= max_bytes && !expired {
-                kept = with;
-                continue;
-            }
-            // One that cannot be deleted does not keep the others.
-            match fs::remove_file(&entry.path) {
-                Ok(()) => {
-                    dropped.files += 1;
-                    dropped.bytes = dropped.bytes.saturating_add(entry.bytes);
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => failed = failed.or(Some(error)),
-            }
-            full = true;
-        }
-        if dropped.files > 0 {
-            atomic::sync_dir(&self.dir)?;
-        }
-        match failed {
-            Some(error) if dropped.files == 0 => Err(error),
-            _ => Ok(dropped),
-        }
+    /// The directory.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
-    fn path(&self, id: &str) -> io::Result<PathBuf> {
+    /// Path of the incident with this id, which has to be a ULID.
+    pub(super) fn path(&self, id: &str) -> io::Result<PathBuf> {
         if !is_id(id) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "an incident's id has to be a ULID"));
         }

@@ -2,7 +2,7 @@
 //! one begun, so that a ledger is two files at most. While no new one can be made, the old one grows to twice its cap.
 //!
 //! `kills.jsonl` is synced with every entry: a kill is on disk before anything else is done about it. `sigkills.jsonl`
-//! is not, since there may be hundreds of SIGKILLs a second.
+//! is not, since there may be hundreds of SIGKILLs a second. Whoever sends them fills only a share of it ([`shares`]).
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -13,8 +13,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{atomic, own_dir};
-use memtrace_incident::{KillEntry, SigkillEntry};
+use memtrace_incident::{KillEntry, MoreSigkills, SigkillEntry};
 
+mod shares;
+
+const FILE_MODE: u32 = 0o640;
 /// Entries that wait to be written; beyond it the oldest are given up.
 const MAX_UNWRITTEN: usize = 4096;
 
@@ -33,6 +36,22 @@ pub trait LedgerEntry: Clone + Serialize + DeserializeOwned {
 
     /// Identity of the entry: boot time of the event, pid, and start of the process.
     fn key(&self) -> (u64, u32, u64);
+
+    /// What is kept of all entries, oldest first, when the file has reached its cap: at most about half as much as the
+    /// cap. `None` when it is simply the newest.
+    fn keep(_entries: impl FnOnce() -> io::Result<Vec<Self>>) -> io::Result<Option<Vec<Self>>> {
+        Ok(None)
+    }
+
+    /// Whether this entry stands for others too, which have no lines of their own.
+    fn stands_for_others(&self) -> bool {
+        false
+    }
+
+    /// Whether this entry stands for another one too, which has no line of its own.
+    fn stands_for(&self, _other: &Self) -> bool {
+        false
+    }
 }
 
 impl LedgerEntry for KillEntry {
@@ -56,6 +75,21 @@ impl LedgerEntry for SigkillEntry {
 
     fn key(&self) -> (u64, u32, u64) {
         (self.boot_ns, self.pid, self.start_boot_ns)
+    }
+
+    fn keep(entries: impl FnOnce() -> io::Result<Vec<Self>>) -> io::Result<Option<Vec<Self>>> {
+        Ok(Some(shares::keep(entries()?, Self::MAX_BYTES / 2)))
+    }
+
+    fn stands_for_others(&self) -> bool {
+        self.more.is_some()
+    }
+
+    fn stands_for(&self, other: &Self) -> bool {
+        let same = self.sender_uid == other.sender_uid && self.sender_cgroup_path == other.sender_cgroup_path;
+        let within =
+            |more: &MoreSigkills| (same || !more.same_sender) && (&more.from..=&more.until).contains(&&other.wall);
+        self.more.as_ref().is_some_and(within)
     }
 }
 
@@ -126,11 +160,7 @@ impl<E: LedgerEntry> Ledger<E> {
         if self.unwritten.is_empty() {
             return Ok(());
         }
-        let mut lines = Vec::new();
-        for entry in &self.unwritten {
-            serde_json::to_writer(&mut lines, entry)?;
-            lines.push(b'\n');
-        }
+        let lines = lines(&self.unwritten)?;
         self.write(&lines)?;
         self.unwritten.clear();
         Ok(())
@@ -174,14 +204,20 @@ impl<E: LedgerEntry> Ledger<E> {
         let [file, before, next] = [E::FILE, E::FILE_BEFORE, E::FILE_NEXT].map(|name| self.dir.join(name));
         let fresh = append_to(&next)?;
         fresh.set_len(0)?;
-        match fs::rename(&file, &before) {
-            // Somebody has taken it away: what was in it is gone, and there is room for the next.
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        if let Err(error) = fs::rename(&next, &file) {
-            let _ = fs::rename(&before, &file);
-            return Err(error);
+        if let Some(kept) = E::keep(|| Ok(read::<E>(&self.dir)?.entries))? {
+            // Until the next rename the entries are in both files; who reads them leaves the second out.
+            atomic::write(&before, &lines(&kept)?, Some(FILE_MODE))?;
+            fs::rename(&next, &file)?;
+        } else {
+            match fs::rename(&file, &before) {
+                // Somebody has taken it away: what was in it is gone, and there is room for the next.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            if let Err(error) = fs::rename(&next, &file) {
+                let _ = fs::rename(&before, &file);
+                return Err(error);
+            }
         }
         self.file = fresh;
         self.bytes = 0;
@@ -210,6 +246,15 @@ pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
     Ok(ledger)
 }
 
+fn lines<'a, E: LedgerEntry + 'a>(entries: impl IntoIterator<Item = &'a E>) -> io::Result<Vec<u8>> {
+    let mut lines = Vec::new();
+    for entry in entries {
+        serde_json::to_writer(&mut lines, entry)?;
+        lines.push(b'\n');
+    }
+    Ok(lines)
+}
+
 fn open(dir: &Path, name: &str) -> io::Result<File> {
     let path = dir.join(name);
     let existed = path.exists();
@@ -221,7 +266,7 @@ fn open(dir: &Path, name: &str) -> io::Result<File> {
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
-    own_dir::open(path, 0o640, OpenOptions::new().read(true).append(true))
+    own_dir::open(path, FILE_MODE, OpenOptions::new().read(true).append(true))
 }
 
 /// Bytes up to and including the last line feed.
@@ -243,141 +288,4 @@ fn whole_lines(file: &mut File) -> io::Result<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use memtrace_incident::SigkillCause;
-
-    type Kills = Ledger<KillEntry>;
-
-    fn kill(pid: u32) -> KillEntry {
-        KillEntry {
-            incident: "01ARZ3NDEKTSV4RRFFQ69G5FAV".into(),
-            boot_ns: 1,
-            wall: "2026-03-01T03:12:45Z".into(),
-            pid,
-            start_boot_ns: 2,
-            comm: "a\nb".into(),
-            cgroup_path: None,
-            usage_bytes: Some(u64::MAX),
-            limit_bytes: None,
-            trigger_pid: 3,
-            killed: true,
-        }
-    }
-
-    fn sigkill(pid: u32) -> SigkillEntry {
-        SigkillEntry {
-            boot_ns: 1,
-            wall: "2026-03-01T03:12:45Z".into(),
-            pid,
-            start_boot_ns: 2,
-            comm: "a\nb".into(),
-            cgroup_id: Some(7),
-            cgroup_path: None,
-            cause: SigkillCause::Process,
-            sender_pid: 3,
-            sender_start_boot_ns: 4,
-            sender_comm: "sh".into(),
-            incident: None,
-        }
-    }
-
-    fn pids(dir: &Path) -> Vec<u32> {
-        read::<KillEntry>(dir).unwrap().entries.iter().map(|kill| kill.pid).collect()
-    }
-
-    #[test]
-    fn appends_over_restarts_each_ledger_its_own() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read::<KillEntry>(dir.path()).unwrap(), LedgerLines { entries: Vec::new(), bad_lines: 0 });
-        Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
-        Kills::open(dir.path()).unwrap().append(&[kill(2)]).unwrap();
-        Ledger::open(dir.path()).unwrap().append(&[sigkill(3), sigkill(4)]).unwrap();
-        Ledger::<SigkillEntry>::open(dir.path()).unwrap().append(&[]).unwrap();
-        assert_eq!(read::<KillEntry>(dir.path()).unwrap().entries, [kill(1), kill(2)]);
-        assert_eq!(read::<SigkillEntry>(dir.path()).unwrap().entries, [sigkill(3), sigkill(4)]);
-    }
-
-    #[test]
-    fn a_torn_line_is_cut_off_and_a_bad_one_skipped() {
-        let dir = tempfile::tempdir().unwrap();
-        Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
-        let mut file = OpenOptions::new().append(true).open(dir.path().join(KillEntry::FILE)).unwrap();
-        file.write_all(b"not json\n{\"incident\":").unwrap();
-        file.write_all(&[0; 9000]).unwrap();
-        let mut kills = Kills::open(dir.path()).unwrap();
-        assert_eq!(kills.torn_bytes(), 9012);
-        kills.append(&[kill(2)]).unwrap();
-        assert_eq!(pids(dir.path()), [1, 2]);
-        assert_eq!(read::<KillEntry>(dir.path()).unwrap().bad_lines, 1);
-    }
-
-    #[test]
-    fn a_file_without_a_line_end_is_all_torn() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join(KillEntry::FILE), vec![b'x'; 5000]).unwrap();
-        assert_eq!(Kills::open(dir.path()).unwrap().torn_bytes(), 5000);
-        assert_eq!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len(), 0);
-    }
-
-    #[test]
-    fn a_rotation_that_fails_loses_nothing_and_is_done_later() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut kills = Kills::with_cap(dir.path(), 1000).unwrap();
-        // No new file can be made, as without an inode.
-        let next = dir.path().join(KillEntry::FILE_NEXT);
-        fs::create_dir(&next).unwrap();
-        let mut pid = 0;
-        let refused = loop {
-            pid += 1;
-            if let Err(error) = kills.append(&[kill(pid)]) {
-                break error.to_string();
-            }
-        };
-        assert!(refused.contains("no new one can be made"), "{refused}");
-        let size = fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len();
-        assert!((1000..=2000).contains(&size), "{size} bytes");
-        assert_eq!(pids(dir.path()), (1..pid).collect::<Vec<_>>(), "all before are there");
-        assert!(kills.write_unwritten().is_err() && kills.unwritten() == 1);
-        fs::remove_dir(&next).unwrap();
-        kills.append(&[kill(pid + 1)]).unwrap();
-        assert_eq!(pids(dir.path()), (1..pid + 2).collect::<Vec<_>>(), "and the one that could not be written");
-        assert_eq!((kills.unwritten(), kills.given_up()), (0, 0));
-        assert!(dir.path().join(KillEntry::FILE_BEFORE).exists() && !next.exists());
-        // A file that was taken away is begun anew at the next rotation.
-        fs::remove_file(dir.path().join(KillEntry::FILE)).unwrap();
-        for pid in 100..110 {
-            kills.append(&[kill(pid)]).unwrap();
-        }
-        assert_eq!(pids(dir.path()).last(), Some(&109));
-    }
-
-    #[test]
-    fn entries_that_cannot_be_written_wait_and_the_oldest_are_given_up() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut kills = Kills::open(dir.path()).unwrap();
-        let file = std::mem::replace(&mut kills.file, OpenOptions::new().write(true).open("/dev/full").unwrap());
-        let all: Vec<KillEntry> = (0..MAX_UNWRITTEN as u32 + 3).map(kill).collect();
-        for some in [&all[..1], &all[1..MAX_UNWRITTEN], &all[MAX_UNWRITTEN..]] {
-            assert!(kills.append(some).is_err());
-        }
-        assert_eq!((kills.unwritten(), kills.given_up()), (MAX_UNWRITTEN as u64, 3));
-        kills.file = file;
-        kills.write_unwritten().unwrap();
-        assert_eq!(pids(dir.path()), (3..MAX_UNWRITTEN as u32 + 3).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn the_ledger_before_is_kept_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut kills = Kills::with_cap(dir.path(), 1000).unwrap();
-        for pid in 0..20 {
-            kills.append(&[kill(pid)]).unwrap();
-        }
-        assert!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len() <= 1000);
-        assert!(fs::metadata(dir.path().join(KillEntry::FILE_BEFORE)).unwrap().len() <= 1000);
-        let pids = pids(dir.path());
-        assert_eq!(*pids.last().unwrap(), 19);
-        assert!(pids.windows(2).all(|pair| pair[1] == pair[0] + 1));
-    }
-}
+mod tests;

@@ -5,3 +5,4 @@ pub mod incidents;
 pub mod journal;
 pub mod ledger;
 pub mod own_dir;
+pub mod retention;

@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::Context;
@@ -10,11 +12,18 @@ use super::settings::SETTINGS;
 use super::{AGENT, Given, Origin, Setting, SettingKind, Values, Verbs};
 use crate::error::CommandError;
 
+/// Largest configuration file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+
 /// Reads the settings in a file. Whether a value is within its bounds is checked with all others.
 pub(super) fn read(path: &Path) -> anyhow::Result<Values> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("failed to read the configuration file {}", path.display()))?;
+    let failed = || format!("failed to read the configuration file {}", path.display());
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
     let wrong = |what: String| CommandError::Usage(format!("{}: {what}", path.display()));
+    if read.with_context(failed)? as u64 > MAX_BYTES {
+        return Err(wrong(format!("larger than {} KiB, so it is no configuration file", MAX_BYTES >> 10)).into());
+    }
     let table: toml::Table =
         text.parse().map_err(|error: toml::de::Error| wrong(format!("not TOML: {}", error.to_string().trim())))?;
     let mut values = Values::new();

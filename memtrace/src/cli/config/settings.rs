@@ -181,7 +181,7 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
     Setting {
         key: "retain_size",
         flag: "retain-size",
-        help: "Keep at most this much in incident files; the oldest are deleted first",
+        help: "Keep at most this much in incident files; the oldest are deleted first, the newest of each cgroup last",
         default: Some("512M"),
         kind: SettingKind::Size {
             min: Least::Bytes(0),

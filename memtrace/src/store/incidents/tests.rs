@@ -1,8 +1,9 @@
-//! Tests of the directory of incidents: round trips, ids, retention.
+//! Tests of the directory of incidents: round trips, ids.
 
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
+use memtrace_incident::codec::happened;
 use memtrace_incident::fixtures;
 
 fn id(time_ms: u64, rest: u128) -> String {
@@ -64,18 +65,6 @@ fn finds_by_id_and_by_the_beginning_of_one() {
     assert_eq!(store.find("latest").unwrap().id, id(3000, 7));
     assert!(matches!(store.find("0"), Err(FindError::Ambiguous { .. })));
     assert!(matches!(store.find("7"), Err(FindError::NotFound { .. })));
-}
-
-#[test]
-fn retention_drops_the_oldest() {
-    let (_dir, store) = store(5);
-    let each = store.list().unwrap()[0].bytes;
-    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(10);
-    assert_eq!(store.retain(each * 5 + 100, None, now).unwrap(), DeletedFiles::default());
-    assert_eq!(store.retain(each * 3 + 100, None, now).unwrap().files, 2);
-    assert_eq!(store.retain(u64::MAX, Some(Duration::from_millis(6500)), now).unwrap().files, 1);
-    assert_eq!(store.list().unwrap().len(), 2);
-    assert_eq!(store.find("latest").unwrap().id, id(5000, 7));
 }
 
 #[test]
