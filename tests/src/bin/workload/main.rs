@@ -21,6 +21,7 @@ mod memory;
 mod mix;
 mod raw;
 mod secret;
+mod silent;
 mod spikes;
 
 #[derive(Parser)]
@@ -194,6 +195,14 @@ enum What {
         #[arg(long)]
         off: bool,
     },
+    /// Map a file of a FUSE file system that stops to answer; after a line on stdin take memory, wait for another
+    Silent {
+        /// Where it is mounted
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        mib: usize,
+    },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
     /// One thing over and over for a time; says how often
@@ -285,6 +294,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::LimitAs { mib } => memory::limit_as(mib)?,
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
+        What::Silent { dir, mib } => silent::file_system(&dir, mib)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,
         What::Crowd { processes, swing } => family::crowd(processes, swing)?,

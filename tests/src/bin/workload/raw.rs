@@ -1,4 +1,4 @@
-//! System calls that have no safe wrapper: shared address spaces, fork without exec, swap; and a
+//! System calls that have no safe wrapper: shared address spaces, fork without exec, code, swap; and a
 //! wild read. All unsafe code is here.
 #![allow(unsafe_code, reason = "system calls and a fault that are unsafe by nature")]
 
@@ -21,6 +21,16 @@ pub(crate) fn sharer() -> anyhow::Result<u32> {
     let child = unsafe { libc::clone(pause, top.cast(), libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut()) };
     ensure!(child > 0, "failed to clone: {}", std::io::Error::last_os_error());
     u32::try_from(child).context("not a process id")
+}
+
+/// Maps a file as code, for as long as this process lives.
+pub(crate) fn map_code(file: &std::fs::File, bytes: usize) -> anyhow::Result<()> {
+    use std::os::fd::AsRawFd;
+    let (access, fd) = (libc::PROT_READ | libc::PROT_EXEC, file.as_raw_fd());
+    // SAFETY: a new mapping, which nobody reads or runs.
+    let mapped = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_PRIVATE, fd, 0) };
+    ensure!(mapped != libc::MAP_FAILED, "failed to map a file: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// fork(2): 0 in the child, the child's id in the parent.

@@ -1,0 +1,134 @@
+//! A file system that stops to answer: FUSE, served by this very process, with one file, `m`.
+//!
+//! The file is mapped as code, its mount is detached, so that nobody finds it among the mounts, and
+//! from then on no request is answered. Whoever looks at the file hangs until this process ends.
+//! Messages are those of include/uapi/linux/fuse.h.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context;
+use rustix::fs::{FileType, Mode, makedev, mknodat};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde_json::json;
+
+/// Bytes of the file.
+const FILE_BYTES: usize = 8192;
+/// Bytes of a request header, and those of the largest request.
+const HEADER_BYTES: usize = 40;
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+
+/// Serves, maps, falls silent, says `ready`; after a line on stdin takes memory and says `grown`.
+pub(crate) fn file_system(dir: &Path, mib: usize) -> anyhow::Result<()> {
+    let device = open_fuse(dir)?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    let options = std::ffi::CString::new(options)?;
+    mount("silent", dir, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
+        .context("failed to mount a FUSE file system")?;
+    let silent = Arc::new(AtomicBool::new(false));
+    let flag = silent.clone();
+    std::thread::spawn(move || serve(device, &flag));
+    crate::raw::map_code(&File::open(dir.join("m"))?, FILE_BYTES).context("failed to map its file as code")?;
+    unmount(dir, UnmountFlags::DETACH).context("failed to detach the file system")?;
+    silent.store(true, Ordering::SeqCst);
+    crate::say("ready", &json!({}))?;
+    crate::wait_for_end_of_stdin()?;
+    let held = crate::memory::touched(mib);
+    crate::say("grown", &json!({ "mib": mib }))?;
+    crate::wait_for_end_of_stdin()?;
+    drop(held);
+    Ok(())
+}
+
+/// /dev/fuse, or a node of our own for it.
+fn open_fuse(dir: &Path) -> anyhow::Result<File> {
+    let open = |path: &Path| File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
+    if let Ok(device) = open(Path::new("/dev/fuse")) {
+        return Ok(device);
+    }
+    let node = dir.with_extension("fuse");
+    mknodat(rustix::fs::CWD, &node, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, makedev(10, 229))
+        .context("failed to make a node for FUSE")?;
+    open(&node).context("failed to open FUSE")
+}
+
+/// Answers until `silent` is set; then takes requests and keeps them.
+fn serve(mut device: File, silent: &AtomicBool) {
+    let mut request = vec![0; MAX_REQUEST_BYTES];
+    while let Ok(bytes) = device.read(&mut request) {
+        let Some((header, body)) = request.get(..bytes).and_then(|request| request.split_at_checked(HEADER_BYTES))
+        else {
+            continue;
+        };
+        if silent.load(Ordering::SeqCst) {
+            continue;
+        }
+        let (operation, unique, node) = (number(header, 4, 4), number(header, 8, 8), number(header, 16, 8));
+        let Some((error, answer)) = answer(operation, node, body) else { continue };
+        let length = 16 + answer.len();
+        let mut reply = u32::try_from(length).unwrap_or(0).to_le_bytes().to_vec();
+        reply.extend((-error).to_le_bytes());
+        reply.extend(unique.to_le_bytes());
+        reply.extend(answer);
+        let _ = device.write_all(&reply);
+    }
+}
+
+/// Error number and answer; `None`: the request wants none.
+fn answer(operation: u64, node: u64, body: &[u8]) -> Option<(i32, Vec<u8>)> {
+    const ENOENT: i32 = 2;
+    const ENOSYS: i32 = 38;
+    Some(match operation {
+        // FORGET, INTERRUPT, BATCH_FORGET
+        2 | 36 | 42 => return None,
+        // INIT: version 7.31, then the read-ahead that was asked for, and room for writes
+        26 => {
+            let mut answer = [7u32, 31].map(u32::to_le_bytes).concat();
+            answer.extend(body.get(8..12)?);
+            answer.extend([0; 4]);
+            answer.extend([16u16, 12].map(u16::to_le_bytes).concat());
+            answer.extend([131_072u32, 1].map(u32::to_le_bytes).concat());
+            answer.resize(64, 0);
+            (0, answer)
+        }
+        // LOOKUP
+        1 if body.starts_with(b"m\0") => {
+            let mut answer = 2u64.to_le_bytes().to_vec();
+            answer.resize(40, 0);
+            answer.extend(attributes(2));
+            (0, answer)
+        }
+        1 => (ENOENT, Vec::new()),
+        // GETATTR: valid for no time at all
+        3 => (0, [vec![0; 16], attributes(node)].concat()),
+        // OPEN, OPENDIR
+        14 | 27 => (0, [1u64.to_le_bytes().to_vec(), vec![0; 8]].concat()),
+        // READ
+        15 => {
+            let size = usize::try_from(number(body, 16, 4)).ok()?.min(FILE_BYTES);
+            (0, vec![0x90; size])
+        }
+        // FLUSH, RELEASE, RELEASEDIR, ACCESS
+        25 | 18 | 29 | 34 => (0, Vec::new()),
+        _ => (ENOSYS, Vec::new()),
+    })
+}
+
+/// struct fuse_attr of the directory (1) or the file (2).
+fn attributes(node: u64) -> Vec<u8> {
+    let (mode, bytes) = if node == 1 { (0o040_755u32, 4096) } else { (0o100_755, FILE_BYTES as u64) };
+    let mut attributes = [node, bytes, bytes.div_ceil(512), 0, 0, 0].map(u64::to_le_bytes).concat();
+    attributes.extend([0u32, 0, 0, mode, 1, 0, 0, 0, 4096, 0].map(u32::to_le_bytes).concat());
+    attributes
+}
+
+/// A little-endian number in a message; 0 beyond its end.
+fn number(message: &[u8], at: usize, bytes: usize) -> u64 {
+    let bytes = message.get(at..at + bytes).unwrap_or_default();
+    bytes.iter().rev().fold(0, |number, byte| (number << 8) | u64::from(*byte))
+}

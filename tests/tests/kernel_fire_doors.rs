@@ -1,0 +1,173 @@
+//! What other people's files, and the end of the stack worker, cost: stacks, and nothing else.
+
+#![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use memtrace_tests::actor::Actor;
+use memtrace_tests::cage::Cage;
+use memtrace_tests::claims::MIB;
+use memtrace_tests::deadline::Deadline;
+use memtrace_tests::growth;
+use memtrace_tests::programs;
+use memtrace_tests::trial::Trial;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::process::Signal;
+
+/// Time until something has happened that happens within seconds.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Most kills until one has stacks: on a busy machine there may be no room for those of the first.
+const KILLS: usize = 5;
+/// Enough for every stack, whatever else the machine does.
+const AMPLE: [&str; 2] = ["--stack-budget", "50%"];
+
+/// Waits until `look` finds something.
+fn wait_for<T>(what: &str, trial: &Trial, mut look: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
+    let deadline = Deadline::after(LIMIT);
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        ensure!(!deadline.has_passed(), "{what}: not in time; the agent said:\n{}", trial.agent.stderr());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The process that unwinds stacks, if one runs.
+fn worker(trial: &Trial) -> anyhow::Result<Option<u32>> {
+    let agent = trial.agent.pid();
+    let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"))?;
+    let is_worker = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.contains("stack-worker"))
+    };
+    Ok(children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker))
+}
+
+/// The number of a line of /metrics that begins with `series`.
+fn series(trial: &Trial, series: &str) -> anyhow::Result<Option<u64>> {
+    let (_, text) = trial.agent.get("/metrics")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(series));
+    line.map(|value| value.trim().parse().context("not a number")).transpose()
+}
+
+fn replaced(trial: &Trial) -> anyhow::Result<Option<u64>> {
+    series(trial, r#"memtrace_lost_total{what="stacks/worker_replaced"}"#)
+}
+
+/// Kills are recorded, and have stacks.
+fn kills_have_stacks(trial: &Trial) -> anyhow::Result<()> {
+    for _ in 0..KILLS {
+        let cage = Cage::new("doors", 48 * MIB)?;
+        let mut actor = trial.start_known(&cage, &["burst", "--mib", "96", "--touch", "--threads", "1"])?;
+        actor.tell()?;
+        actor.finish()?.was_killed()?;
+        let incident = trial.incident(&cage)?;
+        cage.remove()?;
+        if growth::touching(&incident)?.iter().any(|(path, _)| growth::user_frames(path).count() > 0) {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("none of {KILLS} kills has a stack; the agent said:\n{}", trial.agent.stderr())
+}
+
+#[test]
+fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
+    let trial = Trial::begin(&AMPLE)?;
+    let dir = trial.dir().join("silent");
+    std::fs::create_dir(&dir)?;
+    let mut silent = Actor::start(None, &["silent", "--dir", dir.to_str().context("no text")?, "--mib", "256"])?;
+    silent.until("ready")?;
+    silent.tell()?;
+    silent.until("grown")?;
+    wait_for("a worker that hangs is replaced", &trial, || Ok(replaced(&trial)?.filter(|count| *count > 0)))?;
+    // The one that hangs cannot be killed before its file system lets go of it.
+    wait_for("it is shown", &trial, || {
+        Ok(series(&trial, r#"memtrace_stack_workers{state="stuck"}"#)?.filter(|count| *count > 0))
+    })?;
+    kills_have_stacks(&trial)?;
+    ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
+    ensure!(trial.agent.says("does not answer"), "the agent says nothing about it:\n{}", trial.agent.stderr());
+    // While it is silent, the agent stops as ever.
+    trial.end()?;
+    silent.finish()?;
+    Ok(())
+}
+
+#[test]
+fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
+    let trial = Trial::begin(&AMPLE)?;
+    let first = wait_for("a worker runs", &trial, || worker(&trial))?;
+    memtrace_tests::process::signal(first, Signal::KILL)?;
+    let second = wait_for("another worker runs", &trial, || Ok(worker(&trial)?.filter(|pid| *pid != first)))?;
+    kills_have_stacks(&trial)?;
+    ensure!(worker(&trial)? == Some(second), "it was replaced again");
+    ensure!(replaced(&trial)? == Some(1), "it is not counted: {:?}", replaced(&trial)?);
+    trial.end()
+}
+
+#[test]
+fn the_worker_has_no_more_rights_than_it_needs() -> anyhow::Result<()> {
+    let trial = Trial::begin(&[])?;
+    let worker = wait_for("a worker runs", &trial, || worker(&trial))?;
+    let status = std::fs::read_to_string(format!("/proc/{worker}/status"))?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.map(str::trim).with_context(|| format!("no {name}"))
+    };
+    // DAC_READ_SEARCH (2), SYS_PTRACE (19), SYSLOG (34), CHECKPOINT_RESTORE (40)
+    let most = (1u64 << 2) | (1 << 19) | (1 << 34) | (1 << 40);
+    for set in ["CapPrm", "CapEff", "CapInh", "CapAmb"] {
+        let held = u64::from_str_radix(field(set)?, 16)?;
+        ensure!(held & !most == 0, "{set} is {held:x}, at most {most:x} is needed");
+    }
+    ensure!(field("NoNewPrivs")? == "1", "it may gain rights");
+    trial.end()
+}
+
+#[test]
+fn a_file_system_can_be_unmounted_when_its_process_has_ended() -> anyhow::Result<()> {
+    let trial = Trial::begin(&AMPLE)?;
+    let dir = trial.dir().join("volume");
+    std::fs::create_dir(&dir)?;
+    let mounted = Mounted::tmpfs(&dir)?;
+    let program = dir.join("workload");
+    std::fs::copy(programs::path("workload")?, &program)?;
+    let before = series(&trial, "memtrace_stacks_total{}")?.unwrap_or(0);
+    let mut actor = Actor::from_command(Command::new(&program), &["burst", "--mib", "256", "--touch", "--gate"])?;
+    actor.until("gated")?;
+    actor.tell()?;
+    ensure!(actor.finish()?.status.success(), "the program failed");
+    wait_for("stacks of it are taken", &trial, || {
+        Ok(series(&trial, "memtrace_stacks_total{}")?.filter(|stacks| *stacks > before))
+    })?;
+    wait_for("the file system is free", &trial, || Ok(unmount(&dir, UnmountFlags::empty()).ok()))?;
+    std::mem::forget(mounted);
+    trial.end()
+}
+
+/// A tmpfs, detached when a test fails.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    fn tmpfs(dir: &'a Path) -> anyhow::Result<Self> {
+        mount("volume", dir, "tmpfs", MountFlags::empty(), None).context("failed to mount a tmpfs")?;
+        Ok(Self(dir))
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = unmount(self.0, UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_worker_that_nobody_started_says_so() -> anyhow::Result<()> {
+    let output = Command::new(programs::memtrace()?).arg("stack-worker").stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1) && !said.contains("panicked"), "it ended with {}:\n{said}", output.status);
+    Ok(())
+}
