@@ -126,6 +126,16 @@ impl Trial {
         json_of(command)?.as_array().cloned().context("memtrace incidents --sigkills --json is not an array")
     }
 
+    /// Process id of the stack worker; `None` while none runs.
+    pub fn stack_worker(&self) -> anyhow::Result<Option<u32>> {
+        let agent = self.agent.pid();
+        let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"))?;
+        let is_worker = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.contains("stack-worker"))
+        };
+        Ok(children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker))
+    }
+
     /// Stops the agent; fails unless it exits successfully.
     pub fn end(mut self) -> anyhow::Result<()> {
         let status = self.agent.stop()?;

@@ -36,16 +36,6 @@ fn wait_for<T>(what: &str, trial: &Trial, mut look: impl FnMut() -> anyhow::Resu
     }
 }
 
-/// The process that unwinds stacks, if one runs.
-fn worker(trial: &Trial) -> anyhow::Result<Option<u32>> {
-    let agent = trial.agent.pid();
-    let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"))?;
-    let is_worker = |pid: &u32| {
-        std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.contains("stack-worker"))
-    };
-    Ok(children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker))
-}
-
 /// The number of a line of /metrics that begins with `series`.
 fn series(trial: &Trial, series: &str) -> anyhow::Result<Option<u64>> {
     let (_, text) = trial.agent.get("/metrics")?;
@@ -99,11 +89,11 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
 #[test]
 fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
     let trial = Trial::begin(&AMPLE)?;
-    let first = wait_for("a worker runs", &trial, || worker(&trial))?;
+    let first = wait_for("a worker runs", &trial, || trial.stack_worker())?;
     memtrace_tests::process::signal(first, Signal::KILL)?;
-    let second = wait_for("another worker runs", &trial, || Ok(worker(&trial)?.filter(|pid| *pid != first)))?;
+    let second = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
     kills_have_stacks(&trial)?;
-    ensure!(worker(&trial)? == Some(second), "it was replaced again");
+    ensure!(trial.stack_worker()? == Some(second), "it was replaced again");
     ensure!(replaced(&trial)? == Some(1), "it is not counted: {:?}", replaced(&trial)?);
     trial.end()
 }
@@ -111,7 +101,7 @@ fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
 #[test]
 fn the_worker_has_no_more_rights_than_it_needs() -> anyhow::Result<()> {
     let trial = Trial::begin(&[])?;
-    let worker = wait_for("a worker runs", &trial, || worker(&trial))?;
+    let worker = wait_for("a worker runs", &trial, || trial.stack_worker())?;
     let status = std::fs::read_to_string(format!("/proc/{worker}/status"))?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));

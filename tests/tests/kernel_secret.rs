@@ -1,5 +1,5 @@
 //! Stack contents stay private: a secret around the unwound frames is in nothing that the agent
-//! wrote, printed, or keeps in memory that a core dump would contain.
+//! or its stack worker wrote, printed, or keeps in memory that a core dump would contain.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
@@ -73,17 +73,21 @@ fn a_secret_on_the_stack_stays_on_the_stack() -> anyhow::Result<()> {
     ensure!(taken >= 100, "only {taken} stacks were unwound");
     std::thread::sleep(Duration::from_secs(1));
 
-    let pid = trial.agent.pid();
-    let marker = trial.options().state_dir.as_os_str().as_encoded_bytes().to_vec();
-    let memory = Memory::search(pid, &secret, &marker)?;
-    say(format_args!(
-        "{taken} stacks; {} MiB of the agent's memory searched, {} MiB never dumped, {} MiB unreadable",
-        memory.searched >> 20,
-        memory.undumped >> 20,
-        memory.unreadable >> 20
-    ));
-    ensure!(memory.marked, "the agent's own arguments were not found in its memory: nothing was searched");
-    ensure!(memory.found.is_empty(), "the secret is in {:?}", memory.found);
+    let state_dir = trial.options().state_dir.as_os_str().as_encoded_bytes().to_vec();
+    let worker = trial.stack_worker()?.context("no stack worker runs")?;
+    for (whose, pid, marker) in
+        [("agent", trial.agent.pid(), state_dir), ("stack worker", worker, b"stack-worker".to_vec())]
+    {
+        let memory = Memory::search(pid, &secret, &marker)?;
+        say(format_args!(
+            "{taken} stacks; {} MiB of the {whose}'s memory searched, {} MiB never dumped, {} MiB unreadable",
+            memory.searched >> 20,
+            memory.undumped >> 20,
+            memory.unreadable >> 20
+        ));
+        ensure!(memory.marked, "the {whose}'s own arguments were not found in its memory: nothing was searched");
+        ensure!(memory.found.is_empty(), "the secret is in {:?} of the {whose}", memory.found);
+    }
 
     ensure!(!secret.is_in(trial.agent.stderr().as_bytes()), "the secret is in the log:\n{}", trial.agent.stderr());
     // again, after everything has been written

@@ -34,9 +34,10 @@ use refusals::Refusals;
 
 /// The hidden verb that runs the worker.
 const VERB: &str = "stack-worker";
-/// Time for one reading of somebody's file.
-const READING_LIMIT: Duration = Duration::from_secs(1);
-/// Time for an answer while nothing is read: the worker is stopped, or starved.
+/// Time for one reading of somebody's file, while the worker waits for it.
+const READING_LIMIT: Duration = Duration::from_secs(2);
+/// Time for an answer, and for a reading while the worker runs or wants to: on a machine that is
+/// overloaded it is slow, and hangs on nobody.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Time until the first worker is ready: it reads the kernel's symbols.
 const START_LIMIT: Duration = Duration::from_secs(10);
@@ -364,10 +365,19 @@ impl Drop for StackWorker {
     }
 }
 
+/// Whether a process runs, or would if there were a CPU for it: state `R` in /proc/PID/stat. That file
+/// waits for nobody (fs/proc/array.c, `do_task_stat` takes no lock of the address space).
+fn wants_to_run(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('R'))
+}
+
 impl Running {
     /// Whether it reads a file that does not answer.
     fn hangs(&self) -> bool {
-        self.reading.is_some_and(|(_, since)| since.elapsed() > READING_LIMIT)
+        let Some((_, since)) = self.reading else { return false };
+        let elapsed = since.elapsed();
+        elapsed > ANSWER_LIMIT || (elapsed > READING_LIMIT && !wants_to_run(self.child.id()))
     }
 
     fn receive(&mut self) -> io::Result<()> {

@@ -12,17 +12,23 @@ use memtrace_incident::Cut;
 use memtrace_unwind::modules::ModuleId;
 
 /// Stacks that have a number; beyond it all get new ones. The engine remembers as many, the newest.
-const MAX_PATHS: usize = PATHS_KNOWN as usize;
+pub const MAX_PATHS: usize = PATHS_KNOWN as usize;
+/// Frames of all of them, likewise.
+pub const MAX_FRAMES: usize = 131_072;
+/// Modules that are stated, likewise.
+pub const MAX_MODULES: usize = 16_384;
 
 /// The stacks that have a number, and those that the current journal segment has.
 #[derive(Debug, Default)]
 pub struct PathNumbers {
     /// Cap: [`MAX_PATHS`].
     numbers: BTreeMap<(Vec<PathFrame>, Option<Cut>), u32>,
+    /// Frames in `numbers`. Cap: [`MAX_FRAMES`], and those of one stack.
+    frames: usize,
     next: u32,
     /// Cap: [`MAX_PATHS`].
     stated_paths: BTreeSet<u32>,
-    /// Cap: the frames of [`MAX_PATHS`] stacks.
+    /// Cap: [`MAX_MODULES`], and those of one stack.
     stated_modules: BTreeSet<u32>,
 }
 
@@ -36,14 +42,18 @@ impl PathNumbers {
         module: impl Fn(ModuleId) -> Option<(String, Option<String>)>,
         facts: &mut Vec<Fact>,
     ) -> u32 {
-        if self.numbers.len() >= MAX_PATHS && !self.numbers.contains_key(&path) {
+        let full =
+            self.numbers.len() >= MAX_PATHS || self.frames >= MAX_FRAMES || self.stated_modules.len() >= MAX_MODULES;
+        if full && !self.numbers.contains_key(&path) {
             self.numbers.clear();
-            self.stated_paths.clear();
+            self.frames = 0;
+            self.restate();
         }
         let next = self.next;
         let id = *self.numbers.entry(path.clone()).or_insert(next);
         if id == next {
             self.next = next.wrapping_add(1);
+            self.frames = self.frames.saturating_add(path.0.len());
         }
         if self.stated_paths.insert(id) {
             let (frames, cut) = path;
@@ -72,6 +82,17 @@ mod tests {
 
     fn path(offset: u64) -> (Vec<PathFrame>, Option<Cut>) {
         (vec![PathFrame { module: Some(3), offset: Some(offset), ..PathFrame::default() }], None)
+    }
+
+    #[test]
+    fn deep_stacks_are_bounded_in_sum() {
+        let (mut paths, mut facts) = (PathNumbers::default(), Vec::new());
+        let deep = |at: u64| (vec![PathFrame { offset: Some(at), ..PathFrame::default() }; 512], None);
+        for at in 0..1000 {
+            assert_eq!(u64::from(paths.number(deep(at), |_| None, &mut facts)), at);
+        }
+        assert!(paths.frames <= MAX_FRAMES + 512 && paths.numbers.len() <= MAX_FRAMES / 512 + 1);
+        assert_eq!(facts.len(), 1000);
     }
 
     #[test]

@@ -10,26 +10,35 @@ use memtrace_engine::input::{Fact, ModuleFound, PathFound, PathFrame, StackFound
 use memtrace_incident::Cut;
 use memtrace_unwind::modules::ModuleId;
 
-use super::path_numbers::PathNumbers;
+use super::path_numbers::{self, PathNumbers};
 
-/// Paths and modules of one worker that are remembered; it states the others again.
-const MAX_REMEMBERED: usize = 16_384;
-/// Modules with a build id that keep their number when another worker finds them.
+/// Paths of one worker that are remembered, their frames, and its modules: twice what it may refer
+/// to, so that nothing is forgotten that it does not state again.
+const MAX_PATHS: usize = 2 * path_numbers::MAX_PATHS;
+const MAX_FRAMES: usize = 2 * path_numbers::MAX_FRAMES;
+const MAX_NUMBERS: usize = 2 * path_numbers::MAX_MODULES;
+/// Names of modules, and bytes of their paths.
 const MAX_MODULES: usize = 16_384;
+const MAX_NAME_BYTES: usize = 8 << 20;
 
 /// The numbers of the run, and those of the worker that runs.
 #[derive(Debug, Default)]
 pub struct Renumbering {
     paths: PathNumbers,
     next_module: u32,
-    /// Numbers by path and build id. Cap: [`MAX_MODULES`].
+    /// Numbers by path and build id: a file that another worker finds keeps its number. Cap: that of
+    /// `names`.
     same: BTreeMap<(String, String), u32>,
-    /// Names by number of the run. Cap: [`MAX_MODULES`], the newest.
+    /// Names by number of the run. Cap: [`MAX_MODULES`] and [`MAX_NAME_BYTES`], the newest.
     names: BTreeMap<u32, (String, Option<String>)>,
-    /// Number of the run by number of the worker. Cap: [`MAX_REMEMBERED`], the newest.
+    /// Bytes of the paths in `names`.
+    name_bytes: usize,
+    /// Number of the run by number of the worker. Cap: [`MAX_NUMBERS`], the newest.
     modules: BTreeMap<u32, u32>,
-    /// Frames by number of the worker. Cap: [`MAX_REMEMBERED`], the newest.
+    /// Frames by number of the worker. Cap: [`MAX_PATHS`] and [`MAX_FRAMES`], the newest.
     frames: BTreeMap<u32, (Vec<PathFrame>, Option<Cut>)>,
+    /// Frames in `frames`.
+    frame_count: usize,
 }
 
 impl Renumbering {
@@ -37,6 +46,7 @@ impl Renumbering {
     pub fn next_worker(&mut self) {
         self.modules.clear();
         self.frames.clear();
+        self.frame_count = 0;
     }
 
     /// A new segment of the journal has begun, see [`PathNumbers::restate`].
@@ -72,31 +82,33 @@ impl Renumbering {
         let number = known.unwrap_or(self.next_module);
         if known.is_none() {
             self.next_module = self.next_module.wrapping_add(1);
-            if let Some(same) = same {
-                if self.same.len() >= MAX_MODULES {
-                    self.same.clear();
-                }
-                self.same.insert(same, number);
+            self.name_bytes = self.name_bytes.saturating_add(module.path.len());
+            self.names.insert(number, (module.path, module.build_id));
+            self.same.extend(same.map(|same| (same, number)));
+            while self.names.len() > MAX_MODULES || self.name_bytes > MAX_NAME_BYTES {
+                let Some((_, (path, build_id))) = self.names.pop_first() else { break };
+                self.name_bytes = self.name_bytes.saturating_sub(path.len());
+                build_id.map(|build_id| self.same.remove(&(path, build_id)));
             }
         }
-        insert_newest(&mut self.names, MAX_MODULES, number, (module.path, module.build_id));
-        insert_newest(&mut self.modules, MAX_REMEMBERED, module.id, number);
+        self.modules.insert(module.id, number);
+        if self.modules.len() > MAX_NUMBERS {
+            self.modules.pop_first();
+        }
     }
 
     fn path(&mut self, path: PathFound) {
         let modules = &self.modules;
         let renumber =
             |frame: PathFrame| PathFrame { module: frame.module.and_then(|id| modules.get(&id).copied()), ..frame };
-        let frames = path.frames.into_iter().map(renumber).collect();
-        insert_newest(&mut self.frames, MAX_REMEMBERED, path.id, (frames, path.cut));
-    }
-}
-
-/// Inserts, and forgets the lowest number beyond `most`.
-fn insert_newest<V>(map: &mut BTreeMap<u32, V>, most: usize, number: u32, value: V) {
-    map.insert(number, value);
-    if map.len() > most {
-        map.pop_first();
+        let frames: Vec<PathFrame> = path.frames.into_iter().map(renumber).collect();
+        self.frame_count = self.frame_count.saturating_add(frames.len());
+        let before = self.frames.insert(path.id, (frames, path.cut));
+        self.frame_count = self.frame_count.saturating_sub(before.map_or(0, |(frames, _)| frames.len()));
+        while self.frames.len() > MAX_PATHS || self.frame_count > MAX_FRAMES {
+            let Some((_, (frames, _))) = self.frames.pop_first() else { break };
+            self.frame_count = self.frame_count.saturating_sub(frames.len());
+        }
     }
 }
 
@@ -159,10 +171,40 @@ mod tests {
     #[test]
     fn what_is_remembered_is_bounded() {
         let mut numbers = Renumbering::default();
-        for id in 0..MAX_REMEMBERED as u32 + 10 {
-            numbers.renumber(vec![module(id, "/app", Some(&id.to_string())), path(id, &[id])]);
+        let long = "x".repeat(4096);
+        for id in 0..2 * MAX_NUMBERS as u32 {
+            let (file, build_id) = (if id % 2 == 0 { &long } else { "/app" }, id.to_string());
+            numbers.renumber(vec![module(id, file, Some(&build_id)), path(id, &[id; 32])]);
         }
-        assert!(numbers.frames.len() <= MAX_REMEMBERED && numbers.names.len() <= MAX_MODULES);
-        assert!(numbers.modules.len() <= MAX_REMEMBERED && numbers.same.len() <= MAX_MODULES);
+        assert!(numbers.frames.len() <= MAX_PATHS && numbers.frame_count <= MAX_FRAMES);
+        assert!(numbers.names.len() <= MAX_MODULES && numbers.name_bytes <= MAX_NAME_BYTES);
+        assert!(numbers.same.len() <= numbers.names.len() && numbers.modules.len() <= MAX_NUMBERS);
+        assert_eq!(numbers.name_bytes, numbers.names.values().map(|(path, _)| path.len()).sum::<usize>());
+        assert_eq!(numbers.frame_count, numbers.frames.values().map(|(frames, _)| frames.len()).sum::<usize>());
+    }
+
+    /// A worker forgets its numbers when they are too many, and states again what it refers to.
+    #[test]
+    fn nothing_that_a_worker_may_refer_to_is_forgotten() {
+        let (mut worker, mut numbers) = (PathNumbers::default(), Renumbering::default());
+        for round in 0..3_u64 {
+            for at in 0..path_numbers::MAX_PATHS as u64 {
+                let frame = |deep: u64| PathFrame {
+                    module: Some((at % 5000) as u32),
+                    offset: Some(round * 7 + at * 100 + deep),
+                    ..PathFrame::default()
+                };
+                let mut facts = Vec::new();
+                let name = |id: ModuleId| Some((format!("/lib/{}", id.0), Some(id.0.to_string())));
+                let id = worker.number(((0..20).map(frame).collect(), None), name, &mut facts);
+                facts.push(stack(id));
+                let found = numbers.renumber(facts);
+                assert!(matches!(found.last(), Some(Fact::Stack(_))), "stack {at} of round {round} is lost");
+                assert!(found.iter().all(|fact| match fact {
+                    Fact::Path(path) => path.frames.iter().all(|frame| frame.module.is_some()),
+                    _ => true,
+                }));
+            }
+        }
     }
 }

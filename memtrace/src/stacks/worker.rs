@@ -18,6 +18,7 @@ use anyhow::Context;
 use memtrace_unwind::gate::{Gate, ReadObserver, Reading, Refused};
 use memtrace_unwind::modules::OpenModule;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
@@ -33,6 +34,8 @@ const STACKS_PER_TURN: usize = 64;
 const GATHER: Duration = Duration::from_millis(50);
 /// Facts of one batch, about: the recorder takes a batch at a time.
 const FACTS_PER_BATCH: usize = 256;
+/// Bytes that wait in the socket for the recorder to take them.
+const SEND_BUFFER_BYTES: usize = 2 << 20;
 /// Private memory of the worker (RLIMIT_DATA), bytes. Its caches are bounded far below.
 const MAX_PRIVATE_BYTES: u64 = 256 << 20;
 /// What the worker may do beyond what everybody may: read /proc/PID and files of every process, open
@@ -46,6 +49,11 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_PTRACE
 pub fn run() -> anyhow::Result<()> {
     confine();
     let socket = Rc::new(UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().context("no standard input")?));
+    // So that a recorder that is busy for a moment does not keep this from draining the ring. Beyond
+    // the system's limit with CAP_NET_ADMIN only, and as far as that limit without.
+    if set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
+        let _ = set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES);
+    }
     let mut incoming = Incoming::default();
     let (gate, ring) = receive_start(&socket, &mut incoming)?;
     let ring = StackRing::open(ring).map_err(anyhow::Error::msg).context("failed to open the stacks ring")?;
