@@ -11,7 +11,7 @@ use anyhow::Context;
 use memtrace_common::event::{CGROUP_MADE, RECLAIM_BEGIN};
 use memtrace_engine::Engine;
 use memtrace_engine::decode::Record;
-use memtrace_engine::input::Fact;
+use memtrace_engine::input::{Fact, StackFound};
 use memtrace_incident::Loss;
 use memtrace_unwind::gate::ProcessKey;
 use tracing::{debug, warn};
@@ -153,8 +153,8 @@ impl StackPipeline {
             self.stated_segment = segment;
             self.numbers.restate();
         }
-        for fact in &batch.facts {
-            let Fact::Stack(stack) = fact else { continue };
+        let stacks: Vec<StackFound> = batch.stacks.into_iter().map(StackFound::from).collect();
+        for stack in &stacks {
             self.rate.note_sample(stack.cgroup_id);
             if self.followed.len() >= MAX_FOLLOWED {
                 self.followed.pop_first();
@@ -162,7 +162,7 @@ impl StackPipeline {
             self.followed.insert((stack.pid, stack.start_boot_ns));
         }
         self.pay(probe);
-        self.numbers.renumber(batch.facts)
+        self.numbers.renumber(batch.facts.into_iter().chain(stacks.into_iter().map(Fact::Stack)))
     }
 
     /// Tells the eBPF programs what stacks have cost here and in the worker.

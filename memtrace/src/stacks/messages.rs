@@ -9,7 +9,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use memtrace_engine::input::Fact;
+use memtrace_engine::input::{Fact, StackFound};
+use memtrace_incident::Cause;
 use memtrace_unwind::gate::{ProcessKey, Reading, Refused};
 use rustix::cmsg_space;
 use rustix::net::{
@@ -138,12 +139,52 @@ impl From<RefusedList> for Refused {
 pub struct Batch {
     /// The number of the [`ToWorker::Answer`] that this is for; 0 if it was not asked for.
     pub number: u64,
-    /// Modules, paths, stacks. Modules and paths are numbered anew by each worker.
+    /// Modules, paths, and stacks of the kernel. Modules and paths are numbered anew by each worker.
     pub facts: Vec<Fact>,
+    /// Stacks of processes, which refer to these paths.
+    pub stacks: Vec<StackRow>,
     /// Processes whose stacks are to be copied deeper from now on: process id and bytes.
     pub copy_bytes: Vec<(u32, u32)>,
     /// Totals.
     pub counts: StackCounts,
+}
+
+/// A [`StackFound`] without the names of its fields, of which there are many: a list in JSON.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct StackRow(StackIdentity, Cause, [u64; 3], Option<u64>, u32);
+
+/// Time, process id, thread id, start, thread name, address space, cgroup.
+type StackIdentity = (u64, u32, u32, u64, String, u64, u64);
+
+impl From<StackFound> for StackRow {
+    fn from(stack: StackFound) -> Self {
+        let identity =
+            (stack.boot_ns, stack.pid, stack.tid, stack.start_boot_ns, stack.comm, stack.mm_id, stack.cgroup_id);
+        let bytes = [stack.weight_bytes, stack.grown_bytes, stack.size_bytes];
+        Self(identity, stack.cause, bytes, stack.address, stack.path)
+    }
+}
+
+impl From<StackRow> for StackFound {
+    fn from(StackRow(identity, cause, bytes, address, path): StackRow) -> Self {
+        let (boot_ns, pid, tid, start_boot_ns, comm, mm_id, cgroup_id) = identity;
+        let [weight_bytes, grown_bytes, size_bytes] = bytes;
+        Self {
+            boot_ns,
+            pid,
+            tid,
+            start_boot_ns,
+            comm,
+            mm_id,
+            cgroup_id,
+            cause,
+            weight_bytes,
+            grown_bytes,
+            address,
+            size_bytes,
+            path,
+        }
+    }
 }
 
 /// Totals of one worker since its start.
@@ -306,6 +347,28 @@ mod tests {
         incoming.read(&right).unwrap();
         assert!(matches!(incoming.next_message(), Ok(Some(FromWorker::End))));
         assert_eq!(incoming.read(&right).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_stack_survives_its_way() {
+        let stack = StackFound {
+            boot_ns: 1,
+            pid: 2,
+            tid: 3,
+            start_boot_ns: 4,
+            comm: "a\"b".to_owned(),
+            mm_id: u64::MAX,
+            cgroup_id: 5,
+            cause: Cause::Map,
+            weight_bytes: 6,
+            grown_bytes: 7,
+            address: Some(8),
+            size_bytes: 9,
+            path: 10,
+        };
+        let text = serde_json::to_string(&StackRow::from(stack.clone())).unwrap();
+        let row: StackRow = serde_json::from_str(&text).unwrap();
+        assert_eq!(StackFound::from(row), stack);
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct PathNumbers {
     /// Frames in `numbers`. Cap: [`MAX_FRAMES`], and those of one stack.
     frames: usize,
     next: u32,
+    /// Changes when numbers or statements become invalid.
+    generation: u64,
     /// Cap: [`MAX_PATHS`].
     stated_paths: BTreeSet<u32>,
     /// Cap: [`MAX_MODULES`], and those of one stack.
@@ -73,6 +75,12 @@ impl PathNumbers {
     pub fn restate(&mut self) {
         self.stated_paths.clear();
         self.stated_modules.clear();
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// As long as this is the same, what was numbered has its number and is stated.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 }
 

@@ -39,6 +39,10 @@ pub struct Renumbering {
     frames: BTreeMap<u32, (Vec<PathFrame>, Option<Cut>)>,
     /// Frames in `frames`.
     frame_count: usize,
+    /// Numbers of the run by number of the worker, as long as `paths` is of this generation: most
+    /// stacks are known. Cap: [`MAX_PATHS`].
+    known: BTreeMap<u32, u32>,
+    generation: u64,
 }
 
 impl Renumbering {
@@ -47,6 +51,7 @@ impl Renumbering {
         self.modules.clear();
         self.frames.clear();
         self.frame_count = 0;
+        self.known.clear();
     }
 
     /// A new segment of the journal has begun, see [`PathNumbers::restate`].
@@ -55,17 +60,15 @@ impl Renumbering {
     }
 
     /// The facts for engine and journal, of those of the worker.
-    pub fn renumber(&mut self, facts: Vec<Fact>) -> Vec<Fact> {
-        let mut renumbered = Vec::with_capacity(facts.len());
+    pub fn renumber(&mut self, facts: impl IntoIterator<Item = Fact>) -> Vec<Fact> {
+        let mut renumbered = Vec::new();
         for fact in facts {
             match fact {
                 Fact::Module(module) => self.module(module),
                 Fact::Path(path) => self.path(path),
                 Fact::Stack(stack) => {
                     // A worker states a path before it refers to it.
-                    let Some(frames) = self.frames.get(&stack.path).cloned() else { continue };
-                    let names = &self.names;
-                    let path = self.paths.number(frames, |id: ModuleId| names.get(&id.0).cloned(), &mut renumbered);
+                    let Some(path) = self.number(stack.path, &mut renumbered) else { continue };
                     renumbered.push(Fact::Stack(StackFound { path, ..stack }));
                 }
                 kernel @ Fact::KernelStack { .. } => renumbered.push(kernel),
@@ -74,6 +77,24 @@ impl Renumbering {
             }
         }
         renumbered
+    }
+
+    /// The number of the run of a path; what is to be stated before goes into `facts`.
+    fn number(&mut self, path: u32, facts: &mut Vec<Fact>) -> Option<u32> {
+        if self.generation == self.paths.generation()
+            && let Some(number) = self.known.get(&path)
+        {
+            return Some(*number);
+        }
+        let frames = self.frames.get(&path).cloned()?;
+        let names = &self.names;
+        let number = self.paths.number(frames, |id: ModuleId| names.get(&id.0).cloned(), facts);
+        if self.generation != self.paths.generation() || self.known.len() >= MAX_PATHS {
+            self.generation = self.paths.generation();
+            self.known.clear();
+        }
+        self.known.insert(path, number);
+        Some(number)
     }
 
     fn module(&mut self, module: ModuleFound) {
@@ -103,6 +124,7 @@ impl Renumbering {
             |frame: PathFrame| PathFrame { module: frame.module.and_then(|id| modules.get(&id).copied()), ..frame };
         let frames: Vec<PathFrame> = path.frames.into_iter().map(renumber).collect();
         self.frame_count = self.frame_count.saturating_add(frames.len());
+        self.known.remove(&path.id);
         let before = self.frames.insert(path.id, (frames, path.cut));
         self.frame_count = self.frame_count.saturating_sub(before.map_or(0, |(frames, _)| frames.len()));
         while self.frames.len() > MAX_PATHS || self.frame_count > MAX_FRAMES {

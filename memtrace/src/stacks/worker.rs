@@ -15,6 +15,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use memtrace_engine::input::Fact;
 use memtrace_unwind::gate::{Gate, ReadObserver, Reading, Refused};
 use memtrace_unwind::modules::OpenModule;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -217,12 +218,18 @@ impl Worker {
 
     fn send_batch(&mut self, number: u64) -> io::Result<()> {
         self.gathering = None;
-        let facts = self.samples.take();
+        let (mut facts, mut stacks) = (Vec::new(), Vec::new());
+        for fact in self.samples.take() {
+            match fact {
+                Fact::Stack(stack) => stacks.push(stack.into()),
+                fact => facts.push(fact),
+            }
+        }
         let mut counts = self.samples.counts();
         let spent = clock::cpu_time().saturating_sub(self.begin);
         counts.spent_ns = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
         counts.resident_bytes = own_memory::resident_bytes().unwrap_or(0);
-        let batch = Batch { number, facts, copy_bytes: self.samples.take_copy_requests(), counts };
+        let batch = Batch { number, facts, stacks, copy_bytes: self.samples.take_copy_requests(), counts };
         self.send(&FromWorker::Batch(Box::new(batch)), &[])
     }
 
