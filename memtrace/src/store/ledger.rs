@@ -2,7 +2,7 @@
 //! one begun, so that a ledger is two files at most. While no new one can be made, the old one grows to twice its cap.
 //!
 //! `kills.jsonl` is synced with every entry: a kill is on disk before anything else is done about it. `sigkills.jsonl`
-//! is not, since there may be hundreds of SIGKILLs a second. Whoever sends them fills only a share of it ([`shares`]).
+//! is not, since there may be hundreds of SIGKILLs a second. Whoever sends them fills only a share of it (`shares`).
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};

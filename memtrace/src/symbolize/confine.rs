@@ -5,9 +5,9 @@
 //! then gives up whatever it could do with more. Three walls, each of which holds alone:
 //!
 //! 1. [`limit`]: resource limits. No file grows, no process is made, memory and CPU time end.
-//! 2. [`drop_identity`]: if root started it, the user and group `nobody`, no other groups, no
+//! 2. `drop_identity`: if root started it, the user and group `nobody`, no other groups, no
 //!    capabilities in any set, and no way to gain some.
-//! 3. [`filter`]: a seccomp filter. Reading what is open, memory, and writing to standard output
+//! 3. `filter`: a seccomp filter. Reading what is open, memory, and writing to standard output
 //!    are allowed; a path leads to no file; any other system call ends the process.
 //!
 //! A user who starts it, for `memtrace report`, has no other identity to take and keeps their own.

@@ -45,7 +45,7 @@ pub struct ModuleFiles {
     /// The module itself.
     pub own: Option<SourceFile>,
     /// Files that are its debug files if they have its build id, the best first. Cap:
-    /// [`MAX_DEBUG_FILES`].
+    /// `MAX_DEBUG_FILES`.
     pub debug: Vec<SourceFile>,
 }
 
