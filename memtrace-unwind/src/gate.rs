@@ -98,17 +98,15 @@ impl Gate {
         self.refused = refused;
     }
 
-    /// The process for which readings come next.
+    /// The process for which readings come next; its user is not known yet.
     pub(crate) fn set_process(&mut self, key: ProcessKey) {
-        if self.current.is_none_or(|(current, _)| current != key) {
-            self.current = Some((key, None));
-        }
+        self.current = Some((key, None));
     }
 
-    /// The user of the process for which readings come next.
-    pub(crate) fn set_user(&mut self, user: u32) {
+    /// The user of that process, if it is known.
+    pub(crate) fn set_user(&mut self, user: Option<u32>) {
         if let Some((_, of)) = &mut self.current {
-            *of = Some(user);
+            *of = user;
         }
     }
 
@@ -223,7 +221,7 @@ mod tests {
         let reading = Reading { process: (8, 1), user: None, device: Some((8, 1)) };
         assert_eq!(*heard.lock().unwrap(), [Some(reading), None]);
         assert_eq!(gate.pass(Some((0, 40)), || 5), None, "the device");
-        gate.set_user(1000);
+        gate.set_user(Some(1000));
         assert_eq!(gate.pass(None, || 5), None, "the user");
         gate.set_process((7, 1));
         assert_eq!(gate.pass(None, || 5), None, "the process");

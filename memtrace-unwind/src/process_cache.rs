@@ -262,7 +262,9 @@ impl ProcessCache {
     fn lookup_or_insert(&mut self, key: ProcessKey) {
         self.clock = self.clock.saturating_add(1);
         self.modules.gate.set_process(key);
-        self.processes.entry(key).or_default().used = self.clock;
+        let process = self.processes.entry(key).or_default();
+        process.used = self.clock;
+        self.modules.gate.set_user(process.credentials.user());
         while self.processes.len() > MAX_PROCESSES && self.evict_oldest(key, |_| true) {}
     }
 
@@ -348,16 +350,16 @@ impl ProcessCache {
         if process.ended.is_some() {
             return false;
         }
-        let read = || {
+        let open = || {
             let dir = ProcDir::open(key.0, key.1)?;
             let credentials = dir.credentials()?;
-            let maps = dir.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes))?;
-            Some((dir, credentials, maps))
+            Some((dir, credentials))
         };
-        let Some(Some((dir, credentials, maps))) = self.modules.gate.pass(None, read) else { return false };
-        if let Some(user) = credentials.user() {
-            self.modules.gate.set_user(user);
-        }
+        let Some(Some((dir, credentials))) = self.modules.gate.pass(None, open) else { return false };
+        // Known before anything is read that may hang: mappings wait for whoever changes them.
+        self.modules.gate.set_user(credentials.user());
+        let read = || dir.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes));
+        let Some(Some(maps)) = self.modules.gate.pass(None, read) else { return false };
         process.code_backoff.note();
         self.counts.maps_read = self.counts.maps_read.saturating_add(1);
         let left_out = u64::try_from(maps.left_out()).unwrap_or(u64::MAX);

@@ -297,9 +297,10 @@ impl StackWorker {
 
     /// Asks for the files of modules.
     pub(super) fn ask_for_modules(&mut self, wanted: Vec<ModuleLabel>) {
-        self.say(&ToWorker::Modules(wanted));
         if let Some(running) = &mut self.running {
-            running.modules = Some((Vec::new(), false));
+            let said = running.queue(&ToWorker::Modules(wanted));
+            running.modules = said.then(|| (Vec::new(), false));
+            running.flush();
         }
     }
 
@@ -375,7 +376,8 @@ fn wants_to_run(pid: u32) -> bool {
 impl Running {
     /// Whether it reads a file that does not answer.
     fn hangs(&self) -> bool {
-        let Some((_, since)) = self.reading else { return false };
+        // Behind batches that nobody has taken there may be word of its end.
+        let Some((_, since)) = self.reading.filter(|_| self.batches.len() < MAX_BATCHES) else { return false };
         let elapsed = since.elapsed();
         elapsed > ANSWER_LIMIT || (elapsed > READING_LIMIT && !wants_to_run(self.child.id()))
     }
@@ -427,11 +429,14 @@ impl Running {
         }
     }
 
-    fn queue(&mut self, message: &ToWorker) {
-        let Ok(bytes) = frame(message) else { return };
-        if self.outgoing.len().saturating_add(bytes.len()) <= MAX_OUTGOING_BYTES {
+    /// False if there is no room for it.
+    fn queue(&mut self, message: &ToWorker) -> bool {
+        let Ok(bytes) = frame(message) else { return false };
+        let fits = self.outgoing.len().saturating_add(bytes.len()) <= MAX_OUTGOING_BYTES;
+        if fits {
             self.outgoing.extend(bytes);
         }
+        fits
     }
 
     fn flush(&mut self) {
