@@ -11,6 +11,7 @@ use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::deadline::Deadline;
+use memtrace_tests::figures::not_run_here;
 use memtrace_tests::growth;
 use memtrace_tests::programs;
 use memtrace_tests::trial::Trial;
@@ -65,6 +66,10 @@ fn kills_have_stacks(trial: &Trial) -> anyhow::Result<()> {
 
 #[test]
 fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
+    if !std::fs::read_to_string("/proc/filesystems")?.lines().any(|line| line.ends_with("\tfuse")) {
+        not_run_here("a file system that does not answer", "no FUSE in this kernel");
+        return Ok(());
+    }
     let trial = Trial::begin(&AMPLE)?;
     let dir = trial.dir().join("silent");
     std::fs::create_dir(&dir)?;

@@ -3,12 +3,15 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::deadline::Deadline;
@@ -91,22 +94,27 @@ fn of_user(trial: &Trial, uid: u32) -> anyhow::Result<(Vec<Value>, u64)> {
 #[test]
 fn a_user_who_floods_the_ledger_has_a_share_and_the_rest_is_counted() -> anyhow::Result<()> {
     let trial = Trial::begin(&[])?;
-    let script = format!("i=0; while [ $i -lt {FLOOD} ]; do sleep 60 & kill -9 $!; i=$((i + 1)); done; wait");
-    let mut flooder = Command::new("sh");
-    flooder.args(["-c", &script]).uid(FLOODER).gid(FLOODER).stderr(Stdio::null());
-    let mut flooder = flooder.spawn().context("failed to start a shell")?;
-    ensure!(process::wait_at_most(&mut flooder, WAIT_LIMIT)?.success(), "the shell failed");
-    let mut target = Command::new("sleep").arg("60").spawn().context("failed to start a process")?;
-    process::signal(target.id(), Signal::KILL)?;
-    target.wait()?;
+    // Where everybody may run it.
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
+    let program = dir.path().join("workload");
+    std::fs::copy(programs::path("workload")?, &program)?;
+    let mut flooder = Command::new(&program);
+    flooder.args(["kill-children", "--count", &FLOOD.to_string()]).uid(FLOODER).gid(FLOODER).stdout(Stdio::null());
+    let mut flooder = flooder.spawn().context("failed to start the flooder")?;
+    ensure!(process::wait_at_most(&mut flooder, WAIT_LIMIT)?.success(), "the flooder failed");
+    let mut target = Actor::start(None, &["hold"])?;
+    target.until("ready")?;
+    process::signal(target.pid(), Signal::KILL)?;
+    let target = target.finish()?;
     let deadline = Deadline::after(WAIT_LIMIT);
     loop {
         let (entries, all) = of_user(&trial, FLOODER)?;
-        let root = trial.sigkills()?.into_iter().find(|entry| entry["pid"] == target.id());
+        let root = trial.sigkills()?.into_iter().find(|entry| entry["pid"] == target.pid);
         let lost = trial.agent.metric("memtrace_lost_total{what=\"samples/ring_full\"}")?.unwrap_or(0.0);
-        // How many have a line depends on how fast the shell is; none goes without being counted.
+        // How many have a line depends on how fast the flooder is; none goes without being counted.
         if root.as_ref().is_some_and(|root| root["sender_uid"] == 0) && all >= FLOOD - lost as u64 {
-            ensure!(entries.iter().all(|entry| entry["sender_comm"] == "sh"), "{:?}", entries.first());
+            ensure!(entries.iter().all(|entry| entry["sender_comm"] == "workload"), "{:?}", entries.first());
             break;
         }
         ensure!(!deadline.has_passed(), "{all} of {FLOOD} are accounted for, {lost} lost; root's is {root:?}");

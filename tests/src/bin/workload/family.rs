@@ -109,3 +109,16 @@ fn stand(swing: bool) -> ! {
         }
     }
 }
+
+/// Forks children that wait, and kills each.
+pub(crate) fn kill_children(count: usize) -> anyhow::Result<()> {
+    for _ in 0..count {
+        let child = raw::fork()?;
+        if child == 0 {
+            raw::wait_for_the_end();
+        }
+        memtrace_tests::process::signal(child, rustix::process::Signal::KILL)?;
+        raw::wait(child)?;
+    }
+    Ok(())
+}

@@ -195,6 +195,11 @@ enum What {
         #[arg(long)]
         off: bool,
     },
+    /// Fork children and kill each with SIGKILL, one after the other
+    KillChildren {
+        #[arg(long)]
+        count: usize,
+    },
     /// Map a file of a FUSE file system that stops to answer; after a line on stdin take memory, wait for another
     Silent {
         /// Where it is mounted
@@ -294,6 +299,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::LimitAs { mib } => memory::limit_as(mib)?,
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
+        What::KillChildren { count } => family::kill_children(count)?,
         What::Silent { dir, mib } => silent::file_system(&dir, mib)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,

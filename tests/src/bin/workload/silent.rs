@@ -1,4 +1,4 @@
-//! A file system that stops to answer: FUSE, served by this very process, with one file, `m`.
+//! A file system that stops to answer: FUSE, served by this program itself, with one file, `m`.
 //!
 //! The file is mapped as code, its mount is detached, so that nobody finds it among the mounts, and
 //! from then on no request is answered. Whoever looks at the file hangs until this process ends.
@@ -9,13 +9,13 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use rustix::fs::{FileType, Mode, makedev, mknodat};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::json;
+
+use crate::raw;
 
 /// Bytes of the file.
 const FILE_BYTES: usize = 8192;
@@ -23,25 +23,45 @@ const FILE_BYTES: usize = 8192;
 const HEADER_BYTES: usize = 40;
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 
-/// Serves, maps, falls silent, says `ready`; after a line on stdin takes memory and says `grown`.
+/// Serves until its child has ended. The child maps the file, makes the server fall silent and says
+/// `ready`; after a line on stdin a child of its own takes memory, whose first stack is taken with
+/// the file mapped already. Then it says `grown`, and ends after another line.
 pub(crate) fn file_system(dir: &Path, mib: usize) -> anyhow::Result<()> {
     let device = open_fuse(dir)?;
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
     let options = std::ffi::CString::new(options)?;
     mount("silent", dir, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
         .context("failed to mount a FUSE file system")?;
-    let silent = Arc::new(AtomicBool::new(false));
-    let flag = silent.clone();
-    std::thread::spawn(move || serve(device, &flag));
-    crate::raw::map_code(&File::open(dir.join("m"))?, FILE_BYTES).context("failed to map its file as code")?;
+    let silent = dir.with_extension("silent");
+    let child = raw::fork()?;
+    if child == 0 {
+        // Were it held here, the file system would outlive its server.
+        drop(device);
+        if let Err(error) = map_and_grow(dir, &silent, mib) {
+            eprintln!("workload: {error:#}");
+        }
+        raw::leave();
+    }
+    std::thread::spawn(move || serve(device, &silent));
+    raw::wait(child)?;
+    Ok(())
+}
+
+fn map_and_grow(dir: &Path, silent: &Path, mib: usize) -> anyhow::Result<()> {
+    raw::map_code(&File::open(dir.join("m"))?, FILE_BYTES).context("failed to map its file as code")?;
     unmount(dir, UnmountFlags::DETACH).context("failed to detach the file system")?;
-    silent.store(true, Ordering::SeqCst);
+    File::create(silent)?;
     crate::say("ready", &json!({}))?;
     crate::wait_for_end_of_stdin()?;
-    let held = crate::memory::touched(mib);
-    crate::say("grown", &json!({ "mib": mib }))?;
-    crate::wait_for_end_of_stdin()?;
-    drop(held);
+    let grower = raw::fork()?;
+    if grower == 0 {
+        let held = crate::memory::touched(mib);
+        let _ = crate::say("grown", &json!({ "mib": mib }));
+        let _ = crate::wait_for_end_of_stdin();
+        drop(held);
+        raw::leave();
+    }
+    raw::wait(grower)?;
     Ok(())
 }
 
@@ -57,15 +77,15 @@ fn open_fuse(dir: &Path) -> anyhow::Result<File> {
     open(&node).context("failed to open FUSE")
 }
 
-/// Answers until `silent` is set; then takes requests and keeps them.
-fn serve(mut device: File, silent: &AtomicBool) {
+/// Answers until there is a file `silent`; then takes requests and keeps them.
+fn serve(mut device: File, silent: &Path) {
     let mut request = vec![0; MAX_REQUEST_BYTES];
     while let Ok(bytes) = device.read(&mut request) {
         let Some((header, body)) = request.get(..bytes).and_then(|request| request.split_at_checked(HEADER_BYTES))
         else {
             continue;
         };
-        if silent.load(Ordering::SeqCst) {
+        if silent.exists() {
             continue;
         }
         let (operation, unique, node) = (number(header, 4, 4), number(header, 8, 8), number(header, 16, 8));
