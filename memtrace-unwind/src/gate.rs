@@ -36,11 +36,12 @@ pub struct Reading {
     pub device: Option<(u32, u32)>,
 }
 
-/// Is told of each reading before and after it.
+/// Is told before something is read, and when that has ended. Readings of one process and device in a
+/// row are told once: whoever listens is woken each time.
 pub trait ReadObserver: std::fmt::Debug {
-    /// A reading begins, and may never end.
+    /// Readings begin, and may never end.
     fn begin(&mut self, reading: &Reading);
-    /// It has ended.
+    /// They have ended.
     fn end(&mut self);
 }
 
@@ -84,6 +85,8 @@ pub struct Gate {
     /// Cap: [`MAX_ACCOUNTS`].
     accounts: HashMap<ProcessKey, Account>,
     current: Option<(ProcessKey, Option<u32>)>,
+    /// What the observer was told last, and not that it has ended.
+    announced: Option<Reading>,
     counts: GateCounts,
 }
 
@@ -130,16 +133,25 @@ impl Gate {
             self.counts.over_budget = self.counts.over_budget.saturating_add(1);
             return None;
         }
-        if let Some(observer) = &mut self.observer {
+        if self.announced != Some(reading)
+            && let Some(observer) = &mut self.observer
+        {
             observer.begin(&reading);
+            self.announced = Some(reading);
         }
         let begin = cpu_ns();
         let found = read();
         self.charge(process, cpu_ns().saturating_sub(begin));
-        if let Some(observer) = &mut self.observer {
+        Some(found)
+    }
+
+    /// Nothing is read for now.
+    pub(crate) fn rest(&mut self) {
+        if self.announced.take().is_some()
+            && let Some(observer) = &mut self.observer
+        {
             observer.end();
         }
-        Some(found)
     }
 
     fn charge(&mut self, process: ProcessKey, spent_ns: i64) {
@@ -219,6 +231,10 @@ mod tests {
         gate.set_process((8, 1));
         assert_eq!(gate.pass(Some((8, 1)), || 5), Some(5));
         let reading = Reading { process: (8, 1), user: None, device: Some((8, 1)) };
+        assert_eq!(gate.pass(Some((8, 1)), || 6), Some(6));
+        assert_eq!(*heard.lock().unwrap(), [Some(reading)], "once for both");
+        gate.rest();
+        gate.rest();
         assert_eq!(*heard.lock().unwrap(), [Some(reading), None]);
         assert_eq!(gate.pass(Some((0, 40)), || 5), None, "the device");
         gate.set_user(Some(1000));

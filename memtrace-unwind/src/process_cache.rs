@@ -143,7 +143,9 @@ impl ProcessCache {
             return true;
         }
         self.lookup_or_insert(key);
-        self.read_maps(key)
+        let read = self.read_maps(key);
+        self.modules.gate.rest();
+        read
     }
 
     /// Path and build id (lower-case hex) of a module.
@@ -206,6 +208,18 @@ impl ProcessCache {
     /// it is not kept. `frame_pointers` is the chain that the kernel walked, the instruction pointer
     /// first. `None`: the process had ended before its mappings could be read, or they are not read.
     pub fn unwind(
+        &mut self,
+        process: (ProcessKey, Option<u64>),
+        registers: Registers,
+        stack_copy: &[u8],
+        frame_pointers: &[u64],
+    ) -> Option<UnwoundStack> {
+        let stack = self.read_and_walk(process, registers, stack_copy, frame_pointers);
+        self.modules.gate.rest();
+        stack
+    }
+
+    fn read_and_walk(
         &mut self,
         (key, mm_id): (ProcessKey, Option<u64>),
         registers: Registers,
