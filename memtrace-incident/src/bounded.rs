@@ -102,8 +102,8 @@ impl Bounds {
     }
 }
 
-/// `text` with its middle left out where it is longer than [`caps::TEXT`] bytes.
-pub(crate) fn shorten(text: &str) -> Option<String> {
+/// `text` with its middle left out; `None` if it is no longer than [`caps::TEXT`] bytes.
+pub fn shorten(text: &str) -> Option<String> {
     if text.len() <= caps::TEXT {
         return None;
     }

@@ -36,6 +36,7 @@ mod timeline;
 pub mod units;
 
 pub use allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
+pub use bounded::shorten;
 pub use incident::*;
 pub use kind::Kind;
 pub use ledger::{KillEntry, MoreSigkills, SigkillCause, SigkillEntry};

@@ -17,7 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::own_memory;
+use crate::own_process;
 use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 
@@ -202,7 +202,7 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
                 stack_worker_bytes: health.running.then_some(worker_bytes),
                 journal_failures: session.journal_failures(),
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
-                resident_bytes: own_memory::resident_bytes(),
+                resident_bytes: own_process::resident_bytes(),
                 map_bytes: session.probe().map_bytes(),
                 // The server's own.
                 connections: Vec::new(),

@@ -9,7 +9,7 @@ pub mod clock;
 pub mod error;
 pub mod host;
 pub mod kernel;
-pub mod own_memory;
+pub mod own_process;
 pub mod proc;
 pub mod serve;
 pub mod session;

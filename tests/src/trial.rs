@@ -1,5 +1,6 @@
 //! A trial: an agent of the test's own, and the incidents it records.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ use crate::{json, programs};
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
 /// Answers of the agent after which it has taken in what happened before the first of them.
 const TURNS: usize = 5;
+/// Most kills until one has stacks.
+const KILLS: usize = 5;
 /// Polling interval.
 const LOOK: Duration = Duration::from_millis(100);
 /// Time in which a surplus incident would appear.
@@ -59,13 +62,33 @@ impl Trial {
         Ok(actor)
     }
 
+    /// The incident of a kill of `program`, a `workload`, once one `has_stacks`. A host under load can
+    /// lose the stacks of a kill, which is told elsewhere: then another one is killed, five in all.
+    pub fn kill_with_stacks(
+        &self,
+        program: &Path,
+        has_stacks: impl Fn(&Value) -> anyhow::Result<bool>,
+    ) -> anyhow::Result<Value> {
+        for _ in 0..KILLS {
+            let cage = Cage::new("stacks", 64 << 20)?;
+            let burst = ["burst", "--mib", "256", "--touch", "--threads", "2"];
+            self.start_known_from(cage.command(program)?, &burst)?.finish()?.was_killed()?;
+            let incident = self.incident(&cage)?;
+            cage.remove()?;
+            if has_stacks(&incident)? {
+                return Ok(incident);
+            }
+        }
+        anyhow::bail!("none of {KILLS} kills has a stack; the agent said:\n{}", self.agent.stderr())
+    }
+
     /// How the agent was started.
     pub fn options(&self) -> &AgentOptions {
         self.agent.options()
     }
 
     /// Directory of everything the agent writes; removed with the trial.
-    pub fn dir(&self) -> &std::path::Path {
+    pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 

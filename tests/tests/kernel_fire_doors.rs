@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
-use memtrace_tests::cage::Cage;
-use memtrace_tests::claims::MIB;
 use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::not_run_here;
 use memtrace_tests::growth;
@@ -17,11 +15,10 @@ use memtrace_tests::programs;
 use memtrace_tests::trial::Trial;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::Signal;
+use serde_json::Value;
 
 /// Time until something has happened that happens within seconds.
 const LIMIT: Duration = Duration::from_secs(120);
-/// Most kills until one has stacks: on a busy machine there may be no room for those of the first.
-const KILLS: usize = 5;
 /// Enough for every stack, whatever else the machine does.
 const AMPLE: [&str; 2] = ["--stack-budget", "50%"];
 
@@ -37,31 +34,16 @@ fn wait_for<T>(what: &str, trial: &Trial, mut look: impl FnMut() -> anyhow::Resu
     }
 }
 
-/// The number of a line of /metrics that begins with `series`.
-fn series(trial: &Trial, series: &str) -> anyhow::Result<Option<u64>> {
-    let (_, text) = trial.agent.get("/metrics")?;
-    let line = text.lines().find_map(|line| line.strip_prefix(series));
-    line.map(|value| value.trim().parse().context("not a number")).transpose()
-}
-
-fn replaced(trial: &Trial) -> anyhow::Result<Option<u64>> {
-    series(trial, r#"memtrace_lost_total{what="stacks/worker_replaced"}"#)
+/// Workers that were replaced.
+fn replaced(trial: &Trial) -> anyhow::Result<Option<f64>> {
+    trial.agent.metric(r#"memtrace_lost_total{what="stacks/worker_replaced"}"#)
 }
 
 /// Kills are recorded, and have stacks.
 fn kills_have_stacks(trial: &Trial) -> anyhow::Result<()> {
-    for _ in 0..KILLS {
-        let cage = Cage::new("doors", 48 * MIB)?;
-        let mut actor = trial.start_known(&cage, &["burst", "--mib", "96", "--touch", "--threads", "1"])?;
-        actor.tell()?;
-        actor.finish()?.was_killed()?;
-        let incident = trial.incident(&cage)?;
-        cage.remove()?;
-        if growth::touching(&incident)?.iter().any(|(path, _)| growth::user_frames(path).count() > 0) {
-            return Ok(());
-        }
-    }
-    anyhow::bail!("none of {KILLS} kills has a stack; the agent said:\n{}", trial.agent.stderr())
+    let is_unwound = |(path, _): &(&Value, u64)| growth::user_frames(path).count() > 0;
+    let has_stacks = |incident: &Value| Ok(growth::touching(incident)?.iter().any(is_unwound));
+    trial.kill_with_stacks(&programs::path("workload")?, has_stacks).map(drop)
 }
 
 #[test]
@@ -77,10 +59,10 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
     silent.until("ready")?;
     silent.tell()?;
     silent.until("grown")?;
-    wait_for("a worker that hangs is replaced", &trial, || Ok(replaced(&trial)?.filter(|count| *count > 0)))?;
+    wait_for("a worker that hangs is replaced", &trial, || Ok(replaced(&trial)?.filter(|count| *count > 0.0)))?;
     // The one that hangs cannot be killed before its file system lets go of it.
     wait_for("it is shown", &trial, || {
-        Ok(series(&trial, r#"memtrace_stack_workers{state="stuck"}"#)?.filter(|count| *count > 0))
+        Ok(trial.agent.metric(r#"memtrace_stack_workers{state="stuck"}"#)?.filter(|count| *count > 0.0))
     })?;
     kills_have_stacks(&trial)?;
     ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
@@ -99,7 +81,7 @@ fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
     let second = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
     kills_have_stacks(&trial)?;
     ensure!(trial.stack_worker()? == Some(second), "it was replaced again");
-    ensure!(replaced(&trial)? == Some(1), "it is not counted: {:?}", replaced(&trial)?);
+    ensure!(replaced(&trial)? == Some(1.0), "it is not counted: {:?}", replaced(&trial)?);
     trial.end()
 }
 
@@ -130,13 +112,13 @@ fn a_file_system_can_be_unmounted_when_its_process_has_ended() -> anyhow::Result
     let mounted = Mounted::tmpfs(&dir)?;
     let program = dir.join("workload");
     std::fs::copy(programs::path("workload")?, &program)?;
-    let before = series(&trial, "memtrace_stacks_total{}")?.unwrap_or(0);
+    let before = trial.agent.metric("memtrace_stacks_total")?.unwrap_or(0.0);
     let mut actor = Actor::from_command(Command::new(&program), &["burst", "--mib", "256", "--touch", "--gate"])?;
     actor.until("gated")?;
     actor.tell()?;
     ensure!(actor.finish()?.status.success(), "the program failed");
     wait_for("stacks of it are taken", &trial, || {
-        Ok(series(&trial, "memtrace_stacks_total{}")?.filter(|stacks| *stacks > before))
+        Ok(trial.agent.metric("memtrace_stacks_total")?.filter(|stacks| *stacks > before))
     })?;
     wait_for("the file system is free", &trial, || Ok(unmount(&dir, UnmountFlags::empty()).ok()))?;
     std::mem::forget(mounted);

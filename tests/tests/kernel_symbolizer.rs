@@ -24,8 +24,6 @@ const NOBODY: u32 = 65_534;
 const SOMEBODY: u32 = 12_345;
 /// Time until a process has done what it does at once, and until names are in an incident.
 const LIMIT: Duration = Duration::from_secs(120);
-/// Most kills until one has stacks.
-const KILLS: usize = 5;
 /// Bytes of an answer that fit into a pipe of which nothing is read.
 const PIPE_BYTES: usize = 64 << 10;
 
@@ -141,27 +139,17 @@ fn frames(incident: &Value) -> impl Iterator<Item = &Value> {
     paths.flat_map(|path| path["frames"].as_array().into_iter().flatten())
 }
 
-/// The incident of a kill of `program`, once its frames have been looked at. A host under load can
-/// lose the stacks of a kill, which is told elsewhere and not the matter here: then another one.
+/// The incident of a kill of `program`, once its frames have been looked at.
 fn named_kill(trial: &Trial, program: &Path) -> anyhow::Result<Value> {
-    for _ in 0..KILLS {
-        let cage = Cage::new("private", 64 * MIB)?;
-        let burst = ["burst", "--mib", "256", "--touch", "--threads", "2"];
-        trial.start_known_from(cage.command(program)?, &burst)?.finish()?.was_killed()?;
-        let incident = trial.incident(&cage)?;
-        cage.remove()?;
-        if !frames(&incident).any(|frame| frame["module"].as_str() == program.to_str()) {
-            continue;
-        }
-        let id = json::text(&incident, "/id")?;
-        let deadline = Deadline::after(LIMIT);
-        while trial.agent.heard(&["named functions", id]).is_none() {
-            ensure!(!deadline.has_passed(), "{id} has no names; the agent said:\n{}", trial.agent.stderr());
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        return trial.options().report(id);
+    let of_program = |incident: &Value| frames(incident).any(|frame| frame["module"].as_str() == program.to_str());
+    let incident = trial.kill_with_stacks(program, |incident| Ok(of_program(incident)))?;
+    let id = json::text(&incident, "/id")?;
+    let deadline = Deadline::after(LIMIT);
+    while trial.agent.heard(&["named functions", id]).is_none() {
+        ensure!(!deadline.has_passed(), "{id} has no names; the agent said:\n{}", trial.agent.stderr());
+        std::thread::sleep(Duration::from_millis(100));
     }
-    anyhow::bail!("none of {KILLS} kills has a stack; the agent said:\n{}", trial.agent.stderr())
+    trial.options().report(id)
 }
 
 #[test]

@@ -270,17 +270,19 @@ pub struct Incoming {
     bytes: VecDeque<u8>,
     /// Cap: [`MAX_WAITING_FDS`].
     fds: VecDeque<OwnedFd>,
+    /// Where the next bytes are read to; [`READ_BYTES`] once it is used.
+    buffer: Vec<u8>,
 }
 
 impl Incoming {
     /// Reads once, without waiting. True if something came; [`io::ErrorKind::WouldBlock`] if nothing
     /// is there, [`io::ErrorKind::UnexpectedEof`] if the other side has gone.
     pub fn read(&mut self, socket: &impl AsFd) -> io::Result<()> {
-        let mut buffer = vec![0; READ_BYTES];
+        self.buffer.resize(READ_BYTES, 0);
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let received = recvmsg(socket, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags)?;
+        let received = recvmsg(socket, &mut [IoSliceMut::new(&mut self.buffer)], &mut control, flags)?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 // What is too much is closed.
@@ -290,7 +292,7 @@ impl Incoming {
         if received.bytes == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        self.bytes.extend(buffer.get(..received.bytes).unwrap_or_default());
+        self.bytes.extend(self.buffer.get(..received.bytes).unwrap_or_default());
         Ok(())
     }
 

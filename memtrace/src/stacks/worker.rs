@@ -20,14 +20,14 @@ use memtrace_unwind::gate::{Gate, ReadObserver, Reading, Refused};
 use memtrace_unwind::modules::OpenModule;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use rustix::process::{Resource, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use super::messages::{Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, OpenLabel, ToWorker, frame, send_with_fds};
 use super::stack_samples::StackSamples;
 use crate::clock;
 use crate::kernel::probe::stack_ring::StackRing;
-use crate::own_memory;
+use crate::own_process;
 
 /// Stacks unwound between two looks at the socket.
 const STACKS_PER_TURN: usize = 64;
@@ -61,7 +61,16 @@ pub fn run() -> anyhow::Result<()> {
     drop_capabilities();
     let samples = StackSamples::new(gate);
     let begin = clock::cpu_time();
-    let mut worker = Worker { socket, incoming, ring, samples, begin, gathering: None, keep_files: Duration::ZERO };
+    let mut worker = Worker {
+        socket,
+        incoming,
+        ring,
+        samples,
+        begin,
+        gathering: None,
+        keep_files: Duration::ZERO,
+        resident_bytes: 0,
+    };
     worker.send_batch(1)?;
     loop {
         if !worker.turn()? {
@@ -78,8 +87,7 @@ fn confine() {
     let adjusted = adjusted.map_or(0, |adjusted: i32| adjusted.saturating_add(100).clamp(-500, 1000));
     let _ = std::fs::write("/proc/self/oom_score_adj", adjusted.to_string());
     for (resource, most) in [(Resource::Data, MAX_PRIVATE_BYTES), (Resource::Core, 0)] {
-        let most = getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most));
-        let _ = setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) });
+        own_process::lower_limit(resource, most);
     }
 }
 
@@ -151,6 +159,8 @@ struct Worker {
     /// Since when stacks wait to be sent.
     gathering: Option<Instant>,
     keep_files: Duration,
+    /// When an answer was given last.
+    resident_bytes: u64,
 }
 
 impl Worker {
@@ -228,7 +238,11 @@ impl Worker {
         let mut counts = self.samples.counts();
         let spent = clock::cpu_time().saturating_sub(self.begin);
         counts.spent_ns = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
-        counts.resident_bytes = own_memory::resident_bytes().unwrap_or(0);
+        // Once a second is enough for a reading of /proc.
+        if number != 0 {
+            self.resident_bytes = own_process::resident_bytes().unwrap_or(0);
+        }
+        counts.resident_bytes = self.resident_bytes;
         let batch = Batch { number, facts, stacks, copy_bytes: self.samples.take_copy_requests(), counts };
         self.send(&FromWorker::Batch(Box::new(batch)), &[])
     }

@@ -16,11 +16,13 @@ use std::collections::BTreeMap;
 use std::io;
 
 use anyhow::Context;
-use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid};
+use rustix::process::{DumpableBehavior, Gid, Resource, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
+
+use crate::own_process::lower_limit;
 
 /// User and group `nobody`: they own no file (kernel/sys.c, `DEFAULT_OVERFLOWUID`).
 const NOBODY: u32 = 65_534;
@@ -49,14 +51,8 @@ pub fn limit() {
         (Resource::Fsize, 0),
         (Resource::Nproc, 0),
     ] {
-        lower(resource, most);
+        lower_limit(resource, most);
     }
-}
-
-fn lower(resource: Resource, most: u64) {
-    let before = rustix::process::getrlimit(resource);
-    let most = before.maximum.map_or(most, |maximum| maximum.min(most));
-    let _ = rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) });
 }
 
 /// Keeps of root's abilities only that of reading any file: for a search, in which headers are read
@@ -88,7 +84,7 @@ pub fn only_read() {
 pub fn enter() -> anyhow::Result<()> {
     let identity = drop_identity();
     // What is open stays open; there will be no other descriptor.
-    lower(Resource::Nofile, 0);
+    lower_limit(Resource::Nofile, 0);
     let kept = rustix::thread::capabilities(None).context("failed to read capabilities")?;
     anyhow::ensure!(is_empty(&kept), "failed to drop capabilities: {kept:?} are left");
     match (identity, filter()) {
@@ -277,7 +273,7 @@ mod tests {
         ("change root's file", false, |_| File::options().append(true).open("/etc/passwd").is_ok()),
         ("start a process", false, |_| Command::new("/bin/true").status().is_ok()),
         ("open one more file", false, |_| {
-            lower(Resource::Nofile, 0);
+            lower_limit(Resource::Nofile, 0);
             File::open("/etc/passwd").is_ok()
         }),
     ];

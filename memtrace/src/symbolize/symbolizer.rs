@@ -15,14 +15,13 @@ use std::sync::Arc;
 
 use blazesym::symbolize::source::{Elf, Source};
 use blazesym::symbolize::{self as blaze, CodeInfo, Input, Sym, Symbolized};
+use memtrace_incident::{caps, shorten};
 use memtrace_unwind::elf::{ElfHeaders, ElfSegment};
 use memtrace_unwind::proc_dir::fd_path;
 
 use super::debug_files::ModuleFiles;
 use super::frame_names::{FunctionName, ModuleName, OffsetNames};
 
-/// Bytes kept of a name; a longer one is shortened in its middle.
-pub const MAX_NAME_BYTES: usize = 4096;
 /// Most functions inlined into one another at one address.
 const MAX_INLINED: usize = 64;
 /// Bytes of all names given at once.
@@ -128,7 +127,7 @@ fn candidates(module: &ModuleFiles) -> Vec<(&SourceFile, Arc<ElfHeaders>)> {
 
 /// Whether names are no more and no longer than this module makes them.
 pub fn is_plausible((_, names): &OffsetNames) -> bool {
-    let fits = |text: &String| text.len() <= MAX_NAME_BYTES;
+    let fits = |text: &String| text.len() <= caps::TEXT;
     names.len() <= MAX_INLINED.saturating_add(1)
         && names.iter().all(|name| fits(&name.symbol) && name.file.as_ref().is_none_or(fits))
 }
@@ -177,15 +176,9 @@ fn name(symbol: &str, code: Option<&CodeInfo<'_>>) -> FunctionName {
     }
 }
 
-/// Beginning and end of a text that is too long.
+/// A name as an incident may have it.
 fn shortened(text: &str) -> String {
-    if text.len() <= MAX_NAME_BYTES {
-        return text.to_owned();
-    }
-    const HALF: usize = MAX_NAME_BYTES / 2 - 2;
-    let head = text.get(..text.floor_char_boundary(HALF)).unwrap_or_default();
-    let tail = text.get(text.ceil_char_boundary(text.len().saturating_sub(HALF))..).unwrap_or_default();
-    format!("{head}…{tail}")
+    shorten(text).unwrap_or_else(|| text.to_owned())
 }
 
 /// Restores the offsets that the segments have in the module's file. `objcopy --only-keep-debug`

@@ -16,7 +16,7 @@ const HOUSES: [House; 2] = [
     House {
         src: "memtrace/src/",
         floors: &[
-            &["error", "clock", "own_memory"],
+            &["error", "clock", "own_process"],
             &["kernel"],
             &["cgroup", "proc", "stacks", "symbolize", "store", "serve"],
             &["host"],
