@@ -65,8 +65,8 @@ pub enum Loss {
     KernelLogSilent,
     /// A stack was left out to stay within the stack budget.
     StacksOverBudget,
-    /// The cap of stacks that wait for their process to be read was reached.
-    StacksNoRoomToWait,
+    /// A stack came without the path it refers to, or its record was skipped.
+    StacksWithoutFrames,
     /// A stack record had the wrong size.
     StacksBadRecords,
     /// The cap of processes with cached mappings was reached.
@@ -172,7 +172,11 @@ const ROWS: [Row; 40] = [
         "stacks/over_budget",
         "The budget for stacks was used up: the next stack of the same process stands for these bytes too.",
     ),
-    (Loss::StacksNoRoomToWait, "stacks/no_room_to_wait", "Too many stacks waited for their process to be read."),
+    (
+        Loss::StacksWithoutFrames,
+        "stacks/without_frames",
+        "Stacks were left out, because the process that unwinds them ended over them or did not send their frames.",
+    ),
     (Loss::StacksBadRecords, "stacks/bad_records", "Stack records had the wrong size."),
     (
         Loss::StackProcessesForgotten,

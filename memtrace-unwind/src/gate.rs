@@ -2,16 +2,20 @@
 //!
 //! Those files are the one thing here that is neither bounded nor trusted: a file system may never
 //! answer, and a program may make its files as large and as many as it likes. So each reading is
-//! refused, or announced and paid for. [`Refused`] has the
-//! processes, devices and users that a reader of this process hung on before. What is announced to
-//! the [`ReadObserver`] lets whoever waits for this reader tell what it waits for. What a reading
-//! costs in CPU time is taken off two accounts, that of its process and that of all; while either is
-//! in debt nothing more is read for that process.
+//! refused, or announced and paid for. [`Refused`] has the processes, devices and users that a reader
+//! of this process hung on before, and for a while after that nothing is read from file systems that
+//! the host has not mounted: everybody can make those, as many as they like. What is announced to the
+//! [`ReadObserver`] lets whoever waits for this reader tell what it waits for. What a reading costs in
+//! CPU time is taken off two accounts, that of its process and that of all; while either is in debt
+//! nothing more is read for that process.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
+
+use crate::host_mounts::HostMounts;
+use crate::proc_dir::Credentials;
 
 /// Processes with an account of their own; beyond it all begin anew.
 const MAX_ACCOUNTS: usize = 1024;
@@ -19,6 +23,9 @@ const MAX_ACCOUNTS: usize = 1024;
 const BURST: Duration = Duration::from_secs(2);
 /// What an account holds at least when it is full: a program that starts is read at once.
 const LEAST_BURST_NS: i64 = 20_000_000;
+/// A reading that goes on for this long is announced again: whoever listens times what waits, not a
+/// row of readings that is long.
+const ANNOUNCED_FOR: Duration = Duration::from_millis(250);
 /// Refused processes, devices and users, each; the first ones are forgotten.
 pub const MAX_REFUSED: usize = 256;
 
@@ -36,8 +43,20 @@ pub struct Reading {
     pub device: Option<(u32, u32)>,
 }
 
+/// Where something is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In /proc.
+    Proc,
+    /// A mapped file, on the device with this number.
+    Device((u32, u32)),
+    /// A file that is found by its path inside the root of the process: on the way there may be any
+    /// file system.
+    Path,
+}
+
 /// Is told before something is read, and when that has ended. Readings of one process and device in a
-/// row are told once: whoever listens is woken each time.
+/// row are told once in a while: whoever listens is woken each time.
 pub trait ReadObserver: std::fmt::Debug {
     /// Readings begin, and may never end.
     fn begin(&mut self, reading: &Reading);
@@ -54,6 +73,8 @@ pub struct Refused {
     pub devices: BTreeSet<(u32, u32)>,
     /// Users.
     pub users: BTreeSet<u32>,
+    /// File systems that the host has not mounted.
+    pub strangers: bool,
 }
 
 impl Refused {
@@ -84,10 +105,21 @@ pub struct Gate {
     all: Account,
     /// Cap: [`MAX_ACCOUNTS`].
     accounts: HashMap<ProcessKey, Account>,
-    current: Option<(ProcessKey, Option<u32>)>,
-    /// What the observer was told last, and not that it has ended.
-    announced: Option<Reading>,
+    current: Option<Current>,
+    /// What the observer was told last, and not that it has ended, and when.
+    announced: Option<(Reading, Instant)>,
+    /// Asked while [`Refused::strangers`] is set.
+    host: HostMounts,
     counts: GateCounts,
+}
+
+/// The process for which something is read.
+#[derive(Clone, Copy, Debug)]
+struct Current {
+    process: ProcessKey,
+    user: Option<u32>,
+    /// It has the mounts of the host.
+    at_host: bool,
 }
 
 impl Gate {
@@ -101,31 +133,42 @@ impl Gate {
         self.refused = refused;
     }
 
-    /// The process for which readings come next; its user is not known yet.
-    pub(crate) fn set_process(&mut self, key: ProcessKey) {
-        self.current = Some((key, None));
+    /// The process for which readings come next; who it is is not known yet.
+    pub(crate) fn set_process(&mut self, process: ProcessKey) {
+        self.current = Some(Current { process, user: None, at_host: false });
     }
 
-    /// The user of that process, if it is known.
-    pub(crate) fn set_user(&mut self, user: Option<u32>) {
-        if let Some((_, of)) = &mut self.current {
-            *of = user;
+    /// The user of that process, and whether it has the mounts of the host, once they are known.
+    pub(crate) fn set_credentials(&mut self, credentials: &Credentials) {
+        if let Some(current) = &mut self.current {
+            current.user = credentials.user();
+            current.at_host = credentials.at_host;
         }
     }
 
     /// Whether a reading would be paid for now.
     pub(crate) fn affords(&mut self) -> bool {
-        let (Some(rate_ppm), Some((key, _))) = (self.rate_ppm, self.current) else { return true };
+        let (Some(rate_ppm), Some(current)) = (self.rate_ppm, self.current) else { return true };
         let now = Instant::now();
-        let mine = self.accounts.get_mut(&key).is_none_or(|account| account.balance(now, rate_ppm / 2) > 0);
+        let mine = self.accounts.get_mut(&current.process).is_none_or(|account| account.balance(now, rate_ppm / 2) > 0);
         mine && self.all.balance(now, rate_ppm) > 0
     }
 
     /// Reads, unless that is refused or not paid for.
-    pub(crate) fn pass<T>(&mut self, device: Option<(u32, u32)>, read: impl FnOnce() -> T) -> Option<T> {
-        let Some((process, user)) = self.current else { return Some(read()) };
+    pub(crate) fn pass<T>(&mut self, place: Place, read: impl FnOnce() -> T) -> Option<T> {
+        let Some(Current { process, user, at_host }) = self.current else { return Some(read()) };
+        let device = match place {
+            Place::Device(device) => Some(device),
+            Place::Proc | Place::Path => None,
+        };
         let reading = Reading { process, user, device };
-        if self.refused.holds(&reading) {
+        let is_strange = self.refused.strangers
+            && match place {
+                Place::Proc => false,
+                Place::Device(device) => !self.host.have(device),
+                Place::Path => !at_host,
+            };
+        if is_strange || self.refused.holds(&reading) {
             self.counts.refused = self.counts.refused.saturating_add(1);
             return None;
         }
@@ -133,11 +176,10 @@ impl Gate {
             self.counts.over_budget = self.counts.over_budget.saturating_add(1);
             return None;
         }
-        if self.announced != Some(reading)
-            && let Some(observer) = &mut self.observer
-        {
+        let is_announced = |(announced, at): (Reading, Instant)| announced == reading && at.elapsed() < ANNOUNCED_FOR;
+        if let Some(observer) = self.observer.as_mut().filter(|_| !self.announced.is_some_and(is_announced)) {
             observer.begin(&reading);
-            self.announced = Some(reading);
+            self.announced = Some((reading, Instant::now()));
         }
         let begin = cpu_ns();
         let found = read();
@@ -209,6 +251,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
+    use crate::proc_dir::FileStamp;
 
     #[derive(Debug, Default)]
     struct Heard(Arc<Mutex<Vec<Option<Reading>>>>);
@@ -226,22 +269,51 @@ mod tests {
     #[test]
     fn a_reading_is_announced_unless_it_is_refused() {
         let heard = Arc::new(Mutex::new(Vec::new()));
-        let refused = Refused { processes: [(7, 1)].into(), devices: [(0, 40)].into(), users: [1000].into() };
+        let refused =
+            Refused { processes: [(7, 1)].into(), devices: [(0, 40)].into(), users: [1000].into(), strangers: false };
         let mut gate = Gate::new(Box::new(Heard(heard.clone())), refused, 1_000_000);
         gate.set_process((8, 1));
-        assert_eq!(gate.pass(Some((8, 1)), || 5), Some(5));
+        assert_eq!(gate.pass(Place::Device((8, 1)), || 5), Some(5));
         let reading = Reading { process: (8, 1), user: None, device: Some((8, 1)) };
-        assert_eq!(gate.pass(Some((8, 1)), || 6), Some(6));
+        assert_eq!(gate.pass(Place::Device((8, 1)), || 6), Some(6));
         assert_eq!(*heard.lock().unwrap(), [Some(reading)], "once for both");
         gate.rest();
         gate.rest();
         assert_eq!(*heard.lock().unwrap(), [Some(reading), None]);
-        assert_eq!(gate.pass(Some((0, 40)), || 5), None, "the device");
-        gate.set_user(Some(1000));
-        assert_eq!(gate.pass(None, || 5), None, "the user");
+        assert_eq!(gate.pass(Place::Device((0, 40)), || 5), None, "the device");
+        gate.set_credentials(&Credentials { users: vec![1000; 4], ..Credentials::default() });
+        assert_eq!(gate.pass(Place::Proc, || 5), None, "the user");
         gate.set_process((7, 1));
-        assert_eq!(gate.pass(None, || 5), None, "the process");
+        assert_eq!(gate.pass(Place::Proc, || 5), None, "the process");
         assert_eq!((gate.counts(), heard.lock().unwrap().len()), (GateCounts { refused: 3, over_budget: 0 }, 2));
+    }
+
+    #[test]
+    fn what_goes_on_for_long_is_announced_again() {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let mut gate = Gate::new(Box::new(Heard(heard.clone())), Refused::default(), 1_000_000);
+        gate.set_process((8, 1));
+        gate.pass(Place::Proc, || ());
+        gate.announced = gate.announced.map(|(reading, at)| (reading, at.checked_sub(ANNOUNCED_FOR).unwrap()));
+        gate.pass(Place::Proc, || ());
+        gate.pass(Place::Proc, || ());
+        assert_eq!(heard.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn file_systems_that_the_host_has_not_are_refused_on_request() {
+        let mut gate = Gate { refused: Refused { strangers: true, ..Refused::default() }, ..Gate::default() };
+        let memory = rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let known = Place::Device(FileStamp::of(&memory.into()).unwrap().device());
+        let strange = Place::Device((0, 0));
+        gate.set_process((7, 1));
+        let passes = |gate: &mut Gate, place| gate.pass(place, || ()).is_some();
+        assert!(passes(&mut gate, Place::Proc) && passes(&mut gate, known));
+        assert!(!passes(&mut gate, strange) && !passes(&mut gate, Place::Path));
+        gate.set_credentials(&Credentials { at_host: true, ..Credentials::default() });
+        assert!(passes(&mut gate, Place::Path) && !passes(&mut gate, strange));
+        gate.refuse(Refused::default());
+        assert!(passes(&mut gate, strange));
     }
 
     #[test]
@@ -251,7 +323,7 @@ mod tests {
         gate.set_process((7, 1));
         gate.charge((7, 1), LEAST_BURST_NS / 2 + 15_000_000);
         assert!(!gate.affords());
-        assert_eq!(gate.pass(None, || ()), None);
+        assert_eq!(gate.pass(Place::Proc, || ()), None);
         assert_eq!(gate.counts().over_budget, 1);
         gate.set_process((8, 1));
         // All together have 20 ms, of which 25 are spent.

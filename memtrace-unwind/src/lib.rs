@@ -13,9 +13,11 @@
 //! its numbers is checked, and a broken one costs its own frames only. The crate has no runtime,
 //! no eBPF loader and no serialization below it, so that fuzzers build it alone.
 
+mod backoff;
 pub mod cfi;
 pub mod elf;
 pub mod gate;
+mod host_mounts;
 pub mod maps;
 pub mod modules;
 pub mod perf_map;

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use crate::cfi::{Cfi, EntryIndex, RegisterColumns};
 use crate::elf::{ElfError, ElfHeaders, ElfSegment, UnwindSections};
-use crate::gate::Gate;
+use crate::gate::{Gate, Place};
 use crate::maps::{Mapping, Maps};
 use crate::proc_dir::{Credentials, FileStamp, ProcDir};
 use crate::unwind::MappedModule;
@@ -54,6 +54,8 @@ pub struct Module {
     /// The content, while the descriptor is held. Cap of all: [`MAX_OPEN`].
     file: Option<Arc<File>>,
     key: ModuleKey,
+    /// Where it is read.
+    place: Place,
     unwind: UnwindState,
     /// Order of use, for eviction.
     used: u64,
@@ -90,17 +92,6 @@ enum ModuleKey {
     /// Could not be opened: device and inode from /proc/PID/maps.
     Unopened((u32, u32), u64, Arc<str>),
     Vdso,
-}
-
-impl ModuleKey {
-    /// Device number of the file.
-    fn device(&self) -> Option<(u32, u32)> {
-        match self {
-            Self::File(stamp, _) => Some(stamp.device()),
-            Self::Unopened(device, ..) => Some(*device),
-            Self::Vdso => None,
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -231,7 +222,7 @@ impl Modules {
         if !mapping.has_file() {
             return MappedModule::Anonymous;
         }
-        MappedModule::Unread(self.intern(unopened(mapping), mapping.path.clone(), None))
+        MappedModule::Unread(self.intern(unopened(mapping), mapping, None))
     }
 
     /// The unwind information of a module, read at the first call.
@@ -249,7 +240,7 @@ impl Modules {
             self.losses.too_large = self.losses.too_large.saturating_add(1);
         }
         let read = || UnwindData::read(headers, &*file, MAX_UNWIND_BYTES);
-        let data = self.gate.pass(module.key.device(), read)?.filter(|data| data.bytes() <= MAX_UNWIND_BYTES);
+        let data = self.gate.pass(module.place, read)?.filter(|data| data.bytes() <= MAX_UNWIND_BYTES);
         let Some(data) = data.map(Arc::new) else {
             module.unwind = UnwindState::Unavailable;
             return None;
@@ -316,11 +307,11 @@ impl Modules {
     fn file(&mut self, reader: &Reader<'_>, mapping: &Mapping) -> Option<ModuleId> {
         let path = &mapping.path;
         if self.is_fuse(mapping.device) {
-            return Some(self.intern(unopened(mapping), path.clone(), None));
+            return Some(self.intern(unopened(mapping), mapping, None));
         }
-        let device = Some(mapping.device);
+        let place = Place::Device(mapping.device);
         let stat = || reader.dir.stat_mapped(mapping.start, mapping.end);
-        if let Some(stamp) = self.gate.pass(device, stat)? {
+        if let Some(stamp) = self.gate.pass(place, stat)? {
             let key = ModuleKey::File(stamp, path.clone());
             // Held, and not written to since.
             if let Some(id) = self.ids.get(&key)
@@ -340,11 +331,11 @@ impl Modules {
             let (stamp, headers) = (FileStamp::of(&file)?, ElfHeaders::read(&file));
             Some((stamp, file, headers))
         };
-        Some(match self.gate.pass(device, open)? {
+        Some(match self.gate.pass(place, open)? {
             Some((stamp, file, headers)) => {
-                self.intern(ModuleKey::File(stamp, path.clone()), path.clone(), Some((file, headers)))
+                self.intern(ModuleKey::File(stamp, path.clone()), mapping, Some((file, headers)))
             }
-            None => self.intern(unopened(mapping), path.clone(), None),
+            None => self.intern(unopened(mapping), mapping, None),
         })
     }
 
@@ -381,14 +372,14 @@ impl Modules {
             let headers = ElfHeaders::read(&file);
             (file, headers)
         });
-        Some(self.intern(ModuleKey::Vdso, mapping.path.clone(), file))
+        Some(self.intern(ModuleKey::Vdso, mapping, file))
     }
 
     /// The id of a module that is new, or known without a descriptor.
     fn intern(
         &mut self,
         key: ModuleKey,
-        path: Arc<str>,
+        mapping: &Mapping,
         opened: Option<(File, Result<ElfHeaders, ElfError>)>,
     ) -> ModuleId {
         let (file, read) = opened.unzip();
@@ -405,8 +396,10 @@ impl Modules {
                 vacant.insert(id);
                 let build_id = headers.as_ref().and_then(|headers| headers.build_id.as_deref()).map(Arc::from);
                 let (unwind, used, met) = (UnwindState::Unread, self.clock, Instant::now());
+                let place = if key == ModuleKey::Vdso { Place::Proc } else { Place::Device(mapping.device) };
+                let (path, file) = (mapping.path.clone(), None);
                 let module =
-                    Module { path, build_id, headers, generated, file: None, key, unwind, used, met, unmapped: None };
+                    Module { path, build_id, headers, generated, file, key, place, unwind, used, met, unmapped: None };
                 self.modules.insert(id, module);
                 id
             }

@@ -8,13 +8,16 @@
 //! Files of a process are opened only if they are regular files: opening a device or a FIFO may
 //! block or do something. Paths are resolved inside the process' own root.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2, readlinkat};
+
+use crate::host_mounts;
 
 /// Nanoseconds of a clock tick in /proc: `USER_HZ` is 100 whatever `CONFIG_HZ` is.
 const TICK_NS: u64 = 10_000_000;
@@ -59,7 +62,16 @@ impl ProcDir {
 
     /// Who the process is.
     pub fn credentials(&self) -> Option<Credentials> {
-        Credentials::parse(&String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?))
+        let found = Credentials::parse(&String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?))?;
+        Some(Credentials {
+            at_host: self.mounts().is_some_and(|mounts| Some(mounts) == host_mounts::namespace()),
+            ..found
+        })
+    }
+
+    /// Identifies the mount namespace.
+    pub(crate) fn mounts(&self) -> Option<CString> {
+        readlinkat(&self.fd, "ns/mnt", Vec::new()).ok()
     }
 
     /// The file systems in the mounts of this process by device number, and whether another process
@@ -71,10 +83,13 @@ impl ProcDir {
 
     /// The first `most_bytes` of a file in this directory; `None` if it is empty or unreadable.
     pub fn read(&self, name: &str, most_bytes: usize) -> Option<Vec<u8>> {
-        let file: File = openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?.into();
         let mut bytes = Vec::new();
-        file.take(u64::try_from(most_bytes).ok()?).read_to_end(&mut bytes).ok()?;
+        self.file(name)?.take(u64::try_from(most_bytes).ok()?).read_to_end(&mut bytes).ok()?;
         (!bytes.is_empty()).then_some(bytes)
+    }
+
+    pub(crate) fn file(&self, name: &str) -> Option<File> {
+        openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok().map(File::from)
     }
 
     /// The regular file mapped at exactly `start..end`, even if it was renamed or deleted.
@@ -114,6 +129,8 @@ pub struct Credentials {
     pub users: Vec<u32>,
     /// Groups, the supplementary ones too. Cap: what 64 KiB hold.
     pub groups: Vec<u32>,
+    /// It has the mounts of the host: nobody but root decides what its paths lead to.
+    pub at_host: bool,
 }
 
 impl Credentials {
@@ -126,7 +143,7 @@ impl Credentials {
         let mut groups: Vec<u32> = numbers(field("Gid")?);
         groups.extend(field("Groups").map(numbers).unwrap_or_default());
         users.first()?;
-        Some(Self { inner_pid, users, groups })
+        Some(Self { inner_pid, users, groups, at_host: false })
     }
 
     /// The real user.
@@ -182,14 +199,19 @@ impl FileStamp {
     }
 }
 
-fn file_systems(mounts: &[u8]) -> Vec<((u32, u32), bool)> {
-    let parse = |line: &str| {
+/// Device number and kind of each mount in a mountinfo file.
+pub(crate) fn mounted(mounts: &[u8]) -> impl Iterator<Item = ((u32, u32), &str)> {
+    let parse = |line| {
         // ID PARENT MAJOR:MINOR ROOT MOUNT OPTIONS [TAGS] - TYPE SOURCE OPTIONS
-        let (head, tail) = line.split_once(" - ")?;
+        let (head, tail) = std::str::from_utf8(line).ok()?.split_once(" - ")?;
         let (major, minor) = head.split(' ').nth(2)?.split_once(':')?;
-        Some(((major.parse().ok()?, minor.parse().ok()?), tail.starts_with("fuse")))
+        Some(((major.parse().ok()?, minor.parse().ok()?), tail.split(' ').next()?))
     };
-    String::from_utf8_lossy(mounts).lines().filter_map(parse).collect()
+    mounts.split(|byte| *byte == b'\n').filter_map(parse)
+}
+
+fn file_systems(mounts: &[u8]) -> Vec<((u32, u32), bool)> {
+    mounted(mounts).map(|(device, kind)| (device, kind.starts_with("fuse"))).collect()
 }
 
 fn mapped_name(start: u64, end: u64) -> String {

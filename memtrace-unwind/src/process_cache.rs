@@ -11,7 +11,10 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use crate::gate::{Gate, GateCounts, ProcessKey, Refused};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::backoff::Backoff;
+use crate::gate::{Gate, GateCounts, Place, ProcessKey, Refused};
 use crate::maps::{self, Maps};
 use crate::modules::{Module, ModuleId, ModuleLosses, Modules, OpenModule, Reader};
 use crate::perf_map::PerfMap;
@@ -19,6 +22,9 @@ use crate::proc_dir::{Credentials, ProcDir};
 use crate::rule::Registers;
 use crate::unwind::{MappedCode, MappedModule, Unwinder, UnwoundStack};
 
+/// Bytes of the names that a stack has of its process: each may have a kilobyte, and there may be as
+/// many as frames. Further frames have none.
+pub const MAX_NAME_BYTES: usize = 32 << 10;
 /// Most processes cached; beyond it the least recently used one is evicted.
 pub const MAX_PROCESSES: usize = 1024;
 /// Heap bytes of the mappings of all processes.
@@ -40,6 +46,10 @@ const REREAD_FIRST: Duration = Duration::from_micros(500);
 const REREAD_JIT: Duration = Duration::from_secs(1);
 /// First such pause; each one doubles it. Compilers are busiest in the first moments.
 const REREAD_JIT_FIRST: Duration = Duration::from_millis(20);
+/// Processes that are known to have replaced their program; beyond it the older ones are forgotten.
+const MAX_EXECS: usize = 4096;
+/// No sample waits for longer before it is unwound, nanoseconds.
+const LATE_NS: u64 = 30_000_000_000;
 /// How long a process that ended stays cached.
 pub const KEEP_AFTER_EXIT: Duration = Duration::from_secs(10);
 
@@ -64,6 +74,24 @@ pub struct CacheCounts {
     pub gate: GateCounts,
 }
 
+/// A process when a sample of it was taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// The process.
+    pub process: ProcessKey,
+    /// Identifies its address space, if that is known: with another one it runs another program.
+    pub mm_id: Option<u64>,
+    /// Boot clock, nanoseconds.
+    pub boot_ns: u64,
+}
+
+impl Moment {
+    /// Now, whatever the process runs.
+    pub fn now(process: ProcessKey) -> Self {
+        Self { process, mm_id: None, boot_ns: u64::MAX }
+    }
+}
+
 /// Processes, their modules, and the unwinder that all of them share.
 #[derive(Debug, Default)]
 pub struct ProcessCache {
@@ -71,6 +99,8 @@ pub struct ProcessCache {
     processes: HashMap<ProcessKey, CachedProcess>,
     modules: Modules,
     unwinder: Unwinder,
+    /// When processes replaced their program last, boot clock. Cap: [`MAX_EXECS`].
+    execs: HashMap<ProcessKey, u64>,
     counts: CacheCounts,
     clock: u64,
     /// Cap: [`MAX_MAP_BYTES`].
@@ -85,6 +115,8 @@ struct CachedProcess {
     mm_id: Option<u64>,
     credentials: Credentials,
     code: Option<MappedCode>,
+    /// When it was read, boot clock; 0: not yet.
+    read_ns: u64,
     code_backoff: Backoff,
     jit: Option<PerfMap>,
     jit_backoff: Backoff,
@@ -93,26 +125,6 @@ struct CachedProcess {
     used: u64,
     /// Order in which processes were looked at for having ended.
     checked: u64,
-}
-
-/// When something may be read again: after a short pause at first, then after pauses that double
-/// up to a longest one.
-#[derive(Debug, Default)]
-struct Backoff {
-    last: Option<Instant>,
-    times: u32,
-}
-
-impl Backoff {
-    fn is_due(&self, first: Duration, longest: Duration) -> bool {
-        let pause = first.saturating_mul(1 << self.times.min(16)).min(longest);
-        self.last.is_none_or(|last| last.elapsed() >= pause)
-    }
-
-    fn note(&mut self) {
-        self.last = Some(Instant::now());
-        self.times = self.times.saturating_add(1);
-    }
 }
 
 impl ProcessCache {
@@ -126,19 +138,32 @@ impl ProcessCache {
         self.modules.gate.refuse(refused);
     }
 
-    /// The process has replaced its program: what was known of it is wrong.
-    pub fn exec(&mut self, pid: u32, start_boot_ns: u64) {
-        let key = (pid, start_boot_ns);
-        if let Some(used) = self.processes.get(&key).map(|process| process.used) {
+    /// The process has replaced its program at `boot_ns`: what was known of it is wrong, and what its
+    /// stacks from before mean is known no more.
+    pub fn exec(&mut self, key: ProcessKey, boot_ns: u64) {
+        if self.execs.len() >= MAX_EXECS {
+            self.execs.retain(|_, exec_ns| boot_ns.saturating_sub(*exec_ns) < LATE_NS);
+        }
+        if self.execs.len() >= MAX_EXECS {
+            self.execs.clear();
+        }
+        let last = self.execs.entry(key).or_default();
+        *last = boot_ns.max(*last);
+        if self.processes.get(&key).is_some_and(|process| process.read_ns < boot_ns) {
+            self.begin_anew(key);
+        }
+    }
+
+    fn begin_anew(&mut self, key: ProcessKey) {
+        if let Some((used, ended)) = self.processes.get(&key).map(|process| (process.used, process.ended)) {
             self.evict(key);
-            self.processes.insert(key, CachedProcess { used, ..CachedProcess::default() });
+            self.processes.insert(key, CachedProcess { used, ended, ..CachedProcess::default() });
         }
     }
 
     /// Reads the mappings of the process now, unless they are known, so that its stacks can be
     /// unwound even if it ends at once. False if it has ended already.
-    pub fn prefetch(&mut self, pid: u32, start_boot_ns: u64) -> bool {
-        let key = (pid, start_boot_ns);
+    pub fn prefetch(&mut self, key: ProcessKey) -> bool {
         if self.processes.get(&key).is_some_and(|process| process.code.is_some()) {
             return true;
         }
@@ -155,8 +180,9 @@ impl ProcessCache {
     }
 
     /// The process ended: it stays cached for [`KEEP_AFTER_EXIT`].
-    pub fn exit(&mut self, pid: u32, start_boot_ns: u64) {
-        if let Some(process) = self.processes.get_mut(&(pid, start_boot_ns)) {
+    pub fn exit(&mut self, key: ProcessKey) {
+        self.execs.remove(&key);
+        if let Some(process) = self.processes.get_mut(&key) {
             process.ended = Some(Instant::now());
         }
     }
@@ -203,13 +229,13 @@ impl ProcessCache {
         }
     }
 
-    /// The frames of a thread of the process, innermost first. `mm_id` identifies its address space,
-    /// if that is known: with another one it runs another program. `stack_copy` is its stack from its stack pointer up;
-    /// it is not kept. `frame_pointers` is the chain that the kernel walked, the instruction pointer
-    /// first. `None`: the process had ended before its mappings could be read, or they are not read.
+    /// The frames of a thread of the process at this moment, innermost first. `stack_copy` is its stack
+    /// from its stack pointer up; it is not kept. `frame_pointers` is the chain that the kernel walked,
+    /// the instruction pointer first. `None`: the process had ended or replaced its program before its
+    /// mappings could be read, or they are not read.
     pub fn unwind(
         &mut self,
-        process: (ProcessKey, Option<u64>),
+        process: Moment,
         registers: Registers,
         stack_copy: &[u8],
         frame_pointers: &[u64],
@@ -221,17 +247,21 @@ impl ProcessCache {
 
     fn read_and_walk(
         &mut self,
-        (key, mm_id): (ProcessKey, Option<u64>),
+        Moment { process: key, mm_id, boot_ns }: Moment,
         registers: Registers,
         stack_copy: &[u8],
         frame_pointers: &[u64],
     ) -> Option<UnwoundStack> {
+        if self.execs.get(&key).is_some_and(|exec_ns| boot_ns < *exec_ns) {
+            self.counts.gone = self.counts.gone.saturating_add(1);
+            return None;
+        }
         self.lookup_or_insert(key);
         let known = self.processes.get(&key).and_then(|process| process.mm_id);
         if let (Some(known), Some(mm_id)) = (known, mm_id)
             && known != mm_id
         {
-            self.exec(key.0, key.1);
+            self.begin_anew(key);
         }
         if let Some(process) = self.processes.get_mut(&key) {
             process.mm_id = mm_id.or(process.mm_id);
@@ -278,7 +308,7 @@ impl ProcessCache {
         self.modules.gate.set_process(key);
         let process = self.processes.entry(key).or_default();
         process.used = self.clock;
-        self.modules.gate.set_user(process.credentials.user());
+        self.modules.gate.set_credentials(&process.credentials);
         while self.processes.len() > MAX_PROCESSES && self.evict_oldest(key, |_| true) {}
     }
 
@@ -369,17 +399,18 @@ impl ProcessCache {
             let credentials = dir.credentials()?;
             Some((dir, credentials))
         };
-        let Some(Some((dir, credentials))) = self.modules.gate.pass(None, open) else { return false };
+        let Some(Some((dir, credentials))) = self.modules.gate.pass(Place::Proc, open) else { return false };
         // Known before anything is read that may hang: mappings wait for whoever changes them.
-        self.modules.gate.set_user(credentials.user());
+        self.modules.gate.set_credentials(&credentials);
+        let read_ns = boot_ns();
         let read = || dir.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes));
-        let Some(Some(maps)) = self.modules.gate.pass(None, read) else { return false };
+        let Some(Some(maps)) = self.modules.gate.pass(Place::Proc, read) else { return false };
         process.code_backoff.note();
         self.counts.maps_read = self.counts.maps_read.saturating_add(1);
         let left_out = u64::try_from(maps.left_out()).unwrap_or(u64::MAX);
         self.counts.mappings_left_out = self.counts.mappings_left_out.saturating_add(left_out);
         if maps.all().iter().any(|mapping| self.modules.is_unknown_file_system(mapping))
-            && let Some(found) = self.modules.gate.pass(None, || dir.file_systems())
+            && let Some(found) = self.modules.gate.pass(Place::Proc, || dir.file_systems())
         {
             self.modules.learn_file_systems(found);
         }
@@ -395,7 +426,7 @@ impl ProcessCache {
             .collect();
         let code = MappedCode { maps, modules };
         self.map_bytes = self.map_bytes.saturating_add(code.memory_estimate());
-        process.credentials = credentials;
+        (process.credentials, process.read_ns) = (credentials, read_ns);
         let before = process.code.replace(code);
         self.map_bytes = self.map_bytes.saturating_sub(before.map_or(0, |code| code.memory_estimate()));
         while self.map_bytes > MAX_MAP_BYTES && self.evict_oldest(key, |process| process.code.is_some()) {}
@@ -404,12 +435,14 @@ impl ProcessCache {
 
     /// Names the frames in code that the process wrote at run time.
     fn name_jit(&mut self, key: ProcessKey, stack: &mut UnwoundStack) {
-        let mut unnamed = false;
+        let (mut unnamed, mut bytes) = (false, 0_usize);
         let Some(process) = self.processes.get(&key) else { return };
         for (at, frame) in stack.frames.iter_mut().enumerate().filter(|(_, frame)| frame.jit) {
             let inside = if at == 0 { frame.address } else { frame.address.wrapping_sub(1) };
-            frame.name = process.jit.as_ref().and_then(|map| map.find(inside));
-            unnamed |= frame.name.is_none();
+            let name = process.jit.as_ref().and_then(|map| map.find(inside));
+            unnamed |= name.is_none();
+            bytes = bytes.saturating_add(name.as_ref().map_or(0, |name| name.len()));
+            frame.name = name.filter(|_| bytes <= MAX_NAME_BYTES);
         }
         if unnamed && process.jit_backoff.is_due(REREAD_JIT_FIRST, REREAD_JIT) && self.read_jit(key) {
             self.name_jit(key, stack);
@@ -426,7 +459,7 @@ impl ProcessCache {
         let before = map.memory_estimate();
         let credentials = &process.credentials;
         let read = || ProcDir::open(key.0, key.1).is_some_and(|dir| map.read_on(&dir, credentials));
-        let grown = self.modules.gate.pass(None, read).unwrap_or(false);
+        let grown = self.modules.gate.pass(Place::Path, read).unwrap_or(false);
         let bytes = process.jit.as_ref().map_or(0, PerfMap::memory_estimate);
         self.jit_bytes = self.jit_bytes.saturating_sub(before).saturating_add(bytes);
         self.counts.perf_maps_read = self.counts.perf_maps_read.saturating_add(u64::from(grown));
@@ -448,4 +481,11 @@ impl ProcessCache {
             self.jit_bytes = self.jit_bytes.saturating_sub(process.jit.map_or(0, |map| map.memory_estimate()));
         }
     }
+}
+
+/// Time since boot, suspended time included: the clock of samples.
+fn boot_ns() -> u64 {
+    let time = clock_gettime(ClockId::Boottime);
+    let whole = u64::try_from(time.tv_sec).unwrap_or(0).saturating_mul(1_000_000_000);
+    whole.saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
 }

@@ -30,6 +30,7 @@ use crate::store::journal;
 
 mod capabilities;
 mod config;
+mod followed;
 mod stack_pipeline;
 mod stack_worker;
 

@@ -53,24 +53,35 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
         return Ok(());
     }
     let trial = Trial::begin(&AMPLE)?;
-    let dir = trial.dir().join("silent");
-    std::fs::create_dir(&dir)?;
-    let mut silent = Actor::start(None, &["silent", "--dir", dir.to_str().context("no text")?, "--mib", "256"])?;
-    silent.until("ready")?;
-    silent.tell()?;
-    silent.until("grown")?;
+    let silent = silent_file_system(&trial, "first")?;
     wait_for("a worker that hangs is replaced", &trial, || Ok(replaced(&trial)?.filter(|count| *count > 0.0)))?;
     // The one that hangs cannot be killed before its file system lets go of it.
     wait_for("it is shown", &trial, || {
         Ok(trial.agent.metric(r#"memtrace_stack_workers{state="stuck"}"#)?.filter(|count| *count > 0.0))
     })?;
+    // Nor can another one hang the worker that runs instead.
+    let before = replaced(&trial)?;
+    let another = silent_file_system(&trial, "second")?;
     kills_have_stacks(&trial)?;
+    ensure!(replaced(&trial)? == before, "another one was replaced:\n{}", trial.agent.stderr());
     ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
     ensure!(trial.agent.says("does not answer"), "the agent says nothing about it:\n{}", trial.agent.stderr());
     // While it is silent, the agent stops as ever.
     trial.end()?;
+    another.finish()?;
     silent.finish()?;
     Ok(())
+}
+
+/// A program that grew in code of a file system that does not answer.
+fn silent_file_system(trial: &Trial, name: &str) -> anyhow::Result<Actor> {
+    let dir = trial.dir().join(name);
+    std::fs::create_dir(&dir)?;
+    let mut silent = Actor::start(None, &["silent", "--dir", dir.to_str().context("no text")?, "--mib", "256"])?;
+    silent.until("ready")?;
+    silent.tell()?;
+    silent.until("grown")?;
+    Ok(silent)
 }
 
 #[test]
@@ -82,6 +93,19 @@ fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
     kills_have_stacks(&trial)?;
     ensure!(trial.stack_worker()? == Some(second), "it was replaced again");
     ensure!(replaced(&trial)? == Some(1.0), "it is not counted: {:?}", replaced(&trial)?);
+    trial.end()
+}
+
+/// A service manager that stops the agent sends them to every process of the service.
+#[test]
+fn signals_to_the_worker_are_left_to_the_recorder() -> anyhow::Result<()> {
+    let trial = Trial::begin(&AMPLE)?;
+    let worker = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        memtrace_tests::process::signal(worker, signal)?;
+    }
+    kills_have_stacks(&trial)?;
+    ensure!(trial.stack_worker()? == Some(worker), "it was replaced");
     trial.end()
 }
 

@@ -12,22 +12,22 @@ use memtrace_common::event as wire;
 use memtrace_incident::{Cause, Cut};
 
 use crate::decode::{known, printable};
-use crate::input::{ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound};
+use crate::input::{ModuleFound, PathFound, StackFound};
 use crate::world::ProcessKey;
 
+mod paths;
 mod report;
 
+use paths::Paths;
+
+pub(crate) use paths::FRAMES_CAP;
 pub(crate) use report::{FILE_PATHS, FILE_SAMPLES, Window};
 
 /// Samples of all processes. At the cap samples of the same path that are close in time are joined,
 /// then the oldest are dropped and counted.
 const SAMPLES_CAP: usize = 65_536;
-/// Paths; old ones that no sample and no mapping refers to are dropped first.
-const PATHS_CAP: usize = 16_384;
 /// Modules; the oldest is dropped.
 const MODULES_CAP: usize = 8192;
-/// Frames of a path; outer ones are left out.
-pub(crate) const FRAMES_CAP: usize = 640;
 /// Processes that samples refer to; unused ones are dropped first.
 const TASKS_CAP: usize = 32_768;
 /// Address spaces whose growth is followed, more than the kernel side follows; new ones are
@@ -131,20 +131,12 @@ struct GrowthOfSpace {
     mappings: BTreeMap<u64, (u64, Cause, u32)>,
 }
 
-/// The frames of a path, cut to [`FRAMES_CAP`].
-#[derive(Clone, Debug)]
-struct Path {
-    frames: Vec<PathFrame>,
-    cut: Option<Cut>,
-}
-
 /// State of attribution.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Attribution {
     /// Cap: [`MODULES_CAP`].
     modules: BTreeMap<u32, ModuleFound>,
-    /// Cap: [`PATHS_CAP`].
-    paths: BTreeMap<u32, Path>,
+    paths: Paths,
     /// Cap: [`TASKS_CAP`].
     tasks: BTreeMap<u32, GrownTask>,
     /// The same by process.
@@ -172,11 +164,10 @@ impl Attribution {
     }
 
     pub(crate) fn path(&mut self, found: &PathFound) {
-        if self.paths.len() >= PATHS_CAP && !self.paths.contains_key(&found.id) {
+        if self.paths.is_full_for(found.id) {
             self.forget_paths();
         }
-        let frames = found.frames.iter().take(FRAMES_CAP).cloned().collect();
-        self.paths.insert(found.id, Path { frames, cut: found.cut });
+        self.paths.insert(found);
     }
 
     /// Makes room for a path: drops old paths that no sample and no mapping refers to, then the
@@ -188,13 +179,9 @@ impl Attribution {
             .flatten()
             .collect();
         used.extend(self.spaces.values().flat_map(|space| space.mappings.values().map(|(.., path)| *path)));
-        let newest = self.paths.last_key_value().map_or(0, |(id, _)| *id);
-        self.paths.retain(|id, _| newest.saturating_sub(*id) < PATHS_KNOWN || used.contains(id));
-        while self.paths.len() >= PATHS_CAP / 8 * 7 {
-            self.paths.pop_first();
-        }
+        self.paths.forget(&used);
         for sample in &mut self.samples {
-            if sample.of.is_ok_and(|path_key| !self.paths.contains_key(&path_key.path)) {
+            if sample.of.is_ok_and(|path_key| self.paths.get(path_key.path).is_none()) {
                 sample.of = Err(NoStackReason::NotKept);
             }
         }
@@ -274,7 +261,7 @@ impl Attribution {
     }
 
     fn path_key(&self, task: u32, found: &StackFound) -> Result<PathKey, NoStackReason> {
-        let path = self.paths.get(&found.path).ok_or(NoStackReason::NotKept)?;
+        let path = self.paths.get(found.path).ok_or(NoStackReason::NotKept)?;
         if path.frames.iter().all(|frame| frame.kernel) {
             return Err(if path.cut == Some(Cut::Gone) { NoStackReason::Gone } else { NoStackReason::Unreadable });
         }
@@ -395,10 +382,8 @@ impl Attribution {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        let frames: usize = self.paths.values().map(|path| path.frames.len()).sum();
         self.samples.len() * size_of::<Sample>()
-            + frames * (size_of::<PathFrame>() + 16)
-            + self.paths.len() * 64
+            + self.paths.memory_estimate()
             + self.modules.len() * 160
             + self.tasks.len() * 128
             + self.spaces.len() * (size_of::<GrowthOfSpace>() + 48)

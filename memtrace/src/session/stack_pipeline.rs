@@ -13,9 +13,9 @@ use memtrace_engine::Engine;
 use memtrace_engine::decode::Record;
 use memtrace_engine::input::{Fact, StackFound};
 use memtrace_incident::Loss;
-use memtrace_unwind::gate::ProcessKey;
 use tracing::{debug, warn};
 
+use super::followed::Followed;
 use super::stack_worker::{ModuleFile, StackWorker, WorkerHealth};
 use crate::clock;
 use crate::kernel::probe::Probe;
@@ -25,8 +25,6 @@ use crate::stacks::sampling_rate::{SamplingRate, StackCost};
 
 /// Cgroups whose stacks are taken, where not all are.
 const MAX_SAMPLED: usize = 1024;
-/// Processes whose end the worker is told.
-const MAX_FOLLOWED: usize = 4096;
 /// Time for the worker to bring what the ring holds, when something ends.
 const CATCH_UP_LIMIT: Duration = Duration::from_secs(3);
 /// Time for the worker to bring files, when something ends.
@@ -51,9 +49,10 @@ pub(super) struct StackPipeline {
     sampled: BTreeSet<u64>,
     /// Cgroups made in these since the last batch. Cap: the records of one batch.
     made: Vec<u64>,
-    /// Processes that the worker most likely has cached. What it is not told it finds out by itself,
-    /// only later. Cap: [`MAX_FOLLOWED`].
-    followed: BTreeSet<ProcessKey>,
+    /// What the worker is not told of them it finds out by itself, only later.
+    followed: Followed,
+    /// The worker that the last batch was of.
+    worker_number: u64,
     /// The journal segment that has what stacks refer to.
     stated_segment: u64,
     /// How long files stay open that no process maps; [`Duration::MAX`] for the whole run.
@@ -74,7 +73,8 @@ impl StackPipeline {
             reported: 0,
             sampled: BTreeSet::new(),
             made: Vec::new(),
-            followed: BTreeSet::new(),
+            followed: Followed::default(),
+            worker_number: 0,
             stated_segment: 0,
             keep_files: KEEP_FILES,
         })
@@ -99,20 +99,20 @@ impl StackPipeline {
                 self.made.push(cgroup.memcg.cgroup_id);
             }
             Record::Exec(exec) => {
-                let process = (exec.task.tgid, exec.task.start_boot_ns);
-                if self.followed.contains(&process) {
-                    self.worker.say_later(&ToWorker::Exec(process));
-                }
+                self.worker.say_exec((exec.task.tgid, exec.task.start_boot_ns), exec.header.boot_ns);
             }
             Record::Exit(exit) => {
                 let process = (exit.task.tgid, exit.task.start_boot_ns);
-                if self.followed.remove(&process) {
+                if self.followed.ended(process) {
                     self.worker.say_later(&ToWorker::Exit(process));
                 }
             }
             // A limit was hit: once it comes to a kill it is too late to read mappings.
             Record::Reclaim(reclaim) if reclaim.phase == RECLAIM_BEGIN => {
-                self.worker.say(&ToWorker::Prefetch((reclaim.task.tgid, reclaim.task.start_boot_ns)));
+                let process = (reclaim.task.tgid, reclaim.task.start_boot_ns);
+                if self.followed.hit_limit(process) {
+                    self.worker.say(&ToWorker::Prefetch(process));
+                }
             }
             _ => {}
         }
@@ -140,13 +140,14 @@ impl StackPipeline {
     /// to: each states once what its stacks refer to.
     pub(super) fn take_facts(&mut self, probe: &mut Probe, segment: u64) -> Vec<Fact> {
         self.worker.receive();
-        let Some(batch) = self.worker.next_batch() else { return Vec::new() };
+        let Some((worker, batch)) = self.worker.next_batch() else { return Vec::new() };
         for (pid, bytes) in batch.copy_bytes {
             if let Err(error) = probe.set_stack_copy(pid, bytes) {
                 debug!("size of stack copies of process {pid}: {error}");
             }
         }
-        if self.worker.take_renewed() {
+        if worker != self.worker_number {
+            self.worker_number = worker;
             self.numbers.next_worker();
         }
         if segment != self.stated_segment {
@@ -156,10 +157,10 @@ impl StackPipeline {
         let stacks: Vec<StackFound> = batch.stacks.into_iter().map(StackFound::from).collect();
         for stack in &stacks {
             self.rate.note_sample(stack.cgroup_id);
-            if self.followed.len() >= MAX_FOLLOWED {
-                self.followed.pop_first();
+            let process = (stack.pid, stack.start_boot_ns);
+            if self.followed.sampled(process) {
+                self.worker.say_later(&ToWorker::Exit(process));
             }
-            self.followed.insert((stack.pid, stack.start_boot_ns));
         }
         self.pay(probe);
         self.numbers.renumber(batch.facts.into_iter().chain(stacks.into_iter().map(Fact::Stack)))
@@ -187,6 +188,7 @@ impl StackPipeline {
 
     /// Replaces the worker if it hangs. Call it with each tick.
     pub(super) fn check(&mut self) {
+        self.followed.tick();
         self.worker.check(Instant::now());
     }
 
@@ -242,7 +244,7 @@ impl StackPipeline {
         let (counts, restarts) = (self.worker.counts(), self.worker.health().restarts);
         let (_, StackCost { thinned, .. }) = self.cost(probe);
         let named = [
-            (Loss::StacksNoRoomToWait, counts.no_room_to_wait),
+            (Loss::StacksWithoutFrames, counts.without_frames.saturating_add(self.numbers.without_frames())),
             (Loss::StacksBadRecords, counts.bad_records),
             (Loss::StackProcessesForgotten, counts.processes_forgotten),
             (Loss::StackMappingsLeftOut, counts.mappings_left_out),

@@ -1,56 +1,48 @@
-//! The stack worker as the recorder sees it: started, listened to, and replaced when it hangs or dies.
+//! The stack worker as the recorder sees it: started, listened to, and replaced when it hangs or ends.
 //!
-//! Nothing here waits for the worker but what says so, and that has a deadline. A worker
-//! that announced a reading and does not end it within [`READING_LIMIT`] hangs on somebody's file: it
-//! is killed, and the next one leaves that process, device and, the second time, user alone for a while
-//! ([`refusals`]). A worker
-//! that hangs in the kernel dies only when its file system lets it. Up to [`MAX_STUCK`] of those are
-//! waited for; with more there are no stacks until one is gone.
+//! Nothing here waits for the worker but what says so, and that has a deadline. A worker that
+//! announced a reading and does not end it in time hangs on somebody's file ([`running`]): it is
+//! killed, and the next one leaves that process, device and, the second time, user alone for a while
+//! ([`refusals`]). One that ended by itself did so over a record of the ring or over a file: the next
+//! one skips the one and leaves the other alone. A worker that hangs in the kernel dies only when its
+//! file system lets it. Up to [`MAX_STUCK`] of those are waited for; with more there are no stacks
+//! until one is gone. Until then nothing is read from where the next one may hang as well: file
+//! systems that the host has not mounted.
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use memtrace_unwind::gate::Reading;
+use memtrace_unwind::gate::{ProcessKey, Reading, Refused};
 use memtrace_unwind::modules::OpenModule;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SendFlags, send};
-use tokio::io::Interest;
 use tracing::{info, warn};
 
-use crate::stacks::messages::{
-    Batch, FromWorker, Incoming, ModuleLabel, OpenLabel, StackCounts, ToWorker, frame, send_with_fds,
-};
+use crate::stacks::messages::{Batch, ModuleLabel, OpenLabel, StackCounts, Start, ToWorker};
 
+mod batches;
 mod refusals;
+mod running;
 
+use batches::Batches;
 use refusals::Refusals;
+use running::{ANSWER_LIMIT, Running};
 
-/// The hidden verb that runs the worker.
-const VERB: &str = "stack-worker";
-/// Time for one reading of somebody's file, while the worker waits for it.
-const READING_LIMIT: Duration = Duration::from_secs(2);
-/// Time for an answer, and for a reading while the worker runs or wants to: on a machine that is
-/// overloaded it is slow, and hangs on nobody.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Time until the first worker is ready: it reads the kernel's symbols.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// Workers that were killed and are not gone.
 const MAX_STUCK: usize = 4;
-/// First pause before a worker that ended by itself is replaced; each one doubles it, up to 64 times.
+/// One that was killed and is not gone after this time hangs in the kernel.
+const KILL_TIME: Duration = Duration::from_secs(1);
+/// First pause before a worker that ended by itself, or the second one that hangs, is replaced; each
+/// one doubles it, up to 64 times.
 const PAUSE: Duration = Duration::from_secs(1);
 /// A worker that has run for this long was started rightly: the pause begins anew.
 const CALM: Duration = Duration::from_mins(1);
-/// Bytes that wait to be sent to the worker; what is beyond is not said.
-const MAX_OUTGOING_BYTES: usize = 256 << 10;
-/// Batches that wait to be taken.
-const MAX_BATCHES: usize = 64;
+/// Processes that replaced their program lately: a worker that begins finds their old stacks.
+const MAX_EXECS: usize = 1024;
 
 /// A file of a module, with what its name is.
 #[derive(Debug)]
@@ -86,35 +78,31 @@ pub(super) struct StackWorker {
     rate_ppm: u64,
     running: Option<Running>,
     /// Cap: [`MAX_STUCK`].
-    stuck: Vec<Child>,
+    stuck: Vec<Stuck>,
     refusals: Refusals,
+    /// What the worker that runs was told to leave alone.
+    told: Refused,
     restarts: u64,
+    /// Records that the next worker skips.
+    skip: usize,
+    /// When they did, boot clock. Oldest first. Cap: [`MAX_EXECS`].
+    execs: VecDeque<(ProcessKey, u64)>,
+    batches: Batches,
     /// When the next worker may start, and the pause before it.
     next: Option<Instant>,
     pause: Duration,
     /// Totals of the workers before.
     before: StackCounts,
-    /// Another worker has begun since this was last asked.
-    renewed: bool,
+    /// Of workers and of questions.
     number: u64,
 }
 
-struct Running {
+/// A worker that was killed.
+struct Stuck {
     child: Child,
-    started: Instant,
-    socket: tokio::net::UnixStream,
-    incoming: Incoming,
-    /// Cap: [`MAX_OUTGOING_BYTES`].
-    outgoing: VecDeque<u8>,
-    /// What it reads, and since when.
-    reading: Option<(Reading, Instant)>,
-    /// The question that it has not answered, and when it was asked.
-    asked: Option<(u64, Instant)>,
-    counts: StackCounts,
-    /// Cap: [`MAX_BATCHES`]; while it is reached nothing more is taken from the socket.
-    batches: VecDeque<Batch>,
-    /// Modules that were asked for, as far as they have come, and whether that is all.
-    modules: Option<(Vec<ModuleFile>, bool)>,
+    /// What it hangs on; `None`: it did not say.
+    reading: Option<Reading>,
+    since: Instant,
 }
 
 impl StackWorker {
@@ -128,39 +116,39 @@ impl StackWorker {
             running: None,
             stuck: Vec::new(),
             refusals: Refusals::default(),
+            told: Refused::default(),
             restarts: 0,
+            skip: 0,
+            execs: VecDeque::new(),
+            batches: Batches::default(),
             next: None,
             pause: PAUSE,
             before: StackCounts::default(),
-            renewed: false,
-            number: 0,
+            number: 1,
         };
-        worker.running = Some(worker.spawn().context("failed to start the stack worker")?);
-        worker.wait_until(START_LIMIT, |running| !running.batches.is_empty());
+        worker.spawn().context("failed to start the stack worker")?;
+        worker.wait_until(START_LIMIT, |_, batches| !batches.is_empty());
         Ok(worker)
     }
 
-    fn spawn(&self) -> io::Result<Running> {
-        let (mine, other) = UnixStream::pair()?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("memtrace").arg(VERB).stdin(OwnedFd::from(other)).stdout(Stdio::null());
-        // A group of its own: Ctrl-C on a terminal is for the recorder, which ends the worker.
-        let child = command.process_group(0).spawn()?;
-        let start = ToWorker::Start { rate_ppm: self.rate_ppm, refused: (&self.refusals.list()).into() };
-        send_with_fds(&mine, &frame(&start)?, &[self.ring.as_fd()])?;
-        mine.set_nonblocking(true)?;
-        Ok(Running {
-            child,
-            started: Instant::now(),
-            socket: tokio::net::UnixStream::from_std(mine)?,
-            incoming: Incoming::default(),
-            outgoing: VecDeque::new(),
-            reading: None,
-            asked: None,
-            counts: StackCounts::default(),
-            batches: VecDeque::new(),
-            modules: None,
-        })
+    fn spawn(&mut self) -> std::io::Result<()> {
+        let refused = self.refused();
+        let start = Start {
+            rate_ppm: self.rate_ppm,
+            refused: (&refused).into(),
+            skip: std::mem::take(&mut self.skip),
+            execs: self.execs.iter().copied().collect(),
+        };
+        self.number = self.number.wrapping_add(1);
+        self.running = Some(Running::start(self.number, self.ring.as_fd(), start)?);
+        self.told = refused;
+        Ok(())
+    }
+
+    /// What is left alone now.
+    fn refused(&self) -> Refused {
+        let refused = self.refusals.list();
+        Refused { strangers: refused.strangers || !self.stuck.is_empty(), ..refused }
     }
 
     /// Waits until the worker has said something.
@@ -176,25 +164,20 @@ impl StackWorker {
     /// Takes what the worker has said, without waiting.
     pub(super) fn receive(&mut self) {
         let Some(running) = &mut self.running else { return };
-        if let Err(error) = running.receive() {
+        if let Err(error) = running.receive(&mut self.batches) {
             warn!("the stack worker ended ({error}); another one is started");
-            self.replace(Instant::now());
+            self.gave_up(Instant::now());
         }
     }
 
-    /// The next batch of stacks.
-    pub(super) fn next_batch(&mut self) -> Option<Batch> {
-        self.running.as_mut()?.batches.pop_front()
+    /// The next batch of stacks, and the number of the worker that its numbers are of.
+    pub(super) fn next_batch(&mut self) -> Option<(u64, Batch)> {
+        self.batches.pop()
     }
 
     /// Whether a batch waits.
     pub(super) fn has_batch(&self) -> bool {
-        self.running.as_ref().is_some_and(|running| !running.batches.is_empty())
-    }
-
-    /// Whether another worker has begun since this was last asked: its numbers begin anew.
-    pub(super) fn take_renewed(&mut self) -> bool {
-        std::mem::take(&mut self.renewed)
+        !self.batches.is_empty()
     }
 
     /// Says something to the worker, if there is one that listens.
@@ -212,6 +195,15 @@ impl StackWorker {
         }
     }
 
+    /// Tells the worker, with the next tick, that a process has replaced its program.
+    pub(super) fn say_exec(&mut self, process: ProcessKey, boot_ns: u64) {
+        if self.execs.len() >= MAX_EXECS {
+            self.execs.pop_front();
+        }
+        self.execs.push_back((process, boot_ns));
+        self.say_later(&ToWorker::Exec(process, boot_ns));
+    }
+
     /// Asks for an answer, unless one is owed. Call it about once a second.
     pub(super) fn ask(&mut self, keep_files: Duration) {
         if self.running.as_ref().is_some_and(|running| running.asked.is_none()) {
@@ -220,55 +212,76 @@ impl StackWorker {
     }
 
     fn ask_for(&mut self, drain: bool, keep_files: Duration) {
-        self.number = self.number.wrapping_add(1).max(2);
+        self.number = self.number.wrapping_add(1);
         let keep_files_ms = u64::try_from(keep_files.as_millis()).unwrap_or(u64::MAX);
         let number = self.number;
-        self.say(&ToWorker::Answer { number, drain, keep_files_ms });
-        if let Some(running) = &mut self.running {
+        if let Some(running) = &mut self.running
+            && running.queue(&ToWorker::Answer { number, drain, keep_files_ms })
+        {
             running.asked = Some((number, Instant::now()));
+            running.flush();
         }
     }
 
     /// Replaces a worker that hangs, and starts one if there is none. Call it with each tick.
     pub(super) fn check(&mut self, now: Instant) {
-        self.stuck.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        self.stuck.retain_mut(|stuck| matches!(stuck.child.try_wait(), Ok(None)));
+        let over = |since: Instant, limit| now.saturating_duration_since(since) > limit;
+        for stuck in self.stuck.iter().filter(|stuck| over(stuck.since, KILL_TIME)) {
+            // As long as it hangs, so would the next one.
+            stuck.reading.iter().for_each(|reading| self.refusals.hold(reading, now));
+        }
         // What it has said by now counts: this process may have been busy elsewhere.
         self.receive();
         if let Some(running) = &mut self.running {
             running.flush();
-            let over = |since: Instant, limit| now.saturating_duration_since(since) > limit;
-            let hangs = running.reading.filter(|_| running.hangs());
             if over(running.started, CALM) {
                 self.pause = PAUSE;
             }
             let silent = running.asked.is_some_and(|(_, since)| over(since, ANSWER_LIMIT));
-            if let Some((reading, _)) = hangs {
-                self.refusals.add(&reading, now);
+            if running.hangs(&self.batches) {
+                running.reading.iter().for_each(|(reading, _)| self.refusals.add(reading, now));
+                let first = self.pause == PAUSE;
                 self.replace(now);
                 // The next one leaves that file alone.
-                self.next = None;
-            } else if silent && running.reading.is_none() {
+                self.next = self.next.filter(|_| !first);
+            } else if silent && running.reading.is_none() && !self.batches.is_full() {
                 warn!("the stack worker does not answer; another one is started");
-                self.replace(now);
+                self.gave_up(now);
             }
         }
-        if self.refusals.expire(now) {
-            let refused = (&self.refusals.list()).into();
-            self.say(&ToWorker::Refuse(refused));
-        }
+        self.refusals.expire(now);
+        self.tell_refused();
         if self.running.is_none() && self.stuck.len() < MAX_STUCK && self.next.is_none_or(|next| now >= next) {
             self.next = Some(now.checked_add(self.pause).unwrap_or(now));
             self.pause = self.pause.saturating_mul(2).min(PAUSE.saturating_mul(64));
             match self.spawn() {
-                Ok(running) => {
-                    self.running = Some(running);
-                    self.renewed = true;
+                Ok(()) => {
                     self.ask(Duration::ZERO);
                     info!("another stack worker runs");
                 }
                 Err(error) => warn!("failed to start a stack worker: {error}"),
             }
         }
+    }
+
+    fn tell_refused(&mut self) {
+        let refused = self.refused();
+        if refused != self.told
+            && let Some(running) = &mut self.running
+            && running.queue(&ToWorker::Refuse((&refused).into()))
+        {
+            running.flush();
+            self.told = refused;
+        }
+    }
+
+    /// Replaces a worker that ended or does nothing: over a file, or over the next record.
+    fn gave_up(&mut self, now: Instant) {
+        let reading = self.running.as_ref().and_then(|running| running.reading);
+        reading.iter().for_each(|(reading, _)| self.refusals.add(reading, now));
+        self.skip = 1;
+        self.replace(now);
     }
 
     /// Kills the worker that runs.
@@ -279,7 +292,8 @@ impl StackWorker {
         self.next = Some(now.checked_add(self.pause).unwrap_or(now));
         let _ = running.child.kill();
         if matches!(running.child.try_wait(), Ok(None)) {
-            self.stuck.push(running.child);
+            let reading = running.reading.map(|(reading, _)| reading);
+            self.stuck.push(Stuck { child: running.child, reading, since: now });
         }
     }
 
@@ -291,16 +305,15 @@ impl StackWorker {
     /// Waits until the last question is answered or batches are to be taken, `limit` at most. True if
     /// there is nothing more to wait for.
     pub(super) fn await_answer(&mut self, limit: Duration) -> bool {
-        self.wait_until(limit, |running| running.asked.is_none());
-        self.running.as_ref().is_none_or(|running| running.asked.is_none() || running.hangs())
+        self.wait_until(limit, |running, _| running.asked.is_none());
+        self.running.as_ref().is_none_or(|running| running.asked.is_none() || running.hangs(&self.batches))
     }
 
     /// Asks for the files of modules.
     pub(super) fn ask_for_modules(&mut self, wanted: Vec<ModuleLabel>) {
+        self.number = self.number.wrapping_add(1);
         if let Some(running) = &mut self.running {
-            let said = running.queue(&ToWorker::Modules(wanted));
-            running.modules = said.then(|| (Vec::new(), false));
-            running.flush();
+            running.ask_for_modules(self.number, wanted);
         }
     }
 
@@ -308,22 +321,14 @@ impl StackWorker {
     /// not yet.
     pub(super) fn take_modules(&mut self) -> Option<Vec<ModuleFile>> {
         let Some(running) = &mut self.running else { return Some(Vec::new()) };
-        match running.modules.take() {
-            Some((files, true)) => Some(files),
-            None => Some(Vec::new()),
-            Some(waiting) => {
-                running.modules = Some(waiting);
-                None
-            }
-        }
+        (!running.owes_modules()).then(|| running.take_modules())
     }
 
     /// The files of these modules, as far as they come within `limit`.
     pub(super) fn modules(&mut self, wanted: Vec<ModuleLabel>, limit: Duration) -> Vec<ModuleFile> {
         self.ask_for_modules(wanted);
-        self.wait_until(limit, |running| running.modules.as_ref().is_none_or(|(_, all)| *all));
-        let modules = self.running.as_mut().and_then(|running| running.modules.take());
-        modules.map(|(files, _)| files).unwrap_or_default()
+        self.wait_until(limit, |running, _| !running.owes_modules());
+        self.running.as_mut().map(Running::take_modules).unwrap_or_default()
     }
 
     /// Totals of all workers.
@@ -339,19 +344,17 @@ impl StackWorker {
     }
 
     /// Waits for the worker until `done` or `limit`.
-    fn wait_until(&mut self, limit: Duration, done: impl Fn(&Running) -> bool) {
+    fn wait_until(&mut self, limit: Duration, done: impl Fn(&Running, &Batches) -> bool) {
         let until = Instant::now().checked_add(limit);
         loop {
             self.receive();
             let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
-            let Some(running) = self.running.as_mut().filter(|running| !done(running)) else { return };
-            if left.is_zero() || running.hangs() || running.batches.len() >= MAX_BATCHES {
+            let Some(running) = self.running.as_mut().filter(|running| !done(running, &self.batches)) else { return };
+            if left.is_zero() || self.batches.is_full() || running.hangs(&self.batches) {
                 return;
             }
             running.flush();
-            let time = Timespec::try_from(left.min(Duration::from_millis(20))).ok();
-            // Interrupted or not, the next look at the socket tells.
-            let _ = poll(&mut [PollFd::new(&running.socket, PollFlags::IN)], time.as_ref());
+            running.wait(left.min(Duration::from_millis(20)));
         }
     }
 }
@@ -362,89 +365,6 @@ impl Drop for StackWorker {
         if let Some(mut running) = self.running.take() {
             let _ = running.child.kill();
             let _ = running.child.try_wait();
-        }
-    }
-}
-
-/// Whether a process runs, or would if there were a CPU for it: state `R` in /proc/PID/stat. That file
-/// waits for nobody (fs/proc/array.c, `do_task_stat` takes no lock of the address space).
-fn wants_to_run(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('R'))
-}
-
-impl Running {
-    /// Whether it reads a file that does not answer.
-    fn hangs(&self) -> bool {
-        // Behind batches that nobody has taken there may be word of its end.
-        let Some((_, since)) = self.reading.filter(|_| self.batches.len() < MAX_BATCHES) else { return false };
-        let elapsed = since.elapsed();
-        elapsed > ANSWER_LIMIT || (elapsed > READING_LIMIT && !wants_to_run(self.child.id()))
-    }
-
-    fn receive(&mut self) -> io::Result<()> {
-        while self.batches.len() < MAX_BATCHES {
-            while let Some(message) = self.incoming.next_message()? {
-                self.take(message);
-            }
-            let Self { socket, incoming, .. } = self;
-            // The runtime learns that something came only when it runs; while this waits it does not.
-            // So the socket is asked first, and the runtime once the socket is empty.
-            let read = match incoming.read(socket) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    socket.try_io(Interest::READABLE, || incoming.read(socket))
-                }
-                read => read,
-            };
-            match read {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, message: FromWorker) {
-        match message {
-            FromWorker::Begin { process, user, device } => {
-                self.reading = Some((Reading { process, user, device }, Instant::now()));
-            }
-            FromWorker::End => self.reading = None,
-            FromWorker::Batch(batch) => {
-                self.counts = batch.counts;
-                if self.asked.is_some_and(|(number, _)| number == batch.number) {
-                    self.asked = None;
-                }
-                self.batches.push_back(*batch);
-            }
-            FromWorker::Modules { open, last } => {
-                let Some((files, all)) = &mut self.modules else { return };
-                for label in open {
-                    let Some(file) = self.incoming.next_fd() else { break };
-                    files.push(ModuleFile { label, file });
-                }
-                *all = last;
-            }
-        }
-    }
-
-    /// False if there is no room for it.
-    fn queue(&mut self, message: &ToWorker) -> bool {
-        let Ok(bytes) = frame(message) else { return false };
-        let fits = self.outgoing.len().saturating_add(bytes.len()) <= MAX_OUTGOING_BYTES;
-        if fits {
-            self.outgoing.extend(bytes);
-        }
-        fits
-    }
-
-    fn flush(&mut self) {
-        while !self.outgoing.is_empty() {
-            let (front, _) = self.outgoing.as_slices();
-            // An error shows when the socket is read.
-            let Ok(sent) = send(&self.socket, front, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) else { return };
-            self.outgoing.drain(..sent);
         }
     }
 }

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Largest message, bytes of JSON.
-const MAX_MESSAGE_BYTES: usize = 8 << 20;
+pub const MAX_MESSAGE_BYTES: usize = 8 << 20;
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
 /// Descriptors sent with one message; the kernel takes at most 253 (SCM_MAX_FD).
@@ -47,16 +47,11 @@ pub struct OpenLabel {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToWorker {
     /// The first message; the descriptor of the STACKS ring comes with it.
-    Start {
-        /// CPU time for reading files, parts per million of one CPU.
-        rate_ppm: u64,
-        /// What a worker before hung on.
-        refused: RefusedList,
-    },
+    Start(Start),
     /// What is left alone from now on, in place of what was.
     Refuse(RefusedList),
-    /// The process started another program.
-    Exec(ProcessKey),
+    /// The process started another program, at this time (boot clock, nanoseconds).
+    Exec(ProcessKey, u64),
     /// The process ended.
     Exit(ProcessKey),
     /// The process is about to be out of memory: read its mappings while it lives.
@@ -71,7 +66,26 @@ pub enum ToWorker {
         keep_files_ms: u64,
     },
     /// Asks for the descriptors of these modules.
-    Modules(Vec<ModuleLabel>),
+    Modules {
+        /// Number of the question.
+        number: u64,
+        /// What is asked for.
+        wanted: Vec<ModuleLabel>,
+    },
+}
+
+/// What a worker begins with.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Start {
+    /// CPU time for reading files, parts per million of one CPU.
+    pub rate_ppm: u64,
+    /// What a worker before hung on.
+    pub refused: RefusedList,
+    /// Records that are taken from the ring unread: a worker before ended by itself, and the next
+    /// record may be why.
+    pub skip: usize,
+    /// Processes that replaced their program lately, as in [`ToWorker::Exec`].
+    pub execs: Vec<(ProcessKey, u64)>,
 }
 
 /// From the worker to the recorder.
@@ -92,11 +106,15 @@ pub enum FromWorker {
     Batch(Box<Batch>),
     /// Modules that are open; as many descriptors come with it. At most [`MAX_FDS`].
     Modules {
+        /// Number of the question.
+        number: u64,
         /// What they are.
         open: Vec<OpenLabel>,
         /// No more come.
         last: bool,
     },
+    /// Why the worker ends.
+    Failed(String),
 }
 
 impl FromWorker {
@@ -112,6 +130,7 @@ pub struct RefusedList {
     processes: Vec<ProcessKey>,
     devices: Vec<(u32, u32)>,
     users: Vec<u32>,
+    strangers: bool,
 }
 
 impl From<&Refused> for RefusedList {
@@ -120,6 +139,7 @@ impl From<&Refused> for RefusedList {
             processes: refused.processes.iter().copied().collect(),
             devices: refused.devices.iter().copied().collect(),
             users: refused.users.iter().copied().collect(),
+            strangers: refused.strangers,
         }
     }
 }
@@ -130,6 +150,7 @@ impl From<RefusedList> for Refused {
             processes: list.processes.into_iter().collect(),
             devices: list.devices.into_iter().collect(),
             users: list.users.into_iter().collect(),
+            strangers: list.strangers,
         }
     }
 }
@@ -196,8 +217,8 @@ pub struct StackCounts {
     pub spent_ns: u64,
     /// Resident memory, bytes: of now, not a total.
     pub resident_bytes: u64,
-    /// Samples that found no room to wait.
-    pub no_room_to_wait: u64,
+    /// Samples whose record was skipped, or whose path is not known.
+    pub without_frames: u64,
     /// Records that could not be decoded.
     pub bad_records: u64,
     /// Processes evicted from the cache.
@@ -223,7 +244,7 @@ impl StackCounts {
             unwound: self.unwound.saturating_add(other.unwound),
             spent_ns: self.spent_ns.saturating_add(other.spent_ns),
             resident_bytes: self.resident_bytes,
-            no_room_to_wait: self.no_room_to_wait.saturating_add(other.no_room_to_wait),
+            without_frames: self.without_frames.saturating_add(other.without_frames),
             bad_records: self.bad_records.saturating_add(other.bad_records),
             processes_forgotten: self.processes_forgotten.saturating_add(other.processes_forgotten),
             mappings_left_out: self.mappings_left_out.saturating_add(other.mappings_left_out),
@@ -298,6 +319,11 @@ impl Incoming {
 
     /// The next message that is whole. An error: the other side does not keep to the format.
     pub fn next_message<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+        Ok(self.next_sized()?.map(|(message, _)| message))
+    }
+
+    /// The same with the bytes that it had.
+    pub fn next_sized<T: DeserializeOwned>(&mut self) -> io::Result<Option<(T, usize)>> {
         if self.bytes.len() < 4 {
             return Ok(None);
         }
@@ -310,7 +336,7 @@ impl Incoming {
             return Ok(None);
         }
         let frame: Vec<u8> = self.bytes.drain(..end).collect();
-        Ok(Some(serde_json::from_slice(frame.get(4..).unwrap_or_default())?))
+        Ok(Some((serde_json::from_slice(frame.get(4..).unwrap_or_default())?, length)))
     }
 
     /// The next descriptor that came.
@@ -331,13 +357,15 @@ mod tests {
         let (mut left, right) = UnixStream::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
         let label = OpenLabel { path: "/a".to_owned(), build_id: None, debug_link: None };
-        let modules = FromWorker::Modules { open: vec![label.clone()], last: true };
+        let modules = FromWorker::Modules { number: 1, open: vec![label.clone()], last: true };
         send_with_fds(&left, &frame(&modules).unwrap(), &[file.as_fd()]).unwrap();
         let end = frame(&FromWorker::End).unwrap();
         left.write_all(end.split_at(3).0).unwrap();
         let mut incoming = Incoming::default();
         incoming.read(&right).unwrap();
-        let Ok(Some(FromWorker::Modules { open, last: true })) = incoming.next_message() else { panic!("no modules") };
+        let Ok(Some(FromWorker::Modules { number: 1, open, last: true })) = incoming.next_message() else {
+            panic!("no modules")
+        };
         assert_eq!(open, [label]);
         assert!(incoming.next_fd().is_some() && incoming.next_fd().is_none());
         // The kernel ends a read where descriptors begin or end.

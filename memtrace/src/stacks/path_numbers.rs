@@ -13,8 +13,9 @@ use memtrace_unwind::modules::ModuleId;
 
 /// Stacks that have a number; beyond it all get new ones. The engine remembers as many, the newest.
 pub const MAX_PATHS: usize = PATHS_KNOWN as usize;
-/// Frames of all of them, likewise.
-pub const MAX_FRAMES: usize = 131_072;
+/// Bytes of all of them, likewise: a program decides how deep its stacks are, and what functions are
+/// called that it compiles itself.
+pub const MAX_PATH_BYTES: usize = 8 << 20;
 /// Modules that are stated, likewise.
 pub const MAX_MODULES: usize = 16_384;
 
@@ -23,8 +24,8 @@ pub const MAX_MODULES: usize = 16_384;
 pub struct PathNumbers {
     /// Cap: [`MAX_PATHS`].
     numbers: BTreeMap<(Vec<PathFrame>, Option<Cut>), u32>,
-    /// Frames in `numbers`. Cap: [`MAX_FRAMES`], and those of one stack.
-    frames: usize,
+    /// Bytes in `numbers`. Cap: [`MAX_PATH_BYTES`], and those of one stack.
+    bytes: usize,
     next: u32,
     /// Changes when numbers or statements become invalid.
     generation: u64,
@@ -45,17 +46,17 @@ impl PathNumbers {
         facts: &mut Vec<Fact>,
     ) -> u32 {
         let full =
-            self.numbers.len() >= MAX_PATHS || self.frames >= MAX_FRAMES || self.stated_modules.len() >= MAX_MODULES;
+            self.numbers.len() >= MAX_PATHS || self.bytes >= MAX_PATH_BYTES || self.stated_modules.len() >= MAX_MODULES;
         if full && !self.numbers.contains_key(&path) {
             self.numbers.clear();
-            self.frames = 0;
+            self.bytes = 0;
             self.restate();
         }
         let next = self.next;
         let id = *self.numbers.entry(path.clone()).or_insert(next);
         if id == next {
             self.next = next.wrapping_add(1);
-            self.frames = self.frames.saturating_add(path.0.len());
+            self.bytes = self.bytes.saturating_add(bytes_of(&path.0));
         }
         if self.stated_paths.insert(id) {
             let (frames, cut) = path;
@@ -84,6 +85,12 @@ impl PathNumbers {
     }
 }
 
+/// Bytes of frames in memory.
+pub fn bytes_of(frames: &[PathFrame]) -> usize {
+    let names = frames.iter().filter_map(|frame| frame.name.as_ref()).map(String::len);
+    names.fold(size_of_val(frames), usize::saturating_add)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,8 +106,21 @@ mod tests {
         for at in 0..1000 {
             assert_eq!(u64::from(paths.number(deep(at), |_| None, &mut facts)), at);
         }
-        assert!(paths.frames <= MAX_FRAMES + 512 && paths.numbers.len() <= MAX_FRAMES / 512 + 1);
+        assert!(paths.bytes <= MAX_PATH_BYTES + size_of::<PathFrame>() * 512);
         assert_eq!(facts.len(), 1000);
+    }
+
+    #[test]
+    fn names_are_bounded_in_sum() {
+        let (mut paths, mut facts) = (PathNumbers::default(), Vec::new());
+        let name = "x".repeat(32 << 10);
+        for at in 0..2000 {
+            let frame = PathFrame { name: Some(format!("{name}{at}")), jit: true, ..PathFrame::default() };
+            paths.number((vec![frame], None), |_| None, &mut facts);
+            facts.clear();
+        }
+        let held: usize = paths.numbers.keys().map(|(frames, _)| bytes_of(frames)).sum();
+        assert!(held == paths.bytes && held <= MAX_PATH_BYTES + (64 << 10), "{held}");
     }
 
     #[test]

@@ -12,10 +12,10 @@ use memtrace_unwind::modules::ModuleId;
 
 use super::path_numbers::{self, PathNumbers};
 
-/// Paths of one worker that are remembered, their frames, and its modules: twice what it may refer
+/// Paths of one worker that are remembered, their bytes, and its modules: twice what it may refer
 /// to, so that nothing is forgotten that it does not state again.
 const MAX_PATHS: usize = 2 * path_numbers::MAX_PATHS;
-const MAX_FRAMES: usize = 2 * path_numbers::MAX_FRAMES;
+const MAX_PATH_BYTES: usize = 2 * path_numbers::MAX_PATH_BYTES;
 const MAX_NUMBERS: usize = 2 * path_numbers::MAX_MODULES;
 /// Names of modules, and bytes of their paths.
 const MAX_MODULES: usize = 16_384;
@@ -35,10 +35,12 @@ pub struct Renumbering {
     name_bytes: usize,
     /// Number of the run by number of the worker. Cap: [`MAX_NUMBERS`], the newest.
     modules: BTreeMap<u32, u32>,
-    /// Frames by number of the worker. Cap: [`MAX_PATHS`] and [`MAX_FRAMES`], the newest.
+    /// Frames by number of the worker. Cap: [`MAX_PATHS`] and [`MAX_PATH_BYTES`], the newest.
     frames: BTreeMap<u32, (Vec<PathFrame>, Option<Cut>)>,
-    /// Frames in `frames`.
-    frame_count: usize,
+    /// Bytes in `frames`.
+    path_bytes: usize,
+    /// Stacks whose path is not known.
+    without_frames: u64,
     /// Numbers of the run by number of the worker, as long as `paths` is of this generation: most
     /// stacks are known. Cap: [`MAX_PATHS`].
     known: BTreeMap<u32, u32>,
@@ -50,7 +52,7 @@ impl Renumbering {
     pub fn next_worker(&mut self) {
         self.modules.clear();
         self.frames.clear();
-        self.frame_count = 0;
+        self.path_bytes = 0;
         self.known.clear();
     }
 
@@ -68,8 +70,10 @@ impl Renumbering {
                 Fact::Path(path) => self.path(path),
                 Fact::Stack(stack) => {
                     // A worker states a path before it refers to it.
-                    let Some(path) = self.number(stack.path, &mut renumbered) else { continue };
-                    renumbered.push(Fact::Stack(StackFound { path, ..stack }));
+                    match self.number(stack.path, &mut renumbered) {
+                        Some(path) => renumbered.push(Fact::Stack(StackFound { path, ..stack })),
+                        None => self.without_frames = self.without_frames.saturating_add(1),
+                    }
                 }
                 kernel @ Fact::KernelStack { .. } => renumbered.push(kernel),
                 // A worker has nothing else to say.
@@ -77,6 +81,11 @@ impl Renumbering {
             }
         }
         renumbered
+    }
+
+    /// Stacks that were left out because their path is not known.
+    pub fn without_frames(&self) -> u64 {
+        self.without_frames
     }
 
     /// The number of the run of a path; what is to be stated before goes into `facts`.
@@ -123,14 +132,19 @@ impl Renumbering {
         let renumber =
             |frame: PathFrame| PathFrame { module: frame.module.and_then(|id| modules.get(&id).copied()), ..frame };
         let frames: Vec<PathFrame> = path.frames.into_iter().map(renumber).collect();
-        self.frame_count = self.frame_count.saturating_add(frames.len());
+        self.path_bytes = self.path_bytes.saturating_add(path_numbers::bytes_of(&frames));
         self.known.remove(&path.id);
-        let before = self.frames.insert(path.id, (frames, path.cut));
-        self.frame_count = self.frame_count.saturating_sub(before.map_or(0, |(frames, _)| frames.len()));
-        while self.frames.len() > MAX_PATHS || self.frame_count > MAX_FRAMES {
-            let Some((_, (frames, _))) = self.frames.pop_first() else { break };
-            self.frame_count = self.frame_count.saturating_sub(frames.len());
+        if let Some((before, _)) = self.frames.insert(path.id, (frames, path.cut)) {
+            self.forgot(&before);
         }
+        while self.frames.len() > MAX_PATHS || self.path_bytes > MAX_PATH_BYTES {
+            let Some((_, (frames, _))) = self.frames.pop_first() else { break };
+            self.forgot(&frames);
+        }
+    }
+
+    fn forgot(&mut self, frames: &[PathFrame]) {
+        self.path_bytes = self.path_bytes.saturating_sub(path_numbers::bytes_of(frames));
     }
 }
 
@@ -174,6 +188,7 @@ mod tests {
         assert_eq!(numbers.renumber(first.clone()), first);
         numbers.next_worker();
         assert_eq!(numbers.renumber(vec![stack(0)]), [], "a path of the worker before");
+        assert_eq!(numbers.without_frames(), 1);
         let second = vec![module(0, "/jit", None), module(1, "/app", Some("aa")), path(0, &[1, 0]), stack(0), stack(0)];
         // The file with a build id is the same one, of the other nobody knows.
         let expected = [module(2, "/jit", None), path(1, &[0, 2]), stack(1), stack(1)];
@@ -198,11 +213,16 @@ mod tests {
             let (file, build_id) = (if id % 2 == 0 { &long } else { "/app" }, id.to_string());
             numbers.renumber(vec![module(id, file, Some(&build_id)), path(id, &[id; 32])]);
         }
-        assert!(numbers.frames.len() <= MAX_PATHS && numbers.frame_count <= MAX_FRAMES);
+        for id in 0..4 * MAX_PATHS as u32 {
+            let frame = PathFrame { name: Some(long.clone()), jit: true, ..PathFrame::default() };
+            numbers.renumber([Fact::Path(PathFound { id, frames: vec![frame], cut: None })]);
+        }
+        assert!(numbers.frames.len() <= MAX_PATHS && numbers.path_bytes <= MAX_PATH_BYTES);
+        let bytes: usize = numbers.frames.values().map(|(frames, _)| path_numbers::bytes_of(frames)).sum();
+        assert_eq!(numbers.path_bytes, bytes);
         assert!(numbers.names.len() <= MAX_MODULES && numbers.name_bytes <= MAX_NAME_BYTES);
         assert!(numbers.same.len() <= numbers.names.len() && numbers.modules.len() <= MAX_NUMBERS);
         assert_eq!(numbers.name_bytes, numbers.names.values().map(|(path, _)| path.len()).sum::<usize>());
-        assert_eq!(numbers.frame_count, numbers.frames.values().map(|(frames, _)| frames.len()).sum::<usize>());
     }
 
     /// A worker forgets its numbers when they are too many, and states again what it refers to.

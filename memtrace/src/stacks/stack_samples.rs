@@ -2,8 +2,8 @@
 //!
 //! A sample is unwound at once, in the memory of the ring: its process may end any moment, and the
 //! bytes of a user stack hold secrets, so nothing of them outlives [`StackSamples::push`] but
-//! frames. Its kernel addresses wait here until the next tick, when [`StackSamples::take`] names
-//! them and reports everything as facts.
+//! frames. What is found waits as facts until [`StackSamples::take`], and is bounded by its bytes: a
+//! program decides how deep its stacks are and what its functions are called.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -16,46 +16,40 @@ use memtrace_engine::input::{Fact, PathFrame, StackFound};
 use memtrace_incident::{Cause, Cut};
 use memtrace_unwind::gate::{Gate, ProcessKey, Refused};
 use memtrace_unwind::modules::OpenModule;
-use memtrace_unwind::process_cache::ProcessCache;
+use memtrace_unwind::process_cache::{Moment, ProcessCache};
 use memtrace_unwind::rule::Registers;
 use memtrace_unwind::unwind::{Truncation, UnwoundFrame};
 
 use super::kallsyms::KernelSymbols;
 use super::kernel_stacks::KernelStackQueue;
 use super::messages::StackCounts;
-use super::path_numbers::PathNumbers;
+use super::path_numbers::{self, PathNumbers};
 
-/// Samples that wait for the names of their kernel frames.
-const MAX_WAITING: usize = 8192;
+/// Facts, and bytes of them, that are worth a message of their own.
+pub const FULL_FACTS: usize = 256;
+/// See [`FULL_FACTS`].
+pub const FULL_BYTES: usize = 256 << 10;
 /// Processes known to have deep stacks.
 const MAX_DEEP: usize = 4096;
 /// Sizes of a stack copy in bytes, each tried when the one before was too short. The last is the
 /// most that a record can carry.
 const COPY_SIZES: [u32; 4] = [8 << 10, 16 << 10, 32 << 10, MAX_STACK_COPY_BYTES as u32];
 
-/// An unwound sample whose kernel frames have no names yet.
-struct WaitingSample {
-    found: StackFound,
-    kernel: Vec<u64>,
-    user: Vec<PathFrame>,
-    cut: Option<Cut>,
-}
-
 /// Everything between the STACKS ring and the engine.
 pub struct StackSamples {
     processes: ProcessCache,
     kernel_stacks: KernelStackQueue,
     symbols: KernelSymbols,
-    /// Cap: [`MAX_WAITING`].
-    waiting: VecDeque<WaitingSample>,
+    /// What was found, in order. Cap: [`FULL_FACTS`] and [`FULL_BYTES`], and what one sample states.
+    waiting: VecDeque<Fact>,
+    /// Bytes of `waiting`, about.
+    waiting_bytes: usize,
     paths: PathNumbers,
     /// Bytes of stack requested, for processes that need more than usual. Cap: [`MAX_DEEP`].
     copy_bytes: BTreeMap<u32, u32>,
     /// Of these, the requests that [`StackSamples::take_copy_requests`] has not returned yet.
     /// Cap: the samples of one turn.
     new_copy_bytes: Vec<(u32, u32)>,
-    /// Samples that found no room to wait.
-    refused: u64,
     /// Records that could not be decoded.
     bad: u64,
     unwound: u64,
@@ -69,10 +63,10 @@ impl StackSamples {
             kernel_stacks: KernelStackQueue::default(),
             symbols: KernelSymbols::read(),
             waiting: VecDeque::new(),
+            waiting_bytes: 0,
             paths: PathNumbers::default(),
             copy_bytes: BTreeMap::new(),
             new_copy_bytes: Vec::new(),
-            refused: 0,
             bad: 0,
             unwound: 0,
         }
@@ -96,37 +90,43 @@ impl StackSamples {
     /// `None` if the sample's cause is unknown.
     fn sample(&mut self, sample: &StackSample, stack_copy: &[u8]) -> Option<()> {
         let cause = cause(sample.cause)?;
-        if self.waiting.len() >= MAX_WAITING {
-            self.refused = self.refused.saturating_add(1);
-            return Some(());
-        }
         let task = &sample.task;
         let (user, cut) = self.unwind(sample, stack_copy);
         self.unwound = self.unwound.saturating_add(1);
         if cut == Some(Cut::Slice) {
             self.request_larger_copy(task.tgid, sample.stack_copy_cap_bytes, sample.stack_copy_bytes);
         }
-        self.waiting.push_back(WaitingSample {
-            found: StackFound {
-                boot_ns: sample.header.boot_ns,
-                pid: task.tgid,
-                tid: task.tid,
-                start_boot_ns: task.start_boot_ns,
-                comm: text(&task.comm),
-                mm_id: sample.mm_id,
-                cgroup_id: sample.cgroup_id,
-                cause,
-                weight_bytes: sample.weight_bytes,
-                grown_bytes: sample.grown_bytes,
-                address: (sample.address != UNKNOWN).then_some(sample.address),
-                size_bytes: sample.size_bytes,
-                path: 0,
-            },
-            kernel: sample.kernel.get(..sample.kernel_frames as usize).unwrap_or_default().to_vec(),
-            user,
-            cut,
-        });
+        let kernel = self.kernel_frames(sample.kernel.get(..sample.kernel_frames as usize).unwrap_or_default());
+        let path = self.path((kernel.into_iter().chain(user).collect(), cut));
+        self.wait(Fact::Stack(StackFound {
+            boot_ns: sample.header.boot_ns,
+            pid: task.tgid,
+            tid: task.tid,
+            start_boot_ns: task.start_boot_ns,
+            comm: text(&task.comm),
+            mm_id: sample.mm_id,
+            cgroup_id: sample.cgroup_id,
+            cause,
+            weight_bytes: sample.weight_bytes,
+            grown_bytes: sample.grown_bytes,
+            address: (sample.address != UNKNOWN).then_some(sample.address),
+            size_bytes: sample.size_bytes,
+            path,
+        }));
         Some(())
+    }
+
+    /// The number of a path, which is stated first if that is due.
+    fn path(&mut self, path: (Vec<PathFrame>, Option<Cut>)) -> u32 {
+        let (mut facts, processes) = (Vec::new(), &self.processes);
+        let number = self.paths.number(path, |id| processes.module(id), &mut facts);
+        facts.into_iter().for_each(|fact| self.wait(fact));
+        number
+    }
+
+    fn wait(&mut self, fact: Fact) {
+        self.waiting_bytes = self.waiting_bytes.saturating_add(bytes_of(&fact));
+        self.waiting.push_back(fact);
     }
 
     /// User frames of a sample, innermost first, and why the outermost one is missing if it is.
@@ -140,8 +140,8 @@ impl StackSamples {
         let task = &sample.task;
         // A charge is of a cgroup, not of an address space.
         let mm_id = (sample.mm_id != 0).then_some(sample.mm_id);
-        let process = ((task.tgid, task.start_boot_ns), mm_id);
-        match self.processes.unwind(process, registers, stack_copy, frame_pointers) {
+        let moment = Moment { process: (task.tgid, task.start_boot_ns), mm_id, boot_ns: sample.header.boot_ns };
+        match self.processes.unwind(moment, registers, stack_copy, frame_pointers) {
             Some(stack) => (stack.frames.iter().map(path_frame).collect(), stack.truncation.map(cut)),
             None => (Vec::new(), Some(Cut::Gone)),
         }
@@ -152,25 +152,30 @@ impl StackSamples {
         self.processes.refuse(refused);
     }
 
-    /// The process has replaced its program.
-    pub fn exec(&mut self, (pid, start_boot_ns): ProcessKey) {
-        self.processes.exec(pid, start_boot_ns);
+    /// The process has replaced its program, at this time (boot clock).
+    pub fn exec(&mut self, process: ProcessKey, boot_ns: u64) {
+        self.processes.exec(process, boot_ns);
     }
 
     /// The process has ended.
-    pub fn exit(&mut self, (pid, start_boot_ns): ProcessKey) {
-        self.processes.exit(pid, start_boot_ns);
+    pub fn exit(&mut self, process: ProcessKey) {
+        self.processes.exit(process);
     }
 
     /// Reads the mappings of the process now: it hit a limit, and once that comes to a kill it is too
     /// late.
-    pub fn prefetch(&mut self, (pid, start_boot_ns): ProcessKey) {
-        self.processes.prefetch(pid, start_boot_ns);
+    pub fn prefetch(&mut self, process: ProcessKey) {
+        self.processes.prefetch(process);
     }
 
-    /// Stacks, of processes and of the kernel, that [`StackSamples::take`] would return.
-    pub fn waiting(&self) -> usize {
-        self.waiting.len().saturating_add(self.kernel_stacks.waiting())
+    /// Whether [`StackSamples::take`] would return anything.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.kernel_stacks.waiting() == 0
+    }
+
+    /// Whether as much waits as one message shall have.
+    pub fn is_full(&self) -> bool {
+        self.waiting.len() >= FULL_FACTS || self.waiting_bytes >= FULL_BYTES
     }
 
     /// A copy of `got` bytes, of `asked` at most, was too short. Unless the stack itself ended, the
@@ -192,15 +197,17 @@ impl StackSamples {
         std::mem::take(&mut self.new_copy_bytes)
     }
 
-    /// Everything that waited, as facts.
+    /// What waited, in order, until a message is full: call it again while [`StackSamples::is_empty`]
+    /// is false.
     pub fn take(&mut self) -> Vec<Fact> {
-        let mut facts = self.kernel_stacks.take(&mut self.symbols);
-        for sample in std::mem::take(&mut self.waiting) {
-            let frames = self.kernel_frames(&sample.kernel).into_iter().chain(sample.user).collect();
-            let processes = &self.processes;
-            let path = self.paths.number((frames, sample.cut), |id| processes.module(id), &mut facts);
-            facts.push(Fact::Stack(StackFound { path, ..sample.found }));
+        let (mut facts, mut bytes) = (self.kernel_stacks.take(&mut self.symbols), 0_usize);
+        while bytes < FULL_BYTES
+            && let Some(fact) = self.waiting.pop_front()
+        {
+            bytes = bytes.saturating_add(bytes_of(&fact));
+            facts.push(fact);
         }
+        self.waiting_bytes = self.waiting_bytes.saturating_sub(bytes);
         facts
     }
 
@@ -231,7 +238,7 @@ impl StackSamples {
             unwound: self.unwound,
             spent_ns: 0,
             resident_bytes: 0,
-            no_room_to_wait: self.refused,
+            without_frames: 0,
             bad_records: self.bad,
             processes_forgotten: counts.forgotten,
             mappings_left_out: counts.mappings_left_out,
@@ -242,6 +249,16 @@ impl StackSamples {
             over_budget: counts.gate.over_budget,
         }
     }
+}
+
+/// Bytes of a fact in memory, about.
+fn bytes_of(fact: &Fact) -> usize {
+    let more = match fact {
+        Fact::Module(module) => module.path.len(),
+        Fact::Path(path) => path_numbers::bytes_of(&path.frames),
+        _ => 0,
+    };
+    size_of::<Fact>().saturating_add(more)
 }
 
 /// The frame as the engine and the journal have it: without its address.
@@ -285,4 +302,36 @@ fn is_tracer(name: &str) -> bool {
 /// Text of a NUL-padded field.
 fn text(comm: &[u8]) -> String {
     String::from_utf8_lossy(comm.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use memtrace_engine::input::{ModuleFound, PathFound};
+    use memtrace_unwind::process_cache::MAX_NAME_BYTES;
+    use memtrace_unwind::unwind::MAX_FRAMES;
+
+    use super::*;
+    use crate::stacks::messages::{Batch, FromWorker, MAX_MESSAGE_BYTES, frame};
+
+    /// Every character of the names is escaped, and modules have the longest paths.
+    #[test]
+    fn whatever_a_program_calls_its_functions_a_message_has_room() {
+        let mut samples = StackSamples::new(Gate::default());
+        let name = "\u{1}".repeat(MAX_NAME_BYTES / MAX_FRAMES);
+        let jit = PathFrame { name: Some(name), jit: true, offset: Some(u64::MAX), ..PathFrame::default() };
+        for id in 0..100 {
+            let path = "\u{1}".repeat(4096);
+            (0..50).for_each(|_| samples.wait(Fact::Module(ModuleFound { id, path: path.clone(), build_id: None })));
+            samples.wait(Fact::Path(PathFound { id, frames: vec![jit.clone(); MAX_FRAMES], cut: None }));
+            assert!(samples.is_full(), "the ring is drained no further");
+        }
+        let mut found = 0;
+        while !samples.is_empty() {
+            let facts = samples.take();
+            found += facts.len();
+            let message = FromWorker::Batch(Box::new(Batch { facts, ..Batch::default() }));
+            assert!(frame(&message).unwrap().len() <= MAX_MESSAGE_BYTES);
+        }
+        assert_eq!((found, samples.waiting_bytes), (5100, 0));
+    }
 }

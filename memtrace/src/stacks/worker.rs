@@ -12,6 +12,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -23,7 +25,9 @@ use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_s
 use rustix::process::{Resource, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
-use super::messages::{Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, OpenLabel, ToWorker, frame, send_with_fds};
+use super::messages::{
+    Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, OpenLabel, StackRow, Start, ToWorker, frame, send_with_fds,
+};
 use super::stack_samples::StackSamples;
 use crate::clock;
 use crate::kernel::probe::stack_ring::StackRing;
@@ -33,8 +37,8 @@ use crate::own_process;
 const STACKS_PER_TURN: usize = 64;
 /// How long an unwound stack waits for others that go with it.
 const GATHER: Duration = Duration::from_millis(50);
-/// Facts of one batch, about: the recorder takes a batch at a time.
-const FACTS_PER_BATCH: usize = 256;
+/// How long a stack waits in the ring at most: only the first ones of a process wake this one.
+const WAIT: Duration = Duration::from_millis(100);
 /// Bytes that wait in the socket for the recorder to take them.
 const SEND_BUFFER_BYTES: usize = 2 << 20;
 /// Private memory of the worker (RLIMIT_DATA), bytes. Its caches are bounded far below.
@@ -49,26 +53,45 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_PTRACE
 /// Runs until the recorder has gone.
 pub fn run() -> anyhow::Result<()> {
     confine();
+    ignore_signals();
     let socket = Rc::new(UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().context("no standard input")?));
     // So that a recorder that is busy for a moment does not keep this from draining the ring. Beyond
     // the system's limit with CAP_NET_ADMIN only, and as far as that limit without.
     if set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
         let _ = set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES);
     }
+    tell_of_panics(&socket);
+    let ended = work(&socket);
+    if let Err(error) = &ended {
+        Announcer(socket).say(&FromWorker::Failed(format!("{error:#}")));
+    }
+    ended
+}
+
+fn work(socket: &Rc<UnixStream>) -> anyhow::Result<()> {
     let mut incoming = Incoming::default();
-    let (gate, ring) = receive_start(&socket, &mut incoming)?;
-    let ring = StackRing::open(ring).map_err(anyhow::Error::msg).context("failed to open the stacks ring")?;
+    let (start, ring) = receive_start(socket, &mut incoming)?;
+    let mut ring = StackRing::open(ring).map_err(anyhow::Error::msg).context("failed to open the stacks ring")?;
     drop_capabilities();
-    let samples = StackSamples::new(gate);
+    let gate = Gate::new(Box::new(Announcer(socket.clone())), Refused::default(), start.rate_ppm);
+    let mut samples = StackSamples::new(gate);
+    samples.refuse(start.refused.into());
+    start.execs.into_iter().for_each(|(process, boot_ns)| samples.exec(process, boot_ns));
+    let mut skipped = 0;
+    ring.drain(start.skip, |_| {
+        skipped += 1;
+        true
+    });
     let begin = clock::cpu_time();
     let mut worker = Worker {
-        socket,
+        socket: socket.clone(),
         incoming,
         ring,
         samples,
         begin,
         gathering: None,
         keep_files: Duration::ZERO,
+        skipped,
         resident_bytes: 0,
     };
     worker.send_batch(1)?;
@@ -77,6 +100,24 @@ pub fn run() -> anyhow::Result<()> {
             return Ok(());
         }
     }
+}
+
+/// The recorder ends this process: signals that whole groups get (a service manager that stops the
+/// recorder, a terminal that closes) are left to it, so that it still gets the last stacks.
+fn ignore_signals() {
+    let heard = Arc::new(AtomicBool::new(false));
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let _ = signal_hook::flag::register(signal.as_raw(), heard.clone());
+    }
+}
+
+/// Standard error is nobody's: it would keep a terminal's or a pipe's other end open while this
+/// process hangs.
+fn tell_of_panics(socket: &UnixStream) {
+    let Ok(socket) = socket.try_clone() else { return };
+    std::panic::set_hook(Box::new(move |panic| {
+        let _ = frame(&FromWorker::Failed(panic.to_string())).and_then(|bytes| send_with_fds(&socket, &bytes, &[]));
+    }));
 }
 
 /// Best effort: a worker with more rights than it needs is better than none.
@@ -102,13 +143,11 @@ fn drop_capabilities() {
     let _ = rustix::thread::set_no_new_privs(true);
 }
 
-fn receive_start(socket: &Rc<UnixStream>, incoming: &mut Incoming) -> anyhow::Result<(Gate, OwnedFd)> {
+fn receive_start(socket: &Rc<UnixStream>, incoming: &mut Incoming) -> anyhow::Result<(Start, OwnedFd)> {
     loop {
         if let Some(message) = incoming.next_message()? {
-            let ToWorker::Start { rate_ppm, refused } = message else { anyhow::bail!("the first message is no start") };
-            let ring = incoming.next_fd().context("no descriptor of the ring came")?;
-            let observer = Announcer(socket.clone());
-            return Ok((Gate::new(Box::new(observer), Refused::from(refused), rate_ppm), ring));
+            let ToWorker::Start(start) = message else { anyhow::bail!("the first message is no start") };
+            return Ok((start, incoming.next_fd().context("no descriptor of the ring came")?));
         }
         wait(&[socket.as_fd()], None)?;
         match incoming.read(socket) {
@@ -159,6 +198,8 @@ struct Worker {
     /// Since when stacks wait to be sent.
     gathering: Option<Instant>,
     keep_files: Duration,
+    /// Records that were taken from the ring unread.
+    skipped: u64,
     /// When an answer was given last.
     resident_bytes: u64,
 }
@@ -166,15 +207,15 @@ struct Worker {
 impl Worker {
     /// Waits for something to do and does it. False when the recorder has gone.
     fn turn(&mut self) -> io::Result<bool> {
-        let time = self.gathering.map(|since| GATHER.saturating_sub(since.elapsed()));
-        wait(&[self.ring.as_fd(), self.socket.as_fd()], time)?;
+        let time = self.gathering.map_or(WAIT, |since| GATHER.saturating_sub(since.elapsed()));
+        wait(&[self.ring.as_fd(), self.socket.as_fd()], Some(time))?;
         // What happened to a process comes before its stacks.
         if !self.receive()? {
             return Ok(false);
         }
         self.drain(STACKS_PER_TURN);
         let due = self.gathering.is_some_and(|since| since.elapsed() >= GATHER);
-        if due || self.samples.waiting() >= FACTS_PER_BATCH {
+        if due || self.samples.is_full() {
             self.send_batch(0)?;
         }
         Ok(true)
@@ -182,8 +223,11 @@ impl Worker {
 
     fn drain(&mut self, most: usize) -> bool {
         let Self { ring, samples, .. } = self;
-        let more = ring.drain(most, |record| samples.push(record));
-        if samples.waiting() > 0 {
+        let more = ring.drain(most, |record| {
+            samples.push(record);
+            !samples.is_full()
+        });
+        if !samples.is_empty() {
             self.gathering.get_or_insert_with(Instant::now);
         }
         more
@@ -206,28 +250,40 @@ impl Worker {
 
     fn take(&mut self, message: ToWorker) -> io::Result<()> {
         match message {
-            ToWorker::Start { .. } => {}
+            ToWorker::Start(_) => {}
             ToWorker::Refuse(refused) => self.samples.refuse(refused.into()),
-            ToWorker::Exec(process) => self.samples.exec(process),
+            ToWorker::Exec(process, boot_ns) => self.samples.exec(process, boot_ns),
             ToWorker::Exit(process) => self.samples.exit(process),
             ToWorker::Prefetch(process) => self.samples.prefetch(process),
             ToWorker::Answer { number, drain, keep_files_ms } => {
                 self.keep_files = Duration::from_millis(keep_files_ms);
                 while drain && self.drain(STACKS_PER_TURN) {
-                    if self.samples.waiting() >= FACTS_PER_BATCH {
+                    if self.samples.is_full() {
                         self.send_batch(0)?;
                     }
                 }
                 self.samples.tick(self.keep_files);
                 self.send_batch(number)?;
             }
-            ToWorker::Modules(wanted) => self.send_modules(&wanted)?,
+            ToWorker::Modules { number, wanted } => self.send_modules(number, &wanted)?,
         }
         Ok(())
     }
 
+    /// Sends what waits, in parts that are small enough; the last one has the number.
     fn send_batch(&mut self, number: u64) -> io::Result<()> {
         self.gathering = None;
+        loop {
+            let part = self.part();
+            let last = self.samples.is_empty();
+            self.send_part(if last { number } else { 0 }, part)?;
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn part(&mut self) -> (Vec<Fact>, Vec<StackRow>) {
         let (mut facts, mut stacks) = (Vec::new(), Vec::new());
         for fact in self.samples.take() {
             match fact {
@@ -235,7 +291,12 @@ impl Worker {
                 fact => facts.push(fact),
             }
         }
+        (facts, stacks)
+    }
+
+    fn send_part(&mut self, number: u64, (facts, stacks): (Vec<Fact>, Vec<StackRow>)) -> io::Result<()> {
         let mut counts = self.samples.counts();
+        counts.without_frames = self.skipped;
         let spent = clock::cpu_time().saturating_sub(self.begin);
         counts.spent_ns = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
         // Once a second is enough for a reading of /proc.
@@ -247,7 +308,7 @@ impl Worker {
         self.send(&FromWorker::Batch(Box::new(batch)), &[])
     }
 
-    fn send_modules(&mut self, wanted: &[ModuleLabel]) -> io::Result<()> {
+    fn send_modules(&mut self, number: u64, wanted: &[ModuleLabel]) -> io::Result<()> {
         let open = self.samples.open_modules();
         let label = |module: &OpenModule| OpenLabel {
             path: module.path.to_string(),
@@ -261,9 +322,9 @@ impl Worker {
         for part in open.chunks(MAX_FDS) {
             let fds: Vec<_> = part.iter().map(|(_, file)| file.as_fd()).collect();
             let open = part.iter().map(|(label, _)| label.clone()).collect();
-            self.send(&FromWorker::Modules { open, last: false }, &fds)?;
+            self.send(&FromWorker::Modules { number, open, last: false }, &fds)?;
         }
-        self.send(&FromWorker::Modules { open: Vec::new(), last: true }, &[])
+        self.send(&FromWorker::Modules { number, open: Vec::new(), last: true }, &[])
     }
 
     fn send(&self, message: &FromWorker, fds: &[rustix::fd::BorrowedFd<'_>]) -> io::Result<()> {

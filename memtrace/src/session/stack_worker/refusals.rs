@@ -1,7 +1,11 @@
 //! Whose files the stack worker leaves alone, because one hung on them, and for how long.
 //!
 //! Not for ever: a disk that stalls under load is no attack, and what is on it may be what the next
-//! incident is about. The first refusal lasts [`FIRST`], each further one of the same twice as long.
+//! incident is about. The first refusal lasts [`FIRST`], each further one of the same twice as long,
+//! until it was quiet for as long again.
+//!
+//! Processes, users and device numbers can be had in any number, so after a file system hung that is
+//! no disk, those that the host has not mounted are left alone altogether for a while.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -20,11 +24,22 @@ pub(super) struct Refusals {
     processes: Expiring<ProcessKey>,
     devices: Expiring<(u32, u32)>,
     users: Expiring<u32>,
+    strangers: Expiring<()>,
 }
 
-/// Until when each is refused, and how often it was. `None`: not now. Cap: [`MAX_REFUSED`].
+/// What is refused, or was. Cap: [`MAX_REFUSED`].
 #[derive(Debug)]
-struct Expiring<T>(BTreeMap<T, (Option<Instant>, u32)>);
+struct Expiring<T>(BTreeMap<T, Refusal>);
+
+#[derive(Clone, Copy, Debug)]
+struct Refusal {
+    /// How often.
+    times: u32,
+    /// `None`: not now.
+    until: Option<Instant>,
+    /// When it is as if it had never been.
+    forgotten: Instant,
+}
 
 impl<T> Default for Expiring<T> {
     fn default() -> Self {
@@ -33,49 +48,61 @@ impl<T> Default for Expiring<T> {
 }
 
 impl<T: Ord + Copy> Expiring<T> {
-    /// Counts another time; with more than `free` of them it is refused.
-    fn add(&mut self, value: T, free: u32, now: Instant) {
+    fn entry(&mut self, value: T, now: Instant) -> &mut Refusal {
         if self.0.len() >= MAX_REFUSED && !self.0.contains_key(&value) {
             // What is refused no more, or else what is refused the shortest.
-            let shortest = self.0.iter().min_by_key(|(_, (until, _))| *until).map(|(value, _)| *value);
+            let shortest = self.0.iter().min_by_key(|(_, refusal)| refusal.until).map(|(value, _)| *value);
             shortest.map(|value| self.0.remove(&value));
         }
-        let (until, times) = self.0.entry(value).or_default();
-        *times = times.saturating_add(1);
-        if let Some(before) = times.checked_sub(free.saturating_add(1)) {
-            let time = FIRST.saturating_mul(1 << before.min(MAX_DOUBLINGS));
-            *until = now.checked_add(time);
-        }
+        self.0.entry(value).or_insert(Refusal { times: 0, until: None, forgotten: now })
     }
 
-    /// True if one is refused no more.
-    fn expire(&mut self, now: Instant) -> bool {
-        let mut changed = false;
-        for (until, _) in self.0.values_mut() {
-            if until.is_some_and(|until| until <= now) {
-                *until = None;
-                changed = true;
-            }
+    /// Counts another time; with more than `free` of them it is refused.
+    fn add(&mut self, value: T, free: u32, now: Instant) {
+        let refusal = self.entry(value, now);
+        refusal.times = refusal.times.saturating_add(1);
+        let doublings = refusal.times.saturating_sub(free).saturating_sub(1).min(MAX_DOUBLINGS);
+        let time = FIRST.saturating_mul(1 << doublings);
+        if refusal.times > free {
+            refusal.until = now.checked_add(time).max(refusal.until);
         }
-        changed
+        refusal.forgotten = now.checked_add(time.saturating_mul(2)).unwrap_or(now);
+    }
+
+    /// Refuses it for [`FIRST`] from now on at least, without counting.
+    fn hold(&mut self, value: T, now: Instant) {
+        let refusal = self.entry(value, now);
+        refusal.until = now.checked_add(FIRST).max(refusal.until);
+        refusal.forgotten = refusal.until.map_or(refusal.forgotten, |until| until.max(refusal.forgotten));
+    }
+
+    fn expire(&mut self, now: Instant) {
+        self.0.retain(|_, refusal| {
+            refusal.until = refusal.until.filter(|until| *until > now);
+            refusal.until.is_some() || refusal.forgotten > now
+        });
     }
 
     fn refused(&self) -> impl Iterator<Item = T> {
-        self.0.iter().filter(|(_, (until, _))| until.is_some()).map(|(value, _)| *value)
+        self.0.iter().filter(|(_, refusal)| refusal.until.is_some()).map(|(value, _)| *value)
     }
 }
 
 impl Refusals {
-    /// A worker hung on this.
+    /// A worker hung or ended over this.
     pub(super) fn add(&mut self, reading: &Reading, now: Instant) {
         let (pid, _) = reading.process;
         let device = reading.device.map(|(major, minor)| format!(" on device {major}:{minor}")).unwrap_or_default();
-        warn!(
-            "a file{device} of process {pid} does not answer: files of this process and device are left alone for now"
-        );
+        warn!("a file{device} of process {pid} does not answer: files of this process are left alone for now");
         self.processes.add(reading.process, 0, now);
-        if let Some(device) = reading.device {
-            self.devices.add(device, 0, now);
+        match reading.device {
+            // A disk is what everybody has their files on; that it is slow for once is no reason.
+            Some(device @ (1.., _)) => self.devices.add(device, 1, now),
+            Some(device) => {
+                self.devices.add(device, 0, now);
+                self.strangers.add((), 0, now);
+            }
+            None => self.strangers.add((), 0, now),
         }
         // Root owns what everybody uses; others have what they do themselves.
         if let Some(user) = reading.user.filter(|user| *user != 0) {
@@ -86,10 +113,21 @@ impl Refusals {
         }
     }
 
-    /// True if [`Refusals::list`] has become shorter.
-    pub(super) fn expire(&mut self, now: Instant) -> bool {
-        let (processes, devices) = (self.processes.expire(now), self.devices.expire(now));
-        self.users.expire(now) || processes || devices
+    /// A worker that was killed still hangs on this: it goes on being refused, with what else its user
+    /// has.
+    pub(super) fn hold(&mut self, reading: &Reading, now: Instant) {
+        self.processes.hold(reading.process, now);
+        reading.device.iter().for_each(|device| self.devices.hold(*device, now));
+        let user = reading.user.filter(|user| *user != 0);
+        user.iter().for_each(|user| self.users.hold(*user, now));
+    }
+
+    /// Time has passed.
+    pub(super) fn expire(&mut self, now: Instant) {
+        self.processes.expire(now);
+        self.devices.expire(now);
+        self.users.expire(now);
+        self.strangers.expire(now);
     }
 
     /// What is refused now.
@@ -98,6 +136,7 @@ impl Refusals {
             processes: self.processes.refused().collect(),
             devices: self.devices.refused().collect(),
             users: self.users.refused().collect(),
+            strangers: self.strangers.refused().next().is_some(),
         }
     }
 }
@@ -113,12 +152,40 @@ mod tests {
     #[test]
     fn a_refusal_ends_and_the_next_one_lasts_longer() {
         let (mut refusals, now) = (Refusals::default(), Instant::now());
+        let expired = |refusals: &mut Refusals, after: Duration| {
+            refusals.expire(now + after);
+            refusals.list() == Refused::default()
+        };
         refusals.add(&reading(7, 0), now);
-        assert!(refusals.list().processes.contains(&(7, 1)) && refusals.list().devices.contains(&(0, 7)));
-        assert!(!refusals.expire(now));
-        assert!(refusals.expire(now + FIRST) && refusals.list() == Refused::default());
+        let refused = refusals.list();
+        assert!(refused.processes.contains(&(7, 1)) && refused.devices.contains(&(0, 7)) && refused.strangers);
+        assert!(!expired(&mut refusals, Duration::ZERO) && expired(&mut refusals, FIRST));
         refusals.add(&reading(7, 0), now);
-        assert!(!refusals.expire(now + FIRST) && refusals.expire(now + FIRST * 2));
+        assert!(!expired(&mut refusals, FIRST) && expired(&mut refusals, FIRST * 2));
+        // It was quiet for long enough.
+        assert!(expired(&mut refusals, FIRST * 4) && refusals.processes.0.is_empty());
+    }
+
+    #[test]
+    fn a_disk_is_refused_the_second_time() {
+        let (mut refusals, now) = (Refusals::default(), Instant::now());
+        let on_disk = |pid| Reading { process: (pid, 1), user: Some(0), device: Some((8, 1)) };
+        refusals.add(&on_disk(1), now);
+        assert!(refusals.list().devices.is_empty() && !refusals.list().strangers);
+        refusals.add(&on_disk(2), now);
+        assert_eq!(refusals.list().devices, [(8, 1)].into());
+    }
+
+    #[test]
+    fn what_a_worker_still_hangs_on_is_refused_without_an_end() {
+        let (mut refusals, now) = (Refusals::default(), Instant::now());
+        refusals.add(&reading(7, 1000), now);
+        let later = now + FIRST;
+        refusals.hold(&reading(7, 1000), later);
+        refusals.expire(later);
+        let refused = refusals.list();
+        assert!(refused.processes.contains(&(7, 1)) && refused.devices.contains(&(0, 7)));
+        assert_eq!(refused.users, [1000].into(), "its user at once");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
+use rustix::mount::MountPropagationFlags;
 
 /// Starts a process in this address space (CLONE_VM without CLONE_THREAD) that waits until it is
 /// killed.
@@ -80,6 +81,15 @@ pub(crate) fn wait(child: u32) -> anyhow::Result<i32> {
     let waited = unsafe { libc::waitpid(i32::try_from(child)?, &raw mut status, 0) };
     ensure!(waited > 0, "failed to wait for {child}: {}", std::io::Error::last_os_error());
     Ok(status)
+}
+
+/// Gives this process mounts of its own: what it mounts nobody else sees.
+pub(crate) fn own_mount_namespace() -> anyhow::Result<()> {
+    // SAFETY: takes a number only; other threads there are none.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    ensure!(result == 0, "no mount namespace of its own: {}", std::io::Error::last_os_error());
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).context("mounts are shared with others")
 }
 
 /// Enters a cgroup namespace whose root is the current cgroup.

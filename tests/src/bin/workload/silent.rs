@@ -27,6 +27,7 @@ const MAX_REQUEST_BYTES: usize = 1 << 20;
 /// `ready`; after a line on stdin a child of its own takes memory, whose first stack is taken with
 /// the file mapped already. Then it says `grown`, and ends after another line.
 pub(crate) fn file_system(dir: &Path, mib: usize) -> anyhow::Result<()> {
+    raw::own_mount_namespace()?;
     let device = open_fuse(dir)?;
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
     let options = std::ffi::CString::new(options)?;
@@ -48,8 +49,10 @@ pub(crate) fn file_system(dir: &Path, mib: usize) -> anyhow::Result<()> {
 }
 
 fn map_and_grow(dir: &Path, silent: &Path, mib: usize) -> anyhow::Result<()> {
-    raw::map_code(&File::open(dir.join("m"))?, FILE_BYTES).context("failed to map its file as code")?;
+    // While it is mounted, whoever looks knows that it is FUSE: nothing is mapped until it is not.
+    let file = File::open(dir.join("m"))?;
     unmount(dir, UnmountFlags::DETACH).context("failed to detach the file system")?;
+    raw::map_code(&file, FILE_BYTES).context("failed to map its file as code")?;
     File::create(silent)?;
     crate::say("ready", &json!({}))?;
     crate::wait_for_end_of_stdin()?;
