@@ -4,10 +4,10 @@
 //! answer, and a program may make its files as large and as many as it likes. So each reading is
 //! refused, or announced and paid for. [`Refused`] has the processes, devices and users that a reader
 //! of this process hung on before, and for a while after that nothing is read from file systems that
-//! the host has not mounted: everybody can make those, as many as they like. What is announced to the
-//! [`ReadObserver`] lets whoever waits for this reader tell what it waits for. What a reading costs in
-//! CPU time is taken off two accounts, that of its process and that of all; while either is in debt
-//! nothing more is read for that process.
+//! the host has not mounted: everybody can make those, as many as they like. A reading that is late is
+//! given up ([`crate::readers`]). What is announced to the [`ReadObserver`] lets whoever waits for this
+//! process tell what it waits for. What a reading costs in CPU time is taken off two accounts, that of
+//! its process and that of all; while either is in debt nothing more is read for that process.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::host_mounts::HostMounts;
 use crate::proc_dir::Credentials;
+use crate::readers::Readers;
 
 /// Processes with an account of their own; beyond it all begin anew.
 const MAX_ACCOUNTS: usize = 1024;
@@ -23,6 +24,10 @@ const MAX_ACCOUNTS: usize = 1024;
 const BURST: Duration = Duration::from_secs(2);
 /// What an account holds at least when it is full: a program that starts is read at once.
 const LEAST_BURST_NS: i64 = 20_000_000;
+/// How long a reading may wait in /proc: for the lock of an address space.
+const PROC_LIMIT: Duration = Duration::from_millis(250);
+/// How long a reading may wait for a file.
+const FILE_LIMIT: Duration = Duration::from_secs(1);
 /// A reading that goes on for this long is announced again: whoever listens times what waits, not a
 /// row of readings that is long.
 const ANNOUNCED_FOR: Duration = Duration::from_millis(250);
@@ -39,8 +44,8 @@ pub struct Reading {
     pub process: ProcessKey,
     /// Its user; `None` when it could not be read.
     pub user: Option<u32>,
-    /// Device number of the file; `None` for files of /proc and files that are found by a path.
-    pub device: Option<(u32, u32)>,
+    /// Where it is.
+    pub place: Place,
 }
 
 /// Where something is read.
@@ -55,6 +60,24 @@ pub enum Place {
     Path,
 }
 
+impl Place {
+    /// Device number of the file, if it is known.
+    pub fn device(self) -> Option<(u32, u32)> {
+        match self {
+            Self::Device(device) => Some(device),
+            Self::Proc | Self::Path => None,
+        }
+    }
+
+    /// How long a reading may wait there.
+    fn limit(self) -> Duration {
+        match self {
+            Self::Proc => PROC_LIMIT,
+            Self::Device(_) | Self::Path => FILE_LIMIT,
+        }
+    }
+}
+
 /// Is told before something is read, and when that has ended. Readings of one process and device in a
 /// row are told once in a while: whoever listens is woken each time.
 pub trait ReadObserver: std::fmt::Debug {
@@ -62,6 +85,8 @@ pub trait ReadObserver: std::fmt::Debug {
     fn begin(&mut self, reading: &Reading);
     /// They have ended.
     fn end(&mut self);
+    /// This one was given up; so many that were have not ended.
+    fn late(&mut self, reading: &Reading, late: usize);
 }
 
 /// Whose files are not touched any more. Cap of each: [`MAX_REFUSED`].
@@ -81,7 +106,7 @@ impl Refused {
     /// Whether this must not be read.
     pub fn holds(&self, reading: &Reading) -> bool {
         self.processes.contains(&reading.process)
-            || reading.device.is_some_and(|device| self.devices.contains(&device))
+            || reading.place.device().is_some_and(|device| self.devices.contains(&device))
             || reading.user.is_some_and(|user| self.users.contains(&user))
     }
 }
@@ -93,6 +118,8 @@ pub struct GateCounts {
     pub refused: u64,
     /// Readings put off because an account was in debt.
     pub over_budget: u64,
+    /// Readings that were given up and have not ended: of now.
+    pub late: u64,
 }
 
 /// See the module.
@@ -110,6 +137,7 @@ pub struct Gate {
     announced: Option<(Reading, Instant)>,
     /// Asked while [`Refused::strangers`] is set.
     host: HostMounts,
+    readers: Readers,
     counts: GateCounts,
 }
 
@@ -154,14 +182,14 @@ impl Gate {
         mine && self.all.balance(now, rate_ppm) > 0
     }
 
-    /// Reads, unless that is refused or not paid for.
-    pub(crate) fn pass<T>(&mut self, place: Place, read: impl FnOnce() -> T) -> Option<T> {
+    /// Reads, unless that is refused or not paid for. `None` also if it is late.
+    pub(crate) fn pass<T: Send + 'static>(
+        &mut self,
+        place: Place,
+        read: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
         let Some(Current { process, user, at_host }) = self.current else { return Some(read()) };
-        let device = match place {
-            Place::Device(device) => Some(device),
-            Place::Proc | Place::Path => None,
-        };
-        let reading = Reading { process, user, device };
+        let reading = Reading { process, user, place };
         let is_strange = self.refused.strangers
             && match place {
                 Place::Proc => false,
@@ -181,10 +209,29 @@ impl Gate {
             observer.begin(&reading);
             self.announced = Some((reading, Instant::now()));
         }
-        let begin = cpu_ns();
-        let found = read();
-        self.charge(process, cpu_ns().saturating_sub(begin));
+        let timed = move || {
+            let begin = cpu_ns();
+            let found = read();
+            (found, cpu_ns().saturating_sub(begin))
+        };
+        let Some((found, spent_ns)) = self.readers.run(place.limit(), timed) else {
+            self.give_up(&reading);
+            return None;
+        };
+        self.charge(process, spent_ns);
         Some(found)
+    }
+
+    /// Refuses what else would be late, until somebody else says for how long.
+    fn give_up(&mut self, reading: &Reading) {
+        self.counts.refused = self.counts.refused.saturating_add(1);
+        if self.refused.processes.len() >= MAX_REFUSED {
+            self.refused.processes.clear();
+        }
+        self.refused.processes.insert(reading.process);
+        self.refused.strangers |= reading.place != Place::Proc;
+        let late = self.readers.late();
+        self.observer.iter_mut().for_each(|observer| observer.late(reading, late));
     }
 
     /// Nothing is read for now.
@@ -208,7 +255,7 @@ impl Gate {
 
     /// What was not read, since the start.
     pub(crate) fn counts(&self) -> GateCounts {
-        self.counts
+        GateCounts { late: u64::try_from(self.readers.late()).unwrap_or(u64::MAX), ..self.counts }
     }
 }
 
@@ -264,6 +311,11 @@ mod tests {
         fn end(&mut self) {
             self.0.lock().unwrap().push(None);
         }
+
+        fn late(&mut self, reading: &Reading, late: usize) {
+            assert_eq!(late, 1);
+            self.0.lock().unwrap().push(Some(*reading));
+        }
     }
 
     #[test]
@@ -274,7 +326,7 @@ mod tests {
         let mut gate = Gate::new(Box::new(Heard(heard.clone())), refused, 1_000_000);
         gate.set_process((8, 1));
         assert_eq!(gate.pass(Place::Device((8, 1)), || 5), Some(5));
-        let reading = Reading { process: (8, 1), user: None, device: Some((8, 1)) };
+        let reading = Reading { process: (8, 1), user: None, place: Place::Device((8, 1)) };
         assert_eq!(gate.pass(Place::Device((8, 1)), || 6), Some(6));
         assert_eq!(*heard.lock().unwrap(), [Some(reading)], "once for both");
         gate.rest();
@@ -285,7 +337,10 @@ mod tests {
         assert_eq!(gate.pass(Place::Proc, || 5), None, "the user");
         gate.set_process((7, 1));
         assert_eq!(gate.pass(Place::Proc, || 5), None, "the process");
-        assert_eq!((gate.counts(), heard.lock().unwrap().len()), (GateCounts { refused: 3, over_budget: 0 }, 2));
+        assert_eq!(
+            (gate.counts(), heard.lock().unwrap().len()),
+            (GateCounts { refused: 3, ..GateCounts::default() }, 2)
+        );
     }
 
     #[test]
@@ -298,6 +353,20 @@ mod tests {
         gate.pass(Place::Proc, || ());
         gate.pass(Place::Proc, || ());
         assert_eq!(heard.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_is_late_is_given_up_and_refused() {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let mut gate = Gate::new(Box::new(Heard(heard.clone())), Refused::default(), 1_000_000);
+        let (go_on, wait) = std::sync::mpsc::sync_channel::<()>(1);
+        gate.set_process((8, 1));
+        assert_eq!(gate.pass(Place::Proc, move || wait.recv().is_ok()), None);
+        assert_eq!(gate.pass(Place::Proc, || 5), None, "of this process nothing else is read");
+        assert_eq!((heard.lock().unwrap().len(), gate.counts().refused), (2, 2), "begun, and late");
+        gate.set_process((9, 1));
+        assert_eq!(gate.pass(Place::Proc, || 5), Some(5));
+        go_on.send(()).unwrap();
     }
 
     #[test]

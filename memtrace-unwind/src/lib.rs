@@ -23,6 +23,7 @@ pub mod modules;
 pub mod perf_map;
 pub mod proc_dir;
 pub mod process_cache;
+mod readers;
 pub mod rule;
 pub mod unwind;
 

@@ -160,12 +160,12 @@ pub struct OpenModule {
 }
 
 /// A process whose files are to be opened.
-#[derive(Clone, Copy, Debug)]
-pub struct Reader<'a> {
+#[derive(Clone, Debug)]
+pub struct Reader {
     /// Its directory in /proc.
-    pub dir: &'a ProcDir,
+    pub dir: Arc<ProcDir>,
     /// Who it is.
-    pub credentials: &'a Credentials,
+    pub credentials: Arc<Credentials>,
 }
 
 /// All modules known.
@@ -200,7 +200,7 @@ impl Modules {
     }
 
     /// The module of a mapping, opened if it is new and the gate lets it pass.
-    pub fn lookup_or_insert(&mut self, reader: &Reader<'_>, mapping: &Mapping) -> MappedModule {
+    pub fn lookup_or_insert(&mut self, reader: &Reader, mapping: &Mapping) -> MappedModule {
         let id = if mapping.is_vdso() {
             self.vdso(mapping)
         } else if mapping.has_file() {
@@ -239,7 +239,7 @@ impl Modules {
         if headers.unwind_bytes() > MAX_UNWIND_BYTES as u64 {
             self.losses.too_large = self.losses.too_large.saturating_add(1);
         }
-        let read = || UnwindData::read(headers, &*file, MAX_UNWIND_BYTES);
+        let read = move || UnwindData::read(headers, &*file, MAX_UNWIND_BYTES);
         let data = self.gate.pass(module.place, read)?.filter(|data| data.bytes() <= MAX_UNWIND_BYTES);
         let Some(data) = data.map(Arc::new) else {
             module.unwind = UnwindState::Unavailable;
@@ -304,13 +304,14 @@ impl Modules {
     }
 
     /// `None`: the gate did not let it pass.
-    fn file(&mut self, reader: &Reader<'_>, mapping: &Mapping) -> Option<ModuleId> {
+    fn file(&mut self, reader: &Reader, mapping: &Mapping) -> Option<ModuleId> {
         let path = &mapping.path;
         if self.is_fuse(mapping.device) {
             return Some(self.intern(unopened(mapping), mapping, None));
         }
         let place = Place::Device(mapping.device);
-        let stat = || reader.dir.stat_mapped(mapping.start, mapping.end);
+        let (dir, start, end) = (reader.dir.clone(), mapping.start, mapping.end);
+        let stat = move || dir.stat_mapped(start, end);
         if let Some(stamp) = self.gate.pass(place, stat)? {
             let key = ModuleKey::File(stamp, path.clone());
             // Held, and not written to since.
@@ -320,12 +321,13 @@ impl Modules {
                 return Some(*id);
             }
         }
-        let open = || {
-            let file = reader.dir.open_mapped(mapping.start, mapping.end).or_else(|| {
+        let (reader, path, inode) = (reader.clone(), path.clone(), mapping.inode);
+        let open = move || {
+            let file = reader.dir.open_mapped(start, end).or_else(|| {
                 // map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it: the same path,
                 // if it still leads to the same inode.
-                let file = reader.dir.open_in_root(path)?;
-                FileStamp::of(&file).is_some_and(|stamp| stamp.inode == mapping.inode).then_some(file)
+                let file = reader.dir.open_in_root(&path)?;
+                FileStamp::of(&file).is_some_and(|stamp| stamp.inode == inode).then_some(file)
             });
             let file = file.filter(|file| reader.credentials.may_read(file))?;
             let (stamp, headers) = (FileStamp::of(&file)?, ElfHeaders::read(&file));
@@ -333,7 +335,7 @@ impl Modules {
         };
         Some(match self.gate.pass(place, open)? {
             Some((stamp, file, headers)) => {
-                self.intern(ModuleKey::File(stamp, path.clone()), mapping, Some((file, headers)))
+                self.intern(ModuleKey::File(stamp, mapping.path.clone()), mapping, Some((file, headers)))
             }
             None => self.intern(unopened(mapping), mapping, None),
         })

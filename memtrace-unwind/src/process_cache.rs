@@ -9,6 +9,7 @@
 //! ended stays for [`KEEP_AFTER_EXIT`]: its last samples are still in the ring.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -113,7 +114,7 @@ pub struct ProcessCache {
 struct CachedProcess {
     /// Identity of the address space that is cached, as samples have it; `None` before the first.
     mm_id: Option<u64>,
-    credentials: Credentials,
+    credentials: Arc<Credentials>,
     code: Option<MappedCode>,
     /// When it was read, boot clock; 0: not yet.
     read_ns: u64,
@@ -345,8 +346,11 @@ impl ProcessCache {
         };
         let dir =
             if process.ended.is_none() && self.modules.gate.affords() { ProcDir::open(key.0, key.1) } else { None };
+        let dir = dir.map(Arc::new);
         let found = match &dir {
-            Some(dir) => self.modules.lookup_or_insert(&Reader { dir, credentials: &process.credentials }, mapping),
+            Some(dir) => self
+                .modules
+                .lookup_or_insert(&Reader { dir: dir.clone(), credentials: process.credentials.clone() }, mapping),
             None => self.modules.unread(mapping),
         };
         let before = std::mem::replace(slot, found);
@@ -394,28 +398,30 @@ impl ProcessCache {
         if process.ended.is_some() {
             return false;
         }
-        let open = || {
+        let open = move || {
             let dir = ProcDir::open(key.0, key.1)?;
             let credentials = dir.credentials()?;
-            Some((dir, credentials))
+            Some((Arc::new(dir), Arc::new(credentials)))
         };
         let Some(Some((dir, credentials))) = self.modules.gate.pass(Place::Proc, open) else { return false };
         // Known before anything is read that may hang: mappings wait for whoever changes them.
         self.modules.gate.set_credentials(&credentials);
         let read_ns = boot_ns();
-        let read = || dir.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes));
+        let of = dir.clone();
+        let read = move || of.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes));
         let Some(Some(maps)) = self.modules.gate.pass(Place::Proc, read) else { return false };
         process.code_backoff.note();
         self.counts.maps_read = self.counts.maps_read.saturating_add(1);
         let left_out = u64::try_from(maps.left_out()).unwrap_or(u64::MAX);
         self.counts.mappings_left_out = self.counts.mappings_left_out.saturating_add(left_out);
+        let of = dir.clone();
         if maps.all().iter().any(|mapping| self.modules.is_unknown_file_system(mapping))
-            && let Some(found) = self.modules.gate.pass(Place::Proc, || dir.file_systems())
+            && let Some(found) = self.modules.gate.pass(Place::Proc, move || of.file_systems())
         {
             self.modules.learn_file_systems(found);
         }
         let few = maps.all().iter().filter(|mapping| mapping.has_file()).count() <= OPENED_AT_ONCE;
-        let reader = Reader { dir: &dir, credentials: &credentials };
+        let reader = Reader { dir, credentials: credentials.clone() };
         let modules = maps
             .all()
             .iter()
@@ -455,11 +461,14 @@ impl ProcessCache {
             return false;
         }
         process.jit_backoff.note();
-        let map = process.jit.get_or_insert_default();
-        let before = map.memory_estimate();
-        let credentials = &process.credentials;
-        let read = || ProcDir::open(key.0, key.1).is_some_and(|dir| map.read_on(&dir, credentials));
-        let grown = self.modules.gate.pass(Place::Path, read).unwrap_or(false);
+        let mut map = process.jit.take().unwrap_or_default();
+        let (before, credentials) = (map.memory_estimate(), process.credentials.clone());
+        let read = move || {
+            let grown = ProcDir::open(key.0, key.1).is_some_and(|dir| map.read_on(&dir, &credentials));
+            (map, grown)
+        };
+        let (map, grown) = self.modules.gate.pass(Place::Path, read).unwrap_or_default();
+        process.jit = Some(map);
         let bytes = process.jit.as_ref().map_or(0, PerfMap::memory_estimate);
         self.jit_bytes = self.jit_bytes.saturating_sub(before).saturating_add(bytes);
         self.counts.perf_maps_read = self.counts.perf_maps_read.saturating_add(u64::from(grown));

@@ -23,6 +23,7 @@ use crate::session::{Session, SessionConfig};
 
 mod incident_reader;
 mod recovery;
+mod room;
 mod sinks;
 mod symbolize_queue;
 
@@ -55,6 +56,7 @@ pub struct AgentConfig {
 /// Runs until SIGTERM or SIGINT.
 pub fn run(config: AgentConfig) -> anyhow::Result<()> {
     log_to_stderr();
+    room::check()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // For the naming of functions; each thread costs memory.
@@ -70,7 +72,7 @@ pub fn run(config: AgentConfig) -> anyhow::Result<()> {
 async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
-    protect_from_oom();
+    leave_to_the_last();
     raise_file_limit();
     let mut sinks = Sinks::open(&config)?;
     let (sender, mut requests) = mpsc::channel(MAX_REQUESTS);
@@ -82,6 +84,9 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         recovery::recover(&journal.dir, &mut sinks)?;
     }
     let mut session = Session::start(&config.session)?;
+    // The kernel's types took much, and locked pages cannot be given back.
+    own_process::trim_memory();
+    lock_memory();
     warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
@@ -199,6 +204,7 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
                 snapshot: session.engine().snapshot(),
                 sent: session.probe().sent(),
                 stack_workers: vec![("running", u64::from(health.running)), ("stuck", health.stuck)],
+                stack_readings_late: health.readings_late,
                 stack_worker_bytes: health.running.then_some(worker_bytes),
                 journal_failures: session.journal_failures(),
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
@@ -212,14 +218,17 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
     }
 }
 
-/// Keeps the agent running when memory runs out, which is when it is needed: its pages are locked (CAP_IPC_LOCK), and
-/// the OOM killer takes it last (CAP_SYS_RESOURCE). `ONFAULT` locks pages as they are touched; without it everything
-/// that is mapped would become resident.
-fn protect_from_oom() {
+/// Keeps the agent from being paged out when memory runs out, which is when it is needed (CAP_IPC_LOCK). `ONFAULT` locks
+/// pages as they are touched; without it everything that is mapped would become resident.
+fn lock_memory() {
     let lock = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if let Err(error) = mlockall(lock) {
         warn!("memory is not locked ({error}): in a global shortage the agent may be paged out; give CAP_IPC_LOCK");
     }
+}
+
+/// The OOM killer takes the agent last (CAP_SYS_RESOURCE).
+fn leave_to_the_last() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-999") {
         warn!("oom_score_adj stays as it is ({error}): in a global OOM the agent may be killed; give CAP_SYS_RESOURCE");
     }

@@ -12,6 +12,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::cage::Cage;
 use crate::deadline::Deadline;
 use crate::{process, programs};
 
@@ -31,12 +32,21 @@ pub struct AgentOptions {
     pub journal_dir: PathBuf,
     /// Further arguments.
     pub extra: Vec<String>,
+    /// Directory of the memory cgroup that it runs in; `None`: that of the test.
+    pub cgroup_dir: Option<PathBuf>,
 }
 
 impl AgentOptions {
     /// State and journal directories below `dir`.
     pub fn below(dir: &Path) -> Self {
-        Self { state_dir: dir.join("state"), journal_dir: dir.join("journal"), extra: Vec::new() }
+        let (state_dir, journal_dir) = (dir.join("state"), dir.join("journal"));
+        Self { state_dir, journal_dir, extra: Vec::new(), cgroup_dir: None }
+    }
+
+    /// In a memory cgroup of its own.
+    pub fn inside(mut self, cage: &Cage) -> Self {
+        self.cgroup_dir = Some(cage.dir().to_owned());
+        self
     }
 
     /// Adds arguments.
@@ -48,6 +58,9 @@ impl AgentOptions {
     /// The command that starts the agent, listening on `port`.
     pub fn command(&self, port: u16) -> anyhow::Result<Command> {
         let mut command = programs::memtrace_command()?;
+        if let Some(dir) = &self.cgroup_dir {
+            command.arg("exec-in").arg("--cgroup").arg(dir).arg("--").arg(programs::memtrace()?);
+        }
         command.arg("agent").arg("--state-dir").arg(&self.state_dir).arg("--journal-dir").arg(&self.journal_dir);
         command.arg("--listen").arg(format!("127.0.0.1:{port}")).args(&self.extra);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

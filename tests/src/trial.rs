@@ -36,9 +36,18 @@ pub struct Trial {
 impl Trial {
     /// Starts an agent with short windows and further arguments.
     pub fn begin(arguments: &[&str]) -> anyhow::Result<Self> {
+        Self::begin_with(|options| options.with(arguments))
+    }
+
+    /// The same in a memory cgroup of its own.
+    pub fn begin_inside(cage: &Cage, arguments: &[&str]) -> anyhow::Result<Self> {
+        Self::begin_with(|options| options.with(arguments).inside(cage))
+    }
+
+    fn begin_with(more: impl FnOnce(AgentOptions) -> AgentOptions) -> anyhow::Result<Self> {
         programs::require_root()?;
         let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;
-        let agent = AgentOptions::below(dir.path()).with(&["--after", "300ms"]).with(arguments).start()?;
+        let agent = more(AgentOptions::below(dir.path()).with(&["--after", "300ms"])).start()?;
         Ok(Self { agent, dir })
     }
 

@@ -53,17 +53,23 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
         return Ok(());
     }
     let trial = Trial::begin(&AMPLE)?;
+    let worker = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    let late = || trial.agent.metric("memtrace_stack_readings_late");
     let silent = silent_file_system(&trial, "first")?;
-    wait_for("a worker that hangs is replaced", &trial, || Ok(replaced(&trial)?.filter(|count| *count > 0.0)))?;
-    // The one that hangs cannot be killed before its file system lets go of it.
+    wait_for("a reading is given up", &trial, || Ok(late()?.filter(|late| *late > 0.0)))?;
+    // From then on none of that kind is read.
+    let before = late()?;
+    let another = silent_file_system(&trial, "second")?;
+    kills_have_stacks(&trial)?;
+    ensure!(trial.stack_worker()? == Some(worker), "it was replaced:\n{}", trial.agent.stderr());
+    ensure!(late()? == before, "{before:?} readings were late, then {:?}:\n{}", late()?, trial.agent.stderr());
+    // A worker with such a reading cannot die before the file system lets go of it.
+    memtrace_tests::process::signal(worker, Signal::KILL)?;
     wait_for("it is shown", &trial, || {
         Ok(trial.agent.metric(r#"memtrace_stack_workers{state="stuck"}"#)?.filter(|count| *count > 0.0))
     })?;
-    // Nor can another one hang the worker that runs instead.
-    let before = replaced(&trial)?;
-    let another = silent_file_system(&trial, "second")?;
+    wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != worker)))?;
     kills_have_stacks(&trial)?;
-    ensure!(replaced(&trial)? == before, "another one was replaced:\n{}", trial.agent.stderr());
     ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
     ensure!(trial.agent.says("does not answer"), "the agent says nothing about it:\n{}", trial.agent.stderr());
     // While it is silent, the agent stops as ever.

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::error::CommandError;
+use crate::own_process;
 
 pub mod agent;
 pub mod completions;
@@ -78,6 +79,7 @@ pub type VerbResult = anyhow::Result<u8>;
 
 /// Runs the verb and turns its result into the exit code of the process.
 pub fn run(cli: Cli) -> ExitCode {
+    own_process::give_memory_back();
     let outcome = match cli.verb {
         Verb::Agent(args) => agent::run(&args),
         Verb::Record(args) => record::run(&args),

@@ -209,6 +209,11 @@ static METRICS: &[Metric] = &[
             read: |now| now.stack_workers.iter().map(|(state, count)| ((*state).to_owned(), *count)).collect(),
         },
     ),
+    Metric::gauge(
+        "stack_readings_late",
+        "Readings of other programs' files that were given up and have not ended",
+        Value::One(|now| now.stack_readings_late),
+    ),
     Metric::counter("bad_records", "Records that could not be decoded", Value::One(|now| now.counts.bad_records)),
     Metric::gauge("open_incidents", "Incidents still gathering", Value::One(|now| now.counts.open_incidents)),
     Metric::gauge("cgroups", "Memory cgroups followed", Value::One(|now| now.counts.cgroups)),

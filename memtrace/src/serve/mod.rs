@@ -85,6 +85,8 @@ pub struct MetricsSnapshot {
     pub map_bytes: Option<u64>,
     /// Processes that unwind stacks, by what they do.
     pub stack_workers: Vec<(&'static str, u64)>,
+    /// Readings that the one that runs has given up and that have not ended.
+    pub stack_readings_late: u64,
     /// Resident memory of the one that runs, bytes.
     pub stack_worker_bytes: Option<u64>,
     /// Connections to this server, by what became of them.

@@ -1,9 +1,9 @@
 //! The stack worker as the recorder sees it: started, listened to, and replaced when it hangs or ends.
 //!
-//! Nothing here waits for the worker but what says so, and that has a deadline. A worker that
-//! announced a reading and does not end it in time hangs on somebody's file ([`running`]): it is
-//! killed, and the next one leaves that process, device and, the second time, user alone for a while
-//! ([`refusals`]). One that ended by itself did so over a record of the ring or over a file: the next
+//! Nothing here waits for the worker but what says so, and that has a deadline. The worker gives up a
+//! reading that is late, and from then on that process, device and, the second time, user are left
+//! alone for a while ([`refusals`]). A worker with too many of those, or that itself does not end a
+//! reading that it announced ([`running`]), is killed and replaced. One that ended by itself did so over a record of the ring or over a file: the next
 //! one skips the one and leaves the other alone. A worker that hangs in the kernel dies only when its
 //! file system lets it. Up to [`MAX_STUCK`] of those are waited for; with more there are no stacks
 //! until one is gone. Until then nothing is read from where the next one may hang as well: file
@@ -69,6 +69,8 @@ pub struct WorkerHealth {
     pub stuck: u64,
     /// Whether one runs.
     pub running: bool,
+    /// Readings that it has given up and that have not ended.
+    pub readings_late: u64,
 }
 
 /// See the module.
@@ -164,9 +166,15 @@ impl StackWorker {
     /// Takes what the worker has said, without waiting.
     pub(super) fn receive(&mut self) {
         let Some(running) = &mut self.running else { return };
-        if let Err(error) = running.receive(&mut self.batches) {
+        let (received, now) = (running.receive(&mut self.batches), Instant::now());
+        let is_tangled = running.is_tangled();
+        std::mem::take(&mut running.late).iter().for_each(|reading| self.refusals.add(reading, now));
+        if let Err(error) = received {
             warn!("the stack worker ended ({error}); another one is started");
-            self.gave_up(Instant::now());
+            self.gave_up(now);
+        } else if is_tangled {
+            warn!("too many readings of the stack worker do not end; another one is started");
+            self.replace(now);
         }
     }
 
@@ -340,7 +348,12 @@ impl StackWorker {
     /// How the worker is doing.
     pub(super) fn health(&self) -> WorkerHealth {
         let stuck = u64::try_from(self.stuck.len()).unwrap_or(u64::MAX);
-        WorkerHealth { restarts: self.restarts, stuck, running: self.running.is_some() }
+        WorkerHealth {
+            restarts: self.restarts,
+            stuck,
+            running: self.running.is_some(),
+            readings_late: self.counts().readings_late,
+        }
     }
 
     /// Waits for the worker until `done` or `limit`.

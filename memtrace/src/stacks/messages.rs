@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use memtrace_engine::input::{Fact, StackFound};
 use memtrace_incident::Cause;
-use memtrace_unwind::gate::{ProcessKey, Reading, Refused};
+use memtrace_unwind::gate::{Place, ProcessKey, Reading, Refused};
 use rustix::cmsg_space;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -92,16 +92,11 @@ pub struct Start {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromWorker {
     /// A reading of somebody's file begins, and may never end.
-    Begin {
-        /// Whose file it is.
-        process: ProcessKey,
-        /// The user of the process.
-        user: Option<u32>,
-        /// Device number of the file.
-        device: Option<(u32, u32)>,
-    },
+    Begin(ReadingRow),
     /// The reading has ended.
     End,
+    /// The reading was given up, and how many that were have not ended.
+    Late(ReadingRow, usize),
     /// Stacks, and what they cost.
     Batch(Box<Batch>),
     /// Modules that are open; as many descriptors come with it. At most [`MAX_FDS`].
@@ -117,10 +112,24 @@ pub enum FromWorker {
     Failed(String),
 }
 
-impl FromWorker {
-    /// The message that announces a reading.
-    pub fn begin(reading: &Reading) -> Self {
-        Self::Begin { process: reading.process, user: reading.user, device: reading.device }
+/// A [`Reading`]: process, user, device number of the file, and whether it is found by its path.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct ReadingRow(ProcessKey, Option<u32>, Option<(u32, u32)>, bool);
+
+impl From<&Reading> for ReadingRow {
+    fn from(reading: &Reading) -> Self {
+        Self(reading.process, reading.user, reading.place.device(), reading.place == Place::Path)
+    }
+}
+
+impl From<ReadingRow> for Reading {
+    fn from(ReadingRow(process, user, device, by_path): ReadingRow) -> Self {
+        let place = match (device, by_path) {
+            (Some(device), _) => Place::Device(device),
+            (None, true) => Place::Path,
+            (None, false) => Place::Proc,
+        };
+        Self { process, user, place }
     }
 }
 
@@ -217,6 +226,8 @@ pub struct StackCounts {
     pub spent_ns: u64,
     /// Resident memory, bytes: of now, not a total.
     pub resident_bytes: u64,
+    /// Readings that were given up and have not ended: of now, not a total.
+    pub readings_late: u64,
     /// Samples whose record was skipped, or whose path is not known.
     pub without_frames: u64,
     /// Records that could not be decoded.
@@ -238,12 +249,13 @@ pub struct StackCounts {
 }
 
 impl StackCounts {
-    /// The sums of both; the resident memory is that of `self`.
+    /// The sums of both; what is of now is that of `self`.
     pub fn plus(&self, other: &Self) -> Self {
         Self {
             unwound: self.unwound.saturating_add(other.unwound),
             spent_ns: self.spent_ns.saturating_add(other.spent_ns),
             resident_bytes: self.resident_bytes,
+            readings_late: self.readings_late,
             without_frames: self.without_frames.saturating_add(other.without_frames),
             bad_records: self.bad_records.saturating_add(other.bad_records),
             processes_forgotten: self.processes_forgotten.saturating_add(other.processes_forgotten),
@@ -399,6 +411,14 @@ mod tests {
         let text = serde_json::to_string(&StackRow::from(stack.clone())).unwrap();
         let row: StackRow = serde_json::from_str(&text).unwrap();
         assert_eq!(StackFound::from(row), stack);
+    }
+
+    #[test]
+    fn a_reading_survives_its_way() {
+        for place in [Place::Proc, Place::Path, Place::Device((8, 1))] {
+            let reading = Reading { process: (1, 2), user: Some(3), place };
+            assert_eq!(Reading::from(ReadingRow::from(&reading)), reading);
+        }
     }
 
     #[test]

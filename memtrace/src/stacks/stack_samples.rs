@@ -238,6 +238,7 @@ impl StackSamples {
             unwound: self.unwound,
             spent_ns: 0,
             resident_bytes: 0,
+            readings_late: counts.gate.late,
             without_frames: 0,
             bad_records: self.bad,
             processes_forgotten: counts.forgotten,

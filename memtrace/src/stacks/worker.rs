@@ -125,7 +125,7 @@ fn confine() {
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     // Rather this process than the recorder, but no sooner than others.
     let adjusted = std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse().ok());
-    let adjusted = adjusted.map_or(0, |adjusted: i32| adjusted.saturating_add(100).clamp(-500, 1000));
+    let adjusted = adjusted.map_or(0, |adjusted: i32| adjusted.saturating_add(500).clamp(-500, 1000));
     let _ = std::fs::write("/proc/self/oom_score_adj", adjusted.to_string());
     for (resource, most) in [(Resource::Data, MAX_PRIVATE_BYTES), (Resource::Core, 0)] {
         own_process::lower_limit(resource, most);
@@ -180,11 +180,15 @@ impl Announcer {
 
 impl ReadObserver for Announcer {
     fn begin(&mut self, reading: &Reading) {
-        self.say(&FromWorker::begin(reading));
+        self.say(&FromWorker::Begin(reading.into()));
     }
 
     fn end(&mut self) {
         self.say(&FromWorker::End);
+    }
+
+    fn late(&mut self, reading: &Reading, late: usize) {
+        self.say(&FromWorker::Late(reading.into(), late));
     }
 }
 

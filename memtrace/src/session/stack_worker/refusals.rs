@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use memtrace_unwind::gate::{MAX_REFUSED, ProcessKey, Reading, Refused};
+use memtrace_unwind::gate::{MAX_REFUSED, Place, ProcessKey, Reading, Refused};
 use tracing::warn;
 
 /// How long the first refusal lasts.
@@ -92,17 +92,19 @@ impl Refusals {
     /// A worker hung or ended over this.
     pub(super) fn add(&mut self, reading: &Reading, now: Instant) {
         let (pid, _) = reading.process;
-        let device = reading.device.map(|(major, minor)| format!(" on device {major}:{minor}")).unwrap_or_default();
+        let device = reading.place.device();
+        let device = device.map(|(major, minor)| format!(" on device {major}:{minor}")).unwrap_or_default();
         warn!("a file{device} of process {pid} does not answer: files of this process are left alone for now");
         self.processes.add(reading.process, 0, now);
-        match reading.device {
+        match reading.place {
             // A disk is what everybody has their files on; that it is slow for once is no reason.
-            Some(device @ (1.., _)) => self.devices.add(device, 1, now),
-            Some(device) => {
+            Place::Device(device @ (1.., _)) => self.devices.add(device, 1, now),
+            Place::Device(device) => {
                 self.devices.add(device, 0, now);
                 self.strangers.add((), 0, now);
             }
-            None => self.strangers.add((), 0, now),
+            Place::Path => self.strangers.add((), 0, now),
+            Place::Proc => {}
         }
         // Root owns what everybody uses; others have what they do themselves.
         if let Some(user) = reading.user.filter(|user| *user != 0) {
@@ -117,7 +119,7 @@ impl Refusals {
     /// has.
     pub(super) fn hold(&mut self, reading: &Reading, now: Instant) {
         self.processes.hold(reading.process, now);
-        reading.device.iter().for_each(|device| self.devices.hold(*device, now));
+        reading.place.device().iter().for_each(|device| self.devices.hold(*device, now));
         let user = reading.user.filter(|user| *user != 0);
         user.iter().for_each(|user| self.users.hold(*user, now));
     }
@@ -146,7 +148,7 @@ mod tests {
     use super::*;
 
     fn reading(pid: u32, user: u32) -> Reading {
-        Reading { process: (pid, 1), user: Some(user), device: Some((0, pid)) }
+        Reading { process: (pid, 1), user: Some(user), place: Place::Device((0, pid)) }
     }
 
     #[test]
@@ -169,7 +171,7 @@ mod tests {
     #[test]
     fn a_disk_is_refused_the_second_time() {
         let (mut refusals, now) = (Refusals::default(), Instant::now());
-        let on_disk = |pid| Reading { process: (pid, 1), user: Some(0), device: Some((8, 1)) };
+        let on_disk = |pid| Reading { process: (pid, 1), user: Some(0), place: Place::Device((8, 1)) };
         refusals.add(&on_disk(1), now);
         assert!(refusals.list().devices.is_empty() && !refusals.list().strangers);
         refusals.add(&on_disk(2), now);

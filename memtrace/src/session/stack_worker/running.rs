@@ -29,6 +29,8 @@ pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const MAX_OUTGOING_BYTES: usize = 512 << 10;
 /// Bytes of the names of modules that are asked for in one message.
 const MAX_ASKED_BYTES: usize = 64 << 10;
+/// Readings that a worker may have given up: each has a thread.
+const MAX_LATE: usize = 16;
 /// Files of modules that a worker may send.
 const MAX_FILES: usize = 1024;
 
@@ -44,6 +46,10 @@ pub(super) struct Running {
     outgoing: VecDeque<u8>,
     /// What it reads, and since when.
     pub(super) reading: Option<(Reading, Instant)>,
+    /// Readings that it has given up, and that nobody has taken note of. Cap: [`MAX_LATE`].
+    pub(super) late: Vec<Reading>,
+    /// How many that were given up have not ended.
+    given_up: usize,
     /// The question that it has not answered, and when it was asked.
     pub(super) asked: Option<(u64, Instant)>,
     pub(super) counts: StackCounts,
@@ -78,6 +84,8 @@ impl Running {
             incoming: Incoming::default(),
             outgoing: VecDeque::new(),
             reading: None,
+            late: Vec::new(),
+            given_up: 0,
             asked: None,
             counts: StackCounts::default(),
             modules: None,
@@ -88,9 +96,14 @@ impl Running {
     /// word of its end.
     pub(super) fn hangs(&self, batches: &Batches) -> bool {
         let Some((reading, since)) = self.reading.filter(|_| !batches.is_full()) else { return false };
-        let is_disk = reading.device.is_some_and(|(major, _)| major != 0);
+        let is_disk = reading.place.device().is_some_and(|(major, _)| major != 0);
         let elapsed = since.elapsed();
         elapsed > ANSWER_LIMIT || (elapsed > READING_LIMIT && !is_disk && !wants_to_run(self.child.id()))
+    }
+
+    /// Whether more of its readings have not ended than it may have.
+    pub(super) fn is_tangled(&self) -> bool {
+        self.given_up >= MAX_LATE
     }
 
     /// Takes what it has said, without waiting.
@@ -119,10 +132,16 @@ impl Running {
 
     fn take(&mut self, message: FromWorker, bytes: usize, batches: &mut Batches) {
         match message {
-            FromWorker::Begin { process, user, device } => {
-                self.reading = Some((Reading { process, user, device }, Instant::now()));
-            }
+            FromWorker::Begin(reading) => self.reading = Some((reading.into(), Instant::now())),
             FromWorker::End => self.reading = None,
+            FromWorker::Late(reading, late) => {
+                self.reading = None;
+                self.given_up = late;
+                // One that it has no room for is refused when it is late again.
+                if self.late.len() < MAX_LATE {
+                    self.late.push(reading.into());
+                }
+            }
             FromWorker::Batch(batch) => {
                 self.counts = batch.counts;
                 if self.asked.is_some_and(|(number, _)| number == batch.number) {
