@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::host_mounts::HostMounts;
-use crate::proc_dir::Credentials;
 use crate::readers::Readers;
 
 /// Processes with an account of their own; beyond it all begin anew.
@@ -98,7 +97,7 @@ pub struct Refused {
     pub devices: BTreeSet<(u32, u32)>,
     /// Users.
     pub users: BTreeSet<u32>,
-    /// File systems that the host has not mounted.
+    /// File systems that the host has not mounted, and whatever is found by its path.
     pub strangers: bool,
 }
 
@@ -130,6 +129,8 @@ pub struct Gate {
     /// CPU time that readings may take, in parts per million of one CPU; `None`: any.
     rate_ppm: Option<u64>,
     all: Account,
+    /// Time that was waited for strangers.
+    strangers: Account,
     /// Cap: [`MAX_ACCOUNTS`].
     accounts: HashMap<ProcessKey, Account>,
     current: Option<Current>,
@@ -146,8 +147,6 @@ pub struct Gate {
 struct Current {
     process: ProcessKey,
     user: Option<u32>,
-    /// It has the mounts of the host.
-    at_host: bool,
 }
 
 impl Gate {
@@ -161,16 +160,15 @@ impl Gate {
         self.refused = refused;
     }
 
-    /// The process for which readings come next; who it is is not known yet.
+    /// The process for which readings come next; its user is not known yet.
     pub(crate) fn set_process(&mut self, process: ProcessKey) {
-        self.current = Some(Current { process, user: None, at_host: false });
+        self.current = Some(Current { process, user: None });
     }
 
-    /// The user of that process, and whether it has the mounts of the host, once they are known.
-    pub(crate) fn set_credentials(&mut self, credentials: &Credentials) {
+    /// The user of that process, once it is known.
+    pub(crate) fn set_user(&mut self, user: Option<u32>) {
         if let Some(current) = &mut self.current {
-            current.user = credentials.user();
-            current.at_host = credentials.at_host;
+            current.user = user;
         }
     }
 
@@ -178,8 +176,11 @@ impl Gate {
     pub(crate) fn affords(&mut self) -> bool {
         let (Some(rate_ppm), Some(current)) = (self.rate_ppm, self.current) else { return true };
         let now = Instant::now();
-        let mine = self.accounts.get_mut(&current.process).is_none_or(|account| account.balance(now, rate_ppm / 2) > 0);
-        mine && self.all.balance(now, rate_ppm) > 0
+        let mine = self
+            .accounts
+            .get_mut(&current.process)
+            .is_none_or(|account| account.balance(now, Rate::of_cpu(rate_ppm / 2)) > 0);
+        mine && self.all.balance(now, Rate::of_cpu(rate_ppm)) > 0
     }
 
     /// Reads, unless that is refused or not paid for. `None` also if it is late.
@@ -188,15 +189,15 @@ impl Gate {
         place: Place,
         read: impl FnOnce() -> T + Send + 'static,
     ) -> Option<T> {
-        let Some(Current { process, user, at_host }) = self.current else { return Some(read()) };
+        let Some(Current { process, user }) = self.current else { return Some(read()) };
         let reading = Reading { process, user, place };
-        let is_strange = self.refused.strangers
-            && match place {
-                Place::Proc => false,
-                Place::Device(device) => !self.host.have(device),
-                Place::Path => !at_host,
-            };
-        if is_strange || self.refused.holds(&reading) {
+        let is_strange = match place {
+            Place::Proc => false,
+            Place::Device(device) => !self.host.have(device),
+            Place::Path => true,
+        };
+        let strangers = self.refused.strangers || self.strangers.balance(Instant::now(), STRANGERS) <= 0;
+        if (is_strange && strangers) || self.refused.holds(&reading) {
             self.counts.refused = self.counts.refused.saturating_add(1);
             return None;
         }
@@ -214,12 +215,18 @@ impl Gate {
             let found = read();
             (found, cpu_ns().saturating_sub(begin))
         };
-        let Some((found, spent_ns)) = self.readers.run(place.limit(), timed) else {
-            self.give_up(&reading);
-            return None;
-        };
+        let begin = Instant::now();
+        let read = self.readers.run(place.limit(), timed);
+        let spent_ns = read.as_ref().map_or(0, |(_, spent_ns)| *spent_ns);
+        if is_strange {
+            let elapsed_ns = i64::try_from(begin.elapsed().as_nanos()).unwrap_or(i64::MAX);
+            self.strangers.charge(Instant::now(), STRANGERS, elapsed_ns.saturating_sub(spent_ns));
+        }
         self.charge(process, spent_ns);
-        Some(found)
+        if read.is_none() {
+            self.give_up(&reading);
+        }
+        read.map(|(found, _)| found)
     }
 
     /// Refuses what else would be late, until somebody else says for how long.
@@ -249,8 +256,8 @@ impl Gate {
         if self.accounts.len() >= MAX_ACCOUNTS && !self.accounts.contains_key(&process) {
             self.accounts.clear();
         }
-        self.accounts.entry(process).or_default().charge(now, rate_ppm / 2, spent_ns);
-        self.all.charge(now, rate_ppm, spent_ns);
+        self.accounts.entry(process).or_default().charge(now, Rate::of_cpu(rate_ppm / 2), spent_ns);
+        self.all.charge(now, Rate::of_cpu(rate_ppm), spent_ns);
     }
 
     /// What was not read, since the start.
@@ -259,7 +266,26 @@ impl Gate {
     }
 }
 
-/// CPU time that is earned as time passes, and spent.
+/// What an account earns.
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    /// Parts per million of the time that passes.
+    ppm: u64,
+    /// The most that it holds, nanoseconds.
+    full_ns: i64,
+}
+
+/// Waiting for file systems that the host has not mounted: they may be slow without an end, each time
+/// a little less than what is late. A second at first, then a fiftieth of the time.
+const STRANGERS: Rate = Rate { ppm: 20_000, full_ns: 1_000_000_000 };
+
+impl Rate {
+    fn of_cpu(ppm: u64) -> Self {
+        Self { ppm, full_ns: earned_ns(BURST, ppm).max(LEAST_BURST_NS) }
+    }
+}
+
+/// Time that is earned as time passes, and spent.
 #[derive(Clone, Copy, Debug, Default)]
 struct Account {
     /// When it was filled last, and what it held then, nanoseconds; `None`: full.
@@ -267,17 +293,16 @@ struct Account {
 }
 
 impl Account {
-    fn balance(&mut self, now: Instant, rate_ppm: u64) -> i64 {
-        let full = earned_ns(BURST, rate_ppm).max(LEAST_BURST_NS);
-        let balance = self.filled.map_or(full, |(at, held)| {
-            held.saturating_add(earned_ns(now.saturating_duration_since(at), rate_ppm)).min(full)
+    fn balance(&mut self, now: Instant, rate: Rate) -> i64 {
+        let balance = self.filled.map_or(rate.full_ns, |(at, held)| {
+            held.saturating_add(earned_ns(now.saturating_duration_since(at), rate.ppm)).min(rate.full_ns)
         });
         self.filled = Some((now, balance));
         balance
     }
 
-    fn charge(&mut self, now: Instant, rate_ppm: u64, spent_ns: i64) {
-        let left = self.balance(now, rate_ppm).saturating_sub(spent_ns);
+    fn charge(&mut self, now: Instant, rate: Rate, spent_ns: i64) {
+        let left = self.balance(now, rate).saturating_sub(spent_ns);
         self.filled = Some((now, left));
     }
 }
@@ -333,7 +358,7 @@ mod tests {
         gate.rest();
         assert_eq!(*heard.lock().unwrap(), [Some(reading), None]);
         assert_eq!(gate.pass(Place::Device((0, 40)), || 5), None, "the device");
-        gate.set_credentials(&Credentials { users: vec![1000; 4], ..Credentials::default() });
+        gate.set_user(Some(1000));
         assert_eq!(gate.pass(Place::Proc, || 5), None, "the user");
         gate.set_process((7, 1));
         assert_eq!(gate.pass(Place::Proc, || 5), None, "the process");
@@ -379,16 +404,26 @@ mod tests {
         let passes = |gate: &mut Gate, place| gate.pass(place, || ()).is_some();
         assert!(passes(&mut gate, Place::Proc) && passes(&mut gate, known));
         assert!(!passes(&mut gate, strange) && !passes(&mut gate, Place::Path));
-        gate.set_credentials(&Credentials { at_host: true, ..Credentials::default() });
-        assert!(passes(&mut gate, Place::Path) && !passes(&mut gate, strange));
         gate.refuse(Refused::default());
-        assert!(passes(&mut gate, strange));
+        assert!(passes(&mut gate, strange) && passes(&mut gate, Place::Path));
+    }
+
+    #[test]
+    fn file_systems_of_others_that_are_slow_are_paid_for() {
+        let mut gate = Gate::default();
+        let passes = |gate: &mut Gate, pid, place| {
+            gate.set_process((pid, 1));
+            gate.pass(place, || std::thread::sleep(Duration::from_millis(60))).is_some()
+        };
+        let read = (0..100).take_while(|pid| passes(&mut gate, *pid, Place::Device((0, *pid)))).count();
+        assert!((2..30).contains(&read), "{read} were read");
+        assert!(!passes(&mut gate, 200, Place::Path) && passes(&mut gate, 200, Place::Proc), "that is the host's");
     }
 
     #[test]
     fn who_is_in_debt_waits_and_others_go_on() {
-        let (at, rate) = (Instant::now(), 10_000);
-        let mut gate = Gate { rate_ppm: Some(rate), ..Gate::default() };
+        let (at, rate) = (Instant::now(), Rate::of_cpu(10_000));
+        let mut gate = Gate { rate_ppm: Some(10_000), ..Gate::default() };
         gate.set_process((7, 1));
         gate.charge((7, 1), LEAST_BURST_NS / 2 + 15_000_000);
         assert!(!gate.affords());

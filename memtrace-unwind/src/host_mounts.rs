@@ -5,10 +5,8 @@
 //! and it says so before the number is free.
 
 use std::collections::BTreeSet;
-use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -52,7 +50,9 @@ impl HostMounts {
     fn read_table(&mut self) {
         if self.table.is_none() {
             // What has changed is said since it was opened.
-            self.table = host().and_then(|host| host.file("mountinfo"));
+            // Of the first process, or of this one if that is hidden.
+            let of = |pid| ProcDir::of(pid).and_then(|dir| dir.file("mountinfo"));
+            self.table = of(1).or_else(|| of(std::process::id()));
         }
         self.read = Some(Instant::now());
         let mut mounts = Vec::new();
@@ -75,17 +75,6 @@ fn has_changed(table: &File) -> bool {
 fn of_memory_files() -> Option<(u32, u32)> {
     let file = rustix::fs::memfd_create("device", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
     Some(FileStamp::of(&file.into())?.device())
-}
-
-/// The process whose mounts are those of the host: the first one, or this one if that is hidden.
-fn host() -> Option<ProcDir> {
-    ProcDir::of(1).filter(|dir| dir.mounts().is_some()).or_else(|| ProcDir::of(std::process::id()))
-}
-
-/// The mount namespace of the host. It does not change while this process runs.
-pub(crate) fn namespace() -> Option<CString> {
-    static NAMESPACE: OnceLock<Option<CString>> = OnceLock::new();
-    NAMESPACE.get_or_init(|| host()?.mounts()).clone()
 }
 
 #[cfg(test)]

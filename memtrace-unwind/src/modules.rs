@@ -168,6 +168,18 @@ pub struct Reader {
     pub credentials: Arc<Credentials>,
 }
 
+/// A file that was opened, and what it is.
+type Loaded = (FileStamp, File, Result<ElfHeaders, ElfError>);
+
+impl Reader {
+    /// Reads the headers of a file, unless the process may not.
+    fn load(&self, file: File) -> Option<Loaded> {
+        let file = Some(file).filter(|file| self.credentials.may_read(file))?;
+        let (stamp, headers) = (FileStamp::of(&file)?, ElfHeaders::read(&file));
+        Some((stamp, file, headers))
+    }
+}
+
 /// All modules known.
 #[derive(Debug, Default)]
 pub struct Modules {
@@ -321,19 +333,16 @@ impl Modules {
                 return Some(*id);
             }
         }
-        let (reader, path, inode) = (reader.clone(), path.clone(), mapping.inode);
-        let open = move || {
-            let file = reader.dir.open_mapped(start, end).or_else(|| {
-                // map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it: the same path,
-                // if it still leads to the same inode.
-                let file = reader.dir.open_in_root(&path)?;
-                FileStamp::of(&file).is_some_and(|stamp| stamp.inode == inode).then_some(file)
-            });
-            let file = file.filter(|file| reader.credentials.may_read(file))?;
-            let (stamp, headers) = (FileStamp::of(&file)?, ElfHeaders::read(&file));
-            Some((stamp, file, headers))
-        };
-        Some(match self.gate.pass(place, open)? {
+        let of = reader.clone();
+        let mut opened = self.gate.pass(place, move || of.load(of.dir.open_mapped(start, end)?))?;
+        if opened.is_none() {
+            // map_files needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it: the same path, if it
+            // still leads to the same inode.
+            let (of, path, inode) = (reader.clone(), path.clone(), mapping.inode);
+            let open = move || of.load(of.dir.open_in_root(&path)?).filter(|(stamp, ..)| stamp.inode == inode);
+            opened = self.gate.pass(Place::Path, open).flatten();
+        }
+        Some(match opened {
             Some((stamp, file, headers)) => {
                 self.intern(ModuleKey::File(stamp, mapping.path.clone()), mapping, Some((file, headers)))
             }

@@ -8,16 +8,13 @@
 //! Files of a process are opened only if they are regular files: opening a device or a FIFO may
 //! block or do something. Paths are resolved inside the process' own root.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2, readlinkat};
-
-use crate::host_mounts;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 
 /// Nanoseconds of a clock tick in /proc: `USER_HZ` is 100 whatever `CONFIG_HZ` is.
 const TICK_NS: u64 = 10_000_000;
@@ -62,16 +59,7 @@ impl ProcDir {
 
     /// Who the process is.
     pub fn credentials(&self) -> Option<Credentials> {
-        let found = Credentials::parse(&String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?))?;
-        Some(Credentials {
-            at_host: self.mounts().is_some_and(|mounts| Some(mounts) == host_mounts::namespace()),
-            ..found
-        })
-    }
-
-    /// Identifies the mount namespace.
-    pub(crate) fn mounts(&self) -> Option<CString> {
-        readlinkat(&self.fd, "ns/mnt", Vec::new()).ok()
+        Credentials::parse(&String::from_utf8_lossy(&self.read("status", MAX_STATUS_BYTES)?))
     }
 
     /// The file systems in the mounts of this process by device number, and whether another process
@@ -129,8 +117,6 @@ pub struct Credentials {
     pub users: Vec<u32>,
     /// Groups, the supplementary ones too. Cap: what 64 KiB hold.
     pub groups: Vec<u32>,
-    /// It has the mounts of the host: nobody but root decides what its paths lead to.
-    pub at_host: bool,
 }
 
 impl Credentials {
@@ -143,7 +129,7 @@ impl Credentials {
         let mut groups: Vec<u32> = numbers(field("Gid")?);
         groups.extend(field("Groups").map(numbers).unwrap_or_default());
         users.first()?;
-        Some(Self { inner_pid, users, groups, at_host: false })
+        Some(Self { inner_pid, users, groups })
     }
 
     /// The real user.

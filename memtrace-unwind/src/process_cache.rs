@@ -182,9 +182,8 @@ impl ProcessCache {
 
     /// The process ended: it stays cached for [`KEEP_AFTER_EXIT`].
     pub fn exit(&mut self, key: ProcessKey) {
-        self.execs.remove(&key);
         if let Some(process) = self.processes.get_mut(&key) {
-            process.ended = Some(Instant::now());
+            process.ended.get_or_insert_with(Instant::now);
         }
     }
 
@@ -309,7 +308,7 @@ impl ProcessCache {
         self.modules.gate.set_process(key);
         let process = self.processes.entry(key).or_default();
         process.used = self.clock;
-        self.modules.gate.set_credentials(&process.credentials);
+        self.modules.gate.set_user(process.credentials.user());
         while self.processes.len() > MAX_PROCESSES && self.evict_oldest(key, |_| true) {}
     }
 
@@ -405,7 +404,7 @@ impl ProcessCache {
         };
         let Some(Some((dir, credentials))) = self.modules.gate.pass(Place::Proc, open) else { return false };
         // Known before anything is read that may hang: mappings wait for whoever changes them.
-        self.modules.gate.set_credentials(&credentials);
+        self.modules.gate.set_user(credentials.user());
         let read_ns = boot_ns();
         let of = dir.clone();
         let read = move || of.read("maps", maps::MAX_BYTES).map(|bytes| Maps::parse(&bytes));

@@ -175,6 +175,8 @@ impl StackWorker {
         } else if is_tangled {
             warn!("too many readings of the stack worker do not end; another one is started");
             self.replace(now);
+            // That is no fault of its own.
+            self.next = None;
         }
     }
 

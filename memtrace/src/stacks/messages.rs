@@ -14,8 +14,8 @@ use memtrace_incident::Cause;
 use memtrace_unwind::gate::{Place, ProcessKey, Reading, Refused};
 use rustix::cmsg_space;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -321,6 +321,10 @@ impl Incoming {
                 // What is too much is closed.
                 self.fds.extend(fds.take(MAX_WAITING_FDS.saturating_sub(self.fds.len())));
             }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            // What comes next would be taken for what is missing.
+            return Err(io::Error::other("descriptors were lost: too many are open"));
         }
         if received.bytes == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());

@@ -101,9 +101,9 @@ impl Refusals {
             Place::Device(device @ (1.., _)) => self.devices.add(device, 1, now),
             Place::Device(device) => {
                 self.devices.add(device, 0, now);
-                self.strangers.add((), 0, now);
+                self.strangers.hold((), now);
             }
-            Place::Path => self.strangers.add((), 0, now),
+            Place::Path => self.strangers.hold((), now),
             Place::Proc => {}
         }
         // Root owns what everybody uses; others have what they do themselves.
@@ -119,7 +119,8 @@ impl Refusals {
     /// has.
     pub(super) fn hold(&mut self, reading: &Reading, now: Instant) {
         self.processes.hold(reading.process, now);
-        reading.place.device().iter().for_each(|device| self.devices.hold(*device, now));
+        let device = reading.place.device().filter(|(major, _)| *major == 0);
+        device.iter().for_each(|device| self.devices.hold(*device, now));
         let user = reading.user.filter(|user| *user != 0);
         user.iter().for_each(|user| self.users.hold(*user, now));
     }
@@ -163,7 +164,8 @@ mod tests {
         assert!(refused.processes.contains(&(7, 1)) && refused.devices.contains(&(0, 7)) && refused.strangers);
         assert!(!expired(&mut refusals, Duration::ZERO) && expired(&mut refusals, FIRST));
         refusals.add(&reading(7, 0), now);
-        assert!(!expired(&mut refusals, FIRST) && expired(&mut refusals, FIRST * 2));
+        assert!(!expired(&mut refusals, FIRST) && !refusals.list().strangers, "that one does not grow");
+        assert!(expired(&mut refusals, FIRST * 2));
         // It was quiet for long enough.
         assert!(expired(&mut refusals, FIRST * 4) && refusals.processes.0.is_empty());
     }

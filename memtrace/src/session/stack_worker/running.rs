@@ -30,7 +30,7 @@ const MAX_OUTGOING_BYTES: usize = 512 << 10;
 /// Bytes of the names of modules that are asked for in one message.
 const MAX_ASKED_BYTES: usize = 64 << 10;
 /// Readings that a worker may have given up: each has a thread.
-const MAX_LATE: usize = 16;
+const MAX_LATE: usize = 128;
 /// Files of modules that a worker may send.
 const MAX_FILES: usize = 1024;
 
