@@ -2,18 +2,18 @@
 //! cgroup waits for memory with its OOM killer off.
 //!
 //! The engine is pure, so it asks by an effect and the answer comes back as a fact with a later
-//! tick. A look-up can mean a walk of the whole tree: some are answered at each tick, the others
-//! wait.
+//! tick. A look-up can mean a walk of the whole tree, which `asker` does on a thread of its own.
 
 use std::collections::VecDeque;
 use std::fs;
 
+use super::asker::Asker;
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::Fact;
 
-/// Cgroups looked up in one tick.
-const LOOKUPS_AT_ONCE: usize = 16;
-/// Cgroups waiting to be looked up; the engine asks again for one that found no room.
+/// Answers to look-ups that the engine gets in one tick.
+const ANSWERS_AT_ONCE: usize = 256;
+/// Cgroups waiting to be passed to the asker; the engine asks again for one that found no room.
 const MAX_LOOKUPS: usize = 1024;
 /// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
 const MAX_WATCHED: usize = 64;
@@ -25,6 +25,8 @@ const WATCH_NS: u64 = 5_000_000_000;
 pub struct CgroupQueries {
     /// Cap: [`MAX_LOOKUPS`].
     lookups: VecDeque<u64>,
+    /// Started with the first look-up.
+    asker: Option<Asker>,
     /// Cap: [`MAX_WATCHED`].
     watched: Vec<Watched>,
     not_watched: u64,
@@ -70,15 +72,26 @@ impl CgroupQueries {
         self.not_watched
     }
 
-    /// Answers a bounded number of look-ups, and says which watched cgroups changed.
+    /// Returns a bounded number of answers to look-ups, without waiting for any, and says which watched cgroups changed.
     pub fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
-        for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_AT_ONCE)) {
-            let found = hierarchy.path_of(id, None).and_then(|path| hierarchy.read(&path, boot_ns));
-            facts.extend(found.filter(|found| found.id == id).map(Fact::Cgroup));
+        self.pass_lookups(hierarchy);
+        if let Some(asker) = &self.asker {
+            facts.extend(asker.answers(ANSWERS_AT_ONCE).map(Fact::Cgroup));
         }
         self.watched.retain_mut(|watched| watched.answer(hierarchy, boot_ns, &mut facts));
         facts
+    }
+
+    /// Passes to the asker what it has room for. The rest waits for the next tick.
+    fn pass_lookups(&mut self, hierarchy: &Hierarchy) {
+        if self.asker.is_none() && !self.lookups.is_empty() {
+            self.asker = Asker::start(hierarchy.clone());
+        }
+        let Some(asker) = &self.asker else { return };
+        while self.lookups.front().is_some_and(|id| asker.ask(*id)) {
+            self.lookups.pop_front();
+        }
     }
 }
 
