@@ -7,13 +7,13 @@
 use std::collections::VecDeque;
 use std::fs;
 
-use super::asker::Asker;
+use super::asker::{Ask, Asker};
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::Fact;
 
 /// Answers to look-ups that the engine gets in one tick.
 const ANSWERS_AT_ONCE: usize = 256;
-/// Cgroups waiting to be passed to the asker; the engine asks again for one that found no room.
+/// What waits to be passed to the asker; the engine asks again for a cgroup that found no room.
 const MAX_LOOKUPS: usize = 1024;
 /// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
 const MAX_WATCHED: usize = 64;
@@ -24,8 +24,8 @@ const WATCH_NS: u64 = 5_000_000_000;
 #[derive(Debug, Default)]
 pub struct CgroupQueries {
     /// Cap: [`MAX_LOOKUPS`].
-    lookups: VecDeque<u64>,
-    /// Started with the first look-up.
+    lookups: VecDeque<Ask>,
+    /// Started when it is first asked.
     asker: Option<Asker>,
     /// Cap: [`MAX_WATCHED`].
     watched: Vec<Watched>,
@@ -48,11 +48,19 @@ struct OomControl {
 }
 
 impl CgroupQueries {
-    /// Asks for the path and the counters of a cgroup, by its id.
-    pub fn look_up(&mut self, id: u64) {
-        if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&id) {
-            self.lookups.push_back(id);
+    /// Asks for the path and the counters of a cgroup, by its id; with `urgent`, before all others.
+    pub fn look_up(&mut self, id: u64, urgent: bool) {
+        if urgent {
+            self.lookups.push_front(Ask::Urgent(id));
+            self.lookups.truncate(MAX_LOOKUPS);
+        } else if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&Ask::Id(id)) {
+            self.lookups.push_back(Ask::Id(id));
         }
+    }
+
+    /// Asks for a list of cgroups, as many as the engine follows.
+    pub fn list(&mut self) {
+        self.lookups.push_front(Ask::All);
     }
 
     /// Asks for changes of a cgroup's memory.oom_control.
@@ -83,13 +91,13 @@ impl CgroupQueries {
         facts
     }
 
-    /// Passes to the asker what it has room for. The rest waits for the next tick.
-    fn pass_lookups(&mut self, hierarchy: &Hierarchy) {
+    /// Passes look-ups on, as many as there is room for. The rest waits for the next tick.
+    pub fn pass_lookups(&mut self, hierarchy: &Hierarchy) {
         if self.asker.is_none() && !self.lookups.is_empty() {
             self.asker = Asker::start(hierarchy.clone());
         }
         let Some(asker) = &self.asker else { return };
-        while self.lookups.front().is_some_and(|id| asker.ask(*id)) {
+        while self.lookups.front().is_some_and(|ask| asker.ask(*ask)) {
             self.lookups.pop_front();
         }
     }
@@ -185,8 +193,8 @@ mod tests {
     fn both_lists_are_bounded() {
         let mut q = CgroupQueries::default();
         for id in 0..5000u64 {
-            q.look_up(id);
-            q.look_up(id);
+            q.look_up(id, false);
+            q.look_up(id, false);
             q.watch(id, "/a".into(), 0);
         }
         assert_eq!((q.lookups.len(), q.watched.len(), q.not_watched()), (MAX_LOOKUPS, MAX_WATCHED, 5000 - 64));
