@@ -45,7 +45,7 @@ pub struct Engine {
     bad_records: u64,
     unknown_kinds: u64,
     /// Evictions that are counted as losses already, in the order of [`Engine::evictions`].
-    evictions_counted: [u64; 5],
+    evictions_counted: [u64; 6],
     pub(crate) world: World,
     growth: Attribution,
     pub(crate) oom: OomKills,
@@ -76,7 +76,8 @@ pub struct Counts {
     pub processes: u64,
     /// Processes in the table that have exited. They are kept for incidents that list them.
     pub dead_processes: u64,
-    /// Processes, cgroups, curves, detectors and samples that were dropped or refused at a cap.
+    /// Processes, cgroups, curves, detectors, samples and readings that were dropped or refused at
+    /// a cap.
     pub evictions: u64,
     /// Losses since the start of the run by label, of the kernel side, the session and the engine.
     pub losses: BTreeMap<String, u64>,
@@ -141,7 +142,8 @@ impl Engine {
             self.world.cgroups.pinned = ids.into_iter().flat_map(|id| self.world.cgroups.chain(id)).collect();
         }
         self.world.changes.clear();
-        out.requests.extend(self.world.cgroups.lookups.drain(..).map(|id| Request::LookUpCgroup { id }));
+        out.requests
+            .extend(self.world.cgroups.lookups.drain(..).map(|(id, urgent)| Request::LookUpCgroup { id, urgent }));
     }
 
     fn follow(&mut self, out: &Out) {
@@ -294,6 +296,7 @@ impl Engine {
         let losses = [
             Loss::ProcessesEvicted,
             Loss::CgroupsEvicted,
+            Loss::CgroupsOverCap,
             Loss::CurvesDropped,
             Loss::DetectorsRefused,
             Loss::GrowthDropped,
@@ -304,11 +307,12 @@ impl Engine {
         self.evictions_counted = now;
     }
 
-    fn evictions(&self) -> [u64; 5] {
+    fn evictions(&self) -> [u64; 6] {
         let cgroups = &self.world.cgroups;
         [
             self.world.processes.evicted,
             cgroups.evicted,
+            cgroups.over_cap,
             cgroups.curves_dropped,
             self.limits.refused(),
             self.growth.dropped,
@@ -328,10 +332,12 @@ impl Engine {
 
     /// The OOM killer marked a victim. The record has readings of up to three cgroups.
     fn mark(&mut self, m: &wire::OomVictim, out: &mut Out) {
+        let readings = [&m.victim_memcg, &m.trigger_memcg, &m.oom].map(Reading::from);
+        self.world.keep(readings.iter().filter_map(|reading| reading.cgroup_id), m.header.boot_ns);
         self.world.mark(m);
         self.oom.mark(m, &context!(self), out);
         let mut read = Vec::with_capacity(3);
-        for reading in [&m.victim_memcg, &m.trigger_memcg, &m.oom].map(Reading::from) {
+        for reading in readings {
             if !read.contains(&reading.cgroup_id) {
                 read.push(reading.cgroup_id);
                 self.reading(m.header.boot_ns, &reading, out);
@@ -355,6 +361,7 @@ impl Engine {
         if let Some(id) = subject.cgroup_id
             && self.world.cgroups.get(id).is_none()
         {
+            self.world.keep([id], subject.boot_ns);
             self.world.read(subject.boot_ns, &Reading { cgroup_id: Some(id), ..Reading::default() });
         }
         let base = self.run.losses.current();

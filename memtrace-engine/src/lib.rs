@@ -43,4 +43,4 @@ mod world;
 pub use engine::{Counts, Engine};
 pub use output::Out;
 pub use snapshot::{CgroupView, ProcessView, Snapshot};
-pub use world::{MAX_BEFORE_NS, PROCESSES_CAP};
+pub use world::{CGROUPS_CAP, MAX_BEFORE_NS, PROCESSES_CAP};

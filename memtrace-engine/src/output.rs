@@ -20,10 +20,12 @@ pub enum Request {
     /// Look up a cgroup that a record named and no fact has described, and answer with
     /// [`crate::input::Fact::Cgroup`]; no answer when the cgroup is gone. Until then its path and
     /// its parent are unknown, so its memory counts for no ancestor. The engine repeats the request
-    /// at most every 5 s, when further records name the cgroup.
+    /// at most every 5 s, when further records name the cgroup, and at each kill.
     LookUpCgroup {
         /// kernfs id.
         id: u64,
+        /// A kill waits for the answer, so it comes before others.
+        urgent: bool,
     },
     /// Read `memory.oom_control` of a v1 cgroup that may be at its limit, for some seconds and for
     /// as long as it is under OOM, and answer with [`crate::input::Fact::OomControl`] at every

@@ -514,7 +514,7 @@ fn unknown_cgroups_are_looked_up_and_small_limits_get_a_small_threshold() {
     }
     test.feed(&test_support::rss(T, 100, OWN, 7, MIB).reading(test_support::limited(OWN, MIB, 1 << 40)));
     let asked: Vec<_> = test.requests().iter().filter(|r| matches!(r, Request::LookUpCgroup { .. })).collect();
-    assert_eq!(asked, [&Request::LookUpCgroup { id: OWN }]);
+    assert_eq!(asked, [&Request::LookUpCgroup { id: OWN, urgent: false }]);
     let thresholds: Vec<_> =
         test.requests().iter().filter(|r| matches!(r, Request::SetRssThreshold { .. })).cloned().collect();
     let threshold = |threshold_bytes| Request::SetRssThreshold { cgroup_id: OWN, threshold_bytes };

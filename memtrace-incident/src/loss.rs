@@ -35,6 +35,8 @@ pub enum Loss {
     ProcessesEvicted,
     /// The cap of cgroups was reached.
     CgroupsEvicted,
+    /// The cap of cgroups was reached, and a cgroup found no room.
+    CgroupsOverCap,
     /// The cap of readings over all cgroups was reached.
     CurvesDropped,
     /// The cap of spike and near-miss detectors was reached.
@@ -95,7 +97,7 @@ pub enum Loss {
 type Row = (Loss, &'static str, &'static str);
 
 /// Every loss. The first eight labels are the part after `RING/` or `HOOK/`.
-const ROWS: [Row; 40] = [
+const ROWS: [Row; 41] = [
     (Loss::RingFull, "ring_full", "Records found no room in their ring."),
     (
         Loss::TableFull,
@@ -132,6 +134,11 @@ const ROWS: [Row; 40] = [
         Loss::CgroupsEvicted,
         "engine/cgroups_evicted",
         "More cgroups than are followed: those silent longest were dropped.",
+    ),
+    (
+        Loss::CgroupsOverCap,
+        "cgroups/over_cap",
+        "More cgroups than are followed: these readings of further ones are in no curve and no sum.",
     ),
     (
         Loss::CurvesDropped,

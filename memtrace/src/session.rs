@@ -47,6 +47,9 @@ const TICKS_PER_LOSSES: u32 = 10;
 const TICKS_PER_ANCHOR: u32 = 100;
 /// Batches drained in one turn.
 const BATCHES_PER_TURN: usize = 8;
+/// Cgroups read before the start is over, which takes some tens of milliseconds. If there are more,
+/// the rest is read beside the loop: cgroups with processes come first that way.
+const CGROUPS_AT_START: usize = 1024;
 /// Processes read at start between two drains of the rings.
 const DRAIN_EVERY: usize = 256;
 /// Segments that the journal's size is divided into.
@@ -136,9 +139,9 @@ impl Session {
         };
         self.feed(Fact::Start { host: host::describe(), settings });
         self.feed(clock::anchor());
-        let walk = self.hierarchy.walk(clock::boot_ns());
+        let walk = self.hierarchy.walk(clock::boot_ns(), CGROUPS_AT_START);
         if walk.truncated {
-            warn!("more memory cgroups than are listed at start; the rest is looked up when it moves");
+            self.queries.list();
         }
         for cgroup in walk.found {
             self.feed(Fact::Cgroup(cgroup));
@@ -305,11 +308,11 @@ impl Session {
         self.stacks.add_cost(clock::cpu_time().saturating_sub(begin));
     }
 
-    /// Carries out what the engine requests: thresholds at once, queries with the next tick.
+    /// Carries out what the engine requests: thresholds at once, look-ups on another thread, watches with the next tick.
     fn carry_out_requests(&mut self) {
         for request in self.out.requests.drain(..) {
             match request {
-                Request::LookUpCgroup { id } => self.queries.look_up(id),
+                Request::LookUpCgroup { id, urgent } => self.queries.look_up(id, urgent),
                 Request::WatchOomControl { cgroup_id, path } => {
                     self.queries.watch(cgroup_id, path, clock::boot_ns());
                 }
@@ -320,6 +323,7 @@ impl Session {
                 }
             }
         }
+        self.queries.pass_lookups(&self.hierarchy);
     }
 
     fn append_to_journal(&mut self, input: &Input<'_>) {

@@ -95,7 +95,8 @@ impl Cage {
         Ok(Self { place, limit: u64::MAX, id, removed: false })
     }
 
-    fn limited(mut self, limit_bytes: u64, swap_bytes: u64) -> anyhow::Result<Self> {
+    /// Sets its memory limit, with room for `swap_bytes` of swap beyond the memory.
+    pub fn limited(mut self, limit_bytes: u64, swap_bytes: u64) -> anyhow::Result<Self> {
         self.limit = limit_bytes;
         match self.place.version {
             Version::V1 => {

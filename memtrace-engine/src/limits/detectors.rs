@@ -201,6 +201,8 @@ pub(crate) fn limit_hit(reading: &Reading, host: &Host) -> Option<PressureLimit>
 pub(crate) struct Detectors {
     /// By kernfs id. Cap: [`DETECTORS_CAP`].
     rows: BTreeMap<u64, Detector>,
+    /// Whether none is idle before the next tick.
+    full: bool,
     /// How often a cgroup was refused a detector.
     pub(crate) refused: u64,
 }
@@ -208,8 +210,11 @@ pub(crate) struct Detectors {
 impl Detectors {
     fn row(&mut self, cgroup: u64, ns: u64) -> Option<&mut Detector> {
         if !self.rows.contains_key(&cgroup) && self.rows.len() >= DETECTORS_CAP {
-            self.rows.retain(|_, d| !d.idle(ns));
-            if self.rows.len() >= DETECTORS_CAP {
+            if !self.full {
+                self.rows.retain(|_, d| !d.idle(ns));
+            }
+            self.full = self.rows.len() >= DETECTORS_CAP;
+            if self.full {
                 self.refused += 1;
                 return None;
             }
@@ -267,6 +272,7 @@ impl Detectors {
     /// near miss is not reported as a spike too.
     pub(crate) fn tick(&mut self, now: u64, near_misses: bool) -> Vec<DetectedEvent> {
         let mut found = Vec::new();
+        self.full = false;
         for row in self.rows.values_mut() {
             if let Phase::Fallen(spike, fell_ns) = row.phase
                 && now >= fell_ns.saturating_add(KILL_EXPLAINS_NS)

@@ -38,7 +38,8 @@ pub(crate) struct Limits {
 impl Limits {
     /// Takes a reading that is on the curve.
     pub(crate) fn reading(&mut self, boot_ns: u64, reading: &Reading, world: &mut World, run: &Run, out: &mut Out) {
-        let Some(id) = reading.cgroup_id else { return };
+        // A cgroup that is not followed has no detector either.
+        let Some(id) = reading.cgroup_id.filter(|id| world.cgroups.get(*id).is_some()) else { return };
         if let (Some(usage), Some(limit)) = (reading.usage, reading.limit.bytes()) {
             self.detectors.reading(id, boot_ns, usage, limit);
         }
@@ -69,7 +70,7 @@ impl Limits {
     pub(crate) fn reclaim(&mut self, r: &wire::Reclaim, world: &mut World, run: &Run, out: &mut Out) {
         let ns = r.header.boot_ns;
         let reading = Reading::from(&r.memcg);
-        let Some(id) = reading.cgroup_id else { return };
+        let Some(id) = reading.cgroup_id.filter(|id| world.cgroups.get(*id).is_some()) else { return };
         match r.phase {
             wire::RECLAIM_BEGIN => {
                 // Reclaim on request (memory.reclaim) begins below every limit and is no hit.

@@ -18,6 +18,7 @@ use crate::world::{Moments, ProcessKey, View, World};
 
 mod incident;
 mod kernel_log;
+mod kill_lines;
 mod open_incident;
 mod pairing;
 mod recent;
@@ -28,6 +29,7 @@ mod sigkills;
 mod tests;
 
 use kernel_log::KernelLog;
+use kill_lines::KillLines;
 pub(crate) use open_incident::OPEN_CAP;
 use open_incident::OpenIncident;
 use pairing::{Decision, KernelKill, OpenVictim, PAIR_NS, Pairing, Verified, marked, process, sharer};
@@ -42,6 +44,7 @@ pub(crate) struct OomKills {
     open: Vec<OpenIncident>,
     pairing: Pairing,
     sigkills: Sigkills,
+    lines: KillLines,
     log: KernelLog,
     /// Processes that were reported as killed, so that none is in two incidents.
     killed: RecentProcesses,
@@ -236,9 +239,9 @@ impl OomKills {
     /// Gives incidents their id and emits ledger lines of victims that are certain; with `all`, of
     /// every victim.
     pub(crate) fn report(&mut self, all: bool, world: &World, run: &Run, out: &mut Out) {
-        for open in &mut self.open {
-            report_one(open, (&mut self.sigkills, &mut self.killed), all, world, run, out);
-        }
+        let reported = &mut (&mut self.sigkills, &mut self.killed, &mut self.lines);
+        self.open.iter_mut().for_each(|open| report_one(open, reported, all, world, run, out));
+        self.lines.emit_due(all, run.now, &world.cgroups, out);
     }
 
     /// Adds victims without a mark. A SIGKILL from the same trigger shortly after a mark goes to a
@@ -299,7 +302,9 @@ impl OomKills {
     fn close(&mut self, mut open: OpenIncident, context: &BuildContext<'_>, out: &mut Out) {
         open.view.follow(context.world);
         open.refine(&self.log, context.world, context.run);
-        report_one(&mut open, (&mut self.sigkills, &mut self.killed), true, context.world, context.run, out);
+        let reported = &mut (&mut self.sigkills, &mut self.killed, &mut self.lines);
+        report_one(&mut open, reported, true, context.world, context.run, out);
+        self.lines.emit_of(open.id.as_deref().unwrap_or_default(), &context.world.cgroups, out);
         let incident = incident::oom_incident(&open, &self.log, context);
         if context.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
             for v in incident::missing_in_log(&open, &self.log) {
@@ -373,7 +378,7 @@ impl OomKills {
 /// all. The first ledger line of an incident comes with a finding.
 fn report_one(
     open: &mut OpenIncident,
-    (sigkills, killed): (&mut Sigkills, &mut RecentProcesses),
+    (sigkills, killed, lines): &mut (&mut Sigkills, &mut RecentProcesses, &mut KillLines),
     all: bool,
     world: &World,
     run: &Run,
@@ -395,23 +400,23 @@ fn report_one(
             killed.insert(v.key());
             sigkills.of_victim(v, &open.trigger_process, &id, world, run, out);
         }
-        out.outputs.push(Output::Kill(KillEntry {
+        let line = Output::Kill(KillEntry {
             incident: id.clone(),
             boot_ns: v.victim.at_boot_ns,
             wall: run.clock.wall(v.victim.at_boot_ns),
             pid: v.victim.pid,
             start_boot_ns: v.victim.start_boot_ns,
             comm: v.victim.comm.clone(),
-            cgroup_path: world.cgroups.path(v.victim.cgroup_id),
+            cgroup_path: None,
             usage_bytes: open.oom.usage,
             limit_bytes: open.oom.limit.bytes(),
             trigger_pid: open.trigger_process.pid,
             killed: v.victim.killed,
-        }));
+        });
+        lines.emit(line, (v.victim.cgroup_id, v.victim.at_boot_ns), now, &world.cgroups, out);
     }
     if fresh {
-        let cgroup_path = world.cgroups.path(cgroup_id);
-        let found = Finding::OomKill { incident: id, cgroup_id, pid, comm, cgroup_path };
-        out.outputs.push(Output::Alert(found));
+        let found = Finding::OomKill { incident: id, cgroup_id, pid, comm, cgroup_path: None };
+        lines.emit(Output::Alert(found), (cgroup_id, open.at_ns), now, &world.cgroups, out);
     }
 }

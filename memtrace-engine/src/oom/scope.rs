@@ -91,6 +91,7 @@ mod tests {
     use super::*;
     use crate::oom::pairing::Pairing;
     use crate::test_support::{self, SEC};
+    use crate::world::Need;
 
     const T: u64 = 1_000 * SEC;
     const OWN: u64 = 50;
@@ -110,8 +111,8 @@ mod tests {
             Some(pairing.add_decision(&test_support::decision(T, 1, 2, test_support::memcg(id, 1), constraint)))
         };
         let mut cgroups = Cgroups::default();
-        cgroups.learn(OWN, Some(2), Some("/app".into()), 0);
-        cgroups.learn(2, None, Some("/".into()), 0);
+        cgroups.learn(OWN, Some(2), Some("/app".into()), 0, Need::Named);
+        cgroups.learn(2, None, Some("/".into()), 0, Need::Named);
         let cases = [
             ("own", SCOPE_MEMCG, Some(OWN), None, None, Scope::Cgroup, Some(OWN)),
             ("ancestor", SCOPE_MEMCG, Some(2), None, None, Scope::Ancestor, Some(2)),

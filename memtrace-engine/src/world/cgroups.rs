@@ -2,24 +2,27 @@
 //! and the curve.
 //!
 //! A record names a cgroup by id alone. Its path and parent arrive later as a fact, which the
-//! engine requests. When a parent arrives late, the sums of the tree are built again.
+//! engine requests. When a parent arrives late, the sums of the tree move to it. What happens when there
+//! are more cgroups than the table has room for is in [`room`].
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::RangeInclusive;
 
 use memtrace_incident::MappingNote;
 
+mod room;
+
+pub(crate) use room::Need;
+
 use super::timeline::RecentCurve;
 use super::{Point, Sums};
 use crate::decode::{Limit, Reading};
 
-/// Cgroups in the table, with removed ones. At the cap removed ones are dropped first, then the
-/// longest silent ones.
-pub(crate) const CGROUPS_CAP: usize = 4096;
+/// Cgroups in the table, with removed ones. At the cap removed ones are dropped first, then idle
+/// ones; a cgroup that finds no room is counted and not followed.
+pub const CGROUPS_CAP: usize = 4096;
 /// Removed cgroups that stay in the table, so that late incidents still have their path.
 const TOMBSTONES_CAP: usize = 1024;
-/// Cgroups dropped at once when the table is full, because sorting it for each would be slow.
-const EVICT_BATCH: usize = 128;
 /// Ancestors that a change is added to.
 pub(crate) const DEPTH_CAP: usize = 16;
 /// Readings over all curves, about 15 MiB. Above it the curves of the longest silent cgroups are
@@ -68,13 +71,21 @@ pub(crate) struct Cgroups {
     /// Cgroups that an open incident or a recording refers to, which are never dropped. Cap: that
     /// of open incidents times their victims, with ancestors.
     pub(crate) pinned: BTreeSet<u64>,
-    /// Ids to look up. The engine drains them after each input.
-    pub(crate) lookups: Vec<u64>,
+    /// Cgroups to look up, and whether a kill waits for it. The engine drains them after each input.
+    pub(crate) lookups: Vec<(u64, bool)>,
     pub(crate) evicted: u64,
+    /// Readings and facts of cgroups that found no room.
+    pub(crate) over_cap: u64,
+    /// Whether nothing can be dropped before the next tick, for [`Need::Named`] and [`Need::Made`].
+    full: [bool; 2],
     pub(crate) curves_dropped: u64,
-    /// Whether a row with memory was ever dropped. If so, a new row may have memory already, and
-    /// sums have to be rebuilt for it.
+    /// Whether a cgroup that is not removed was dropped or found no room. If so, a new row may have
+    /// memory already.
     lossy: bool,
+    /// Whether such a row was inserted, so that sums have to be rebuilt for it.
+    pub(crate) stale: bool,
+    /// The longest chain that memory was added to so far.
+    longest_chain: usize,
     /// How often the parent of a known cgroup changed. Recordings check their scope again then.
     pub(crate) reshaped: u64,
 }
@@ -146,46 +157,81 @@ impl Cgroups {
         then.or(self.rows.get(&id).map(|row| row.tree)).unwrap_or_default()
     }
 
-    /// Inserts the cgroup when it is not in the table, and requests a lookup when its path is
-    /// unknown. Returns whether sums have to be rebuilt, because a row with memory was dropped.
-    pub(crate) fn ensure(&mut self, id: u64, boot_ns: u64) -> bool {
-        let rebuild = !self.rows.contains_key(&id) && {
-            self.make_room();
-            self.rows.insert(id, CgroupRow::default());
-            self.lossy
-        };
-        let Some(row) = self.rows.get_mut(&id) else { return rebuild };
+    /// Inserts the cgroup when it is not in the table and there is room for it, and requests a
+    /// lookup when its path is unknown.
+    pub(crate) fn ensure(&mut self, id: u64, boot_ns: u64, need: Need) {
+        if !self.insert(id, boot_ns, need) {
+            return;
+        }
+        let Some(row) = self.rows.get_mut(&id) else { return };
         row.last_ns = row.last_ns.max(boot_ns);
         let due = row.lookup_ns.is_none_or(|asked| boot_ns >= asked.saturating_add(LOOKUP_RETRY_NS));
-        if row.path.is_none() && !row.removed && due {
+        if row.path.is_none() && !row.removed && (due || need == Need::Kill) {
             row.lookup_ns = Some(boot_ns);
-            self.lookups.push(id);
+            self.lookups.push((id, need == Need::Kill));
         }
-        rebuild
+    }
+
+    /// Whether the cgroup is in the table, after inserting it if there is room.
+    fn insert(&mut self, id: u64, boot_ns: u64, need: Need) -> bool {
+        if self.rows.contains_key(&id) {
+            return true;
+        }
+        if !self.make_room(boot_ns, need) {
+            self.lossy = true;
+            return false;
+        }
+        self.rows.insert(id, CgroupRow { last_ns: boot_ns, ..CgroupRow::default() });
+        self.stale |= self.lossy;
+        true
     }
 
     /// Sets parent and path, as far as they are given. Returns whether sums have to be rebuilt.
-    pub(crate) fn learn(&mut self, id: u64, parent: Option<u64>, path: Option<String>, boot_ns: u64) -> bool {
+    pub(crate) fn learn(
+        &mut self,
+        id: u64,
+        parent: Option<u64>,
+        path: Option<String>,
+        boot_ns: u64,
+        need: Need,
+    ) -> bool {
         let known = self.rows.contains_key(&id);
-        let mut rebuild = !known && {
-            self.make_room();
-            self.rows.insert(id, CgroupRow { last_ns: boot_ns, ..CgroupRow::default() });
-            self.lossy
-        };
+        if !self.insert(id, boot_ns, need) {
+            self.over_cap += 1;
+            return false;
+        }
         let cyclic = parent.is_some_and(|p| self.in_tree(p, id));
-        let Some(row) = self.rows.get_mut(&id) else { return rebuild };
+        let Some(row) = self.rows.get_mut(&id) else { return false };
         if path.is_some() {
             row.path = path;
         }
-        if parent.is_some() && row.parent != parent && !cyclic {
-            row.parent = parent;
+        let moved = parent.is_some() && row.parent != parent && !cyclic;
+        if moved {
             self.reshaped += u64::from(known);
-            rebuild |= !row.tree.is_zero();
         }
         if let Some(parent) = parent.filter(|p| !cyclic && !self.rows.contains_key(p)) {
-            rebuild |= self.ensure(parent, boot_ns);
+            self.ensure(parent, boot_ns, need);
         }
-        rebuild
+        moved && !self.move_below(id, parent)
+    }
+
+    /// Makes a cgroup a child of `parent`, with what its subtree holds. Returns false when sums have
+    /// to be rebuilt, because chains that become longer than [`DEPTH_CAP`] are cut.
+    fn move_below(&mut self, id: u64, parent: Option<u64>) -> bool {
+        let Some(tree) = self.rows.get(&id).map(|row| row.tree) else { return true };
+        self.for_ancestors(id, |row| row.tree.subtract(&tree));
+        if let Some(row) = self.rows.get_mut(&id) {
+            row.parent = parent;
+        }
+        self.for_ancestors(id, |row| row.tree.add(&tree));
+        tree.is_zero() || self.longest_chain + self.chain(id).len() <= DEPTH_CAP
+    }
+
+    fn for_ancestors(&mut self, id: u64, mut each: impl FnMut(&mut CgroupRow)) {
+        for ancestor in self.chain(id).into_iter().skip(1) {
+            let Some(row) = self.rows.get_mut(&ancestor) else { break };
+            each(row);
+        }
     }
 
     /// Marks a cgroup as removed. Its path and curve stay until [`TOMBSTONES_CAP`] is reached.
@@ -206,35 +252,14 @@ impl Cgroups {
         kept.into_iter().rev().for_each(|id| self.tombstones.push_front(id));
     }
 
+    /// Drops a row. What its subtree holds no longer counts for its ancestors.
     fn forget(&mut self, id: u64) {
-        let Some(row) = self.rows.remove(&id) else { return };
-        self.points = self.points.saturating_sub(row.timeline.len());
-        self.lossy |= !row.tree.is_zero();
-    }
-
-    fn make_room(&mut self) {
-        if self.rows.len() < CGROUPS_CAP {
-            return;
+        let Some((tree, removed)) = self.rows.get(&id).map(|row| (row.tree, row.removed)) else { return };
+        self.lossy |= !removed || !tree.is_zero();
+        self.for_ancestors(id, |row| row.tree.subtract(&tree));
+        if let Some(row) = self.rows.remove(&id) {
+            self.points = self.points.saturating_sub(row.timeline.len());
         }
-        let class = |row: &CgroupRow| match row {
-            CgroupRow { removed: true, .. } => 0u8,
-            CgroupRow { path: None, tree, .. } if tree.is_zero() => 1,
-            CgroupRow { tree, .. } if tree.is_zero() => 2,
-            _ => 3,
-        };
-        let mut order: Vec<(u8, u64, u64)> = self
-            .rows
-            .iter()
-            .filter(|(id, _)| !self.pinned.contains(id))
-            .map(|(id, row)| (class(row), row.last_ns, *id))
-            .collect();
-        order.sort_unstable();
-        for (_, _, id) in order.into_iter().take(EVICT_BATCH) {
-            self.forget(id);
-            self.evicted += 1;
-        }
-        let rows = &self.rows;
-        self.tombstones.retain(|id| rows.contains_key(id));
     }
 
     /// Replaces `old` with `new` in the sums of a cgroup and its ancestors, for one address space.
@@ -242,7 +267,9 @@ impl Cgroups {
         if old == new {
             return;
         }
-        for (i, member) in self.chain(id).into_iter().enumerate() {
+        let chain = self.chain(id);
+        self.longest_chain = self.longest_chain.max(chain.len());
+        for (i, member) in chain.into_iter().enumerate() {
             let Some(row) = self.rows.get_mut(&member) else { break };
             if i == 0 {
                 row.own.add(new);
@@ -255,6 +282,7 @@ impl Cgroups {
 
     /// Computes all sums again from the address spaces, after the tree changed.
     pub(crate) fn rebuild(&mut self, spaces: impl Iterator<Item = (u64, Sums)>) {
+        self.stale = false;
         for row in self.rows.values_mut() {
             row.own = Sums::default();
             row.tree = Sums::default();
@@ -265,9 +293,11 @@ impl Cgroups {
     }
 
     /// Stores a reading and adds it to the curve. Ancestors get a point with their sums and without
-    /// usage. Every new point is appended to `new_points`.
+    /// usage. Every new point is appended to `new_points`. A reading of a cgroup that found no room
+    /// is counted.
     pub(crate) fn read(&mut self, boot_ns: u64, reading: &Reading, before_ns: u64, new_points: &mut Vec<(u64, Point)>) {
         let Some(id) = reading.cgroup_id else { return };
+        self.over_cap += u64::from(!self.rows.contains_key(&id));
         for (i, member) in self.chain(id).into_iter().enumerate() {
             let Some(row) = self.rows.get_mut(&member) else { break };
             row.last_ns = row.last_ns.max(boot_ns);
@@ -355,17 +385,21 @@ mod tests {
         Reading { cgroup_id: Some(id), usage: Some(usage), limit: Limit::Bytes(1 << 20), ..Reading::default() }
     }
 
+    fn ids(cgroups: &Cgroups) -> Vec<u64> {
+        cgroups.lookups.iter().map(|(id, _)| *id).collect()
+    }
+
     #[test]
     fn unknown_ids_are_asked_for_once_and_again_later() {
         let mut cgroups = Cgroups::default();
-        cgroups.ensure(5, 1_000);
-        cgroups.ensure(5, 2_000);
-        assert_eq!(cgroups.lookups, [5]);
-        cgroups.ensure(5, 1_000 + LOOKUP_RETRY_NS);
-        assert_eq!(cgroups.lookups, [5, 5]);
-        cgroups.learn(5, Some(1), Some("/a".into()), 0);
-        assert_eq!(cgroups.lookups, [5, 5, 1], "the parent is unknown too");
-        cgroups.ensure(5, 1 << 50);
+        cgroups.ensure(5, 1_000, Need::Named);
+        cgroups.ensure(5, 2_000, Need::Named);
+        assert_eq!(ids(&cgroups), [5]);
+        cgroups.ensure(5, 1_000 + LOOKUP_RETRY_NS, Need::Named);
+        assert_eq!(ids(&cgroups), [5, 5]);
+        cgroups.learn(5, Some(1), Some("/a".into()), 0, Need::Named);
+        assert_eq!(ids(&cgroups), [5, 5, 1], "the parent is unknown too");
+        cgroups.ensure(5, 1 << 50, Need::Named);
         assert_eq!(cgroups.lookups.len(), 3);
     }
 
@@ -373,11 +407,10 @@ mod tests {
     fn sums_go_up_the_tree_also_when_the_parent_is_learnt_late() {
         let mut cgroups = Cgroups::default();
         let sums = Sums::of(10, 5, 1, 0);
-        cgroups.ensure(5, 0);
+        cgroups.ensure(5, 0, Need::Named);
         cgroups.account(5, &Sums::default(), &sums);
-        assert!(cgroups.learn(5, Some(2), Some("/a/b".into()), 0), "a changed tree needs a rebuild");
-        cgroups.learn(2, Some(1), Some("/a".into()), 0);
-        cgroups.rebuild([(5, sums)].into_iter());
+        assert!(!cgroups.learn(5, Some(2), Some("/a/b".into()), 0, Need::Named), "no chain is cut");
+        cgroups.learn(2, Some(1), Some("/a".into()), 0, Need::Named);
         assert_eq!((cgroups.get(1).unwrap().tree, cgroups.get(1).unwrap().own), (sums, Sums::default()));
         let less = Sums::of(4, 5, 1, 0);
         cgroups.account(5, &sums, &less);
@@ -389,11 +422,33 @@ mod tests {
     }
 
     #[test]
+    fn a_moved_tree_has_the_sums_of_a_rebuilt_one() {
+        let mut cgroups = Cgroups::default();
+        let sums = Sums::of(3, 2, 1, 0);
+        let held: Vec<(u64, Sums)> = (1..=40).map(|id| (id, sums)).collect();
+        for (id, sums) in &held {
+            cgroups.ensure(*id, 0, Need::Named);
+            cgroups.account(*id, &Sums::default(), sums);
+        }
+        // Short chains, another parent, and chains that are cut.
+        let moves = (2..=9).map(|id| (id, id / 2)).chain([(4, 1), (8, 3)]).chain((10..40).map(|id| (id + 1, id)));
+        for (id, parent) in moves {
+            if cgroups.learn(id, Some(parent), None, 0, Need::Named) {
+                cgroups.rebuild(held.iter().copied());
+            }
+            let mut rebuilt = cgroups.clone();
+            rebuilt.rebuild(held.iter().copied());
+            let trees = |of: &Cgroups| -> Vec<Sums> { of.iter().map(|(_, row)| row.tree).collect() };
+            assert_eq!(trees(&cgroups), trees(&rebuilt), "{id} below {parent}");
+        }
+    }
+
+    #[test]
     fn a_cycle_is_refused() {
         let mut cgroups = Cgroups::default();
-        cgroups.learn(1, Some(2), None, 0);
-        cgroups.learn(2, Some(1), None, 0);
-        cgroups.learn(3, Some(3), None, 0);
+        cgroups.learn(1, Some(2), None, 0, Need::Named);
+        cgroups.learn(2, Some(1), None, 0, Need::Named);
+        cgroups.learn(3, Some(3), None, 0, Need::Named);
         assert_eq!(cgroups.chain(1), [1, 2]);
         assert_eq!(cgroups.chain(3), [3]);
     }
@@ -402,10 +457,10 @@ mod tests {
     fn rows_tombstones_and_points_are_bounded() {
         let mut cgroups = Cgroups::default();
         cgroups.pinned.insert(1);
-        cgroups.learn(1, None, Some("/pinned".into()), 0);
+        cgroups.learn(1, None, Some("/pinned".into()), 0, Need::Named);
         cgroups.remove(1);
         for id in 2..10_000u64 {
-            cgroups.learn(id, None, Some(format!("/{id}")), id);
+            cgroups.learn(id, None, Some(format!("/{id}")), id, Need::Made);
             if id % 2 == 0 {
                 cgroups.remove(id);
             }

@@ -21,7 +21,8 @@ mod timeline;
 mod view;
 
 use address_spaces::AddressSpace;
-pub(crate) use cgroups::{CGROUPS_CAP, Cgroups};
+pub use cgroups::CGROUPS_CAP;
+pub(crate) use cgroups::{Cgroups, Need};
 pub(crate) use changes::Changes;
 pub use processes::PROCESSES_CAP;
 pub(crate) use processes::{ProcessKey, ProcessRow, Processes, comm};
@@ -50,6 +51,8 @@ pub(crate) struct World {
     dying: VecDeque<(u64, u64)>,
     pub(crate) next_space: u64,
     before_ns: u64,
+    /// When sums were built again last.
+    rebuilt_ns: u64,
     /// What the current input changed. Emptied after each input.
     pub(crate) changes: Changes,
 }
@@ -67,6 +70,7 @@ impl Default for World {
             dying: VecDeque::new(),
             next_space: 0,
             before_ns: settings.before_ns,
+            rebuilt_ns: 0,
             changes: Changes::default(),
         }
     }
@@ -237,7 +241,8 @@ impl World {
         if r.flags & wire::PATH_CUT != 0 {
             path.push('…');
         }
-        if self.cgroups.learn(id, cgroup_id(r.parent_id), (!path.is_empty()).then_some(path), ns) {
+        let need = if r.change == wire::CGROUP_MADE { Need::Made } else { Need::Named };
+        if self.cgroups.learn(id, cgroup_id(r.parent_id), (!path.is_empty()).then_some(path), ns, need) {
             self.rebuild();
         }
         if let Some(row) = self.cgroups.get_mut(id).filter(|_| r.change == wire::CGROUP_MADE) {
@@ -310,8 +315,11 @@ impl World {
         let Some(id) = cgroup_id(found.id) else { return };
         let path = printable(found.path.as_bytes());
         let parent = found.parent_id.and_then(cgroup_id);
-        if self.cgroups.learn(id, parent, (!path.is_empty()).then_some(path), found.boot_ns) {
+        if self.cgroups.learn(id, parent, (!path.is_empty()).then_some(path), found.boot_ns, Need::Named) {
             self.rebuild();
+        }
+        if self.cgroups.get(id).is_none() {
+            return;
         }
         match found.usage_bytes {
             None => self.cgroups.fill(id, found.limit_bytes, found.peak_bytes),
@@ -378,6 +386,8 @@ impl World {
         for serial in self.processes.tick(now) {
             self.release(serial);
         }
+        self.cgroups.tick();
+        self.rebuild_if_due(now);
     }
 
     /// Resident memory of a process now; `None` when it has no known address space.
@@ -453,8 +463,8 @@ impl World {
     }
 
     fn ensure(&mut self, id: Option<u64>, ns: u64) {
-        if id.is_some_and(|id| self.cgroups.ensure(id, ns)) {
-            self.rebuild();
+        if let Some(id) = id {
+            self.cgroups.ensure(id, ns, Need::Named);
         }
     }
 

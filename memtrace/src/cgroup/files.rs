@@ -2,8 +2,9 @@
 //!
 //! A cgroup's id is the inode number of its directory, which is its kernfs id (fs/kernfs/mount.c):
 //! the number that records of the kernel side carry. There is no file that leads from an id to a
-//! path, so `path_of` walks.
+//! path; `by_id` and a walk do.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -11,8 +12,6 @@ use std::path::{Path, PathBuf};
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::CgroupFound;
 
-/// Most cgroups that one walk visits; the rest is left out.
-pub const MAX_CGROUPS: usize = 10_000;
 /// Levels below the root that a walk visits; what is deeper is left out.
 pub const MAX_DEPTH: usize = 32;
 /// Limits from here on are none. Version 1 has no word for it: it writes PAGE_COUNTER_MAX pages in
@@ -22,9 +21,9 @@ const UNLIMITED: u64 = 1 << 62;
 /// What a walk found.
 #[derive(Clone, Debug, Default)]
 pub struct CgroupWalk {
-    /// The cgroups, parents before children. Cap: [`MAX_CGROUPS`].
+    /// The cgroups, parents before children. Cap: what the caller asked for.
     pub found: Vec<CgroupFound>,
-    /// There were more than [`MAX_CGROUPS`] or deeper ones than [`MAX_DEPTH`].
+    /// There were more than that or deeper ones than [`MAX_DEPTH`].
     pub truncated: bool,
 }
 
@@ -49,55 +48,29 @@ impl Hierarchy {
         self.id_of(&self.path_of_process(pid)?)
     }
 
-    /// Reads every cgroup, within [`MAX_CGROUPS`] and [`MAX_DEPTH`].
-    pub fn walk(&self, boot_ns: u64) -> CgroupWalk {
-        let mut walk = CgroupWalk::default();
-        let mut seen = 0;
-        let complete = self.visit(self.root.clone(), &mut |dir, path, parent_id| {
-            seen += 1;
-            if seen > MAX_CGROUPS {
-                return false;
-            }
-            walk.found.extend(self.read_dir(dir, path, parent_id, boot_ns));
+    /// Reads cgroups, those near the root first, at most `most` and within [`MAX_DEPTH`].
+    pub fn walk(&self, boot_ns: u64, most: usize) -> CgroupWalk {
+        let mut found = Vec::new();
+        let complete = self.visit(most, &mut |dir, path, parent_id| {
+            found.extend(self.read_dir(dir, path, parent_id, boot_ns));
             true
         });
-        walk.truncated = !complete;
-        walk
+        CgroupWalk { found, truncated: !complete }
     }
 
-    /// The path of a cgroup by its id; `None` when it is gone or was not found within the caps.
-    /// Children of the cgroup `near` are compared first.
-    pub fn path_of(&self, id: u64, near: Option<&str>) -> Option<String> {
-        let child =
-            |parent: &str| children(&self.dir_of(parent)?, parent).into_iter().find(|(_, path)| self.is(path, id));
-        if let Some((_, path)) = near.and_then(child) {
-            return Some(path);
-        }
-        let (mut answer, mut seen) = (None, 0);
-        self.visit(self.root.clone(), &mut |dir, path, _| {
-            seen += 1;
-            if id_of(dir) == Some(id) {
-                answer = Some(path.to_owned());
-            }
-            answer.is_none() && seen < MAX_CGROUPS
-        });
-        answer
-    }
-
-    fn is(&self, path: &str, id: u64) -> bool {
-        self.id_of(path) == Some(id)
-    }
-
-    /// Visits the tree, parents first, until `each` says false. False when it did, or when it went too deep.
-    fn visit(&self, from: String, each: &mut dyn FnMut(&Path, &str, Option<u64>) -> bool) -> bool {
-        let Some(top) = self.dir_of(&from) else { return true };
-        let mut complete = true;
-        let mut todo = vec![(top, from, None, 0usize)];
-        while let Some((dir, path, parent_id, depth)) = todo.pop() {
-            if !each(&dir, &path, parent_id) {
+    /// Visits the tree, level by level, until `each` says false, but no more than `most` cgroups.
+    /// False when it ended before all were visited.
+    pub(super) fn visit(&self, most: usize, each: &mut dyn FnMut(&Path, &str, Option<u64>) -> bool) -> bool {
+        let Some(top) = self.dir_of(&self.root) else { return true };
+        let (mut complete, mut visited) = (true, 0);
+        let mut todo = VecDeque::from([(top, self.root.clone(), None, 0usize)]);
+        while let Some((dir, path, parent_id, depth)) = todo.pop_front() {
+            if visited >= most || !each(&dir, &path, parent_id) {
                 return false;
             }
-            let below = children(&dir, &path);
+            visited += 1;
+            let room = most.saturating_sub(visited + todo.len());
+            let below = children(&dir, &path, room + 1);
             if below.is_empty() {
                 continue;
             }
@@ -111,7 +84,7 @@ impl Hierarchy {
         complete
     }
 
-    fn read_dir(&self, dir: &Path, path: &str, parent_id: Option<u64>, boot_ns: u64) -> Option<CgroupFound> {
+    pub(super) fn read_dir(&self, dir: &Path, path: &str, parent_id: Option<u64>, boot_ns: u64) -> Option<CgroupFound> {
         let (usage, limit, peak) = match self.version {
             1 => ("memory.usage_in_bytes", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
             _ => ("memory.current", "memory.max", "memory.peak"),
@@ -137,24 +110,23 @@ fn parent(path: &str) -> Option<&str> {
     }
 }
 
-/// The directories in a cgroup's directory, with their paths.
-fn children(dir: &Path, path: &str) -> Vec<(PathBuf, String)> {
+/// At most `most` of the directories in a cgroup's directory, with their paths.
+fn children(dir: &Path, path: &str, most: usize) -> Vec<(PathBuf, String)> {
     let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
     let mut below: Vec<_> = entries
         .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .take(MAX_CGROUPS)
+        .take(most)
         .map(|entry| {
             let name = entry.file_name();
             (entry.path(), format!("{}/{}", path.trim_end_matches('/'), name.to_string_lossy()))
         })
         .collect();
-    // Last first: the walk takes from the end.
-    below.sort_unstable_by(|a, b| b.1.cmp(&a.1));
+    below.sort_unstable_by(|a, b| a.1.cmp(&b.1));
     below
 }
 
-fn id_of(dir: &Path) -> Option<u64> {
+pub(super) fn id_of(dir: &Path) -> Option<u64> {
     fs::metadata(dir).ok().filter(fs::Metadata::is_dir).map(|metadata| metadata.ino())
 }
 
@@ -212,9 +184,9 @@ mod tests {
         fs::create_dir_all(&deep).unwrap();
         fs::create_dir_all(dir.path().join("a/x")).unwrap();
         fs::write(dir.path().join("a/file"), "").unwrap();
-        let walk = v2.walk(1);
+        let walk = v2.walk(1, 100);
         let paths: Vec<_> = walk.found.iter().map(|found| found.path.as_str()).collect();
-        assert_eq!(paths[..5], ["/", "/a", "/a/x", "/d", "/d/d"]);
+        assert_eq!(paths[..5], ["/", "/a", "/d", "/a/x", "/d/d"]);
         assert!(walk.truncated);
         assert_eq!(walk.found.len(), 3 + MAX_DEPTH);
         let parent = |path: &str| walk.found.iter().find(|found| found.path == path).unwrap().parent_id;
@@ -222,26 +194,26 @@ mod tests {
     }
 
     #[test]
-    fn ids_lead_back_to_paths() {
+    fn a_walk_is_bounded_and_takes_those_near_the_root() {
         let (dir, v2) = tree(2);
-        fs::create_dir_all(dir.path().join("a/b")).unwrap();
-        let id = v2.id_of("/a/b").unwrap();
-        for near in [None, Some("/a"), Some("/"), Some("/gone")] {
-            assert_eq!(v2.path_of(id, near).as_deref(), Some("/a/b"));
+        (0..20).for_each(|n| fs::create_dir_all(dir.path().join(format!("a/deep/{n}"))).unwrap());
+        (0..5).for_each(|n| fs::create_dir_all(dir.path().join(format!("b{n}"))).unwrap());
+        for (most, truncated) in [(0, true), (1, true), (8, true), (27, true), (28, false), (100, false)] {
+            let walk = v2.walk(1, most);
+            assert_eq!((walk.found.len(), walk.truncated), (most.min(28), truncated), "{most}");
         }
-        assert_eq!(v2.path_of(u64::MAX, None), None);
-        assert_eq!(v2.path_of(v2.id_of("/").unwrap(), None).as_deref(), Some("/"));
+        let paths: Vec<_> = v2.walk(1, 8).found.into_iter().map(|found| found.path).collect();
+        assert_eq!(paths, ["/", "/a", "/b0", "/b1", "/b2", "/b3", "/b4", "/a/deep"]);
     }
 
     #[test]
     fn this_machine_can_be_walked() {
         let Ok(hierarchy) = Hierarchy::find() else { return };
-        let walk = hierarchy.walk(1);
+        let walk = hierarchy.walk(1, 1000);
         assert!(walk.found.iter().any(|found| found.path == hierarchy.root));
         let own = hierarchy.own_path().unwrap();
         if let Some(found) = hierarchy.read(&own, 1) {
             assert_eq!(hierarchy.id_of_process(std::process::id()), Some(found.id));
-            assert_eq!(hierarchy.path_of(found.id, None), Some(own));
         }
     }
 }

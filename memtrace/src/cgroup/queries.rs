@@ -2,18 +2,18 @@
 //! cgroup waits for memory with its OOM killer off.
 //!
 //! The engine is pure, so it asks by an effect and the answer comes back as a fact with a later
-//! tick. A look-up can mean a walk of the whole tree: some are answered at each tick, the others
-//! wait.
+//! tick. A look-up can mean a walk of the whole tree, which `asker` does on a thread of its own.
 
 use std::collections::VecDeque;
 use std::fs;
 
+use super::asker::{Ask, Asker};
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::Fact;
 
-/// Cgroups looked up in one tick.
-const LOOKUPS_AT_ONCE: usize = 16;
-/// Cgroups waiting to be looked up; the engine asks again for one that found no room.
+/// Answers to look-ups that the engine gets in one tick.
+const ANSWERS_AT_ONCE: usize = 256;
+/// What waits to be passed to the asker; the engine asks again for a cgroup that found no room.
 const MAX_LOOKUPS: usize = 1024;
 /// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
 const MAX_WATCHED: usize = 64;
@@ -24,7 +24,9 @@ const WATCH_NS: u64 = 5_000_000_000;
 #[derive(Debug, Default)]
 pub struct CgroupQueries {
     /// Cap: [`MAX_LOOKUPS`].
-    lookups: VecDeque<u64>,
+    lookups: VecDeque<Ask>,
+    /// Started when it is first asked.
+    asker: Option<Asker>,
     /// Cap: [`MAX_WATCHED`].
     watched: Vec<Watched>,
     not_watched: u64,
@@ -46,11 +48,19 @@ struct OomControl {
 }
 
 impl CgroupQueries {
-    /// Asks for the path and the counters of a cgroup, by its id.
-    pub fn look_up(&mut self, id: u64) {
-        if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&id) {
-            self.lookups.push_back(id);
+    /// Asks for the path and the counters of a cgroup, by its id; with `urgent`, before all others.
+    pub fn look_up(&mut self, id: u64, urgent: bool) {
+        if urgent {
+            self.lookups.push_front(Ask::Urgent(id));
+            self.lookups.truncate(MAX_LOOKUPS);
+        } else if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&Ask::Id(id)) {
+            self.lookups.push_back(Ask::Id(id));
         }
+    }
+
+    /// Asks for a list of cgroups, as many as the engine follows.
+    pub fn list(&mut self) {
+        self.lookups.push_front(Ask::All);
     }
 
     /// Asks for changes of a cgroup's memory.oom_control.
@@ -70,15 +80,26 @@ impl CgroupQueries {
         self.not_watched
     }
 
-    /// Answers a bounded number of look-ups, and says which watched cgroups changed.
+    /// Returns a bounded number of answers to look-ups, without waiting for any, and says which watched cgroups changed.
     pub fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
-        for id in self.lookups.drain(..self.lookups.len().min(LOOKUPS_AT_ONCE)) {
-            let found = hierarchy.path_of(id, None).and_then(|path| hierarchy.read(&path, boot_ns));
-            facts.extend(found.filter(|found| found.id == id).map(Fact::Cgroup));
+        self.pass_lookups(hierarchy);
+        if let Some(asker) = &self.asker {
+            facts.extend(asker.answers(ANSWERS_AT_ONCE).map(Fact::Cgroup));
         }
         self.watched.retain_mut(|watched| watched.answer(hierarchy, boot_ns, &mut facts));
         facts
+    }
+
+    /// Passes look-ups on, as many as there is room for. The rest waits for the next tick.
+    pub fn pass_lookups(&mut self, hierarchy: &Hierarchy) {
+        if self.asker.is_none() && !self.lookups.is_empty() {
+            self.asker = Asker::start(hierarchy.clone());
+        }
+        let Some(asker) = &self.asker else { return };
+        while self.lookups.front().is_some_and(|ask| asker.ask(*ask)) {
+            self.lookups.pop_front();
+        }
     }
 }
 
@@ -172,8 +193,8 @@ mod tests {
     fn both_lists_are_bounded() {
         let mut q = CgroupQueries::default();
         for id in 0..5000u64 {
-            q.look_up(id);
-            q.look_up(id);
+            q.look_up(id, false);
+            q.look_up(id, false);
             q.watch(id, "/a".into(), 0);
         }
         assert_eq!((q.lookups.len(), q.watched.len(), q.not_watched()), (MAX_LOOKUPS, MAX_WATCHED, 5000 - 64));

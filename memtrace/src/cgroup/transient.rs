@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(transient.read(1).unwrap().limit_bytes, Some(32 << 20));
         transient.set_limit(None, Swap::Leave).unwrap();
         assert_eq!(transient.read(1).unwrap().limit_bytes, None);
-        assert_eq!(hierarchy.path_of(transient.id(), None).as_deref(), Some(transient.path()));
+        assert_eq!(hierarchy.id_of(transient.path()), Some(transient.id()));
         fs::create_dir(transient.dir().join("inner")).unwrap();
         let dir = transient.dir().to_path_buf();
         transient.remove().unwrap();

@@ -17,6 +17,8 @@ const EMPTY_NAMES: [&str; 8] = ["utils", "util", "helpers", "helper", "common", 
 const UNSAFE_FILES: &[&str] = &[
     // registering a ring's file descriptor for readiness
     "memtrace/src/kernel/probe.rs",
+    // a cgroup by its id: open_by_handle_at(2) has no safe call
+    "memtrace/src/cgroup/by_id.rs",
     // a workload of the tests: clone(2), fork(2), swapon(2) and a wild read have no safe call
     "tests/src/bin/workload/raw.rs",
     // empty programs to compare with, and the kernel's clock of programs: bpf(2) has no safe call

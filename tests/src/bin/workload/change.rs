@@ -47,6 +47,15 @@ pub(crate) fn exec_grow(first_mib: usize, mib: usize) -> anyhow::Result<()> {
     Err(error).context("failed to become another program")
 }
 
+/// Goes through cgroups and takes some memory in each.
+pub(crate) fn wander(prefix: &str, numbers: std::ops::Range<usize>) -> anyhow::Result<()> {
+    for number in numbers {
+        cage::enter(Path::new(&format!("{prefix}{number}")))?;
+        drop(memory::touched(2));
+    }
+    Ok(())
+}
+
 /// Moves into another cgroup while growing, and makes that the root of its cgroup namespace.
 pub(crate) fn move_grow(first_mib: usize, to: &Path, mib: usize) -> anyhow::Result<()> {
     let before = memory::touched(first_mib);

@@ -181,6 +181,15 @@ enum What {
         #[arg(long)]
         mib: usize,
     },
+    /// Go through cgroups whose directories are PREFIX and a number, and take some memory in each
+    Wander {
+        #[arg(long)]
+        prefix: String,
+        #[arg(long)]
+        from: usize,
+        #[arg(long)]
+        to: usize,
+    },
     /// Run into RLIMIT_AS, which is no OOM
     LimitAs {
         #[arg(long)]
@@ -296,6 +305,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::ForkOnly { mib } => change::fork_only(mib)?,
         What::ExecGrow { first_mib, mib } => change::exec_grow(first_mib, mib)?,
         What::MoveGrow { first_mib, to, mib } => change::move_grow(first_mib, &to, mib)?,
+        What::Wander { prefix, from, to } => change::wander(&prefix, from..to)?,
         What::LimitAs { mib } => memory::limit_as(mib)?,
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,

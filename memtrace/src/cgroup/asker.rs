@@ -1,0 +1,397 @@
+//! Looks cgroups up by id, and lists them, on a thread of its own: the recorder never waits for a
+//! walk.
+//!
+//! Where the kernel opens a cgroup by its id ([`super::by_id`]) an answer takes microseconds.
+//! Elsewhere one walk answers every id that waits. CPU time is bounded by [`Budget`], so a tree of
+//! tens of thousands of cgroups makes answers late and nothing else; only what a kill waits for is
+//! looked up at once. An id that was answered, or that no cgroup has, is not looked up again for a
+//! while.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use memtrace_engine::CGROUPS_CAP;
+use memtrace_engine::input::CgroupFound;
+use tracing::warn;
+
+use super::by_id::ById;
+use super::files::id_of;
+use super::hierarchy::Hierarchy;
+use crate::clock;
+
+/// Asks on their way to the thread, and answers on their way back, each.
+const QUEUE_CAP: usize = 1024;
+/// Ids that wait for an answer; one more is left out, and the engine asks again.
+const WAITING_CAP: usize = 4096;
+/// Ids that are not looked up again for a while; the set is emptied when it is full.
+const QUIET_CAP: usize = 16_384;
+/// How long an id that no cgroup has is not looked up again.
+const QUIET_ABSENT: Duration = Duration::from_secs(30);
+/// The same for an id that was answered: the engine may have asked twice.
+const QUIET_FOUND: Duration = Duration::from_secs(5);
+/// Cgroups that one walk for ids visits.
+const VISITS_CAP: usize = 65_536;
+/// Work that is done without a pause when there was none before.
+const BURST: Duration = Duration::from_millis(50);
+/// Share of the time that is spent working on average: one part in so many.
+const SHARE: u32 = 50;
+/// Length of a pause.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// What the thread is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// The cgroup with this id.
+    Id(u64),
+    /// The same, for a kill that waits for it.
+    Urgent(u64),
+    /// As many cgroups as the engine follows, those near the root first.
+    All,
+}
+
+/// The recorder's end.
+#[derive(Debug)]
+pub(super) struct Asker {
+    asks: SyncSender<Ask>,
+    found: Receiver<CgroupFound>,
+}
+
+impl Asker {
+    /// Starts the thread, which ends when this is dropped. `None` when there can be no thread.
+    pub(super) fn start(hierarchy: Hierarchy) -> Option<Self> {
+        let (asks, asked) = sync_channel(QUEUE_CAP);
+        let (answers, found) = sync_channel(QUEUE_CAP);
+        let run = move || Lookups::new(hierarchy, asked, answers).run();
+        thread::Builder::new().name("cgroups".to_owned()).spawn(run).ok()?;
+        Some(Self { asks, found })
+    }
+
+    /// Asks; false when the queue is full. Never waits.
+    pub(super) fn ask(&self, ask: Ask) -> bool {
+        self.asks.try_send(ask).is_ok()
+    }
+
+    /// The answers that are there, at most `most`. Never waits.
+    pub(super) fn answers(&self, most: usize) -> impl Iterator<Item = CgroupFound> {
+        self.found.try_iter().take(most)
+    }
+}
+
+/// What was looked up lately, and until when it is not looked up again.
+#[derive(Debug, Default)]
+struct Quiet {
+    /// Whether it was found, and the time. Cap: [`QUIET_CAP`].
+    until: BTreeMap<u64, (bool, Instant)>,
+}
+
+impl Quiet {
+    fn has(&self, id: u64, now: Instant) -> bool {
+        self.until.get(&id).is_some_and(|(_, until)| now < *until)
+    }
+
+    /// Whether no cgroup had this id.
+    fn is_absent(&self, id: u64, now: Instant) -> bool {
+        self.until.get(&id).is_some_and(|(found, until)| !found && now < *until)
+    }
+
+    fn add(&mut self, id: u64, found: bool, now: Instant) {
+        if self.until.len() >= QUIET_CAP {
+            self.until.retain(|_, (_, until)| now < *until);
+        }
+        if self.until.len() >= QUIET_CAP {
+            self.until.clear();
+        }
+        self.until.insert(id, (found, now + if found { QUIET_FOUND } else { QUIET_ABSENT }));
+    }
+}
+
+/// Time that may be worked: [`BURST`] at first, and one part in [`SHARE`] of the time that passes.
+#[derive(Debug)]
+struct Budget {
+    left: Duration,
+    at: Instant,
+}
+
+impl Budget {
+    /// Takes note of work done since the last call. True when a pause is due.
+    fn worked(&mut self, now: Instant) -> bool {
+        self.left = self.left.saturating_sub(now.saturating_duration_since(self.at));
+        self.at = now;
+        self.left.is_zero()
+    }
+
+    /// Takes note of a time without work.
+    fn rested(&mut self, now: Instant) {
+        let earned = now.saturating_duration_since(self.at) / SHARE;
+        self.left = self.left.saturating_add(earned).min(BURST);
+        self.at = now;
+    }
+}
+
+/// The thread's end.
+struct Lookups {
+    hierarchy: Hierarchy,
+    /// `None` where ids are looked up by walks.
+    by_id: Option<ById>,
+    asked: Receiver<Ask>,
+    answers: SyncSender<CgroupFound>,
+    /// Cap: [`WAITING_CAP`].
+    waiting: BTreeSet<u64>,
+    /// What kills wait for. Cap: [`WAITING_CAP`].
+    urgent: BTreeSet<u64>,
+    /// A list of all was asked for.
+    all: bool,
+    /// The recorder has ended.
+    over: bool,
+    quiet: Quiet,
+    budget: Budget,
+}
+
+impl Lookups {
+    fn new(hierarchy: Hierarchy, asked: Receiver<Ask>, answers: SyncSender<CgroupFound>) -> Self {
+        Self {
+            by_id: ById::new(&hierarchy),
+            hierarchy,
+            asked,
+            answers,
+            waiting: BTreeSet::new(),
+            urgent: BTreeSet::new(),
+            all: false,
+            over: false,
+            quiet: Quiet::default(),
+            budget: Budget { left: BURST, at: Instant::now() },
+        }
+    }
+
+    fn run(mut self) {
+        while !self.over {
+            if self.urgent.is_empty() && self.waiting.is_empty() && !self.all {
+                match self.asked.recv() {
+                    Ok(ask) => self.take(ask),
+                    Err(_) => break,
+                }
+                self.budget.rested(Instant::now());
+            }
+            self.take_all();
+            self.answer_urgent();
+            if std::mem::take(&mut self.all) {
+                self.list();
+            }
+            self.answer_waiting();
+        }
+    }
+
+    fn take(&mut self, ask: Ask) {
+        let now = Instant::now();
+        match ask {
+            Ask::Id(id) if self.waiting.len() < WAITING_CAP && !self.quiet.has(id, now) => {
+                self.waiting.insert(id);
+            }
+            // One that was found may have been asked for before it was this urgent.
+            Ask::Urgent(id) if self.urgent.len() < WAITING_CAP && !self.quiet.is_absent(id, now) => {
+                self.urgent.insert(id);
+            }
+            Ask::Id(_) | Ask::Urgent(_) => {}
+            Ask::All => self.all = true,
+        }
+    }
+
+    /// Takes what was asked for, without waiting.
+    fn take_all(&mut self) {
+        while let Ok(ask) = self.asked.try_recv() {
+            self.take(ask);
+        }
+    }
+
+    /// Between two pieces of work: looks up what a kill waits for, and pauses when the budget is
+    /// used up. False when the recorder has ended.
+    fn may_go_on(&mut self) -> bool {
+        self.take_all();
+        self.answer_urgent();
+        if self.budget.worked(Instant::now()) {
+            self.pause();
+        }
+        !self.over
+    }
+
+    fn pause(&mut self) {
+        let until = Instant::now() + PAUSE;
+        loop {
+            match self.asked.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(ask) => self.take(ask),
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.over = true;
+                    break;
+                }
+            }
+            self.answer_urgent();
+        }
+        self.budget.rested(Instant::now());
+    }
+
+    fn answer_urgent(&mut self) {
+        let ids = std::mem::take(&mut self.urgent);
+        let left = self.answer_by_id(ids, |_| true);
+        if !left.is_empty() {
+            self.walk(left, |_| true);
+        }
+    }
+
+    fn answer_waiting(&mut self) {
+        let ids = std::mem::take(&mut self.waiting);
+        let left = self.answer_by_id(ids, Self::may_go_on);
+        if !left.is_empty() {
+            self.walk(left, Self::may_go_on);
+        }
+    }
+
+    /// Answers ids without a walk. Returns those that are left, which is all where that cannot be.
+    fn answer_by_id(&mut self, mut ids: BTreeSet<u64>, go_on: impl Fn(&mut Self) -> bool) -> BTreeSet<u64> {
+        while let (Some(by_id), Some(id)) = (&self.by_id, ids.first().copied()) {
+            match by_id.find(&self.hierarchy, id) {
+                Some((dir, path)) => {
+                    let parent_id = dir.parent().filter(|_| dir != self.hierarchy.mount).and_then(id_of);
+                    self.answer(&dir, &path, parent_id, id);
+                }
+                None => self.quiet.add(id, false, Instant::now()),
+            }
+            ids.remove(&id);
+            if !go_on(self) {
+                break;
+            }
+        }
+        ids
+    }
+
+    /// Answers ids in one walk.
+    fn walk(&mut self, mut ids: BTreeSet<u64>, go_on: impl Fn(&mut Self) -> bool) {
+        let hierarchy = self.hierarchy.clone();
+        hierarchy.visit(VISITS_CAP, &mut |dir, path, parent_id| {
+            if let Some(id) = id_of(dir).filter(|id| ids.remove(id)) {
+                self.answer(dir, path, parent_id, id);
+            }
+            go_on(self) && !ids.is_empty()
+        });
+        if !self.over {
+            ids.into_iter().for_each(|id| self.quiet.add(id, false, Instant::now()));
+        }
+    }
+
+    fn answer(&mut self, dir: &std::path::Path, path: &str, parent_id: Option<u64>, id: u64) {
+        let answer = self.hierarchy.read_dir(dir, path, parent_id, clock::boot_ns()).filter(|answer| answer.id == id);
+        // A full queue leaves it out, and the engine asks again.
+        if answer.is_some_and(|answer| self.answers.try_send(answer).is_ok()) {
+            self.quiet.add(id, true, Instant::now());
+        }
+    }
+
+    /// Lists cgroups for the engine, in between look-ups.
+    fn list(&mut self) {
+        let hierarchy = self.hierarchy.clone();
+        let complete = hierarchy.visit(CGROUPS_CAP, &mut |dir, path, parent_id| {
+            let Some(mut answer) = hierarchy.read_dir(dir, path, parent_id, clock::boot_ns()) else { return true };
+            while let Err(TrySendError::Full(back)) = self.answers.try_send(answer) {
+                answer = back;
+                self.pause();
+                if self.over {
+                    return false;
+                }
+            }
+            self.may_go_on()
+        });
+        if !complete && !self.over {
+            warn!("more than {CGROUPS_CAP} memory cgroups, or very deep ones; the rest is looked up when it has work");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory is no cgroup file system, so all ids are found by walks.
+    fn lookups(dirs: &[String]) -> (tempfile::TempDir, Lookups, SyncSender<Ask>, Receiver<CgroupFound>) {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { version: 1, mount: dir.path().into(), hierarchy_id: 4, root: "/".into() };
+        dirs.iter().for_each(|name| std::fs::create_dir_all(dir.path().join(name)).unwrap());
+        let (asks, asked) = sync_channel(QUEUE_CAP);
+        let (answers, found) = sync_channel(QUEUE_CAP);
+        (dir, Lookups::new(hierarchy, asked, answers), asks, found)
+    }
+
+    #[test]
+    fn one_walk_answers_all_and_what_no_cgroup_has_is_not_looked_up_again() {
+        let names: Vec<String> = (0..100).map(|n| format!("a/{n}")).collect();
+        let (_dir, mut lookups, _asks, found) = lookups(&names);
+        let ids: BTreeSet<u64> =
+            names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
+        ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
+        lookups.answer_waiting();
+        assert_eq!(found.try_iter().map(|found| found.id).collect::<BTreeSet<_>>(), ids);
+        ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
+        assert!(lookups.waiting.is_empty() && lookups.by_id.is_none());
+    }
+
+    #[test]
+    fn what_a_kill_waits_for_is_answered_while_the_rest_pauses() {
+        let (_dir, mut lookups, asks, found) = lookups(&["a".into(), "b".into()]);
+        let id = |lookups: &Lookups, path: &str| lookups.hierarchy.id_of(path).unwrap();
+        let (a, b) = (id(&lookups, "/a"), id(&lookups, "/b"));
+        lookups.take(Ask::Id(a));
+        lookups.answer_waiting();
+        assert_eq!(found.try_recv().unwrap().path, "/a");
+        lookups.budget.left = Duration::ZERO;
+        [b, a, u64::MAX].into_iter().for_each(|id| asks.send(Ask::Urgent(id)).unwrap());
+        assert!(lookups.may_go_on());
+        assert_eq!(
+            found.try_iter().map(|found| found.path).collect::<BTreeSet<_>>(),
+            ["/a".into(), "/b".into()].into()
+        );
+        lookups.take(Ask::Urgent(u64::MAX));
+        assert!(lookups.urgent.is_empty(), "no cgroup has it");
+        drop(asks);
+        lookups.budget.left = Duration::ZERO;
+        assert!(!lookups.may_go_on(), "the recorder has ended");
+    }
+
+    #[test]
+    fn the_thread_answers_lists_and_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { version: 2, mount: dir.path().into(), hierarchy_id: 0, root: "/".into() };
+        std::fs::create_dir(dir.path().join("a")).unwrap();
+        let id = hierarchy.id_of("/a").unwrap();
+        let asker = Asker::start(hierarchy).unwrap();
+        assert!(asker.ask(Ask::Id(u64::MAX)) && asker.ask(Ask::Id(id)));
+        assert_eq!(asker.found.recv().unwrap().path, "/a");
+        assert!(asker.ask(Ask::All));
+        assert_eq!([(); 2].map(|()| asker.found.recv().unwrap().path), ["/", "/a"]);
+        let Asker { asks, found } = asker;
+        drop(asks);
+        assert!(found.recv().is_err(), "it ended");
+    }
+
+    #[test]
+    fn quiet_ids_expire_and_are_bounded() {
+        let (now, mut quiet) = (Instant::now(), Quiet::default());
+        quiet.add(1, true, now);
+        quiet.add(2, false, now);
+        assert!(quiet.has(1, now) && !quiet.has(1, now + QUIET_FOUND) && !quiet.has(3, now));
+        assert!(!quiet.is_absent(1, now) && quiet.is_absent(2, now) && !quiet.is_absent(2, now + QUIET_ABSENT));
+        (0..40_000).for_each(|id| quiet.add(id, false, now));
+        assert!(quiet.until.len() <= QUIET_CAP && quiet.has(39_999, now));
+    }
+
+    #[test]
+    fn work_is_a_small_share_of_the_time() {
+        let start = Instant::now();
+        let mut budget = Budget { left: BURST, at: start };
+        assert!(!budget.worked(start + BURST / 2) && budget.worked(start + BURST));
+        budget.rested(start + BURST + PAUSE);
+        assert_eq!(budget.left, PAUSE / SHARE);
+        budget.rested(start + Duration::from_secs(3600));
+        assert_eq!(budget.left, BURST, "what is saved up is bounded");
+    }
+}
