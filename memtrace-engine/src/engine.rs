@@ -224,7 +224,10 @@ impl Engine {
                     self.limits.open_stuck(*cgroup_id, *boot_ns, &context!(self), out);
                 }
             }
-            Fact::Tick { boot_ns } => self.tick(*boot_ns, out),
+            Fact::Tick { boot_ns } => {
+                self.oom.kernel_log_was_read(self.run.now.max(*boot_ns));
+                self.tick(*boot_ns, out);
+            }
             Fact::RecordingBegin { cgroup_id, pid, command, boot_ns } => {
                 let subject =
                     RecordingSubject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };

@@ -350,6 +350,7 @@ impl Session {
             }
         }
         self.read_losses();
+        self.read_kernel_log(now);
         self.feed(Fact::Tick { boot_ns: now });
     }
 

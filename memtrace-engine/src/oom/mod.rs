@@ -210,6 +210,11 @@ impl OomKills {
         self.refine(world, run);
     }
 
+    /// The kernel log was read up to this time. A stop does not say so.
+    pub(crate) fn kernel_log_was_read(&mut self, now: u64) {
+        self.log.tick(now);
+    }
+
     /// The names of a trigger's kernel stack arrived, possibly before the mark.
     pub(crate) fn kernel_stack(&mut self, victim: ProcessKey, functions: &[String]) {
         let functions = pairing::functions(functions);
@@ -301,11 +306,12 @@ impl OomKills {
         open.refine(&self.log, context.world, context.run);
         report_one(&mut open, (&mut self.sigkills, &mut self.killed), true, context.world, context.run, out);
         let incident = incident::oom_incident(&open, &self.log, context);
-        if context.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
-            for v in incident::missing_in_log(&open, &self.log) {
-                let only_in = "hook".to_owned();
-                out.outputs.push(Output::Alert(Finding::Disagreement { pid: v.victim.pid, only_in }));
-            }
+        if context.run.settings.kernel_log {
+            let expected: Vec<_> = incident::missing_in_log(&open, &self.log)
+                .iter()
+                .map(|v| (v.victim.pid, v.tid, v.victim.at_boot_ns))
+                .collect();
+            expected.into_iter().for_each(|(pid, tid, kill_ns)| self.log.expect(pid, tid, kill_ns));
         }
         self.changed = true;
         out.outputs.push(Output::Save(Box::new(incident)));
@@ -322,14 +328,14 @@ impl OomKills {
         self.sigkills.report_due(all, world, run, out);
     }
 
-    /// Drops old decisions and reports kills that only the kernel log has.
+    /// Drops old decisions and reports kills that only the kernel log has, or only the hooks.
     pub(crate) fn tick(&mut self, run: &Run, out: &mut Out) {
         self.pairing.tick(run.now);
-        for pid in self.log.unseen(run.now) {
-            if run.settings.kernel_log {
-                let only_in = "kernel_log".to_owned();
-                out.outputs.push(Output::Alert(Finding::Disagreement { pid, only_in }));
-            }
+        let unseen = self.log.unseen(run.now).into_iter().map(|pid| (pid, "kernel_log"));
+        let silent = self.log.silent(run.now).into_iter().map(|pid| (pid, "hook"));
+        if run.settings.kernel_log {
+            let disagrees = |(pid, only_in): (u32, &str)| Finding::Disagreement { pid, only_in: only_in.to_owned() };
+            out.outputs.extend(unseen.chain(silent).map(disagrees).map(Output::Alert));
         }
     }
 
