@@ -119,7 +119,7 @@ fn victim(v: &OpenVictim, context: &BuildContext<'_>) -> Victim {
 
 /// Killed victims without a line in the kernel log. The kernel logs no line for processes that only
 /// share a victim's address space.
-pub(super) fn missing_in_log<'a>(open: &'a OpenIncident, log: &KernelLog) -> Vec<&'a OpenVictim> {
+fn missing_in_log<'a>(open: &'a OpenIncident, log: &KernelLog) -> Vec<&'a OpenVictim> {
     let has_line = |v: &OpenVictim| {
         log.about(v.victim.pid, v.tid, v.victim.at_boot_ns).is_some_and(|l| l.killed_line_ns.is_some())
     };

@@ -68,8 +68,11 @@ pub(crate) struct KernelLog {
     lines: VecDeque<Line>,
     /// Kills that hooks saw. Cap: [`SEEN_CAP`].
     seen: VecDeque<Seen>,
-    /// Those of them that must have a line and had none yet. Cap: [`SEEN_CAP`].
-    expected: VecDeque<Seen>,
+    /// Those of them that must have a line, and whether it was the one that the OOM killer chose,
+    /// not another of its group. Cap: [`SEEN_CAP`].
+    expected: VecDeque<(Seen, bool)>,
+    /// Chosen processes whose `oom-kill:` line the kernel's rate limit left out.
+    limited: u64,
     /// When lines were lost, and how many. Cap: [`GAPS_CAP`].
     gaps: VecDeque<(Written, u64)>,
     /// The log was read up to this time.
@@ -140,9 +143,15 @@ impl KernelLog {
         push(&mut self.seen, SEEN_CAP, Seen { pid, tid, kill_ns, ticked_ns: None });
     }
 
-    /// This process was killed, so the log must have a line about it.
-    pub(crate) fn expect(&mut self, pid: u32, tid: u32, kill_ns: u64) {
-        push(&mut self.expected, SEEN_CAP, Seen { pid, tid, kill_ns, ticked_ns: None });
+    /// This process was killed, so the log must have a line about it. `chosen`: by the OOM killer
+    /// itself, so that it may have two.
+    pub(crate) fn expect(&mut self, pid: u32, tid: u32, kill_ns: u64, chosen: bool) {
+        push(&mut self.expected, SEEN_CAP, (Seen { pid, tid, kill_ns, ticked_ns: None }, chosen));
+    }
+
+    /// How many kills have no `oom-kill:` line, because the kernel limits their rate.
+    pub(crate) fn limited(&self) -> u64 {
+        self.limited
     }
 
     /// Whether the log was read since this time: what it has about a kill then is known.
@@ -169,7 +178,7 @@ impl KernelLog {
     /// The log was read up to this time: forgets what is old.
     pub(crate) fn tick(&mut self, now: u64) {
         self.read_until_ns = now;
-        for seen in self.seen.iter_mut().chain(&mut self.expected) {
+        for seen in self.seen.iter_mut().chain(self.expected.iter_mut().map(|(seen, _)| seen)) {
             seen.ticked_ns.get_or_insert(now);
         }
         self.lines.retain(|l| l.written.read_ns.saturating_add(KEEP_NS) > now);
@@ -196,11 +205,21 @@ impl KernelLog {
     /// Process ids of expected kills that the log has no line about, although it was read and no
     /// lines of that time were lost. Each is returned once, after [`WAIT_NS`].
     pub(crate) fn silent(&mut self, now: u64) -> Vec<u32> {
-        let is_due = |seen: &&Seen| seen.ticked_ns.is_some_and(|ns| ns.saturating_add(WAIT_NS) <= now);
+        let is_due = |(seen, _): &&(Seen, bool)| seen.ticked_ns.is_some_and(|ns| ns.saturating_add(WAIT_NS) <= now);
         let count = self.expected.iter().take_while(is_due).count();
-        let due: Vec<Seen> = self.expected.drain(..count).collect();
-        let has_line = |s: &Seen| self.about(s.pid, s.tid, s.kill_ns).is_some_and(|k| k.killed_line_ns.is_some());
-        due.iter().filter(|s| !has_line(s) && self.lost_near(s.kill_ns) == 0).map(|s| s.pid).collect()
+        let due: Vec<(Seen, bool)> = self.expected.drain(..count).collect();
+        let mut silent = Vec::new();
+        for (seen, chosen) in due {
+            if self.lost_near(seen.kill_ns) > 0 {
+                continue;
+            }
+            let lines = self.about(seen.pid, seen.tid, seen.kill_ns);
+            match lines.map(|kill| (kill.killed_line_ns.is_some(), kill.oom_line_ns.is_some())) {
+                Some((true, named)) => self.limited = self.limited.saturating_add(u64::from(chosen && !named)),
+                _ => silent.push(seen.pid),
+            }
+        }
+        silent
     }
 }
 
@@ -257,7 +276,7 @@ mod tests {
         log.tick(10 * SEC);
         for pid in [5, 6] {
             log.hook_saw(pid, pid, 11 * SEC);
-            log.expect(pid, pid, 11 * SEC);
+            log.expect(pid, pid, 11 * SEC, pid == 5);
         }
         assert!(!log.was_read_since(11 * SEC) && log.silent(10 * SEC).is_empty());
         log.line(&killed(5, 12 * SEC));
@@ -268,8 +287,9 @@ mod tests {
         assert_eq!(silent(12), (true, vec![], vec![]));
         assert_eq!(silent(14), (true, vec![6], vec![]));
         assert_eq!(silent(16), (true, vec![], vec![]));
+        assert_eq!(log.limited(), 1, "5 has one line of two");
         // Lines that were lost say nothing about a kill.
-        log.expect(7, 7, 17 * SEC);
+        log.expect(7, 7, 17 * SEC, true);
         let line = KernelLogEvent::Gap { lines: 3 };
         log.line(&KernelLogLine { printk_ns: 1, read_boot_ns: 18 * SEC, line });
         log.tick(18 * SEC);
@@ -283,7 +303,7 @@ mod tests {
         log.tick(10 * SEC);
         // The recorder was stopped until now.
         log.hook_saw(5, 5, 11 * SEC);
-        log.expect(5, 5, 11 * SEC);
+        log.expect(5, 5, 11 * SEC, true);
         log.line(&killed(5, 100 * SEC));
         for sec in [100, 101, 103] {
             log.tick(sec * SEC);

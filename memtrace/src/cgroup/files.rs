@@ -89,7 +89,7 @@ impl Hierarchy {
     }
 
     /// Visits the tree, parents first, until `each` says false. False when it did, or when it went too deep.
-    fn visit(&self, from: String, each: &mut dyn FnMut(&Path, &str, Option<u64>) -> bool) -> bool {
+    pub(super) fn visit(&self, from: String, each: &mut dyn FnMut(&Path, &str, Option<u64>) -> bool) -> bool {
         let Some(top) = self.dir_of(&from) else { return true };
         let mut complete = true;
         let mut todo = vec![(top, from, None, 0usize)];
@@ -154,7 +154,7 @@ fn children(dir: &Path, path: &str) -> Vec<(PathBuf, String)> {
     below
 }
 
-fn id_of(dir: &Path) -> Option<u64> {
+pub(super) fn id_of(dir: &Path) -> Option<u64> {
     fs::metadata(dir).ok().filter(fs::Metadata::is_dir).map(|metadata| metadata.ino())
 }
 
