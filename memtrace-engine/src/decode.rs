@@ -269,7 +269,7 @@ pub(crate) fn field_text(bytes: &[u8]) -> String {
 /// Bytes as text that is safe for a terminal: control characters, invisible format characters and
 /// bytes that are not UTF-8 become `\xNN`. A backslash stays as it is, because systemd paths
 /// contain `\x2d`, so applying this twice changes nothing.
-pub(crate) fn printable(bytes: &[u8]) -> String {
+pub fn printable(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         for c in chunk.valid().chars() {

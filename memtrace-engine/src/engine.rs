@@ -68,6 +68,8 @@ pub struct Counts {
     pub unknown_kinds: u64,
     /// OOM incidents whose window is not over.
     pub open_incidents: u64,
+    /// Kills that the kernel log has without their cgroup: the kernel limits the rate of that line.
+    pub kernel_log_limited: u64,
     /// Cgroups that are stuck at their limit with their OOM killer off.
     pub stuck_cgroups: u64,
     /// Cgroups in the table, with removed ones.
@@ -226,7 +228,10 @@ impl Engine {
                     self.limits.open_stuck(*cgroup_id, *boot_ns, &context!(self), out);
                 }
             }
-            Fact::Tick { boot_ns } => self.tick(*boot_ns, out),
+            Fact::Tick { boot_ns } => {
+                self.oom.kernel_log_was_read(self.run.now.max(*boot_ns));
+                self.tick(*boot_ns, out);
+            }
             Fact::RecordingBegin { cgroup_id, pid, command, boot_ns } => {
                 let subject =
                     RecordingSubject { cgroup_id: *cgroup_id, pid: *pid, command: command.clone(), boot_ns: *boot_ns };
@@ -403,6 +408,7 @@ impl Engine {
             bad_records: self.bad_records,
             unknown_kinds: self.unknown_kinds,
             open_incidents: self.oom.open_incidents() as u64,
+            kernel_log_limited: self.oom.log_limited(),
             stuck_cgroups: self.limits.stuck_cgroups() as u64,
             cgroups: self.world.cgroups.len() as u64,
             processes: self.world.processes.live() as u64,

@@ -436,6 +436,7 @@ fn a_kill_missing_in_the_kernel_log_is_a_disagreement() {
                 ("samples/full", Some(3))
             ]
         );
+        test.tick(T + 3 * SEC).tick(T + 5 * SEC);
         let disagrees = test.alerts().contains(&Finding::Disagreement { pid: 100, only_in: "hook".into() });
         assert_eq!(disagrees, gap == 0);
         assert_eq!(test.engine.counts().bad_records, 1);

@@ -1,6 +1,7 @@
 //! Lines of the two ledgers beside the incident files. A ledger is a file of JSON lines that is
-//! only appended to: `kills.jsonl` has a line for each OOM victim, `sigkills.jsonl` one for each
-//! process that got SIGKILL from anywhere.
+//! only appended to: `kills.jsonl` has a line for each OOM victim, and those of
+//! [`crate::UnwatchedEntry`]; `sigkills.jsonl` has one for each process that got SIGKILL from
+//! anywhere.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,10 @@ pub struct KillEntry {
     pub trigger_pid: u32,
     /// Whether the kernel sent SIGKILL. False: the victim was chosen while it was already exiting.
     pub killed: bool,
+    /// Boot that the times are of (`/proc/sys/kernel/random/boot_id`); absent in lines of earlier
+    /// versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_id: Option<String>,
 }
 
 /// One line of the SIGKILL ledger, `sigkills.jsonl`: a process that got SIGKILL, and the sender of

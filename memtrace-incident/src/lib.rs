@@ -6,7 +6,8 @@
 //!   Schema.
 //! - [`Kind`] is what an incident is about. Every name and phrase of a kind stands there.
 //! - [`Loss`] lists everything that can be missing from a file, each with a label and a sentence.
-//! - [`KillEntry`] and [`SigkillEntry`] are lines of the ledgers beside the incident files.
+//! - [`KillEntry`], [`UnwatchedEntry`] and [`SigkillEntry`] are lines of the ledgers beside the
+//!   incident files.
 //! - [`codec`] turns an incident into the bytes of its file and back. A file may come from
 //!   anywhere, so every list and string is bounded while it is parsed, and so is their sum.
 //! - [`units`] formats bytes, times and percentages. All reports use it, so figures look alike.
@@ -34,6 +35,7 @@ mod loss;
 mod schema;
 mod timeline;
 pub mod units;
+mod unwatched;
 
 pub use allocation::{AllocationPath, AllocationSamples, Allocations, Cause, Cut, Frame, Unattributed};
 pub use bounded::shorten;
@@ -44,3 +46,4 @@ pub use loss::Loss;
 #[cfg(feature = "schema")]
 pub use schema::json_schema;
 pub use timeline::{Columns, Timeline};
+pub use unwatched::{CountedKills, KillLine, LoggedKill, Moment, NotWatched, UnwatchedEntry, UnwatchedKills};

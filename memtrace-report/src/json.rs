@@ -7,8 +7,7 @@ use std::borrow::Borrow;
 use std::io;
 
 use memtrace_incident::{
-    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording,
-    SigkillEntry, Verdict,
+    At, Cgroup, Composition, Growth, Host, Incident, Kind, LossNote, MappingNote, Oom, Pressure, Recording, Verdict,
 };
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
@@ -41,8 +40,8 @@ pub fn list(incidents: impl IntoIterator<Item: Borrow<Incident>>) -> serde_json:
     Ok(finished(text))
 }
 
-/// Entries of the SIGKILL ledger as one array. Fails only if the serializer does.
-pub fn sigkills(entries: &[SigkillEntry]) -> serde_json::Result<String> {
+/// Entries of a ledger as one array. Fails only if the serializer does.
+pub fn ledger<E: Serialize>(entries: &[E]) -> serde_json::Result<String> {
     pretty(entries)
 }
 

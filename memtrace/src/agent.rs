@@ -17,19 +17,26 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::own_process;
 use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
+use crate::{clock, host, own_process};
+use memtrace_incident::{Moment, UnwatchedEntry};
 
 mod incident_reader;
+mod keeper;
 mod recovery;
 mod room;
 mod sinks;
 mod symbolize_queue;
+mod unwatched;
+mod watch_state;
 
 use incident_reader::IncidentReader;
+use keeper::{Keeper, KeeperConfig};
 use sinks::Sinks;
 use symbolize_queue::SymbolizeQueue;
+use unwatched::LastRun;
+use watch_state::WatchState;
 
 /// Most requests waiting for the loop.
 const MAX_REQUESTS: usize = 64;
@@ -80,13 +87,15 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         None => None,
         Some(address) => Some(listen(address).await?),
     };
-    if let Some(journal) = &config.session.journal {
-        recovery::recover(&journal.dir, &mut sinks)?;
-    }
+    let last_run = match &config.session.journal {
+        Some(journal) => recovery::recover(&journal.dir, &mut sinks)?,
+        None => None,
+    };
     let mut session = Session::start(&config.session)?;
     // The kernel's types took much, and locked pages cannot be given back.
     own_process::trim_memory();
     lock_memory();
+    let mut keeper = keep_account(&config, &session, last_run.as_ref(), &mut sinks)?;
     warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
@@ -127,6 +136,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
             _ = interrupt.recv() => break,
         };
         sinks.take(outputs);
+        exchange(&mut keeper, &session, &mut sinks);
         // One at a time, with rings and requests in between: a save waits for the disk, and they must not.
         while sinks.save_one(false, &mut symbolize) {
             sinks.take(session.pump(false));
@@ -140,6 +150,8 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     sinks.take(session.stop());
+    exchange(&mut keeper, &session, &mut sinks);
+    keeper.stop();
     if !sinks.save_all(&mut symbolize)
         && let Some(journal) = &config.session.journal
     {
@@ -148,6 +160,44 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     symbolize.stop(|wanted| session.modules(wanted)).await;
     sinks.retain();
     Ok(())
+}
+
+/// Says how long nobody watched, and starts the thread that finds out who was killed meanwhile.
+fn keep_account(
+    config: &AgentConfig,
+    session: &Session,
+    last_run: Option<&LastRun>,
+    sinks: &mut Sinks,
+) -> anyhow::Result<Keeper> {
+    let state = WatchState::read(&config.state_dir).unwrap_or_else(|error| {
+        warn!("{error:#}; until when the run before watched is known from its journal alone");
+        None
+    });
+    let boot_ns = session.watching_since_ns();
+    let watching_since = Moment { boot_id: host::boot_id(), boot_ns, wall: clock::wall_at(boot_ns) };
+    let gap = unwatched::not_watched(state.as_ref(), last_run, &watching_since);
+    let baseline = gap.as_ref().map(|gap| unwatched::baseline(state, gap));
+    if let Some(gap) = gap {
+        sinks.take_unwatched(vec![UnwatchedEntry::NotWatched(gap)]);
+    }
+    Keeper::start(KeeperConfig {
+        state_dir: config.state_dir.clone(),
+        hierarchy: session.hierarchy().clone(),
+        kernel_log: config.session.kernel_log,
+        watching_since,
+        baseline,
+    })
+}
+
+/// Writes what the keeper has found, and tells it how far the ledger goes.
+fn exchange(keeper: &mut Keeper, session: &Session, sinks: &mut Sinks) {
+    if let Some(entries) = keeper.take_found() {
+        sinks.take_unwatched(entries);
+    }
+    // While the ledger cannot be written, what it lacks is not unwatched.
+    if sinks.kills.unwritten() == 0 {
+        keeper.advance(session.watched_until_ns(), session.kernel_log_seq());
+    }
 }
 
 /// Starts naming the functions of the next incident, once the files of its modules are there.

@@ -24,6 +24,18 @@ pub fn boot_ns() -> u64 {
     nanoseconds(ClockId::Boottime).try_into().unwrap_or(0)
 }
 
+/// CLOCK_MONOTONIC_RAW now, nanoseconds: it goes like printk's clock, without the corrections of
+/// NTP, and stands still in suspend.
+pub fn raw_ns() -> u64 {
+    nanoseconds(ClockId::MonotonicRaw).try_into().unwrap_or(0)
+}
+
+/// The wall time of a moment of this boot, by how long ago it was.
+pub fn wall_at(at_boot_ns: u64) -> String {
+    let wall_ns = nanoseconds(ClockId::Realtime) - nanoseconds(ClockId::Boottime) + i128::from(at_boot_ns);
+    format!("{:.9}", jiff::Timestamp::from_nanosecond(wall_ns).unwrap_or(jiff::Timestamp::MAX))
+}
+
 /// CPU time that the running thread has used.
 pub fn cpu_time() -> Duration {
     let nanoseconds = nanoseconds(ClockId::ThreadCPUTime).try_into();

@@ -134,6 +134,11 @@ fn count_stat_cpus(stat: &str) -> Option<u32> {
     u32::try_from(stat.lines().filter(is_cpu).count()).ok().filter(|count| *count > 0)
 }
 
+/// Id of this boot, which tells its boot clock from that of another; empty when it cannot be read.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
 /// The host as an incident names it. A value that cannot be read is empty, or 0.
 pub fn describe() -> Host {
     let uname = rustix::system::uname();
@@ -145,7 +150,7 @@ pub fn describe() -> Host {
     Host {
         hostname: uname.nodename().to_string_lossy().into_owned(),
         kernel: uname.release().to_string_lossy().into_owned(),
-        boot_id: read("/proc/sys/kernel/random/boot_id").trim().to_owned(),
+        boot_id: boot_id(),
         cpus: online_cpus(),
         memory_bytes: total_kib.unwrap_or(0).saturating_mul(1024),
         page_bytes,

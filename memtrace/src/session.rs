@@ -70,6 +70,9 @@ pub struct Session {
     wait_for_names: bool,
     ticker: Ticker,
     ticks: u32,
+    /// When the hooks were attached, and until when every source was read, boot clock.
+    watching_since_ns: u64,
+    watched_until_ns: u64,
     /// A tick was put off for a kill.
     tick_owed: bool,
     losses: Vec<(String, u64)>,
@@ -83,6 +86,7 @@ impl Session {
     /// these privileges cannot do it.
     pub fn start(config: &SessionConfig) -> anyhow::Result<Self> {
         let (hierarchy, probe, status) = attach(detect(config.btf.as_deref()), config)?;
+        let watching_since_ns = clock::boot_ns();
         let stacks = StackPipeline::new(&probe, config.sample_interval_bytes, config.stack_budget_ppm)?;
         let kernel_log = match config.kernel_log.then(log::KmsgReader::open) {
             None => None,
@@ -112,6 +116,8 @@ impl Session {
             wait_for_names: false,
             ticker: Ticker::every(TICK).context("failed to make a timer")?,
             ticks: 0,
+            watching_since_ns,
+            watched_until_ns: watching_since_ns,
             tick_owed: false,
             losses: Vec::new(),
             out: Out::default(),
@@ -250,7 +256,7 @@ impl Session {
     /// Lets time pass: reports what the other sources have, and then the time.
     fn tick(&mut self, now: u64) {
         self.ticks = self.ticks.wrapping_add(1);
-        self.read_kernel_log(now);
+        self.read_kernel_log();
         if self.ticks.is_multiple_of(TICKS_PER_ANCHOR) {
             self.feed(clock::anchor());
         }
@@ -264,10 +270,11 @@ impl Session {
             self.feed(fact);
         }
         self.feed(Fact::Tick { boot_ns: now });
+        self.watched_until_ns = now;
     }
 
-    fn read_kernel_log(&mut self, now: u64) {
-        let lines = match self.kernel_log.as_mut().map(|reader| reader.read_available(now)) {
+    fn read_kernel_log(&mut self) {
+        let lines = match self.kernel_log.as_mut().map(|reader| reader.read_available(clock::boot_ns)) {
             Some(Ok(lines)) => lines,
             Some(Err(error)) => {
                 warn!("kernel log: {error:#}; kills are not cross-checked from here on");
@@ -355,7 +362,9 @@ impl Session {
             }
         }
         self.read_losses();
+        self.read_kernel_log();
         self.feed(Fact::Tick { boot_ns: now });
+        self.watched_until_ns = now;
     }
 
     /// Ends the run: drains the rings, closes every incident, and logs what was lost. Nothing but
@@ -435,6 +444,21 @@ impl Session {
     /// The loaded programs, for their counters.
     pub fn probe(&self) -> &Probe {
         &self.probe
+    }
+
+    /// When all hooks were attached, boot clock, nanoseconds.
+    pub fn watching_since_ns(&self) -> u64 {
+        self.watching_since_ns
+    }
+
+    /// Until when every source was read, boot clock, nanoseconds.
+    pub fn watched_until_ns(&self) -> u64 {
+        self.watched_until_ns
+    }
+
+    /// Number of the kernel log's next record; `None` while none was read, and when the log is not.
+    pub fn kernel_log_seq(&self) -> Option<u64> {
+        self.kernel_log.as_ref().and_then(log::KmsgReader::next_seq)
     }
 
     /// Journal frames that could not be written, since the start.

@@ -166,7 +166,9 @@ fn nothing_recorded_is_lost_when_the_agent_is_killed() -> anyhow::Result<()> {
 /// once.
 fn ledger(options: &AgentOptions, kills: &[Kill], listed: &[Value]) -> anyhow::Result<BTreeMap<u64, usize>> {
     let text = std::fs::read_to_string(options.state_dir.join("kills.jsonl")).context("failed to read the ledger")?;
-    let lines = text.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    let mut lines = text.lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    // lines with a source are about the time in which no agent watched
+    lines.retain(|line| line["source"].is_null());
     let mut told = BTreeSet::new();
     for line in &lines {
         let key = ["boot_ns", "pid", "start_boot_ns"].map(|name| line[name].as_u64());

@@ -64,7 +64,8 @@ pub(super) fn oom_incident(open: &OpenIncident, log: &KernelLog, context: &Build
 /// Losses of this incident alone, in addition to those of its window.
 fn losses(open: &OpenIncident, log: &KernelLog, context: &BuildContext<'_>) -> Vec<LossNote> {
     let lines_lost = log.lost_near(open.at_ns);
-    let silent = if lines_lost == 0 { missing_in_log(open, log).len() as u64 } else { 0 };
+    let known = lines_lost == 0 && log.was_read_since(open.at_ns);
+    let silent = if known { missing_in_log(open, log).len() as u64 } else { 0 };
     let of_log = [(Loss::KernelLogLinesLost, lines_lost), (Loss::KernelLogSilent, silent)];
     let of_log = of_log.into_iter().filter(|_| context.run.settings.kernel_log);
     let counted = [(Loss::VictimsNotListed, open.victims_left_out), (Loss::TasksNotListed, open.view.tasks_left_out)];
@@ -118,7 +119,7 @@ fn victim(v: &OpenVictim, context: &BuildContext<'_>) -> Victim {
 
 /// Killed victims without a line in the kernel log. The kernel logs no line for processes that only
 /// share a victim's address space.
-pub(super) fn missing_in_log<'a>(open: &'a OpenIncident, log: &KernelLog) -> Vec<&'a OpenVictim> {
+fn missing_in_log<'a>(open: &'a OpenIncident, log: &KernelLog) -> Vec<&'a OpenVictim> {
     let has_line = |v: &OpenVictim| {
         log.about(v.victim.pid, v.tid, v.victim.at_boot_ns).is_some_and(|l| l.killed_line_ns.is_some())
     };

@@ -1,6 +1,13 @@
 //! The kernel log as a second witness of kills. Its lines are matched with the kills that hooks
-//! saw, by pid and time: printk's clock is not the boot clock, so the time is when the line was
-//! read.
+//! saw, by pid and time: printk's clock is not the boot clock, so a line was written at some time
+//! between two readings of the log.
+//!
+//! Every kill has a `Killed process` line (mm/oom_kill.c, `__oom_kill_process`, 5.10 to 7.x). The
+//! kernel limits the rate of what stands before it alone, ten kills in five seconds
+//! (`oom_kill_process`, `oom_rs`): the dump and the `oom-kill:` line, which names the cgroups. So
+//! without that line nothing disagrees; without a `Killed` line the hooks and the log do, unless
+//! the kernel overwrote lines. That is decided when the log was read after the kill, and not when
+//! the incident closes: in a storm incidents close before.
 
 use std::collections::VecDeque;
 
@@ -18,17 +25,40 @@ const SEEN_CAP: usize = 1024;
 const GAPS_CAP: usize = 64;
 /// A line is read at most this long after the kill that it is about.
 const READ_LATE_NS: u64 = 10 * SEC;
-/// A line waits this long for the record of its kill.
+/// A line waits this long for the record of its kill, and a kill for its line.
 const WAIT_NS: u64 = 2 * SEC;
 /// Lines, kills and gaps are dropped after this time.
 const KEEP_NS: u64 = 60 * SEC;
 
+/// When something was written to the log: after one reading and before the next, boot clock.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    after_ns: u64,
+    read_ns: u64,
+}
+
 #[derive(Clone, Debug)]
 struct Line {
     kill: KernelLogKill,
-    read_ns: u64,
+    written: Written,
     /// Whether [`KernelLog::unseen`] has looked at it.
     checked: bool,
+}
+
+/// A kill that hooks saw.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    pid: u32,
+    tid: u32,
+    kill_ns: u64,
+    /// The first tick after it was reported: the log was read since, however late that was.
+    ticked_ns: Option<u64>,
+}
+
+impl Seen {
+    fn has_id(&self, id: u32) -> bool {
+        self.pid == id || self.tid == id
+    }
 }
 
 /// Lines of the log and kills of the hooks, to be matched.
@@ -36,14 +66,22 @@ struct Line {
 pub(crate) struct KernelLog {
     /// Cap: [`LINES_CAP`].
     lines: VecDeque<Line>,
-    /// pid, tid and time of kills that hooks saw. Cap: [`SEEN_CAP`].
-    seen: VecDeque<(u32, u32, u64)>,
-    /// When a gap was found, and how many lines it has. Cap: [`GAPS_CAP`].
-    gaps: VecDeque<(u64, u64)>,
+    /// Kills that hooks saw. Cap: [`SEEN_CAP`].
+    seen: VecDeque<Seen>,
+    /// Those of them that must have a line, and whether it was the one that the OOM killer chose,
+    /// not another of its group. Cap: [`SEEN_CAP`].
+    expected: VecDeque<(Seen, bool)>,
+    /// Chosen processes whose `oom-kill:` line the kernel's rate limit left out.
+    limited: u64,
+    /// When lines were lost, and how many. Cap: [`GAPS_CAP`].
+    gaps: VecDeque<(Written, u64)>,
+    /// The log was read up to this time.
+    read_until_ns: u64,
 }
 
-fn near(read_ns: u64, kill_ns: u64) -> bool {
-    read_ns.saturating_add(WAIT_NS) >= kill_ns && read_ns <= kill_ns.saturating_add(READ_LATE_NS)
+/// Whether a line can be about a kill at this time.
+fn near(written: Written, kill_ns: u64) -> bool {
+    written.read_ns.saturating_add(WAIT_NS) >= kill_ns && written.after_ns <= kill_ns.saturating_add(READ_LATE_NS)
 }
 
 fn push<T>(queue: &mut VecDeque<T>, cap: usize, item: T) {
@@ -56,16 +94,18 @@ fn push<T>(queue: &mut VecDeque<T>, cap: usize, item: T) {
 impl KernelLog {
     pub(crate) fn line(&mut self, line: &KernelLogLine) {
         let read_ns = line.read_boot_ns;
+        let after_ns = if self.read_until_ns == 0 { read_ns } else { self.read_until_ns.min(read_ns) };
+        let written = Written { after_ns, read_ns };
         match &line.line {
-            KernelLogEvent::Gap { lines } => push(&mut self.gaps, GAPS_CAP, (read_ns, *lines)),
+            KernelLogEvent::Gap { lines } => push(&mut self.gaps, GAPS_CAP, (written, *lines)),
             KernelLogEvent::Killed { pid, .. } => {
-                self.put(*pid, read_ns, |k| k.killed_line_ns.is_none(), |k| k.killed_line_ns = Some(line.printk_ns));
+                self.put(*pid, written, |k| k.killed_line_ns.is_none(), |k| k.killed_line_ns = Some(line.printk_ns));
             }
             KernelLogEvent::OomKill { constraint, oom_memcg, task_memcg, pid, .. } => {
                 let text = |t: &Option<String>| t.as_ref().map(|t| printable(t.as_bytes()));
                 self.put(
                     *pid,
-                    read_ns,
+                    written,
                     |k| k.oom_line_ns.is_none(),
                     |k| {
                         k.oom_line_ns = Some(line.printk_ns);
@@ -82,23 +122,41 @@ impl KernelLog {
     fn put(
         &mut self,
         pid: u32,
-        read_ns: u64,
+        written: Written,
         vacant: impl Fn(&KernelLogKill) -> bool,
         write: impl FnOnce(&mut KernelLogKill),
     ) {
-        let fits = |l: &&mut Line| l.kill.pid == pid && l.read_ns.abs_diff(read_ns) <= READ_LATE_NS && vacant(&l.kill);
+        let read_ns = written.read_ns;
+        let soon = |l: &Line| l.written.read_ns.abs_diff(read_ns) <= READ_LATE_NS;
+        let fits = |l: &&mut Line| l.kill.pid == pid && soon(l) && vacant(&l.kill);
         if let Some(found) = self.lines.iter_mut().find(fits) {
             write(&mut found.kill);
             return;
         }
         let mut kill = KernelLogKill { pid, ..KernelLogKill::default() };
         write(&mut kill);
-        push(&mut self.lines, LINES_CAP, Line { kill, read_ns, checked: false });
+        push(&mut self.lines, LINES_CAP, Line { kill, written, checked: false });
     }
 
     /// A hook saw that this process was killed or chosen.
     pub(crate) fn hook_saw(&mut self, pid: u32, tid: u32, kill_ns: u64) {
-        push(&mut self.seen, SEEN_CAP, (pid, tid, kill_ns));
+        push(&mut self.seen, SEEN_CAP, Seen { pid, tid, kill_ns, ticked_ns: None });
+    }
+
+    /// This process was killed, so the log must have a line about it. `chosen`: by the OOM killer
+    /// itself, so that it may have two.
+    pub(crate) fn expect(&mut self, pid: u32, tid: u32, kill_ns: u64, chosen: bool) {
+        push(&mut self.expected, SEEN_CAP, (Seen { pid, tid, kill_ns, ticked_ns: None }, chosen));
+    }
+
+    /// How many kills have no `oom-kill:` line, because the kernel limits their rate.
+    pub(crate) fn limited(&self) -> u64 {
+        self.limited
+    }
+
+    /// Whether the log was read since this time: what it has about a kill then is known.
+    pub(crate) fn was_read_since(&self, kill_ns: u64) -> bool {
+        self.read_until_ns >= kill_ns
     }
 
     /// What the log has about a kill. The pid in the log is the id of the thread that the kernel
@@ -106,14 +164,26 @@ impl KernelLog {
     pub(crate) fn about(&self, pid: u32, tid: u32, kill_ns: u64) -> Option<&KernelLogKill> {
         self.lines
             .iter()
-            .filter(|l| (l.kill.pid == pid || l.kill.pid == tid) && near(l.read_ns, kill_ns))
-            .min_by_key(|l| l.read_ns.abs_diff(kill_ns))
+            .filter(|l| (l.kill.pid == pid || l.kill.pid == tid) && near(l.written, kill_ns))
+            .min_by_key(|l| l.written.read_ns.abs_diff(kill_ns))
             .map(|l| &l.kill)
     }
 
     /// How many lines were lost around a kill.
     pub(crate) fn lost_near(&self, kill_ns: u64) -> u64 {
-        self.gaps.iter().filter(|(ns, _)| near(*ns, kill_ns)).fold(0, |sum, (_, lines)| sum.saturating_add(*lines))
+        let near = self.gaps.iter().filter(|(written, _)| near(*written, kill_ns));
+        near.fold(0, |sum, (_, lines)| sum.saturating_add(*lines))
+    }
+
+    /// The log was read up to this time: forgets what is old.
+    pub(crate) fn tick(&mut self, now: u64) {
+        self.read_until_ns = now;
+        for seen in self.seen.iter_mut().chain(self.expected.iter_mut().map(|(seen, _)| seen)) {
+            seen.ticked_ns.get_or_insert(now);
+        }
+        self.lines.retain(|l| l.written.read_ns.saturating_add(KEEP_NS) > now);
+        self.seen.retain(|seen| seen.ticked_ns.is_none_or(|ns| ns.saturating_add(KEEP_NS) > now));
+        self.gaps.retain(|(written, _)| written.read_ns.saturating_add(KEEP_NS) > now);
     }
 
     /// Process ids that were killed according to the log and that no hook saw. Each is returned
@@ -121,18 +191,35 @@ impl KernelLog {
     pub(crate) fn unseen(&mut self, now: u64) -> Vec<u32> {
         let seen = &self.seen;
         let mut unseen = Vec::new();
-        for l in self.lines.iter_mut().filter(|l| !l.checked && l.read_ns.saturating_add(WAIT_NS) <= now) {
+        for l in self.lines.iter_mut().filter(|l| !l.checked && l.written.read_ns.saturating_add(WAIT_NS) <= now) {
             l.checked = true;
             let id = l.kill.pid;
-            let seen_by_hook = seen.iter().any(|(pid, tid, ns)| (*pid == id || *tid == id) && near(l.read_ns, *ns));
+            let seen_by_hook = seen.iter().any(|seen| seen.has_id(id) && near(l.written, seen.kill_ns));
             if !seen_by_hook && l.kill.killed_line_ns.is_some() {
                 unseen.push(id);
             }
         }
-        self.lines.retain(|l| l.read_ns.saturating_add(KEEP_NS) > now);
-        self.seen.retain(|(_, _, ns)| ns.saturating_add(KEEP_NS) > now);
-        self.gaps.retain(|(ns, _)| ns.saturating_add(KEEP_NS) > now);
         unseen
+    }
+
+    /// Process ids of expected kills that the log has no line about, although it was read and no
+    /// lines of that time were lost. Each is returned once, after [`WAIT_NS`].
+    pub(crate) fn silent(&mut self, now: u64) -> Vec<u32> {
+        let is_due = |(seen, _): &&(Seen, bool)| seen.ticked_ns.is_some_and(|ns| ns.saturating_add(WAIT_NS) <= now);
+        let count = self.expected.iter().take_while(is_due).count();
+        let due: Vec<(Seen, bool)> = self.expected.drain(..count).collect();
+        let mut silent = Vec::new();
+        for (seen, chosen) in due {
+            if self.lost_near(seen.kill_ns) > 0 {
+                continue;
+            }
+            let lines = self.about(seen.pid, seen.tid, seen.kill_ns);
+            match lines.map(|kill| (kill.killed_line_ns.is_some(), kill.oom_line_ns.is_some())) {
+                Some((true, named)) => self.limited = self.limited.saturating_add(u64::from(chosen && !named)),
+                _ => silent.push(seen.pid),
+            }
+        }
+        silent
     }
 }
 
@@ -172,10 +259,56 @@ mod tests {
         log.line(&killed(7, 10 * SEC));
         log.line(&killed(8, 10 * SEC));
         log.hook_saw(8, 8, 10 * SEC);
-        assert!(log.unseen(11 * SEC).is_empty());
-        assert_eq!(log.unseen(12 * SEC), [7]);
-        assert!(log.unseen(13 * SEC).is_empty());
-        log.unseen(200 * SEC);
+        let mut unseen = |sec: u64| {
+            log.tick(sec * SEC);
+            log.unseen(sec * SEC)
+        };
+        assert!(unseen(11).is_empty());
+        assert_eq!(unseen(12), [7]);
+        assert!(unseen(13).is_empty());
+        unseen(200);
         assert!(log.lines.is_empty() && log.seen.is_empty());
+    }
+
+    #[test]
+    fn a_kill_without_a_line_is_reported_once_the_log_was_read() {
+        let mut log = KernelLog::default();
+        log.tick(10 * SEC);
+        for pid in [5, 6] {
+            log.hook_saw(pid, pid, 11 * SEC);
+            log.expect(pid, pid, 11 * SEC, pid == 5);
+        }
+        assert!(!log.was_read_since(11 * SEC) && log.silent(10 * SEC).is_empty());
+        log.line(&killed(5, 12 * SEC));
+        let mut silent = |sec: u64| {
+            log.tick(sec * SEC);
+            (log.was_read_since(11 * SEC), log.silent(sec * SEC), log.unseen(sec * SEC))
+        };
+        assert_eq!(silent(12), (true, vec![], vec![]));
+        assert_eq!(silent(14), (true, vec![6], vec![]));
+        assert_eq!(silent(16), (true, vec![], vec![]));
+        assert_eq!(log.limited(), 1, "5 has one line of two");
+        // Lines that were lost say nothing about a kill.
+        log.expect(7, 7, 17 * SEC, true);
+        let line = KernelLogEvent::Gap { lines: 3 };
+        log.line(&KernelLogLine { printk_ns: 1, read_boot_ns: 18 * SEC, line });
+        log.tick(18 * SEC);
+        log.tick(20 * SEC);
+        assert!(log.silent(20 * SEC).is_empty() && log.expected.is_empty());
+    }
+
+    #[test]
+    fn a_log_that_is_read_a_minute_late_agrees() {
+        let mut log = KernelLog::default();
+        log.tick(10 * SEC);
+        // The recorder was stopped until now.
+        log.hook_saw(5, 5, 11 * SEC);
+        log.expect(5, 5, 11 * SEC, true);
+        log.line(&killed(5, 100 * SEC));
+        for sec in [100, 101, 103] {
+            log.tick(sec * SEC);
+            assert!(log.silent(sec * SEC).is_empty() && log.unseen(sec * SEC).is_empty(), "{sec}");
+        }
+        assert_eq!(log.about(5, 5, 11 * SEC).and_then(|kill| kill.killed_line_ns), Some(100 * SEC - 7));
     }
 }

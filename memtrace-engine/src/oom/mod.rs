@@ -213,6 +213,11 @@ impl OomKills {
         self.refine(world, run);
     }
 
+    /// The kernel log was read up to this time. A stop does not say so.
+    pub(crate) fn kernel_log_was_read(&mut self, now: u64) {
+        self.log.tick(now);
+    }
+
     /// The names of a trigger's kernel stack arrived, possibly before the mark.
     pub(crate) fn kernel_stack(&mut self, victim: ProcessKey, functions: &[String]) {
         let functions = pairing::functions(functions);
@@ -306,10 +311,10 @@ impl OomKills {
         report_one(&mut open, reported, true, context.world, context.run, out);
         self.lines.emit_of(open.id.as_deref().unwrap_or_default(), &context.world.cgroups, out);
         let incident = incident::oom_incident(&open, &self.log, context);
-        if context.run.settings.kernel_log && self.log.lost_near(open.at_ns) == 0 {
-            for v in incident::missing_in_log(&open, &self.log) {
-                let only_in = "hook".to_owned();
-                out.outputs.push(Output::Alert(Finding::Disagreement { pid: v.victim.pid, only_in }));
+        if context.run.settings.kernel_log {
+            // The kernel logs no line for processes that only share a victim's address space.
+            for (place, v) in open.victims.iter().enumerate().filter(|(_, v)| v.victim.killed && !v.victim.shares_mm) {
+                self.log.expect(v.victim.pid, v.tid, v.victim.at_boot_ns, place == 0);
             }
         }
         self.changed = true;
@@ -327,14 +332,14 @@ impl OomKills {
         self.sigkills.report_due(all, world, run, out);
     }
 
-    /// Drops old decisions and reports kills that only the kernel log has.
+    /// Drops old decisions and reports kills that only the kernel log has, or only the hooks.
     pub(crate) fn tick(&mut self, run: &Run, out: &mut Out) {
         self.pairing.tick(run.now);
-        for pid in self.log.unseen(run.now) {
-            if run.settings.kernel_log {
-                let only_in = "kernel_log".to_owned();
-                out.outputs.push(Output::Alert(Finding::Disagreement { pid, only_in }));
-            }
+        let unseen = self.log.unseen(run.now).into_iter().map(|pid| (pid, "kernel_log"));
+        let silent = self.log.silent(run.now).into_iter().map(|pid| (pid, "hook"));
+        if run.settings.kernel_log {
+            let disagrees = |(pid, only_in): (u32, &str)| Finding::Disagreement { pid, only_in: only_in.to_owned() };
+            out.outputs.extend(unseen.chain(silent).map(disagrees).map(Output::Alert));
         }
     }
 
@@ -360,6 +365,11 @@ impl OomKills {
             victims.chain([o.view.curve_of, o.oom.cgroup_id, o.trigger_memcg.cgroup_id])
         });
         of_open.flatten()
+    }
+
+    /// How many kills have no line with their cgroup in the kernel log, because it limits their rate.
+    pub(crate) fn log_limited(&self) -> u64 {
+        self.log.limited()
     }
 
     /// Number of open incidents.
@@ -412,6 +422,7 @@ fn report_one(
             limit_bytes: open.oom.limit.bytes(),
             trigger_pid: open.trigger_process.pid,
             killed: v.victim.killed,
+            boot_id: Some(run.host.boot_id.clone()).filter(|id| !id.is_empty()),
         });
         lines.emit(line, (v.victim.cgroup_id, v.victim.at_boot_ns), now, &world.cgroups, out);
     }

@@ -8,12 +8,14 @@ use anyhow::Context;
 use tracing::{error, info, warn};
 
 use super::sinks::Sinks;
+use super::unwatched::LastRun;
 use crate::store::journal::{self, JournalReader, OpenError};
 use crate::store::ledger::{self, Ledger, LedgerEntry};
 use crate::store::own_dir;
 use memtrace_engine::input::{Fact, Input};
 use memtrace_engine::output::Output;
 use memtrace_engine::{Engine, Out};
+use memtrace_incident::{KillLine, Moment};
 
 /// Subdirectory of the journal's directory for the journal of the previous run.
 const PREVIOUS: &str = "previous";
@@ -34,18 +36,18 @@ pub(super) fn leave_mark(dir: &Path) {
 ///
 /// Incident ids come from the event itself, so an incident that was saved has the same id in the replay. The journal is
 /// then moved to a subdirectory and stays readable until the next start. A journal that cannot be opened is logged and
-/// left where it is.
-pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
+/// left where it is. Returns until when that run watched; `None` when the journal does not say.
+pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<Option<LastRun>> {
     let mut reader = match JournalReader::open(dir) {
         Ok(reader) => reader,
-        Err(OpenError::Empty { .. }) => return Ok(()),
-        Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(OpenError::Empty { .. }) => return Ok(None),
+        Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => {
             warn!("journal of the previous run: {error}; nothing is recovered from it");
-            return Ok(());
+            return Ok(None);
         }
     };
-    let Replayed { stopped, out } = replay(&mut reader);
+    let Replayed { stopped, out, watched_until } = replay(&mut reader);
     let stats = reader.stats();
     if stats.torn_bytes > 0 {
         warn!("journal of the previous run: dropped a torn tail of {} bytes", stats.torn_bytes);
@@ -55,7 +57,7 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
         let (mut replayed, mut sent) = (Vec::new(), Vec::new());
         for output in &out.outputs {
             match output {
-                Output::Kill(kill) => replayed.push(kill.clone()),
+                Output::Kill(kill) => replayed.push(KillLine::Kill(kill.clone())),
                 Output::Sigkill(sigkill) => sent.push(sigkill.clone()),
                 _ => {}
             }
@@ -81,7 +83,8 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<()> {
         _ => {}
     }
     journal::set_aside(dir, PREVIOUS)
-        .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))
+        .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))?;
+    Ok(watched_until.map(|watched_until| LastRun { watched_until, stopped }))
 }
 
 /// A journal run through an engine.
@@ -90,17 +93,26 @@ struct Replayed {
     stopped: bool,
     /// Kills, SIGKILLs and incidents, those too that were open at the end.
     out: Out,
+    /// When every source was read for the last time; `None` when the journal does not say.
+    watched_until: Option<Moment>,
 }
 
 fn replay(reader: &mut JournalReader) -> Replayed {
     let mut engine = Engine::new();
     let mut out = Out::default();
     let (mut stopped, mut last_ns) = (false, 0);
+    let (mut boot_id, mut anchor, mut read_until_ns) = (String::new(), None, None);
     loop {
         match reader.next_input() {
             Ok(Some(input)) => {
                 stopped |= matches!(input, Input::Fact(Fact::Stop { .. }));
                 last_ns = input.boot_ns().unwrap_or(0).max(last_ns);
+                match &input {
+                    Input::Fact(Fact::Start { host, .. }) => boot_id.clone_from(&host.boot_id),
+                    Input::Fact(Fact::Anchor { boot_ns, wall_ns, .. }) => anchor = Some((*boot_ns, *wall_ns)),
+                    Input::Fact(Fact::Tick { boot_ns } | Fact::Stop { boot_ns }) => read_until_ns = Some(*boot_ns),
+                    _ => {}
+                }
                 engine.apply(&input, &mut out);
             }
             Ok(None) => break,
@@ -113,7 +125,12 @@ fn replay(reader: &mut JournalReader) -> Replayed {
     if !stopped {
         engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
     }
-    Replayed { stopped, out }
+    let watched_until = read_until_ns.zip(anchor).and_then(|(boot_ns, (anchor_ns, wall_ns))| {
+        let wall_ns = i128::from(wall_ns) + i128::from(boot_ns) - i128::from(anchor_ns);
+        let wall = format!("{:.9}", jiff::Timestamp::from_nanosecond(wall_ns).ok()?);
+        Some(Moment { boot_id, boot_ns, wall })
+    });
+    Replayed { stopped, out, watched_until }
 }
 
 /// Adds the entries that a ledger lacks; how many were added.
@@ -187,6 +204,24 @@ mod tests {
             journal.flush().unwrap();
             let replayed = replay(&mut JournalReader::open(dir.path()).unwrap());
             assert_eq!(replayed.stopped, stopped);
+            assert_eq!(replayed.watched_until, None, "no anchor, no wall time");
         }
+    }
+
+    #[test]
+    fn the_journal_says_until_when_its_run_watched() {
+        let host = memtrace_incident::Host { boot_id: "b".into(), ..crate::host::describe() };
+        let anchor = Fact::Anchor { boot_ns: 1_000_000_000, wall_ns: 1_700_000_000_000_000_000, uncertainty_ns: 0 };
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = JournalWriter::open(dir.path(), 1 << 20, 1 << 20).unwrap();
+        journal.begin_segment(&[]).unwrap();
+        let settings = memtrace_engine::input::Settings::default();
+        for fact in [Fact::Start { host, settings }, anchor, Fact::Tick { boot_ns: 3_000_000_000 }] {
+            journal.append(&Input::Fact(fact)).unwrap();
+        }
+        journal.flush().unwrap();
+        let watched_until = replay(&mut JournalReader::open(dir.path()).unwrap()).watched_until.unwrap();
+        assert_eq!((watched_until.boot_id.as_str(), watched_until.boot_ns), ("b", 3_000_000_000));
+        assert_eq!(watched_until.wall, "2023-11-14T22:13:22.000000000Z");
     }
 }

@@ -20,8 +20,8 @@ use crate::store::ledger::{Ledger, LedgerEntry};
 use crate::store::own_dir;
 use crate::store::retention::{self, DeletedFiles, Retention};
 use memtrace_engine::output::{Finding, Output};
-use memtrace_incident::{Incident, PressureLimit};
-use memtrace_incident::{KillEntry, SigkillEntry};
+use memtrace_incident::{Incident, PressureLimit, units};
+use memtrace_incident::{KillLine, SigkillEntry, UnwatchedEntry};
 
 /// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
 const MAX_WAITING: usize = 1024;
@@ -45,7 +45,7 @@ struct Retry {
 pub(super) struct Sinks {
     pub(super) incidents: IncidentStore,
     retention: Retention,
-    pub(super) kills: Ledger<KillEntry>,
+    pub(super) kills: Ledger<KillLine>,
     pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
     /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`], [`MAX_WAITING_FAILED`].
@@ -82,9 +82,10 @@ impl Sinks {
                 // A kill is durable before anything that takes longer.
                 Output::Kill(kill) => {
                     self.counters.kills = self.counters.kills.saturating_add(1);
-                    if let Err(error) = self.kills.append(std::slice::from_ref(&kill)) {
+                    let pid = kill.pid;
+                    if let Err(error) = self.kills.append(&[KillLine::Kill(kill)]) {
                         self.counters.write_failures = self.counters.write_failures.saturating_add(1);
-                        error!("failed to write the kill of {} to the ledger: {error}", kill.pid);
+                        error!("failed to write the kill of {pid} to the ledger: {error}");
                     }
                 }
                 Output::Sigkill(sigkill) => sigkills.push(sigkill),
@@ -93,6 +94,46 @@ impl Sinks {
             }
         }
         self.append_sigkills(&sigkills);
+    }
+
+    /// Writes what is known of a time in which no agent watched to the ledger of kills, counts and logs it.
+    pub(super) fn take_unwatched(&mut self, entries: Vec<UnwatchedEntry>) {
+        for entry in &entries {
+            self.report_unwatched(entry);
+        }
+        let lines: Vec<KillLine> = entries.into_iter().map(KillLine::Unwatched).collect();
+        if let Err(error) = self.kills.append(&lines) {
+            self.counters.write_failures = self.counters.write_failures.saturating_add(lines.len() as u64);
+            error!("failed to write {} lines about unwatched time to the ledger of kills: {error}", lines.len());
+        }
+    }
+
+    fn report_unwatched(&mut self, entry: &UnwatchedEntry) {
+        match entry {
+            UnwatchedEntry::NotWatched(gap) => {
+                let duration_ns = gap.duration_ns;
+                self.counters.unwatched_ns = self.counters.unwatched_ns.saturating_add(duration_ns.unwrap_or(0));
+                let duration = duration_ns.map_or_else(|| "an unknown time".to_owned(), units::duration);
+                let (from, to) = (&gap.from.wall, &gap.to.wall);
+                if gap.stopped == Some(true) && !gap.rebooted {
+                    info!(from, to, "not watched for {duration}: the agent was stopped");
+                } else {
+                    warn!(from, to, rebooted = gap.rebooted, "not watched for {duration}");
+                }
+            }
+            UnwatchedEntry::UnwatchedKills(found) => {
+                self.counters.unwatched_kills = self.counters.unwatched_kills.saturating_add(found.kills);
+                warn!(
+                    with_cgroup = found.with_cgroup,
+                    without_cgroup = found.without_cgroup,
+                    counted = found.counted,
+                    kernel_log_lines_lost = found.kernel_log_lines_lost,
+                    "{} that no agent saw: in the kernel log, or counted for their cgroup (memtrace incidents --kills)",
+                    units::count(found.kills, "OOM kill", "OOM kills")
+                );
+            }
+            UnwatchedEntry::KernelLog(_) | UnwatchedEntry::Counter(_) => {}
+        }
     }
 
     fn append_sigkills(&mut self, sigkills: &[SigkillEntry]) {

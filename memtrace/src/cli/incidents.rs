@@ -1,4 +1,4 @@
-//! `memtrace incidents`: lists incidents, or the processes that got SIGKILL.
+//! `memtrace incidents`: lists incidents, or the ledgers: OOM kills, and processes that got SIGKILL.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -8,12 +8,12 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use jiff::{SpanRelativeTo, Timestamp};
 
 use super::config::{Config, Flags, READ};
-use super::{VerbResult, listing, terminal};
+use super::{VerbResult, kills_listing, listing, terminal};
 use crate::store::incidents::{self, IncidentStore};
-use crate::store::ledger;
-use memtrace_incident::SigkillEntry;
+use crate::store::ledger::{self, LedgerEntry};
 use memtrace_incident::units;
 use memtrace_incident::{Incident, Kind};
+use memtrace_incident::{KillLine, SigkillEntry};
 use memtrace_report::json;
 
 /// Arguments of `memtrace incidents`.
@@ -24,12 +24,13 @@ Examples:
   memtrace incidents --since 2h              of the last two hours (also 90m, 7d, 2026-03-01T03:00:00Z)
   memtrace incidents --kind oom-kill --json | jq '.[].oom.victims[].comm'
   memtrace incidents --sigkills --since 1h   who sent SIGKILL to which process
+  memtrace incidents --kills                 every OOM kill, also of times in which no agent watched
   memtrace report latest                     the report of the newest one")]
 pub struct Args {
     #[command(flatten)]
     settings: Flags<READ>,
     /// Print a JSON array: incident files without `timeline`, `allocation_paths` and `allocations`, or lines of
-    /// the SIGKILL ledger
+    /// a ledger
     #[arg(long)]
     pub json: bool,
     /// Only what happened since: a time span back from now (1h, 2d) or a time (RFC 3339)
@@ -41,6 +42,9 @@ pub struct Args {
     /// List processes that got SIGKILL, and who sent it, instead of incidents
     #[arg(long, conflicts_with = "kind")]
     pub sigkills: bool,
+    /// List the kill ledger instead of incidents: OOM kills, and times in which no agent watched
+    #[arg(long, conflicts_with_all = ["kind", "sigkills"])]
+    pub kills: bool,
 }
 
 /// Takes a kind of incident in the command line's form or the file's; `oom` is short for `oom-kill`.
@@ -56,7 +60,12 @@ fn kind() -> impl TypedValueParser<Value = Kind> {
 pub fn run(args: &Args) -> VerbResult {
     let state_dir = Config::load(None, &args.settings)?.parse()?.state_dir;
     if args.sigkills {
-        return sigkills(args, &state_dir);
+        let found = ledger::<SigkillEntry>(args, &state_dir, "the SIGKILL ledger", |entry| &entry.wall)?;
+        return print_ledger(args, &found, listing::sigkills, &format!("no SIGKILLs in {}", state_dir.display()));
+    }
+    if args.kills {
+        let found = ledger::<KillLine>(args, &state_dir, "the kill ledger", KillLine::wall)?;
+        return print_ledger(args, &found, kills_listing::table, &format!("no OOM kills in {}", state_dir.display()));
     }
     let store = IncidentStore::at(&state_dir);
     let entries = match store.list() {
@@ -93,23 +102,33 @@ pub fn run(args: &Args) -> VerbResult {
     Ok(0)
 }
 
-fn sigkills(args: &Args, state_dir: &Path) -> VerbResult {
-    let ledger = ledger::read::<SigkillEntry>(state_dir).map_err(|error| unreadable(error, state_dir))?;
+/// The entries of a ledger that are wanted, newest first. `wall` is when one happened.
+fn ledger<E: LedgerEntry>(
+    args: &Args,
+    state_dir: &Path,
+    name: &str,
+    wall: impl Fn(&E) -> &str,
+) -> anyhow::Result<Vec<E>> {
+    let ledger = ledger::read::<E>(state_dir).map_err(|error| unreadable(error, state_dir))?;
     if ledger.bad_lines > 0 {
-        note(&format!("{} of the SIGKILL ledger cannot be read", units::count(ledger.bad_lines, "line", "lines")));
+        note(&format!("{} of {name} cannot be read", units::count(ledger.bad_lines, "line", "lines")));
     }
     let mut found = ledger.entries;
     let recent = |at: &str| args.since.is_none_or(|since| at.parse::<Timestamp>().is_ok_and(|at| at >= since));
-    found.retain(|entry| recent(&entry.wall));
+    found.retain(|entry| recent(wall(entry)));
     // UTC with all its digits sorts as text; the sort keeps the order of what happened at once.
     found.reverse();
-    found.sort_by(|a, b| b.wall.cmp(&a.wall));
+    found.sort_by(|a, b| wall(b).cmp(wall(a)));
+    Ok(found)
+}
+
+fn print_ledger<E: LedgerEntry>(args: &Args, found: &[E], table: fn(&[E]) -> String, none: &str) -> VerbResult {
     if args.json {
-        terminal::write(&json::sigkills(&found)?, None)?;
+        terminal::write(&json::ledger(found)?, None)?;
     } else if found.is_empty() {
-        terminal::write(&format!("no SIGKILLs in {}\n", state_dir.display()), None)?;
+        terminal::write(&format!("{none}\n"), None)?;
     } else {
-        terminal::write(&listing::sigkills(&found), None)?;
+        terminal::write(&table(found), None)?;
     }
     Ok(0)
 }

@@ -23,7 +23,7 @@ pub(super) fn sigkills(entries: &[SigkillEntry]) -> String {
     columns(std::iter::once(head).chain(rows))
 }
 
-fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
+pub(super) fn columns<const N: usize>(rows: impl Iterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = rows.collect();
     let mut widths = [0; N];
     for row in &rows {
@@ -79,11 +79,11 @@ fn row(incident: &Incident) -> [String; 7] {
     ]
 }
 
-fn path(path: Option<&str>) -> String {
+pub(super) fn path(path: Option<&str>) -> String {
     path.map_or_else(|| "unknown".to_owned(), |path| plain::elide(path, PATH_WIDTH, true))
 }
 
-fn when(wall: &str) -> String {
+pub(super) fn when(wall: &str) -> String {
     let parsed: Option<Timestamp> = wall.parse().ok();
     parsed.map_or_else(|| plain::elide(wall, 24, true), |wall| wall.strftime("%Y-%m-%d %H:%M:%S").to_string())
 }

@@ -18,6 +18,7 @@ pub mod doctor;
 pub mod exec_in;
 pub mod incidents;
 pub mod invoker;
+mod kills_listing;
 mod listing;
 pub mod man;
 pub mod name_frames;

@@ -23,12 +23,16 @@ use rustix::io::Errno;
 
 use memtrace_engine::input::{KernelLogEvent, KernelLogLine};
 
+pub mod backlog;
+
 /// The device with the records of the kernel log.
 pub const KMSG: &str = "/dev/kmsg";
 /// Room for one record, bytes; the kernel's own limit is below it (kernel/printk/printk.c).
 const RECORD: usize = 16 << 10;
 /// Most records that one call reads; the rest waits for the next.
 const MAX_RECORDS: usize = 1 << 16;
+/// Most reads for one record: an interrupted one, and one that finds the next record overwritten, are repeated.
+const MAX_TRIES: usize = 16;
 /// Longest name of a task, bytes (TASK_COMM_LEN without its NUL).
 const MAX_COMM: usize = 15;
 
@@ -166,35 +170,58 @@ pub struct KmsgReader {
 impl KmsgReader {
     /// Opens /dev/kmsg at its end. Needs CAP_SYSLOG where kernel.dmesg_restrict is set.
     pub fn open() -> anyhow::Result<Self> {
+        Self::open_at(SeekFrom::End(0))
+    }
+
+    /// Opens /dev/kmsg at the oldest record that it has.
+    fn open_at_oldest() -> anyhow::Result<Self> {
+        Self::open_at(SeekFrom::Start(0))
+    }
+
+    fn open_at(place: SeekFrom) -> anyhow::Result<Self> {
         let mut file = File::options()
             .read(true)
             .custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32)
             .open(KMSG)
             .with_context(|| format!("failed to open {KMSG}"))?;
-        file.seek(SeekFrom::End(0)).with_context(|| format!("failed to go to the end of {KMSG}"))?;
+        file.seek(place).with_context(|| format!("failed to go to {place:?} of {KMSG}"))?;
         Ok(Self { file, sequence: Sequence::default() })
     }
 
+    /// Number of the record after the last one that was read; `None` while none was.
+    pub fn next_seq(&self) -> Option<u64> {
+        self.sequence.next
+    }
+
+    /// The text of the next record; `None` when there is none yet.
+    fn next_text(&mut self, buffer: &mut [u8]) -> anyhow::Result<Option<String>> {
+        for _ in 0..MAX_TRIES {
+            match self.file.read(buffer) {
+                Ok(0) => break,
+                Ok(len) => {
+                    return Ok(Some(String::from_utf8_lossy(buffer.get(..len).unwrap_or_default()).into_owned()));
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // The next read begins with the oldest record there is.
+                Err(error) if error.raw_os_error() == Some(Errno::PIPE.raw_os_error()) => self.sequence.overrun = true,
+                Err(error) => return Err(error).with_context(|| format!("failed to read {KMSG}")),
+            }
+        }
+        Ok(None)
+    }
+
     /// Every record there is about OOM kills, with gaps where records were lost. Never waits.
-    pub fn read_available(&mut self, boot_ns_now: u64) -> anyhow::Result<Vec<KernelLogLine>> {
+    /// `boot_ns` is the boot clock: a line is not read before it was written, however long this process
+    /// is held up.
+    pub fn read_available(&mut self, boot_ns: impl Fn() -> u64) -> anyhow::Result<Vec<KernelLogLine>> {
         let mut lines = Vec::new();
         let mut buffer = vec![0u8; RECORD];
         for _ in 0..MAX_RECORDS {
-            let len = match self.file.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(len) => len,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(Errno::PIPE.raw_os_error()) => {
-                    self.sequence.overrun = true;
-                    continue;
-                }
-                Err(error) => return Err(error).with_context(|| format!("failed to read {KMSG}")),
-            };
-            let text = String::from_utf8_lossy(buffer.get(..len).unwrap_or_default());
+            let Some(text) = self.next_text(&mut buffer)? else { break };
             let Some(record) = parse_kmsg(&text) else { continue };
             let mut push = |line| {
-                lines.push(KernelLogLine { printk_ns: record.printk_ns, read_boot_ns: boot_ns_now, line });
+                lines.push(KernelLogLine { printk_ns: record.printk_ns, read_boot_ns: boot_ns(), line });
             };
             let lost = self.sequence.advance(record.seq);
             if lost > 0 {
@@ -339,7 +366,7 @@ mod tests {
     #[test]
     fn the_reader_starts_at_the_end_and_never_waits() {
         let Ok(mut reader) = KmsgReader::open() else { return };
-        let lines = reader.read_available(1).unwrap();
+        let lines = reader.read_available(|| 1).unwrap();
         assert!(lines.len() < 1000);
     }
 

@@ -109,6 +109,21 @@ static METRICS: &[Metric] = &[
         Value::One(|now| now.counters.disagreements),
     ),
     Metric::counter(
+        "kernel_log_limited",
+        "Kills whose cgroup is not in the kernel log: it names it for ten decisions in five seconds; no disagreement",
+        Value::One(|now| now.counts.kernel_log_limited),
+    ),
+    Metric::counter(
+        "unwatched",
+        "Time before this start in which no agent watched, as far as it is known",
+        Value::Nanoseconds(|now| now.counters.unwatched_ns),
+    ),
+    Metric::counter(
+        "unwatched_kills",
+        "OOM kills of that time in the kernel log or in counters of cgroups, at least; not in oom_kills",
+        Value::One(|now| now.counters.unwatched_kills),
+    ),
+    Metric::counter(
         "incidents_saved",
         "Incident files written",
         Value::Each {

@@ -119,6 +119,10 @@ pub struct Counters {
     pub stuck: u64,
     /// Kills seen by only one of the kernel log and the hooks.
     pub disagreements: u64,
+    /// How long no agent watched before this run, nanoseconds.
+    pub unwatched_ns: u64,
+    /// Kills of that time that were found.
+    pub unwatched_kills: u64,
     /// Incidents saved, by kind.
     pub saved: BTreeMap<Kind, u64>,
     /// Incidents or ledger lines that could not be written.

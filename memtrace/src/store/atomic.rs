@@ -20,13 +20,23 @@ pub fn write(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
         Ok(_) => fs::canonicalize(path)?,
         Err(_) => path.to_owned(),
     };
-    let temporary = temporary_name(&target)?;
-    let written = write_new(&temporary, bytes, mode).and_then(|()| fs::rename(&temporary, &target));
-    if let Err(error) = written {
-        let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
+    put(&target, bytes, mode, true)?;
     sync_dir(parent(&target))
+}
+
+/// Replaces a regular file in one step, or makes it, without a sync: after a power failure it is the old one, the new
+/// one, or empty.
+pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    put(path, bytes, Some(mode), false)
+}
+
+fn put(target: &Path, bytes: &[u8], mode: Option<u32>, sync: bool) -> io::Result<()> {
+    let temporary = temporary_name(target)?;
+    let written = write_new(&temporary, bytes, mode, sync).and_then(|()| fs::rename(&temporary, target));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
 
 /// Makes renames and removals in `dir` durable.
@@ -51,7 +61,7 @@ pub fn remove_leftovers(dir: &Path) -> io::Result<u64> {
     Ok(removed)
 }
 
-fn write_new(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
+fn write_new(path: &Path, bytes: &[u8], mode: Option<u32>, sync: bool) -> io::Result<()> {
     // Process ids are reused (in a container it is always 1): a file of this name is left from a crash.
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -62,7 +72,7 @@ fn write_new(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
         file.set_permissions(Permissions::from_mode(mode))?;
     }
     file.write_all(bytes)?;
-    file.sync_all()
+    if sync { file.sync_all() } else { Ok(()) }
 }
 
 fn temporary_name(target: &Path) -> io::Result<PathBuf> {

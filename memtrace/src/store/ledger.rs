@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{atomic, own_dir};
-use memtrace_incident::{KillEntry, MoreSigkills, SigkillEntry};
+use memtrace_incident::{KillLine, MoreSigkills, SigkillEntry, UnwatchedEntry};
 
 mod shares;
 
@@ -54,7 +54,7 @@ pub trait LedgerEntry: Clone + Serialize + DeserializeOwned {
     }
 }
 
-impl LedgerEntry for KillEntry {
+impl LedgerEntry for KillLine {
     const FILE: &'static str = "kills.jsonl";
     const FILE_BEFORE: &'static str = "kills.jsonl.1";
     const FILE_NEXT: &'static str = "kills.jsonl.next";
@@ -62,7 +62,13 @@ impl LedgerEntry for KillEntry {
     const SYNCED: bool = true;
 
     fn key(&self) -> (u64, u32, u64) {
-        (self.boot_ns, self.pid, self.start_boot_ns)
+        match self {
+            Self::Kill(kill) => (kill.boot_ns, kill.pid, kill.start_boot_ns),
+            Self::Unwatched(UnwatchedEntry::NotWatched(gap)) => (gap.to.boot_ns, 0, gap.from.boot_ns),
+            Self::Unwatched(UnwatchedEntry::KernelLog(kill)) => (kill.boot_ns, kill.pid, u64::MAX),
+            Self::Unwatched(UnwatchedEntry::Counter(counted)) => (counted.boot_ns, 0, counted.cgroup_id),
+            Self::Unwatched(UnwatchedEntry::UnwatchedKills(kills)) => (kills.boot_ns, 0, u64::MAX),
+        }
     }
 }
 

@@ -1,12 +1,12 @@
 //! Tests of the ledgers: rotation, torn lines, and files that cannot be written.
 
 use super::*;
-use memtrace_incident::SigkillCause;
+use memtrace_incident::{KillEntry, SigkillCause};
 
-type Kills = Ledger<KillEntry>;
+type Kills = Ledger<KillLine>;
 
-fn kill(pid: u32) -> KillEntry {
-    KillEntry {
+fn kill(pid: u32) -> KillLine {
+    KillLine::Kill(KillEntry {
         incident: "01ARZ3NDEKTSV4RRFFQ69G5FAV".into(),
         boot_ns: 1,
         wall: "2026-03-01T03:12:45Z".into(),
@@ -18,7 +18,8 @@ fn kill(pid: u32) -> KillEntry {
         limit_bytes: None,
         trigger_pid: 3,
         killed: true,
-    }
+        boot_id: None,
+    })
 }
 
 fn sigkill(pid: u32) -> SigkillEntry {
@@ -43,18 +44,18 @@ fn sigkill(pid: u32) -> SigkillEntry {
 }
 
 fn pids(dir: &Path) -> Vec<u32> {
-    read::<KillEntry>(dir).unwrap().entries.iter().map(|kill| kill.pid).collect()
+    read::<KillLine>(dir).unwrap().entries.iter().map(|kill| kill.key().1).collect()
 }
 
 #[test]
 fn appends_over_restarts_each_ledger_its_own() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(read::<KillEntry>(dir.path()).unwrap(), LedgerLines { entries: Vec::new(), bad_lines: 0 });
+    assert_eq!(read::<KillLine>(dir.path()).unwrap(), LedgerLines { entries: Vec::new(), bad_lines: 0 });
     Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
     Kills::open(dir.path()).unwrap().append(&[kill(2)]).unwrap();
     Ledger::open(dir.path()).unwrap().append(&[sigkill(3), sigkill(4)]).unwrap();
     Ledger::<SigkillEntry>::open(dir.path()).unwrap().append(&[]).unwrap();
-    assert_eq!(read::<KillEntry>(dir.path()).unwrap().entries, [kill(1), kill(2)]);
+    assert_eq!(read::<KillLine>(dir.path()).unwrap().entries, [kill(1), kill(2)]);
     assert_eq!(read::<SigkillEntry>(dir.path()).unwrap().entries, [sigkill(3), sigkill(4)]);
 }
 
@@ -62,22 +63,22 @@ fn appends_over_restarts_each_ledger_its_own() {
 fn a_torn_line_is_cut_off_and_a_bad_one_skipped() {
     let dir = tempfile::tempdir().unwrap();
     Kills::open(dir.path()).unwrap().append(&[kill(1)]).unwrap();
-    let mut file = OpenOptions::new().append(true).open(dir.path().join(KillEntry::FILE)).unwrap();
+    let mut file = OpenOptions::new().append(true).open(dir.path().join(KillLine::FILE)).unwrap();
     file.write_all(b"not json\n{\"incident\":").unwrap();
     file.write_all(&[0; 9000]).unwrap();
     let mut kills = Kills::open(dir.path()).unwrap();
     assert_eq!(kills.torn_bytes(), 9012);
     kills.append(&[kill(2)]).unwrap();
     assert_eq!(pids(dir.path()), [1, 2]);
-    assert_eq!(read::<KillEntry>(dir.path()).unwrap().bad_lines, 1);
+    assert_eq!(read::<KillLine>(dir.path()).unwrap().bad_lines, 1);
 }
 
 #[test]
 fn a_file_without_a_line_end_is_all_torn() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join(KillEntry::FILE), vec![b'x'; 5000]).unwrap();
+    fs::write(dir.path().join(KillLine::FILE), vec![b'x'; 5000]).unwrap();
     assert_eq!(Kills::open(dir.path()).unwrap().torn_bytes(), 5000);
-    assert_eq!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len(), 0);
+    assert_eq!(fs::metadata(dir.path().join(KillLine::FILE)).unwrap().len(), 0);
 }
 
 #[test]
@@ -85,7 +86,7 @@ fn a_rotation_that_fails_loses_nothing_and_is_done_later() {
     let dir = tempfile::tempdir().unwrap();
     let mut kills = Kills::with_cap(dir.path(), 1000).unwrap();
     // No new file can be made, as without an inode.
-    let next = dir.path().join(KillEntry::FILE_NEXT);
+    let next = dir.path().join(KillLine::FILE_NEXT);
     fs::create_dir(&next).unwrap();
     let mut pid = 0;
     let refused = loop {
@@ -95,7 +96,7 @@ fn a_rotation_that_fails_loses_nothing_and_is_done_later() {
         }
     };
     assert!(refused.contains("no new one can be made"), "{refused}");
-    let size = fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len();
+    let size = fs::metadata(dir.path().join(KillLine::FILE)).unwrap().len();
     assert!((1000..=2000).contains(&size), "{size} bytes");
     assert_eq!(pids(dir.path()), (1..pid).collect::<Vec<_>>(), "all before are there");
     assert!(kills.write_unwritten().is_err() && kills.unwritten() == 1);
@@ -103,9 +104,9 @@ fn a_rotation_that_fails_loses_nothing_and_is_done_later() {
     kills.append(&[kill(pid + 1)]).unwrap();
     assert_eq!(pids(dir.path()), (1..pid + 2).collect::<Vec<_>>(), "and the one that could not be written");
     assert_eq!((kills.unwritten(), kills.given_up()), (0, 0));
-    assert!(dir.path().join(KillEntry::FILE_BEFORE).exists() && !next.exists());
+    assert!(dir.path().join(KillLine::FILE_BEFORE).exists() && !next.exists());
     // A file that was taken away is begun anew at the next rotation.
-    fs::remove_file(dir.path().join(KillEntry::FILE)).unwrap();
+    fs::remove_file(dir.path().join(KillLine::FILE)).unwrap();
     for pid in 100..110 {
         kills.append(&[kill(pid)]).unwrap();
     }
@@ -117,7 +118,7 @@ fn entries_that_cannot_be_written_wait_and_the_oldest_are_given_up() {
     let dir = tempfile::tempdir().unwrap();
     let mut kills = Kills::open(dir.path()).unwrap();
     let file = std::mem::replace(&mut kills.file, OpenOptions::new().write(true).open("/dev/full").unwrap());
-    let all: Vec<KillEntry> = (0..MAX_UNWRITTEN as u32 + 3).map(kill).collect();
+    let all: Vec<KillLine> = (0..MAX_UNWRITTEN as u32 + 3).map(kill).collect();
     for some in [&all[..1], &all[1..MAX_UNWRITTEN], &all[MAX_UNWRITTEN..]] {
         assert!(kills.append(some).is_err());
     }
@@ -134,8 +135,8 @@ fn the_ledger_before_is_kept_once() {
     for pid in 0..20 {
         kills.append(&[kill(pid)]).unwrap();
     }
-    assert!(fs::metadata(dir.path().join(KillEntry::FILE)).unwrap().len() <= 1000);
-    assert!(fs::metadata(dir.path().join(KillEntry::FILE_BEFORE)).unwrap().len() <= 1000);
+    assert!(fs::metadata(dir.path().join(KillLine::FILE)).unwrap().len() <= 1000);
+    assert!(fs::metadata(dir.path().join(KillLine::FILE_BEFORE)).unwrap().len() <= 1000);
     let pids = pids(dir.path());
     assert_eq!(*pids.last().unwrap(), 19);
     assert!(pids.windows(2).all(|pair| pair[1] == pair[0] + 1));

@@ -19,6 +19,8 @@ const UNSAFE_FILES: &[&str] = &[
     "memtrace/src/kernel/probe.rs",
     // a cgroup by its id: open_by_handle_at(2) has no safe call
     "memtrace/src/cgroup/by_id.rs",
+    // settings of the C library's allocator have no safe call
+    "memtrace/src/own_process.rs",
     // a workload of the tests: clone(2), fork(2), swapon(2) and a wild read have no safe call
     "tests/src/bin/workload/raw.rs",
     // empty programs to compare with, and the kernel's clock of programs: bpf(2) has no safe call

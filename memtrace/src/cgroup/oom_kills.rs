@@ -1,0 +1,97 @@
+//! How many processes of each cgroup the OOM killer has killed, as the kernel counts them. It counts
+//! whether somebody watches or not.
+//!
+//! A kill counts for the victim's own cgroup (mm/oom_kill.c, `__oom_kill_process`): `oom_kill` in
+//! memory.events.local (5.2 and newer), on version 1 in memory.oom_control. memory.events is no use:
+//! there a kill counts for every ancestor too. The counter goes with its cgroup.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::hierarchy::Hierarchy;
+
+/// Cgroups that are read, those near the root first: each is a file, and all are read every ten seconds.
+const MAX_CGROUPS: usize = 8192;
+/// Most bytes of all paths; what is beyond it is left out. A path can have 4 KiB.
+const PATH_BYTES_CAP: usize = 2 << 20;
+
+/// The kills of one cgroup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupOomKills {
+    /// kernfs id. It is used again after the cgroup is gone.
+    pub id: u64,
+    /// Path from the root of the memory hierarchy.
+    pub path: String,
+    /// Kills since the cgroup was made.
+    pub kills: u64,
+    /// When they were read, boot clock, nanoseconds.
+    pub read_boot_ns: u64,
+}
+
+/// The kills of all cgroups.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OomKillCounts {
+    /// Cgroups with a counter. Cap: [`MAX_CGROUPS`], and 2 MiB of paths.
+    pub cgroups: Vec<CgroupOomKills>,
+    /// Every cgroup there was is in it.
+    pub complete: bool,
+}
+
+impl Hierarchy {
+    /// Reads the counters of all cgroups, each with the time of `boot_ns` just before.
+    pub fn oom_kills(&self, boot_ns: impl Fn() -> u64) -> OomKillCounts {
+        let name = if self.version == 1 { "memory.oom_control" } else { "memory.events.local" };
+        let (mut counts, mut bytes) = (OomKillCounts::default(), 0usize);
+        counts.complete = self.visit(MAX_CGROUPS, &mut |dir, path, _| {
+            bytes = bytes.saturating_add(path.len());
+            if bytes > PATH_BYTES_CAP {
+                return false;
+            }
+            let read_boot_ns = boot_ns();
+            if let (Some(id), Some(kills)) = (super::files::id_of(dir), read(&dir.join(name))) {
+                counts.cgroups.push(CgroupOomKills { id, path: path.to_owned(), kills, read_boot_ns });
+            }
+            true
+        });
+        counts
+    }
+}
+
+fn read(file: &Path) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counter_of_the_cgroup_alone_is_read_on_both_versions() {
+        for (version, name, text, other) in [
+            (1, "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n", "memory.events.local"),
+            (2, "memory.events.local", "low 0\noom 5\noom_kill 3\noom_group_kill 1\n", "memory.events"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let hierarchy = Hierarchy { version, mount: dir.path().into(), hierarchy_id: 0, root: "/".into() };
+            fs::create_dir_all(dir.path().join("a/b")).unwrap();
+            fs::write(dir.path().join("a/b").join(name), text).unwrap();
+            fs::write(dir.path().join("a").join(other), "oom_kill 9\n").unwrap();
+            let counts = hierarchy.oom_kills(|| 7);
+            let id = hierarchy.id_of("/a/b").unwrap();
+            let found = CgroupOomKills { id, path: "/a/b".into(), kills: 3, read_boot_ns: 7 };
+            assert_eq!(counts, OomKillCounts { cgroups: vec![found], complete: true });
+        }
+    }
+
+    #[test]
+    fn this_machine_s_counters_are_read() {
+        let Ok(hierarchy) = Hierarchy::find() else { return };
+        let counts = hierarchy.oom_kills(|| 1);
+        let own = hierarchy.own_path().unwrap();
+        let has_counter = counts.cgroups.iter().any(|cgroup| cgroup.path == own);
+        assert!(has_counter || own == "/" || hierarchy.dir_of(&own).is_none_or(|dir| !dir.exists()), "{own}");
+    }
+}
