@@ -125,7 +125,9 @@ fn replay(reader: &mut JournalReader) -> Replayed {
     if !stopped {
         engine.apply(&Input::Fact(Fact::Stop { boot_ns: last_ns }), &mut out);
     }
-    let watched_until = read_until_ns.zip(anchor).and_then(|(boot_ns, (anchor_ns, wall_ns))| {
+    let watched_until = anchor.and_then(|(anchor_ns, wall_ns)| {
+        // A run that ended before its first tick had watched from its start.
+        let boot_ns = read_until_ns.unwrap_or(anchor_ns);
         let wall_ns = i128::from(wall_ns) + i128::from(boot_ns) - i128::from(anchor_ns);
         let wall = format!("{:.9}", jiff::Timestamp::from_nanosecond(wall_ns).ok()?);
         Some(Moment { boot_id, boot_ns, wall })
