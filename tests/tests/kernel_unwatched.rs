@@ -135,7 +135,11 @@ fn kills_between_two_runs_are_in_the_ledger_once_and_the_gap_is_said() -> anyhow
     let gaps: Vec<_> = of_source(&lines, "not_watched").collect();
     let [gap] = gaps.as_slice() else { anyhow::bail!("{} gaps: {gaps:?}", gaps.len()) };
     let end_ns = gap["to"]["boot_ns"].as_u64().context("the gap has no end")?;
-    ensure!(gap["rebooted"] == false && gap["stopped"] == false && gap["duration_ns"].as_u64() > Some(0), "{gap}\n{}", second.stderr());
+    ensure!(
+        gap["rebooted"] == false && gap["stopped"] == false && gap["duration_ns"].as_u64() > Some(0),
+        "{gap}\n{}",
+        second.stderr()
+    );
     ensure!(second.says("not watched for "), "no word of the gap; it said:\n{}", second.stderr());
     accounted(&second, end_ns)?;
     let lines = ledger(&options)?;

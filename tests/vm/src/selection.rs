@@ -33,7 +33,7 @@ enum RunsOn {
     Newest,
 }
 
-const RARE: [Rare; 11] = [
+const RARE: [Rare; 12] = [
     Rare { executable: "kernel_change", runs_on: RunsOn::Ends, why: "fork, exec and moves between cgroups" },
     Rare { executable: "kernel_degraded", runs_on: RunsOn::Newest, why: "an agent for each hook that is left out" },
     Rare { executable: "kernel_kills", runs_on: RunsOn::Ends, why: "many kills" },
@@ -42,6 +42,11 @@ const RARE: [Rare; 11] = [
     Rare { executable: "kernel_scope", runs_on: RunsOn::Ends, why: "every shape of a cgroup tree" },
     Rare { executable: "kernel_secret", runs_on: RunsOn::Ends, why: "searches all that the agent has" },
     Rare { executable: "kernel_sigkill", runs_on: RunsOn::Ends, why: "every sender of a SIGKILL" },
+    Rare {
+        executable: "kernel_small",
+        runs_on: RunsOn::Ends,
+        why: "a storm of kills, with an agent in a small cgroup",
+    },
     Rare { executable: "kernel_storm", runs_on: RunsOn::Ends, why: "many kills at once" },
     Rare { executable: "kernel_symbolizer", runs_on: RunsOn::Ends, why: "what a confined process may do" },
     Rare { executable: "kernel_unwatched", runs_on: RunsOn::Ends, why: "six starts of an agent" },
