@@ -5,7 +5,7 @@
 //! refused, or announced and paid for. [`Refused`] has the processes, devices and users that a reader
 //! of this process hung on before, and for a while after that nothing is read from file systems that
 //! the host has not mounted: everybody can make those, as many as they like. A reading that is late is
-//! given up ([`crate::readers`]). What is announced to the [`ReadObserver`] lets whoever waits for this
+//! given up (`readers`). What is announced to the [`ReadObserver`] lets whoever waits for this
 //! process tell what it waits for. What a reading costs in CPU time is taken off two accounts, that of
 //! its process and that of all; while either is in debt nothing more is read for that process.
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,6 +40,10 @@ use watch_state::WatchState;
 
 /// Most requests waiting for the loop.
 const MAX_REQUESTS: usize = 64;
+/// How memory is locked.
+const LOCK: MlockAllFlags = MlockAllFlags::CURRENT.union(MlockAllFlags::FUTURE).union(MlockAllFlags::ONFAULT);
+/// How often free memory is given back: after a storm.
+const GIVE_BACK_EVERY: Duration = Duration::from_mins(1);
 /// How often old incident files are deleted.
 const RETENTION_EVERY: Duration = Duration::from_secs(600);
 
@@ -94,7 +98,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let mut session = Session::start(&config.session)?;
     // The kernel's types took much, and locked pages cannot be given back.
     own_process::trim_memory();
-    lock_memory();
+    let locks = lock_memory();
     let mut keeper = keep_account(&config, &session, last_run.as_ref(), &mut sinks)?;
     warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
@@ -115,6 +119,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
 
     let mut symbolize = SymbolizeQueue::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
+    let mut give_back = tokio::time::interval(GIVE_BACK_EVERY);
     loop {
         let outputs = tokio::select! {
             outputs = session.step() => outputs,
@@ -130,6 +135,10 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
             }
             _ = retention.tick() => {
                 sinks.retain();
+                continue;
+            }
+            _ = give_back.tick() => {
+                give_memory_back(locks);
                 continue;
             }
             _ = terminate.recv() => break,
@@ -269,12 +278,20 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
 }
 
 /// Keeps the agent from being paged out when memory runs out, which is when it is needed (CAP_IPC_LOCK). `ONFAULT` locks
-/// pages as they are touched; without it everything that is mapped would become resident.
-fn lock_memory() {
-    let lock = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
-    if let Err(error) = mlockall(lock) {
+/// pages as they are touched; without it everything that is mapped would become resident. Whether it does.
+fn lock_memory() -> bool {
+    let locked = mlockall(LOCK);
+    if let Err(error) = locked {
         warn!("memory is not locked ({error}): in a global shortage the agent may be paged out; give CAP_IPC_LOCK");
     }
+    locked.is_ok()
+}
+
+/// Gives free memory back to the system. Pages that are locked cannot be.
+fn give_memory_back(locks: bool) {
+    let _ = locks.then(munlockall);
+    own_process::trim_memory();
+    let _ = locks.then(|| mlockall(LOCK));
 }
 
 /// The OOM killer takes the agent last (CAP_SYS_RESOURCE).

@@ -15,9 +15,11 @@ use crate::decode::{known, printable};
 use crate::input::{ModuleFound, PathFound, StackFound};
 use crate::world::ProcessKey;
 
+mod no_stack;
 mod paths;
 mod report;
 
+use no_stack::NoStackReason;
 use paths::Paths;
 
 pub(crate) use paths::FRAMES_CAP;
@@ -47,36 +49,12 @@ const READINGS: usize = 64;
 /// Growth counts as from outside when this many samples in a row do not stand for it. One sample is
 /// not enough, because samples may arrive out of order.
 const RECENT: usize = 16;
+/// How often memory is given back that is needed no more, nanoseconds.
+const TIDY_NS: u64 = 10_000_000_000;
+/// Samples, and processes, that memory is kept for.
+const ROOM: usize = 1024;
 /// Width of the buckets of time in which samples are joined first.
 const JOIN_NS: u64 = 10_000_000;
-
-/// Why growth has no stack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum NoStackReason {
-    /// The process began with it, or the kernel or another process grew it.
-    Outside,
-    /// It grew since the last stack of the process, by less than a sample interval.
-    Pending,
-    /// The process ended before its mappings could be read.
-    Gone,
-    /// Registers or stack could not be read.
-    Unreadable,
-    /// The cap of paths was reached.
-    NotKept,
-}
-
-impl NoStackReason {
-    /// The reason in the incident file.
-    pub(crate) const fn text(self) -> &'static str {
-        match self {
-            Self::Outside => "begun with at fork or exec, or grown by the kernel or another process",
-            Self::Pending => "since the last stack of its process: less than a sampling step, or not yet told apart",
-            Self::Gone => "the process had ended before its mappings could be read",
-            Self::Unreadable => "registers or stack could not be read",
-            Self::NotKept => "more paths than are kept",
-        }
-    }
-}
 
 /// Identifies an allocation path of the incident file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -148,6 +126,8 @@ pub(crate) struct Attribution {
     mappings: usize,
     /// Oldest first. Cap: [`SAMPLES_CAP`].
     samples: VecDeque<Sample>,
+    /// When memory was given back last, boot clock.
+    tidied_ns: u64,
     /// Samples that were joined with a neighbour since `samples` was last empty.
     joined: u64,
     /// Samples that were dropped at the cap because they could not be joined.
@@ -274,20 +254,25 @@ impl Attribution {
             return *task;
         }
         if self.tasks.len() >= TASKS_CAP {
-            let mut used: BTreeSet<u32> = self.samples.iter().map(|sample| sample.task).collect();
-            used.extend(self.spaces.values().map(|space| space.task));
-            self.tasks.retain(|task, _| used.contains(task));
-            while self.tasks.len() >= TASKS_CAP {
-                self.tasks.pop_first();
-            }
-            let tasks = &self.tasks;
-            self.task_of.retain(|_, task| tasks.contains_key(task));
+            self.forget_tasks();
         }
         let number = self.next_task;
         self.next_task = self.next_task.wrapping_add(1);
         self.tasks.insert(number, GrownTask { key, tid, comm: comm() });
         self.task_of.insert(key, number);
         number
+    }
+
+    /// Drops processes that no sample and no address space refers to, then the oldest at the cap.
+    fn forget_tasks(&mut self) {
+        let mut used: BTreeSet<u32> = self.samples.iter().map(|sample| sample.task).collect();
+        used.extend(self.spaces.values().map(|space| space.task));
+        self.tasks.retain(|task, _| used.contains(task));
+        while self.tasks.len() >= TASKS_CAP {
+            self.tasks.pop_first();
+        }
+        let tasks = &self.tasks;
+        self.task_of.retain(|_, task| tasks.contains_key(task));
     }
 
     /// The address space of a record, which is inserted when it is new; `None` when the cap is
@@ -354,6 +339,20 @@ impl Attribution {
             self.joined = 0;
         }
         self.end_spaces(|_, space| space.gone_ns.is_some_and(|gone| gone.saturating_add(LATE_NS) < now));
+        if now.saturating_sub(self.tidied_ns) >= TIDY_NS {
+            self.tidied_ns = now;
+            self.tidy();
+        }
+    }
+
+    /// After many processes have come and gone their memory is given back.
+    fn tidy(&mut self) {
+        if self.samples.capacity() > 4 * self.samples.len().max(ROOM) {
+            self.samples.shrink_to(2 * self.samples.len().max(ROOM));
+        }
+        if self.tasks.len() > ROOM {
+            self.forget_tasks();
+        }
     }
 
     fn end_spaces_of(&mut self, mm_id: u64, which: impl Fn(ProcessKey, &GrowthOfSpace) -> bool) {

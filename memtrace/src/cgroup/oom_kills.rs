@@ -33,7 +33,7 @@ pub struct CgroupOomKills {
 /// The kills of all cgroups.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OomKillCounts {
-    /// Cgroups with a counter. Cap: [`MAX_CGROUPS`], and 2 MiB of paths.
+    /// Cgroups with a counter. Cap: 8192, and 2 MiB of paths.
     pub cgroups: Vec<CgroupOomKills>,
     /// Every cgroup there was is in it.
     pub complete: bool,
