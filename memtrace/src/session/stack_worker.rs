@@ -3,11 +3,11 @@
 //! Nothing here waits for the worker but what says so, and that has a deadline. The worker gives up a
 //! reading that is late, and from then on that process, device and, the second time, user are left
 //! alone for a while ([`refusals`]). A worker with too many of those, or that itself does not end a
-//! reading that it announced ([`running`]), is killed and replaced. One that ended by itself did so over a record of the ring or over a file: the next
-//! one skips the one and leaves the other alone. A worker that hangs in the kernel dies only when its
-//! file system lets it. Up to [`MAX_STUCK`] of those are waited for; with more there are no stacks
-//! until one is gone. Until then nothing is read from where the next one may hang as well: file
-//! systems that the host has not mounted.
+//! reading that it announced ([`running`]), is killed and replaced. One that ended by itself did so
+//! over a record of the ring or over a file: the next one skips the one and leaves the other alone. A
+//! worker that hangs in the kernel dies only when its file system lets it. Up to [`MAX_STUCK`] of those
+//! are waited for; with more there are no stacks until one is gone. Until then nothing is read from
+//! where the next one may hang as well: file systems that the host has not mounted.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

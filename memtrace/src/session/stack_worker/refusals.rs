@@ -15,6 +15,9 @@ use tracing::warn;
 
 /// How long the first refusal lasts.
 const FIRST: Duration = Duration::from_mins(5);
+/// The same of a process that kept its address space locked: one that is at its memory limit does that
+/// for moments.
+const FIRST_LOCKED: Duration = Duration::from_secs(5);
 /// Doublings of that at most: somewhat more than a day.
 const MAX_DOUBLINGS: u32 = 9;
 
@@ -57,12 +60,12 @@ impl<T: Ord + Copy> Expiring<T> {
         self.0.entry(value).or_insert(Refusal { times: 0, until: None, forgotten: now })
     }
 
-    /// Counts another time; with more than `free` of them it is refused.
-    fn add(&mut self, value: T, free: u32, now: Instant) {
+    /// Counts another time; with more than `free` of them it is refused, for `first` the first time.
+    fn add(&mut self, value: T, free: u32, first: Duration, now: Instant) {
         let refusal = self.entry(value, now);
         refusal.times = refusal.times.saturating_add(1);
         let doublings = refusal.times.saturating_sub(free).saturating_sub(1).min(MAX_DOUBLINGS);
-        let time = FIRST.saturating_mul(1 << doublings);
+        let time = first.saturating_mul(1 << doublings);
         if refusal.times > free {
             refusal.until = now.checked_add(time).max(refusal.until);
         }
@@ -95,12 +98,13 @@ impl Refusals {
         let device = reading.place.device();
         let device = device.map(|(major, minor)| format!(" on device {major}:{minor}")).unwrap_or_default();
         warn!("a file{device} of process {pid} does not answer: files of this process are left alone for now");
-        self.processes.add(reading.process, 0, now);
+        let first = if reading.place == Place::Proc { FIRST_LOCKED } else { FIRST };
+        self.processes.add(reading.process, 0, first, now);
         match reading.place {
             // A disk is what everybody has their files on; that it is slow for once is no reason.
-            Place::Device(device @ (1.., _)) => self.devices.add(device, 1, now),
+            Place::Device(device @ (1.., _)) => self.devices.add(device, 1, FIRST, now),
             Place::Device(device) => {
-                self.devices.add(device, 0, now);
+                self.devices.add(device, 0, FIRST, now);
                 self.strangers.hold((), now);
             }
             Place::Path => self.strangers.hold((), now),
@@ -108,7 +112,7 @@ impl Refusals {
         }
         // Root owns what everybody uses; others have what they do themselves.
         if let Some(user) = reading.user.filter(|user| *user != 0) {
-            self.users.add(user, 1, now);
+            self.users.add(user, 1, first, now);
             if self.users.refused().any(|refused| refused == user) {
                 warn!("it is not the first one of user {user}: files of its processes are left alone too");
             }
@@ -168,6 +172,19 @@ mod tests {
         assert!(expired(&mut refusals, FIRST * 2));
         // It was quiet for long enough.
         assert!(expired(&mut refusals, FIRST * 4) && refusals.processes.0.is_empty());
+    }
+
+    #[test]
+    fn a_process_that_is_locked_for_a_moment_is_refused_for_a_moment() {
+        let (mut refusals, now) = (Refusals::default(), Instant::now());
+        let locked = Reading { process: (1, 1), user: Some(1000), place: Place::Proc };
+        refusals.add(&locked, now);
+        assert_eq!(refusals.list(), Refused { processes: [(1, 1)].into(), ..Refused::default() });
+        refusals.expire(now + FIRST_LOCKED);
+        assert_eq!(refusals.list(), Refused::default());
+        refusals.add(&locked, now + FIRST_LOCKED);
+        refusals.expire(now + FIRST_LOCKED * 2);
+        assert!(refusals.list().processes.contains(&(1, 1)), "twice as long");
     }
 
     #[test]
