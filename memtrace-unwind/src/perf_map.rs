@@ -3,7 +3,7 @@
 //! Runtimes with a JIT compiler (Node.js with `--perf-basic-prof`, the JVM with an agent, .NET)
 //! append a line for each function they compile: `START SIZE NAME`, both numbers in hex. A later
 //! line may reuse the addresses of a function that was freed. A map only grows, so each reading goes
-//! on where the one before has ended ([`PerfMap::read_on`]).
+//! on where the one before has ended ([`Position::read_on`]).
 //!
 //! What is read here comes out for others to see, so the file must be the process' own: see
 //! [`crate::proc_dir::Credentials::owns`].
@@ -34,10 +34,26 @@ pub struct PerfMap {
     functions: Vec<Function>,
     /// All names, concatenated. Cap: [`MAX_NAME_BYTES`].
     names: String,
-    /// The file that was read: device and inode.
+    position: Position,
+}
+
+/// How far a map was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// The file: device and inode.
     file: (u64, u64),
     /// Bytes of it that were read, up to the end of a line.
     read_bytes: u64,
+}
+
+/// Lines of a map that were not read before.
+#[derive(Debug)]
+pub struct NewLines {
+    /// The map begins anew: it is another file, or shorter.
+    anew: bool,
+    /// Behind them.
+    position: Position,
+    lines: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,31 +64,40 @@ struct Function {
     name_end: u32,
 }
 
-impl PerfMap {
-    /// Reads what is new in the perf map of a process, at most 1 MiB. False if nothing is, or if the
+impl Position {
+    /// Reads what is new in the perf map of a process, at most 1 MiB. `None` if nothing is, or if the
     /// process has no perf map that is its own. The map of another file than before begins anew.
-    pub fn read_on(&mut self, process: &ProcDir, credentials: &Credentials) -> bool {
-        let Some(file) = process.open_in_root(&format!("/tmp/perf-{}.map", credentials.inner_pid)) else {
-            return false;
-        };
-        let Ok(data) = file.metadata() else { return false };
-        if !credentials.owns(&file) {
-            return false;
-        }
+    pub fn read_on(self, process: &ProcDir, credentials: &Credentials) -> Option<NewLines> {
+        let file = process.open_in_root(&format!("/tmp/perf-{}.map", credentials.inner_pid))?;
+        let data = file.metadata().ok().filter(|_| credentials.owns(&file))?;
         let identity = (data.dev(), data.ino());
-        if identity != self.file || data.size() < self.read_bytes {
-            *self = Self { file: identity, ..Self::default() };
-        }
-        let end = data.size().min(MAX_BYTES).min(self.read_bytes.saturating_add(MAX_READ_BYTES));
-        let Some(bytes) = read_range(&file, self.read_bytes, end).filter(|bytes| !bytes.is_empty()) else {
-            return false;
-        };
+        let anew = identity != self.file || data.size() < self.read_bytes;
+        let begin = if anew { 0 } else { self.read_bytes };
+        let end = data.size().min(MAX_BYTES).min(begin.saturating_add(MAX_READ_BYTES));
+        let mut lines = read_range(&file, begin, end)?;
         // The last line may be half written. One that fills all that is read at once is no line.
-        let lines = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at.saturating_add(1));
-        let lines = if lines == 0 && bytes.len() as u64 == MAX_READ_BYTES { bytes.len() } else { lines };
-        self.read_bytes = self.read_bytes.saturating_add(lines as u64);
-        self.append(bytes.get(..lines).unwrap_or_default());
-        lines > 0
+        let whole = lines.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at.saturating_add(1));
+        let whole = if whole == 0 && lines.len() as u64 == MAX_READ_BYTES { lines.len() } else { whole };
+        lines.truncate(whole);
+        let position = Self { file: identity, read_bytes: begin.saturating_add(whole as u64) };
+        (anew || whole > 0).then_some(NewLines { anew, position, lines })
+    }
+}
+
+impl PerfMap {
+    /// How far it was read.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Takes what [`Position::read_on`] has read. False if that is no line.
+    pub fn take(&mut self, new: &NewLines) -> bool {
+        if new.anew {
+            *self = Self::default();
+        }
+        self.position = new.position;
+        self.append(&new.lines);
+        !new.lines.is_empty()
     }
 
     /// Parses the content of a perf map. Total: lines that do not parse are skipped.
@@ -168,24 +193,25 @@ mod tests {
         write!(file, "abc000 10 jitted\nabd000 10 ha").unwrap();
         let process = ProcDir::of(std::process::id()).unwrap();
         let own = process.credentials().unwrap();
+        let read_on = |map: &mut PerfMap, who| map.position().read_on(&process, who).is_some_and(|new| map.take(&new));
         let mut map = PerfMap::default();
-        assert!(map.read_on(&process, &own) && !map.read_on(&process, &own), "the same again");
+        assert!(read_on(&mut map, &own) && !read_on(&mut map, &own), "the same again");
         assert_eq!((map.find(0xabc008).as_deref(), map.find(0xabd008)), (Some("jitted"), None));
         writeln!(file, "lf").unwrap();
-        assert!(map.read_on(&process, &own), "it has grown");
+        assert!(read_on(&mut map, &own), "it has grown");
         assert_eq!((map.find(0xabc008).as_deref(), map.find(0xabd008).as_deref()), (Some("jitted"), Some("half")));
         // Another file begins anew; one of another user, and a link, are not read.
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "abe000 10 other\n").unwrap();
-        assert!(map.read_on(&process, &own) && map.find(0xabc008).is_none() && map.find(0xabe008).is_some());
+        assert!(read_on(&mut map, &own) && map.find(0xabc008).is_none() && map.find(0xabe008).is_some());
         std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
-        let foreign = PerfMap::default().read_on(&process, &own);
+        let foreign = read_on(&mut PerfMap::default(), &own);
         let root_for_other = Credentials { users: vec![12345, 0, 0, 0], ..own.clone() };
-        let two_users = PerfMap::default().read_on(&process, &root_for_other);
+        let two_users = read_on(&mut PerfMap::default(), &root_for_other);
         std::fs::rename(&path, format!("{path}.target")).unwrap();
         std::os::unix::fs::symlink(format!("{path}.target"), &path).unwrap();
         std::os::unix::fs::chown(format!("{path}.target"), Some(own.users[0]), None).unwrap();
-        let link = PerfMap::default().read_on(&process, &own);
+        let link = read_on(&mut PerfMap::default(), &own);
         std::fs::remove_file(format!("{path}.target")).unwrap();
         std::fs::remove_file(&path).unwrap();
         assert_eq!((foreign, two_users, link), (false, false, false));

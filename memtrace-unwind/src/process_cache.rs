@@ -460,15 +460,11 @@ impl ProcessCache {
             return false;
         }
         process.jit_backoff.note();
-        let mut map = process.jit.take().unwrap_or_default();
-        let (before, credentials) = (map.memory_estimate(), process.credentials.clone());
-        let read = move || {
-            let grown = ProcDir::open(key.0, key.1).is_some_and(|dir| map.read_on(&dir, &credentials));
-            (map, grown)
-        };
-        let (map, grown) = self.modules.gate.pass(Place::Path, read).unwrap_or_default();
-        process.jit = Some(map);
-        let bytes = process.jit.as_ref().map_or(0, PerfMap::memory_estimate);
+        let map = process.jit.get_or_insert_default();
+        let (before, position, credentials) = (map.memory_estimate(), map.position(), process.credentials.clone());
+        let read = move || position.read_on(&ProcDir::open(key.0, key.1)?, &credentials);
+        let grown = self.modules.gate.pass(Place::Path, read).flatten().is_some_and(|new| map.take(&new));
+        let bytes = map.memory_estimate();
         self.jit_bytes = self.jit_bytes.saturating_sub(before).saturating_add(bytes);
         self.counts.perf_maps_read = self.counts.perf_maps_read.saturating_add(u64::from(grown));
         while self.jit_bytes > MAX_JIT_BYTES && self.evict_oldest(key, |process| process.jit.is_some()) {}

@@ -160,18 +160,18 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     sinks.take(session.stop());
     exchange(&mut keeper, &session, &mut sinks);
-    keeper.stop();
     if !sinks.save_all(&mut symbolize)
         && let Some(journal) = &config.session.journal
     {
         recovery::leave_mark(&journal.dir);
     }
+    keeper.stop();
     symbolize.stop(|wanted| session.modules(wanted)).await;
     sinks.retain();
     Ok(())
 }
 
-/// Says how long nobody watched, and starts the thread that finds out who was killed meanwhile.
+/// Writes the time without an agent to the ledger, and starts the thread that finds the kills in it.
 fn keep_account(
     config: &AgentConfig,
     session: &Session,
@@ -291,7 +291,9 @@ fn lock_memory() -> bool {
 fn give_memory_back(locks: bool) {
     let _ = locks.then(munlockall);
     own_process::trim_memory();
-    let _ = locks.then(|| mlockall(LOCK));
+    if locks {
+        lock_memory();
+    }
 }
 
 /// The OOM killer takes the agent last (CAP_SYS_RESOURCE).

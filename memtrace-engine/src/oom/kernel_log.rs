@@ -18,7 +18,7 @@ use crate::input::{KernelLogEvent, KernelLogLine};
 
 const SEC: u64 = 1_000_000_000;
 /// Kills of the log that are remembered; the oldest is dropped.
-const LINES_CAP: usize = 256;
+const LINES_CAP: usize = 2048;
 /// Kills of the hooks that are remembered, to match lines that come late; the oldest is dropped.
 const SEEN_CAP: usize = 1024;
 /// Gaps in the log that are remembered; the oldest is dropped.

@@ -33,9 +33,9 @@ const CPU_PARTS: u32 = 200;
 const NICENESS: i32 = 10;
 /// How often it looks whether the loop has got further.
 const POLL: Duration = Duration::from_millis(100);
-/// When the loop has got this much further than a reading, every kill before that is written: a mark waits 100 ms
-/// for its SIGKILL.
-const WRITTEN_AFTER_NS: u64 = 500_000_000;
+/// When the loop has got this much further than a reading, every kill before that is written: a mark
+/// waits 100 ms for its SIGKILL, and its line 500 ms for a path.
+const WRITTEN_AFTER_NS: u64 = 1_000_000_000;
 /// How long the agent waits at its end for the last state to be written.
 const STOP_LIMIT: Duration = Duration::from_secs(3);
 

@@ -134,7 +134,7 @@ impl Gathered {
             boot_ns: self.clock.boot_ns,
             wall: wall(self.clock.boot_ns),
             since_boot_ns: self.baseline.since_boot_ns,
-            kills: with_cgroup.saturating_add(without_cgroup.saturating_add(overflow).max(counts)),
+            kills: with_cgroup.saturating_add(without_cgroup.max(counts)),
             with_cgroup,
             without_cgroup,
             counted: counts,

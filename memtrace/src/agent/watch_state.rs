@@ -1,7 +1,7 @@
 //! What a run leaves for the next: until when it watched, and what the kernel had counted and logged
 //! by then. From this the next run knows what happened in between ([`super::unwatched`]).
 //!
-//! It is a small file in the state directory, replaced every ten seconds. It is not synced: a power
+//! It is a small file in the state directory, replaced every ten seconds, or less often with thousands of cgroups. It is not synced: a power
 //! failure can cost it, and then the next run claims nothing.
 
 use std::io::Read;

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::CgroupFound;
 
+/// Bytes of the paths that wait in a walk: a path can have 4 KiB.
+const TODO_BYTES_CAP: usize = 2 << 20;
 /// Levels below the root that a walk visits; what is deeper is left out.
 pub const MAX_DEPTH: usize = 32;
 /// Limits from here on are none. Version 1 has no word for it: it writes PAGE_COUNTER_MAX pages in
@@ -62,15 +64,17 @@ impl Hierarchy {
     /// False when it ended before all were visited.
     pub(super) fn visit(&self, most: usize, each: &mut dyn FnMut(&Path, &str, Option<u64>) -> bool) -> bool {
         let Some(top) = self.dir_of(&self.root) else { return true };
-        let (mut complete, mut visited) = (true, 0);
+        let (mut complete, mut visited, mut todo_bytes) = (true, 0, self.root.len());
         let mut todo = VecDeque::from([(top, self.root.clone(), None, 0usize)]);
         while let Some((dir, path, parent_id, depth)) = todo.pop_front() {
+            todo_bytes = todo_bytes.saturating_sub(path.len());
             if visited >= most || !each(&dir, &path, parent_id) {
                 return false;
             }
             visited += 1;
             let room = most.saturating_sub(visited + todo.len());
-            let below = children(&dir, &path, room + 1);
+            let (below, all) = children(&dir, &path, room + 1, TODO_BYTES_CAP.saturating_sub(todo_bytes));
+            complete &= all;
             if below.is_empty() {
                 continue;
             }
@@ -79,6 +83,7 @@ impl Hierarchy {
                 continue;
             }
             let id = id_of(&dir);
+            todo_bytes = todo_bytes.saturating_add(below.iter().map(|(_, path)| path.len()).sum());
             todo.extend(below.into_iter().map(|(dir, path)| (dir, path, id, depth + 1)));
         }
         complete
@@ -110,20 +115,21 @@ fn parent(path: &str) -> Option<&str> {
     }
 }
 
-/// At most `most` of the directories in a cgroup's directory, with their paths.
-fn children(dir: &Path, path: &str, most: usize) -> Vec<(PathBuf, String)> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    let mut below: Vec<_> = entries
-        .flatten()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .take(most)
-        .map(|entry| {
-            let name = entry.file_name();
-            (entry.path(), format!("{}/{}", path.trim_end_matches('/'), name.to_string_lossy()))
-        })
-        .collect();
+/// At most `most` of the directories in a cgroup's directory, with their paths, and whether those are
+/// all that have room in `most_bytes` of paths.
+fn children(dir: &Path, path: &str, most: usize, most_bytes: usize) -> (Vec<(PathBuf, String)>, bool) {
+    let Ok(entries) = fs::read_dir(dir) else { return (Vec::new(), true) };
+    let (mut below, mut bytes) = (Vec::new(), 0_usize);
+    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(most) {
+        let path = format!("{}/{}", path.trim_end_matches('/'), entry.file_name().to_string_lossy());
+        bytes = bytes.saturating_add(path.len());
+        if bytes > most_bytes {
+            break;
+        }
+        below.push((entry.path(), path));
+    }
     below.sort_unstable_by(|a, b| a.1.cmp(&b.1));
-    below
+    (below, bytes <= most_bytes)
 }
 
 pub(super) fn id_of(dir: &Path) -> Option<u64> {
@@ -215,5 +221,20 @@ mod tests {
         if let Some(found) = hierarchy.read(&own, 1) {
             assert_eq!(hierarchy.id_of_process(std::process::id()), Some(found.id));
         }
+    }
+
+    #[test]
+    fn paths_that_wait_are_bounded_by_their_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { version: 2, mount: dir.path().into(), hierarchy_id: 0, root: "/".into() };
+        let name = "x".repeat(240);
+        let fits = TODO_BYTES_CAP / 250;
+        (0..fits + 1000).for_each(|n| fs::create_dir(dir.path().join(format!("{name}{n}"))).unwrap());
+        let mut seen = 0;
+        let complete = hierarchy.visit(1 << 20, &mut |_, _, _| {
+            seen += 1;
+            true
+        });
+        assert!(!complete && (fits / 2..fits + 1000).contains(&seen), "{seen}");
     }
 }

@@ -14,7 +14,7 @@ use super::hierarchy::Hierarchy;
 
 /// Cgroups that are read, those near the root first: each is a file, and all are read every ten seconds.
 const MAX_CGROUPS: usize = 8192;
-/// Most bytes of all paths; what is beyond it is left out. A path can have 4 KiB.
+/// Most bytes of all paths, as JSON has them; what is beyond it is left out. A path can have 4 KiB.
 const PATH_BYTES_CAP: usize = 2 << 20;
 
 /// The kills of one cgroup.
@@ -45,7 +45,7 @@ impl Hierarchy {
         let name = if self.version == 1 { "memory.oom_control" } else { "memory.events.local" };
         let (mut counts, mut bytes) = (OomKillCounts::default(), 0usize);
         counts.complete = self.visit(MAX_CGROUPS, &mut |dir, path, _| {
-            bytes = bytes.saturating_add(path.len());
+            bytes = bytes.saturating_add(json_bytes(path));
             if bytes > PATH_BYTES_CAP {
                 return false;
             }
@@ -62,6 +62,11 @@ impl Hierarchy {
 fn read(file: &Path) -> Option<u64> {
     let text = fs::read_to_string(file).ok()?;
     text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+}
+
+/// Bytes of a text in JSON: names of cgroups may have control characters, each of which takes six.
+fn json_bytes(text: &str) -> usize {
+    text.bytes().map(|byte| if byte < b' ' || matches!(byte, b'"' | b'\\') { 6 } else { 1 }).sum()
 }
 
 #[cfg(test)]
@@ -93,5 +98,14 @@ mod tests {
         let own = hierarchy.own_path().unwrap();
         let has_counter = counts.cgroups.iter().any(|cgroup| cgroup.path == own);
         assert!(has_counter || own == "/" || hierarchy.dir_of(&own).is_none_or(|dir| !dir.exists()), "{own}");
+    }
+
+    #[test]
+    fn bytes_of_a_path_are_those_of_its_json() {
+        for path in ["/a/b", "/a\u{1}\u{1f}", "/a\"\\"] {
+            let json = serde_json::to_string(path).unwrap();
+            assert!(json_bytes(path) >= json.len() - 2, "{json}");
+        }
+        assert_eq!(json_bytes("/\u{1}"), 7);
     }
 }

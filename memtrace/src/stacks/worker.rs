@@ -204,7 +204,7 @@ struct Worker {
     keep_files: Duration,
     /// Records that were taken from the ring unread.
     skipped: u64,
-    /// When an answer was given last.
+    /// Resident memory when an answer was given last, bytes.
     resident_bytes: u64,
 }
 
