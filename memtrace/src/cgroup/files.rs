@@ -13,7 +13,7 @@ use super::hierarchy::Hierarchy;
 use memtrace_engine::input::CgroupFound;
 
 /// Bytes of the paths that wait in a walk: a path can have 4 KiB.
-const TODO_BYTES_CAP: usize = 2 << 20;
+const TODO_BYTES_CAP: usize = 4 << 20;
 /// Levels below the root that a walk visits; what is deeper is left out.
 pub const MAX_DEPTH: usize = 32;
 /// Limits from here on are none. Version 1 has no word for it: it writes PAGE_COUNTER_MAX pages in
