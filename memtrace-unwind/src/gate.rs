@@ -136,7 +136,7 @@ pub struct Gate {
     current: Option<Current>,
     /// What the observer was told last, and not that it has ended, and when.
     announced: Option<(Reading, Instant)>,
-    /// Asked while [`Refused::strangers`] is set.
+    /// Asked for each device that is read from: other ones are strangers.
     host: HostMounts,
     readers: Readers,
     counts: GateCounts,

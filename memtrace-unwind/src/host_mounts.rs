@@ -49,8 +49,8 @@ impl HostMounts {
 
     fn read_table(&mut self) {
         if self.table.is_none() {
-            // What has changed is said since it was opened.
-            // Of the first process, or of this one if that is hidden.
+            // Of the first process, or of this one if that is hidden. What has changed is said since it
+            // was opened.
             let of = |pid| ProcDir::of(pid).and_then(|dir| dir.file("mountinfo"));
             self.table = of(1).or_else(|| of(std::process::id()));
         }

@@ -10,7 +10,7 @@ use crate::cfi::{Cfi, CfiScratch, RegisterColumns};
 use crate::elf::ElfHeaders;
 use crate::modules::UnwindData;
 use crate::proc_dir::ProcDir;
-use crate::process_cache::{Moment, ProcessCache};
+use crate::process_cache::{ProcessCache, SampleMoment};
 use crate::rule::{MissingWord, Registers, Rule, StackCopy, UnwindStep};
 
 const EXCEPTIONS: &str = r#"
@@ -120,7 +120,7 @@ proptest! {
         let stack_copy: Vec<u8> = words.iter().flat_map(|(is_code, at, word)| if *is_code { code(at) } else { *word }.to_le_bytes()).collect();
         let mut processes = ProcessCache::default();
         let registers = Registers { ip: code(&inside), ..registers };
-        let stack = processes.unwind(Moment::now((pid, start)), registers, &stack_copy, &chain).unwrap();
+        let stack = processes.unwind(SampleMoment::now((pid, start)), registers, &stack_copy, &chain).unwrap();
         prop_assert!((1..=crate::unwind::MAX_FRAMES).contains(&stack.frames.len()));
         let modules = stack.frames.iter().filter_map(|frame| frame.module);
         prop_assert!(modules.into_iter().all(|id| processes.module(id).is_some()));

@@ -185,6 +185,14 @@ impl FileStamp {
     }
 }
 
+/// Whether a process or thread runs, or would if there were a CPU for it: state `R` in the `stat` of its
+/// directory in /proc. That file waits for nobody (fs/proc/array.c, `do_task_stat` takes no lock of the
+/// address space).
+pub fn wants_to_run(dir: impl AsRef<Path>) -> bool {
+    let stat = std::fs::read_to_string(dir.as_ref().join("stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('R'))
+}
+
 /// Device number and kind of each mount in a mountinfo file.
 pub(crate) fn mounted(mounts: &[u8]) -> impl Iterator<Item = ((u32, u32), &str)> {
     let parse = |line| {

@@ -77,7 +77,7 @@ pub struct CacheCounts {
 
 /// A process when a sample of it was taken.
 #[derive(Clone, Copy, Debug)]
-pub struct Moment {
+pub struct SampleMoment {
     /// The process.
     pub process: ProcessKey,
     /// Identifies its address space, if that is known: with another one it runs another program.
@@ -86,7 +86,7 @@ pub struct Moment {
     pub boot_ns: u64,
 }
 
-impl Moment {
+impl SampleMoment {
     /// Now, whatever the process runs.
     pub fn now(process: ProcessKey) -> Self {
         Self { process, mm_id: None, boot_ns: u64::MAX }
@@ -235,7 +235,7 @@ impl ProcessCache {
     /// mappings could be read, or they are not read.
     pub fn unwind(
         &mut self,
-        process: Moment,
+        process: SampleMoment,
         registers: Registers,
         stack_copy: &[u8],
         frame_pointers: &[u64],
@@ -247,7 +247,7 @@ impl ProcessCache {
 
     fn read_and_walk(
         &mut self,
-        Moment { process: key, mm_id, boot_ns }: Moment,
+        SampleMoment { process: key, mm_id, boot_ns }: SampleMoment,
         registers: Registers,
         stack_copy: &[u8],
         frame_pointers: &[u64],

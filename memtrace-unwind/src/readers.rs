@@ -10,6 +10,8 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::proc_dir::wants_to_run;
+
 /// Stack of a thread; ELF files are parsed without recursion.
 const STACK_BYTES: usize = 256 << 10;
 /// Time between two looks at a thread that is late.
@@ -49,11 +51,10 @@ impl Reader {
         Some(Self { jobs, tid })
     }
 
-    /// Whether the thread runs, or would if there were a CPU for it: state `R` in its stat.
+    /// Whether it has not begun, or see [`wants_to_run`].
     fn wants_to_run(&self) -> bool {
         let tid = self.tid.load(Ordering::Relaxed);
-        let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
-        tid == 0 || stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('R'))
+        tid == 0 || wants_to_run(format!("/proc/self/task/{tid}"))
     }
 }
 

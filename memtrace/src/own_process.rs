@@ -18,7 +18,7 @@ pub fn lower_limit(resource: Resource, most: u64) {
 /// Makes the C library give memory back that is freed. By itself it raises the size from which an
 /// allocation has pages of its own (up to 32 MiB) whenever such a one is freed, and then keeps what
 /// lies between others for good; and it has eight heaps for each CPU. Call it before anything else.
-pub fn give_memory_back() {
+pub fn limit_kept_memory() {
     #[cfg(target_env = "gnu")]
     #[allow(unsafe_code, reason = "settings of the C library have no safe wrapper")]
     for (setting, value) in

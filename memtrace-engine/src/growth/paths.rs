@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use memtrace_incident::Cut;
 
-use crate::input::{PATHS_KNOWN, PathFound, PathFrame};
+use crate::input::{PATHS_KNOWN, PathFound, PathFrame, bytes_of_frames};
 
 /// Paths; old ones that nothing refers to are dropped first.
 pub(super) const PATHS_CAP: usize = 16_384;
@@ -22,10 +22,8 @@ pub(super) struct Path {
 }
 
 impl Path {
-    /// Bytes in memory.
     fn bytes(&self) -> usize {
-        let names = self.frames.iter().filter_map(|frame| frame.name.as_ref()).map(String::len);
-        names.fold(size_of_val(&*self.frames), usize::saturating_add)
+        bytes_of_frames(&self.frames)
     }
 }
 

@@ -55,6 +55,12 @@ pub struct PathFrame {
     pub jit: bool,
 }
 
+/// Bytes of frames in memory.
+pub fn bytes_of_frames(frames: &[PathFrame]) -> usize {
+    let names = frames.iter().filter_map(|frame| frame.name.as_ref()).map(String::len);
+    names.fold(size_of_val(frames), usize::saturating_add)
+}
+
 /// A sample: memory grew by `weight_bytes` since the previous stack of the same cause and process
 /// (for a charge: of the same cgroup).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

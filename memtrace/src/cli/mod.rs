@@ -80,7 +80,7 @@ pub type VerbResult = anyhow::Result<u8>;
 
 /// Runs the verb and turns its result into the exit code of the process.
 pub fn run(cli: Cli) -> ExitCode {
-    own_process::give_memory_back();
+    own_process::limit_kept_memory();
     let outcome = match cli.verb {
         Verb::Agent(args) => agent::run(&args),
         Verb::Record(args) => record::run(&args),

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use memtrace_engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame};
+use memtrace_engine::input::{Fact, ModuleFound, PATHS_KNOWN, PathFound, PathFrame, bytes_of_frames};
 use memtrace_incident::Cut;
 use memtrace_unwind::modules::ModuleId;
 
@@ -56,7 +56,7 @@ impl PathNumbers {
         let id = *self.numbers.entry(path.clone()).or_insert(next);
         if id == next {
             self.next = next.wrapping_add(1);
-            self.bytes = self.bytes.saturating_add(bytes_of(&path.0));
+            self.bytes = self.bytes.saturating_add(bytes_of_frames(&path.0));
         }
         if self.stated_paths.insert(id) {
             let (frames, cut) = path;
@@ -83,12 +83,6 @@ impl PathNumbers {
     pub fn generation(&self) -> u64 {
         self.generation
     }
-}
-
-/// Bytes of frames in memory.
-pub fn bytes_of(frames: &[PathFrame]) -> usize {
-    let names = frames.iter().filter_map(|frame| frame.name.as_ref()).map(String::len);
-    names.fold(size_of_val(frames), usize::saturating_add)
 }
 
 #[cfg(test)]
@@ -119,7 +113,7 @@ mod tests {
             paths.number((vec![frame], None), |_| None, &mut facts);
             facts.clear();
         }
-        let held: usize = paths.numbers.keys().map(|(frames, _)| bytes_of(frames)).sum();
+        let held: usize = paths.numbers.keys().map(|(frames, _)| bytes_of_frames(frames)).sum();
         assert!(held == paths.bytes && held <= MAX_PATH_BYTES + (64 << 10), "{held}");
     }
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use memtrace_engine::input::{Fact, ModuleFound, PathFound, PathFrame, StackFound};
+use memtrace_engine::input::{Fact, ModuleFound, PathFound, PathFrame, StackFound, bytes_of_frames};
 use memtrace_incident::Cut;
 use memtrace_unwind::modules::ModuleId;
 
@@ -132,7 +132,7 @@ impl Renumbering {
         let renumber =
             |frame: PathFrame| PathFrame { module: frame.module.and_then(|id| modules.get(&id).copied()), ..frame };
         let frames: Vec<PathFrame> = path.frames.into_iter().map(renumber).collect();
-        self.path_bytes = self.path_bytes.saturating_add(path_numbers::bytes_of(&frames));
+        self.path_bytes = self.path_bytes.saturating_add(bytes_of_frames(&frames));
         self.known.remove(&path.id);
         if let Some((before, _)) = self.frames.insert(path.id, (frames, path.cut)) {
             self.forgot(&before);
@@ -144,7 +144,7 @@ impl Renumbering {
     }
 
     fn forgot(&mut self, frames: &[PathFrame]) {
-        self.path_bytes = self.path_bytes.saturating_sub(path_numbers::bytes_of(frames));
+        self.path_bytes = self.path_bytes.saturating_sub(bytes_of_frames(frames));
     }
 }
 
@@ -218,7 +218,7 @@ mod tests {
             numbers.renumber([Fact::Path(PathFound { id, frames: vec![frame], cut: None })]);
         }
         assert!(numbers.frames.len() <= MAX_PATHS && numbers.path_bytes <= MAX_PATH_BYTES);
-        let bytes: usize = numbers.frames.values().map(|(frames, _)| path_numbers::bytes_of(frames)).sum();
+        let bytes: usize = numbers.frames.values().map(|(frames, _)| bytes_of_frames(frames)).sum();
         assert_eq!(numbers.path_bytes, bytes);
         assert!(numbers.names.len() <= MAX_MODULES && numbers.name_bytes <= MAX_NAME_BYTES);
         assert!(numbers.same.len() <= numbers.names.len() && numbers.modules.len() <= MAX_NUMBERS);

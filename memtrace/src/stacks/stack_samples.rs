@@ -12,18 +12,18 @@ use memtrace_common::event::{
     CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_STACK_COPY_BYTES, StackSample, UNKNOWN,
 };
 use memtrace_engine::decode::{StackRecord, decode_stack};
-use memtrace_engine::input::{Fact, PathFrame, StackFound};
+use memtrace_engine::input::{Fact, PathFrame, StackFound, bytes_of_frames};
 use memtrace_incident::{Cause, Cut};
 use memtrace_unwind::gate::{Gate, ProcessKey, Refused};
 use memtrace_unwind::modules::OpenModule;
-use memtrace_unwind::process_cache::{Moment, ProcessCache};
+use memtrace_unwind::process_cache::{ProcessCache, SampleMoment};
 use memtrace_unwind::rule::Registers;
 use memtrace_unwind::unwind::{Truncation, UnwoundFrame};
 
 use super::kallsyms::KernelSymbols;
 use super::kernel_stacks::KernelStackQueue;
 use super::messages::StackCounts;
-use super::path_numbers::{self, PathNumbers};
+use super::path_numbers::PathNumbers;
 
 /// Facts, and bytes of them, that are worth a message of their own.
 pub const FULL_FACTS: usize = 256;
@@ -140,7 +140,7 @@ impl StackSamples {
         let task = &sample.task;
         // A charge is of a cgroup, not of an address space.
         let mm_id = (sample.mm_id != 0).then_some(sample.mm_id);
-        let moment = Moment { process: (task.tgid, task.start_boot_ns), mm_id, boot_ns: sample.header.boot_ns };
+        let moment = SampleMoment { process: (task.tgid, task.start_boot_ns), mm_id, boot_ns: sample.header.boot_ns };
         match self.processes.unwind(moment, registers, stack_copy, frame_pointers) {
             Some(stack) => (stack.frames.iter().map(path_frame).collect(), stack.truncation.map(cut)),
             None => (Vec::new(), Some(Cut::Gone)),
@@ -256,7 +256,7 @@ impl StackSamples {
 fn bytes_of(fact: &Fact) -> usize {
     let more = match fact {
         Fact::Module(module) => module.path.len(),
-        Fact::Path(path) => path_numbers::bytes_of(&path.frames),
+        Fact::Path(path) => bytes_of_frames(&path.frames),
         _ => 0,
     };
     size_of::<Fact>().saturating_add(more)

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use memtrace_engine::input::Fact;
-use memtrace_unwind::gate::{Gate, ReadObserver, Reading, Refused};
+use memtrace_unwind::gate::{Gate, ReadObserver, Reading};
 use memtrace_unwind::modules::OpenModule;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
@@ -73,9 +73,8 @@ fn work(socket: &Rc<UnixStream>) -> anyhow::Result<()> {
     let (start, ring) = receive_start(socket, &mut incoming)?;
     let mut ring = StackRing::open(ring).map_err(anyhow::Error::msg).context("failed to open the stacks ring")?;
     drop_capabilities();
-    let gate = Gate::new(Box::new(Announcer(socket.clone())), Refused::default(), start.rate_ppm);
+    let gate = Gate::new(Box::new(Announcer(socket.clone())), start.refused.into(), start.rate_ppm);
     let mut samples = StackSamples::new(gate);
-    samples.refuse(start.refused.into());
     start.execs.into_iter().for_each(|(process, boot_ns)| samples.exec(process, boot_ns));
     let mut skipped = 0;
     ring.drain(start.skip, |_| {

@@ -9,7 +9,7 @@ use memtrace_unwind::elf::ElfHeaders;
 use memtrace_unwind::gate::ProcessKey;
 use memtrace_unwind::maps::Maps;
 use memtrace_unwind::proc_dir::ProcDir;
-use memtrace_unwind::process_cache::{Moment, ProcessCache};
+use memtrace_unwind::process_cache::{ProcessCache, SampleMoment};
 use memtrace_unwind::rule::Registers;
 use memtrace_unwind::unwind::{Truncation, UnwoundFrame, UnwoundStack};
 
@@ -126,7 +126,7 @@ impl Waiting {
     fn unwind_copy(&self, processes: &mut ProcessCache, most: usize, chain: &[u64]) -> UnwoundStack {
         let registers = self.registers();
         let stack_copy = self.stack_copy(registers.sp, most);
-        processes.unwind(Moment::now(self.key()), registers, &stack_copy, chain).unwrap()
+        processes.unwind(SampleMoment::now(self.key()), registers, &stack_copy, chain).unwrap()
     }
 
     fn kill(&mut self) {
@@ -320,7 +320,7 @@ fn names_survive_the_process_and_its_binary() {
     waiting.kill();
     processes.exit((pid, start));
     // A stack that was still in the ring.
-    assert_eq!(processes.unwind(Moment::now((pid, start)), registers, &stack_copy, &[]), Some(stack.clone()));
+    assert_eq!(processes.unwind(SampleMoment::now((pid, start)), registers, &stack_copy, &[]), Some(stack.clone()));
     let frames = named(&processes, &stack);
     let mine: Vec<&Frame> = frames.iter().filter(|frame| frame.module.as_ref() == Some(&path)).collect();
     assert_eq!(
@@ -328,7 +328,7 @@ fn names_survive_the_process_and_its_binary() {
         ["wait_here", "deep", "deep", "deep", "deep", "main", "_start"]
     );
     // Of a process that nothing was known of.
-    assert_eq!(ProcessCache::default().unwind(Moment::now((pid, start)), registers, &stack_copy, &[]), None);
+    assert_eq!(ProcessCache::default().unwind(SampleMoment::now((pid, start)), registers, &stack_copy, &[]), None);
 }
 
 #[test]
@@ -523,7 +523,7 @@ fn mappings_are_read_once_for_each_program() {
     assert_eq!(processes.counts().maps_read, 1);
     let exec_ns = crate::clock::boot_ns();
     processes.exec(waiting.key(), exec_ns);
-    let before = Moment { boot_ns: exec_ns - 1, ..Moment::now(waiting.key()) };
+    let before = SampleMoment { boot_ns: exec_ns - 1, ..SampleMoment::now(waiting.key()) };
     assert_eq!(processes.unwind(before, waiting.registers(), &[], &[]), None, "a stack of the program before");
     assert_eq!((processes.counts().maps_read, processes.counts().gone), (1, 1));
     waiting.unwind(&mut processes);
@@ -540,7 +540,7 @@ fn another_process_of_the_same_id_is_not_taken_for_it() {
     let mut processes = ProcessCache::default();
     let before = waiting.start_ns() - 1_000_000_000;
     assert!(!processes.prefetch((waiting.pid(), before)));
-    assert_eq!(processes.unwind(Moment::now((waiting.pid(), before)), registers, &[], &[]), None);
+    assert_eq!(processes.unwind(SampleMoment::now((waiting.pid(), before)), registers, &[], &[]), None);
     assert_eq!(processes.counts().gone, 1);
 }
 
@@ -577,7 +577,7 @@ fn the_vdso_is_a_module() {
     let mut inside = None;
     for ip in (vdso.start..vdso.end).step_by(16) {
         let registers = Registers { ip, sp: 0x7000_0000_0000, fp: 1, lr: Some(caller) };
-        let stack = processes.unwind(Moment::now((pid, start)), registers, &stack_copy, &[]).unwrap();
+        let stack = processes.unwind(SampleMoment::now((pid, start)), registers, &stack_copy, &[]).unwrap();
         let frames = named(&processes, &stack);
         assert_eq!(frames[0].module.as_deref(), Some("[vdso]"));
         if frames[0].symbol.as_deref().is_some_and(|name| name.contains("clock_gettime")) && frames.len() > 1 {
@@ -602,7 +602,7 @@ fn a_module_that_is_truncated_does_no_harm() {
     drop(waiting);
     // A program that runs cannot be written to; a library can.
     std::fs::File::options().write(true).open(&program).unwrap().set_len(100).unwrap();
-    let stack = processes.unwind(Moment::now((pid, start)), registers, &stack_copy, &[]).unwrap();
+    let stack = processes.unwind(SampleMoment::now((pid, start)), registers, &stack_copy, &[]).unwrap();
     assert_eq!(stack.truncation, Some(Truncation::UnwindInfo));
     assert_eq!(named(&processes, &stack)[1].symbol, None);
 }

@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use memtrace_unwind::gate::Reading;
+use memtrace_unwind::proc_dir::wants_to_run;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
 use tokio::io::Interest;
@@ -98,7 +99,8 @@ impl Running {
         let Some((reading, since)) = self.reading.filter(|_| !batches.is_full()) else { return false };
         let is_disk = reading.place.device().is_some_and(|(major, _)| major != 0);
         let elapsed = since.elapsed();
-        elapsed > ANSWER_LIMIT || (elapsed > READING_LIMIT && !is_disk && !wants_to_run(self.child.id()))
+        elapsed > ANSWER_LIMIT
+            || (elapsed > READING_LIMIT && !is_disk && !wants_to_run(format!("/proc/{}", self.child.id())))
     }
 
     /// Whether more of its readings have not ended than it may have.
@@ -223,11 +225,4 @@ impl Running {
         // Interrupted or not, the next look at the socket tells.
         let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], time.as_ref());
     }
-}
-
-/// Whether a process runs, or would if there were a CPU for it: state `R` in /proc/PID/stat. That file
-/// waits for nobody (fs/proc/array.c, `do_task_stat` takes no lock of the address space).
-fn wants_to_run(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('R'))
 }
