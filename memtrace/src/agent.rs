@@ -1,7 +1,9 @@
 //! The daemon: a session whose outputs go to disk, to the log and to HTTP.
 //!
-//! One loop on one thread runs the session, writes what comes of it, and answers requests in between. What may take
-//! long is beside it: the HTTP server on a thread of its own, and the naming of functions in a blocking thread.
+//! One loop on one thread, the recorder, runs the session, writes the ledgers, and answers requests in between. What
+//! may take long is beside it: the HTTP server and the saving of incidents on threads of their own, and the naming of
+//! functions in a blocking thread. The recorder's thread goes before others, or whoever keeps the CPUs busy makes it
+//! late and its rings run over.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -27,6 +29,7 @@ mod keeper;
 mod recovery;
 mod room;
 mod sinks;
+mod storer;
 mod symbolize_queue;
 mod unwatched;
 mod watch_state;
@@ -72,6 +75,8 @@ pub fn run(config: AgentConfig) -> anyhow::Result<()> {
         .enable_all()
         // For the naming of functions; each thread costs memory.
         .max_blocking_threads(1)
+        // Threads begin with the priority of the one that starts them, and the recorder's is its own.
+        .on_thread_start(own_process::lower_priority)
         .build()
         .context("failed to start the runtime")?;
     let outcome = runtime.block_on(serve_and_trace(config));
@@ -120,6 +125,8 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     let mut symbolize = SymbolizeQueue::default();
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     let mut give_back = tokio::time::interval(GIVE_BACK_EVERY);
+    let saved = sinks.storer.saved();
+    own_process::raise_priority();
     loop {
         let outputs = tokio::select! {
             outputs = session.step() => outputs,
@@ -129,12 +136,16 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
             }
             ended = symbolize.ended() => {
                 if let Some(path) = symbolize.finish(ended) {
-                    sinks.rewritten(&path);
+                    sinks.storer.rewritten(&path);
                 }
                 continue;
             }
+            () = saved.notified() => {
+                take_saved(&mut sinks, &mut symbolize);
+                continue;
+            }
             _ = retention.tick() => {
-                sinks.retain();
+                sinks.storer.review();
                 continue;
             }
             _ = give_back.tick() => {
@@ -146,29 +157,31 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         };
         sinks.take(outputs);
         exchange(&mut keeper, &session, &mut sinks);
-        // One at a time, with rings and requests in between: a save waits for the disk, and they must not.
-        while sinks.save_one(false, &mut symbolize) {
-            sinks.take(session.pump(false));
-            tokio::task::yield_now().await;
-            while let Ok(request) = requests.try_recv() {
-                answer(request, &session, &sinks, &symbolize);
-            }
-        }
         name_next(&mut session, &mut symbolize);
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     sinks.take(session.stop());
     exchange(&mut keeper, &session, &mut sinks);
-    if !sinks.save_all(&mut symbolize)
+    if !sinks.save_all()
         && let Some(journal) = &config.session.journal
     {
         recovery::leave_mark(&journal.dir);
     }
     keeper.stop();
+    take_saved(&mut sinks, &mut symbolize);
     symbolize.stop(|wanted| session.modules(wanted)).await;
-    sinks.retain();
+    sinks.end();
     Ok(())
+}
+
+/// Has the functions of incidents named that are on disk now.
+fn take_saved(sinks: &mut Sinks, symbolize: &mut SymbolizeQueue) {
+    for incident in sinks.storer.take_saved() {
+        symbolize.push(incident);
+    }
+    // There is room again.
+    sinks.write_ledgers();
 }
 
 /// Writes the time without an agent to the ledger, and starts the thread that finds the kills in it.
@@ -257,8 +270,8 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
                 incidents_named: symbolize.named,
                 incidents_not_named: symbolize.failed,
                 stack_cost: StackCostTotals { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
-                counters: sinks.counters.clone(),
-                incidents_waiting: sinks.waiting(),
+                counters: sinks.counters(),
+                incidents_waiting: sinks.storer.waiting(),
                 counts: session.engine().counts(),
                 snapshot: session.engine().snapshot(),
                 sent: session.probe().sent(),

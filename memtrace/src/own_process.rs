@@ -1,6 +1,9 @@
 //! What this process takes, and may take.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{
+    Resource, Rlimit, getpid, getpriority_process, getrlimit, getsid, setpriority_process, setrlimit,
+};
+use tracing::warn;
 
 /// Resident memory of this process, bytes; `None` when /proc does not say.
 pub fn resident_bytes() -> Option<u64> {
@@ -36,5 +39,29 @@ pub fn trim_memory() {
     // SAFETY: takes a number; the C library locks its heaps.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Niceness of a thread that others are not to keep from the CPU: 87 times the share of an ordinary one.
+const FIRST: i32 = -20;
+
+/// Has this thread go before others (CAP_SYS_NICE). Where sessions share the CPU (autogroup), this process' session
+/// goes before others too, if it is its own: another one would keep that when the process has ended.
+pub fn raise_priority() {
+    // On Linux this is of the thread alone (kernel/sys.c, setpriority).
+    if let Err(error) = setpriority_process(None, FIRST) {
+        warn!("programs that keep the CPUs busy can make the agent late ({error}); give CAP_SYS_NICE");
+        return;
+    }
+    if getsid(None).is_ok_and(|leader| leader == getpid()) {
+        // A kernel without autogroup has no such file.
+        let _ = std::fs::write("/proc/self/autogroup", FIRST.to_string());
+    }
+}
+
+/// Takes back for this thread or process what it has from one with [`raise_priority`].
+pub fn lower_priority() {
+    if getpriority_process(None).is_ok_and(|niceness| niceness < 0) {
+        let _ = setpriority_process(None, 0);
     }
 }

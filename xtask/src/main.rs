@@ -1,10 +1,11 @@
 //! `cargo xtask VERB`: the entry point to set-up, build, demo, tests and checks of memtrace.
-//! Dispatch only: each verb has its home in a crate below tests/, apart from `demo` and `fuzz`,
-//! which are short and here.
+//! Dispatch only: each verb has its home in a crate below tests/, apart from `demo`, `fuzz`,
+//! `sim` and `soak`, which are short and here.
 
 mod demo;
 mod fuzz;
 mod sim;
+mod soak;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,8 @@ enum Verb {
     Fuzz(fuzz::Args),
     /// Kernel stories through the engine, held against invariants: one seed, or new ones for a while
     Sim(sim::Args),
+    /// An hour of everything that hurts an agent at once, beside a kill a second (root)
+    Soak(soak::Args),
 }
 
 fn main() -> ExitCode {
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Verb::Bench(args) => bench::run(&checkout, &args),
         Verb::Fuzz(args) => fuzz::run(&checkout, &args),
         Verb::Sim(args) => sim::run(&checkout, &args),
+        Verb::Soak(args) => soak::run(&checkout, &args),
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -179,7 +179,7 @@ fn save_incidents(outputs: Vec<Output>, sinks: &mut Sinks) -> u64 {
             Err(error) => {
                 sinks.counters.write_failures = sinks.counters.write_failures.saturating_add(1);
                 error!(id = %incident.id, "failed to save a recovered incident: {error}");
-                sinks.queue(incident);
+                sinks.storer.save(incident);
             }
         }
     }

@@ -1,11 +1,10 @@
 //! Where the outputs of the session go: ledgers, incident files, log and counters.
 
-use std::collections::VecDeque;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -13,45 +12,30 @@ use rustix::io::Errno;
 use tracing::{error, info, warn};
 
 use super::AgentConfig;
-use super::symbolize_queue::SymbolizeQueue;
+use super::storer::Storer;
 use crate::serve::Counters;
 use crate::store::incidents::IncidentStore;
 use crate::store::ledger::{Ledger, LedgerEntry};
 use crate::store::own_dir;
-use crate::store::retention::{self, DeletedFiles, Retention};
+use crate::store::retention::{self, Retention};
 use memtrace_engine::output::{Finding, Output};
-use memtrace_incident::{Incident, PressureLimit, units};
 use memtrace_incident::{KillLine, SigkillEntry, UnwatchedEntry};
+use memtrace_incident::{PressureLimit, units};
 
-/// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
-const MAX_WAITING: usize = 1024;
-/// The same while saving fails.
-const MAX_WAITING_FAILED: usize = 64;
-/// Time from a save that failed to the next try. It doubles up to [`RETRY_MOST`].
-const RETRY_FIRST: Duration = Duration::from_secs(1);
-const RETRY_MOST: Duration = Duration::from_secs(60);
+/// Time for what waits for the disk when the agent stops.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// Mode of a lock.
 const LOCK_MODE: u32 = 0o600;
 
-/// When a save that failed is tried again.
-#[derive(Clone, Copy, Debug)]
-struct Retry {
-    at: Instant,
-    pause: Duration,
-}
-
 /// Takes the outputs of the session.
 pub(super) struct Sinks {
     pub(super) incidents: IncidentStore,
-    retention: Retention,
+    /// Saves incidents, beside the loop.
+    pub(super) storer: Storer,
     pub(super) kills: Ledger<KillLine>,
     pub(super) sigkills: Ledger<SigkillEntry>,
     pub(super) counters: Counters,
-    /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`], [`MAX_WAITING_FAILED`].
-    saves: VecDeque<Box<Incident>>,
-    /// Set while saving fails.
-    retry: Option<Retry>,
     /// Held while the agent runs: two agents with one state directory would each write every incident, and two with
     /// one journal would move its segments away from each other.
     _locks: (Lock, Option<Lock>),
@@ -70,16 +54,16 @@ impl Sinks {
         let retained = retention::with_room_to_write(config.retain_bytes);
         let retention = Retention::of(&incidents, retained, config.retain_age)
             .with_context(|| format!("failed to list the incidents in {}", dir.display()))?;
-        let (counters, saves, retry) = (Counters::default(), VecDeque::new(), None);
-        Ok(Self { incidents, retention, kills, sigkills, counters, saves, retry, _locks: (state, journal) })
+        let storer = Storer::start(incidents.clone(), retention)?;
+        Ok(Self { incidents, storer, kills, sigkills, counters: Counters::default(), _locks: (state, journal) })
     }
 
-    /// Writes kills and SIGKILLs to their ledgers at once and queues the incidents to be saved.
+    /// Writes kills and SIGKILLs to their ledgers at once and hands the incidents over to be saved.
     pub(super) fn take(&mut self, outputs: Vec<Output>) {
         let mut sigkills = Vec::new();
         for output in outputs {
             match output {
-                // A kill is durable before anything that takes longer.
+                // A kill is written before anything that takes longer.
                 Output::Kill(kill) => {
                     self.counters.kills = self.counters.kills.saturating_add(1);
                     let pid = kill.pid;
@@ -90,10 +74,18 @@ impl Sinks {
                 }
                 Output::Sigkill(sigkill) => sigkills.push(sigkill),
                 Output::Alert(finding) => self.report(&finding),
-                Output::Save(incident) => self.queue(incident),
+                Output::Save(incident) => self.storer.save(incident),
             }
         }
         self.append_sigkills(&sigkills);
+        self.sync_kills();
+    }
+
+    /// Has the ledger of kills synced if it was written to.
+    fn sync_kills(&mut self) {
+        if let Some(ledger) = self.kills.take_unsynced() {
+            self.storer.sync(ledger);
+        }
     }
 
     /// Writes what is known of a time in which no agent watched to the ledger of kills, counts and logs it.
@@ -106,6 +98,7 @@ impl Sinks {
             self.counters.write_failures = self.counters.write_failures.saturating_add(lines.len() as u64);
             error!("failed to write {} lines about unwatched time to the ledger of kills: {error}", lines.len());
         }
+        self.sync_kills();
     }
 
     fn report_unwatched(&mut self, entry: &UnwatchedEntry) {
@@ -150,76 +143,46 @@ impl Sinks {
         }
     }
 
-    /// Queues an incident to be saved.
-    pub(super) fn queue(&mut self, incident: Box<Incident>) {
-        let cap = if self.retry.is_some() { MAX_WAITING_FAILED } else { MAX_WAITING };
-        while self.saves.len() >= cap
-            && let Some(oldest) = self.saves.pop_front()
-        {
-            self.counters.given_up = self.counters.given_up.saturating_add(1);
-            error!(id = %oldest.id, "gave up saving an incident: {cap} others wait");
+    /// Counters, also those of the thread that saves.
+    pub(super) fn counters(&self) -> Counters {
+        let (mut counters, stored) = (self.counters.clone(), self.storer.counts());
+        for (kind, saved) in stored.saved {
+            let count = counters.saved.entry(kind).or_default();
+            *count = count.saturating_add(saved);
         }
-        self.saves.push_back(incident);
-    }
-
-    /// Writes the oldest closed incident; false when there is none, or saving has failed and it is not yet time for the
-    /// next try. With `now`, it is.
-    pub(super) fn save_one(&mut self, now: bool, symbolize: &mut SymbolizeQueue) -> bool {
-        if !now && self.retry.is_some_and(|retry| Instant::now() < retry.at) {
-            return false;
-        }
-        let Some(incident) = self.saves.pop_front() else { return false };
-        match self.incidents.save(&incident) {
-            Ok(path) => {
-                self.retry = None;
-                self.counters.count_saved(incident.kind);
-                info!(id = %incident.id, file = %path.display(), "saved an incident");
-                symbolize.push(&incident, &path);
-                let deleted = self.retention.saved(&incident);
-                self.report_deleted(deleted);
-                // There is room again.
-                self.write_ledgers();
-            }
-            Err(error) => {
-                self.counters.write_failures = self.counters.write_failures.saturating_add(1);
-                let pause = self.retry.map_or(RETRY_FIRST, |retry| (retry.pause * 2).min(RETRY_MOST));
-                self.retry = Some(Retry { at: Instant::now() + pause, pause });
-                error!(id = %incident.id, "failed to save an incident: {error}; next try in {pause:?}");
-                // Others go first: what is wrong may be wrong with this one only.
-                self.saves.push_back(incident);
-            }
-        }
-        self.retry.is_none()
-    }
-
-    /// Incidents that wait to be written.
-    pub(super) fn waiting(&self) -> u64 {
-        self.saves.len() as u64
+        counters.write_failures = counters.write_failures.saturating_add(stored.write_failures);
+        (counters.given_up, counters.dropped) = (stored.given_up, stored.dropped);
+        counters
     }
 
     /// Saves what it can before the agent stops. Returns whether that was everything.
-    pub(super) fn save_all(&mut self, symbolize: &mut SymbolizeQueue) -> bool {
-        for _ in 0..self.saves.len() {
-            self.save_one(true, symbolize);
-        }
+    pub(super) fn save_all(&mut self) -> bool {
         self.write_ledgers();
-        for incident in &self.saves {
-            error!(id = %incident.id, "an incident could not be saved before the agent stopped");
+        let left = self.storer.finish(STOP_LIMIT);
+        for id in &left {
+            error!(%id, "an incident could not be saved before the agent stopped");
         }
         let entries = self.kills.unwritten().saturating_add(self.sigkills.unwritten());
         if entries > 0 {
             error!("{entries} entries of ledgers could not be written before the agent stopped");
         }
-        self.saves.is_empty() && entries == 0
+        left.is_empty() && entries == 0
+    }
+
+    /// Deletes old incident files before the agent stops.
+    pub(super) fn end(&self) {
+        self.storer.review();
+        self.storer.finish(STOP_LIMIT);
     }
 
     /// Tries again to write what could not be written to the ledgers.
-    fn write_ledgers(&mut self) {
+    pub(super) fn write_ledgers(&mut self) {
         for written in [self.kills.write_unwritten(), self.sigkills.write_unwritten()] {
             if let Err(error) = written {
                 error!("failed to write to a ledger: {error}");
             }
         }
+        self.sync_kills();
     }
 
     /// Counts and logs a finding.
@@ -259,36 +222,6 @@ impl Sinks {
                 self.counters.disagreements = self.counters.disagreements.saturating_add(1);
                 warn!(pid, only_in, "kernel log and hooks disagree about a kill");
             }
-        }
-    }
-
-    /// The symbolizer has written an incident again, with names.
-    pub(super) fn rewritten(&mut self, path: &Path) {
-        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { return };
-        let deleted = self.retention.rewritten(id);
-        self.report_deleted(deleted);
-    }
-
-    /// Deletes incident files that are too old, too large together, or too many.
-    pub(super) fn retain(&mut self) {
-        let deleted = self.retention.review(SystemTime::now());
-        self.report_deleted(deleted);
-    }
-
-    /// Counts and logs what retention has deleted.
-    fn report_deleted(&mut self, deleted: std::io::Result<DeletedFiles>) {
-        match deleted {
-            Ok(DeletedFiles { files: 0, .. }) => {}
-            Ok(DeletedFiles { files, bytes, newest_of_cgroup, last }) => {
-                self.counters.dropped = self.counters.dropped.saturating_add(files);
-                let last = last.unwrap_or_default();
-                if newest_of_cgroup > 0 {
-                    warn!(files, bytes, newest_of_cgroup, last, "deleted incidents, also the newest of a cgroup");
-                } else {
-                    info!(files, bytes, last, "deleted old incidents");
-                }
-            }
-            Err(error) => error!("failed to delete old incidents: {error}"),
         }
     }
 }

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use memtrace_incident::Incident;
 use memtrace_unwind::modules::OpenModule;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use super::storer::SavedIncident;
 use crate::session::ModuleFile;
 use crate::store::incidents;
 use crate::symbolize::frame_names::{ModuleName, NamingSummary, UnnamedFrames};
@@ -22,8 +22,6 @@ use crate::symbolize::subprocess;
 
 /// Most incidents waiting; when it is reached the oldest goes without names.
 const MAX_WAITING: usize = 256;
-/// Modules of one incident whose files are asked for.
-const MAX_MODULES: usize = 1024;
 /// Time for what is running or waits when the agent stops.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -45,10 +43,8 @@ pub(super) struct SymbolizeQueue {
 pub(super) struct SymbolizeResult(anyhow::Result<NamingSummary>);
 
 impl SymbolizeQueue {
-    /// Queues an incident that was saved to `path`, unless all of its frames have names.
-    pub(super) fn push(&mut self, incident: &Incident, path: &Path) {
-        let modules: Vec<ModuleName> =
-            UnnamedFrames::of(incident).0.into_iter().map(|(module, _)| module).take(MAX_MODULES).collect();
+    /// Queues an incident that was saved, unless all of its frames have names.
+    pub(super) fn push(&mut self, SavedIncident { path, modules }: SavedIncident) {
         if modules.is_empty() {
             return;
         }
@@ -56,7 +52,7 @@ impl SymbolizeQueue {
             self.waiting.pop_front();
             self.failed = self.failed.saturating_add(1);
         }
-        self.waiting.push_back((path.to_owned(), modules));
+        self.waiting.push_back((path, modules));
     }
 
     /// Modules whose files are needed for the next incident, if they were not asked for yet.

@@ -1,6 +1,7 @@
 //! `memtrace stack-worker` (hidden): unwinds stacks, see [`crate::stacks::worker`].
 
 use super::VerbResult;
+use crate::own_process;
 use crate::stacks::worker;
 
 /// Arguments of `memtrace stack-worker`.
@@ -9,6 +10,8 @@ pub struct Args {}
 
 /// Runs the verb.
 pub fn run(_: &Args) -> VerbResult {
+    // The recorder started it, and goes first.
+    own_process::lower_priority();
     worker::run()?;
     Ok(0)
 }

@@ -112,6 +112,8 @@ pub struct Ledger<E> {
     unwritten: VecDeque<E>,
     /// Entries given up because too many could not be written.
     given_up: u64,
+    /// Written to since [`Ledger::take_unsynced`].
+    unsynced: bool,
 }
 
 /// A ledger read back.
@@ -137,8 +139,8 @@ impl<E: LedgerEntry> Ledger<E> {
             file.set_len(whole)?;
             file.sync_data()?;
         }
-        let (unwritten, given_up) = (VecDeque::new(), 0);
-        Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, unwritten, given_up })
+        let (unwritten, given_up, unsynced) = (VecDeque::new(), 0, false);
+        Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, unwritten, given_up, unsynced })
     }
 
     /// The state directory that the ledger is in.
@@ -151,8 +153,8 @@ impl<E: LedgerEntry> Ledger<E> {
         self.torn_bytes
     }
 
-    /// Appends the entries, after those that could not be written before, and syncs them if [`LedgerEntry::SYNCED`]. When
-    /// that fails, all wait for the next call.
+    /// Appends the entries, after those that could not be written before. When that fails, all wait for the next call.
+    /// They outlive this process; see [`Self::take_unsynced`] for a loss of power.
     pub fn append(&mut self, entries: &[E]) -> io::Result<()> {
         self.unwritten.extend(entries.iter().cloned());
         let excess = self.unwritten.len().saturating_sub(MAX_UNWRITTEN);
@@ -170,6 +172,15 @@ impl<E: LedgerEntry> Ledger<E> {
         self.write(&lines)?;
         self.unwritten.clear();
         Ok(())
+    }
+
+    /// The file, to be synced beside the loop, if it is one whose entries are ([`LedgerEntry::SYNCED`]) and was written
+    /// to since the last call.
+    pub fn take_unsynced(&mut self) -> Option<File> {
+        let file = self.unsynced.then(|| self.file.try_clone().ok()).flatten();
+        // Without a descriptor for it the next call tries again.
+        self.unsynced &= file.is_none();
+        file
     }
 
     /// Entries that wait to be written.
@@ -194,14 +205,14 @@ impl<E: LedgerEntry> Ledger<E> {
                 format!("the ledger is full and no new one can be made: {error}"),
             ));
         }
-        let written = self.file.write_all(lines).and_then(|()| if E::SYNCED { self.file.sync_data() } else { Ok(()) });
-        if let Err(error) = written {
+        if let Err(error) = self.file.write_all(lines) {
             // On a full disk part of a line may be written: the next entry must not continue it.
             let _ = self.file.set_len(self.bytes);
             return Err(error);
         }
         // They are written even if there is no new file yet: the next append tries again.
         self.bytes = self.bytes.saturating_add(lines.len() as u64);
+        self.unsynced = E::SYNCED;
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 mod change;
 mod counted;
 mod family;
+mod hostile;
 mod kernel_side;
 mod loops;
 mod memory;
@@ -217,6 +218,24 @@ enum What {
         #[arg(long)]
         mib: usize,
     },
+    /// Take memory from code it compiled itself, beside a perf map that grows
+    PerfMap {
+        /// Size of the map at the start
+        #[arg(long)]
+        map_mib: usize,
+        #[arg(long)]
+        ms: u64,
+    },
+    /// Map code of thousands of links to one ELF file with the longest headers, and take memory
+    LinkedModules {
+        /// Where the links are made, unless they are there
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        count: usize,
+        #[arg(long)]
+        ms: u64,
+    },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
     /// One thing over and over for a time; says how often
@@ -311,6 +330,10 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillChildren { count } => family::kill_children(count)?,
         What::Silent { dir, mib } => silent::file_system(&dir, mib)?,
+        What::PerfMap { map_mib, ms } => hostile::perf_map(map_mib, std::time::Duration::from_millis(ms))?,
+        What::LinkedModules { dir, count, ms } => {
+            hostile::linked_modules(&dir, count, std::time::Duration::from_millis(ms))?;
+        }
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,
         What::Crowd { processes, swing } => family::crowd(processes, swing)?,

@@ -9,6 +9,9 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use rustix::mount::MountPropagationFlags;
 
+/// Room for code that was compiled.
+const CODE_BYTES: usize = 4096;
+
 /// Starts a process in this address space (CLONE_VM without CLONE_THREAD) that waits until it is
 /// killed.
 pub(crate) fn sharer() -> anyhow::Result<u32> {
@@ -32,6 +35,21 @@ pub(crate) fn map_code(file: &std::fs::File, bytes: usize) -> anyhow::Result<()>
     let mapped = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_PRIVATE, fd, 0) };
     ensure!(mapped != libc::MAP_FAILED, "failed to map a file: {}", std::io::Error::last_os_error());
     Ok(())
+}
+
+/// Maps bytes as code, for as long as this process lives, and returns the function that they are: it
+/// takes the beginning and the end of what it touches.
+pub(crate) fn compiled(code: &[u8]) -> anyhow::Result<extern "C" fn(*mut u8, *const u8)> {
+    let access = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+    // SAFETY: a new mapping; the code fits into it, as is looked at first, and nothing else is there.
+    unsafe {
+        ensure!(code.len() <= CODE_BYTES, "more code than fits");
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let mapped = libc::mmap(std::ptr::null_mut(), CODE_BYTES, access, flags, -1, 0);
+        ensure!(mapped != libc::MAP_FAILED, "failed to map code: {}", std::io::Error::last_os_error());
+        std::ptr::copy_nonoverlapping(code.as_ptr(), mapped.cast(), code.len());
+        Ok(std::mem::transmute::<*mut libc::c_void, extern "C" fn(*mut u8, *const u8)>(mapped))
+    }
 }
 
 /// fork(2): 0 in the child, the child's id in the parent.

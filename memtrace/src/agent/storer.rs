@@ -1,0 +1,334 @@
+//! The thread that waits for the disk: it writes incident files, deletes old ones, and syncs the ledger of kills.
+//!
+//! The recorder hands over and goes on. What it hands over is bounded: beyond [`MAX_WAITING`] incidents the oldest is
+//! given up, counted and logged.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context;
+use memtrace_incident::{Incident, Kind};
+use tokio::sync::Notify;
+use tracing::{error, info, warn};
+
+use crate::store::incidents::IncidentStore;
+use crate::store::retention::{DeletedFiles, Retention};
+use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
+
+/// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
+const MAX_WAITING: usize = 1024;
+/// The same while saving fails.
+const MAX_WAITING_FAILED: usize = 64;
+/// Saved incidents that the recorder has not taken yet; beyond it the oldest gets no names.
+const MAX_SAVED: usize = 256;
+/// Modules of one incident whose files are asked for.
+const MAX_MODULES: usize = 1024;
+/// Files that were written again and not looked at yet; beyond it one is looked at with the next review.
+const MAX_REWRITTEN: usize = 256;
+/// Time from a save that failed to the next try. It doubles up to [`RETRY_MOST`].
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_secs(60);
+
+/// An incident that is on disk and has frames without names.
+#[derive(Debug)]
+pub(super) struct SavedIncident {
+    pub(super) path: PathBuf,
+    /// Modules that have its unnamed frames. Cap: [`MAX_MODULES`].
+    pub(super) modules: Vec<ModuleName>,
+}
+
+/// What the thread has done so far.
+#[derive(Clone, Debug, Default)]
+pub(super) struct StoreCounts {
+    /// Incidents saved, by kind.
+    pub(super) saved: BTreeMap<Kind, u64>,
+    /// Saves that failed, and syncs of the ledger.
+    pub(super) write_failures: u64,
+    /// Incidents that were not written, because too many waited.
+    pub(super) given_up: u64,
+    /// Incident files deleted for size or age.
+    pub(super) dropped: u64,
+}
+
+/// Hands incidents to the thread.
+pub(super) struct Storer(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    /// Something is to be done, or was done.
+    changed: Condvar,
+    /// For the recorder: something was saved.
+    saved: Arc<Notify>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`], [`MAX_WAITING_FAILED`].
+    waiting: VecDeque<Box<Incident>>,
+    /// Saving fails: when it is tried again.
+    retry: Option<Retry>,
+    /// A ledger that was written to.
+    unsynced: Option<File>,
+    /// Ids of files that were written again with names. Cap: [`MAX_REWRITTEN`].
+    rewritten: VecDeque<String>,
+    /// Old files are to be deleted.
+    review: bool,
+    /// The thread is at work on something.
+    busy: bool,
+    /// Saves that are tried at once, whether saving fails or not: the agent stops.
+    at_once: usize,
+    end: bool,
+    /// Cap: [`MAX_SAVED`].
+    saved: VecDeque<SavedIncident>,
+    counts: StoreCounts,
+}
+
+/// When a save that failed is tried again.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    at: Instant,
+    pause: Duration,
+}
+
+/// What the thread does next.
+enum Job {
+    Sync(File),
+    Rewritten(String),
+    Review,
+    Save(Box<Incident>),
+    End,
+}
+
+impl Storer {
+    /// Starts the thread. `retention` is of the same store.
+    pub(super) fn start(store: IncidentStore, retention: Retention) -> anyhow::Result<Self> {
+        let shared =
+            Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), saved: Arc::new(Notify::new()) });
+        let files = Files { store, retention, shared: Arc::clone(&shared) };
+        let run = move || files.run();
+        thread::Builder::new().name("storer".to_owned()).spawn(run).context("failed to start a thread")?;
+        Ok(Self(shared))
+    }
+
+    /// Is told when there is something in [`Self::take_saved`].
+    pub(super) fn saved(&self) -> Arc<Notify> {
+        Arc::clone(&self.0.saved)
+    }
+
+    /// Queues an incident to be saved.
+    pub(super) fn save(&self, incident: Box<Incident>) {
+        let mut state = self.0.state();
+        let cap = if state.retry.is_some() { MAX_WAITING_FAILED } else { MAX_WAITING };
+        while state.waiting.len() >= cap
+            && let Some(oldest) = state.waiting.pop_front()
+        {
+            state.counts.given_up = state.counts.given_up.saturating_add(1);
+            error!(id = %oldest.id, "gave up saving an incident: {cap} others wait");
+        }
+        state.waiting.push_back(incident);
+        self.0.changed.notify_all();
+    }
+
+    /// Syncs a ledger that was written to.
+    pub(super) fn sync(&self, ledger: File) {
+        self.0.state().unsynced = Some(ledger);
+        self.0.changed.notify_all();
+    }
+
+    /// An incident file was written again, with names.
+    pub(super) fn rewritten(&self, path: &Path) {
+        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { return };
+        let mut state = self.0.state();
+        if state.rewritten.len() < MAX_REWRITTEN {
+            state.rewritten.push_back(id.to_owned());
+        } else {
+            state.review = true;
+        }
+        self.0.changed.notify_all();
+    }
+
+    /// Deletes incident files that are too old, too large together, or too many.
+    pub(super) fn review(&self) {
+        self.0.state().review = true;
+        self.0.changed.notify_all();
+    }
+
+    /// Incidents that were saved since the last call.
+    pub(super) fn take_saved(&self) -> VecDeque<SavedIncident> {
+        std::mem::take(&mut self.0.state().saved)
+    }
+
+    /// Incidents that wait to be written.
+    pub(super) fn waiting(&self) -> u64 {
+        let state = self.0.state();
+        state.waiting.len() as u64 + u64::from(state.busy && !state.end)
+    }
+
+    /// What was done so far.
+    pub(super) fn counts(&self) -> StoreCounts {
+        self.0.state().counts.clone()
+    }
+
+    /// Tries to save what waits, each incident once, and to do everything else. Returns the ids of those that are not
+    /// saved after that, or after `limit`.
+    pub(super) fn finish(&self, limit: Duration) -> Vec<String> {
+        let mut state = self.0.state();
+        state.at_once = state.waiting.len();
+        self.0.changed.notify_all();
+        let unfinished = |state: &mut State| state.busy || state.at_once > 0 || state.has_more();
+        let (state, waited) =
+            self.0.changed.wait_timeout_while(state, limit, unfinished).unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() && state.busy {
+            error!("the disk did not answer for {limit:?}: an incident may not be saved");
+        }
+        state.waiting.iter().map(|incident| incident.id.clone()).collect()
+    }
+}
+
+impl Drop for Storer {
+    /// Ends the thread, without waiting for it: a disk may never answer.
+    fn drop(&mut self) {
+        self.0.state().end = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for something to do. What is short comes first.
+    fn next(&self) -> Job {
+        let mut state = self.state();
+        state.busy = false;
+        self.changed.notify_all();
+        loop {
+            if let Some(job) = state.take_job() {
+                state.busy = true;
+                return job;
+            }
+            let pause = state.retry.filter(|_| !state.waiting.is_empty());
+            let pause = pause.map_or(Duration::MAX, |retry| retry.at.saturating_duration_since(Instant::now()));
+            let waited = self.changed.wait_timeout(state, pause.min(RETRY_MOST));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl State {
+    /// Whether there is something to do besides incidents that wait for the next try.
+    fn has_more(&self) -> bool {
+        self.unsynced.is_some() || self.review || !self.rewritten.is_empty()
+    }
+
+    fn take_job(&mut self) -> Option<Job> {
+        if let Some(ledger) = self.unsynced.take() {
+            return Some(Job::Sync(ledger));
+        }
+        let due = self.at_once > 0 || self.retry.is_none_or(|retry| Instant::now() >= retry.at);
+        if due && let Some(incident) = self.waiting.pop_front() {
+            self.at_once = self.at_once.saturating_sub(1);
+            return Some(Job::Save(incident));
+        }
+        self.at_once = 0;
+        if let Some(id) = self.rewritten.pop_front() {
+            return Some(Job::Rewritten(id));
+        }
+        if std::mem::take(&mut self.review) {
+            return Some(Job::Review);
+        }
+        self.end.then_some(Job::End)
+    }
+}
+
+/// What the thread owns.
+struct Files {
+    store: IncidentStore,
+    retention: Retention,
+    shared: Arc<Shared>,
+}
+
+impl Files {
+    fn run(mut self) {
+        loop {
+            match self.shared.next() {
+                Job::Sync(ledger) => {
+                    if let Err(error) = ledger.sync_data() {
+                        let mut state = self.shared.state();
+                        state.counts.write_failures = state.counts.write_failures.saturating_add(1);
+                        error!("failed to sync the ledger of kills: {error}");
+                    }
+                }
+                Job::Rewritten(id) => {
+                    let deleted = self.retention.rewritten(&id);
+                    self.report_deleted(deleted);
+                }
+                Job::Review => {
+                    let deleted = self.retention.review(SystemTime::now());
+                    self.report_deleted(deleted);
+                }
+                Job::Save(incident) => self.save(incident),
+                Job::End => return,
+            }
+        }
+    }
+
+    fn save(&mut self, incident: Box<Incident>) {
+        match self.store.save(&incident) {
+            Ok(path) => {
+                info!(id = %incident.id, file = %path.display(), "saved an incident");
+                let unnamed = UnnamedFrames::of(&incident).0.into_iter();
+                let modules: Vec<ModuleName> = unnamed.map(|(module, _)| module).take(MAX_MODULES).collect();
+                let mut state = self.shared.state();
+                state.retry = None;
+                let count = state.counts.saved.entry(incident.kind).or_default();
+                *count = count.saturating_add(1);
+                if state.saved.len() >= MAX_SAVED {
+                    state.saved.pop_front();
+                }
+                state.saved.push_back(SavedIncident { path, modules });
+                drop(state);
+                let deleted = self.retention.saved(&incident);
+                self.report_deleted(deleted);
+                self.shared.saved.notify_one();
+            }
+            Err(error) => {
+                let mut state = self.shared.state();
+                state.counts.write_failures = state.counts.write_failures.saturating_add(1);
+                let pause = state.retry.map_or(RETRY_FIRST, |retry| (retry.pause * 2).min(RETRY_MOST));
+                state.retry = Some(Retry { at: Instant::now() + pause, pause });
+                error!(id = %incident.id, "failed to save an incident: {error}; next try in {pause:?}");
+                // Others go first: what is wrong may be wrong with this one only.
+                state.waiting.push_back(incident);
+            }
+        }
+    }
+
+    /// Counts and logs what retention has deleted.
+    fn report_deleted(&self, deleted: std::io::Result<DeletedFiles>) {
+        match deleted {
+            Ok(DeletedFiles { files: 0, .. }) => {}
+            Ok(DeletedFiles { files, bytes, newest_of_cgroup, last }) => {
+                let mut state = self.shared.state();
+                state.counts.dropped = state.counts.dropped.saturating_add(files);
+                drop(state);
+                let last = last.unwrap_or_default();
+                if newest_of_cgroup > 0 {
+                    warn!(files, bytes, newest_of_cgroup, last, "deleted incidents, also the newest of a cgroup");
+                } else {
+                    info!(files, bytes, last, "deleted old incidents");
+                }
+            }
+            Err(error) => error!("failed to delete old incidents: {error}"),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "storer_tests.rs"]
+mod tests;

@@ -1,0 +1,135 @@
+//! Programs that want to keep a stack worker busy.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use memmap2::{Advice, MmapOptions};
+
+use crate::raw;
+
+/// Bytes that are taken and given back.
+const TAKEN_BYTES: usize = 64 << 20;
+/// Bytes taken in a row, and the pause after them.
+const STEP_BYTES: usize = 1 << 20;
+const STEP_PAUSE: Duration = Duration::from_millis(10);
+/// Program and section headers of the ELF file: the most of them that a reader would want to read.
+const PROGRAM_HEADERS: u16 = 60_000;
+const SECTION_HEADERS: u64 = 100_000;
+
+/// Touches a byte of each page from its first argument up to its second, with a frame pointer.
+#[cfg(target_arch = "x86_64")]
+const TOUCH: &[u8] = &[
+    0x55, // push rbp
+    0x48, 0x89, 0xe5, // mov rbp, rsp
+    0x48, 0x39, 0xf7, // cmp rdi, rsi
+    0x73, 0x0c, // jae the end
+    0xc6, 0x07, 0x01, // mov byte [rdi], 1
+    0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add rdi, 4096
+    0xeb, 0xef, // jmp to the comparison
+    0x5d, // the end: pop rbp
+    0xc3, // ret
+];
+#[cfg(not(target_arch = "x86_64"))]
+const TOUCH: &[u8] = &[];
+
+/// Takes memory from code that it wrote itself. Its perf map has `map_mib` from the start, and a
+/// line more with each step.
+pub(crate) fn perf_map(map_mib: usize, time: Duration) -> anyhow::Result<()> {
+    ensure!(!TOUCH.is_empty(), "there is code for x86-64 only");
+    let path = std::path::PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
+    let mut map = BufWriter::new(File::create(&path).with_context(|| format!("failed to make {}", path.display()))?);
+    let mut written = 0;
+    for n in 0.. {
+        if written >= map_mib << 20 {
+            break;
+        }
+        let line = format!("{:x} 10 f{n}\n", 0x10000 + n * 16);
+        map.write_all(line.as_bytes())?;
+        written += line.len();
+    }
+    map.flush()?;
+    let code = raw::compiled(TOUCH)?;
+    let begin = Instant::now();
+    let ended = take(begin, time, |step| {
+        let pages = step.as_mut_ptr_range();
+        code(pages.start, pages.end);
+        writeln!(map, "1 1 x").and_then(|()| map.flush()).context("failed to write a perf map")
+    });
+    std::fs::remove_file(&path)?;
+    ended
+}
+
+/// Maps links to one ELF file as code, all under names of their own, and takes memory.
+pub(crate) fn linked_modules(dir: &Path, count: usize, time: Duration) -> anyhow::Result<()> {
+    let original = dir.join("elf");
+    if !original.exists() {
+        write_elf(&original)?;
+    }
+    for n in 0..count {
+        let link = dir.join(format!("l{n}"));
+        if !link.exists() {
+            std::fs::hard_link(&original, &link).with_context(|| format!("failed to make {}", link.display()))?;
+        }
+        raw::map_code(&File::open(&link)?, 4096)?;
+    }
+    take(Instant::now(), time, |step| {
+        crate::memory::touch(step);
+        Ok(())
+    })
+}
+
+/// Takes memory step by step and gives it back, again and again.
+fn take(begin: Instant, time: Duration, mut touch: impl FnMut(&mut [u8]) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    while begin.elapsed() < time {
+        let mut memory = MmapOptions::new().len(TAKEN_BYTES).map_anon().context("failed to map memory")?;
+        // a kernel without huge pages refuses this advice and does not need it
+        let _ = memory.advise(Advice::NoHugePage);
+        for step in memory.chunks_mut(STEP_BYTES) {
+            touch(step)?;
+            std::thread::sleep(STEP_PAUSE);
+            if begin.elapsed() >= time {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An ELF file for x86-64 that is almost all hole: one program header and two section headers are
+/// written, of very many.
+fn write_elf(path: &Path) -> anyhow::Result<()> {
+    let sections_at = 64 + u64::from(PROGRAM_HEADERS) * 56;
+    let size = sections_at + SECTION_HEADERS * 64 + 4096;
+    let mut head = b"\x7fELF\x02\x01\x01".to_vec();
+    head.resize(16, 0);
+    for half in [3u16, 62] {
+        head.extend(half.to_le_bytes());
+    }
+    head.extend(1u32.to_le_bytes());
+    for long in [0x1000u64, 64, sections_at] {
+        head.extend(long.to_le_bytes());
+    }
+    head.extend(0u32.to_le_bytes());
+    // The number of sections stands in the first one, since it does not fit here.
+    for half in [64u16, 56, PROGRAM_HEADERS, 64, 0, 1] {
+        head.extend(half.to_le_bytes());
+    }
+    for word in [1u32, 5] {
+        head.extend(word.to_le_bytes());
+    }
+    for long in [0u64, 0, 0, size, size, 0x1000] {
+        head.extend(long.to_le_bytes());
+    }
+    let mut sections = [0; 128];
+    sections[32..40].copy_from_slice(&SECTION_HEADERS.to_le_bytes());
+    sections[40] = 1;
+    (sections[64], sections[68], sections[96]) = (1, 3, 1);
+    let file = File::create(path).with_context(|| format!("failed to make {}", path.display()))?;
+    file.write_all_at(&head, 0)?;
+    file.write_all_at(&sections, sections_at)?;
+    file.set_len(size).context("failed to size an ELF file")
+}
