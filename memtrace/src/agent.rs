@@ -18,6 +18,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 
 use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
@@ -43,6 +44,8 @@ use watch_state::WatchState;
 
 /// Most requests waiting for the loop.
 const MAX_REQUESTS: usize = 64;
+/// Lines of the log that wait to be written.
+const MAX_LOG_LINES: usize = 4096;
 /// How memory is locked.
 const LOCK: MlockAllFlags = MlockAllFlags::CURRENT.union(MlockAllFlags::FUTURE).union(MlockAllFlags::ONFAULT);
 /// How often free memory is given back: after a storm.
@@ -69,7 +72,8 @@ pub struct AgentConfig {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(config: AgentConfig) -> anyhow::Result<()> {
-    log_to_stderr();
+    // What is left in the log is written when the guard goes, for a second at most.
+    let (lost_log_lines, _guard) = log_to_stderr();
     room::check()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -79,13 +83,13 @@ pub fn run(config: AgentConfig) -> anyhow::Result<()> {
         .on_thread_start(own_process::lower_priority)
         .build()
         .context("failed to start the runtime")?;
-    let outcome = runtime.block_on(serve_and_trace(config));
+    let outcome = runtime.block_on(serve_and_trace(config, lost_log_lines));
     // A thread that still looks up names is not waited for.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
+async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
     leave_to_the_last();
@@ -131,7 +135,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
         let outputs = tokio::select! {
             outputs = session.step() => outputs,
             Some(request) = requests.recv() => {
-                answer(request, &session, &sinks, &symbolize);
+                answer(request, &session, &sinks, &symbolize, &lost_log_lines);
                 continue;
             }
             ended = symbolize.ended() => {
@@ -252,7 +256,13 @@ fn warn_of_missing_hooks(session: &Session) {
 }
 
 /// Answers a request between two turns of the loop, unless its client has gone.
-fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &SymbolizeQueue) {
+fn answer(
+    request: LoopRequest,
+    session: &Session,
+    sinks: &Sinks,
+    symbolize: &SymbolizeQueue,
+    lost_log_lines: &ErrorCounter,
+) {
     match request {
         LoopRequest::Ping(reply) => {
             let _ = reply.send(());
@@ -279,6 +289,7 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
                 stack_readings_late: health.readings_late,
                 stack_worker_bytes: health.running.then_some(worker_bytes),
                 journal_failures: session.journal_failures(),
+                log_lines_lost: lost_log_lines.dropped_lines() as u64,
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),
                 resident_bytes: own_process::resident_bytes(),
                 map_bytes: session.probe().map_bytes(),
@@ -326,17 +337,22 @@ fn raise_file_limit() {
     }
 }
 
-/// Logs to stderr; `RUST_LOG` chooses what, colours only on a terminal.
-fn log_to_stderr() {
+/// Logs to stderr; `RUST_LOG` chooses what, colours only on a terminal. A thread writes: nobody who leaves the log
+/// unread makes the recorder wait, and lines beyond [`MAX_LOG_LINES`] are lost, and counted.
+fn log_to_stderr() -> (ErrorCounter, WorkerGuard) {
     use std::io::IsTerminal;
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let thread = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_LOG_LINES).thread_name("log");
+    let (writer, guard) = thread.finish(std::io::stderr());
+    let lost = writer.error_counter();
     // Fails when a logger is already set, which is fine.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(colour)
         .with_target(false)
         .try_init();
+    (lost, guard)
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
+use memtrace_tests::agent::{self, AgentOptions};
+use memtrace_tests::cage::Cage;
 use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::not_run_here;
 use memtrace_tests::growth;
@@ -169,6 +171,74 @@ impl Drop for Mounted<'_> {
     fn drop(&mut self) {
         let _ = unmount(self.0, UnmountFlags::DETACH);
     }
+}
+
+/// Niceness of a thread: field 19 of its stat.
+fn niceness(pid: u32, thread: &str) -> anyhow::Result<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat"))?;
+    let after = stat.rsplit_once(')').context("no name")?.1;
+    after.split_ascii_whitespace().nth(16).and_then(|field| field.parse().ok()).context("no niceness")
+}
+
+/// Programs that keep the CPUs busy would otherwise make it late.
+#[test]
+fn the_recorder_goes_before_others_and_nothing_else_of_the_agent_does() -> anyhow::Result<()> {
+    let trial = Trial::begin(&AMPLE)?;
+    let first = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    // One that is started by the recorder as it is now.
+    memtrace_tests::process::signal(first, Signal::KILL)?;
+    let worker = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
+    kills_have_stacks(&trial)?;
+    let pid = trial.agent.pid();
+    let recorder = pid.to_string();
+    ensure!(niceness(pid, &recorder)? == -20, "the recorder has niceness {}", niceness(pid, &recorder)?);
+    let mut names = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = thread?.file_name().to_string_lossy().into_owned();
+        // A thread that has ended meanwhile does not count.
+        let Ok(niceness) = niceness(pid, &thread) else { continue };
+        ensure!(niceness >= 0 || thread == recorder, "thread {thread} has niceness {niceness}");
+        names.push(std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).unwrap_or_default());
+    }
+    ensure!(names.iter().any(|name| name == "storer\n"), "no thread saves incidents: {names:?}");
+    let of_worker = niceness(worker, &worker.to_string())?;
+    ensure!(of_worker >= 0, "the worker has niceness {of_worker}");
+    trial.end()
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() -> anyhow::Result<()> {
+    programs::require_root()?;
+    let dir = tempfile::tempdir()?;
+    let options = AgentOptions::below(dir.path()).with(&["--after", "100ms"]);
+    let port = agent::free_port()?;
+    let mut child = options.command(port)?.spawn()?;
+    let pipe = child.stderr.take().context("no stderr")?;
+    rustix::pipe::fcntl_setpipe_size(&pipe, 4096)?;
+    let deadline = Deadline::after(LIMIT);
+    while !agent::get(port, "/readyz").is_ok_and(|(status, _)| status == 200) {
+        ensure!(!deadline.has_passed() && child.try_wait()?.is_none(), "the agent is not ready");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let cage = Cage::new("unread", 16 << 20)?;
+    // Each is told in several lines: many more than fit.
+    for _ in 0..30 {
+        Actor::start(Some(&cage), &["burst", "--mib", "32"])?.finish()?.was_killed()?;
+    }
+    let ledger = options.state_dir.join("kills.jsonl");
+    loop {
+        let lines = std::fs::read_to_string(&ledger).unwrap_or_default().lines().count();
+        if lines >= 30 {
+            break;
+        }
+        ensure!(!deadline.has_passed(), "{lines} of 30 kills are in the ledger");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    memtrace_tests::process::signal(child.id(), Signal::TERM)?;
+    let status = memtrace_tests::process::wait_at_most(&mut child, LIMIT)?;
+    ensure!(status.success(), "the agent ended with {status}");
+    drop(pipe);
+    cage.remove()
 }
 
 #[test]

@@ -19,7 +19,7 @@ use tracing::warn;
 use super::by_id::ById;
 use super::files::id_of;
 use super::hierarchy::Hierarchy;
-use crate::clock;
+use crate::{clock, own_process};
 
 /// Asks on their way to the thread, and answers on their way back, each.
 const QUEUE_CAP: usize = 1024;
@@ -63,7 +63,11 @@ impl Asker {
     pub(super) fn start(hierarchy: Hierarchy) -> Option<Self> {
         let (asks, asked) = sync_channel(QUEUE_CAP);
         let (answers, found) = sync_channel(QUEUE_CAP);
-        let run = move || Lookups::new(hierarchy, asked, answers).run();
+        let run = move || {
+            // The recorder starts it, and goes first.
+            own_process::lower_priority();
+            Lookups::new(hierarchy, asked, answers).run();
+        };
         thread::Builder::new().name("cgroups".to_owned()).spawn(run).ok()?;
         Some(Self { asks, found })
     }

@@ -182,6 +182,11 @@ static METRICS: &[Metric] = &[
         Value::One(|now| now.journal_failures),
     ),
     Metric::counter(
+        "log_lines_lost",
+        "Lines of the agent's log that were not written, because nobody read those before",
+        Value::One(|now| now.log_lines_lost),
+    ),
+    Metric::counter(
         "records",
         "Records the kernel side sent",
         Value::Each {

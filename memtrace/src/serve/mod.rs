@@ -67,6 +67,8 @@ pub struct MetricsSnapshot {
     pub sent: Vec<(&'static str, u64)>,
     /// Journal frames that could not be written.
     pub journal_failures: u64,
+    /// Lines of the agent's log that were not written, because too many waited.
+    pub log_lines_lost: u64,
     /// Incidents that wait to be written.
     pub incidents_waiting: u64,
     /// Incidents whose stack frames were given function names.

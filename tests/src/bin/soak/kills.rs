@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::process::Stdio;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -81,7 +82,7 @@ impl Kills {
 
     /// Reads the ledger as it grows.
     pub(crate) fn follow_ledger(&self, yard: &Yard) {
-        while !yard.is_over() {
+        while !yard.settled.load(Ordering::Relaxed) {
             if let Err(error) = self.read_ledger(yard) {
                 yard.fault(format!("the ledger: {error:#}"));
             }
@@ -91,7 +92,7 @@ impl Kills {
 
     /// Takes in what is new in the ledger. The time of a line is that of the last write of the file,
     /// as the kernel noted it, so that it does not matter how soon this thread gets a CPU.
-    pub(crate) fn read_ledger(&self, yard: &Yard) -> anyhow::Result<()> {
+    fn read_ledger(&self, yard: &Yard) -> anyhow::Result<()> {
         let path = yard.state_dir.join("kills.jsonl");
         let Ok(mut file) = File::open(&path) else { return Ok(()) };
         let about = file.metadata()?;

@@ -59,6 +59,8 @@ struct Yard {
     state_dir: PathBuf,
     /// Set at the end.
     over: AtomicBool,
+    /// Set when what happened last has had time to get into the ledger.
+    settled: AtomicBool,
     /// What must not have happened.
     faults: Mutex<Vec<String>>,
 }
@@ -114,16 +116,15 @@ fn run(args: &Args) -> anyhow::Result<bool> {
         agent: agent.pid(),
         state_dir: options.state_dir.clone(),
         over: AtomicBool::new(false),
+        settled: AtomicBool::new(false),
         faults: Mutex::default(),
     };
     let (kills, watch) = (kills::Kills::default(), watch::Watch::default());
     let rounds: Vec<attacks::Rounds> = chosen.iter().map(|attack| attacks::Rounds::of(attack)).collect();
     let begin = Instant::now();
     std::thread::scope(|scope| {
-        for rounds in &rounds {
-            scope.spawn(|| rounds.run(&yard));
-        }
-        scope.spawn(|| kills.make(&yard));
+        let mut making: Vec<_> = rounds.iter().map(|rounds| scope.spawn(|| rounds.run(&yard))).collect();
+        making.push(scope.spawn(|| kills.make(&yard)));
         scope.spawn(|| kills.follow_ledger(&yard));
         scope.spawn(|| watch.health(&yard));
         scope.spawn(|| watch.memory(&yard));
@@ -133,10 +134,13 @@ fn run(args: &Args) -> anyhow::Result<bool> {
             say(format_args!("{:4} s: {}; {}", begin.elapsed().as_secs(), kills.summary(), watch.summary()));
         }
         yard.over.store(true, Ordering::Relaxed);
+        let panicked = making.into_iter().filter_map(|thread| thread.join().err()).count();
+        if panicked > 0 {
+            yard.fault(format!("{panicked} threads panicked"));
+        }
+        std::thread::sleep(SETTLE);
+        yard.settled.store(true, Ordering::Relaxed);
     });
-    std::thread::sleep(SETTLE);
-    kills.read_ledger(&yard)?;
-    watch.read_memory(&yard);
     rounds.iter().for_each(|rounds| say(format_args!("attack {}", rounds.summary())));
     say(format_args!("kills: {}", kills.summary()));
     say(format_args!("the latest: {}", kills.latest()));

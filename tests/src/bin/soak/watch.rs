@@ -54,7 +54,7 @@ impl Watch {
     }
 
     /// Looks at the memory.
-    pub(crate) fn read_memory(&self, yard: &Yard) {
+    fn read_memory(&self, yard: &Yard) {
         let Ok(recorder) = ProcRss::read(yard.agent) else { return };
         let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", yard.agent)).unwrap_or_default();
         let pids = children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
