@@ -2,7 +2,7 @@
 //!
 //! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it reads through an
 //! [`IncidentSource`], in a blocking thread and one request at a time. `server` accepts and bounds connections,
-//! `guard` refuses foreign ones, `answers` bounds what is made and kept for them.
+//! `guard` refuses foreign ones and `access` those without a right, `answers` bounds what is made and kept for them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use memtrace_engine::snapshot::Snapshot;
 use memtrace_incident::SigkillCause;
 use memtrace_incident::{Incident, Kind};
 
+mod access;
 mod answers;
 mod guard;
 mod metrics;
@@ -28,9 +29,12 @@ mod server;
 #[cfg(test)]
 mod tests;
 
+pub use access::Token;
+use access::{Door, WrongTokenLog};
 use answers::{BodyBudget, Refusal, Shared, TURN_LIMIT};
+use guard::Guard;
 pub use guard::HostNames;
-pub use server::{ServerCounts, ServerLimits, start};
+pub use server::{Listeners, ServerCounts, ServerLimits, start};
 
 /// Incidents on the page, newest first.
 const MAX_ROWS: usize = 100;
@@ -91,6 +95,8 @@ pub struct MetricsSnapshot {
     pub stack_worker_bytes: Option<u64>,
     /// Connections to this server, by what became of them.
     pub connections: Vec<(&'static str, u64)>,
+    /// Requests that this server refused, by why.
+    pub refused: Vec<(&'static str, u64)>,
 }
 
 /// What stacks have cost since the start.
@@ -157,7 +163,9 @@ pub struct AppState {
     requests: mpsc::Sender<LoopRequest>,
     incidents: Arc<dyn IncidentSource>,
     names: HostNames,
+    token: Option<Arc<Token>>,
     counts: Arc<ServerCounts>,
+    wrong_tokens: Arc<WrongTokenLog>,
     /// One permit: only one request reads from disk at a time, so that many requests do not add up in memory.
     read_permit: Arc<Semaphore>,
     answers: Arc<Answers>,
@@ -174,11 +182,12 @@ struct Answers {
 }
 
 impl AppState {
-    /// Asks `requests`, reads from `incidents`, and answers to `names`.
+    /// Asks `requests`, reads from `incidents`, answers to `names`, and over TCP to who knows the `token`.
     pub fn new(
         requests: mpsc::Sender<LoopRequest>,
         incidents: Arc<dyn IncidentSource>,
         names: HostNames,
+        token: Option<Token>,
         limits: ServerLimits,
     ) -> Self {
         let body = || Shared::new(|bytes: &Bytes| bytes.len() > LARGE_BYTES);
@@ -188,12 +197,19 @@ impl AppState {
             requests,
             incidents,
             names,
+            token: token.map(Arc::new),
             counts: Arc::default(),
+            wrong_tokens: Arc::default(),
             read_permit: Arc::new(Semaphore::new(1)),
             answers: Arc::new(answers),
-            bodies: BodyBudget::default(),
+            bodies: BodyBudget::of_tcp(),
             limits,
         }
+    }
+
+    /// The same for clients of the unix socket: what those of TCP take up is not missing here.
+    fn for_socket(&self) -> Self {
+        Self { read_permit: Arc::new(Semaphore::new(1)), bodies: BodyBudget::of_socket(), ..self.clone() }
     }
 
     /// Gives back what nobody asks for any more.
@@ -248,8 +264,17 @@ fn json(rows: &impl Serialize) -> Result<Bytes, Refusal> {
     serde_json::to_vec(rows).map(Bytes::from).map_err(|error| Refusal::Failed(error.to_string()))
 }
 
-fn router(state: AppState) -> Router {
-    let guard = axum::middleware::from_fn_with_state(state.names.clone(), guard::guard);
+/// What answers to connections that came in by this door.
+fn router(state: AppState, door: Door) -> Router {
+    let state = if door == Door::Socket { state.for_socket() } else { state };
+    let guard = Guard {
+        door,
+        names: state.names.clone(),
+        token: state.token.clone(),
+        counts: Arc::clone(&state.counts),
+        wrong_tokens: Arc::clone(&state.wrong_tokens),
+    };
+    let guard = axum::middleware::from_fn_with_state(guard, guard::guard);
     Router::new()
         .route("/", get(page))
         .route("/healthz", get(async || "ok\n"))
@@ -272,6 +297,7 @@ async fn metrics_text(State(state): State<AppState>) -> Result<Response, Refusal
     let text = async {
         let mut snapshot = state.ask(LoopRequest::Metrics).await?;
         snapshot.connections = state.counts.by_outcome();
+        snapshot.refused = state.counts.refused();
         Ok(Bytes::from(metrics::text(*snapshot)))
     };
     let text = state.answers.metrics.get(text).await?;
