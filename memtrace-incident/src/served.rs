@@ -113,7 +113,5 @@ mod tests {
         future["schema"] = 99.into();
         let error = incident(&serde_json::to_vec(&future).unwrap()).unwrap_err();
         assert!(matches!(error, Unreadable::Schema { found: 99 }), "{error}");
-        let many = format!("[{}]", vec!["[]"; 10 << 20].join(","));
-        assert!(list(many.as_bytes()).is_err());
     }
 }

@@ -47,9 +47,7 @@ impl Doors {
         };
         let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
         if let Some(address) = bound.filter(|address| token.is_none() && !address.ip().to_canonical().is_loopback()) {
-            warn!(
-                "at {address} other machines get /healthz, /readyz and /metrics only; --token-file FILE serves the rest"
-            );
+            warn!("at {address} other machines get health and metrics only; --token-file FILE serves the rest");
         }
         let (socket, socket_file) = match &config.socket {
             None => (None, None),

@@ -260,8 +260,13 @@ impl AppState {
 
 const JSON: &str = "application/json";
 
+/// A body without the room that it grew into, which the budget of bodies does not count.
+fn fitted(body: Vec<u8>) -> Bytes {
+    body.into_boxed_slice().into()
+}
+
 fn json(rows: &impl Serialize) -> Result<Bytes, Refusal> {
-    serde_json::to_vec(rows).map(Bytes::from).map_err(|error| Refusal::Failed(error.to_string()))
+    serde_json::to_vec(rows).map(fitted).map_err(|error| Refusal::Failed(error.to_string()))
 }
 
 /// What answers to connections that came in by this door.
@@ -298,7 +303,7 @@ async fn metrics_text(State(state): State<AppState>) -> Result<Response, Refusal
         let mut snapshot = state.ask(LoopRequest::Metrics).await?;
         snapshot.connections = state.counts.by_outcome();
         snapshot.refused = state.counts.refused();
-        Ok(Bytes::from(metrics::text(*snapshot)))
+        Ok(fitted(metrics::text(*snapshot).into_bytes()))
     };
     let text = state.answers.metrics.get(text).await?;
     state.answer("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
@@ -335,12 +340,12 @@ struct IncidentQuery {
 async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQuery>) -> Result<Response, Refusal> {
     let most = query.limit.unwrap_or(DEFAULT_LISTED).min(MAX_LISTED);
     let text = state.read(move |source| source.list(most)).await?;
-    state.answer(JSON, text.into())
+    state.answer(JSON, fitted(text.into_bytes()))
 }
 
 async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Refusal> {
     let text = state.read(move |source| source.incident(&id)).await?;
-    state.answer(JSON, text.ok_or(Refusal::NoSuchIncident)?.into())
+    state.answer(JSON, fitted(text.ok_or(Refusal::NoSuchIncident)?.into_bytes()))
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.
@@ -353,7 +358,7 @@ async fn page(State(state): State<AppState>) -> Result<Response, Refusal> {
          <a href=/api/cgroups>cgroups</a> <a href=/api/incidents>incidents</a>\
          <table><tr><th>incident<th>when<th>victim<th>cgroup<th>what it means{rows}</table>"
     );
-    state.answer("text/html; charset=utf-8", page.into())
+    state.answer("text/html; charset=utf-8", fitted(page.into_bytes()))
 }
 
 fn row(incident: &Incident) -> String {
