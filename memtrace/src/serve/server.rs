@@ -3,8 +3,8 @@
 //!
 //! Everything a client can make it keep has a cap: connections, bytes and time of a request's head, time of a whole
 //! exchange. Beyond the cap of connections the one that asked longest ago is closed, so somebody who opens many of them
-//! and keeps them keeps nobody out. TCP and the unix socket have connections of their own, so that neither takes the
-//! other's.
+//! and keeps them keeps nobody out. TCP and the unix socket each have a right to a share, so that clients of one keep
+//! none of the other out.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
@@ -37,7 +37,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What clients can make the server keep.
 #[derive(Clone, Copy, Debug)]
 pub struct ServerLimits {
-    /// Connections at once. With a unix socket a quarter of them is for it.
+    /// Connections at once. With a unix socket it has a right to a quarter of them, and TCP to the rest.
     pub connections: usize,
     /// Bytes of a request's head.
     pub head_bytes: usize,
@@ -151,9 +151,10 @@ impl Connection {
 
 /// Connections that came in by one listener.
 struct Clients {
-    /// Cap: `cap`.
+    /// Cap: with those of the other listener [`ServerLimits::connections`].
     open: Vec<Connection>,
-    cap: usize,
+    /// How many of them the other listener's clients cannot take away.
+    share: usize,
 }
 
 /// All that is served.
@@ -215,7 +216,7 @@ impl Server {
     fn new(state: AppState, has_socket: bool) -> Self {
         let all = state.limits.connections;
         let of_socket = if has_socket { (all / 4).max(1) } else { 0 };
-        let clients = |cap: usize| Clients { open: Vec::new(), cap };
+        let clients = |share: usize| Clients { open: Vec::new(), share };
         Self {
             routers: [Door::Socket, Door::Loopback, Door::Network].map(|door| (door, router(state.clone(), door))),
             state,
@@ -226,20 +227,22 @@ impl Server {
         }
     }
 
-    /// Serves a connection, and closes another of the same listener when there are too many.
+    /// Serves a connection, and closes another when there are too many.
     async fn admit<S>(&mut self, stream: S, door: Door, peer: Peer)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         count(&self.state.counts.accepted);
         let Some((_, router)) = self.routers.iter().find(|(of, _)| *of == door) else { return };
-        let clients = if door == Door::Socket { &mut self.socket } else { &mut self.tcp };
-        clients.open.retain(|connection| !connection.task.is_finished());
-        make_room(&mut clients.open, clients.cap, &self.state.counts);
+        let (own, other) = match door {
+            Door::Socket => (&mut self.socket, &mut self.tcp),
+            Door::Loopback | Door::Network => (&mut self.tcp, &mut self.socket),
+        };
+        make_room(own, other, self.state.limits.connections, &self.state.counts);
         let asked_ms = Arc::new(AtomicU64::new(milliseconds(self.begun)));
         let exchange = exchange(stream, peer, router.clone(), self.state.limits, self.begun, Arc::clone(&asked_ms));
         let task = self.tasks.spawn(exchange);
-        clients.open.push(Connection { task, asked_ms });
+        own.open.push(Connection { task, asked_ms });
         // So that a connection is served before others are accepted and it has to make room.
         tokio::task::yield_now().await;
     }
@@ -263,9 +266,15 @@ fn milliseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Closes the connections that asked longest ago until there is room for one more.
-fn make_room(open: &mut Vec<Connection>, cap: usize, counts: &ServerCounts) {
-    while open.len() >= cap.max(1) {
+/// Closes connections until there is room for one more of `own`: those of the others while they are more than their
+/// share and `own` less than its, else `own`; of them the one that asked longest ago.
+fn make_room(own: &mut Clients, other: &mut Clients, cap: usize, counts: &ServerCounts) {
+    for clients in [&mut *own, &mut *other] {
+        clients.open.retain(|connection| !connection.task.is_finished());
+    }
+    while own.open.len() + other.open.len() >= cap.max(1) {
+        let others_go = own.open.len() < own.share && !other.open.is_empty();
+        let open = if others_go || own.open.is_empty() { &mut other.open } else { &mut own.open };
         let oldest = open.iter().enumerate().min_by_key(|(_, connection)| connection.asked_ms());
         let Some(at) = oldest.map(|(at, _)| at) else { return };
         open.swap_remove(at).task.abort();
