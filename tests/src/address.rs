@@ -1,5 +1,5 @@
-//! An address of this machine that is not a loopback address, wherever the tests run: it is put on the loopback
-//! interface, which every machine has.
+//! An address of this machine that is not a loopback address, wherever the tests run: it is put on
+//! the loopback interface, which every machine has.
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -110,7 +110,8 @@ fn members_of_the_group_read_incidents_through_the_socket_and_nobody_else_does()
     let none = as_user(GROUP, &["report", "0123456789", "--socket", &socket])?;
     refused(&none, &["has no incident 0123456789"])?;
 
-    // Who is not in the group gets nothing: from the socket, from the files, or from the socket that files lead to.
+    // Who is not in the group gets nothing: from the socket, from the files, or from the socket
+    // that files lead to.
     let group = format!("group {GROUP}");
     for verb in [&["incidents"][..], &["report", "latest"]] {
         let arguments = [verb, &["--socket", &socket]].concat();

@@ -1,4 +1,5 @@
-//! Where clients of the agent come in: the TCP address, the unix socket, and the token that TCP asks for.
+//! Where clients of the agent come in: the TCP address, the unix socket, and the token that TCP
+//! asks for.
 
 use std::fs::Metadata;
 use std::io::Read;
@@ -17,7 +18,8 @@ use crate::store::own_dir;
 
 /// Bytes of a token file that are read at most.
 const TOKEN_FILE_MAX: u64 = 4096;
-/// Permissions that a token file must not give: to write for the group, to read or write for everybody.
+/// Permissions that a token file must not give: to write for the group, to read or write for
+/// everybody.
 const OTHERS: u32 = 0o026;
 
 /// Listeners that nobody has been answered at yet.
@@ -37,8 +39,9 @@ pub(super) struct Doors {
 impl Doors {
     /// Listens as configured.
     ///
-    /// Fails when something that was asked for cannot be had. The default socket was not asked for: that it cannot be
-    /// had (a second agent, a file system that is read-only) is logged, and keeps no recorder from running.
+    /// Fails when something that was asked for cannot be had. The default socket was not asked for:
+    /// that it cannot be had (a second agent, a file system that is read-only) is logged, and keeps
+    /// no recorder from running.
     pub(super) async fn open(config: &AgentConfig) -> anyhow::Result<Self> {
         let token = config.token_file.as_deref().map(read_token).transpose()?;
         let tcp = match config.listen {
@@ -78,8 +81,8 @@ async fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
     TcpListener::bind(address).await.and_then(TcpListener::into_std).with_context(failed)
 }
 
-/// Reads the token. Whoever can read the file has the right, and whoever can write it gives it, so its owner and mode
-/// are looked at.
+/// Reads the token. Whoever can read the file has the right, and whoever can write it gives it, so
+/// its owner and mode are looked at.
 fn read_token(path: &Path) -> anyhow::Result<Token> {
     token_in(path).with_context(|| format!("failed to use the token file {}", path.display()))
 }

@@ -1,8 +1,9 @@
-//! The unix socket for tools on this machine. Its mode (0660) and group decide who may ask, so it must never be open
-//! wider, and nobody may put another in its place: its directory belongs to root and only root can change what is in it.
+//! The unix socket for tools on this machine. Its mode (0660) and group decide who may ask, so it
+//! must never be open wider, and nobody may put another in its place: its directory belongs to root
+//! and only root can change what is in it.
 //!
-//! A lock beside it (`PATH.lock`) says whose it is. The agent that holds the lock replaces what a dead one has left and
-//! removes the socket when it stops; a second agent finds the lock taken.
+//! A lock beside it (`PATH.lock`) says whose it is. The agent that holds the lock replaces what a
+//! dead one has left and removes the socket when it stops; a second agent finds the lock taken.
 
 use std::fs::{self, Metadata, Permissions};
 use std::io;
@@ -42,7 +43,8 @@ pub(super) struct SocketFile {
 
 /// Listens at `path`, for `group`: a name, a number, or `None` for the default.
 ///
-/// Fails when the directory is not safe, another agent or program listens there, or what is there is no socket.
+/// Fails when the directory is not safe, another agent or program listens there, or what is there
+/// is no socket.
 pub(super) fn open(path: &Path, group: Option<&str>) -> anyhow::Result<(UnixListener, SocketFile)> {
     let dir = path.parent().context("it has no directory")?;
     own_dir::create(dir, DIR_MODE).with_context(|| format!("failed to use the directory {}", dir.display()))?;
@@ -94,8 +96,8 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// The group that gets the socket. Without a name it is [`DEFAULT_GROUP`], and where there is none root's, or the
-/// process' own.
+/// The group that gets the socket. Without a name it is [`DEFAULT_GROUP`], and where there is none
+/// root's, or the process' own.
 fn group_id(named: Option<&str>) -> anyhow::Result<u32> {
     match named {
         Some(name) => match name.parse().ok().or_else(|| host::group_id(name)) {
@@ -107,7 +109,8 @@ fn group_id(named: Option<&str>) -> anyhow::Result<u32> {
     }
 }
 
-/// Whether a socket is there that nobody listens to. Fails when something else is there, or somebody listens.
+/// Whether a socket is there that nobody listens to. Fails when something else is there, or
+/// somebody listens.
 fn is_stale(path: &Path) -> anyhow::Result<bool> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
@@ -129,8 +132,8 @@ fn is_stale(path: &Path) -> anyhow::Result<bool> {
     }
 }
 
-/// Listens at a path where nothing is. The file is the owner's alone: the kernel gives it the mode of the socket
-/// (net/unix/af_unix.c `unix_bind_bsd`), whatever the umask of this process is.
+/// Listens at a path where nothing is. The file is the owner's alone: the kernel gives it the mode
+/// of the socket (net/unix/af_unix.c `unix_bind_bsd`), whatever the umask of this process is.
 fn listen_at(path: &Path) -> anyhow::Result<UnixListener> {
     let address = SocketAddrUnix::new(path).map_err(|error| match error {
         Errno::NAMETOOLONG => anyhow!("the path is longer than an address of a socket can be; choose a shorter one"),

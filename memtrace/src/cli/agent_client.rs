@@ -1,7 +1,8 @@
 //! Reading incidents from the agent, for a user who may use its socket and not its files.
 //!
-//! One request is one connection. The agent is root's and its socket lies where only root can put one; still its
-//! answers are bounded in size and time, so that a broken one costs an error and no more.
+//! One request is one connection. The agent is root's and its socket lies where only root can put
+//! one; still its answers are bounded in size and time, so that a broken one costs an error and no
+//! more.
 
 use std::fs;
 use std::io;
@@ -43,8 +44,9 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    /// By the flags of a verb: `--socket` asks the agent, else files are read and the agent is asked when that is not
-    /// permitted. The default socket is not asked for a directory that was named: it may be another agent's.
+    /// By the flags of a verb: `--socket` asks the agent, else files are read and the agent is
+    /// asked when that is not permitted. The default socket is not asked for a directory that was
+    /// named: it may be another agent's.
     pub(super) fn of(flags: &Flags<READ>) -> anyhow::Result<Self> {
         let config = Config::load(None, flags)?;
         let (agent_first, dir_named) = (config.is_given("socket"), config.is_given("state_dir"));
@@ -53,8 +55,8 @@ impl Sources {
         Ok(Self { state_dir: parsed.state_dir, agent, agent_first, agent_is_another: dir_named && !agent_first })
     }
 
-    /// What `files` finds in the state directory, or `ask` at the agent. Without a right to either the error says so of
-    /// both.
+    /// What `files` finds in the state directory, or `ask` at the agent. Without a right to either
+    /// the error says so of both.
     pub(super) fn read<T>(
         &self,
         files: impl FnOnce(&Path) -> anyhow::Result<T>,
@@ -116,8 +118,8 @@ impl AgentClient {
         Err(error.unwrap_or_else(|| anyhow!("no incidents")))
     }
 
-    /// One whole incident: `latest`, or an id or the beginning of one, which has no character that a URL would have to
-    /// escape.
+    /// One whole incident: `latest`, or an id or the beginning of one, which has no character that
+    /// a URL would have to escape.
     pub(super) fn incident(&self, id: &str) -> anyhow::Result<Incident> {
         let (found, json) = self.get(&format!("/api/incidents/{id}"))?;
         if !found {

@@ -133,7 +133,8 @@ pub fn run(args: &Args) -> VerbResult {
     Ok(0)
 }
 
-/// Reads the incident that an argument names: a file, standard input, or an id in the state directory or at the agent.
+/// Reads the incident that an argument names: a file, standard input, or an id in the state
+/// directory or at the agent.
 fn load(named: &OsString, sources: &Sources) -> anyhow::Result<Incident> {
     if named == "-" {
         return codec::read_from(std::io::stdin().lock()).context("failed to read incident from standard input");

@@ -1,7 +1,7 @@
 //! Who may see what: by where a connection came in, what it asks for, and the token it brings.
 //!
-//! The unix socket's mode is its authentication. On loopback everybody on this machine may ask, unless a token is
-//! configured. From elsewhere only health and metrics are answered without one.
+//! The unix socket's mode is its authentication. On loopback everybody on this machine may ask,
+//! unless a token is configured. From elsewhere only health and metrics are answered without one.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Mutex;
@@ -15,7 +15,8 @@ use tracing::warn;
 
 /// What is answered to everybody who can connect.
 const OPEN_PATHS: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
-/// Fewest characters of a token. 16 hexadecimal digits, the weakest that it may consist of, are 64 bits.
+/// Fewest characters of a token. 16 hexadecimal digits, the weakest that it may consist of, are 64
+/// bits.
 const TOKEN_MIN: usize = 16;
 /// Most characters of a token; a head has 16 KiB in all.
 const TOKEN_MAX: usize = 1024;
@@ -34,8 +35,8 @@ pub(super) enum Door {
 }
 
 impl Door {
-    /// By the addresses of the two ends. Both count: a rewritten destination (DNAT with `route_localnet`) is a loopback
-    /// address here, and the sender's is not.
+    /// By the addresses of the two ends. Both count: a rewritten destination (DNAT with
+    /// `route_localnet`) is a loopback address here, and the sender's is not.
     pub(super) fn of(local: Option<SocketAddr>, peer: SocketAddr) -> Self {
         let loopback = |address: SocketAddr| address.ip().to_canonical().is_loopback();
         if local.is_some_and(loopback) && loopback(peer) { Self::Loopback } else { Self::Network }
@@ -53,8 +54,8 @@ impl std::fmt::Debug for Token {
 }
 
 impl Token {
-    /// Takes the text of a token. Fails, with what would be right, when it is too short or long or cannot be sent in a
-    /// header.
+    /// Takes the text of a token. Fails, with what would be right, when it is too short or long or
+    /// cannot be sent in a header.
     pub fn new(text: &str) -> Result<Self, String> {
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err("a token is one line of ASCII without blanks".to_owned());
@@ -99,8 +100,8 @@ pub(super) fn decide(door: Door, path: &str, token: Option<&Token>, headers: &He
     }
 }
 
-/// The token that a request has: `Bearer TOKEN`, or `Basic` with any name and the token as password, which is what
-/// a browser asks its user for. Empty when it cannot be read.
+/// The token that a request has: `Bearer TOKEN`, or `Basic` with any name and the token as
+/// password, which is what a browser asks its user for. Empty when it cannot be read.
 fn given(headers: &HeaderMap) -> Option<Vec<u8>> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     let (value, second) = (values.next()?, values.next());
@@ -156,7 +157,8 @@ impl WrongTokenLog {
         }
     }
 
-    /// How many are to be logged now, the one at hand included; `None` while the last line is too young.
+    /// How many are to be logged now, the one at hand included; `None` while the last line is too
+    /// young.
     fn due(&self, now: Instant) -> Option<u64> {
         let mut state = self.0.lock().ok()?;
         let (logged, requests) = &mut *state;

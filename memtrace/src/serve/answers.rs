@@ -13,7 +13,8 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 const FRESH: Duration = Duration::from_secs(1);
 /// How long somebody waits until what others wait for is made.
 pub(super) const TURN_LIMIT: Duration = Duration::from_secs(5);
-/// Bodies that are on their way to clients of TCP, in all, KiB. One that is larger may be on its way alone.
+/// Bodies that are on their way to clients of TCP, in all, KiB. One that is larger may be on its
+/// way alone.
 const TCP_BODIES_KIB: u32 = 48 << 10;
 /// The same for clients of the unix socket, so that neither keep the others out.
 const SOCKET_BODIES_KIB: u32 = 16 << 10;

@@ -1,6 +1,7 @@
-//! Who may ask: a page that a browser has open must not read this machine through a name of its own that it lets point
-//! here (DNS rebinding), so a request must name the server by address, as `localhost`, by this machine's name or by one
-//! that the operator allows. What comes in by the unix socket comes from no browser and may name any host.
+//! Who may ask: a page that a browser has open must not read this machine through a name of its own
+//! that it lets point here (DNS rebinding), so a request must name the server by address, as
+//! `localhost`, by this machine's name or by one that the operator allows. What comes in by the
+//! unix socket comes from no browser and may name any host.
 //!
 //! Then `access` decides who may see what.
 
@@ -65,7 +66,8 @@ pub(super) struct Guard {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer(pub(super) Option<IpAddr>);
 
-/// Refuses a request for another host or without the right to what it asks for, and puts [`HEADERS`] on every answer.
+/// Refuses a request for another host or without the right to what it asks for, and puts
+/// [`HEADERS`] on every answer.
 pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let mut answer = match guard.foreign(&request).or_else(|| guard.denied(&request)) {
         Some(refusal) => refusal,

@@ -1,8 +1,9 @@
 //! HTTP: metrics, health, incidents, processes and cgroups.
 //!
-//! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it reads through an
-//! [`IncidentSource`], in a blocking thread and one request at a time. `server` accepts and bounds connections,
-//! `guard` refuses foreign ones and `access` those without a right, `answers` bounds what is made and kept for them.
+//! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it
+//! reads through an [`IncidentSource`], in a blocking thread and one request at a time. `server`
+//! accepts and bounds connections, `guard` refuses foreign ones and `access` those without a right,
+//! `answers` bounds what is made and kept for them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -182,7 +183,8 @@ struct Answers {
 }
 
 impl AppState {
-    /// Asks `requests`, reads from `incidents`, answers to `names`, and over TCP to who knows the `token`.
+    /// Asks `requests`, reads from `incidents`, answers to `names`, and over TCP to who knows the
+    /// `token`.
     pub fn new(
         requests: mpsc::Sender<LoopRequest>,
         incidents: Arc<dyn IncidentSource>,

@@ -1,10 +1,10 @@
 //! The server: a thread with a runtime of its own. No client holds up the recorder, and no recorder that is held up
 //! holds up `/healthz`.
 //!
-//! Everything a client can make it keep has a cap: connections, bytes and time of a request's head, time of a whole
-//! exchange. Beyond the cap of connections the one that asked longest ago is closed, so somebody who opens many of them
-//! and keeps them keeps nobody out. TCP and the unix socket each have a right to a share, so that clients of one keep
-//! none of the other out.
+//! Everything a client can make it keep has a cap: connections, bytes and time of a request's head,
+//! time of a whole exchange. Beyond the cap of connections the one that asked longest ago is
+//! closed, so somebody who opens many of them and keeps them keeps nobody out. TCP and the unix
+//! socket each have a right to a share, so that clients of one keep none of the other out.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdTcpListener};
@@ -37,7 +37,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What clients can make the server keep.
 #[derive(Clone, Copy, Debug)]
 pub struct ServerLimits {
-    /// Connections at once. With a unix socket it has a right to a quarter of them, and TCP to the rest.
+    /// Connections at once. With a unix socket it has a right to a quarter of them, and TCP to the
+    /// rest.
     pub connections: usize,
     /// Bytes of a request's head.
     pub head_bytes: usize,
@@ -125,7 +126,8 @@ pub(super) fn count(counter: &AtomicU64) {
 /// Fails when the thread cannot be started.
 pub fn start(listeners: Listeners, state: AppState) -> anyhow::Result<()> {
     let serve = move || {
-        // Two blocking threads: one reads incidents for clients of TCP, one for those of the unix socket.
+        // Two blocking threads: one reads incidents for clients of TCP, one for those of the unix
+        // socket.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build();
         let served = runtime.and_then(|runtime| runtime.block_on(run(listeners, state)));
         if let Err(error) = served {
@@ -266,8 +268,9 @@ fn milliseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Closes connections until there is room for one more of `own`: those of the others while they are more than their
-/// share and `own` less than its, else `own`; of them the one that asked longest ago.
+/// Closes connections until there is room for one more of `own`: those of the others while they are
+/// more than their share and `own` less than its, else `own`; of them the one that asked longest
+/// ago.
 fn make_room(own: &mut Clients, other: &mut Clients, cap: usize, counts: &ServerCounts) {
     for clients in [&mut *own, &mut *other] {
         clients.open.retain(|connection| !connection.task.is_finished());

@@ -82,7 +82,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
 
 #[test]
 fn what_is_printed_is_read_back_as_the_same() {
-    let words = "--quantum 64K --listen off --socket off --socket-group adm --token-file /t --without map --btf /a\"b --no-kernel-log --max-processes 7 \
+    let words = "--quantum 64K --listen off --socket off --socket-group adm --token-file /t --without map \
+                 --btf /a\"b --no-kernel-log --max-processes 7 \
                  --stack-budget 0.5 --retain-age 1.5d";
     for words in ["", words] {
         let dir = tempfile::tempdir().unwrap();
