@@ -253,7 +253,8 @@ fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8], bounds: &Bounds) -> Result<
     Ok(bounds.parse(&mut json).and_then(|value| json.end().map(|()| value)))
 }
 
-fn check(incident: &Incident) -> Result<(), Unreadable> {
+/// Checks what types cannot say: the schema, the id, and that columns are of one length.
+pub(crate) fn check(incident: &Incident) -> Result<(), Unreadable> {
     if incident.schema != SCHEMA {
         return Err(Unreadable::Schema { found: incident.schema });
     }

@@ -10,6 +10,7 @@
 //!   incident files.
 //! - [`codec`] turns an incident into the bytes of its file and back. A file may come from
 //!   anywhere, so every list and string is bounded while it is parsed, and so is their sum.
+//! - [`served`] reads the same from an answer of the agent over HTTP.
 //! - [`units`] formats bytes, times and percentages. All reports use it, so figures look alike.
 //!
 //! ```
@@ -33,6 +34,7 @@ mod ledger;
 mod loss;
 #[cfg(feature = "schema")]
 mod schema;
+pub mod served;
 mod timeline;
 pub mod units;
 mod unwatched;

@@ -14,7 +14,6 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -25,6 +24,7 @@ use crate::session::{Session, SessionConfig};
 use crate::{clock, host, own_process};
 use memtrace_incident::{Moment, UnwatchedEntry};
 
+mod doors;
 mod incident_reader;
 mod keeper;
 mod recovery;
@@ -32,13 +32,17 @@ mod room;
 mod sinks;
 mod storer;
 mod symbolize_queue;
+mod unix_socket;
 mod unwatched;
 mod watch_state;
 
+use doors::Doors;
 use incident_reader::IncidentReader;
 use keeper::{Keeper, KeeperConfig};
 use sinks::Sinks;
 use symbolize_queue::SymbolizeQueue;
+pub use unix_socket::DEFAULT_SOCKET;
+use unix_socket::SocketFile;
 use unwatched::LastRun;
 use watch_state::WatchState;
 
@@ -62,6 +66,12 @@ pub struct AgentConfig {
     pub state_dir: PathBuf,
     /// Address to serve HTTP at; `None` for no HTTP.
     pub listen: Option<SocketAddr>,
+    /// Unix socket to serve HTTP at; `None` for none.
+    pub socket: Option<PathBuf>,
+    /// The group that may use the socket, by name or number; `None` for the default.
+    pub socket_group: Option<String>,
+    /// File with the token that HTTP over TCP asks for; `None` for no token.
+    pub token_file: Option<PathBuf>,
     /// Names that HTTP requests may use for this machine, besides its own.
     pub allow_hosts: Vec<String>,
     /// Keep at most this much in incident files, bytes.
@@ -96,10 +106,7 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     raise_file_limit();
     let mut sinks = Sinks::open(&config)?;
     let (sender, mut requests) = mpsc::channel(MAX_REQUESTS);
-    let listener = match config.listen {
-        None => None,
-        Some(address) => Some(listen(address).await?),
-    };
+    let doors = Doors::open(&config).await?;
     let last_run = match &config.session.journal {
         Some(journal) => recovery::recover(&journal.dir, &mut sinks)?,
         None => None,
@@ -111,18 +118,7 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     let mut keeper = keep_account(&config, &session, last_run.as_ref(), &mut sinks)?;
     warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
-    let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
-    if let Some(listener) = listener {
-        let incidents = Arc::new(IncidentReader::at(&config.state_dir));
-        let names = HostNames::with_own(&config.allow_hosts);
-        serve::start(listener, AppState::new(sender.clone(), incidents, names, ServerLimits::default()))?;
-    }
-    info!(
-        version = env!("CARGO_PKG_VERSION"),
-        state_dir = %config.state_dir.display(),
-        listen = %address.map_or_else(|| "off".to_owned(), |address| address.to_string()),
-        "ready"
-    );
+    let _socket_file = serve_at(doors, &config, sender.clone())?;
     // Fails when systemd did not start this, which is fine.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
@@ -239,10 +235,26 @@ fn name_next(session: &mut Session, symbolize: &mut SymbolizeQueue) {
     }
 }
 
-/// A listener that the server's thread takes over.
-async fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
-    let failed = || format!("failed to listen on {address}; choose another address with --listen");
-    TcpListener::bind(address).await.and_then(TcpListener::into_std).with_context(failed)
+/// Starts the server and says so. The socket is there until what this returns is dropped.
+fn serve_at(
+    doors: Doors,
+    config: &AgentConfig,
+    requests: mpsc::Sender<LoopRequest>,
+) -> anyhow::Result<Option<SocketFile>> {
+    let Doors { listeners, token, socket_file, address, socket } = doors;
+    if listeners.tcp.is_some() || listeners.socket.is_some() {
+        let incidents = Arc::new(IncidentReader::at(&config.state_dir));
+        let names = HostNames::with_own(&config.allow_hosts);
+        serve::start(listeners, AppState::new(requests, incidents, names, token, ServerLimits::default()))?;
+    }
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        state_dir = %config.state_dir.display(),
+        listen = %address,
+        socket = %socket,
+        "ready"
+    );
+    Ok(socket_file)
 }
 
 /// Logs what is lost on this kernel, and which programs stand in for better ones.
@@ -295,6 +307,7 @@ fn answer(
                 map_bytes: session.probe().map_bytes(),
                 // The server's own.
                 connections: Vec::new(),
+                refused: Vec::new(),
             };
             let _ = reply.send(Box::new(snapshot));
         }

@@ -46,6 +46,32 @@ impl Drop for Memlock {
     }
 }
 
+/// Largest part of /etc/group that is read, bytes.
+const GROUPS_MAX: u64 = 1 << 20;
+
+/// The number of a group in /etc/group. Groups from a directory service are not there.
+pub fn group_id(name: &str) -> Option<u32> {
+    groups().lines().find_map(|line| group(line).filter(|(known, _)| *known == name)).map(|(_, gid)| gid)
+}
+
+/// The name of a group in /etc/group.
+pub fn group_name(gid: u32) -> Option<String> {
+    groups().lines().find_map(|line| group(line).filter(|(_, known)| *known == gid)).map(|(name, _)| name.to_owned())
+}
+
+fn groups() -> String {
+    let mut text = String::new();
+    // Without the file there are no names.
+    let _ = File::open("/etc/group").and_then(|file| file.take(GROUPS_MAX).read_to_string(&mut text));
+    text
+}
+
+/// Name and number of a line of group(5): `name:password:number:members`.
+fn group(line: &str) -> Option<(&str, u32)> {
+    let mut fields = line.split(':');
+    Some((fields.next()?, fields.nth(1)?.parse().ok()?))
+}
+
 /// A number to XOR kernel addresses with, so that identities of address spaces do not reveal them.
 /// It need not be a secret of high quality, only differ from run to run.
 pub fn salt() -> u64 {
@@ -163,6 +189,14 @@ pub fn describe() -> Host {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_group_has_a_name_and_a_number() {
+        assert_eq!(group("adm:x:4:syslog,me"), Some(("adm", 4)));
+        assert_eq!((group("adm:x"), group("+"), group("adm:x:four:")), (None, None, None));
+        assert_eq!(group_name(0).and_then(|root| group_id(&root)), group_name(0).map(|_| 0));
+        assert_eq!(group_id("no such group"), None);
+    }
 
     #[test]
     fn cpu_lists_are_counted() {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,6 +30,10 @@ pub struct AgentOptions {
     pub state_dir: PathBuf,
     /// `--journal-dir`.
     pub journal_dir: PathBuf,
+    /// `--socket`.
+    pub socket: PathBuf,
+    /// The address in `--listen`.
+    pub listen: Ipv4Addr,
     /// Further arguments.
     pub extra: Vec<String>,
     /// Directory of the memory cgroup that it runs in; `None`: that of the test.
@@ -37,10 +41,11 @@ pub struct AgentOptions {
 }
 
 impl AgentOptions {
-    /// State and journal directories below `dir`.
+    /// State and journal directories below `dir`, and the socket.
     pub fn below(dir: &Path) -> Self {
         let (state_dir, journal_dir) = (dir.join("state"), dir.join("journal"));
-        Self { state_dir, journal_dir, extra: Vec::new(), cgroup_dir: None }
+        let (socket, listen) = (dir.join("socket"), Ipv4Addr::LOCALHOST);
+        Self { state_dir, journal_dir, socket, listen, extra: Vec::new(), cgroup_dir: None }
     }
 
     /// In a memory cgroup of its own.
@@ -62,7 +67,8 @@ impl AgentOptions {
             command.arg("exec-in").arg("--cgroup").arg(dir).arg("--").arg(programs::memtrace()?);
         }
         command.arg("agent").arg("--state-dir").arg(&self.state_dir).arg("--journal-dir").arg(&self.journal_dir);
-        command.arg("--listen").arg(format!("127.0.0.1:{port}")).args(&self.extra);
+        command.arg("--socket").arg(&self.socket).arg("--listen").arg(format!("{}:{port}", self.listen));
+        command.args(&self.extra);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         Ok(command)
     }
@@ -237,9 +243,14 @@ pub fn free_port() -> anyhow::Result<u16> {
 
 /// HTTP/1.1 GET on the loopback address: status and body.
 pub fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("failed to connect to {port}"))?;
+    request(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), path, "")
+}
+
+/// HTTP/1.1 GET with further headers, each with its line end: status and body.
+pub fn request(address: SocketAddr, path: &str, headers: &str) -> anyhow::Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address).with_context(|| format!("failed to connect to {address}"))?;
     stream.set_read_timeout(Some(Deadline::after(ANSWER_LIMIT).limit())).context("failed to set a read timeout")?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n")
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n")
         .with_context(|| format!("failed to ask for {path}"))?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).with_context(|| format!("failed to read the answer to {path}"))?;

@@ -2,6 +2,7 @@
 //! memtrace.
 
 pub mod actor;
+pub mod address;
 pub mod agent;
 pub mod cage;
 pub mod claims;

@@ -135,7 +135,7 @@ impl Agent {
             TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).context("failed to find a free port")?;
         let mut command = Command::new(memtrace);
         command.args(["agent", "--listen", &port.to_string(), "--state-dir"]).arg(&state.0);
-        command.arg("--journal-dir").arg(state.0.join("journal"));
+        command.arg("--journal-dir").arg(state.0.join("journal")).args(["--socket", "off"]);
         command.stdin(Stdio::null()).env("NO_COLOR", "1");
         say(format_args!("starting {}", shown(&command)));
         let mut child = command.stderr(Stdio::piped()).spawn().context("failed to start the agent")?;

@@ -235,21 +235,27 @@ fn open_ledger<E: LedgerEntry>(dir: &Path) -> anyhow::Result<Ledger<E>> {
     Ok(ledger)
 }
 
-/// The lock of a directory, released when it is dropped.
-struct Lock(File);
+/// The lock of a directory or a socket, released when it is dropped.
+#[derive(Debug)]
+pub(super) struct Lock(File);
 
 /// What came of taking a lock.
-enum Taken {
+pub(super) enum Taken {
+    /// It is ours.
     Held(Lock),
     /// By another process, which has left its id in it.
     ByAnother(Option<u32>),
 }
 
 impl Lock {
-    /// Locks `dir/lock`. Only its owner can open that file, or anybody could hold the lock.
+    /// Locks the directory `dir`.
     fn take(dir: &Path) -> anyhow::Result<Taken> {
-        let path = dir.join("lock");
-        let mut file = own_dir::open(&path, LOCK_MODE, OpenOptions::new().read(true).write(true))?;
+        Self::take_file(&dir.join("lock"))
+    }
+
+    /// Locks this file. Only its owner can open it, or anybody could hold the lock.
+    pub(super) fn take_file(path: &Path) -> anyhow::Result<Taken> {
+        let mut file = own_dir::open(path, LOCK_MODE, OpenOptions::new().read(true).write(true))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {

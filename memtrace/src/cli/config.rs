@@ -76,6 +76,10 @@ pub(super) enum SettingKind {
     File { set: fn(&mut AgentConfig, PathBuf) },
     /// A socket address; `off` is none.
     Address { set: fn(&mut AgentConfig, Option<SocketAddr>) },
+    /// A path of a socket; `off` is none.
+    Socket { set: fn(&mut AgentConfig, Option<PathBuf>) },
+    /// A group of users, by name or number.
+    Group { set: fn(&mut AgentConfig, String) },
     /// A list of hooks.
     Hooks { set: fn(&mut AgentConfig, Vec<Hook>) },
     /// A list of host names.
@@ -134,6 +138,8 @@ impl Setting {
                 set(config, count);
             }
             SettingKind::Address { set } => set(config, address(as_text()?)?),
+            SettingKind::Socket { set } => set(config, socket(text)?),
+            SettingKind::Group { set } => set(config, group(as_text()?)?),
             SettingKind::Hooks { set } => set(config, hooks(as_text()?)?),
             SettingKind::Names { set } => set(config, names(as_text()?)?),
             SettingKind::Switch { set } => {
@@ -191,6 +197,8 @@ impl Setting {
             SettingKind::Dir { .. } => "DIR",
             SettingKind::File { .. } => "FILE",
             SettingKind::Address { .. } => "ADDR",
+            SettingKind::Socket { .. } => "PATH",
+            SettingKind::Group { .. } => "GROUP",
             SettingKind::Hooks { .. } => "HOOK",
             SettingKind::Names { .. } => "NAME",
             SettingKind::Switch { .. } => return None,
@@ -212,6 +220,23 @@ fn address(text: &str) -> Result<Option<SocketAddr>, String> {
         return Ok(None);
     }
     text.parse().map(Some).map_err(|_| format!("`{text}` is not an address: give one such as 127.0.0.1:9469, or `off`"))
+}
+
+/// `none` and nothing at all are taken for `off`, so that no such file is made.
+fn socket(text: &OsStr) -> Result<Option<PathBuf>, String> {
+    let path = Path::new(text);
+    match text.to_str() {
+        Some("off" | "none" | "") => Ok(None),
+        _ if path.is_absolute() && path.file_name().is_some() => Ok(Some(path.to_owned())),
+        _ => Err(format!("`{}` is not the path of a socket: give one that begins with `/`, or `off`", path.display())),
+    }
+}
+
+fn group(text: &str) -> Result<String, String> {
+    match text.is_empty() || text.contains([':', '\n']) {
+        true => Err(format!("`{}` is not a group: give its name or its number", text.escape_debug())),
+        false => Ok(text.to_owned()),
+    }
 }
 
 fn hooks(text: &str) -> Result<Vec<Hook>, String> {
@@ -293,6 +318,11 @@ impl Config {
         Ok(config)
     }
 
+    /// Whether a setting was given, by its key, and not left at its default.
+    pub(super) fn is_given(&self, key: &str) -> bool {
+        self.values.get(key).is_some_and(|given| given.origin != Origin::Default)
+    }
+
     /// The effective configuration as TOML with comments; `memtrace agent --config` accepts it.
     ///
     /// Fails when a path is not UTF-8, which TOML cannot express.
@@ -344,6 +374,9 @@ fn empty() -> AgentConfig {
         },
         state_dir: PathBuf::new(),
         listen: None,
+        socket: None,
+        socket_group: None,
+        token_file: None,
         allow_hosts: Vec::new(),
         retain_bytes: 0,
         retain_age: Duration::ZERO,

@@ -7,7 +7,8 @@ use anyhow::anyhow;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use jiff::{SpanRelativeTo, Timestamp};
 
-use super::config::{Config, Flags, READ};
+use super::agent_client::{AgentClient, Sources};
+use super::config::{Flags, READ};
 use super::{VerbResult, kills_listing, listing, terminal};
 use crate::store::incidents::{self, IncidentStore};
 use crate::store::ledger::{self, LedgerEntry};
@@ -25,7 +26,9 @@ Examples:
   memtrace incidents --kind oom-kill --json | jq '.[].oom.victims[].comm'
   memtrace incidents --sigkills --since 1h   who sent SIGKILL to which process
   memtrace incidents --kills                 every OOM kill, also of times in which no agent watched
-  memtrace report latest                     the report of the newest one")]
+  memtrace report latest                     the report of the newest one
+
+Who may not read the state directory, and may use the agent's socket, gets incidents from the agent.")]
 pub struct Args {
     #[command(flatten)]
     settings: Flags<READ>,
@@ -58,17 +61,31 @@ fn kind() -> impl TypedValueParser<Value = Kind> {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> VerbResult {
-    let state_dir = Config::load(None, &args.settings)?.parse()?.state_dir;
+    let sources = Sources::of(&args.settings)?;
+    let state_dir = &sources.state_dir;
     if args.sigkills {
-        let found = ledger::<SigkillEntry>(args, &state_dir, "the SIGKILL ledger", |entry| &entry.wall)?;
+        let found = ledger::<SigkillEntry>(args, state_dir, "the SIGKILL ledger", |entry| &entry.wall)?;
         return print_ledger(args, &found, listing::sigkills, &format!("no SIGKILLs in {}", state_dir.display()));
     }
     if args.kills {
-        let found = ledger::<KillLine>(args, &state_dir, "the kill ledger", KillLine::wall)?;
+        let found = ledger::<KillLine>(args, state_dir, "the kill ledger", KillLine::wall)?;
         return print_ledger(args, &found, kills_listing::table, &format!("no OOM kills in {}", state_dir.display()));
     }
-    let store = IncidentStore::at(&state_dir);
-    let entries = match store.list() {
+    let in_files = |dir: &Path| Ok((in_files(args, dir)?, dir.display().to_string()));
+    let (found, place) = sources.read(in_files, |agent| Ok((of_agent(args, agent)?, agent.place())))?;
+    if args.json {
+        terminal::write(&json::list(&found)?, None)?;
+    } else if found.is_empty() {
+        terminal::write(&format!("no incidents in {place}\n"), None)?;
+    } else {
+        terminal::write(&listing::table(&found), None)?;
+    }
+    Ok(0)
+}
+
+/// The wanted incidents of a state directory, newest first.
+fn in_files(args: &Args, state_dir: &Path) -> anyhow::Result<Vec<Incident>> {
+    let entries = match IncidentStore::at(state_dir).list() {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             note(&format!(
@@ -77,7 +94,7 @@ pub fn run(args: &Args) -> VerbResult {
             ));
             Vec::new()
         }
-        Err(error) => return Err(unreadable(error, &state_dir)),
+        Err(error) => return Err(unreadable(error, state_dir)),
     };
     let mut found = Vec::new();
     for entry in entries {
@@ -89,17 +106,21 @@ pub fn run(args: &Args) -> VerbResult {
         }
         match incidents::read(&entry.path) {
             Ok(incident) => found.extend(Some(incident).filter(|incident| wanted(args, incident))),
+            Err(error) if error.is_denied() => return Err(error.into()),
             Err(error) => note(&error.to_string()),
         }
     }
-    if args.json {
-        terminal::write(&json::list(&found)?, None)?;
-    } else if found.is_empty() {
-        terminal::write(&format!("no incidents in {}\n", state_dir.display()), None)?;
-    } else {
-        terminal::write(&listing::table(&found), None)?;
+    Ok(found)
+}
+
+/// The wanted incidents of an agent, newest first.
+fn of_agent(args: &Args, agent: &AgentClient) -> anyhow::Result<Vec<Incident>> {
+    let (mut found, more) = agent.list()?;
+    if more {
+        note(&format!("the agent gives its newest {} incidents; root can list older ones", found.len()));
     }
-    Ok(0)
+    found.retain(|incident| wanted(args, incident));
+    Ok(found)
 }
 
 /// The entries of a ledger that are wanted, newest first. `wall` is when one happened.
@@ -109,7 +130,13 @@ fn ledger<E: LedgerEntry>(
     name: &str,
     wall: impl Fn(&E) -> &str,
 ) -> anyhow::Result<Vec<E>> {
-    let ledger = ledger::read::<E>(state_dir).map_err(|error| unreadable(error, state_dir))?;
+    let ledger = ledger::read::<E>(state_dir).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => anyhow!(
+            "failed to read {name} in {}: {error} (try sudo; the agent's socket has incidents only)",
+            state_dir.display()
+        ),
+        _ => unreadable(error, state_dir),
+    })?;
     if ledger.bad_lines > 0 {
         note(&format!("{} of {name} cannot be read", units::count(ledger.bad_lines, "line", "lines")));
     }
@@ -133,10 +160,9 @@ fn print_ledger<E: LedgerEntry>(args: &Args, found: &[E], table: fn(&[E]) -> Str
     Ok(0)
 }
 
-/// The error for a state directory that cannot be read, with what to do about it.
+/// The error for a state directory that cannot be read.
 pub(super) fn unreadable(error: io::Error, dir: &Path) -> anyhow::Error {
-    let hint = if error.kind() == io::ErrorKind::PermissionDenied { " (try sudo)" } else { "" };
-    anyhow!("failed to list incidents in {}: {error}{hint}", dir.display())
+    anyhow::Error::new(error).context(format!("failed to list incidents in {}", dir.display()))
 }
 
 /// Prints a note to standard error, beside the output.

@@ -12,6 +12,7 @@ use crate::error::CommandError;
 use crate::own_process;
 
 pub mod agent;
+mod agent_client;
 pub mod completions;
 mod config;
 pub mod doctor;

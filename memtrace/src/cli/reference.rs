@@ -40,7 +40,7 @@ no_spikes = true
 
 fn setting(verb: &str, arg: &Arg) -> Option<&'static Setting> {
     let found = SETTINGS.iter().find(|setting| setting.key == arg.get_id().as_str());
-    found.filter(|setting| verb != "incidents" && verb != "report" || setting.key == "state_dir")
+    found.filter(|setting| verb != "incidents" && verb != "report" || ["state_dir", "socket"].contains(&setting.key))
 }
 
 /// `-o, --output FILE`, or the name of an argument without a flag.

@@ -5,12 +5,13 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use memtrace_incident::{Cause, Incident};
+use memtrace_incident::{Cause, Incident, codec};
 use memtrace_report::paths::GrowthWindow;
 use memtrace_report::{firefox, folded, html, json, pprof, text};
 
 use super::VerbResult;
-use super::config::{Config, Flags, READ};
+use super::agent_client::Sources;
+use super::config::{Flags, READ};
 use super::incidents::unreadable;
 use super::terminal::{self, Colour};
 use super::values::Span;
@@ -105,7 +106,7 @@ fn cause(text: &str) -> Result<Cause, String> {
 
 /// Runs the verb.
 pub fn run(args: &Args) -> VerbResult {
-    let mut incident = load(&args.incident, &Config::load(None, &args.settings)?.parse()?.state_dir)?;
+    let mut incident = load(&args.incident, &Sources::of(&args.settings)?)?;
     if !args.debug_dir.is_empty() {
         // The files are untrusted, and so is the incident that asks for them.
         let sources = NameSources::with_files(&args.debug_dir);
@@ -132,11 +133,11 @@ pub fn run(args: &Args) -> VerbResult {
     Ok(0)
 }
 
-/// Reads the incident that an argument names: a file, standard input, or an id in the state directory.
-fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
+/// Reads the incident that an argument names: a file, standard input, or an id in the state
+/// directory or at the agent.
+fn load(named: &OsString, sources: &Sources) -> anyhow::Result<Incident> {
     if named == "-" {
-        return memtrace_incident::codec::read_from(std::io::stdin().lock())
-            .context("failed to read incident from standard input");
+        return codec::read_from(std::io::stdin().lock()).context("failed to read incident from standard input");
     }
     let path = Path::new(named);
     let text = named.to_str().unwrap_or_default();
@@ -145,14 +146,16 @@ fn load(named: &OsString, state_dir: &Path) -> anyhow::Result<Incident> {
     if file {
         return Ok(incidents::read(path)?);
     }
-    match IncidentStore::at(state_dir).find(text) {
-        Ok(entry) => Ok(incidents::read(&entry.path)?),
-        Err(FindError::NotAnId(_)) => {
-            Err(CommandError::Usage(format!("{text:?} is neither a file nor the id of an incident")).into())
-        }
-        Err(FindError::Io { source, .. }) => Err(unreadable(source, state_dir)),
-        Err(other) => Err(other.into()),
+    let id = text.to_ascii_uppercase();
+    if text != "latest" && !codec::is_id_prefix(&id) {
+        return Err(CommandError::Usage(format!("{text:?} is neither a file nor the id of an incident")).into());
     }
+    let in_files = |dir: &Path| match IncidentStore::at(dir).find(text) {
+        Ok(entry) => Ok(incidents::read(&entry.path)?),
+        Err(FindError::Io { source, .. }) => Err(unreadable(source, dir)),
+        Err(other) => Err(other.into()),
+    };
+    sources.read(in_files, |agent| agent.incident(if text == "latest" { text } else { &id }))
 }
 
 #[cfg(test)]

@@ -13,8 +13,11 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 const FRESH: Duration = Duration::from_secs(1);
 /// How long somebody waits until what others wait for is made.
 pub(super) const TURN_LIMIT: Duration = Duration::from_secs(5);
-/// Bodies that are on their way to clients, in all, KiB. One that is larger may be on its way alone.
-const BODIES_KIB: u32 = 64 << 10;
+/// Bodies that are on their way to clients of TCP, in all, KiB. One that is larger may be on its
+/// way alone.
+const TCP_BODIES_KIB: u32 = 48 << 10;
+/// The same for clients of the unix socket, so that neither keep the others out.
+const SOCKET_BODIES_KIB: u32 = 16 << 10;
 
 /// Why a request gets no answer.
 #[derive(Debug, PartialEq, Eq)]
@@ -81,12 +84,10 @@ impl<T: Clone> Shared<T> {
 
 /// What may be on its way to clients.
 #[derive(Clone, Debug)]
-pub(super) struct BodyBudget(Arc<Semaphore>);
-
-impl Default for BodyBudget {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(BODIES_KIB as usize)))
-    }
+pub(super) struct BodyBudget {
+    left: Arc<Semaphore>,
+    /// All of it.
+    kib: u32,
 }
 
 /// Bytes that count until the last of them is written, or their client is gone.
@@ -102,10 +103,24 @@ impl AsRef<[u8]> for Counted {
 }
 
 impl BodyBudget {
+    /// What clients of TCP share.
+    pub(super) fn of_tcp() -> Self {
+        Self::new(TCP_BODIES_KIB)
+    }
+
+    /// What clients of the unix socket share.
+    pub(super) fn of_socket() -> Self {
+        Self::new(SOCKET_BODIES_KIB)
+    }
+
+    fn new(kib: u32) -> Self {
+        Self { left: Arc::new(Semaphore::new(kib as usize)), kib }
+    }
+
     /// The body of an answer, or 503 when clients are slow to read what others are to get.
     pub(super) fn body(&self, bytes: Bytes) -> Result<Body, Refusal> {
-        let kib = u32::try_from(bytes.len().div_ceil(1024)).unwrap_or(BODIES_KIB).min(BODIES_KIB);
-        match Arc::clone(&self.0).try_acquire_many_owned(kib) {
+        let kib = u32::try_from(bytes.len().div_ceil(1024)).unwrap_or(self.kib).min(self.kib);
+        match Arc::clone(&self.left).try_acquire_many_owned(kib) {
             Ok(permit) => Ok(Body::from(Bytes::from_owner(Counted { bytes, _permit: permit }))),
             Err(_) => Err(Refusal::Busy("too much is on its way to slow clients; try again")),
         }
@@ -152,15 +167,17 @@ mod tests {
 
     #[test]
     fn bodies_count_until_they_are_gone_and_one_may_be_larger_than_all() {
-        let budget = BodyBudget::default();
-        let half = Bytes::from(vec![0; BODIES_KIB as usize * 512]);
+        let budget = BodyBudget::of_tcp();
+        let half = Bytes::from(vec![0; TCP_BODIES_KIB as usize * 512]);
         let (first, second) = (budget.body(half.clone()).unwrap(), budget.body(half.clone()).unwrap());
         let refusal = budget.body(Bytes::from_static(b"x")).unwrap_err();
         assert_eq!(refusal.into_response().status(), StatusCode::SERVICE_UNAVAILABLE);
         drop((first, second));
-        let all = budget.body(Bytes::from(vec![0; BODIES_KIB as usize * 1024 + 1])).unwrap();
+        let all = budget.body(Bytes::from(vec![0; TCP_BODIES_KIB as usize * 1024 + 1])).unwrap();
         assert!(budget.body(half).is_err());
         drop(all);
         assert!(budget.body(Bytes::from_static(b"x")).is_ok());
+        let _all = budget.body(Bytes::from(vec![0; TCP_BODIES_KIB as usize * 1024])).unwrap();
+        assert!(BodyBudget::of_socket().body(Bytes::from_static(b"x")).is_ok(), "another budget");
     }
 }

@@ -1,6 +1,9 @@
-//! Who may ask: a page that a browser has open must not read this machine through a name of its own that it lets point
-//! here (DNS rebinding), so a request must name the server by address, as `localhost`, by this machine's name or by one
-//! that the operator allows.
+//! Who may ask: a page that a browser has open must not read this machine through a name of its own
+//! that it lets point here (DNS rebinding), so a request must name the server by address, as
+//! `localhost`, by this machine's name or by one that the operator allows. What comes in by the
+//! unix socket comes from no browser and may name any host.
+//!
+//! Then `access` decides who may see what.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,6 +13,9 @@ use axum::http::uri::Authority;
 use axum::http::{HeaderName, HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+
+use super::access::{Access, Door, Token, WrongTokenLog, decide};
+use super::server::{ServerCounts, count};
 
 /// What every answer says to a browser: nothing loads, nothing runs, nothing is kept, nobody frames it.
 const HEADERS: [(HeaderName, &str); 4] = [
@@ -45,9 +51,25 @@ impl HostNames {
     }
 }
 
-/// Refuses a request for another host, and puts [`HEADERS`] on every answer.
-pub(super) async fn guard(State(names): State<HostNames>, request: Request, next: Next) -> Response {
-    let mut answer = match refusal(&names, &request) {
+/// What requests that came in by one door are held against.
+#[derive(Clone)]
+pub(super) struct Guard {
+    pub(super) door: Door,
+    pub(super) names: HostNames,
+    /// `None` when none is configured.
+    pub(super) token: Option<Arc<Token>>,
+    pub(super) counts: Arc<ServerCounts>,
+    pub(super) wrong_tokens: Arc<WrongTokenLog>,
+}
+
+/// The address a request came from; `None` for one that came in by the unix socket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub(super) Option<IpAddr>);
+
+/// Refuses a request for another host or without the right to what it asks for, and puts
+/// [`HEADERS`] on every answer.
+pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    let mut answer = match guard.foreign(&request).or_else(|| guard.denied(&request)) {
         Some(refusal) => refusal,
         None => next.run(request).await,
     };
@@ -55,6 +77,33 @@ pub(super) async fn guard(State(names): State<HostNames>, request: Request, next
         answer.headers_mut().insert(name, HeaderValue::from_static(value));
     }
     answer
+}
+
+impl Guard {
+    /// The refusal of a request for another host.
+    fn foreign(&self, request: &Request) -> Option<Response> {
+        if self.door == Door::Socket {
+            return None;
+        }
+        let refusal = refusal(&self.names, request)?;
+        count(&self.counts.foreign_host);
+        Some(refusal)
+    }
+
+    /// The refusal of a request that may not see what it asks for.
+    fn denied(&self, request: &Request) -> Option<Response> {
+        let access = decide(self.door, request.uri().path(), self.token.as_deref(), request.headers());
+        match access {
+            Access::Granted => return None,
+            Access::NoToken => count(&self.counts.no_token),
+            Access::NotHere => count(&self.counts.not_here),
+            Access::WrongToken => {
+                count(&self.counts.wrong_token);
+                self.wrong_tokens.note(request.extensions().get::<Peer>().and_then(|peer| peer.0));
+            }
+        }
+        access.refusal()
+    }
 }
 
 fn refusal(names: &HostNames, request: &Request) -> Option<Response> {

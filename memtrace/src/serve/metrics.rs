@@ -177,6 +177,16 @@ static METRICS: &[Metric] = &[
         },
     ),
     Metric::counter(
+        "http_refused",
+        "HTTP requests refused before they were looked at",
+        Value::Each {
+            label: "reason",
+            values: "`foreign_host` (a Host that is not allowed), `no_token`, `wrong_token`, `not_here` (not on loopback, \
+                     and no token is configured)",
+            read: |now| now.refused.iter().map(|(reason, count)| ((*reason).to_owned(), *count)).collect(),
+        },
+    ),
+    Metric::counter(
         "journal_write_failures",
         "Journal frames that could not be written",
         Value::One(|now| now.journal_failures),

@@ -1,8 +1,9 @@
 //! HTTP: metrics, health, incidents, processes and cgroups.
 //!
-//! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it reads through an
-//! [`IncidentSource`], in a blocking thread and one request at a time. `server` accepts and bounds connections,
-//! `guard` refuses foreign ones, `answers` bounds what is made and kept for them.
+//! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it
+//! reads through an [`IncidentSource`], in a blocking thread and one request at a time. `server`
+//! accepts and bounds connections, `guard` refuses foreign ones and `access` those without a right,
+//! `answers` bounds what is made and kept for them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use memtrace_engine::snapshot::Snapshot;
 use memtrace_incident::SigkillCause;
 use memtrace_incident::{Incident, Kind};
 
+mod access;
 mod answers;
 mod guard;
 mod metrics;
@@ -28,9 +30,12 @@ mod server;
 #[cfg(test)]
 mod tests;
 
+pub use access::Token;
+use access::{Door, WrongTokenLog};
 use answers::{BodyBudget, Refusal, Shared, TURN_LIMIT};
+use guard::Guard;
 pub use guard::HostNames;
-pub use server::{ServerCounts, ServerLimits, start};
+pub use server::{Listeners, ServerCounts, ServerLimits, start};
 
 /// Incidents on the page, newest first.
 const MAX_ROWS: usize = 100;
@@ -93,6 +98,8 @@ pub struct MetricsSnapshot {
     pub stack_worker_bytes: Option<u64>,
     /// Connections to this server, by what became of them.
     pub connections: Vec<(&'static str, u64)>,
+    /// Requests that this server refused, by why.
+    pub refused: Vec<(&'static str, u64)>,
 }
 
 /// What stacks have cost since the start.
@@ -159,7 +166,9 @@ pub struct AppState {
     requests: mpsc::Sender<LoopRequest>,
     incidents: Arc<dyn IncidentSource>,
     names: HostNames,
+    token: Option<Arc<Token>>,
     counts: Arc<ServerCounts>,
+    wrong_tokens: Arc<WrongTokenLog>,
     /// One permit: only one request reads from disk at a time, so that many requests do not add up in memory.
     read_permit: Arc<Semaphore>,
     answers: Arc<Answers>,
@@ -176,11 +185,13 @@ struct Answers {
 }
 
 impl AppState {
-    /// Asks `requests`, reads from `incidents`, and answers to `names`.
+    /// Asks `requests`, reads from `incidents`, answers to `names`, and over TCP to who knows the
+    /// `token`.
     pub fn new(
         requests: mpsc::Sender<LoopRequest>,
         incidents: Arc<dyn IncidentSource>,
         names: HostNames,
+        token: Option<Token>,
         limits: ServerLimits,
     ) -> Self {
         let body = || Shared::new(|bytes: &Bytes| bytes.len() > LARGE_BYTES);
@@ -190,12 +201,19 @@ impl AppState {
             requests,
             incidents,
             names,
+            token: token.map(Arc::new),
             counts: Arc::default(),
+            wrong_tokens: Arc::default(),
             read_permit: Arc::new(Semaphore::new(1)),
             answers: Arc::new(answers),
-            bodies: BodyBudget::default(),
+            bodies: BodyBudget::of_tcp(),
             limits,
         }
+    }
+
+    /// The same for clients of the unix socket: what those of TCP take up is not missing here.
+    fn for_socket(&self) -> Self {
+        Self { read_permit: Arc::new(Semaphore::new(1)), bodies: BodyBudget::of_socket(), ..self.clone() }
     }
 
     /// Gives back what nobody asks for any more.
@@ -246,12 +264,26 @@ impl AppState {
 
 const JSON: &str = "application/json";
 
-fn json(rows: &impl Serialize) -> Result<Bytes, Refusal> {
-    serde_json::to_vec(rows).map(Bytes::from).map_err(|error| Refusal::Failed(error.to_string()))
+/// A body without the room that it grew into, which the budget of bodies does not count.
+fn fitted(body: Vec<u8>) -> Bytes {
+    body.into_boxed_slice().into()
 }
 
-fn router(state: AppState) -> Router {
-    let guard = axum::middleware::from_fn_with_state(state.names.clone(), guard::guard);
+fn json(rows: &impl Serialize) -> Result<Bytes, Refusal> {
+    serde_json::to_vec(rows).map(fitted).map_err(|error| Refusal::Failed(error.to_string()))
+}
+
+/// What answers to connections that came in by this door.
+fn router(state: AppState, door: Door) -> Router {
+    let state = if door == Door::Socket { state.for_socket() } else { state };
+    let guard = Guard {
+        door,
+        names: state.names.clone(),
+        token: state.token.clone(),
+        counts: Arc::clone(&state.counts),
+        wrong_tokens: Arc::clone(&state.wrong_tokens),
+    };
+    let guard = axum::middleware::from_fn_with_state(guard, guard::guard);
     Router::new()
         .route("/", get(page))
         .route("/healthz", get(async || "ok\n"))
@@ -274,7 +306,8 @@ async fn metrics_text(State(state): State<AppState>) -> Result<Response, Refusal
     let text = async {
         let mut snapshot = state.ask(LoopRequest::Metrics).await?;
         snapshot.connections = state.counts.by_outcome();
-        Ok(Bytes::from(metrics::text(*snapshot)))
+        snapshot.refused = state.counts.refused();
+        Ok(fitted(metrics::text(*snapshot).into_bytes()))
     };
     let text = state.answers.metrics.get(text).await?;
     state.answer("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
@@ -311,12 +344,12 @@ struct IncidentQuery {
 async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQuery>) -> Result<Response, Refusal> {
     let most = query.limit.unwrap_or(DEFAULT_LISTED).min(MAX_LISTED);
     let text = state.read(move |source| source.list(most)).await?;
-    state.answer(JSON, text.into())
+    state.answer(JSON, fitted(text.into_bytes()))
 }
 
 async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Refusal> {
     let text = state.read(move |source| source.incident(&id)).await?;
-    state.answer(JSON, text.ok_or(Refusal::NoSuchIncident)?.into())
+    state.answer(JSON, fitted(text.ok_or(Refusal::NoSuchIncident)?.into_bytes()))
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.
@@ -329,7 +362,7 @@ async fn page(State(state): State<AppState>) -> Result<Response, Refusal> {
          <a href=/api/cgroups>cgroups</a> <a href=/api/incidents>incidents</a>\
          <table><tr><th>incident<th>when<th>victim<th>cgroup<th>what it means{rows}</table>"
     );
-    state.answer("text/html; charset=utf-8", page.into())
+    state.answer("text/html; charset=utf-8", fitted(page.into_bytes()))
 }
 
 fn row(incident: &Incident) -> String {

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -45,6 +46,8 @@ impl IncidentSource for Counting {
 /// A server with a loop behind it that has so many processes, and what that loop was asked.
 struct Trial {
     address: SocketAddr,
+    /// Where its `socket` is.
+    dir: tempfile::TempDir,
     counts: Arc<ServerCounts>,
     source: Arc<Counting>,
     asked: Arc<Mutex<Vec<&'static str>>>,
@@ -52,12 +55,18 @@ struct Trial {
 
 /// Starts it; with `answers` off the loop takes requests and never answers.
 fn trial(limits: ServerLimits, processes: usize, answers: bool) -> Trial {
+    trial_with(limits, processes, answers, None)
+}
+
+/// The same with a token.
+fn trial_with(limits: ServerLimits, processes: usize, answers: bool, token: Option<&str>) -> Trial {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let (sender, mut requests) = mpsc::channel(4);
     let source = Arc::new(Counting::default());
     let incidents: Arc<dyn IncidentSource> = Arc::clone(&source) as _;
-    let state = AppState::new(sender, incidents, HostNames::default(), limits);
+    let token = token.map(|text| Token::new(text).unwrap());
+    let state = AppState::new(sender, incidents, HostNames::default(), token, limits);
     let (counts, asked) = (Arc::clone(&state.counts), Arc::new(Mutex::new(Vec::new())));
     let heard = Arc::clone(&asked);
     std::thread::spawn(move || {
@@ -87,8 +96,10 @@ fn trial(limits: ServerLimits, processes: usize, answers: bool) -> Trial {
             }
         }
     });
-    start(listener, state).unwrap();
-    Trial { address, counts, source, asked }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+    start(Listeners { tcp: Some(listener), socket: Some(socket) }, state).unwrap();
+    Trial { address, dir, counts, source, asked }
 }
 
 impl Trial {
@@ -110,13 +121,25 @@ impl Trial {
         self.exchange(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
     }
 
+    /// Asks at the unix socket, as a client that does not care about hosts.
+    fn get_local(&self, path: &str) -> String {
+        let mut stream = UnixStream::connect(self.dir.path().join("socket")).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: any.example\r\nConnection: close\r\n\r\n").unwrap();
+        rest(&mut stream)
+    }
+
+    fn refused(&self, reason: &str) -> u64 {
+        self.counts.refused().into_iter().find(|(name, _)| *name == reason).unwrap().1
+    }
+
     fn count(&self, outcome: &str) -> u64 {
         self.counts.by_outcome().into_iter().find(|(name, _)| *name == outcome).unwrap().1
     }
 }
 
 /// Everything until the server closes the connection, also when it does so hard.
-fn rest(stream: &mut TcpStream) -> String {
+fn rest(stream: &mut impl Read) -> String {
     let mut bytes = Vec::new();
     if let Err(error) = stream.read_to_end(&mut bytes) {
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
@@ -197,6 +220,62 @@ fn who_opens_many_connections_keeps_nobody_out() {
     assert!(trial.count("crowded_out") >= 36, "{:?}", trial.counts);
     assert_eq!(trial.count("accepted"), 43);
     assert!(trial.get("/metrics").contains("memtrace_http_connections_total{outcome=\"crowded_out\"}"));
+}
+
+#[test]
+fn a_token_is_asked_for_over_tcp_and_not_at_the_socket() {
+    let trial = trial_with(ServerLimits::default(), 3, true, Some("0123456789abcdef"));
+    let with = |path: &str, token: &str| {
+        let head = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
+        trial.exchange(&format!("{head}Authorization: Bearer {token}\r\n\r\n"))
+    };
+    for path in ["/healthz", "/readyz", "/metrics"] {
+        assert!(
+            trial.get(path).starts_with("HTTP/1.1 200") && with(path, "wrong").starts_with("HTTP/1.1 200"),
+            "{path}"
+        );
+    }
+    for path in ["/", "/api/incidents", "/api/processes", "/none"] {
+        let answer = trial.get(path).to_ascii_lowercase();
+        assert!(answer.starts_with("http/1.1 401") && answer.contains("www-authenticate: basic "), "{path}: {answer}");
+        assert!(answer.contains("nosniff") && !answer.contains("\"pid\""), "{path}: {answer}");
+        assert!(with(path, "0123456789abcdeX").starts_with("HTTP/1.1 401"), "{path}");
+        let right = if path == "/none" { "HTTP/1.1 404" } else { "HTTP/1.1 200" };
+        assert!(with(path, "0123456789abcdef").starts_with(right), "{path}");
+        assert!(trial.get_local(path).starts_with(right), "{path}");
+    }
+    assert_eq!((trial.refused("no_token"), trial.refused("wrong_token")), (4, 4));
+    let line = "memtrace_http_refused_total{reason=\"wrong_token\"} 4";
+    assert!(trial.get("/metrics").contains(line));
+}
+
+#[test]
+fn clients_of_tcp_and_of_the_socket_do_not_keep_each_other_out() {
+    let limits = ServerLimits { connections: 8, head_time: LONG * 2, ..ServerLimits::default() };
+    let trial = trial(limits, 0, true);
+    let mut local = UnixStream::connect(trial.dir.path().join("socket")).unwrap();
+    local.set_read_timeout(Some(LONG)).unwrap();
+    let mut remote = trial.connect();
+    let ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut answer = [0; 12];
+    // Both are served, then each door is crowded by others; the other's client is still there.
+    local.write_all(ask).unwrap();
+    local.read_exact(&mut answer).unwrap();
+    let many: Vec<TcpStream> = (0..40).map(|_| trial.connect()).collect();
+    assert!(trial.get("/healthz").ends_with("ok\n"));
+    drop(many);
+    local.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    assert!(rest(&mut local).ends_with("ok\n"), "it was closed for clients of TCP");
+    assert!(rest(&mut remote).is_empty(), "the first of TCP is closed");
+    let mut remote = trial.connect();
+    remote.write_all(ask).unwrap();
+    remote.read_exact(&mut answer).unwrap();
+    let path = trial.dir.path().join("socket");
+    let many: Vec<UnixStream> = (0..40).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    assert!(trial.get_local("/healthz").ends_with("ok\n"));
+    drop(many);
+    remote.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    assert!(rest(&mut remote).ends_with("ok\n"), "it was closed for clients of the socket");
 }
 
 #[test]

@@ -27,6 +27,13 @@ pub struct ReadError {
     pub why: Unreadable,
 }
 
+impl ReadError {
+    /// Whether the right to read the file was missing.
+    pub fn is_denied(&self) -> bool {
+        matches!(&self.why, Unreadable::Io(error) if error.kind() == io::ErrorKind::PermissionDenied)
+    }
+}
+
 /// Why an id does not lead to one incident.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {

@@ -39,7 +39,7 @@ pub fn create(dir: &Path, mode: u32) -> io::Result<()> {
 }
 
 /// The owner of a file, unless that is root or the user this process runs as.
-pub(super) fn stranger(found: &Metadata) -> Option<u32> {
+pub fn stranger(found: &Metadata) -> Option<u32> {
     Some(found.uid()).filter(|uid| *uid != 0 && *uid != rustix::process::geteuid().as_raw())
 }
 

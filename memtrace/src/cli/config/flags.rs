@@ -84,6 +84,9 @@ fn arg(setting: &'static Setting, verb: Verbs) -> Arg {
         SettingKind::Switch { .. } => arg.action(ArgAction::SetTrue),
         SettingKind::Dir { .. } => arg.value_parser(PathBufValueParser::new()).value_hint(ValueHint::DirPath),
         SettingKind::File { .. } => arg.value_parser(PathBufValueParser::new()).value_hint(ValueHint::FilePath),
+        SettingKind::Socket { .. } => arg
+            .value_parser(|text: &str| setting.check(OsStr::new(text)).map(|()| text.to_owned()))
+            .value_hint(ValueHint::FilePath),
         SettingKind::Hooks { .. } => arg
             .action(ArgAction::Append)
             .value_delimiter(',')

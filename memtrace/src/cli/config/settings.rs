@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::super::values::Span;
 use super::{AGENT, DOCTOR, Least, READ, RECORD, Setting, SettingKind};
+use crate::agent::DEFAULT_SOCKET;
 use memtrace_engine::{MAX_BEFORE_NS, PROCESSES_CAP};
 
 const MIB: u64 = 1 << 20;
@@ -58,10 +59,40 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
     Setting {
         key: "listen",
         flag: "listen",
-        help: "Serve metrics, health and incidents over HTTP at this address; `off` for no HTTP",
-        note: "There is no authentication: whoever can connect can read names of processes and paths of cgroups.",
+        help: "Serve metrics, health and incidents over HTTP at this address; `off` for no TCP",
+        note: "On loopback everybody on this machine may ask, unless there is a `--token-file`. On another address only \
+               health and metrics are answered without a token.",
         default: Some("127.0.0.1:9469"),
         kind: SettingKind::Address { set: |config, address| config.listen = address },
+        ..AGENT_ONLY
+    },
+    Setting {
+        key: "socket",
+        flag: "socket",
+        help: "Unix socket of the agent, for tools on the same machine; `off` for none",
+        note: "`incidents` and `report` ask the agent there when they may not read the state directory, or when the flag \
+               is given. The agent makes it with mode 0660; when it cannot make the default one, it says so and runs \
+               without.",
+        default: Some(DEFAULT_SOCKET),
+        verbs: AGENT | READ,
+        kind: SettingKind::Socket { set: |config, path| config.socket = path },
+        ..AGENT_ONLY
+    },
+    Setting {
+        key: "socket_group",
+        flag: "socket-group",
+        help: "Group whose members may use the unix socket, by name or number",
+        note: "Without it the group `memtrace`, where there is one, else root's.",
+        kind: SettingKind::Group { set: |config, group| config.socket_group = Some(group) },
+        ..AGENT_ONLY
+    },
+    Setting {
+        key: "token_file",
+        flag: "token-file",
+        help: "Answer over TCP, but for health and metrics, only who brings the token in this file",
+        note: "One line of at least 16 characters; the file is root's and not for everybody. It is sent as \
+               `Authorization: Bearer TOKEN`, or as the password that a browser asks for.",
+        kind: SettingKind::File { set: |config, file| config.token_file = Some(file) },
         ..AGENT_ONLY
     },
     Setting {

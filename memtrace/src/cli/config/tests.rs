@@ -52,6 +52,8 @@ fn no_field_is_left_without_its_default() {
     let config = Config::load(None, &Flags::<AGENT>::default()).unwrap().parse().unwrap();
     assert_eq!(config.state_dir, Path::new("/var/lib/memtrace"));
     assert_eq!(config.listen, Some(SocketAddr::from(([127, 0, 0, 1], 9469))));
+    assert_eq!(config.socket.as_deref(), Some(Path::new("/run/memtrace.sock")));
+    assert_eq!((&config.socket_group, &config.token_file), (&None, &None));
     assert_eq!((config.retain_bytes, config.retain_age), (512 << 20, Duration::from_secs(30 * 86_400)));
     let session = &config.session;
     let journal = session.journal.as_ref().unwrap();
@@ -80,7 +82,8 @@ fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
 
 #[test]
 fn what_is_printed_is_read_back_as_the_same() {
-    let words = "--quantum 64K --listen off --without map --btf /a\"b --no-kernel-log --max-processes 7 \
+    let words = "--quantum 64K --listen off --socket off --socket-group adm --token-file /t --without map \
+                 --btf /a\"b --no-kernel-log --max-processes 7 \
                  --stack-budget 0.5 --retain-age 1.5d";
     for words in ["", words] {
         let dir = tempfile::tempdir().unwrap();
@@ -141,6 +144,8 @@ fn a_wrong_file_is_named_with_its_key() {
         ("without = [\"mop\"]", "memtrace.toml: without: `mop` is not a hook: there are rss, "),
         ("without = [\"oom\"]", "memtrace.toml: without: memtrace cannot run without the hook oom"),
         ("listen = \"nowhere\"", "memtrace.toml: listen: `nowhere` is not an address"),
+        ("socket = \"run/x\"", "memtrace.toml: socket: `run/x` is not the path of a socket: give one that begins"),
+        ("socket_group = \"\"", "memtrace.toml: socket_group: `` is not a group: give its name or its number"),
         ("state_dir = \"\"", "memtrace.toml: state_dir: a path must not be empty"),
         ("a = = b", "memtrace.toml: not TOML: "),
     ] {
@@ -159,6 +164,20 @@ fn the_rss_hook_can_be_left_out_for_charges_and_no_other_required_one() {
     // `doctor` says so in its report.
     let without = Flags::<DOCTOR>::with(&[("without", OsStr::new("kill"))]);
     assert!(Config::load(None, &without).unwrap().parse().is_ok());
+}
+
+#[test]
+fn the_socket_can_be_off() {
+    for off in ["off", "none", ""] {
+        assert_eq!(agent(&format!("socket = \"{off}\""), "").unwrap().socket, None, "{off}");
+    }
+    let config = agent("socket = \"off\"", "--socket /run/x/y --socket-group adm --token-file /etc/t").unwrap();
+    assert_eq!(config.socket.as_deref(), Some(Path::new("/run/x/y")));
+    assert_eq!(
+        (config.socket_group.as_deref(), config.token_file.as_deref()),
+        (Some("adm"), Some(Path::new("/etc/t")))
+    );
+    assert!(refused("agent --socket x").contains("begins with `/`") && refused("report x --socket /").contains("`/`"));
 }
 
 #[test]
