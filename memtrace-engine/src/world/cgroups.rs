@@ -16,6 +16,7 @@ pub(crate) use room::Need;
 
 use super::timeline::RecentCurve;
 use super::{Point, Sums};
+use crate::capacity;
 use crate::decode::{Limit, Reading};
 
 /// Cgroups in the table, with removed ones. At the cap removed ones are dropped first, then idle
@@ -349,6 +350,20 @@ impl Cgroups {
             }
             row.notes.push_back(note);
         }
+    }
+
+    /// Drops readings and notes from before `oldest_ns`, and gives memory back. The last reading stays.
+    pub(crate) fn tidy(&mut self, oldest_ns: u64) {
+        for row in self.rows.values_mut() {
+            let before = row.timeline.len();
+            row.timeline.tidy(oldest_ns);
+            self.points = (self.points + row.timeline.len()).saturating_sub(before);
+            while row.notes.front().is_some_and(|note| note.boot_ns < oldest_ns) {
+                row.notes.pop_front();
+            }
+            capacity::shrink(&mut row.notes, 4);
+        }
+        capacity::shrink(&mut self.tombstones, 64);
     }
 
     /// Limit of a cgroup in bytes; `None` when it has none or it is unknown.

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use memtrace_common::event as wire;
 use memtrace_incident::MappingNote;
 
+use crate::capacity;
 use crate::decode::{Reading, cgroup_id, field_text, known, printable};
 use crate::input::{CgroupFound, ProcessFound, Settings};
 
@@ -37,6 +38,9 @@ use processes::History;
 const DYING_CAP: usize = 4096;
 /// Such an address space is dropped after this time, in case the record of its end was lost.
 const DYING_NS: u64 = 2_000_000_000;
+/// Readings and mappings stay this much longer than an incident looks back, because a near miss is
+/// reported long after it began.
+const SLACK_NS: u64 = 60_000_000_000;
 
 /// Processes, address spaces and cgroups.
 #[derive(Clone, Debug)]
@@ -388,6 +392,12 @@ impl World {
         }
         self.cgroups.tick();
         self.rebuild_if_due(now);
+    }
+
+    /// Drops readings and mappings that no incident can need any more, and gives memory back.
+    pub(crate) fn tidy(&mut self, now: u64) {
+        self.cgroups.tidy(now.saturating_sub(self.before_ns.saturating_add(SLACK_NS)));
+        capacity::shrink(&mut self.dying, 64);
     }
 
     /// Resident memory of a process now; `None` when it has no known address space.
