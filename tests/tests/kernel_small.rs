@@ -1,17 +1,27 @@
 //! The agent in a small memory cgroup of its own, and after much has come and gone.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use memtrace_tests::actor::Actor;
 use memtrace_tests::agent::AgentOptions;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
+use memtrace_tests::deadline::{Deadline, SLOWNESS};
 use memtrace_tests::figures::say;
+use memtrace_tests::process::ProcRss;
 use memtrace_tests::trial::Trial;
 
 /// What the agent says that it needs.
 const NEEDED: u64 = 96 * MIB;
 const CGROUPS: usize = 20;
 const KILLS_EACH: usize = 3;
+/// Short processes, and how many on an emulated machine.
+const PASSING: [&str; 2] = ["20000", "2000"];
+/// What they may leave behind in the recorder, bytes.
+const LEFT_BEHIND: u64 = 5 * MIB;
+/// For how long they are remembered, with time to spare: incidents look back at them.
+const REMEMBERED: Duration = Duration::from_secs(300);
 
 #[test]
 fn with_too_little_memory_it_says_how_much_it_needs() -> anyhow::Result<()> {
@@ -40,4 +50,31 @@ fn with_what_it_needs_it_runs_through_a_storm_of_kills() -> anyhow::Result<()> {
     trial.end()?;
     cages.into_iter().try_for_each(Cage::remove)?;
     own.remove()
+}
+
+#[test]
+fn short_processes_that_are_gone_leave_little_behind() -> anyhow::Result<()> {
+    let (trial, cage) = (Trial::begin(&[])?, Cage::new("passing", 256 * MIB)?);
+    let held = || Ok::<_, anyhow::Error>(ProcRss::read(trial.agent.pid())?.anon);
+    // What a first few take, they may keep: threads, buffers, tables of libraries.
+    let pass = |count| Actor::start(Some(&cage), &["passing", "--kib-each", "512", "--processes", count])?.finish();
+    pass("100")?;
+    let before = held()?;
+    let [here, emulated] = PASSING;
+    pass(if std::env::var_os(SLOWNESS).is_some() { emulated } else { here })?;
+    let (high, deadline) = (held()?, Deadline::after(REMEMBERED));
+    let mut after = high;
+    while after > before + LEFT_BEHIND && !deadline.has_passed() {
+        std::thread::sleep(Duration::from_millis(500));
+        after = held()?;
+    }
+    say(format_args!(
+        "private memory of the recorder: {} KiB, then {}, in the end {}",
+        before >> 10,
+        high >> 10,
+        after >> 10
+    ));
+    ensure!(after <= before + LEFT_BEHIND, "it held {before} bytes before, {high} then, and {after} in the end");
+    trial.end()?;
+    cage.remove()
 }

@@ -386,11 +386,13 @@ impl Attribution {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.samples.len() * size_of::<Sample>()
+        let of_space = |space: &GrowthOfSpace| (space.readings.capacity() + space.recent.capacity()) * 16;
+        self.samples.capacity() * size_of::<Sample>()
             + self.paths.memory_estimate()
             + self.modules.memory_estimate()
             + self.tasks.len() * 128
             + self.spaces.len() * (size_of::<GrowthOfSpace>() + 48)
+            + self.spaces.values().map(of_space).sum::<usize>()
             + self.mappings * 48
     }
 }

@@ -386,9 +386,12 @@ impl Cgroups {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        let rows: usize =
-            self.rows.values().map(|r| r.path.as_ref().map_or(0, String::len) + r.notes.len() * 128).sum();
-        rows + self.rows.len() * (size_of::<CgroupRow>() + 32) + self.points * size_of::<Point>()
+        let of_row = |row: &CgroupRow| {
+            let curve = row.timeline.capacity() * size_of::<Point>();
+            row.path.as_ref().map_or(0, String::len) + row.notes.capacity() * 128 + curve
+        };
+        let rows: usize = self.rows.values().map(of_row).sum();
+        rows + self.rows.len() * (size_of::<CgroupRow>() + 32) + self.tombstones.capacity() * 8
     }
 }
 

@@ -429,7 +429,10 @@ impl World {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.processes.memory_estimate() + self.cgroups.memory_estimate() + self.spaces.len() * 180
+        self.processes.memory_estimate()
+            + self.cgroups.memory_estimate()
+            + self.spaces.len() * 180
+            + self.dying.capacity() * 16
     }
 
     /// The key of a live process, which is inserted when there is none. Older processes with the

@@ -305,8 +305,8 @@ impl RecentCurve {
         }
     }
 
-    #[cfg(test)]
-    fn capacity(&self) -> usize {
+    /// Readings that memory is allocated for.
+    pub(crate) fn capacity(&self) -> usize {
         [&self.fine, &self.mid, &self.coarse, &self.old].iter().map(|tier| tier.points.capacity()).sum()
     }
 
