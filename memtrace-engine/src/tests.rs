@@ -878,8 +878,8 @@ proptest! {
     }
 }
 
-/// 20,000 processes in 100 cgroups grow, with stacks and mappings, and end within ten seconds. Once no
-/// incident can look back at them, the engine holds as much as before.
+/// 20,000 processes in 100 cgroups grow, with stacks and mappings, and end within ten seconds. Once
+/// no incident can look back at them, the engine holds as much as before.
 #[test]
 fn processes_that_came_and_went_leave_nothing_behind() {
     let mut test = TestEngine::with(Settings { sample_bytes: MIB, ..Settings::default() });

@@ -7,8 +7,8 @@ use memtrace_incident::Cut;
 
 use crate::input::{PathFound, PathFrame, bytes_of_frames};
 
-/// Paths; those that no sample refers to for long are dropped first, then those that one referred to
-/// longest ago. Nearly twice what the reader of stacks knows, so none is dropped that it still
+/// Paths; those that no sample refers to for long are dropped first, then those that one referred
+/// to longest ago. Nearly twice what the reader of stacks knows, so none is dropped that it still
 /// refers to.
 pub(super) const PATHS_CAP: usize = 16_384;
 /// Bytes of all paths, likewise: more than twice what the reader of stacks numbers anew from.
@@ -69,8 +69,8 @@ impl Paths {
         Some(path)
     }
 
-    /// Makes room: drops paths that are not `referred` to and were not used since the tick `oldest`,
-    /// then those that were used longest ago.
+    /// Makes room: drops paths that are not `referred` to and were not used since the tick
+    /// `oldest`, then those that were used longest ago.
     pub(super) fn forget(&mut self, referred: &BTreeSet<u32>, oldest: u64) {
         self.forget_unused(referred, oldest);
         let mut order: Vec<(u64, u32)> = self.paths.iter().map(|(id, path)| (path.used, *id)).collect();

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use memtrace_incident::{Cause, Cut};
 use serde::{Deserialize, Serialize};
 
-/// How many paths the engine never forgets, of those that were sent or that a stack referred to within
-/// [`PATH_TICKS`], the latest. Before a stack refers to another path, the path has to be sent again.
+/// How many paths the engine never forgets: the latest of those that were sent, or that a stack
+/// referred to, within [`PATH_TICKS`]. Before a stack refers to another path, that has to be sent
+/// again.
 pub const PATHS_KNOWN: u32 = 8192;
 /// How many ticks ([`super::Fact::Tick`]) the engine remembers a path for that no sample refers to.
 pub const PATH_TICKS: u64 = 1800;

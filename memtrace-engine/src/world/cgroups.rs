@@ -352,7 +352,7 @@ impl Cgroups {
         }
     }
 
-    /// Drops readings and notes from before `oldest_ns`, and gives memory back. The last reading stays.
+    /// Drops readings and notes from before `oldest_ns` but the last reading; gives memory back.
     pub(crate) fn tidy(&mut self, oldest_ns: u64) {
         for row in self.rows.values_mut() {
             let before = row.timeline.len();

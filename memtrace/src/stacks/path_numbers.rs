@@ -23,8 +23,8 @@ pub const MAX_PATH_BYTES: usize = 8 << 20;
 pub const MAX_MODULES: usize = 4096;
 /// See [`MAX_MODULES`].
 pub const MAX_MODULE_BYTES: usize = 2 << 20;
-/// A stack that was not seen for this long, and for twice as long at most, loses its number: whoever
-/// has the numbers calls [`PathNumbers::forget_unused`] once in this many seconds.
+/// A stack that was not seen for this long, and for twice as long at most, loses its number:
+/// whoever has the numbers calls [`PathNumbers::forget_unused`] once in this many seconds.
 pub const FORGET_SECONDS: u32 = 60;
 
 /// Frames, and why they end before the outermost one.
@@ -33,9 +33,9 @@ pub type Path = (Arc<[PathFrame]>, Option<Cut>);
 /// The stacks that have a number, and those that the current journal segment has.
 #[derive(Debug, Default)]
 pub struct PathNumbers {
-    /// Those that were seen since [`PathNumbers::forget_unused`]. Cap: [`MAX_PATHS`], with `before`.
+    /// Seen since [`PathNumbers::forget_unused`]. Cap: [`MAX_PATHS`], with `before`.
     numbers: BTreeMap<Path, u32>,
-    /// Those that were seen in the time before only.
+    /// Seen in the time before only.
     before: BTreeMap<Path, u32>,
     /// Bytes in both. Cap: [`MAX_PATH_BYTES`], and those of one stack.
     bytes: usize,
@@ -44,7 +44,8 @@ pub struct PathNumbers {
     generation: u64,
     /// Cap: [`MAX_PATHS`].
     stated_paths: BTreeSet<u32>,
-    /// With the bytes of their names. Cap: [`MAX_MODULES`] and [`MAX_MODULE_BYTES`], and those of one stack.
+    /// With the bytes of their names. Cap: [`MAX_MODULES`] and [`MAX_MODULE_BYTES`], and those of
+    /// one stack.
     stated_modules: BTreeMap<u32, usize>,
     /// Bytes in `stated_modules`.
     module_bytes: usize,

@@ -22,8 +22,8 @@ const MAX_NUMBERS: usize = 2 * path_numbers::MAX_MODULES;
 /// then those that were stated longest ago.
 const MAX_MODULES: usize = 2 * path_numbers::MAX_MODULES;
 const MAX_NAME_BYTES: usize = 2 * path_numbers::MAX_MODULE_BYTES;
-/// For how many times [`path_numbers::FORGET_SECONDS`] paths of the worker are remembered that it does
-/// not refer to. It forgets them after two.
+/// For how many times [`path_numbers::FORGET_SECONDS`] paths of the worker are remembered that it
+/// does not refer to. It forgets them after two.
 const MAX_AGE: u64 = 3;
 
 /// The numbers of the run, and those of the worker that runs.
@@ -40,7 +40,7 @@ pub struct Renumbering {
     name_bytes: usize,
     /// Number of the run by number of the worker. Cap: [`MAX_NUMBERS`], the newest.
     modules: BTreeMap<u32, u32>,
-    /// By number of the worker. Cap: [`MAX_PATHS`] and [`MAX_PATH_BYTES`], those that were used last.
+    /// By number of the worker. Cap: [`MAX_PATHS`] and [`MAX_PATH_BYTES`]; those used last stay.
     frames: BTreeMap<u32, WorkerPath>,
     /// Bytes in `frames`.
     path_bytes: usize,

@@ -233,7 +233,8 @@ impl StackSamples {
         self.processes.tick(keep_files);
     }
 
-    /// Forgets stacks that are not seen any more. Call it once in [`super::path_numbers::FORGET_SECONDS`].
+    /// Forgets stacks that are not seen any more. Call it once in
+    /// [`super::path_numbers::FORGET_SECONDS`].
     pub fn forget_unused(&mut self) {
         self.paths.forget_unused();
         self.functions.forget_unused();
