@@ -31,6 +31,9 @@ pub(crate) const DEPTH_CAP: usize = 16;
 pub(crate) const POINTS_CAP: usize = 180_000;
 /// Mapping notes of one cgroup; the oldest is dropped.
 const NOTES_CAP: usize = 256;
+/// Readings and notes stay this much longer than an incident looks back, because a near miss is
+/// reported long after it began.
+const SLACK_NS: u64 = 60_000_000_000;
 /// A lookup without an answer is requested again after this time.
 const LOOKUP_RETRY_NS: u64 = 5_000_000_000;
 
@@ -352,8 +355,9 @@ impl Cgroups {
         }
     }
 
-    /// Drops readings and notes from before `oldest_ns` but the last reading; gives memory back.
-    pub(crate) fn tidy(&mut self, oldest_ns: u64) {
+    /// Drops readings and notes that no incident can need but the last reading; gives memory back.
+    pub(crate) fn tidy(&mut self, now: u64, before_ns: u64) {
+        let oldest_ns = now.saturating_sub(before_ns.saturating_add(SLACK_NS));
         for row in self.rows.values_mut() {
             let before = row.timeline.len();
             row.timeline.tidy(oldest_ns);

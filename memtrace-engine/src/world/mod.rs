@@ -38,9 +38,6 @@ use processes::History;
 const DYING_CAP: usize = 4096;
 /// Such an address space is dropped after this time, in case the record of its end was lost.
 const DYING_NS: u64 = 2_000_000_000;
-/// Readings and mappings stay this much longer than an incident looks back, because a near miss is
-/// reported long after it began.
-const SLACK_NS: u64 = 60_000_000_000;
 
 /// Processes, address spaces and cgroups.
 #[derive(Clone, Debug)]
@@ -396,7 +393,7 @@ impl World {
 
     /// Drops readings and mappings that no incident can need any more, and gives memory back.
     pub(crate) fn tidy(&mut self, now: u64) {
-        self.cgroups.tidy(now.saturating_sub(self.before_ns.saturating_add(SLACK_NS)));
+        self.cgroups.tidy(now, self.before_ns);
         capacity::shrink(&mut self.dying, 64);
     }
 
