@@ -26,6 +26,9 @@ use crate::world::{MAX_BEFORE_NS, World};
 /// more exactly and take more memory.
 const LOSS_MOMENTS: u64 = 100;
 
+/// How often the memory of what came and went is given back, nanoseconds.
+const TIDY_NS: u64 = 10_000_000_000;
+
 /// What incidents are built from. This is a macro because a method would borrow the whole engine,
 /// and callers need its other fields mutably.
 macro_rules! context {
@@ -51,6 +54,8 @@ pub struct Engine {
     pub(crate) oom: OomKills,
     pub(crate) limits: Limits,
     pub(crate) recording: Option<RecordingState>,
+    /// When memory was given back last, boot clock.
+    tidied_ns: u64,
     /// How many outputs of [`Out`] the recording has seen.
     outputs_seen: usize,
     /// The recording's cgroup that is among the pinned ones.
@@ -286,6 +291,11 @@ impl Engine {
         self.oom.tick(&self.run, out);
         let context = context!(self);
         self.limits.report_found(&context, out);
+        if now.saturating_sub(self.tidied_ns) >= TIDY_NS {
+            self.tidied_ns = now;
+            self.growth.tidy();
+            self.world.tidy(now);
+        }
     }
 
     /// Closes incidents whose window is over; with `all`, every incident.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 mod stacks;
 
-pub use stacks::{ModuleFound, PATHS_KNOWN, PathFound, PathFrame, StackFound, bytes_of_frames};
+pub use stacks::{ModuleFound, PATH_TICKS, PATHS_KNOWN, PathFound, PathFrame, StackFound, bytes_of_frames};
 
 /// One input.
 #[derive(Clone, Debug, PartialEq)]

@@ -26,6 +26,7 @@ pub mod output;
 pub mod snapshot;
 
 mod build;
+mod capacity;
 mod clock;
 mod engine;
 mod growth;

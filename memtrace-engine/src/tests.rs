@@ -877,3 +877,64 @@ proptest! {
         prop_assert_eq!(reported, listed);
     }
 }
+
+/// 20,000 processes in 100 cgroups grow, with stacks and mappings, and end within ten seconds. Once
+/// no incident can look back at them, the engine holds as much as before.
+#[test]
+fn processes_that_came_and_went_leave_nothing_behind() {
+    let mut test = TestEngine::with(Settings { sample_bytes: MIB, ..Settings::default() });
+    let cgroups = 100..200u64;
+    for id in cgroups.clone() {
+        test.feed(&test_support::cgroup(T, test_support::limited(id, 0, LIMIT), 2, "/app", CGROUP_MADE));
+    }
+    test.tick(T);
+    let before = test.engine.counts().memory_estimate_bytes;
+    for at in 0..20_000u32 {
+        let (ns, pid, id) = (T + u64::from(at) * MS / 2, 1000 + at, 100 + u64::from(at % 100));
+        let mm_id = u64::from(pid);
+        test.feed(&test_support::fork(ns, 1, pid, id, 0));
+        for step in 1..8 {
+            test.feed(&test_support::rss(ns + step * 1000, pid, id, mm_id, step * MIB));
+        }
+        test.feed(&test_support::mapping(ns, pid, id, CALL_MMAP, MIB));
+        // Every one runs a program of its own.
+        let frame = |depth: u64| PathFrame { module: Some(at), offset: Some(depth), ..PathFrame::default() };
+        let module = ModuleFound { id: at, path: format!("/usr/bin/program-{at}"), build_id: Some("00".repeat(20)) };
+        let path = PathFound { id: at, frames: (0..20).map(frame).collect(), cut: None };
+        test.fact(Fact::Module(module)).fact(Fact::Path(path)).fact(Fact::Stack(StackFound {
+            boot_ns: ns + 5000,
+            pid,
+            tid: pid,
+            start_boot_ns: test_support::start(pid),
+            comm: "short".to_owned(),
+            mm_id,
+            cgroup_id: id,
+            cause: memtrace_incident::Cause::Touch,
+            weight_bytes: MIB,
+            grown_bytes: 4 * MIB,
+            address: None,
+            size_bytes: 0,
+            path: at,
+        }));
+        test.feed(&test_support::exit(ns + MS / 4, pid, id, 0)).feed(&test_support::mm_gone(
+            ns + MS / 3,
+            pid,
+            mm_id,
+            MIB,
+        ));
+        if at % 200 == 0 {
+            test.tick(ns);
+            test.out = Out::default();
+        }
+    }
+    let high = test.engine.counts().memory_estimate_bytes;
+    assert!(high > before + 10 * MIB, "{before} to {high}: nothing to give back");
+    // As long as paths are remembered that nothing refers to.
+    for tick in 1..=PATH_TICKS + 200 {
+        test.tick(T + 10 * SEC + tick * 100 * MS);
+    }
+    let counts = test.engine.counts();
+    assert_eq!((counts.processes, counts.dead_processes), (0, 0));
+    let after = counts.memory_estimate_bytes;
+    assert!(after <= before + MIB / 2, "{before} before, {high} then, {after} after");
+}

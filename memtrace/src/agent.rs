@@ -53,7 +53,7 @@ const MAX_LOG_LINES: usize = 4096;
 /// How memory is locked.
 const LOCK: MlockAllFlags = MlockAllFlags::CURRENT.union(MlockAllFlags::FUTURE).union(MlockAllFlags::ONFAULT);
 /// How often free memory is given back: after a storm.
-const GIVE_BACK_EVERY: Duration = Duration::from_mins(1);
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(30);
 /// How often old incident files are deleted.
 const RETENTION_EVERY: Duration = Duration::from_secs(600);
 
@@ -149,6 +149,7 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
                 continue;
             }
             _ = give_back.tick() => {
+                session.give_memory_back();
                 give_memory_back(locks);
                 continue;
             }

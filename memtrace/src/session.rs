@@ -426,6 +426,14 @@ impl Session {
         self.stacks.worker_health()
     }
 
+    /// Gives memory back that a storm took and nothing uses.
+    pub fn give_memory_back(&mut self) {
+        self.probe.give_memory_back();
+        self.stacks.give_memory_back();
+        self.out.outputs.shrink_to_fit();
+        self.out.requests.shrink_to_fit();
+    }
+
     /// The engine, for its counts and its snapshot.
     pub fn engine(&self) -> &Engine {
         &self.engine

@@ -1,17 +1,28 @@
 //! The agent in a small memory cgroup of its own, and after much has come and gone.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use memtrace_tests::actor::Actor;
 use memtrace_tests::agent::AgentOptions;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
+use memtrace_tests::deadline::{Deadline, SLOWNESS};
 use memtrace_tests::figures::say;
+use memtrace_tests::process::ProcRss;
 use memtrace_tests::trial::Trial;
 
 /// What the agent says that it needs.
 const NEEDED: u64 = 96 * MIB;
 const CGROUPS: usize = 20;
 const KILLS_EACH: usize = 3;
+/// Short processes, and how many on an emulated machine.
+const PASSING: [&str; 2] = ["20000", "2000"];
+/// What they may leave behind in the recorder, bytes.
+const LEFT_BEHIND: u64 = 5 * MIB;
+/// They are remembered for two minutes, because incidents look back at them; the rest is for a
+/// machine that is busy with other things, which both agents follow.
+const REMEMBERED: Duration = Duration::from_secs(600);
 
 #[test]
 fn with_too_little_memory_it_says_how_much_it_needs() -> anyhow::Result<()> {
@@ -40,4 +51,30 @@ fn with_what_it_needs_it_runs_through_a_storm_of_kills() -> anyhow::Result<()> {
     trial.end()?;
     cages.into_iter().try_for_each(Cage::remove)?;
     own.remove()
+}
+
+/// What an agent holds depends on what else the machine does, and did some minutes ago. So it is
+/// compared with an agent that has seen the same but the short processes.
+#[test]
+fn short_processes_that_are_gone_leave_little_behind() -> anyhow::Result<()> {
+    let (trial, cage) = (Trial::begin(&[])?, Cage::new("passing", 256 * MIB)?);
+    let held = |trial: &Trial| Ok::<_, anyhow::Error>(ProcRss::read(trial.agent.pid())?.anon);
+    let before = held(&trial)?;
+    let [here, emulated] = PASSING;
+    let count = if std::env::var_os(SLOWNESS).is_some() { emulated } else { here };
+    Actor::start(Some(&cage), &["passing", "--kib-each", "512", "--processes", count])?.finish()?;
+    let high = held(&trial)?;
+    let other = Trial::begin(&[])?;
+    let deadline = Deadline::after(REMEMBERED);
+    let (mut after, mut others) = (high, held(&other)?);
+    while after > others.max(before) + LEFT_BEHIND && !deadline.has_passed() {
+        std::thread::sleep(Duration::from_millis(500));
+        (after, others) = (held(&trial)?, held(&other)?);
+    }
+    let kib = [before, high, after, others].map(|bytes| bytes >> 10);
+    say(format_args!("private memory of the recorder before, then, in the end, and of another, KiB: {kib:?}"));
+    ensure!(after <= others.max(before) + LEFT_BEHIND, "KiB before, then, in the end, and of another: {kib:?}");
+    other.end()?;
+    trial.end()?;
+    cage.remove()
 }

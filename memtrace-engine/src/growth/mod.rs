@@ -11,14 +11,17 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use memtrace_common::event as wire;
 use memtrace_incident::{Cause, Cut};
 
+use crate::capacity;
 use crate::decode::{known, printable};
-use crate::input::{ModuleFound, PathFound, StackFound};
+use crate::input::{ModuleFound, PATH_TICKS, PathFound, StackFound};
 use crate::world::ProcessKey;
 
+mod modules;
 mod no_stack;
 mod paths;
 mod report;
 
+use modules::Modules;
 use no_stack::NoStackReason;
 use paths::Paths;
 
@@ -28,8 +31,6 @@ pub(crate) use report::{FILE_PATHS, FILE_SAMPLES, Window};
 /// Samples of all processes. At the cap samples of the same path that are close in time are joined,
 /// then the oldest are dropped and counted.
 const SAMPLES_CAP: usize = 65_536;
-/// Modules; the oldest is dropped.
-const MODULES_CAP: usize = 8192;
 /// Processes that samples refer to; unused ones are dropped first.
 const TASKS_CAP: usize = 32_768;
 /// Address spaces whose growth is followed, more than the kernel side follows; new ones are
@@ -49,8 +50,6 @@ const READINGS: usize = 64;
 /// Growth counts as from outside when this many samples in a row do not stand for it. One sample is
 /// not enough, because samples may arrive out of order.
 const RECENT: usize = 16;
-/// How often memory is given back that is needed no more, nanoseconds.
-const TIDY_NS: u64 = 10_000_000_000;
 /// Samples, and processes, that memory is kept for.
 const ROOM: usize = 1024;
 /// Width of the buckets of time in which samples are joined first.
@@ -112,8 +111,7 @@ struct GrowthOfSpace {
 /// State of attribution.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Attribution {
-    /// Cap: [`MODULES_CAP`].
-    modules: BTreeMap<u32, ModuleFound>,
+    modules: Modules,
     paths: Paths,
     /// Cap: [`TASKS_CAP`].
     tasks: BTreeMap<u32, GrownTask>,
@@ -126,8 +124,8 @@ pub(crate) struct Attribution {
     mappings: usize,
     /// Oldest first. Cap: [`SAMPLES_CAP`].
     samples: VecDeque<Sample>,
-    /// When memory was given back last, boot clock.
-    tidied_ns: u64,
+    /// Ticks so far: the time that paths and modules are remembered for.
+    ticks: u64,
     /// Samples that were joined with a neighbour since `samples` was last empty.
     joined: u64,
     /// Samples that were dropped at the cap because they could not be joined.
@@ -136,30 +134,37 @@ pub(crate) struct Attribution {
 
 impl Attribution {
     pub(crate) fn module(&mut self, found: &ModuleFound) {
-        if self.modules.len() >= MODULES_CAP && !self.modules.contains_key(&found.id) {
-            self.modules.pop_first();
+        if self.modules.is_full_for(found.id) {
+            self.modules.forget(&self.paths.modules(), self.ticks);
         }
         // Not escaped, because the symbolizer opens the module by this path. Reports escape it.
-        self.modules.insert(found.id, found.clone());
+        self.modules.insert(found, self.ticks);
     }
 
     pub(crate) fn path(&mut self, found: &PathFound) {
         if self.paths.is_full_for(found.id) {
             self.forget_paths();
         }
-        self.paths.insert(found);
+        self.paths.insert(found, self.ticks);
+        for module in found.frames.iter().filter_map(|frame| frame.module) {
+            self.modules.mark_used(module, self.ticks);
+        }
     }
 
-    /// Makes room for a path: drops old paths that no sample and no mapping refers to, then the
-    /// oldest.
-    fn forget_paths(&mut self) {
+    /// The paths that samples and mappings refer to.
+    fn referred_paths(&self) -> BTreeSet<u32> {
         let path_keys = self.samples.iter().filter_map(|sample| sample.of.ok());
-        let mut used: BTreeSet<u32> = path_keys
+        let mut referred: BTreeSet<u32> = path_keys
             .flat_map(|path_key| [Some(path_key.path), path_key.mapped_by.map(|(_, path)| path)])
             .flatten()
             .collect();
-        used.extend(self.spaces.values().flat_map(|space| space.mappings.values().map(|(.., path)| *path)));
-        self.paths.forget(&used);
+        referred.extend(self.spaces.values().flat_map(|space| space.mappings.values().map(|(.., path)| *path)));
+        referred
+    }
+
+    /// Makes room for a path. Samples of paths that are dropped for it are without a stack.
+    fn forget_paths(&mut self) {
+        self.paths.forget(&self.referred_paths(), self.ticks.saturating_sub(PATH_TICKS));
         for sample in &mut self.samples {
             if sample.of.is_ok_and(|path_key| self.paths.get(path_key.path).is_none()) {
                 sample.of = Err(NoStackReason::NotKept);
@@ -240,8 +245,8 @@ impl Attribution {
         }
     }
 
-    fn path_key(&self, task: u32, found: &StackFound) -> Result<PathKey, NoStackReason> {
-        let path = self.paths.get(found.path).ok_or(NoStackReason::NotKept)?;
+    fn path_key(&mut self, task: u32, found: &StackFound) -> Result<PathKey, NoStackReason> {
+        let path = self.paths.get_used(found.path, self.ticks).ok_or(NoStackReason::NotKept)?;
         if path.frames.iter().all(|frame| frame.kernel) {
             return Err(if path.cut == Some(Cut::Gone) { NoStackReason::Gone } else { NoStackReason::Unreadable });
         }
@@ -331,6 +336,7 @@ impl Attribution {
 
     /// Drops samples that no incident can need any more, and ends address spaces that are gone.
     pub(crate) fn tick(&mut self, now: u64, before_ns: u64, recorded_since: Option<u64>) {
+        self.ticks = self.ticks.saturating_add(1);
         let oldest = now.saturating_sub(before_ns.saturating_add(SLACK_NS)).min(recorded_since.unwrap_or(u64::MAX));
         while self.samples.front().is_some_and(|sample| sample.boot_ns < oldest) {
             self.samples.pop_front();
@@ -339,19 +345,18 @@ impl Attribution {
             self.joined = 0;
         }
         self.end_spaces(|_, space| space.gone_ns.is_some_and(|gone| gone.saturating_add(LATE_NS) < now));
-        if now.saturating_sub(self.tidied_ns) >= TIDY_NS {
-            self.tidied_ns = now;
-            self.tidy();
-        }
     }
 
     /// After many processes have come and gone their memory is given back.
-    fn tidy(&mut self) {
-        if self.samples.capacity() > 4 * self.samples.len().max(ROOM) {
-            self.samples.shrink_to(2 * self.samples.len().max(ROOM));
-        }
+    pub(crate) fn tidy(&mut self) {
+        capacity::shrink(&mut self.samples, ROOM);
         if self.tasks.len() > ROOM {
             self.forget_tasks();
+        }
+        let oldest = self.ticks.saturating_sub(PATH_TICKS);
+        if self.paths.may_have_unused(oldest) {
+            self.paths.forget_unused(&self.referred_paths(), oldest);
+            self.modules.forget_unused(&self.paths.modules(), oldest);
         }
     }
 
@@ -381,11 +386,13 @@ impl Attribution {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.samples.len() * size_of::<Sample>()
+        let of_space = |space: &GrowthOfSpace| (space.readings.capacity() + space.recent.capacity()) * 16;
+        self.samples.capacity() * size_of::<Sample>()
             + self.paths.memory_estimate()
-            + self.modules.len() * 160
+            + self.modules.memory_estimate()
             + self.tasks.len() * 128
             + self.spaces.len() * (size_of::<GrowthOfSpace>() + 48)
+            + self.spaces.values().map(of_space).sum::<usize>()
             + self.mappings * 48
     }
 }

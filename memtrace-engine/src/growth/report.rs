@@ -137,12 +137,12 @@ impl Attribution {
     }
 
     fn frame(&self, frame: &PathFrame) -> Frame {
-        let module = frame.module.and_then(|id| self.modules.get(&id));
+        let module = frame.module.and_then(|id| self.modules.get(id));
         Frame {
             module: module.map(|module| module.path.clone()).or(frame.jit.then(|| "[jit]".to_owned())),
             build_id: module.and_then(|module| module.build_id.clone()),
             offset: frame.offset,
-            symbol: frame.name.clone(),
+            symbol: frame.name.as_deref().map(str::to_owned),
             kernel: frame.kernel,
             ..Frame::default()
         }

@@ -10,7 +10,7 @@ use crate::test_support::{MIB, SEC, mm_gone, rss, start, task};
 const CGROUP: u64 = 7;
 
 fn path(id: u32, frames: &[&str]) -> PathFound {
-    let frame = |name: &&str| PathFrame { name: Some((*name).to_owned()), ..PathFrame::default() };
+    let frame = |name: &&str| PathFrame { name: Some((*name).into()), ..PathFrame::default() };
     PathFound { id, frames: frames.iter().map(frame).collect(), cut: None }
 }
 
@@ -188,7 +188,7 @@ fn a_window_names_a_mapping_made_before_it() {
 fn a_stack_without_a_frame_of_the_process_is_no_attribution() {
     let mut attribution = Attribution::default();
     let kernel = PathFrame { kernel: true, name: Some("do_anonymous_page".into()), ..PathFrame::default() };
-    attribution.path(&PathFound { id: 1, frames: vec![kernel], cut: Some(Cut::Gone) });
+    attribution.path(&PathFound { id: 1, frames: [kernel].into(), cut: Some(Cut::Gone) });
     attribution.stack(&stack(SEC, 5, Cause::Touch, MIB, MIB, 1));
     attribution.stack(&stack(SEC, 5, Cause::Touch, MIB, 2 * MIB, 9));
     let (paths, report) = report(&attribution, &whole());

@@ -3,12 +3,17 @@
 //! Modules and paths have numbers, so that a journal holds the frames of a stack once and not with
 //! every sample.
 
+use std::sync::Arc;
+
 use memtrace_incident::{Cause, Cut};
 use serde::{Deserialize, Serialize};
 
-/// How many of the newest paths the engine never forgets. Before a stack refers to an older path,
-/// the path has to be sent again.
+/// How many paths the engine never forgets: the latest of those that were sent, or that a stack
+/// referred to, within [`PATH_TICKS`]. Before a stack refers to another path, that has to be sent
+/// again.
 pub const PATHS_KNOWN: u32 = 8192;
+/// How many ticks ([`super::Fact::Tick`]) the engine remembers a path for that no sample refers to.
+pub const PATH_TICKS: u64 = 1800;
 
 /// A file that code was mapped from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,8 +31,9 @@ pub struct ModuleFound {
 pub struct PathFound {
     /// Number of the path, unique within the run.
     pub id: u32,
-    /// Frames, innermost first: kernel frames, then frames of the process.
-    pub frames: Vec<PathFrame>,
+    /// Frames, innermost first: kernel frames, then frames of the process. Whoever remembers the
+    /// path shares them.
+    pub frames: Arc<[PathFrame]>,
     /// Why the frames end before the outermost one; `None` when they do not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut: Option<Cut>,
@@ -46,7 +52,7 @@ pub struct PathFrame {
     /// Function name, for frames that can be named only while the process lives: in the kernel and
     /// in JIT-compiled code.
     #[serde(rename = "n", default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
+    pub name: Option<Arc<str>>,
     /// Whether this is a kernel frame.
     #[serde(rename = "k", default, skip_serializing_if = "std::ops::Not::not")]
     pub kernel: bool,
@@ -55,9 +61,9 @@ pub struct PathFrame {
     pub jit: bool,
 }
 
-/// Bytes of frames in memory.
+/// Bytes of frames in memory, as if nobody shared them.
 pub fn bytes_of_frames(frames: &[PathFrame]) -> usize {
-    let names = frames.iter().filter_map(|frame| frame.name.as_ref()).map(String::len);
+    let names = frames.iter().filter_map(|frame| frame.name.as_ref()).map(|name| name.len());
     names.fold(size_of_val(frames), usize::saturating_add)
 }
 

@@ -16,6 +16,7 @@ pub(crate) use room::Need;
 
 use super::timeline::RecentCurve;
 use super::{Point, Sums};
+use crate::capacity;
 use crate::decode::{Limit, Reading};
 
 /// Cgroups in the table, with removed ones. At the cap removed ones are dropped first, then idle
@@ -30,6 +31,9 @@ pub(crate) const DEPTH_CAP: usize = 16;
 pub(crate) const POINTS_CAP: usize = 180_000;
 /// Mapping notes of one cgroup; the oldest is dropped.
 const NOTES_CAP: usize = 256;
+/// Readings and notes stay this much longer than an incident looks back, because a near miss is
+/// reported long after it began.
+const SLACK_NS: u64 = 60_000_000_000;
 /// A lookup without an answer is requested again after this time.
 const LOOKUP_RETRY_NS: u64 = 5_000_000_000;
 
@@ -351,6 +355,21 @@ impl Cgroups {
         }
     }
 
+    /// Drops readings and notes that no incident can need but the last reading; gives memory back.
+    pub(crate) fn tidy(&mut self, now: u64, before_ns: u64) {
+        let oldest_ns = now.saturating_sub(before_ns.saturating_add(SLACK_NS));
+        for row in self.rows.values_mut() {
+            let before = row.timeline.len();
+            row.timeline.tidy(oldest_ns);
+            self.points = (self.points + row.timeline.len()).saturating_sub(before);
+            while row.notes.front().is_some_and(|note| note.boot_ns < oldest_ns) {
+                row.notes.pop_front();
+            }
+            capacity::shrink(&mut row.notes, 4);
+        }
+        capacity::shrink(&mut self.tombstones, 64);
+    }
+
     /// Limit of a cgroup in bytes; `None` when it has none or it is unknown.
     pub(crate) fn limit(&self, id: u64) -> Option<u64> {
         self.rows.get(&id).and_then(|row| row.last.limit.bytes())
@@ -371,9 +390,12 @@ impl Cgroups {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        let rows: usize =
-            self.rows.values().map(|r| r.path.as_ref().map_or(0, String::len) + r.notes.len() * 128).sum();
-        rows + self.rows.len() * (size_of::<CgroupRow>() + 32) + self.points * size_of::<Point>()
+        let of_row = |row: &CgroupRow| {
+            let curve = row.timeline.capacity() * size_of::<Point>();
+            row.path.as_ref().map_or(0, String::len) + row.notes.capacity() * 128 + curve
+        };
+        let rows: usize = self.rows.values().map(of_row).sum();
+        rows + self.rows.len() * (size_of::<CgroupRow>() + 32) + self.tombstones.capacity() * 8
     }
 }
 

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use memtrace_common::event as wire;
 use memtrace_incident::MappingNote;
 
+use crate::capacity;
 use crate::decode::{Reading, cgroup_id, field_text, known, printable};
 use crate::input::{CgroupFound, ProcessFound, Settings};
 
@@ -390,6 +391,12 @@ impl World {
         self.rebuild_if_due(now);
     }
 
+    /// Drops readings and mappings that no incident can need any more, and gives memory back.
+    pub(crate) fn tidy(&mut self, now: u64) {
+        self.cgroups.tidy(now, self.before_ns);
+        capacity::shrink(&mut self.dying, 64);
+    }
+
     /// Resident memory of a process now; `None` when it has no known address space.
     pub(crate) fn sums_of(&self, row: &ProcessRow) -> Option<Sums> {
         self.space_sums(row.mm?)
@@ -419,7 +426,10 @@ impl World {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        self.processes.memory_estimate() + self.cgroups.memory_estimate() + self.spaces.len() * 180
+        self.processes.memory_estimate()
+            + self.cgroups.memory_estimate()
+            + self.spaces.len() * 180
+            + self.dying.capacity() * 16
     }
 
     /// The key of a live process, which is inserted when there is none. Older processes with the

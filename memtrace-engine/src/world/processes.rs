@@ -119,8 +119,14 @@ impl History {
         self.points.iter().rev().find(|(ns, _)| *ns <= boot_ns).map(|(_, rss)| *rss)
     }
 
-    pub(crate) fn len(&self) -> usize {
+    #[cfg(test)]
+    fn len(&self) -> usize {
         self.points.len()
+    }
+
+    /// Bytes that memory is allocated for.
+    fn bytes(&self) -> usize {
+        self.points.capacity() * size_of::<(u64, u64)>()
     }
 }
 
@@ -280,8 +286,8 @@ impl Processes {
     }
 
     pub(crate) fn memory_estimate(&self) -> usize {
-        let history: usize = self.rows.values().map(|r| r.history.len() * 16 + r.comm.len()).sum();
-        self.rows.len() * (size_of::<ProcessRow>() + 32) + self.dead.len() * 24 + history
+        let history: usize = self.rows.values().map(|r| r.history.bytes() + r.comm.len()).sum();
+        self.rows.len() * (size_of::<ProcessRow>() + 32) + self.dead.capacity() * 24 + history
     }
 }
 

@@ -11,6 +11,7 @@ use std::ops::RangeInclusive;
 use memtrace_common::event::{NO_LIMIT, UNKNOWN};
 use memtrace_incident::Columns;
 
+use crate::capacity;
 use crate::decode::{Reading, known};
 
 /// Every reading stays this long, up to [`FINE_CAP`] of them.
@@ -292,6 +293,23 @@ impl RecentCurve {
         *self = Self { newest_ns: self.newest_ns, ..Self::default() };
     }
 
+    /// Drops readings from before `oldest_ns` but the last of all, and gives memory back.
+    pub(crate) fn tidy(&mut self, oldest_ns: u64) {
+        let mut left = self.len();
+        for tier in [&mut self.old, &mut self.coarse, &mut self.mid, &mut self.fine] {
+            while left > 1 && tier.points.front().is_some_and(|point| point.boot_ns < oldest_ns) {
+                tier.points.pop_front();
+                left -= 1;
+            }
+            capacity::shrink(&mut tier.points, 4);
+        }
+    }
+
+    /// Readings that memory is allocated for.
+    pub(crate) fn capacity(&self) -> usize {
+        [&self.fine, &self.mid, &self.coarse, &self.old].iter().map(|tier| tier.points.capacity()).sum()
+    }
+
     /// Readings within a span of boot-clock times, oldest first.
     pub(crate) fn rows(&self, span: RangeInclusive<u64>) -> impl Iterator<Item = &Point> {
         [&self.old, &self.coarse, &self.mid, &self.fine]
@@ -387,6 +405,20 @@ mod tests {
         }
         assert_eq!(t.len(), 2000);
         assert_eq!(columns(rows(&t).iter()).1, 0);
+    }
+
+    #[test]
+    fn what_no_window_reaches_goes_but_the_last_reading() {
+        let mut t = RecentCurve::default();
+        for i in 0..30_000u64 {
+            t.insert(at(i * 1_000_000, i % 977), BEFORE);
+        }
+        let (before, newest) = (rows(&t), rows(&t).last().copied());
+        t.tidy(20_000_000_000);
+        assert_eq!(rows(&t), before.into_iter().filter(|p| p.boot_ns >= 20_000_000_000).collect::<Vec<_>>());
+        assert!(t.capacity() <= 2 * t.len() + 16, "{}", t.capacity());
+        t.tidy(u64::MAX);
+        assert!(rows(&t).last().copied() == newest && t.len() == 1 && t.capacity() <= 32, "{}", t.capacity());
     }
 
     #[test]

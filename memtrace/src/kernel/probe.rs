@@ -188,6 +188,12 @@ impl Probe {
         (records, more)
     }
 
+    /// Gives back what the last batches took: those of a storm are large.
+    pub fn give_memory_back(&mut self) {
+        self.arena = Vec::new();
+        self.slots = Vec::new();
+    }
+
     /// The descriptor of the STACKS ring, for [`stack_ring::StackRing`].
     pub fn stacks_fd(&self) -> Option<BorrowedFd<'_>> {
         self.ebpf.maps().find_map(|(name, map)| match map {

@@ -20,6 +20,7 @@ use super::stack_worker::{ModuleFile, StackWorker, WorkerHealth};
 use crate::clock;
 use crate::kernel::probe::Probe;
 use crate::stacks::messages::{ModuleLabel, StackCounts, ToWorker};
+use crate::stacks::path_numbers::FORGET_SECONDS;
 use crate::stacks::renumbering::Renumbering;
 use crate::stacks::sampling_rate::{SamplingRate, StackCost};
 
@@ -38,6 +39,8 @@ const KEEP_FILES_FOR_NAMES: Duration = Duration::from_secs(10);
 pub(super) struct StackPipeline {
     worker: StackWorker,
     numbers: Renumbering,
+    /// Calls of [`StackPipeline::maintain`].
+    seconds: u32,
     rate: SamplingRate,
     /// When the rate was adjusted last, boot clock.
     adjusted_ns: u64,
@@ -67,6 +70,7 @@ impl StackPipeline {
         Ok(Self {
             worker: StackWorker::start(ring, budget_ppm)?,
             numbers: Renumbering::default(),
+            seconds: 0,
             rate: SamplingRate::new(sample_bytes, budget_ppm),
             adjusted_ns: clock::boot_ns(),
             spent: Duration::ZERO,
@@ -124,6 +128,11 @@ impl StackPipeline {
         for id in std::mem::take(&mut self.made) {
             self.sample(id, probe, engine);
         }
+    }
+
+    /// Gives memory back that messages of the worker took.
+    pub(super) fn give_memory_back(&mut self) {
+        self.worker.give_memory_back();
     }
 
     /// Waits until the worker has something.
@@ -202,6 +211,11 @@ impl StackPipeline {
             }
         }
         self.adjusted_ns = now;
+        self.seconds = self.seconds.wrapping_add(1);
+        // The engine counts ticks for the same purpose: both stand still with the loop.
+        if self.seconds.is_multiple_of(FORGET_SECONDS) {
+            self.numbers.forget_unused();
+        }
         self.worker.ask(self.keep_files);
     }
 

@@ -190,6 +190,14 @@ impl StackWorker {
         !self.batches.is_empty()
     }
 
+    /// Gives memory back that its messages took.
+    pub(super) fn give_memory_back(&mut self) {
+        self.batches.give_memory_back();
+        if let Some(running) = &mut self.running {
+            running.give_memory_back();
+        }
+    }
+
     /// Says something to the worker, if there is one that listens.
     pub(super) fn say(&mut self, message: &ToWorker) {
         if let Some(running) = &mut self.running {

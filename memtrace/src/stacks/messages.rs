@@ -355,6 +355,13 @@ impl Incoming {
         Ok(Some((serde_json::from_slice(frame.get(4..).unwrap_or_default())?, length)))
     }
 
+    /// Gives memory back that is not used.
+    pub fn give_memory_back(&mut self) {
+        self.bytes.shrink_to_fit();
+        self.fds.shrink_to_fit();
+        self.buffer = Vec::new();
+    }
+
     /// The next descriptor that came.
     pub fn next_fd(&mut self) -> Option<OwnedFd> {
         self.fds.pop_front()

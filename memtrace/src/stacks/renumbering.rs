@@ -4,22 +4,27 @@
 //! other. The engine and the journal want numbers that are unique within the run, and each segment of
 //! the journal wants what its stacks refer to: see [`super::path_numbers`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use memtrace_engine::input::{Fact, ModuleFound, PathFound, PathFrame, StackFound, bytes_of_frames};
-use memtrace_incident::Cut;
 use memtrace_unwind::modules::ModuleId;
 
-use super::path_numbers::{self, PathNumbers};
+use super::path_numbers::{self, Path, PathNumbers};
+use super::shared_names::SharedNames;
 
 /// Paths of one worker that are remembered, their bytes, and its modules: twice what it may refer
 /// to, so that nothing is forgotten that it does not state again.
 const MAX_PATHS: usize = 2 * path_numbers::MAX_PATHS;
 const MAX_PATH_BYTES: usize = 2 * path_numbers::MAX_PATH_BYTES;
 const MAX_NUMBERS: usize = 2 * path_numbers::MAX_MODULES;
-/// Names of modules, and bytes of their paths.
-const MAX_MODULES: usize = 16_384;
-const MAX_NAME_BYTES: usize = 8 << 20;
+/// Names of modules, and bytes of their paths; above it those that no path refers to are forgotten,
+/// then those that were stated longest ago.
+const MAX_MODULES: usize = 2 * path_numbers::MAX_MODULES;
+const MAX_NAME_BYTES: usize = 2 * path_numbers::MAX_MODULE_BYTES;
+/// For how many times [`path_numbers::FORGET_SECONDS`] paths of the worker are remembered that it
+/// does not refer to. It forgets them after two.
+const MAX_AGE: u64 = 3;
 
 /// The numbers of the run, and those of the worker that runs.
 #[derive(Debug, Default)]
@@ -29,22 +34,45 @@ pub struct Renumbering {
     /// Numbers by path and build id: a file that another worker finds keeps its number. Cap: that of
     /// `names`.
     same: BTreeMap<(String, String), u32>,
-    /// Names by number of the run. Cap: [`MAX_MODULES`] and [`MAX_NAME_BYTES`], the newest.
-    names: BTreeMap<u32, (String, Option<String>)>,
+    /// Names by number of the run. Cap: [`MAX_MODULES`] and [`MAX_NAME_BYTES`], and one.
+    names: BTreeMap<u32, ModuleName>,
     /// Bytes of the paths in `names`.
     name_bytes: usize,
     /// Number of the run by number of the worker. Cap: [`MAX_NUMBERS`], the newest.
     modules: BTreeMap<u32, u32>,
-    /// Frames by number of the worker. Cap: [`MAX_PATHS`] and [`MAX_PATH_BYTES`], the newest.
-    frames: BTreeMap<u32, (Vec<PathFrame>, Option<Cut>)>,
+    /// By number of the worker. Cap: [`MAX_PATHS`] and [`MAX_PATH_BYTES`]; those used last stay.
+    frames: BTreeMap<u32, WorkerPath>,
     /// Bytes in `frames`.
     path_bytes: usize,
+    /// Names of functions in `frames`.
+    functions: SharedNames,
+    /// Orders what was stated.
+    stated: u64,
+    /// Calls of [`Renumbering::forget_unused`].
+    age: u64,
     /// Stacks whose path is not known.
     without_frames: u64,
     /// Numbers of the run by number of the worker, as long as `paths` is of this generation: most
     /// stacks are known. Cap: [`MAX_PATHS`].
     known: BTreeMap<u32, u32>,
     generation: u64,
+}
+
+/// A module of the run.
+#[derive(Debug)]
+struct ModuleName {
+    path: String,
+    build_id: Option<String>,
+    /// When it was stated last, in the order of `stated`.
+    stated: u64,
+}
+
+/// A path of the worker.
+#[derive(Debug)]
+struct WorkerPath {
+    path: Path,
+    /// The [`Renumbering::age`] when it was stated or referred to last.
+    age: u64,
 }
 
 impl Renumbering {
@@ -95,9 +123,11 @@ impl Renumbering {
         {
             return Some(*number);
         }
-        let frames = self.frames.get(&path).cloned()?;
+        let known = self.frames.get_mut(&path)?;
+        known.age = self.age;
         let names = &self.names;
-        let number = self.paths.number(frames, |id: ModuleId| names.get(&id.0).cloned(), facts);
+        let name = |id: ModuleId| names.get(&id.0).map(|name| (name.path.clone(), name.build_id.clone()));
+        let number = self.paths.number(known.path.clone(), name, facts);
         if self.generation != self.paths.generation() || self.known.len() >= MAX_PATHS {
             self.generation = self.paths.generation();
             self.known.clear();
@@ -110,16 +140,18 @@ impl Renumbering {
         let same = module.build_id.clone().map(|build_id| (module.path.clone(), build_id));
         let known = same.as_ref().and_then(|same| self.same.get(same).copied());
         let number = known.unwrap_or(self.next_module);
-        if known.is_none() {
+        self.stated = self.stated.saturating_add(1);
+        let stated = self.stated;
+        if let Some(name) = self.names.get_mut(&number) {
+            name.stated = stated;
+        } else {
+            if self.names.len() >= MAX_MODULES || self.name_bytes >= MAX_NAME_BYTES {
+                self.make_room_for_names();
+            }
             self.next_module = self.next_module.wrapping_add(1);
             self.name_bytes = self.name_bytes.saturating_add(module.path.len());
-            self.names.insert(number, (module.path, module.build_id));
+            self.names.insert(number, ModuleName { path: module.path, build_id: module.build_id, stated });
             self.same.extend(same.map(|same| (same, number)));
-            while self.names.len() > MAX_MODULES || self.name_bytes > MAX_NAME_BYTES {
-                let Some((_, (path, build_id))) = self.names.pop_first() else { break };
-                self.name_bytes = self.name_bytes.saturating_sub(path.len());
-                build_id.map(|build_id| self.same.remove(&(path, build_id)));
-            }
         }
         self.modules.insert(module.id, number);
         if self.modules.len() > MAX_NUMBERS {
@@ -127,24 +159,90 @@ impl Renumbering {
         }
     }
 
+    /// Modules that frames refer to.
+    fn modules_of_frames(&self) -> BTreeSet<u32> {
+        let frames = self.frames.values().flat_map(|known| known.path.0.iter());
+        frames.filter_map(|frame| frame.module).collect()
+    }
+
+    /// Forgets names that no path refers to, then those that were stated longest ago. The paths of
+    /// modules that were stated just now are still to come.
+    fn make_room_for_names(&mut self) {
+        let referred = self.modules_of_frames();
+        let recent = self.stated.saturating_sub((MAX_MODULES / 8) as u64);
+        let order = |(number, name): (&u32, &ModuleName)| {
+            (referred.contains(number) || name.stated > recent, name.stated, *number)
+        };
+        let mut order: Vec<(bool, u64, u32)> = self.names.iter().map(order).collect();
+        order.sort_unstable();
+        for (.., number) in order {
+            if self.names.len() < MAX_MODULES / 8 * 7 && self.name_bytes < MAX_NAME_BYTES / 8 * 7 {
+                break;
+            }
+            self.forget_name(number);
+        }
+        let names = &self.names;
+        self.modules.retain(|_, number| names.contains_key(number));
+    }
+
+    fn forget_name(&mut self, number: u32) {
+        let Some(ModuleName { path, build_id, .. }) = self.names.remove(&number) else { return };
+        self.name_bytes = self.name_bytes.saturating_sub(path.len());
+        build_id.map(|build_id| self.same.remove(&(path, build_id)));
+    }
+
     fn path(&mut self, path: PathFound) {
-        let modules = &self.modules;
-        let renumber =
-            |frame: PathFrame| PathFrame { module: frame.module.and_then(|id| modules.get(&id).copied()), ..frame };
-        let frames: Vec<PathFrame> = path.frames.into_iter().map(renumber).collect();
+        let Self { modules, functions, .. } = self;
+        let renumber = |frame: &PathFrame| PathFrame {
+            module: frame.module.and_then(|id| modules.get(&id).copied()),
+            offset: frame.offset,
+            name: frame.name.as_ref().map(|name| functions.share(name)),
+            kernel: frame.kernel,
+            jit: frame.jit,
+        };
+        let frames: Arc<[PathFrame]> = path.frames.iter().map(renumber).collect();
         self.path_bytes = self.path_bytes.saturating_add(bytes_of_frames(&frames));
         self.known.remove(&path.id);
-        if let Some((before, _)) = self.frames.insert(path.id, (frames, path.cut)) {
+        let known = WorkerPath { path: (frames, path.cut), age: self.age };
+        if let Some(before) = self.frames.insert(path.id, known) {
             self.forgot(&before);
         }
-        while self.frames.len() > MAX_PATHS || self.path_bytes > MAX_PATH_BYTES {
-            let Some((_, (frames, _))) = self.frames.pop_first() else { break };
-            self.forgot(&frames);
+        if self.frames.len() > MAX_PATHS || self.path_bytes > MAX_PATH_BYTES {
+            self.make_room_for_paths();
         }
     }
 
-    fn forgot(&mut self, frames: &[PathFrame]) {
-        self.path_bytes = self.path_bytes.saturating_sub(bytes_of_frames(frames));
+    fn make_room_for_paths(&mut self) {
+        let mut order: Vec<(u64, u32)> = self.frames.iter().map(|(id, known)| (known.age, *id)).collect();
+        order.sort_unstable();
+        for (_, id) in order {
+            if self.frames.len() < MAX_PATHS / 8 * 7 && self.path_bytes < MAX_PATH_BYTES / 8 * 7 {
+                break;
+            }
+            if let Some(known) = self.frames.remove(&id) {
+                self.forgot(&known);
+            }
+        }
+    }
+
+    fn forgot(&mut self, known: &WorkerPath) {
+        self.path_bytes = self.path_bytes.saturating_sub(bytes_of_frames(&known.path.0));
+    }
+
+    /// Forgets paths that are not in use any more, and modules that no path refers to. Call it once
+    /// in [`path_numbers::FORGET_SECONDS`].
+    pub fn forget_unused(&mut self) {
+        self.age = self.age.saturating_add(1);
+        self.paths.forget_unused();
+        self.known.clear();
+        let oldest = self.age.saturating_sub(MAX_AGE);
+        self.frames.retain(|_, known| known.age >= oldest);
+        self.path_bytes = self.frames.values().map(|known| bytes_of_frames(&known.path.0)).sum();
+        self.functions.forget_unused();
+        let referred = self.modules_of_frames();
+        let unused: Vec<u32> = self.names.keys().filter(|number| !referred.contains(number)).copied().collect();
+        unused.into_iter().for_each(|number| self.forget_name(number));
+        self.modules.retain(|_, number| referred.contains(number));
     }
 }
 
@@ -214,15 +312,39 @@ mod tests {
             numbers.renumber(vec![module(id, file, Some(&build_id)), path(id, &[id; 32])]);
         }
         for id in 0..4 * MAX_PATHS as u32 {
-            let frame = PathFrame { name: Some(long.clone()), jit: true, ..PathFrame::default() };
-            numbers.renumber([Fact::Path(PathFound { id, frames: vec![frame], cut: None })]);
+            let frame = PathFrame { name: Some(long.as_str().into()), jit: true, ..PathFrame::default() };
+            numbers.renumber([Fact::Path(PathFound { id, frames: [frame].into(), cut: None })]);
         }
         assert!(numbers.frames.len() <= MAX_PATHS && numbers.path_bytes <= MAX_PATH_BYTES);
-        let bytes: usize = numbers.frames.values().map(|(frames, _)| bytes_of_frames(frames)).sum();
+        let bytes: usize = numbers.frames.values().map(|known| bytes_of_frames(&known.path.0)).sum();
         assert_eq!(numbers.path_bytes, bytes);
-        assert!(numbers.names.len() <= MAX_MODULES && numbers.name_bytes <= MAX_NAME_BYTES);
+        assert!(numbers.names.len() <= MAX_MODULES && numbers.name_bytes <= MAX_NAME_BYTES + 4096);
         assert!(numbers.same.len() <= numbers.names.len() && numbers.modules.len() <= MAX_NUMBERS);
-        assert_eq!(numbers.name_bytes, numbers.names.values().map(|(path, _)| path.len()).sum::<usize>());
+        assert_eq!(numbers.name_bytes, numbers.names.values().map(|name| name.path.len()).sum::<usize>());
+    }
+
+    #[test]
+    fn what_the_worker_refers_to_no_more_is_forgotten_long_after_it() {
+        let mut numbers = Renumbering::default();
+        for id in 0..100 {
+            let build_id = id.to_string();
+            let facts = vec![module(id, &format!("/lib/{id}"), Some(&build_id)), path(id, &[id]), stack(id)];
+            assert_eq!(numbers.renumber(facts.clone()), facts);
+        }
+        for _ in 0..MAX_AGE {
+            numbers.forget_unused();
+            assert_eq!(numbers.renumber(vec![stack(7)]), [stack(7)], "it is in use");
+        }
+        let late = numbers.renumber(vec![stack(8)]);
+        assert_eq!(late, [module(8, "/lib/8", Some("8")), path(100, &[8]), stack(100)], "the worker may know it");
+        numbers.forget_unused();
+        assert_eq!(
+            (numbers.frames.len(), numbers.names.len(), numbers.modules.len(), numbers.same.len()),
+            (2, 2, 2, 2)
+        );
+        assert_eq!(numbers.path_bytes, 2 * size_of::<PathFrame>());
+        (0..=MAX_AGE).for_each(|_| numbers.forget_unused());
+        assert_eq!((numbers.frames.len(), numbers.names.len(), numbers.name_bytes, numbers.path_bytes), (0, 0, 0, 0));
     }
 
     /// A worker forgets its numbers when they are too many, and states again what it refers to.

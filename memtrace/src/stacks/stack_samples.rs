@@ -23,7 +23,8 @@ use memtrace_unwind::unwind::{Truncation, UnwoundFrame};
 use super::kallsyms::KernelSymbols;
 use super::kernel_stacks::KernelStackQueue;
 use super::messages::StackCounts;
-use super::path_numbers::PathNumbers;
+use super::path_numbers::{Path, PathNumbers};
+use super::shared_names::SharedNames;
 
 /// Facts, and bytes of them, that are worth a message of their own.
 pub const FULL_FACTS: usize = 256;
@@ -40,6 +41,8 @@ pub struct StackSamples {
     processes: ProcessCache,
     kernel_stacks: KernelStackQueue,
     symbols: KernelSymbols,
+    /// Names of kernel functions in `paths`.
+    functions: SharedNames,
     /// What was found, in order. Cap: [`FULL_FACTS`] and [`FULL_BYTES`], and what one sample states.
     waiting: VecDeque<Fact>,
     /// Bytes of `waiting`, about.
@@ -62,6 +65,7 @@ impl StackSamples {
             processes: ProcessCache::new(gate),
             kernel_stacks: KernelStackQueue::default(),
             symbols: KernelSymbols::read(),
+            functions: SharedNames::default(),
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             paths: PathNumbers::default(),
@@ -117,7 +121,7 @@ impl StackSamples {
     }
 
     /// The number of a path, which is stated first if that is due.
-    fn path(&mut self, path: (Vec<PathFrame>, Option<Cut>)) -> u32 {
+    fn path(&mut self, path: Path) -> u32 {
         let (mut facts, processes) = (Vec::new(), &self.processes);
         let number = self.paths.number(path, |id| processes.module(id), &mut facts);
         facts.into_iter().for_each(|fact| self.wait(fact));
@@ -216,7 +220,10 @@ impl StackSamples {
         let addresses = addresses.iter().filter(|address| **address != 0);
         let names: Vec<Option<String>> = addresses.map(|address| self.symbols.name(*address)).collect();
         let first = names.iter().rposition(|name| name.as_deref().is_some_and(is_tracer)).map_or(0, |last| last + 1);
-        let frame = |name| PathFrame { name, kernel: true, ..PathFrame::default() };
+        let functions = &mut self.functions;
+        let mut share = |name: String| functions.share(&name);
+        let frame =
+            |name: Option<String>| PathFrame { name: name.map(&mut share), kernel: true, ..PathFrame::default() };
         names.into_iter().skip(first).map(frame).collect()
     }
 
@@ -224,6 +231,13 @@ impl StackSamples {
     /// by now. Call it about once a second.
     pub fn tick(&mut self, keep_files: Duration) {
         self.processes.tick(keep_files);
+    }
+
+    /// Forgets stacks that are not seen any more. Call it once in
+    /// [`super::path_numbers::FORGET_SECONDS`].
+    pub fn forget_unused(&mut self) {
+        self.paths.forget_unused();
+        self.functions.forget_unused();
     }
 
     /// Modules whose content can be read now: functions are named from it.
@@ -267,7 +281,7 @@ fn path_frame(frame: &UnwoundFrame) -> PathFrame {
     PathFrame {
         module: frame.module.map(|module| module.0),
         offset: frame.offset,
-        name: frame.name.as_ref().map(|name| name.to_string()),
+        name: frame.name.clone(),
         kernel: false,
         jit: frame.jit,
     }
@@ -319,11 +333,11 @@ mod tests {
     fn whatever_a_program_calls_its_functions_a_message_has_room() {
         let mut samples = StackSamples::new(Gate::default());
         let name = "\u{1}".repeat(MAX_NAME_BYTES / MAX_FRAMES);
-        let jit = PathFrame { name: Some(name), jit: true, offset: Some(u64::MAX), ..PathFrame::default() };
+        let jit = PathFrame { name: Some(name.into()), jit: true, offset: Some(u64::MAX), ..PathFrame::default() };
         for id in 0..100 {
             let path = "\u{1}".repeat(4096);
             (0..50).for_each(|_| samples.wait(Fact::Module(ModuleFound { id, path: path.clone(), build_id: None })));
-            samples.wait(Fact::Path(PathFound { id, frames: vec![jit.clone(); MAX_FRAMES], cut: None }));
+            samples.wait(Fact::Path(PathFound { id, frames: vec![jit.clone(); MAX_FRAMES].into(), cut: None }));
             assert!(samples.is_full(), "the ring is drained no further");
         }
         let mut found = 0;

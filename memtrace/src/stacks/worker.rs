@@ -28,6 +28,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabiliti
 use super::messages::{
     Batch, FromWorker, Incoming, MAX_FDS, ModuleLabel, OpenLabel, StackRow, Start, ToWorker, frame, send_with_fds,
 };
+use super::path_numbers::FORGET_SECONDS;
 use super::stack_samples::StackSamples;
 use crate::clock;
 use crate::kernel::probe::stack_ring::StackRing;
@@ -92,7 +93,10 @@ fn work(socket: &Rc<UnixStream>) -> anyhow::Result<()> {
         keep_files: Duration::ZERO,
         skipped,
         resident_bytes: 0,
+        forgot: Instant::now(),
     };
+    // The kernel's symbols took more than they keep.
+    own_process::trim_memory();
     worker.send_batch(1)?;
     loop {
         if !worker.turn()? {
@@ -205,6 +209,8 @@ struct Worker {
     skipped: u64,
     /// Resident memory when an answer was given last, bytes.
     resident_bytes: u64,
+    /// When stacks that are not seen any more were forgotten last.
+    forgot: Instant,
 }
 
 impl Worker {
@@ -266,11 +272,22 @@ impl Worker {
                     }
                 }
                 self.samples.tick(self.keep_files);
+                self.forget_unused();
                 self.send_batch(number)?;
             }
             ToWorker::Modules { number, wanted } => self.send_modules(number, &wanted)?,
         }
         Ok(())
+    }
+
+    /// Forgets stacks that are not seen any more, and gives their memory back, when it is time.
+    fn forget_unused(&mut self) {
+        if self.forgot.elapsed() >= Duration::from_secs(FORGET_SECONDS.into()) {
+            self.forgot = Instant::now();
+            self.samples.forget_unused();
+            self.incoming.give_memory_back();
+            own_process::trim_memory();
+        }
     }
 
     /// Sends what waits, in parts that are small enough; the last one has the number.

@@ -280,7 +280,7 @@ pub(crate) fn path(id: u32, modules: u32) -> Fact {
         let module = Some((id + n) % modules.max(1));
         PathFrame { module, offset: Some(u64::from(id * 16 + n)), ..PathFrame::default() }
     };
-    let kernel = PathFrame { name: Some("handle_mm_fault".to_owned()), kernel: true, ..PathFrame::default() };
+    let kernel = PathFrame { name: Some("handle_mm_fault".into()), kernel: true, ..PathFrame::default() };
     let frames = std::iter::once(kernel).chain((0..id % 7).map(frame)).collect();
     Fact::Path(PathFound { id, frames, cut: None })
 }

@@ -32,6 +32,10 @@ impl Batches {
         self.waiting.push_back((worker, batch, bytes));
     }
 
+    pub(super) fn give_memory_back(&mut self) {
+        self.waiting.shrink_to_fit();
+    }
+
     /// The next one, with the number of the worker that its numbers are of.
     pub(super) fn pop(&mut self) -> Option<(u64, Batch)> {
         let (worker, batch, bytes) = self.waiting.pop_front()?;

@@ -168,6 +168,11 @@ impl Running {
         }
     }
 
+    pub(super) fn give_memory_back(&mut self) {
+        self.incoming.give_memory_back();
+        self.outgoing.shrink_to_fit();
+    }
+
     /// False if there is no room for it.
     pub(super) fn queue(&mut self, message: &ToWorker) -> bool {
         let Ok(bytes) = frame(message) else { return false };

@@ -1,5 +1,6 @@
 //! Workloads of several processes. Children print to the same stdout, each with its own `start`.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
@@ -108,6 +109,26 @@ fn stand(swing: bool) -> ! {
             raw::leave();
         }
     }
+}
+
+/// Short processes, up to 64 at a time: each touches `kib_each` and ends.
+pub(crate) fn passing(processes: usize, kib_each: usize) -> anyhow::Result<()> {
+    const AT_ONCE: usize = 64;
+    let mut running = VecDeque::with_capacity(AT_ONCE);
+    for _ in 0..processes {
+        let child = raw::fork()?;
+        if child == 0 {
+            memory::touch(&mut vec![0u8; kib_each << 10]);
+            raw::leave();
+        }
+        running.push_back(child);
+        if running.len() >= AT_ONCE
+            && let Some(oldest) = running.pop_front()
+        {
+            raw::wait(oldest)?;
+        }
+    }
+    running.into_iter().try_for_each(|child| raw::wait(child).map(drop))
 }
 
 /// Forks children that wait, and kills each.

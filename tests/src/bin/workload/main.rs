@@ -240,6 +240,13 @@ enum What {
     KillSelf,
     /// One thing over and over for a time; says how often
     Loop(loops::LoopArgs),
+    /// Fork children that each touch some memory and end, up to 64 at a time
+    Passing {
+        #[arg(long)]
+        processes: usize,
+        #[arg(long)]
+        kib_each: usize,
+    },
     /// Children that are forked and wait, until the end of stdin; says who they are
     Crowd {
         #[arg(long)]
@@ -336,6 +343,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         }
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,
+        What::Passing { processes, kib_each } => family::passing(processes, kib_each)?,
         What::Crowd { processes, swing } => family::crowd(processes, swing)?,
         What::Rounds { operation, rounds, file } => counted::rounds(operation, rounds, &file)?,
         What::UntilKilled { stamp } => counted::until_killed(&stamp)?,
