@@ -12,11 +12,13 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::CapabilitySet;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use crate::own_process::rights::{NAMING, RECORDER};
 use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 use crate::{clock, host, own_process};
@@ -72,6 +74,8 @@ pub fn run(config: AgentConfig) -> anyhow::Result<()> {
         .enable_all()
         // For the naming of functions; each thread costs memory.
         .max_blocking_threads(1)
+        .thread_name(NAMING.thread)
+        .on_thread_start(|| NAMING.keep_capabilities())
         .build()
         .context("failed to start the runtime")?;
     let outcome = runtime.block_on(serve_and_trace(config));
@@ -99,6 +103,8 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     // The kernel's types took much, and locked pages cannot be given back.
     own_process::trim_memory();
     let locks = lock_memory();
+    // The last moment with one thread: the others begin with what this one keeps.
+    RECORDER.enter();
     let mut keeper = keep_account(&config, &session, last_run.as_ref(), &mut sinks)?;
     warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
@@ -106,7 +112,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
     if let Some(listener) = listener {
         let incidents = Arc::new(IncidentReader::at(&config.state_dir));
         let names = HostNames::with_own(&config.allow_hosts);
-        serve::start(listener, AppState::new(sender.clone(), incidents, names, ServerLimits::default()))?;
+        serve::start(listener, AppState::new(sender.clone(), incidents, names, ServerLimits::default())?)?;
     }
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -277,10 +283,13 @@ fn answer(request: LoopRequest, session: &Session, sinks: &Sinks, symbolize: &Sy
     }
 }
 
-/// Keeps the agent from being paged out when memory runs out, which is when it is needed (CAP_IPC_LOCK). `ONFAULT` locks
-/// pages as they are touched; without it everything that is mapped would become resident. Whether it does.
+/// Keeps the agent from being paged out when memory runs out, which is when it is needed. `ONFAULT` locks pages as they
+/// are touched; without it everything that is mapped would become resident. Whether it does. With a limit of locked
+/// memory and without CAP_IPC_LOCK nothing is locked: what is taken later would be refused at the limit.
 fn lock_memory() -> bool {
-    let locked = mlockall(LOCK);
+    let held = rustix::thread::capabilities(None).is_ok_and(|held| held.effective.contains(CapabilitySet::IPC_LOCK));
+    let may_lock = held || getrlimit(Resource::Memlock).current.is_none();
+    let locked = if may_lock { mlockall(LOCK) } else { Err(rustix::io::Errno::PERM) };
     if let Err(error) = locked {
         warn!("memory is not locked ({error}): in a global shortage the agent may be paged out; give CAP_IPC_LOCK");
     }

@@ -1,5 +1,9 @@
 //! What this process takes, and may take.
 
+pub mod capability;
+pub mod rights;
+pub mod syscalls;
+
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Resident memory of this process, bytes; `None` when /proc does not say.

@@ -20,6 +20,7 @@ use super::by_id::ById;
 use super::files::id_of;
 use super::hierarchy::Hierarchy;
 use crate::clock;
+use crate::own_process::rights::ASKER;
 
 /// Asks on their way to the thread, and answers on their way back, each.
 const QUEUE_CAP: usize = 1024;
@@ -63,8 +64,11 @@ impl Asker {
     pub(super) fn start(hierarchy: Hierarchy) -> Option<Self> {
         let (asks, asked) = sync_channel(QUEUE_CAP);
         let (answers, found) = sync_channel(QUEUE_CAP);
-        let run = move || Lookups::new(hierarchy, asked, answers).run();
-        thread::Builder::new().name("cgroups".to_owned()).spawn(run).ok()?;
+        let run = move || {
+            ASKER.keep_capabilities();
+            Lookups::new(hierarchy, asked, answers).run();
+        };
+        thread::Builder::new().name(ASKER.thread.to_owned()).spawn(run).ok()?;
         Some(Self { asks, found })
     }
 

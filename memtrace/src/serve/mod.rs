@@ -1,8 +1,8 @@
 //! HTTP: metrics, health, incidents, processes and cgroups.
 //!
 //! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it reads through an
-//! [`IncidentSource`], in a blocking thread and one request at a time. `server` accepts and bounds connections,
-//! `guard` refuses foreign ones, `answers` bounds what is made and kept for them.
+//! [`IncidentSource`], in a thread of its own (`reader`) and one request at a time. `server` accepts and bounds
+//! connections, `guard` refuses foreign ones, `answers` bounds what is made and kept for them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,12 +24,14 @@ use memtrace_incident::{Incident, Kind};
 mod answers;
 mod guard;
 mod metrics;
+mod reader;
 mod server;
 #[cfg(test)]
 mod tests;
 
 use answers::{BodyBudget, Refusal, Shared, TURN_LIMIT};
 pub use guard::HostNames;
+use reader::Reader;
 pub use server::{ServerCounts, ServerLimits, start};
 
 /// Incidents on the page, newest first.
@@ -160,6 +162,7 @@ pub struct AppState {
     counts: Arc<ServerCounts>,
     /// One permit: only one request reads from disk at a time, so that many requests do not add up in memory.
     read_permit: Arc<Semaphore>,
+    reader: Reader,
     answers: Arc<Answers>,
     bodies: BodyBudget,
     limits: ServerLimits,
@@ -174,26 +177,28 @@ struct Answers {
 }
 
 impl AppState {
-    /// Asks `requests`, reads from `incidents`, and answers to `names`.
+    /// Asks `requests`, reads from `incidents`, and answers to `names`. Fails when the thread that reads cannot be
+    /// started.
     pub fn new(
         requests: mpsc::Sender<LoopRequest>,
         incidents: Arc<dyn IncidentSource>,
         names: HostNames,
         limits: ServerLimits,
-    ) -> Self {
+    ) -> anyhow::Result<Self> {
         let body = || Shared::new(|bytes: &Bytes| bytes.len() > LARGE_BYTES);
         let rows = |snapshot: &Arc<Snapshot>| snapshot.processes.len() + snapshot.cgroups.len() > LARGE_ROWS;
         let answers = Answers { snapshot: Shared::new(rows), metrics: body(), processes: body(), cgroups: body() };
-        Self {
+        Ok(Self {
             requests,
             incidents,
             names,
             counts: Arc::default(),
             read_permit: Arc::new(Semaphore::new(1)),
+            reader: Reader::start()?,
             answers: Arc::new(answers),
             bodies: BodyBudget::default(),
             limits,
-        }
+        })
     }
 
     /// Gives back what nobody asks for any more.
@@ -219,7 +224,7 @@ impl AppState {
         self.answers.snapshot.get(async { self.ask(LoopRequest::Snapshot).await.map(Arc::new) }).await
     }
 
-    /// Reads from disk in a blocking thread, so that other requests are not held up.
+    /// Reads from disk in another thread, so that other requests are not held up.
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
@@ -233,8 +238,8 @@ impl AppState {
             let _permit = permit;
             read(&*incidents)
         };
-        let read = tokio::task::spawn_blocking(reading).await;
-        read.map_err(|error| Refusal::Failed(error.to_string()))?.map_err(Refusal::Failed)
+        let read = self.reader.run(reading).await;
+        read.ok_or_else(|| Refusal::Failed("failed to read incidents".to_owned()))?.map_err(Refusal::Failed)
     }
 
     fn answer(&self, kind: &'static str, body: Bytes) -> Result<Response, Refusal> {

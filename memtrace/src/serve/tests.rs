@@ -57,7 +57,7 @@ fn trial(limits: ServerLimits, processes: usize, answers: bool) -> Trial {
     let (sender, mut requests) = mpsc::channel(4);
     let source = Arc::new(Counting::default());
     let incidents: Arc<dyn IncidentSource> = Arc::clone(&source) as _;
-    let state = AppState::new(sender, incidents, HostNames::default(), limits);
+    let state = AppState::new(sender, incidents, HostNames::default(), limits).unwrap();
     let (counts, asked) = (Arc::clone(&state.counts), Arc::new(Mutex::new(Vec::new())));
     let heard = Arc::clone(&asked);
     std::thread::spawn(move || {
