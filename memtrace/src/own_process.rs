@@ -1,6 +1,8 @@
 //! What this process takes, and may take.
 
 pub mod capability;
+#[cfg(test)]
+mod page;
 pub mod rights;
 pub mod syscalls;
 

@@ -51,8 +51,7 @@ pub const STACK_WORKER: CapabilitySet = CapabilitySet::SYS_PTRACE
     .union(CapabilitySet::SYSLOG);
 
 /// What the process that names functions uses to become `nobody`.
-const CHANGE_USER: CapabilitySet =
-    CapabilitySet::SETUID.union(CapabilitySet::SETGID).union(CapabilitySet::SETPCAP);
+const CHANGE_USER: CapabilitySet = CapabilitySet::SETUID.union(CapabilitySet::SETGID).union(CapabilitySet::SETPCAP);
 
 /// The agent's loop. BPF: maps; before Linux 6.0 the kernel asks for it even to read one where
 /// `kernel.unprivileged_bpf_disabled` is set.

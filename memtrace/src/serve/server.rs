@@ -100,7 +100,10 @@ pub fn start(listener: StdListener, state: AppState) -> anyhow::Result<()> {
             error!("the HTTP server stopped: {error}");
         }
     };
-    std::thread::Builder::new().name(SERVER.thread.to_owned()).spawn(serve).context("failed to start the HTTP server")?;
+    std::thread::Builder::new()
+        .name(SERVER.thread.to_owned())
+        .spawn(serve)
+        .context("failed to start the HTTP server")?;
     Ok(())
 }
 

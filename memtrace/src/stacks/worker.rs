@@ -33,6 +33,7 @@ use crate::clock;
 use crate::kernel::probe::stack_ring::StackRing;
 use crate::own_process;
 use crate::own_process::rights::{STACK_WORKER, cut_bounding_set};
+use crate::own_process::syscalls::Filter;
 
 /// Stacks unwound between two looks at the socket.
 const STACKS_PER_TURN: usize = 64;
@@ -125,7 +126,7 @@ fn confine() {
     }
 }
 
-/// Keeps [`STACK_WORKER`] only.
+/// Keeps [`STACK_WORKER`] only, and no system call that nothing here needs.
 fn drop_capabilities() {
     let Ok(held) = capabilities(None) else { return };
     cut_bounding_set(STACK_WORKER);
@@ -135,6 +136,8 @@ fn drop_capabilities() {
         CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
     );
     let _ = rustix::thread::set_no_new_privs(true);
+    // The first worker is started before the recorder has a filter to inherit.
+    let _ = Filter::Agent.apply();
 }
 
 fn receive_start(socket: &Rc<UnixStream>, incoming: &mut Incoming) -> anyhow::Result<(Start, OwnedFd)> {
