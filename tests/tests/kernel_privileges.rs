@@ -3,6 +3,7 @@
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
 use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,12 +18,13 @@ use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::privileges::{self, Capability, field};
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{growth, json, programs};
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// Time until something has happened that happens within seconds.
 const LIMIT: Duration = Duration::from_secs(120);
-/// Stacks of every kill, whatever else the machine does.
-const AMPLE: [&str; 4] = ["--sample", "256K", "--stack-budget", "100%"];
+/// Enough for the stacks of these kills, and little of what else the machine does.
+const AMPLE: [&str; 2] = ["--stack-budget", "20%"];
 /// A user who is not the one that the agent runs as.
 const SOMEBODY: u32 = 12_345;
 /// Agents that see the same kills.
@@ -116,7 +118,7 @@ fn every_thread_has_the_rights_that_are_documented() -> anyhow::Result<()> {
     let of_worker = |pid: u32| Ok::<_, anyhow::Error>(std::fs::read_to_string(format!("/proc/{pid}/status"))?);
     holds_what_is_documented("memtrace stack-worker", &of_worker(worker)?)?;
     // One that is started later has the same, and works.
-    memtrace_tests::process::signal(worker, rustix::process::Signal::KILL)?;
+    memtrace_tests::process::signal(worker, Signal::KILL)?;
     let next = wait_for("another worker runs", || {
         let running = trial.stack_worker()?.filter(|pid| *pid != worker);
         Ok(running.filter(|_| trial.agent.says("another stack worker runs")))
@@ -266,8 +268,8 @@ fn is_refused(keep: u64, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The programs of a round: one that everybody may read, one that only another user may, and one whose file is removed
-/// while it runs.
+/// The programs of a round: one that everybody may read, one that only another user may, and one whose file is
+/// removed.
 fn programs_below(dir: &Path) -> anyhow::Result<[PathBuf; 3]> {
     std::fs::set_permissions(dir, PermissionsExt::from_mode(0o755))?;
     let paths = ["public", "private", "removed"].map(|name| dir.join(name));
@@ -284,14 +286,17 @@ fn round(cases: &mut [Case]) -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let paths = programs_below(dir.path())?;
     let cages = [Cage::new("public", 32 * MIB)?, Cage::new("private", 32 * MIB)?, Cage::new("removed", 32 * MIB)?];
+    // It is started from a file that has no path any more.
+    let file = std::fs::File::open(&paths[2])?;
+    std::fs::remove_file(&paths[2])?;
+    let removed = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()));
     let mut actors = Vec::new();
-    for (cage, path) in cages.iter().zip(&paths) {
+    for (cage, path) in cages.iter().zip([&paths[0], &paths[1], &removed]) {
         let burst = ["burst", "--mib", "128", "--touch", "--threads", "1", "--gate"];
         let mut actor = Actor::from_command(cage.command(path)?, &burst)?;
         actor.until("gated")?;
         actors.push(actor);
     }
-    std::fs::remove_file(&paths[2])?;
     for _ in 0..TURNS {
         for case in &*cases {
             case.trial.agent.metric("memtrace_stacks_total")?;
@@ -327,8 +332,8 @@ fn facts(trial: &Trial, cages: &[Cage; 3], paths: &[PathBuf; 3], lost: &[String]
         let missing = claims::degraded(&incident)?;
         ensure!(missing == lost, "{missing:?} is lost, announced is {lost:?}");
         claims::ran_out_itself(&incident, cage)?;
-        facts.kills.push(format!("{} {} {}", incident["kind"], incident["oom"]["scope"], incident["verdict"]["class"]));
-        facts.curves &= json::list(&incident, "/timeline/boot_ns").is_ok_and(|curve| curve.len() > 10);
+        facts.kills.push(format!("{} {}", incident["kind"], incident["oom"]["scope"]));
+        facts.curves &= json::list(&incident, "/timeline/columns/boot_ns").is_ok_and(|curve| curve.len() > 10);
         facts.kernel_log |= !incident["oom"]["kernel_log"].is_null();
         facts.kernel_names |= incident["oom"]["trigger_kernel_stack"].as_array().is_some_and(|stack| !stack.is_empty());
         *frames = of_program(&incident, path).next().is_some();
@@ -347,7 +352,7 @@ fn facts(trial: &Trial, cages: &[Cage; 3], paths: &[PathBuf; 3], lost: &[String]
     Ok(facts)
 }
 
-/// Frames of touched memory in code of this program that was read: with its build id.
+/// Frames in code of this program whose file was read: with its build id.
 fn of_program<'a>(incident: &'a Value, program: &'a Path) -> impl Iterator<Item = &'a Value> {
     let paths = incident["allocation_paths"].as_array().into_iter().flatten();
     let frames = paths.flat_map(|path| path["frames"].as_array().into_iter().flatten());
@@ -427,4 +432,78 @@ fn try_group(group: &[Option<Capability>], base: &[String], all: u64) -> anyhow:
     }
     cases.into_iter().try_for_each(|case| case.trial.end())?;
     Ok(problems)
+}
+
+/// The process that names functions for this agent, once it is confined.
+fn confined_symbolizer(agent: u32) -> Option<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{agent}/task")).ok()?;
+    let children = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let children: Vec<u32> =
+        children.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+    let is_nobody = |pid: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        field(&status, "Uid").is_some_and(|users| users.starts_with("65534"))
+    };
+    children.into_iter().find(is_nobody)
+}
+
+/// Stops the process that names functions for an agent with these capabilities, which then hangs. Returns the agent,
+/// once it has given the process up, and the process.
+fn hanging_symbolizer(capabilities: u64) -> anyhow::Result<(Trial, u32)> {
+    let trial = Trial::begin_with_capabilities(capabilities, &AMPLE)?;
+    let agent = trial.agent.pid();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let stopped = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                let found = confined_symbolizer(agent);
+                if let Some(pid) = found.filter(|pid| memtrace_tests::process::signal(*pid, Signal::STOP).is_ok()) {
+                    return Some(pid);
+                }
+                std::thread::yield_now();
+            }
+            None
+        });
+        let mut killed = Ok(());
+        for _ in 0..ROUNDS {
+            killed = trial.kill_with_stacks(&programs::path("workload")?, |_| Ok(true)).map(drop);
+            let deadline = Deadline::after(Duration::from_secs(5));
+            while killed.is_ok() && !watch.is_finished() && !deadline.has_passed() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if killed.is_err() || watch.is_finished() {
+                break;
+            }
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        let stopped = watch.join().ok().flatten();
+        killed.and_then(|()| stopped.context("no process that names functions was seen"))
+    })?;
+    wait_for("the agent gives it up", || Ok(trial.agent.heard(&["named functions"])))?;
+    Ok((trial, stopped))
+}
+
+#[test]
+fn a_process_that_names_functions_and_hangs_is_ended_unless_kill_is_missing() -> anyhow::Result<()> {
+    programs::require_root()?;
+    let held = privileges::held()?;
+    let kill = privileges::documented()?.into_iter().find(|one| one.name == "CAP_KILL").context("no CAP_KILL")?.bit;
+    let (with, without) = std::thread::scope(|scope| {
+        let with = scope.spawn(|| hanging_symbolizer(held));
+        let without = scope.spawn(|| hanging_symbolizer(held & !kill));
+        (with.join(), without.join())
+    });
+    let panicked = |_| anyhow::anyhow!("a thread of the test panicked");
+    let (with, ended) = with.map_err(panicked)??;
+    let (without, left) = without.map_err(panicked)??;
+    let state = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        field(&status, "State")
+    };
+    ensure!(state(ended).is_none(), "with CAP_KILL it is left behind: {:?}", state(ended));
+    let found = state(left);
+    ensure!(found.as_deref().is_some_and(|state| state.starts_with('T')), "without CAP_KILL it is {found:?}");
+    memtrace_tests::process::signal(left, Signal::KILL)?;
+    with.end()?;
+    without.end()
 }

@@ -14,6 +14,7 @@ use memtrace_tests::agent::json_of;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::deadline::Deadline;
+use memtrace_tests::privileges;
 use memtrace_tests::programs::{self, require_root};
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, sample};
@@ -104,6 +105,21 @@ fn the_process_that_names_frames_has_no_privileges() -> anyhow::Result<()> {
         let line = limits.lines().find_map(|line| line.strip_prefix(limit)).with_context(|| limit.to_owned())?;
         let hard = line.split_whitespace().nth(1).and_then(|hard| hard.parse::<u64>().ok());
         ensure!(hard.is_some_and(|hard| hard <= most), "{limit}:{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_the_capabilities_to_change_its_user_it_keeps_it_behind_the_filter() -> anyhow::Result<()> {
+    require_root()?;
+    let (held, documented) = (privileges::held()?, privileges::documented()?);
+    for (name, user) in [("CAP_KILL", NOBODY), ("CAP_SETUID", 0), ("CAP_SETGID", 0)] {
+        let bit = documented.iter().find(|one| one.name == name).with_context(|| format!("no {name} on the page"))?.bit;
+        let busy = Busy::start(privileges::command(held & !bit, programs::memtrace()?)?)?;
+        let four = [user; 4].map(|id| id.to_string()).join(" ");
+        ensure!(busy.status("Uid")? == four, "without {name} its users are {}", busy.status("Uid")?);
+        ensure!(busy.status("CapPrm")?.bytes().all(|digit| digit == b'0'), "without {name} it has capabilities");
+        ensure!(busy.status("NoNewPrivs")? == "1", "without {name} it may gain rights");
     }
     Ok(())
 }
