@@ -43,39 +43,34 @@ pub struct Holder {
 
 /// Every capability of the page.
 pub fn documented() -> anyhow::Result<Vec<Capability>> {
-    let rows = rows(4).filter(|row| row[0].starts_with("CAP_"));
-    let capability = |row: Vec<&str>| {
-        let required = match row[1] {
-            "does not start" => true,
-            "runs" => false,
-            other => anyhow::bail!("what is {other:?}?"),
-        };
-        Ok(Capability { name: row[0].to_owned(), bit: mask(&row[0][4..])?, required, lost: row[3].to_owned() })
+    let capability = |[name, need, _, lost]: [&str; 4]| {
+        let bare = name.strip_prefix("CAP_")?;
+        let required = need == "does not start";
+        Some(mask(bare).map(|bit| Capability { name: name.to_owned(), bit, required, lost: lost.to_owned() }))
     };
-    let found: Vec<_> = rows.map(capability).collect::<anyhow::Result<_>>()?;
+    let found: Vec<_> = rows().filter_map(capability).collect::<anyhow::Result<_>>()?;
     ensure!(!found.is_empty(), "the page has no table of capabilities");
     Ok(found)
 }
 
 /// Every thread and process of the page.
 pub fn holders() -> anyhow::Result<Vec<Holder>> {
-    let rows = rows(5).filter(|row| row[2] != "holds" && !row[2].starts_with('-'));
-    let holder = |row: Vec<&str>| Ok(Holder { name: row[0].to_owned(), holds: mask(row[2])?, uses: mask(row[3])? });
+    let rows = rows().filter(|[_, _, holds, ..]: &[&str; 5]| *holds != "holds");
+    let holder = |[name, _, holds, uses, _]: [&str; 5]| {
+        Ok(Holder { name: name.to_owned(), holds: mask(holds)?, uses: mask(uses)? })
+    };
     let found: Vec<_> = rows.map(holder).collect::<anyhow::Result<_>>()?;
     ensure!(!found.is_empty(), "the page has no table of threads");
     Ok(found)
 }
 
-/// Rows of a table with this many columns, with quotes of code taken off.
-fn rows(columns: usize) -> impl Iterator<Item = Vec<&'static str>> {
-    let row = move |line: &'static str| {
-        let cells = line.strip_prefix("| ")?.strip_suffix(" |")?.split(" | ");
-        let unquoted =
-            |cell: &'static str| cell.strip_prefix('`').and_then(|cell| cell.strip_suffix('`')).unwrap_or(cell);
-        let cells: Vec<_> = cells.map(unquoted).collect();
-        (cells.len() == columns).then_some(cells)
-    };
-    PAGE.lines().filter_map(row)
+/// Rows of tables with this many columns, with quotes of code taken off.
+fn rows<const COLUMNS: usize>() -> impl Iterator<Item = [&'static str; COLUMNS]> {
+    let unquoted = |cell: &'static str| cell.strip_prefix('`').and_then(|cell| cell.strip_suffix('`')).unwrap_or(cell);
+    PAGE.lines().filter_map(move |line| {
+        let cells = line.strip_prefix("| ")?.strip_suffix(" |")?.split(" | ").map(unquoted);
+        cells.collect::<Vec<_>>().try_into().ok()
+    })
 }
 
 /// The bits of names without `CAP_`, separated by blanks.

@@ -23,8 +23,8 @@ use serde_json::Value;
 
 /// Time until something has happened that happens within seconds.
 const LIMIT: Duration = Duration::from_secs(120);
-/// Enough for the stacks of these kills, and little of what else the machine does.
-const AMPLE: [&str; 2] = ["--stack-budget", "20%"];
+/// Stacks of these kills, whatever else the machine does.
+const AMPLE: [&str; 2] = ["--stack-budget", "100%"];
 /// A user who is not the one that the agent runs as.
 const SOMEBODY: u32 = 12_345;
 /// Agents that see the same kills.
@@ -301,7 +301,7 @@ fn round(cases: &mut [Case]) -> anyhow::Result<()> {
         for case in &*cases {
             case.trial.agent.metric("memtrace_stacks_total")?;
         }
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(100));
     }
     for mut actor in actors {
         actor.tell()?;
@@ -432,78 +432,4 @@ fn try_group(group: &[Option<Capability>], base: &[String], all: u64) -> anyhow:
     }
     cases.into_iter().try_for_each(|case| case.trial.end())?;
     Ok(problems)
-}
-
-/// The process that names functions for this agent, once it is confined.
-fn confined_symbolizer(agent: u32) -> Option<u32> {
-    let tasks = std::fs::read_dir(format!("/proc/{agent}/task")).ok()?;
-    let children = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
-    let children: Vec<u32> =
-        children.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
-    let is_nobody = |pid: &u32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        field(&status, "Uid").is_some_and(|users| users.starts_with("65534"))
-    };
-    children.into_iter().find(is_nobody)
-}
-
-/// Stops the process that names functions for an agent with these capabilities, which then hangs. Returns the agent,
-/// once it has given the process up, and the process.
-fn hanging_symbolizer(capabilities: u64) -> anyhow::Result<(Trial, u32)> {
-    let trial = Trial::begin_with_capabilities(capabilities, &AMPLE)?;
-    let agent = trial.agent.pid();
-    let over = std::sync::atomic::AtomicBool::new(false);
-    let stopped = std::thread::scope(|scope| {
-        let watch = scope.spawn(|| {
-            while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                let found = confined_symbolizer(agent);
-                if let Some(pid) = found.filter(|pid| memtrace_tests::process::signal(*pid, Signal::STOP).is_ok()) {
-                    return Some(pid);
-                }
-                std::thread::yield_now();
-            }
-            None
-        });
-        let mut killed = Ok(());
-        for _ in 0..ROUNDS {
-            killed = trial.kill_with_stacks(&programs::path("workload")?, |_| Ok(true)).map(drop);
-            let deadline = Deadline::after(Duration::from_secs(5));
-            while killed.is_ok() && !watch.is_finished() && !deadline.has_passed() {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            if killed.is_err() || watch.is_finished() {
-                break;
-            }
-        }
-        over.store(true, std::sync::atomic::Ordering::Relaxed);
-        let stopped = watch.join().ok().flatten();
-        killed.and_then(|()| stopped.context("no process that names functions was seen"))
-    })?;
-    wait_for("the agent gives it up", || Ok(trial.agent.heard(&["named functions"])))?;
-    Ok((trial, stopped))
-}
-
-#[test]
-fn a_process_that_names_functions_and_hangs_is_ended_unless_kill_is_missing() -> anyhow::Result<()> {
-    programs::require_root()?;
-    let held = privileges::held()?;
-    let kill = privileges::documented()?.into_iter().find(|one| one.name == "CAP_KILL").context("no CAP_KILL")?.bit;
-    let (with, without) = std::thread::scope(|scope| {
-        let with = scope.spawn(|| hanging_symbolizer(held));
-        let without = scope.spawn(|| hanging_symbolizer(held & !kill));
-        (with.join(), without.join())
-    });
-    let panicked = |_| anyhow::anyhow!("a thread of the test panicked");
-    let (with, ended) = with.map_err(panicked)??;
-    let (without, left) = without.map_err(panicked)??;
-    let state = |pid: u32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        field(&status, "State")
-    };
-    ensure!(state(ended).is_none(), "with CAP_KILL it is left behind: {:?}", state(ended));
-    let found = state(left);
-    ensure!(found.as_deref().is_some_and(|state| state.starts_with('T')), "without CAP_KILL it is {found:?}");
-    memtrace_tests::process::signal(left, Signal::KILL)?;
-    with.end()?;
-    without.end()
 }
