@@ -14,11 +14,13 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::CapabilitySet;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 
+use crate::own_process::rights::{LOG, NAMING, RECORDER};
 use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
 use crate::session::{Session, SessionConfig};
 use crate::{clock, host, own_process};
@@ -89,8 +91,8 @@ pub fn run(config: AgentConfig) -> anyhow::Result<()> {
         .enable_all()
         // For the naming of functions; each thread costs memory.
         .max_blocking_threads(1)
-        // Threads begin with the priority of the one that starts them, and the recorder's is its own.
-        .on_thread_start(own_process::lower_priority)
+        .thread_name(NAMING.thread)
+        .on_thread_start(|| NAMING.keep_capabilities())
         .build()
         .context("failed to start the runtime")?;
     let outcome = runtime.block_on(serve_and_trace(config, lost_log_lines));
@@ -115,6 +117,9 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     // The kernel's types took much, and locked pages cannot be given back.
     own_process::trim_memory();
     let locks = lock_memory();
+    own_process::raise_priority();
+    // The last moment with one thread: the others begin with what this one keeps.
+    RECORDER.enter();
     let mut keeper = keep_account(&config, &session, last_run.as_ref(), &mut sinks)?;
     warn_of_missing_hooks(&session);
     // Served only from here on: an answer means that the programs are attached.
@@ -126,7 +131,6 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     let mut retention = tokio::time::interval(RETENTION_EVERY);
     let mut give_back = tokio::time::interval(GIVE_BACK_EVERY);
     let saved = sinks.storer.saved();
-    own_process::raise_priority();
     loop {
         let outputs = tokio::select! {
             outputs = session.step() => outputs,
@@ -315,10 +319,13 @@ fn answer(
     }
 }
 
-/// Keeps the agent from being paged out when memory runs out, which is when it is needed (CAP_IPC_LOCK). `ONFAULT` locks
-/// pages as they are touched; without it everything that is mapped would become resident. Whether it does.
+/// Keeps the agent from being paged out when memory runs out, which is when it is needed. `ONFAULT` locks pages as they
+/// are touched; without it everything that is mapped would become resident. Whether it does. With a limit of locked
+/// memory and without CAP_IPC_LOCK nothing is locked: what is taken later would be refused at the limit.
 fn lock_memory() -> bool {
-    let locked = mlockall(LOCK);
+    let held = rustix::thread::capabilities(None).is_ok_and(|held| held.effective.contains(CapabilitySet::IPC_LOCK));
+    let may_lock = held || getrlimit(Resource::Memlock).current.is_none();
+    let locked = if may_lock { mlockall(LOCK) } else { Err(rustix::io::Errno::PERM) };
     if let Err(error) = locked {
         warn!("memory is not locked ({error}): in a global shortage the agent may be paged out; give CAP_IPC_LOCK");
     }
@@ -358,8 +365,19 @@ fn log_to_stderr() -> (ErrorCounter, WorkerGuard) {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let thread = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_LOG_LINES).thread_name("log");
-    let (writer, guard) = thread.finish(std::io::stderr());
+    let start = || {
+        let thread = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_LOG_LINES);
+        thread.thread_name(LOG.thread).finish(std::io::stderr())
+    };
+    // A thread begins with the rights of the one that starts it.
+    let started = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            LOG.enter();
+            start()
+        })
+        .join()
+    });
+    let (writer, guard) = started.unwrap_or_else(|_| start());
     let lost = writer.error_counter();
     // Fails when a logger is already set, which is fine.
     let _ = tracing_subscriber::fmt()

@@ -1,5 +1,11 @@
 //! What this process takes, and may take.
 
+pub mod capability;
+#[cfg(test)]
+mod page;
+pub mod rights;
+pub mod syscalls;
+
 use rustix::process::{
     Resource, Rlimit, getpid, getpriority_process, getrlimit, getsid, setpriority_process, setrlimit,
 };

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::cage::Cage;
 use crate::deadline::Deadline;
-use crate::{process, programs};
+use crate::{privileges, process, programs};
 
 /// How long the agent may take to be ready. Loading the programs takes more than half a minute with
 /// 64 emulated CPUs on two real ones.
@@ -38,6 +38,8 @@ pub struct AgentOptions {
     pub extra: Vec<String>,
     /// Directory of the memory cgroup that it runs in; `None`: that of the test.
     pub cgroup_dir: Option<PathBuf>,
+    /// Mask of the capabilities that it may have; `None`: those of the test.
+    pub capabilities: Option<u64>,
 }
 
 impl AgentOptions {
@@ -45,13 +47,18 @@ impl AgentOptions {
     pub fn below(dir: &Path) -> Self {
         let (state_dir, journal_dir) = (dir.join("state"), dir.join("journal"));
         let (socket, listen) = (dir.join("socket"), Ipv4Addr::LOCALHOST);
-        Self { state_dir, journal_dir, socket, listen, extra: Vec::new(), cgroup_dir: None }
+        Self { state_dir, journal_dir, socket, listen, extra: Vec::new(), cgroup_dir: None, capabilities: None }
     }
 
     /// In a memory cgroup of its own.
     pub fn inside(mut self, cage: &Cage) -> Self {
         self.cgroup_dir = Some(cage.dir().to_owned());
         self
+    }
+
+    /// With these capabilities at most.
+    pub fn with_capabilities(self, mask: u64) -> Self {
+        Self { capabilities: Some(mask), ..self }
     }
 
     /// Adds arguments.
@@ -62,7 +69,10 @@ impl AgentOptions {
 
     /// The command that starts the agent, listening on `port`.
     pub fn command(&self, port: u16) -> anyhow::Result<Command> {
-        let mut command = programs::memtrace_command()?;
+        let mut command = match self.capabilities {
+            Some(mask) => privileges::command(mask, programs::memtrace()?)?,
+            None => programs::memtrace_command()?,
+        };
         if let Some(dir) = &self.cgroup_dir {
             command.arg("exec-in").arg("--cgroup").arg(dir).arg("--").arg(programs::memtrace()?);
         }

@@ -23,6 +23,24 @@ pub fn counts(incident: &Value, pointer: &str, expected: u64) -> anyhow::Result<
     Ok(())
 }
 
+/// Sentences of `doctor --json` about what is missing, as incidents repeat them.
+pub fn announced(report: &Value) -> anyhow::Result<Vec<String>> {
+    let hooks = json::list(report, "/hooks")?.iter();
+    let lost = hooks.filter_map(|h| Some(format!("{}: {}", h.get("hook")?.as_str()?, h.get("lost")?.as_str()?)));
+    let notes = json::list(report, "/notes")?.iter().filter_map(|note| Some(note.get("what")?.as_str()?.to_owned()));
+    let mut all: Vec<String> = lost.chain(notes).collect();
+    all.sort();
+    Ok(all)
+}
+
+/// Losses of an incident without a count: hooks that are not attached, and what else the kernel or privileges do not allow.
+pub fn degraded(incident: &Value) -> anyhow::Result<Vec<String>> {
+    let losses = json::list(incident, "/losses")?.iter().filter(|loss| loss.get("count").is_some_and(Value::is_null));
+    let mut all: Vec<String> = losses.filter_map(|loss| Some(loss.get("what")?.as_str()?.to_owned())).collect();
+    all.sort();
+    Ok(all)
+}
+
 /// The incident is a kill in this cgroup because of its own limit: checks kind, path, limit and
 /// scope.
 pub fn ran_out_itself(incident: &Value, cage: &Cage) -> anyhow::Result<()> {

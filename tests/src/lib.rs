@@ -13,6 +13,7 @@ pub mod growth;
 pub mod idle;
 pub mod json;
 pub mod printk;
+pub mod privileges;
 pub mod process;
 pub mod programs;
 pub mod random;

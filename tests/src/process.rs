@@ -25,6 +25,15 @@ pub fn start_ticks(pid: impl std::fmt::Display) -> anyhow::Result<u64> {
     field.parse().with_context(|| format!("{path}: field 22 is not a number"))
 }
 
+/// Niceness of a thread: field 19 of /proc/PID/task/TID/stat.
+pub fn niceness(pid: u32, thread: u32) -> anyhow::Result<i32> {
+    let path = format!("/proc/{pid}/task/{thread}/stat");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    let after = text.rsplit_once(')').map(|(_, rest)| rest).with_context(|| format!("{path} has no name"))?;
+    let field = after.split_ascii_whitespace().nth(16).with_context(|| format!("{path} has no field 19"))?;
+    field.parse().with_context(|| format!("{path}: field 19 is not a number"))
+}
+
 /// Converts boot-clock nanoseconds to the clock ticks that /proc shows.
 pub fn ticks_of_ns(boot_ns: u64) -> u64 {
     boot_ns / (1_000_000_000 / rustix::param::clock_ticks_per_second())

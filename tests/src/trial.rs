@@ -44,6 +44,11 @@ impl Trial {
         Self::begin_with(|options| options.with(arguments).inside(cage))
     }
 
+    /// The same with these capabilities at most.
+    pub fn begin_with_capabilities(mask: u64, arguments: &[&str]) -> anyhow::Result<Self> {
+        Self::begin_with(|options| options.with(arguments).with_capabilities(mask))
+    }
+
     fn begin_with(more: impl FnOnce(AgentOptions) -> AgentOptions) -> anyhow::Result<Self> {
         programs::require_root()?;
         let dir = tempfile::tempdir().context("failed to make a directory for the agent")?;

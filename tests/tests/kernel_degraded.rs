@@ -35,24 +35,6 @@ fn doctor(without: &[&str]) -> anyhow::Result<Value> {
     json_of(command)
 }
 
-/// Sentences about what is missing, as incidents repeat them.
-fn announced(report: &Value) -> anyhow::Result<Vec<String>> {
-    let hooks = json::list(report, "/hooks")?.iter();
-    let lost = hooks.filter_map(|h| Some(format!("{}: {}", h["hook"].as_str()?, h["lost"].as_str()?)));
-    let notes = json::list(report, "/notes")?.iter().filter_map(|note| note["what"].as_str().map(str::to_owned));
-    let mut all: Vec<String> = lost.chain(notes).collect();
-    all.sort();
-    Ok(all)
-}
-
-/// Losses of an incident without a count: hooks that are not attached.
-fn degraded(incident: &Value) -> anyhow::Result<Vec<String>> {
-    let losses = json::list(incident, "/losses")?.iter().filter(|loss| loss["count"].is_null());
-    let mut all: Vec<String> = losses.filter_map(|loss| Some(loss["what"].as_str()?.to_owned())).collect();
-    all.sort();
-    Ok(all)
-}
-
 fn brief(incident: &Value, pid: u32) -> String {
     let victims = incident["oom"]["victims"].as_array().cloned().unwrap_or_default();
     let victims: Vec<String> = victims
@@ -88,7 +70,11 @@ fn facts(without: Option<&str>, expected_losses: &[String]) -> anyhow::Result<Fa
     let in_pod = Actor::start(Some(&inner), &greedy)?.finish()?;
     in_pod.was_killed()?;
     let below = trial.incident(&inner)?;
-    ensure!(degraded(&below)? == expected_losses, "{:?} is lost, announced is {expected_losses:?}", degraded(&below)?);
+    ensure!(
+        claims::degraded(&below)? == expected_losses,
+        "{:?} is lost, announced is {expected_losses:?}",
+        claims::degraded(&below)?
+    );
     claims::says(&below, "/oom/oom_cgroup/path", pod.path())?;
     let ancestor = brief(&below, in_pod.pid);
     inner.remove()?;
@@ -134,7 +120,7 @@ fn facts(without: Option<&str>, expected_losses: &[String]) -> anyhow::Result<Fa
 fn without_a_hook_what_doctor_announces_is_lost_and_nothing_else() -> anyhow::Result<()> {
     programs::require_root()?;
     let report = doctor(&[])?;
-    let base_losses = announced(&report)?;
+    let base_losses = claims::announced(&report)?;
     let base = facts(None, &base_losses)?;
     ensure!(base.path_known && base.mappings && base.near_miss == Some(true), "with every hook: {base:?}");
     let hooks = json::list(&report, "/hooks")?;
@@ -148,7 +134,7 @@ fn without_a_hook_what_doctor_announces_is_lost_and_nothing_else() -> anyhow::Re
         not_run_here(format!("without {}", off["hook"]), "the kernel has no place for it anyway");
     }
     let mut problems = Vec::new();
-    let without_all = announced(&doctor(&optional)?)?;
+    let without_all = claims::announced(&doctor(&optional)?)?;
     for hook in &optional {
         let sentence = without_all.iter().find(|lost| lost.starts_with(&format!("{hook}: ")));
         let mut losses = base_losses.clone();

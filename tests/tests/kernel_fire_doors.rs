@@ -13,6 +13,7 @@ use memtrace_tests::cage::Cage;
 use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::not_run_here;
 use memtrace_tests::growth;
+use memtrace_tests::process::niceness;
 use memtrace_tests::programs;
 use memtrace_tests::trial::Trial;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -173,13 +174,6 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// Niceness of a thread: field 19 of its stat.
-fn niceness(pid: u32, thread: &str) -> anyhow::Result<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat"))?;
-    let after = stat.rsplit_once(')').context("no name")?.1;
-    after.split_ascii_whitespace().nth(16).and_then(|field| field.parse().ok()).context("no niceness")
-}
-
 /// Programs that keep the CPUs busy would otherwise make it late.
 #[test]
 fn the_recorder_goes_before_others_and_nothing_else_of_the_agent_does() -> anyhow::Result<()> {
@@ -190,18 +184,17 @@ fn the_recorder_goes_before_others_and_nothing_else_of_the_agent_does() -> anyho
     let worker = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
     kills_have_stacks(&trial)?;
     let pid = trial.agent.pid();
-    let recorder = pid.to_string();
-    ensure!(niceness(pid, &recorder)? == -20, "the recorder has niceness {}", niceness(pid, &recorder)?);
+    ensure!(niceness(pid, pid)? == -20, "the recorder has niceness {}", niceness(pid, pid)?);
     let mut names = Vec::new();
     for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let thread = thread?.file_name().to_string_lossy().into_owned();
+        let thread: u32 = thread?.file_name().to_string_lossy().parse()?;
         // A thread that has ended meanwhile does not count.
-        let Ok(niceness) = niceness(pid, &thread) else { continue };
-        ensure!(niceness >= 0 || thread == recorder, "thread {thread} has niceness {niceness}");
+        let Ok(niceness) = niceness(pid, thread) else { continue };
+        ensure!(niceness >= 0 || thread == pid, "thread {thread} has niceness {niceness}");
         names.push(std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).unwrap_or_default());
     }
     ensure!(names.iter().any(|name| name == "storer\n"), "no thread saves incidents: {names:?}");
-    let of_worker = niceness(worker, &worker.to_string())?;
+    let of_worker = niceness(worker, worker)?;
     ensure!(of_worker >= 0, "the worker has niceness {of_worker}");
     trial.end()
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -14,9 +15,11 @@ use memtrace_tests::agent::json_of;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::deadline::Deadline;
+use memtrace_tests::privileges;
 use memtrace_tests::programs::{self, require_root};
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{json, sample};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const NOBODY: u32 = 65_534;
@@ -26,6 +29,8 @@ const SOMEBODY: u32 = 12_345;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Bytes of an answer that fit into a pipe of which nothing is read.
 const PIPE_BYTES: usize = 64 << 10;
+/// Most kills until the process that names functions is seen at work.
+const KILLS: usize = 5;
 
 /// The build id of an ELF file: the note whose name is GNU and whose type is 3, of 20 bytes.
 fn build_id(file: &Path) -> anyhow::Result<String> {
@@ -104,6 +109,21 @@ fn the_process_that_names_frames_has_no_privileges() -> anyhow::Result<()> {
         let line = limits.lines().find_map(|line| line.strip_prefix(limit)).with_context(|| limit.to_owned())?;
         let hard = line.split_whitespace().nth(1).and_then(|hard| hard.parse::<u64>().ok());
         ensure!(hard.is_some_and(|hard| hard <= most), "{limit}:{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_the_capabilities_to_change_its_user_it_keeps_it_behind_the_filter() -> anyhow::Result<()> {
+    require_root()?;
+    let (held, documented) = (privileges::held()?, privileges::documented()?);
+    for (name, user) in [("CAP_KILL", NOBODY), ("CAP_SETUID", 0), ("CAP_SETGID", 0)] {
+        let bit = documented.iter().find(|one| one.name == name).with_context(|| format!("no {name} on the page"))?.bit;
+        let busy = Busy::start(privileges::command(held & !bit, programs::memtrace()?)?)?;
+        let four = [user; 4].map(|id| id.to_string()).join(" ");
+        ensure!(busy.status("Uid")? == four, "without {name} its users are {}", busy.status("Uid")?);
+        ensure!(busy.status("CapPrm")?.bytes().all(|digit| digit == b'0'), "without {name} it has capabilities");
+        ensure!(busy.status("NoNewPrivs")? == "1", "without {name} it may gain rights");
     }
     Ok(())
 }
@@ -265,4 +285,82 @@ fn debug_information_that_grows_without_end_costs_its_own_names_only() -> anyhow
     let named = frames.iter().filter(|frame| !frame["symbol"].is_null()).count();
     ensure!(frames[0]["symbol"].is_null() && named > 10, "{named} of {} frames are named", frames.len());
     cage.remove()
+}
+
+/// The process that names functions for this agent, once it is confined.
+fn confined_symbolizer(agent: u32) -> Option<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{agent}/task")).ok()?;
+    let children = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let children: Vec<u32> =
+        children.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+    let is_nobody = |pid: &u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        privileges::field(&status, "Uid").is_some_and(|users| users.starts_with("65534"))
+    };
+    children.into_iter().find(is_nobody)
+}
+
+/// Stops the process that names functions for an agent with these capabilities, which then hangs. Returns the agent,
+/// once it has given the process up, and the process.
+fn hanging_symbolizer(capabilities: u64) -> anyhow::Result<(Trial, u32)> {
+    let trial = Trial::begin_with_capabilities(capabilities, &[])?;
+    let agent = trial.agent.pid();
+    let over = AtomicBool::new(false);
+    let stopped = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let found = confined_symbolizer(agent);
+                if let Some(pid) = found.filter(|pid| memtrace_tests::process::signal(*pid, Signal::STOP).is_ok()) {
+                    return Some(pid);
+                }
+                std::thread::yield_now();
+            }
+            None
+        });
+        let mut killed = Ok(());
+        for _ in 0..KILLS {
+            killed = trial.kill_with_stacks(&programs::path("workload")?, |_| Ok(true)).map(drop);
+            let deadline = Deadline::after(Duration::from_secs(5));
+            while killed.is_ok() && !watch.is_finished() && !deadline.has_passed() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if killed.is_err() || watch.is_finished() {
+                break;
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+        let stopped = watch.join().ok().flatten();
+        killed.and_then(|()| stopped.context("no process that names functions was seen"))
+    })?;
+    let deadline = Deadline::after(LIMIT);
+    while !trial.agent.says("named functions") && !trial.agent.says("no names") {
+        ensure!(!deadline.has_passed(), "the agent does not give it up; it said:\n{}", trial.agent.stderr());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok((trial, stopped))
+}
+
+#[test]
+fn a_process_that_names_functions_and_hangs_is_ended_unless_kill_is_missing() -> anyhow::Result<()> {
+    require_root()?;
+    let held = privileges::held()?;
+    let kill = privileges::documented()?.into_iter().find(|one| one.name == "CAP_KILL").context("no CAP_KILL")?.bit;
+    let (with, without) = std::thread::scope(|scope| {
+        let with = scope.spawn(|| hanging_symbolizer(held));
+        let without = scope.spawn(|| hanging_symbolizer(held & !kill));
+        (with.join(), without.join())
+    });
+    let panicked = |_| anyhow::anyhow!("a thread of the test panicked");
+    let (with, ended) = with.map_err(panicked)??;
+    let (without, left) = without.map_err(panicked)??;
+    let state = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        privileges::field(&status, "State")
+    };
+    ensure!(state(ended).is_none(), "with CAP_KILL it is left behind: {:?}", state(ended));
+    let found = state(left);
+    ensure!(found.as_deref().is_some_and(|state| state.starts_with('T')), "without CAP_KILL it is {found:?}");
+    memtrace_tests::process::signal(left, Signal::KILL)?;
+    with.end()?;
+    without.end()
 }

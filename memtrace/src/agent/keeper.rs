@@ -22,6 +22,7 @@ use super::watch_state::{Baseline, WatchState};
 use crate::cgroup::hierarchy::Hierarchy;
 use crate::clock;
 use crate::kernel::log::backlog::{self, Backlog};
+use crate::own_process::rights::KEEPER;
 use crate::store::ledger;
 use memtrace_incident::{KillLine, Moment, UnwatchedEntry};
 
@@ -82,14 +83,15 @@ impl Keeper {
         let ((found_sender, found), (stop, stopped), (ending, ended)) = (channel(), channel(), channel());
         let task = Task { config, progress: progress.clone(), found: found_sender, stopped, pause: EVERY };
         let body = move || {
-            // The recorder goes first. On Linux this is of the thread alone (kernel/sys.c, setpriority).
+            KEEPER.keep_capabilities();
+            // Others go first. On Linux this is of the thread alone (kernel/sys.c, setpriority).
             if let Err(error) = nice(NICENESS) {
                 debug!("the thread that keeps account of kills stays at its priority: {error}");
             }
             task.run();
             drop(ending);
         };
-        thread::Builder::new().name("kills".into()).spawn(body).context("failed to start a thread")?;
+        thread::Builder::new().name(KEEPER.thread.to_owned()).spawn(body).context("failed to start a thread")?;
         Ok(Self { progress, found, taken: false, stop: Some(stop), ended })
     }
 

@@ -15,6 +15,7 @@ use memtrace_incident::{Incident, Kind};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
+use crate::own_process::rights::STORER;
 use crate::store::incidents::IncidentStore;
 use crate::store::retention::{DeletedFiles, Retention};
 use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
@@ -109,8 +110,11 @@ impl Storer {
         let shared =
             Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), saved: Arc::new(Notify::new()) });
         let files = Files { store, retention, shared: Arc::clone(&shared) };
-        let run = move || files.run();
-        thread::Builder::new().name("storer".to_owned()).spawn(run).context("failed to start a thread")?;
+        let run = move || {
+            STORER.enter();
+            files.run();
+        };
+        thread::Builder::new().name(STORER.thread.to_owned()).spawn(run).context("failed to start a thread")?;
         Ok(Self(shared))
     }
 

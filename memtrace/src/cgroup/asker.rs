@@ -19,7 +19,8 @@ use tracing::warn;
 use super::by_id::ById;
 use super::files::id_of;
 use super::hierarchy::Hierarchy;
-use crate::{clock, own_process};
+use crate::clock;
+use crate::own_process::rights::ASKER;
 
 /// Asks on their way to the thread, and answers on their way back, each.
 const QUEUE_CAP: usize = 1024;
@@ -64,11 +65,10 @@ impl Asker {
         let (asks, asked) = sync_channel(QUEUE_CAP);
         let (answers, found) = sync_channel(QUEUE_CAP);
         let run = move || {
-            // The recorder starts it, and goes first.
-            own_process::lower_priority();
+            ASKER.keep_capabilities();
             Lookups::new(hierarchy, asked, answers).run();
         };
-        thread::Builder::new().name("cgroups".to_owned()).spawn(run).ok()?;
+        thread::Builder::new().name(ASKER.thread.to_owned()).spawn(run).ok()?;
         Some(Self { asks, found })
     }
 

@@ -17,6 +17,7 @@ use super::config::{Config, DOCTOR, Flags};
 use crate::kernel::hooks::{HookNeed, Program};
 use crate::kernel::status::{HookState, HookStatus, Status};
 use crate::kernel::support::{self, KernelFacts, MemoryController, Privileges, Problem};
+use crate::own_process::capability;
 use crate::session::{self, SessionConfig};
 
 /// Version of the `--json` output.
@@ -231,20 +232,8 @@ fn how(hook: &HookStatus) -> String {
 }
 
 fn privileges(privileges: &Privileges) -> String {
-    let names: Vec<&str> = [
-        (privileges.cap_bpf, "BPF"),
-        (privileges.cap_perfmon, "PERFMON"),
-        (privileges.cap_sys_admin, "SYS_ADMIN"),
-        (privileges.cap_sys_ptrace, "SYS_PTRACE"),
-        (privileges.cap_syslog, "SYSLOG"),
-        (privileges.cap_sys_resource, "SYS_RESOURCE"),
-        (privileges.cap_dac_read_search, "DAC_READ_SEARCH"),
-        (privileges.cap_checkpoint_restore, "CHECKPOINT_RESTORE"),
-    ]
-    .into_iter()
-    .filter_map(|(have, name)| have.then_some(name))
-    .collect();
-    let names = if names.is_empty() { "no capability that memtrace uses".to_owned() } else { names.join(" ") };
+    let names = capability::names(privileges.held);
+    let names = if names.is_empty() { "no capability that memtrace uses" } else { &names };
     format!("uid {}: {names}", privileges.euid)
 }
 

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use rustix::thread::CapabilitySet;
+
 use super::btf::Btf;
 use super::hooks::{Attach, Hook, Program};
 use super::support::{KernelFacts, MemoryController, Privileges};
@@ -70,30 +72,10 @@ pub fn describe(facts: &mut KernelFacts, btf: &Btf) {
     facts.task_pt_regs = btf.enumerator("BPF_FUNC_task_pt_regs").is_some();
 }
 
-/// Effective capabilities of this process, from /proc/self/status.
+/// What this process may do, from capget(2); nothing where that fails.
 pub fn privileges() -> Privileges {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    decode_privileges(rustix::process::geteuid().as_raw(), &status)
-}
-
-fn decode_privileges(euid: u32, status: &str) -> Privileges {
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .unwrap_or(0);
-    let has = |bit: u32| effective >> bit & 1 == 1;
-    Privileges {
-        euid,
-        cap_dac_read_search: has(2),
-        cap_sys_ptrace: has(19),
-        cap_sys_admin: has(21),
-        cap_sys_resource: has(24),
-        cap_syslog: has(34),
-        cap_perfmon: has(38),
-        cap_bpf: has(39),
-        cap_checkpoint_restore: has(40),
-    }
+    let held = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |held| held.effective);
+    Privileges { euid: rustix::process::geteuid().as_raw(), held }
 }
 
 /// The mode in brackets of `none [integrity] confidentiality`.
@@ -112,16 +94,6 @@ mod tests {
         assert_eq!(lockdown("none [integrity] confidentiality\n").as_deref(), Some("integrity"));
         assert_eq!(lockdown("[none] integrity").as_deref(), Some("none"));
         assert_eq!(lockdown("none"), None);
-    }
-
-    #[test]
-    fn capabilities_are_decoded_bit_by_bit() {
-        let all = decode_privileges(0, "Name:\tx\nCapEff:\t000001ffffffffff\n");
-        assert!(all.cap_bpf && all.cap_perfmon && all.cap_checkpoint_restore && all.cap_dac_read_search);
-        let two = decode_privileges(7, "CapEff:\t000000c000000000\n");
-        assert!(two.cap_bpf && two.cap_perfmon && two.may_load());
-        assert!(!two.cap_sys_admin && !two.cap_syslog && two.euid == 7);
-        assert_eq!(decode_privileges(1, "garbage"), Privileges { euid: 1, ..Privileges::default() });
     }
 
     #[test]

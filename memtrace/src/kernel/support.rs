@@ -9,9 +9,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use memtrace_common::layout::{ABSENT, KernelLayout};
-use serde::Serialize;
+use rustix::thread::CapabilitySet;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use super::hooks::{Attach, Hook, HookNeed, Program};
+use crate::own_process::capability::{self, CAPABILITIES, Capability, CapabilityNeed};
 
 /// What was found out about the kernel and this process before anything is loaded.
 #[derive(Clone, Debug, Default)]
@@ -56,58 +59,49 @@ pub struct MemoryController {
 }
 
 /// Effective privileges.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Privileges {
     /// Effective user id.
     pub euid: u32,
-    /// CAP_BPF.
-    pub cap_bpf: bool,
-    /// CAP_PERFMON.
-    pub cap_perfmon: bool,
-    /// CAP_SYS_ADMIN.
-    pub cap_sys_admin: bool,
-    /// CAP_SYS_PTRACE.
-    pub cap_sys_ptrace: bool,
-    /// CAP_SYSLOG.
-    pub cap_syslog: bool,
-    /// CAP_SYS_RESOURCE.
-    pub cap_sys_resource: bool,
-    /// CAP_DAC_READ_SEARCH.
-    pub cap_dac_read_search: bool,
-    /// CAP_CHECKPOINT_RESTORE.
-    pub cap_checkpoint_restore: bool,
+    /// Effective capabilities.
+    pub held: CapabilitySet,
+}
+
+impl Default for Privileges {
+    fn default() -> Self {
+        Self { euid: 0, held: CapabilitySet::empty() }
+    }
+}
+
+/// `euid`, and `cap_NAME` for each capability of the table and for CAP_SYS_ADMIN, which can stand in.
+impl Serialize for Privileges {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("euid", &self.euid)?;
+        let stands_in = ("SYS_ADMIN", CapabilitySet::SYS_ADMIN);
+        for (name, bit) in CAPABILITIES.iter().map(|one| (one.name, one.bit)).chain([stands_in]) {
+            map.serialize_entry(&format!("cap_{}", name.to_lowercase()), &self.held.contains(bit))?;
+        }
+        map.end()
+    }
 }
 
 impl Privileges {
-    /// Whether tracing programs may be loaded at all.
-    pub const fn may_load(&self) -> bool {
-        self.cap_sys_admin || (self.cap_bpf && self.cap_perfmon)
+    /// The capabilities without which nothing works, if one is missing.
+    fn required(&self) -> Option<Problem> {
+        let missing: Vec<_> = capability::missing(self.held, CapabilityNeed::Required).collect();
+        let lost = missing.first()?.lost;
+        let names: Vec<_> = missing.iter().map(|one| format!("CAP_{}", one.name)).collect();
+        let names = names.join(" and ");
+        Some(Problem::new(format!("no {names}: {lost}"), Some(&format!("run as root or give {names}"))))
     }
 
-    /// The capabilities that are missing, with what is lost without each.
-    pub fn lost(&self) -> Vec<Problem> {
-        let admin = self.cap_sys_admin;
-        [
-            (
-                self.may_load(),
-                "no CAP_BPF and CAP_PERFMON: no program can be loaded into the kernel",
-                "run as root or give CAP_BPF and CAP_PERFMON",
-            ),
-            (
-                self.cap_syslog || admin,
-                "no CAP_SYSLOG: the kernel log may not be readable and kernel frames stay without names",
-                "give CAP_SYSLOG",
-            ),
-            (
-                self.cap_sys_resource,
-                "no CAP_SYS_RESOURCE: memtrace cannot protect itself from a global OOM kill",
-                "give CAP_SYS_RESOURCE",
-            ),
-        ]
-        .into_iter()
-        .filter(|(have, ..)| !have)
-        .map(|(_, what, remedy)| Problem::new(what, Some(remedy)))
-        .collect()
+    /// The others that are missing, with what is lost without each.
+    fn lost(&self) -> impl Iterator<Item = Problem> {
+        let problem = |one: &Capability| {
+            Problem::new(format!("no CAP_{}: {}", one.name, one.lost), Some(&format!("give CAP_{}", one.name)))
+        };
+        capability::missing(self.held, CapabilityNeed::Optional).map(problem)
     }
 }
 
@@ -203,9 +197,7 @@ pub fn plan(facts: &KernelFacts, without: &[Hook]) -> AttachPlan {
 /// What stands in the way of every hook.
 fn obstacles(facts: &KernelFacts) -> Vec<Problem> {
     let mut fatal = Vec::new();
-    if !facts.privileges.may_load() {
-        fatal.extend(facts.privileges.lost().into_iter().take(1));
-    }
+    fatal.extend(facts.privileges.required());
     if facts.lockdown.as_deref() == Some("confidentiality") {
         let remedy = "boot with lockdown=integrity or without Secure Boot's confidentiality mode";
         fatal.push(Problem::new(
@@ -238,8 +230,7 @@ fn obstacles(facts: &KernelFacts) -> Vec<Problem> {
 
 /// What is lost besides hooks.
 fn notes(facts: &KernelFacts) -> Vec<Problem> {
-    let mut notes: Vec<Problem> =
-        facts.privileges.lost().into_iter().skip(usize::from(!facts.privileges.may_load())).collect();
+    let mut notes: Vec<Problem> = facts.privileges.lost().collect();
     if let Some(layout) = &facts.layout {
         let summable = facts.percpu_lookup
             && ![layout.percpu_counter_counters, layout.bpf_array_pptrs, layout.percpu_counter_size].contains(&ABSENT);

@@ -31,17 +31,7 @@ pub(in crate::kernel) fn full() -> KernelFacts {
         percpu_lookup: true,
         task_pt_regs: true,
         cgroup: Some(Ok(MemoryController { version: 2, hierarchy_id: 0, mount: "/sys/fs/cgroup".into() })),
-        privileges: Privileges {
-            euid: 0,
-            cap_bpf: true,
-            cap_perfmon: true,
-            cap_sys_admin: true,
-            cap_sys_ptrace: true,
-            cap_syslog: true,
-            cap_sys_resource: true,
-            cap_dac_read_search: true,
-            cap_checkpoint_restore: true,
-        },
+        privileges: Privileges { euid: 0, held: CapabilitySet::all() },
         ..KernelFacts::default()
     }
 }
@@ -154,20 +144,37 @@ fn without_btf_there_is_one_reason_and_a_remedy() {
 
 #[test]
 fn privileges() {
-    let with = |privileges: Privileges| plan(&KernelFacts { privileges, ..full() }, &[]);
-    let none = with(Privileges { euid: 1000, ..Privileges::default() });
-    assert_eq!(none.fatal.len(), 1);
+    let with = |held| plan(&KernelFacts { privileges: Privileges { euid: 1000, held }, ..full() }, &[]);
+    let optional = CAPABILITIES.iter().filter(|one| one.need == CapabilityNeed::Optional).count();
+    let none = with(CapabilitySet::empty());
+    assert_eq!(none.fatal[0].to_string().split(": ").next(), Some("no CAP_BPF and CAP_PERFMON"));
     assert_eq!(none.fatal[0].remedy.as_deref(), Some("run as root or give CAP_BPF and CAP_PERFMON"));
-    assert_eq!(none.notes.len(), 2);
-    let root_without_capabilities = with(Privileges { euid: 0, ..Privileges::default() });
-    assert_eq!(root_without_capabilities.fatal.len(), 1, "the user id gives nothing");
-    let half = with(Privileges { cap_bpf: true, ..Privileges::default() });
-    assert_eq!(half.fatal.len(), 1);
-    let enough = with(Privileges { cap_bpf: true, cap_perfmon: true, ..Privileges::default() });
-    assert_eq!((enough.fatal.len(), enough.notes.len()), (0, 2));
-    let admin = with(Privileges { cap_sys_admin: true, ..Privileges::default() });
-    assert_eq!((admin.fatal.len(), admin.notes.len()), (0, 1));
-    assert!(admin.notes[0].what.contains("CAP_SYS_RESOURCE"));
+    assert_eq!((none.fatal.len(), none.notes.len()), (1, optional));
+    let root = Privileges { euid: 0, ..Privileges::default() };
+    let root = plan(&KernelFacts { privileges: root, ..full() }, &[]);
+    assert_eq!(root.fatal.len(), 1, "the user id gives nothing");
+    let enough = with(CapabilitySet::BPF | CapabilitySet::PERFMON);
+    assert_eq!((enough.fatal.len(), enough.notes.len()), (0, optional));
+    let admin = with(CapabilitySet::SYS_ADMIN);
+    assert_eq!((admin.fatal.len(), admin.notes.len()), (0, optional), "it stands in for these two only");
+    for one in CAPABILITIES {
+        let plan = with(CapabilitySet::all() - one.bit - CapabilitySet::SYS_ADMIN);
+        let (fatal, notes) = match one.need {
+            CapabilityNeed::Required => (1, 0),
+            CapabilityNeed::Optional => (0, 1),
+        };
+        assert_eq!((plan.fatal.len(), plan.notes.len()), (fatal, notes), "{}", one.name);
+        let problem = plan.fatal.iter().chain(&plan.notes).next().unwrap();
+        assert_eq!(problem.what, format!("no CAP_{}: {}", one.name, one.lost));
+    }
+}
+
+#[test]
+fn privileges_are_shown_by_name() {
+    let privileges = Privileges { euid: 7, held: CapabilitySet::BPF | CapabilitySet::KILL };
+    let shown = serde_json::to_value(privileges).unwrap();
+    assert_eq!((&shown["euid"], &shown["cap_bpf"], &shown["cap_sys_admin"]), (&7.into(), &true.into(), &false.into()));
+    assert_eq!(shown.as_object().unwrap().len(), CAPABILITIES.len() + 2);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! HTTP: metrics, health, incidents, processes and cgroups.
 //!
 //! What the session knows a handler asks the agent's loop for ([`LoopRequest`]); what is on disk it
-//! reads through an [`IncidentSource`], in a blocking thread and one request at a time. `server`
+//! reads through an [`IncidentSource`], in threads of their own (`reader`) and one request at a time. `server`
 //! accepts and bounds connections, `guard` refuses foreign ones and `access` those without a right,
 //! `answers` bounds what is made and kept for them.
 
@@ -26,6 +26,7 @@ mod access;
 mod answers;
 mod guard;
 mod metrics;
+mod reader;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,7 @@ use access::{Door, WrongTokenLog};
 use answers::{BodyBudget, Refusal, Shared, TURN_LIMIT};
 use guard::Guard;
 pub use guard::HostNames;
+use reader::Reader;
 pub use server::{Listeners, ServerCounts, ServerLimits, start};
 
 /// Incidents on the page, newest first.
@@ -171,6 +173,9 @@ pub struct AppState {
     wrong_tokens: Arc<WrongTokenLog>,
     /// One permit: only one request reads from disk at a time, so that many requests do not add up in memory.
     read_permit: Arc<Semaphore>,
+    /// Reads for clients of TCP, and after [`Self::for_socket`] for those of the unix socket.
+    reader: Reader,
+    socket_reader: Reader,
     answers: Arc<Answers>,
     bodies: BodyBudget,
     limits: ServerLimits,
@@ -186,18 +191,18 @@ struct Answers {
 
 impl AppState {
     /// Asks `requests`, reads from `incidents`, answers to `names`, and over TCP to who knows the
-    /// `token`.
+    /// `token`. Fails when a thread that reads cannot be started.
     pub fn new(
         requests: mpsc::Sender<LoopRequest>,
         incidents: Arc<dyn IncidentSource>,
         names: HostNames,
         token: Option<Token>,
         limits: ServerLimits,
-    ) -> Self {
+    ) -> anyhow::Result<Self> {
         let body = || Shared::new(|bytes: &Bytes| bytes.len() > LARGE_BYTES);
         let rows = |snapshot: &Arc<Snapshot>| snapshot.processes.len() + snapshot.cgroups.len() > LARGE_ROWS;
         let answers = Answers { snapshot: Shared::new(rows), metrics: body(), processes: body(), cgroups: body() };
-        Self {
+        Ok(Self {
             requests,
             incidents,
             names,
@@ -205,15 +210,22 @@ impl AppState {
             counts: Arc::default(),
             wrong_tokens: Arc::default(),
             read_permit: Arc::new(Semaphore::new(1)),
+            reader: Reader::start()?,
+            socket_reader: Reader::start()?,
             answers: Arc::new(answers),
             bodies: BodyBudget::of_tcp(),
             limits,
-        }
+        })
     }
 
     /// The same for clients of the unix socket: what those of TCP take up is not missing here.
     fn for_socket(&self) -> Self {
-        Self { read_permit: Arc::new(Semaphore::new(1)), bodies: BodyBudget::of_socket(), ..self.clone() }
+        Self {
+            read_permit: Arc::new(Semaphore::new(1)),
+            reader: self.socket_reader.clone(),
+            bodies: BodyBudget::of_socket(),
+            ..self.clone()
+        }
     }
 
     /// Gives back what nobody asks for any more.
@@ -239,7 +251,7 @@ impl AppState {
         self.answers.snapshot.get(async { self.ask(LoopRequest::Snapshot).await.map(Arc::new) }).await
     }
 
-    /// Reads from disk in a blocking thread, so that other requests are not held up.
+    /// Reads from disk in another thread, so that other requests are not held up.
     async fn read<T: Send + 'static>(
         &self,
         read: impl FnOnce(&dyn IncidentSource) -> Result<T, String> + Send + 'static,
@@ -253,8 +265,8 @@ impl AppState {
             let _permit = permit;
             read(&*incidents)
         };
-        let read = tokio::task::spawn_blocking(reading).await;
-        read.map_err(|error| Refusal::Failed(error.to_string()))?.map_err(Refusal::Failed)
+        let read = self.reader.run(reading).await;
+        read.ok_or_else(|| Refusal::Failed("failed to read incidents".to_owned()))?.map_err(Refusal::Failed)
     }
 
     fn answer(&self, kind: &'static str, body: Bytes) -> Result<Response, Refusal> {

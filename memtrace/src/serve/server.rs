@@ -28,6 +28,7 @@ use tracing::error;
 use super::access::Door;
 use super::guard::Peer;
 use super::{AppState, router};
+use crate::own_process::rights::SERVER;
 
 /// How long to wait after a connection could not be accepted, which is when descriptors or memory ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -126,15 +127,18 @@ pub(super) fn count(counter: &AtomicU64) {
 /// Fails when the thread cannot be started.
 pub fn start(listeners: Listeners, state: AppState) -> anyhow::Result<()> {
     let serve = move || {
-        // Two blocking threads: one reads incidents for clients of TCP, one for those of the unix
-        // socket.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build();
+        SERVER.enter();
+        // It starts no threads: what blocks is elsewhere.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let served = runtime.and_then(|runtime| runtime.block_on(run(listeners, state)));
         if let Err(error) = served {
             error!("the HTTP server stopped: {error}");
         }
     };
-    std::thread::Builder::new().name("http".to_owned()).spawn(serve).context("failed to start the HTTP server")?;
+    std::thread::Builder::new()
+        .name(SERVER.thread.to_owned())
+        .spawn(serve)
+        .context("failed to start the HTTP server")?;
     Ok(())
 }
 

@@ -66,7 +66,7 @@ fn trial_with(limits: ServerLimits, processes: usize, answers: bool, token: Opti
     let source = Arc::new(Counting::default());
     let incidents: Arc<dyn IncidentSource> = Arc::clone(&source) as _;
     let token = token.map(|text| Token::new(text).unwrap());
-    let state = AppState::new(sender, incidents, HostNames::default(), token, limits);
+    let state = AppState::new(sender, incidents, HostNames::default(), token, limits).unwrap();
     let (counts, asked) = (Arc::clone(&state.counts), Arc::new(Mutex::new(Vec::new())));
     let heard = Arc::clone(&asked);
     std::thread::spawn(move || {

@@ -9,6 +9,8 @@ use std::path::Path;
 
 use memtrace_common::control::{Control, MAX_CPUS};
 use memtrace_common::layout::{ABSENT, KernelLayout};
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::CapabilitySet;
 
 use super::SessionConfig;
 use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
@@ -78,11 +80,23 @@ pub fn attach(capabilities: Capabilities, config: &SessionConfig) -> anyhow::Res
         stacks_bytes: config.stacks_ring_bytes,
         max_processes: config.max_processes,
     };
+    let held = facts.privileges.held;
     let (probe, results) = Probe::load(object, layout, &settings, &plan, config.btf.as_deref())
-        .map_err(|error| CommandError::Unsupported(error.to_string()))?;
+        .map_err(|error| CommandError::Unsupported(format!("{error}{}", locked_memory(held))))?;
     let status = Status::new(&plan, &results);
     ensure_runnable(&status)?;
     Ok((hierarchy, probe, status))
+}
+
+/// What may be behind a failure to load.
+fn locked_memory(held: CapabilitySet) -> &'static str {
+    let is_limited = getrlimit(Resource::Memlock).current.is_some();
+    if is_limited && !held.contains(CapabilitySet::SYS_RESOURCE) {
+        "; no CAP_SYS_RESOURCE: before Linux 5.11 maps must fit into the limit of locked memory (give \
+         CAP_SYS_RESOURCE or raise RLIMIT_MEMLOCK)"
+    } else {
+        ""
+    }
 }
 
 /// The constants that the programs are loaded with.

@@ -33,6 +33,8 @@ use super::stack_samples::StackSamples;
 use crate::clock;
 use crate::kernel::probe::stack_ring::StackRing;
 use crate::own_process;
+use crate::own_process::rights::{STACK_WORKER, cut_bounding_set};
+use crate::own_process::syscalls::Filter;
 
 /// Stacks unwound between two looks at the socket.
 const STACKS_PER_TURN: usize = 64;
@@ -44,13 +46,6 @@ const WAIT: Duration = Duration::from_millis(100);
 const SEND_BUFFER_BYTES: usize = 2 << 20;
 /// Private memory of the worker (RLIMIT_DATA), bytes. Its caches are bounded far below.
 const MAX_PRIVATE_BYTES: u64 = 256 << 20;
-/// What the worker may do beyond what everybody may: read /proc/PID and files of every process, open
-/// /proc/PID/map_files (SYS_ADMIN before Linux 5.9), and see addresses in /proc/kallsyms.
-const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_PTRACE
-    .union(CapabilitySet::DAC_READ_SEARCH)
-    .union(CapabilitySet::CHECKPOINT_RESTORE)
-    .union(CapabilitySet::SYSLOG);
-
 /// Runs until the recorder has gone.
 pub fn run() -> anyhow::Result<()> {
     confine();
@@ -135,15 +130,18 @@ fn confine() {
     }
 }
 
-/// Keeps [`CAPABILITIES`] only.
+/// Keeps [`STACK_WORKER`] only, and no system call that nothing here needs.
 fn drop_capabilities() {
     let Ok(held) = capabilities(None) else { return };
-    let kept = held.permitted & CAPABILITIES;
+    cut_bounding_set(STACK_WORKER);
+    let kept = held.permitted & STACK_WORKER;
     let _ = set_capabilities(
         None,
         CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
     );
     let _ = rustix::thread::set_no_new_privs(true);
+    // The first worker is started before the recorder has a filter to inherit.
+    let _ = Filter::Agent.apply();
 }
 
 fn receive_start(socket: &Rc<UnixStream>, incoming: &mut Incoming) -> anyhow::Result<(Start, OwnedFd)> {

@@ -12,17 +12,16 @@
 //!
 //! A user who starts it, for `memtrace report`, has no other identity to take and keeps their own.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use anyhow::Context;
 use rustix::process::{DumpableBehavior, Gid, Resource, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-};
+use seccompiler::{SeccompAction, SeccompCmpOp};
 
 use crate::own_process::lower_limit;
+use crate::own_process::rights::cut_bounding_set;
+use crate::own_process::syscalls::{Rules, program, when};
 
 /// User and group `nobody`: they own no file (kernel/sys.c, `DEFAULT_OVERFLOWUID`).
 const NOBODY: u32 = 65_534;
@@ -34,8 +33,6 @@ const MAX_PRIVATE_BYTES: u64 = 512 << 20;
 const MAX_ADDRESS_SPACE_BYTES: u64 = 64 << 30;
 /// Stack, as most systems set it.
 const MAX_STACK_BYTES: u64 = 8 << 20;
-/// Capability numbers that a kernel may know; 41 of them exist in Linux 6.18.
-const CAPABILITIES: u32 = 64;
 
 /// Bounds memory, CPU time, files and processes. Best effort: the names are wanted even where a
 /// limit cannot be set.
@@ -96,9 +93,7 @@ pub fn enter() -> anyhow::Result<()> {
 /// Becomes `nobody` if this is root, and drops all capabilities for good.
 fn drop_identity() -> anyhow::Result<()> {
     // This needs capabilities, so it comes before they go; without them there is nothing to bound.
-    let mut bits = (0..CAPABILITIES).map_while(|number| 1_u64.checked_shl(number));
-    let drop = |bit| rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(bit));
-    while bits.next().is_some_and(|bit| drop(bit).is_ok()) {}
+    cut_bounding_set(CapabilitySet::empty());
     let identity = if rustix::process::geteuid().is_root() { become_nobody() } else { Ok(()) };
     let _ = rustix::thread::clear_ambient_capability_set();
     let none = CapabilitySet::empty();
@@ -129,15 +124,6 @@ fn filter() -> anyhow::Result<()> {
         program(allowed()?, SeccompAction::KillProcess, SeccompAction::Allow)?,
     ];
     programs.iter().try_for_each(|program| seccompiler::apply_filter(program)).context("failed to set the filter")
-}
-
-/// System calls, each with the rules of which one must hold; none: always.
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-fn program(rules: Rules, otherwise: SeccompAction, matched: SeccompAction) -> anyhow::Result<BpfProgram> {
-    let arch = std::env::consts::ARCH.try_into().context("no filter for this architecture")?;
-    let filter = SeccompFilter::new(rules, otherwise, matched, arch).context("failed to make a filter")?;
-    filter.try_into().context("failed to compile a filter")
 }
 
 /// Calls that take a path: to the symbolizer no file exists. It looks for debug files by itself, and
@@ -212,12 +198,6 @@ fn allowed() -> anyhow::Result<Rules> {
 /// Equal to 0 in these bits.
 fn without(bits: libc::c_int) -> SeccompCmpOp {
     SeccompCmpOp::MaskedEq(u64::from(bits.unsigned_abs()))
-}
-
-/// Holds if this comparison of an argument, counted from 0, does.
-fn when(argument: u8, operator: SeccompCmpOp, value: u64) -> anyhow::Result<SeccompRule> {
-    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
-    Ok(SeccompRule::new(vec![condition])?)
 }
 
 #[cfg(test)]

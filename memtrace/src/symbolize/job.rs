@@ -76,5 +76,9 @@ impl NameSources {
 /// A path through which another process can open what this one holds open.
 fn descriptor_path(module: &OpenModule) -> Option<PathBuf> {
     let fd = fd_path(&*module.file);
-    Some(Path::new("/proc").join(std::process::id().to_string()).join("fd").join(fd.file_name()?))
+    // By this thread: the child may look into it because it has the same capabilities, which another
+    // thread of the process can exceed (security/commoncap.c, `cap_ptrace_access_check`).
+    let thread = rustix::thread::gettid().as_raw_nonzero().to_string();
+    let process = std::process::id().to_string();
+    Some(Path::new("/proc").join(process).join("task").join(thread).join("fd").join(fd.file_name()?))
 }

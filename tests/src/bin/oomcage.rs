@@ -8,17 +8,20 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Context;
 use clap::Parser;
-use memtrace_tests::{cage, process};
+use memtrace_tests::{cage, privileges, process};
 
 #[derive(Parser)]
 #[command(about = "Run a command in a transient memory cgroup with a limit")]
 struct Args {
     /// Limit, with K, M or G
-    #[arg(long, value_parser = size, required_unless_present = "enter")]
+    #[arg(long, value_parser = size, required_unless_present_any = ["enter", "keep"])]
     limit: Option<u64>,
     /// Enter this cgroup directory and become the command (used on itself)
     #[arg(long, conflicts_with = "limit")]
     enter: Option<PathBuf>,
+    /// Keep only the capabilities of this mask (hexadecimal) and little locked memory, and become the command
+    #[arg(long, conflicts_with_all = ["limit", "enter"])]
+    keep: Option<String>,
     /// Say on stderr what the cgroup counted, as a JSON line
     #[arg(long)]
     stats: bool,
@@ -41,6 +44,11 @@ fn run(args: &Args) -> anyhow::Result<u8> {
     let (program, rest) = args.command.split_first().context("no command")?;
     if let Some(dir) = &args.enter {
         cage::enter(dir)?;
+        let error = Command::new(program).args(rest).exec();
+        return Err(error).with_context(|| format!("failed to run {}", program.display()));
+    }
+    if let Some(mask) = &args.keep {
+        privileges::keep(u64::from_str_radix(mask, 16).context("not a mask")?)?;
         let error = Command::new(program).args(rest).exec();
         return Err(error).with_context(|| format!("failed to run {}", program.display()));
     }
