@@ -154,7 +154,7 @@ async fn serve_and_trace(config: AgentConfig) -> anyhow::Result<()> {
                 answer(request, &session, &sinks, &symbolize);
             }
         }
-        name_next(&mut session, &mut symbolize);
+        name_next(&mut session, &sinks, &mut symbolize);
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -210,8 +210,9 @@ fn exchange(keeper: &mut Keeper, session: &Session, sinks: &mut Sinks) {
 }
 
 /// Starts naming the functions of the next incident, once the files of its modules are there.
-fn name_next(session: &mut Session, symbolize: &mut SymbolizeQueue) {
-    session.wait_for_names(symbolize.is_busy());
+fn name_next(session: &mut Session, sinks: &Sinks, symbolize: &mut SymbolizeQueue) {
+    // An incident that waits to be saved needs the files of its modules too.
+    session.wait_for_names(symbolize.is_busy() || sinks.waiting() > 0);
     if let Some(wanted) = symbolize.wanted_modules() {
         session.ask_for_modules(wanted);
     }
