@@ -172,7 +172,9 @@ impl Gate {
         current.user = user;
         if let (Some(user), Some(rate_ppm)) = (user, self.rate_ppm) {
             let unpaid_ns = std::mem::take(&mut current.unpaid_ns);
-            self.users.charge(user, Instant::now(), Rate::of_user(rate_ppm), unpaid_ns);
+            if unpaid_ns > 0 {
+                self.users.charge(user, Instant::now(), Rate::of_user(rate_ppm), unpaid_ns);
+            }
         }
     }
 
