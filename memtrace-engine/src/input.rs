@@ -279,4 +279,6 @@ pub enum KernelLogEvent {
         /// How many lines.
         lines: u64,
     },
+    /// The log cannot be read any more: nothing is known of kills since it was read last.
+    Unreadable,
 }

@@ -3,7 +3,7 @@
 //! has paths, names and sizes. Curves are not part of it.
 
 use crate::Engine;
-use crate::input::{CgroupFound, Fact, ProcessFound};
+use crate::input::{CgroupFound, Fact, KernelLogEvent, KernelLogLine, ProcessFound};
 
 impl Engine {
     /// The facts of the preamble at `boot_ns`: start, anchor, loss totals, cgroups, live processes,
@@ -23,6 +23,10 @@ impl Engine {
         let totals = self.run.losses.last_totals();
         if !totals.is_empty() {
             facts.push(Fact::Losses { totals });
+        }
+        if self.oom.log_is_unreadable() {
+            let line = KernelLogEvent::Unreadable;
+            facts.push(Fact::KernelLog(KernelLogLine { printk_ns: 0, read_boot_ns: boot_ns, line }));
         }
         let cgroups = self.world.cgroups.iter().filter(|(_, row)| !row.removed);
         facts.extend(cgroups.filter_map(|(id, row)| {

@@ -444,6 +444,47 @@ fn a_kill_missing_in_the_kernel_log_is_a_disagreement() {
 }
 
 #[test]
+fn a_long_window_does_not_make_the_kernel_log_forget_its_kills() {
+    let settings = Settings { kernel_log: true, after_ns: 120 * SEC, ..Settings::default() };
+    let mut test = TestEngine::with(settings);
+    test.feed(&test_support::kill(T, 90, 100, OWN));
+    test.feed(&test_support::victim(T + MS, 90, 100, at_limit(), at_limit(), MIB));
+    let line = KernelLogEvent::Killed { pid: 100, comm: "x".into() };
+    test.fact(Fact::KernelLog(KernelLogLine { printk_ns: 5, read_boot_ns: T + 2 * MS, line }));
+    for sec in 0..130 {
+        test.tick(T + sec * SEC);
+    }
+    let saved = test.saved();
+    assert_eq!(saved.len(), 1);
+    assert_eq!(saved[0].oom.as_ref().unwrap().kernel_log.as_ref().and_then(|log| log.killed_line_ns), Some(5));
+    assert!(saved[0].losses.is_empty(), "{:?}", saved[0].losses);
+    let disagrees = |alert: &Finding| matches!(alert, Finding::Disagreement { .. });
+    assert!(!test.alerts().iter().any(disagrees), "{:?}", test.alerts());
+}
+
+#[test]
+fn a_kernel_log_that_cannot_be_read_any_more_is_said_and_is_no_disagreement() {
+    let mut test = TestEngine::with(Settings { kernel_log: true, ..Settings::default() });
+    test.tick(T - SEC);
+    let line = KernelLogEvent::Unreadable;
+    test.fact(Fact::KernelLog(KernelLogLine { printk_ns: 0, read_boot_ns: T, line }));
+    for n in 0..3u64 {
+        let (ns, pid) = (T + n * SEC, 100 + n as u32);
+        test.feed(&test_support::kill(ns, 90, pid, OWN));
+        test.feed(&test_support::victim(ns + MS, 90, pid, at_limit(), at_limit(), MIB));
+        test.tick(ns + 2 * MS);
+    }
+    for sec in 3..10 {
+        test.tick(T + sec * SEC);
+    }
+    let lost = |incident: &Incident| incident.losses.iter().map(|loss| loss.what.clone()).collect::<Vec<_>>();
+    assert_eq!(test.saved().iter().map(lost).collect::<Vec<_>>(), vec![vec!["kernel_log/not_read".to_owned()]; 3]);
+    let disagrees = |alert: &Finding| matches!(alert, Finding::Disagreement { .. });
+    assert!(!test.alerts().iter().any(disagrees), "{:?}", test.alerts());
+    assert!(test.engine.preamble(T + 10 * SEC).iter().any(|fact| matches!(fact, Fact::KernelLog(_))));
+}
+
+#[test]
 fn a_spike_is_saved_and_a_kill_explains_it() {
     for (killed, spikes) in [(false, true), (true, true), (false, false)] {
         let mut test = TestEngine::with(Settings { spikes, ..Settings::default() });

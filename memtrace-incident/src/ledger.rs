@@ -16,6 +16,10 @@ pub struct KillEntry {
     pub wall: String,
     /// Victim's process id (tgid).
     pub pid: u32,
+    /// Victim's thread that was marked, whose id the kernel log has; absent when it was the first
+    /// one (mm/oom_kill.c, find_lock_task_mm).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tid: Option<u32>,
     /// Victim's start, boot clock, nanoseconds.
     pub start_boot_ns: u64,
     /// Victim's name, escaped where not printable.

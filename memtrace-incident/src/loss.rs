@@ -65,6 +65,8 @@ pub enum Loss {
     KernelLogLinesLost,
     /// The kernel log has no line about a kill that the hooks saw.
     KernelLogSilent,
+    /// The kernel log could not be read.
+    KernelLogNotRead,
     /// A stack was left out to stay within the stack budget.
     StacksOverBudget,
     /// A stack came without the path it refers to, or its record was skipped.
@@ -97,7 +99,7 @@ pub enum Loss {
 type Row = (Loss, &'static str, &'static str);
 
 /// Every loss. The first eight labels are the part after `RING/` or `HOOK/`.
-const ROWS: [Row; 41] = [
+const ROWS: [Row; 42] = [
     (Loss::RingFull, "ring_full", "Records found no room in their ring."),
     (
         Loss::TableFull,
@@ -174,6 +176,11 @@ const ROWS: [Row; 41] = [
     ),
     (Loss::KernelLogLinesLost, "kernel_log/lines_lost", "The kernel overwrote lines of its log before they were read."),
     (Loss::KernelLogSilent, "kernel_log/no_line", "The kernel log has no line for a kill that the hooks saw."),
+    (
+        Loss::KernelLogNotRead,
+        "kernel_log/not_read",
+        "The kernel log could not be read: what it has about a kill is not known.",
+    ),
     (
         Loss::StacksOverBudget,
         "stacks/over_budget",

@@ -142,7 +142,8 @@ pub struct UnwatchedKills {
     /// Lines of the kernel log that were overwritten before they were read; null when the log was
     /// not read, or it is not known where the run before had ended to read.
     pub kernel_log_lines_lost: Option<u64>,
-    /// Kills in the kernel log, or in counts of cgroups, that have no line because there were too many.
+    /// Kills in the kernel log, or in counts of cgroups, that have no line because there were too
+    /// many.
     pub left_out: u64,
     /// Cgroups whose count is not compared, because that of before is not known.
     pub cgroups_not_compared: u64,

@@ -2,27 +2,26 @@
 //!
 //! Those files are the one thing here that is neither bounded nor trusted: a file system may never
 //! answer, and a program may make its files as large and as many as it likes. So each reading is
-//! refused, or announced and paid for. [`Refused`] has the processes, devices and users that a reader
-//! of this process hung on before, and for a while after that nothing is read from file systems that
-//! the host has not mounted: everybody can make those, as many as they like. A reading that is late is
-//! given up (`readers`). What is announced to the [`ReadObserver`] lets whoever waits for this
-//! process tell what it waits for. What a reading costs in CPU time is taken off two accounts, that of
-//! its process and that of all; while either is in debt nothing more is read for that process.
+//! refused, or announced and paid for. [`Refused`] has the processes, devices and users that a
+//! reader of this process hung on before, and for a while after that nothing is read from file
+//! systems that the host has not mounted: everybody can make those, as many as they like. A reading
+//! that is late is given up (`readers`). What is announced to the [`ReadObserver`] lets whoever
+//! waits for this process tell what it waits for. What a reading costs in CPU time is taken off two
+//! accounts, that of its process and that of all; while either is in debt nothing more is read for
+//! that process.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::accounts::{Account, Accounts, Rate};
 use crate::host_mounts::HostMounts;
 use crate::readers::Readers;
 
-/// Processes with an account of their own; beyond it all begin anew.
-const MAX_ACCOUNTS: usize = 1024;
-/// What an account holds at most, as time in which its rate earns it.
-const BURST: Duration = Duration::from_secs(2);
-/// What an account holds at least when it is full: a program that starts is read at once.
-const LEAST_BURST_NS: i64 = 20_000_000;
+/// Waiting for file systems that the host has not mounted: they may be slow without an end, each
+/// time a little less than what is late. A second at first, then a fiftieth of the time.
+const STRANGERS: Rate = Rate { ppm: 20_000, full_ns: 1_000_000_000 };
 /// How long a reading may wait in /proc: for the lock of an address space.
 const PROC_LIMIT: Duration = Duration::from_millis(250);
 /// How long a reading may wait for a file.
@@ -77,8 +76,8 @@ impl Place {
     }
 }
 
-/// Is told before something is read, and when that has ended. Readings of one process and device in a
-/// row are told once in a while: whoever listens is woken each time.
+/// Is told before something is read, and when that has ended. Readings of one process and device in
+/// a row are told once in a while: whoever listens is woken each time.
 pub trait ReadObserver: std::fmt::Debug {
     /// Readings begin, and may never end.
     fn begin(&mut self, reading: &Reading);
@@ -131,8 +130,8 @@ pub struct Gate {
     all: Account,
     /// Time that was waited for strangers.
     strangers: Account,
-    /// Cap: [`MAX_ACCOUNTS`].
-    accounts: HashMap<ProcessKey, Account>,
+    processes: Accounts<ProcessKey>,
+    users: Accounts<u32>,
     current: Option<Current>,
     /// What the observer was told last, and not that it has ended, and when.
     announced: Option<(Reading, Instant)>,
@@ -147,11 +146,13 @@ pub struct Gate {
 struct Current {
     process: ProcessKey,
     user: Option<u32>,
+    /// What was spent while its user was not known, nanoseconds.
+    unpaid_ns: i64,
 }
 
 impl Gate {
     /// Tells `observer`, refuses `refused`, and holds readings to `rate_ppm` parts per million of a
-    /// CPU in all and to half of that for one process.
+    /// CPU in all, to three quarters of that for one user and to half of it for one process.
     pub fn new(observer: Box<dyn ReadObserver>, refused: Refused, rate_ppm: u64) -> Self {
         Self { observer: Some(observer), refused, rate_ppm: Some(rate_ppm), ..Self::default() }
     }
@@ -162,13 +163,18 @@ impl Gate {
 
     /// The process for which readings come next; its user is not known yet.
     pub(crate) fn set_process(&mut self, process: ProcessKey) {
-        self.current = Some(Current { process, user: None });
+        self.current = Some(Current { process, user: None, unpaid_ns: 0 });
     }
 
     /// The user of that process, once it is known.
     pub(crate) fn set_user(&mut self, user: Option<u32>) {
-        if let Some(current) = &mut self.current {
-            current.user = user;
+        let Some(current) = &mut self.current else { return };
+        current.user = user;
+        if let (Some(user), Some(rate_ppm)) = (user, self.rate_ppm) {
+            let unpaid_ns = std::mem::take(&mut current.unpaid_ns);
+            if unpaid_ns > 0 {
+                self.users.charge(user, Instant::now(), Rate::of_user(rate_ppm), unpaid_ns);
+            }
         }
     }
 
@@ -176,11 +182,10 @@ impl Gate {
     pub(crate) fn affords(&mut self) -> bool {
         let (Some(rate_ppm), Some(current)) = (self.rate_ppm, self.current) else { return true };
         let now = Instant::now();
-        let mine = self
-            .accounts
-            .get_mut(&current.process)
-            .is_none_or(|account| account.balance(now, Rate::of_cpu(rate_ppm / 2)) > 0);
-        mine && self.all.balance(now, Rate::of_cpu(rate_ppm)) > 0
+        let user = current.user;
+        self.processes.balance(current.process, now, Rate::of_process(rate_ppm)) > 0
+            && user.is_none_or(|user| self.users.balance(user, now, Rate::of_user(rate_ppm)) > 0)
+            && self.all.balance(now, Rate::of_cpu(rate_ppm)) > 0
     }
 
     /// Reads, unless that is refused or not paid for. `None` also if it is late.
@@ -189,7 +194,7 @@ impl Gate {
         place: Place,
         read: impl FnOnce() -> T + Send + 'static,
     ) -> Option<T> {
-        let Some(Current { process, user }) = self.current else { return Some(read()) };
+        let Some(Current { process, user, .. }) = self.current else { return Some(read()) };
         let reading = Reading { process, user, place };
         let is_strange = match place {
             Place::Proc => false,
@@ -253,10 +258,14 @@ impl Gate {
     fn charge(&mut self, process: ProcessKey, spent_ns: i64) {
         let Some(rate_ppm) = self.rate_ppm else { return };
         let now = Instant::now();
-        if self.accounts.len() >= MAX_ACCOUNTS && !self.accounts.contains_key(&process) {
-            self.accounts.clear();
+        self.processes.charge(process, now, Rate::of_process(rate_ppm), spent_ns);
+        match &mut self.current {
+            Some(Current { user: Some(user), .. }) => {
+                self.users.charge(*user, now, Rate::of_user(rate_ppm), spent_ns);
+            }
+            Some(current) => current.unpaid_ns = current.unpaid_ns.saturating_add(spent_ns),
+            None => {}
         }
-        self.accounts.entry(process).or_default().charge(now, Rate::of_cpu(rate_ppm / 2), spent_ns);
         self.all.charge(now, Rate::of_cpu(rate_ppm), spent_ns);
     }
 
@@ -264,52 +273,6 @@ impl Gate {
     pub(crate) fn counts(&self) -> GateCounts {
         GateCounts { late: u64::try_from(self.readers.late()).unwrap_or(u64::MAX), ..self.counts }
     }
-}
-
-/// What an account earns.
-#[derive(Clone, Copy, Debug)]
-struct Rate {
-    /// Parts per million of the time that passes.
-    ppm: u64,
-    /// The most that it holds, nanoseconds.
-    full_ns: i64,
-}
-
-/// Waiting for file systems that the host has not mounted: they may be slow without an end, each time
-/// a little less than what is late. A second at first, then a fiftieth of the time.
-const STRANGERS: Rate = Rate { ppm: 20_000, full_ns: 1_000_000_000 };
-
-impl Rate {
-    fn of_cpu(ppm: u64) -> Self {
-        Self { ppm, full_ns: earned_ns(BURST, ppm).max(LEAST_BURST_NS) }
-    }
-}
-
-/// Time that is earned as time passes, and spent.
-#[derive(Clone, Copy, Debug, Default)]
-struct Account {
-    /// When it was filled last, and what it held then, nanoseconds; `None`: full.
-    filled: Option<(Instant, i64)>,
-}
-
-impl Account {
-    fn balance(&mut self, now: Instant, rate: Rate) -> i64 {
-        let balance = self.filled.map_or(rate.full_ns, |(at, held)| {
-            held.saturating_add(earned_ns(now.saturating_duration_since(at), rate.ppm)).min(rate.full_ns)
-        });
-        self.filled = Some((now, balance));
-        balance
-    }
-
-    fn charge(&mut self, now: Instant, rate: Rate, spent_ns: i64) {
-        let left = self.balance(now, rate).saturating_sub(spent_ns);
-        self.filled = Some((now, left));
-    }
-}
-
-fn earned_ns(time: Duration, rate_ppm: u64) -> i64 {
-    let earned = time.as_nanos().saturating_mul(u128::from(rate_ppm)) / 1_000_000;
-    i64::try_from(earned).unwrap_or(i64::MAX)
 }
 
 /// CPU time of this thread, nanoseconds.
@@ -323,6 +286,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
+    use crate::accounts::LEAST_BURST_NS;
     use crate::proc_dir::FileStamp;
 
     #[derive(Debug, Default)]
@@ -418,6 +382,28 @@ mod tests {
         let read = (0..100).take_while(|pid| passes(&mut gate, *pid, Place::Device((0, *pid)))).count();
         assert!((2..30).contains(&read), "{read} were read");
         assert!(!passes(&mut gate, 200, Place::Path) && passes(&mut gate, 200, Place::Proc), "that is the host's");
+    }
+
+    #[test]
+    fn a_user_with_many_processes_leaves_a_share_to_others() {
+        let mut gate = Gate { rate_ppm: Some(1_000_000), ..Gate::default() };
+        let mine = Rate::of_user(1_000_000).full_ns;
+        let spent = |gate: &mut Gate, pid: u32, user: u32, ns: i64| {
+            gate.set_process((pid, 1));
+            // What is spent before its user is known is the user's too.
+            gate.charge((pid, 1), ns / 2);
+            gate.set_user(Some(user));
+            gate.charge((pid, 1), ns / 2);
+        };
+        (1..=16).for_each(|pid| spent(&mut gate, pid, 1000, mine / 16 + 20_000_000));
+        for pid in [1, 17] {
+            gate.set_process((pid, 1));
+            gate.set_user(Some(1000));
+            assert!(!gate.affords(), "{pid}");
+        }
+        gate.set_process((18, 1));
+        gate.set_user(Some(1001));
+        assert!(gate.affords(), "another user");
     }
 
     #[test]

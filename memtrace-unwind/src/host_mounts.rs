@@ -1,8 +1,8 @@
 //! The file systems that the host has mounted, by device number.
 //!
 //! A number is used again once its file system is gone, so the table is only as good as it is new.
-//! The kernel says when it has changed: mountinfo can be polled (fs/proc_namespace.c, `mounts_poll`),
-//! and it says so before the number is free.
+//! The kernel says when it has changed: mountinfo can be polled (fs/proc_namespace.c,
+//! `mounts_poll`), and it says so before the number is free.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,7 +17,8 @@ use crate::proc_dir::{FileStamp, ProcDir, mounted};
 const MAX_BYTES: u64 = 4 << 20;
 /// Device numbers kept.
 const MAX_DEVICES: usize = 16_384;
-/// Pause between two readings, however often the table changes. Until the next one nothing is known.
+/// Pause between two readings, however often the table changes. Until the next one nothing is
+/// known.
 const PAUSE: Duration = Duration::from_secs(1);
 /// What the kinds of file systems begin with that another process or another machine answers for.
 const REMOTE: [&str; 12] =
@@ -36,8 +37,8 @@ pub(crate) struct HostMounts {
 }
 
 impl HostMounts {
-    /// Whether a file system with this number is mounted on the host and answers for itself: neither
-    /// another process nor another machine does.
+    /// Whether a file system with this number is mounted on the host and answers for itself:
+    /// neither another process nor another machine does.
     pub(crate) fn have(&mut self, device: (u32, u32)) -> bool {
         self.stale |= self.table.as_ref().is_none_or(has_changed);
         if self.stale && self.read.is_none_or(|read| read.elapsed() >= PAUSE) {
@@ -49,8 +50,8 @@ impl HostMounts {
 
     fn read_table(&mut self) {
         if self.table.is_none() {
-            // Of the first process, or of this one if that is hidden. What has changed is said since it
-            // was opened.
+            // Of the first process, or of this one if that is hidden. What has changed is said
+            // since it was opened.
             let of = |pid| ProcDir::of(pid).and_then(|dir| dir.file("mountinfo"));
             self.table = of(1).or_else(|| of(std::process::id()));
         }

@@ -168,3 +168,43 @@ fn arm64_returns_through_its_link_register() {
     assert_eq!(rule(2).apply(&Registers { fp: 0x7000, ..leaf }, &stack), caller(0xaaaa, 0x7020, 0x7100));
     assert_eq!(rule(3), Rule::Outermost);
 }
+
+/// A program that its user may run and not read has no functions for him, also while its file is open
+/// for another process.
+#[test]
+fn a_file_that_is_open_for_one_process_is_checked_for_the_next() {
+    use crate::maps::{MAX_BYTES, Maps};
+    use crate::modules::{Modules, Reader};
+    use crate::proc_dir::Credentials;
+    use crate::unwind::MappedModule;
+    use std::os::unix::fs::PermissionsExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("program");
+    std::fs::copy("/bin/sleep", &program).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o711)).unwrap();
+    let mut child = std::process::Command::new(&program).arg("60").spawn().unwrap();
+    let of_child = Arc::new(ProcDir::of(child.id()).unwrap());
+    let own = of_child.credentials().unwrap();
+    let other = Credentials { users: vec![u32::MAX - 7; 4], groups: Vec::new(), ..own.clone() };
+    // A program that begins is mapped piece by piece.
+    let find = || {
+        let maps = Maps::parse(&of_child.read("maps", MAX_BYTES)?);
+        maps.all().iter().find(|mapping| mapping.path.ends_with("/program")).cloned()
+    };
+    let mapping = std::iter::repeat_with(find).flatten().next().unwrap();
+    let mut modules = Modules::default();
+    let mut open = |credentials: &Credentials| {
+        let reader = Reader { dir: of_child.clone(), credentials: Arc::new(credentials.clone()) };
+        let found = modules.lookup_or_insert(&reader, &mapping);
+        let MappedModule::Read(id, _) = found else { panic!("{found:?}") };
+        let module = modules.get(id).unwrap();
+        (id, module.file().is_some(), module.headers().is_some())
+    };
+    let (first, second, third) = (open(&own), open(&other), open(&own));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!((first.1, first.2), (true, true), "its own user may read it");
+    assert_eq!((second.1, second.2), (false, false), "another may not");
+    assert_eq!(first, third);
+}

@@ -13,6 +13,7 @@
 //! its numbers is checked, and a broken one costs its own frames only. The crate has no runtime,
 //! no eBPF loader and no serialization below it, so that fuzzers build it alone.
 
+mod accounts;
 mod backoff;
 pub mod cfi;
 pub mod elf;

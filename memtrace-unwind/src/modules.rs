@@ -1,6 +1,7 @@
 //! Modules: the files that code was mapped from, each opened once for all processes.
 //!
-//! A file is opened when a frame lies in it, and only if its process may read it.
+//! A file is opened when a frame lies in it, and only if its process may read it; of one that is open
+//! for another process the mode is looked at again.
 //!
 //! A file is known by device, inode, size and modification time ([`FileStamp`]), so a library that
 //! a thousand processes map is read once, and one that was written to is a new module. While its
@@ -19,7 +20,7 @@ use crate::cfi::{Cfi, EntryIndex, RegisterColumns};
 use crate::elf::{ElfError, ElfHeaders, ElfSegment, UnwindSections};
 use crate::gate::{Gate, Place};
 use crate::maps::{Mapping, Maps};
-use crate::proc_dir::{Credentials, FileStamp, ProcDir};
+use crate::proc_dir::{Credentials, FileAccess, FileStamp, ProcDir};
 use crate::unwind::MappedModule;
 
 /// Most modules known; beyond it the least recently used one is forgotten.
@@ -174,7 +175,7 @@ type Loaded = (FileStamp, File, Result<ElfHeaders, ElfError>);
 impl Reader {
     /// Reads the headers of a file, unless the process may not.
     fn load(&self, file: File) -> Option<Loaded> {
-        let file = Some(file).filter(|file| self.credentials.may_read(file))?;
+        FileAccess::of(&file).filter(|access| self.credentials.may_read(*access))?;
         let (stamp, headers) = (FileStamp::of(&file)?, ElfHeaders::read(&file));
         Some((stamp, file, headers))
     }
@@ -324,12 +325,15 @@ impl Modules {
         let place = Place::Device(mapping.device);
         let (dir, start, end) = (reader.dir.clone(), mapping.start, mapping.end);
         let stat = move || dir.stat_mapped(start, end);
-        if let Some(stamp) = self.gate.pass(place, stat)? {
+        if let Some((stamp, access)) = self.gate.pass(place, stat)? {
+            if !reader.credentials.may_read(access) {
+                return Some(self.intern(unopened(mapping), mapping, None));
+            }
             let key = ModuleKey::File(stamp, path.clone());
             // Held, and not written to since.
-            if let Some(id) = self.ids.get(&key)
-                && self.modules.get(id).is_some_and(|module| module.file.is_some() || module.headers.is_none())
-            {
+            let is_held =
+                |id: &&ModuleId| self.modules.get(id).is_some_and(|m| m.file.is_some() || m.headers.is_none());
+            if let Some(id) = self.ids.get(&key).filter(is_held) {
                 return Some(*id);
             }
         }
@@ -344,7 +348,7 @@ impl Modules {
         }
         Some(match opened {
             Some((stamp, file, headers)) => {
-                self.intern(ModuleKey::File(stamp, mapping.path.clone()), mapping, Some((file, headers)))
+                self.intern(ModuleKey::File(stamp, mapping.path.clone()), mapping, Some((headers, file)))
             }
             None => self.intern(unopened(mapping), mapping, None),
         })
@@ -379,10 +383,7 @@ impl Modules {
         ElfHeaders::read(Cursor::new(&image)).ok()?;
         let file = rustix::fs::memfd_create("vdso", rustix::fs::MemfdFlags::CLOEXEC).ok().map(File::from);
         let file = file.filter(|mut file| file.write_all(&image).is_ok());
-        let file = file.map(|file| {
-            let headers = ElfHeaders::read(&file);
-            (file, headers)
-        });
+        let file = file.map(|file| (ElfHeaders::read(&file), file));
         Some(self.intern(ModuleKey::Vdso, mapping, file))
     }
 
@@ -391,9 +392,9 @@ impl Modules {
         &mut self,
         key: ModuleKey,
         mapping: &Mapping,
-        opened: Option<(File, Result<ElfHeaders, ElfError>)>,
+        opened: Option<(Result<ElfHeaders, ElfError>, File)>,
     ) -> ModuleId {
-        let (file, read) = opened.unzip();
+        let (read, file) = opened.unzip();
         let id = match self.ids.entry(key.clone()) {
             Slot::Occupied(known) => *known.get(),
             Slot::Vacant(vacant) => {

@@ -86,16 +86,17 @@ impl ProcDir {
         open_regular(handle)
     }
 
-    /// The stamp of the file mapped at exactly `start..end`, without opening it.
-    pub fn stat_mapped(&self, start: u64, end: u64) -> Option<FileStamp> {
+    /// The stamp of the file mapped at exactly `start..end`, and who may read it, without opening it.
+    pub fn stat_mapped(&self, start: u64, end: u64) -> Option<(FileStamp, FileAccess)> {
         let stat = rustix::fs::statat(&self.fd, mapped_name(start, end), rustix::fs::AtFlags::empty()).ok()?;
-        Some(FileStamp {
+        let stamp = FileStamp {
             device: stat.st_dev,
             inode: stat.st_ino,
             bytes: u64::try_from(stat.st_size).ok()?,
             modified_s: stat.st_mtime,
             modified_ns: stat.st_mtime_nsec.try_into().ok()?,
-        })
+        };
+        Some((stamp, FileAccess { mode: stat.st_mode, user: stat.st_uid, group: stat.st_gid }))
     }
 
     /// The regular file that the process itself would open at `path`, inside its own root. No part
@@ -145,14 +146,37 @@ impl Credentials {
 
     /// Whether the mode of the file lets the process read it. Programs may be mapped that cannot be
     /// read (mode 0711), and what is read here comes out for others to see.
-    pub fn may_read(&self, file: &File) -> bool {
-        let Ok(data) = file.metadata() else { return false };
-        let (mode, all) = (data.mode(), |owner: u32| self.users.iter().all(|user| *user == owner));
+    pub fn may_read(&self, FileAccess { mode, user, group }: FileAccess) -> bool {
+        let all = |owner: u32| self.users.iter().all(|user| *user == owner);
         all(0)
             || mode & 0o004 != 0
-            || (all(data.uid()) && mode & 0o400 != 0)
-            || (self.groups.contains(&data.gid()) && mode & 0o040 != 0)
+            || (all(user) && mode & 0o400 != 0)
+            || (self.groups.contains(&group) && mode & 0o040 != 0)
     }
+}
+
+/// Who may read a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileAccess {
+    mode: u32,
+    user: u32,
+    group: u32,
+}
+
+impl FileAccess {
+    /// That of an open file.
+    pub fn of(file: &File) -> Option<Self> {
+        let data = file.metadata().ok()?;
+        Some(Self { mode: data.mode(), user: data.uid(), group: data.gid() })
+    }
+}
+
+/// Who a process is at a glance: the user that owns its directory in /proc, which is its effective one;
+/// `None` also for root, who owns those of processes that are not to be looked into (fs/proc/base.c,
+/// `task_dump_owner`).
+pub fn owner_of(pid: u32) -> Option<u32> {
+    let data = std::fs::metadata(Path::new("/proc").join(pid.to_string())).ok()?;
+    Some(data.uid()).filter(|user| *user != 0)
 }
 
 /// Identifies a file and its content: device, inode, size and modification time.
@@ -282,7 +306,11 @@ mod tests {
             (0o311, [false, false, false, true, false]),
         ] {
             std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
-            assert_eq!(readers.each_ref().map(|reader| reader.may_read(&file)), expected, "{mode:o}");
+            assert_eq!(
+                readers.each_ref().map(|reader| reader.may_read(FileAccess::of(&file).unwrap())),
+                expected,
+                "{mode:o}"
+            );
         }
         assert_eq!(readers.each_ref().map(|reader| reader.owns(&file)), [true, false, false, false, false]);
         assert_eq!(Credentials::parse("Uid:\t\nNSpid:\t1\nGid:\t0\n"), None);

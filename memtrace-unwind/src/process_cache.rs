@@ -19,7 +19,7 @@ use crate::gate::{Gate, GateCounts, Place, ProcessKey, Refused};
 use crate::maps::{self, Maps};
 use crate::modules::{Module, ModuleId, ModuleLosses, Modules, OpenModule, Reader};
 use crate::perf_map::PerfMap;
-use crate::proc_dir::{Credentials, ProcDir};
+use crate::proc_dir::{Credentials, ProcDir, owner_of};
 use crate::rule::Registers;
 use crate::unwind::{MappedCode, MappedModule, Unwinder, UnwoundStack};
 
@@ -308,7 +308,7 @@ impl ProcessCache {
         self.modules.gate.set_process(key);
         let process = self.processes.entry(key).or_default();
         process.used = self.clock;
-        self.modules.gate.set_user(process.credentials.user());
+        self.modules.gate.set_user(process.credentials.user().or_else(|| owner_of(key.0)));
         while self.processes.len() > MAX_PROCESSES && self.evict_oldest(key, |_| true) {}
     }
 

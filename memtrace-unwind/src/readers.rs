@@ -1,8 +1,8 @@
 //! Threads that read what may never answer.
 //!
-//! A reading of somebody's file, or of /proc/PID/maps while that process holds its own address space
-//! locked, cannot be interrupted. So it is done by a thread that is given up when it is late: it ends
-//! when it can, and the next reading gets another thread.
+//! A reading of somebody's file, or of /proc/PID/maps while that process holds its own address
+//! space locked, cannot be interrupted. So it is done by a thread that is given up when it is late:
+//! it ends when it can, and the next reading gets another thread.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};

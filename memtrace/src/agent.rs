@@ -162,7 +162,7 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
         };
         sinks.take(outputs);
         exchange(&mut keeper, &session, &mut sinks);
-        name_next(&mut session, &mut symbolize);
+        name_next(&mut session, &sinks, &mut symbolize);
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -228,8 +228,9 @@ fn exchange(keeper: &mut Keeper, session: &Session, sinks: &mut Sinks) {
 }
 
 /// Starts naming the functions of the next incident, once the files of its modules are there.
-fn name_next(session: &mut Session, symbolize: &mut SymbolizeQueue) {
-    session.wait_for_names(symbolize.is_busy());
+fn name_next(session: &mut Session, sinks: &Sinks, symbolize: &mut SymbolizeQueue) {
+    // An incident that waits to be saved needs the files of its modules too.
+    session.wait_for_names(symbolize.is_busy() || sinks.storer.waiting() > 0);
     if let Some(wanted) = symbolize.wanted_modules() {
         session.ask_for_modules(wanted);
     }
@@ -250,7 +251,7 @@ fn serve_at(
     if listeners.tcp.is_some() || listeners.socket.is_some() {
         let incidents = Arc::new(IncidentReader::at(&config.state_dir));
         let names = HostNames::with_own(&config.allow_hosts);
-        serve::start(listeners, AppState::new(requests, incidents, names, token, ServerLimits::default()))?;
+        serve::start(listeners, AppState::new(requests, incidents, names, token, ServerLimits::default())?)?;
     }
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -371,11 +372,12 @@ fn log_to_stderr() -> (ErrorCounter, WorkerGuard) {
     };
     // A thread begins with the rights of the one that starts it.
     let started = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            LOG.enter();
-            start()
-        })
-        .join()
+        scope
+            .spawn(|| {
+                LOG.enter();
+                start()
+            })
+            .join()
     });
     let (writer, guard) = started.unwrap_or_else(|_| start());
     let lost = writer.error_counter();

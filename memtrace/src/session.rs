@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use memtrace_engine::decode::decode;
-use memtrace_engine::input::{Fact, Input, Settings};
+use memtrace_engine::input::{Fact, Input, KernelLogEvent, KernelLogLine, Settings};
 use memtrace_engine::output::{Output, Request};
 use memtrace_engine::{Engine, Out};
 use memtrace_incident::Loss;
@@ -279,7 +279,8 @@ impl Session {
             Some(Err(error)) => {
                 warn!("kernel log: {error:#}; kills are not cross-checked from here on");
                 self.kernel_log = None;
-                Vec::new()
+                let line = KernelLogEvent::Unreadable;
+                vec![KernelLogLine { printk_ns: 0, read_boot_ns: clock::boot_ns(), line }]
             }
             None => Vec::new(),
         };

@@ -1,5 +1,5 @@
-//! What of the evidence remains when somebody makes very much of it: incidents within `--retain-size`, and the ledger
-//! of SIGKILLs.
+//! What of the evidence remains when somebody makes very much of it: incidents within
+//! `--retain-size`, and the ledger of SIGKILLs.
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 

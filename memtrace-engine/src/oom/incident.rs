@@ -64,14 +64,16 @@ pub(super) fn oom_incident(open: &OpenIncident, log: &KernelLog, context: &Build
 /// Losses of this incident alone, in addition to those of its window.
 fn losses(open: &OpenIncident, log: &KernelLog, context: &BuildContext<'_>) -> Vec<LossNote> {
     let lines_lost = log.lost_near(open.at_ns);
-    let known = lines_lost == 0 && log.was_read_since(open.at_ns);
+    let known = lines_lost == 0 && log.knows(open.at_ns);
     let silent = if known { missing_in_log(open, log).len() as u64 } else { 0 };
     let of_log = [(Loss::KernelLogLinesLost, lines_lost), (Loss::KernelLogSilent, silent)];
     let of_log = of_log.into_iter().filter(|_| context.run.settings.kernel_log);
     let counted = [(Loss::VictimsNotListed, open.victims_left_out), (Loss::TasksNotListed, open.view.tasks_left_out)];
     let counted = counted.into_iter().chain(of_log);
     let cut = open.early.then(|| LossNote::of(Loss::WindowCutShort, None));
-    counted.filter_map(|(loss, count)| LossNote::counted(loss, count)).chain(cut).collect()
+    let unread = context.run.settings.kernel_log && log.was_unreadable(open.at_ns);
+    let unread = unread.then(|| LossNote::of(Loss::KernelLogNotRead, None));
+    counted.filter_map(|(loss, count)| LossNote::counted(loss, count)).chain(cut).chain(unread).collect()
 }
 
 /// The part of the file about the kill.

@@ -27,7 +27,7 @@ const GAPS_CAP: usize = 64;
 const READ_LATE_NS: u64 = 10 * SEC;
 /// A line waits this long for the record of its kill, and a kill for its line.
 const WAIT_NS: u64 = 2 * SEC;
-/// Lines, kills and gaps are dropped after this time.
+/// Lines, kills and gaps are dropped after this time; lines and gaps of an open incident stay.
 const KEEP_NS: u64 = 60 * SEC;
 
 /// When something was written to the log: after one reading and before the next, boot clock.
@@ -77,6 +77,10 @@ pub(crate) struct KernelLog {
     gaps: VecDeque<(Written, u64)>,
     /// The log was read up to this time.
     read_until_ns: u64,
+    /// Whether it could not be read any more after that.
+    unreadable: bool,
+    /// When the latest line was read that was dropped for want of room; 0: none was.
+    dropped_ns: u64,
 }
 
 /// Whether a line can be about a kill at this time.
@@ -98,6 +102,7 @@ impl KernelLog {
         let written = Written { after_ns, read_ns };
         match &line.line {
             KernelLogEvent::Gap { lines } => push(&mut self.gaps, GAPS_CAP, (written, *lines)),
+            KernelLogEvent::Unreadable => self.unreadable = true,
             KernelLogEvent::Killed { pid, .. } => {
                 self.put(*pid, written, |k| k.killed_line_ns.is_none(), |k| k.killed_line_ns = Some(line.printk_ns));
             }
@@ -135,6 +140,9 @@ impl KernelLog {
         }
         let mut kill = KernelLogKill { pid, ..KernelLogKill::default() };
         write(&mut kill);
+        if let Some(oldest) = self.lines.front().filter(|_| self.lines.len() >= LINES_CAP) {
+            self.dropped_ns = self.dropped_ns.max(oldest.written.read_ns);
+        }
         push(&mut self.lines, LINES_CAP, Line { kill, written, checked: false });
     }
 
@@ -154,9 +162,21 @@ impl KernelLog {
         self.limited
     }
 
-    /// Whether the log was read since this time: what it has about a kill then is known.
-    pub(crate) fn was_read_since(&self, kill_ns: u64) -> bool {
-        self.read_until_ns >= kill_ns
+    /// Whether the log was read since this time, and no line of then was dropped: what it has about
+    /// a kill then is known.
+    pub(crate) fn knows(&self, kill_ns: u64) -> bool {
+        let dropped = self.dropped_ns > 0 && self.dropped_ns.saturating_add(WAIT_NS) >= kill_ns;
+        self.read_until_ns >= kill_ns && !dropped
+    }
+
+    /// Whether the log could not be read any more, and not since this time.
+    pub(crate) fn was_unreadable(&self, kill_ns: u64) -> bool {
+        self.unreadable && self.read_until_ns < kill_ns
+    }
+
+    /// Whether the log cannot be read any more.
+    pub(crate) fn is_unreadable(&self) -> bool {
+        self.unreadable
     }
 
     /// What the log has about a kill. The pid in the log is the id of the thread that the kernel
@@ -175,15 +195,22 @@ impl KernelLog {
         near.fold(0, |sum, (_, lines)| sum.saturating_add(*lines))
     }
 
-    /// The log was read up to this time: forgets what is old.
-    pub(crate) fn tick(&mut self, now: u64) {
-        self.read_until_ns = now;
+    /// The log was read up to this time: forgets what is old, but for what may be about a kill at
+    /// `oldest_ns` or later.
+    pub(crate) fn tick(&mut self, now: u64, oldest_ns: Option<u64>) {
+        if !self.unreadable {
+            self.read_until_ns = now;
+        }
+        let needed = |written: Written| {
+            let of_open = oldest_ns.is_some_and(|ns| written.read_ns.saturating_add(WAIT_NS) >= ns);
+            of_open || written.read_ns.saturating_add(KEEP_NS) > now
+        };
         for seen in self.seen.iter_mut().chain(self.expected.iter_mut().map(|(seen, _)| seen)) {
             seen.ticked_ns.get_or_insert(now);
         }
-        self.lines.retain(|l| l.written.read_ns.saturating_add(KEEP_NS) > now);
+        self.lines.retain(|l| needed(l.written));
         self.seen.retain(|seen| seen.ticked_ns.is_none_or(|ns| ns.saturating_add(KEEP_NS) > now));
-        self.gaps.retain(|(written, _)| written.read_ns.saturating_add(KEEP_NS) > now);
+        self.gaps.retain(|(written, _)| needed(*written));
     }
 
     /// Process ids that were killed according to the log and that no hook saw. Each is returned
@@ -202,15 +229,15 @@ impl KernelLog {
         unseen
     }
 
-    /// Process ids of expected kills that the log has no line about, although it was read and no
-    /// lines of that time were lost. Each is returned once, after [`WAIT_NS`].
+    /// Process ids of expected kills that the log has no line about, although it was read since and
+    /// no lines of that time were lost. Each is returned once, after [`WAIT_NS`].
     pub(crate) fn silent(&mut self, now: u64) -> Vec<u32> {
         let is_due = |(seen, _): &&(Seen, bool)| seen.ticked_ns.is_some_and(|ns| ns.saturating_add(WAIT_NS) <= now);
         let count = self.expected.iter().take_while(is_due).count();
         let due: Vec<(Seen, bool)> = self.expected.drain(..count).collect();
         let mut silent = Vec::new();
         for (seen, chosen) in due {
-            if self.lost_near(seen.kill_ns) > 0 {
+            if self.lost_near(seen.kill_ns) > 0 || !self.knows(seen.kill_ns) {
                 continue;
             }
             let lines = self.about(seen.pid, seen.tid, seen.kill_ns);
@@ -260,7 +287,7 @@ mod tests {
         log.line(&killed(8, 10 * SEC));
         log.hook_saw(8, 8, 10 * SEC);
         let mut unseen = |sec: u64| {
-            log.tick(sec * SEC);
+            log.tick(sec * SEC, None);
             log.unseen(sec * SEC)
         };
         assert!(unseen(11).is_empty());
@@ -273,16 +300,16 @@ mod tests {
     #[test]
     fn a_kill_without_a_line_is_reported_once_the_log_was_read() {
         let mut log = KernelLog::default();
-        log.tick(10 * SEC);
+        log.tick(10 * SEC, None);
         for pid in [5, 6] {
             log.hook_saw(pid, pid, 11 * SEC);
             log.expect(pid, pid, 11 * SEC, pid == 5);
         }
-        assert!(!log.was_read_since(11 * SEC) && log.silent(10 * SEC).is_empty());
+        assert!(!log.knows(11 * SEC) && log.silent(10 * SEC).is_empty());
         log.line(&killed(5, 12 * SEC));
         let mut silent = |sec: u64| {
-            log.tick(sec * SEC);
-            (log.was_read_since(11 * SEC), log.silent(sec * SEC), log.unseen(sec * SEC))
+            log.tick(sec * SEC, None);
+            (log.knows(11 * SEC), log.silent(sec * SEC), log.unseen(sec * SEC))
         };
         assert_eq!(silent(12), (true, vec![], vec![]));
         assert_eq!(silent(14), (true, vec![6], vec![]));
@@ -292,23 +319,58 @@ mod tests {
         log.expect(7, 7, 17 * SEC, true);
         let line = KernelLogEvent::Gap { lines: 3 };
         log.line(&KernelLogLine { printk_ns: 1, read_boot_ns: 18 * SEC, line });
-        log.tick(18 * SEC);
-        log.tick(20 * SEC);
+        log.tick(18 * SEC, None);
+        log.tick(20 * SEC, None);
         assert!(log.silent(20 * SEC).is_empty() && log.expected.is_empty());
     }
 
     #[test]
     fn a_log_that_is_read_a_minute_late_agrees() {
         let mut log = KernelLog::default();
-        log.tick(10 * SEC);
+        log.tick(10 * SEC, None);
         // The recorder was stopped until now.
         log.hook_saw(5, 5, 11 * SEC);
         log.expect(5, 5, 11 * SEC, true);
         log.line(&killed(5, 100 * SEC));
         for sec in [100, 101, 103] {
-            log.tick(sec * SEC);
+            log.tick(sec * SEC, None);
             assert!(log.silent(sec * SEC).is_empty() && log.unseen(sec * SEC).is_empty(), "{sec}");
         }
         assert_eq!(log.about(5, 5, 11 * SEC).and_then(|kill| kill.killed_line_ns), Some(100 * SEC - 7));
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_read_any_more_says_nothing_about_later_kills() {
+        let mut log = KernelLog::default();
+        log.line(&killed(5, 10 * SEC));
+        log.tick(10 * SEC, None);
+        log.hook_saw(5, 5, 10 * SEC);
+        log.expect(5, 5, 10 * SEC, true);
+        log.line(&KernelLogLine { printk_ns: 0, read_boot_ns: 11 * SEC, line: KernelLogEvent::Unreadable });
+        for pid in [6, 7] {
+            log.hook_saw(pid, pid, 11 * SEC);
+            log.expect(pid, pid, 11 * SEC, true);
+        }
+        for sec in 11..20 {
+            log.tick(sec * SEC, None);
+            assert_eq!((log.silent(sec * SEC), log.unseen(sec * SEC)), (vec![], vec![]), "{sec}");
+        }
+        assert!(log.knows(10 * SEC) && !log.knows(11 * SEC) && log.was_unreadable(11 * SEC));
+        assert!(log.expected.is_empty() && !log.was_unreadable(10 * SEC));
+    }
+
+    #[test]
+    fn what_an_open_incident_needs_is_kept_and_what_was_dropped_is_not_missed() {
+        let mut log = KernelLog::default();
+        log.line(&killed(5, 10 * SEC));
+        log.line(&KernelLogLine { printk_ns: 1, read_boot_ns: 10 * SEC, line: KernelLogEvent::Gap { lines: 3 } });
+        log.tick(500 * SEC, Some(9 * SEC));
+        assert!(log.about(5, 5, 10 * SEC).is_some() && log.lost_near(10 * SEC) == 3);
+        log.tick(500 * SEC, None);
+        assert!(log.lines.is_empty() && log.gaps.is_empty());
+        (0..=LINES_CAP as u32).for_each(|pid| log.line(&killed(pid, 500 * SEC)));
+        assert!(!log.knows(500 * SEC), "its line may be the one that was dropped");
+        log.tick(600 * SEC, None);
+        assert!(log.knows(600 * SEC));
     }
 }

@@ -1,6 +1,6 @@
 //! Lines of the kill ledger on their way out. A line without the path of its cgroup is of little
-//! use, so where the path is not known yet (the cgroup was over the cap, or its record was lost) the
-//! line waits a moment for the answer to the lookup.
+//! use, so where the path is not known yet (the cgroup was over the cap, or its record was lost)
+//! the line waits a moment for the answer to the lookup.
 
 use std::collections::VecDeque;
 

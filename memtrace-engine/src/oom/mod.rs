@@ -94,6 +94,7 @@ impl OomKills {
                 && o.trigger == decision.trigger
                 && o.at_ns >= decision.boot_ns
                 && o.at_ns - decision.boot_ns <= PAIR_NS
+                && o.victims.first().is_none_or(|victim| decision.fits(victim))
         };
         if let Some(open) = self.open.iter_mut().find(late) {
             open.decision = Some(decision);
@@ -128,8 +129,8 @@ impl OomKills {
             }
             return;
         }
-        let decision = self.pairing.decision((&m.trigger).into(), m.header.boot_ns);
-        match self.open.iter_mut().find(|o| o.joins(m, decision)) {
+        let decision = self.pairing.decision((&m.trigger).into(), m.header.boot_ns).filter(|d| d.fits(&victim));
+        match self.open.iter_mut().find(|o| o.joins(m, &victim, decision)) {
             Some(open) => {
                 open.group |= m.flags & wire::VICTIM_GROUP != 0;
                 open.decision = open.decision.or(decision);
@@ -215,7 +216,8 @@ impl OomKills {
 
     /// The kernel log was read up to this time. A stop does not say so.
     pub(crate) fn kernel_log_was_read(&mut self, now: u64) {
-        self.log.tick(now);
+        let oldest_ns = self.open.iter().map(|open| open.at_ns).min();
+        self.log.tick(now, oldest_ns);
     }
 
     /// The names of a trigger's kernel stack arrived, possibly before the mark.
@@ -244,7 +246,7 @@ impl OomKills {
     /// Gives incidents their id and emits ledger lines of victims that are certain; with `all`, of
     /// every victim.
     pub(crate) fn report(&mut self, all: bool, world: &World, run: &Run, out: &mut Out) {
-        let reported = &mut (&mut self.sigkills, &mut self.killed, &mut self.lines);
+        let reported = &mut (&mut self.sigkills, &mut self.killed, &mut self.lines, &mut self.log);
         self.open.iter_mut().for_each(|open| report_one(open, reported, all, world, run, out));
         self.lines.emit_due(all, run.now, &world.cgroups, out);
     }
@@ -307,16 +309,10 @@ impl OomKills {
     fn close(&mut self, mut open: OpenIncident, context: &BuildContext<'_>, out: &mut Out) {
         open.view.follow(context.world);
         open.refine(&self.log, context.world, context.run);
-        let reported = &mut (&mut self.sigkills, &mut self.killed, &mut self.lines);
+        let reported = &mut (&mut self.sigkills, &mut self.killed, &mut self.lines, &mut self.log);
         report_one(&mut open, reported, true, context.world, context.run, out);
         self.lines.emit_of(open.id.as_deref().unwrap_or_default(), &context.world.cgroups, out);
         let incident = incident::oom_incident(&open, &self.log, context);
-        if context.run.settings.kernel_log {
-            // The kernel logs no line for processes that only share a victim's address space.
-            for (place, v) in open.victims.iter().enumerate().filter(|(_, v)| v.victim.killed && !v.victim.shares_mm) {
-                self.log.expect(v.victim.pid, v.tid, v.victim.at_boot_ns, place == 0);
-            }
-        }
         self.changed = true;
         out.outputs.push(Output::Save(Box::new(incident)));
     }
@@ -372,6 +368,11 @@ impl OomKills {
         self.log.limited()
     }
 
+    /// Whether the kernel log cannot be read any more.
+    pub(crate) fn log_is_unreadable(&self) -> bool {
+        self.log.is_unreadable()
+    }
+
     /// Number of open incidents.
     pub(crate) fn open_incidents(&self) -> usize {
         self.open.len()
@@ -388,7 +389,7 @@ impl OomKills {
 /// all. The first ledger line of an incident comes with a finding.
 fn report_one(
     open: &mut OpenIncident,
-    (sigkills, killed, lines): &mut (&mut Sigkills, &mut RecentProcesses, &mut KillLines),
+    (sigkills, killed, lines, log): &mut (&mut Sigkills, &mut RecentProcesses, &mut KillLines, &mut KernelLog),
     all: bool,
     world: &World,
     run: &Run,
@@ -404,8 +405,12 @@ fn report_one(
     let (kind, boot_id) = (Kind::OomKill.name(), &run.host.boot_id);
     let identity = Identity { kind, boot_id, boot_ns: open.at_ns, pid, start_boot_ns };
     let id = open.id.get_or_insert_with(|| run.clock.incident_id(&identity)).clone();
-    for v in open.victims.iter_mut().filter(|v| !v.reported && certain(v)) {
+    for (place, v) in open.victims.iter_mut().enumerate().filter(|(_, v)| !v.reported && certain(v)) {
         v.reported = true;
+        // The kernel logs no line for processes that only share a victim's address space.
+        if v.victim.killed && !v.victim.shares_mm && run.settings.kernel_log {
+            log.expect(v.victim.pid, v.tid, v.victim.at_boot_ns, place == 0);
+        }
         if v.victim.killed {
             killed.insert(v.key());
             sigkills.of_victim(v, &open.trigger_process, &id, world, run, out);
@@ -415,6 +420,7 @@ fn report_one(
             boot_ns: v.victim.at_boot_ns,
             wall: run.clock.wall(v.victim.at_boot_ns),
             pid: v.victim.pid,
+            tid: (v.tid != v.victim.pid).then_some(v.tid),
             start_boot_ns: v.victim.start_boot_ns,
             comm: v.victim.comm.clone(),
             cgroup_path: None,

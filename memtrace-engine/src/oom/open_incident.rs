@@ -72,7 +72,7 @@ impl OpenIncident {
     }
 
     /// Whether a further mark belongs to the same decision of the OOM killer.
-    pub(super) fn joins(&self, m: &wire::OomVictim, decision: Option<Decision>) -> bool {
+    pub(super) fn joins(&self, m: &wire::OomVictim, victim: &OpenVictim, decision: Option<Decision>) -> bool {
         if self.trigger != Thread::from(&m.trigger) {
             return false;
         }
@@ -80,7 +80,7 @@ impl OpenIncident {
             return a.boot_ns == b.boot_ns;
         }
         let last = self.victims.iter().filter_map(OpenVictim::marked_ns).max().unwrap_or(self.at_ns);
-        let group = m.flags & wire::VICTIM_GROUP != 0 && self.group;
+        let group = m.flags & wire::VICTIM_GROUP != 0 && self.group && !victim.marked_itself();
         group && last.abs_diff(m.header.boot_ns) <= PAIR_NS
     }
 

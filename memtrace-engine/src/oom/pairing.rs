@@ -104,10 +104,21 @@ impl KernelKill {
 pub(super) struct Decision {
     pub(super) boot_ns: u64,
     pub(super) trigger: Thread,
+    /// Process id of the process that was chosen; `None` when it was not read.
+    pub(super) chosen: Option<u32>,
     /// The cgroup that ran out of memory.
     pub(super) oom: Reading,
     /// The kernel's `enum oom_constraint` (include/linux/oom.h); unknown is `u32::MAX`.
     pub(super) constraint: u32,
+}
+
+impl Decision {
+    /// Whether a mark of its trigger can be one of its own. A process that is dying already marks
+    /// itself before anything is decided (mm/oom_kill.c, out_of_memory: task_will_free_mem), also
+    /// after it has decided about others.
+    pub(super) fn fits(&self, victim: &OpenVictim) -> bool {
+        !victim.marked_itself() || self.chosen.is_none_or(|pid| pid == victim.victim.pid)
+    }
 }
 
 /// A victim of an open incident.
@@ -126,6 +137,12 @@ pub(super) struct OpenVictim {
 impl OpenVictim {
     pub(super) fn key(&self) -> ProcessKey {
         (self.victim.pid, self.victim.start_boot_ns)
+    }
+
+    /// Whether it was marked by its own thread, without a SIGKILL that is known.
+    pub(super) fn marked_itself(&self) -> bool {
+        let own = Thread { key: self.key(), tid: self.tid };
+        !self.victim.killed && self.mark.is_some_and(|mark| mark.trigger == own)
     }
 
     /// When it was marked, boot clock.
@@ -194,7 +211,10 @@ impl Pairing {
     pub(super) fn verify(&mut self, m: &wire::OomVictim, kills_seen: bool) -> Verified {
         let mark = Mark::from(m);
         let mark_ns = mark.boot_ns;
-        let decided = self.decision(mark.trigger, mark_ns).map(|decision| decision.boot_ns);
+        let decision = self.decision(mark.trigger, mark_ns);
+        let is_own = m.victim.tid == m.trigger.tid && m.flags & wire::VICTIM_GROUP == 0;
+        let chose = |d: &Decision| !is_own || d.chosen.is_none_or(|pid| pid == m.victim.tgid);
+        let decided = decision.filter(chose).map(|decision| decision.boot_ns);
         let flagged = m.flags & wire::VICTIM_KILLED != 0;
         let from_flag =
             (flagged && m.after_kill_ns != u32::MAX).then(|| mark_ns.saturating_sub(u64::from(m.after_kill_ns)));
@@ -230,6 +250,7 @@ impl Pairing {
         let decision = Decision {
             boot_ns: r.header.boot_ns,
             trigger: (&r.trigger).into(),
+            chosen: (r.chosen.tgid != 0).then_some(r.chosen.tgid),
             oom: Reading::from(&r.oom),
             constraint: r.constraint,
         };

@@ -132,6 +132,35 @@ fn the_mark_of_a_kill_counts_also_when_a_later_one_of_the_dying_process_comes_fi
 }
 
 #[test]
+fn a_dying_process_that_marks_itself_is_no_victim_of_its_last_decision() {
+    let mut test = TestEngine::new();
+    let own = |mut mark: wire::OomVictim| {
+        (mark.trigger.tid, mark.victim.tid) = (1001, 1001);
+        mark
+    };
+    // A thread of 100 kills 300, and marks itself while 100 is dying of the kill by 90, whose mark
+    // is late.
+    let decision = test_support::decision(T, 100, 300, test_support::memcg(5, MIB), 3);
+    test.feed(&wire::OomDecision { trigger: own(mark(0, 100, 100)).trigger, ..decision });
+    let mut other = test_support::after_kill(mark(MS, 100, 300), 1000);
+    other.trigger.tid = 1001;
+    test.feed(&other).feed(&test_support::decision(T + 2 * MS, 90, 100, test_support::memcg(5, MIB), 3));
+    test.feed(&kill(3 * MS, 90, 100)).feed(&own(mark(9 * MS, 100, 100)));
+    test.feed(&test_support::after_kill(mark(4 * MS, 90, 100), MS as u32)).feed(&kill(4 * MS, 90, 101));
+    assert_eq!(closed(&mut test), [vec![(300, true, false)], vec![(100, true, false), (101, true, true)]]);
+    // The same when the decision comes after the marks.
+    let mut test = TestEngine::new();
+    test.feed(&own(mark(9 * MS, 100, 100))).feed(&wire::OomDecision {
+        trigger: own(mark(0, 100, 100)).trigger,
+        ..test_support::decision(T, 100, 300, test_support::memcg(7, MIB), 3)
+    });
+    assert_eq!(closed(&mut test), [[(100, false, false)]]);
+    let path =
+        |incident: &Incident| incident.oom.as_ref().and_then(|oom| oom.oom_cgroup.as_ref()).map(|cgroup| cgroup.id);
+    assert_eq!(test.saved().iter().map(path).collect::<Vec<_>>(), [Some(5)]);
+}
+
+#[test]
 fn sigkills_that_are_dropped_before_their_mark_are_counted() {
     let mut test = TestEngine::new();
     for pid in 0..KILLS_CAP as u32 + 3 {

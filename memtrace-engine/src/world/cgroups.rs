@@ -83,8 +83,8 @@ pub(crate) struct Cgroups {
     /// Whether nothing can be dropped before the next tick, for [`Need::Named`] and [`Need::Made`].
     full: [bool; 2],
     pub(crate) curves_dropped: u64,
-    /// Whether a cgroup that is not removed was dropped or found no room. If so, a new row may have
-    /// memory already.
+    /// Whether a cgroup that is not removed was dropped or found no room, and its memory may still be
+    /// in no row. If so, a new row may have memory already.
     lossy: bool,
     /// Whether such a row was inserted, so that sums have to be rebuilt for it.
     pub(crate) stale: bool,
@@ -291,9 +291,15 @@ impl Cgroups {
             row.own = Sums::default();
             row.tree = Sums::default();
         }
+        let mut unaccounted = false;
         for (id, sums) in spaces {
+            unaccounted |= !self.rows.contains_key(&id);
             self.account(id, &Sums::default(), &sums);
         }
+        // Sums end at an ancestor that has no row.
+        let ends = |row: &CgroupRow| row.parent.is_some_and(|parent| !self.rows.contains_key(&parent));
+        unaccounted |= self.rows.values().any(|row| !row.tree.is_zero() && ends(row));
+        self.lossy &= unaccounted;
     }
 
     /// Stores a reading and adds it to the curve. Ancestors get a point with their sums and without

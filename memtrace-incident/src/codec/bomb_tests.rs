@@ -186,7 +186,8 @@ fn no_product_of_lists_and_nothing_unknown_makes_a_bomb() {
     path["frames"] = json!([{"inlined": true, "symbol": "\u{7f}".repeat(caps::TEXT)}]);
     let refused = read(&bomb(&base, "/allocation_paths", LARGEST, ["[", &format!("{path},"), "]"]), "escapes");
     assert!(refused.is_some_and(|refused| refused.contains("more than memtrace reads")));
-    // A field that this version does not know, with anything in it, in place of a list that it reads past.
+    // A field that this version does not know, with anything in it, in place of a list that it
+    // reads past.
     for pieces in [["[", "[],", "]"], ["[", "{\"a\":\"b\"},", "]"], ["\"", "x", "\""], ["{", "\"k\":1,", "}"]] {
         let mut more = base.clone();
         more["unknown"] = json!(1);

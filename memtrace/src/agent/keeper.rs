@@ -20,6 +20,7 @@ use tracing::{debug, warn};
 use super::unwatched::{Gathered, LogClock};
 use super::watch_state::{Baseline, WatchState};
 use crate::cgroup::hierarchy::Hierarchy;
+use crate::cgroup::oom_kills::CgroupOomKills;
 use crate::clock;
 use crate::kernel::log::backlog::{self, Backlog};
 use crate::own_process::rights::KEEPER;
@@ -28,14 +29,16 @@ use memtrace_incident::{KillLine, Moment, UnwatchedEntry};
 
 /// Time between two readings of the counters.
 const EVERY: Duration = Duration::from_secs(10);
-/// A reading costs at most one part in this of a CPU: with many cgroups there is more time between two.
+/// A reading costs at most one part in this of a CPU: with many cgroups there is more time between
+/// two.
 const CPU_PARTS: u32 = 200;
-/// Added to the priority of the thread: with all CPUs busy it gets a tenth of what the recorder gets.
+/// Added to the priority of the thread: with all CPUs busy it gets a tenth of what the recorder
+/// gets.
 const NICENESS: i32 = 10;
 /// How often it looks whether the loop has got further.
 const POLL: Duration = Duration::from_millis(100);
-/// When the loop has got this much further than a reading, every kill before that is written: a mark
-/// waits 100 ms for its SIGKILL, and its line 500 ms for a path.
+/// When the loop has got this much further than a reading, every kill before that is written: a
+/// mark waits 100 ms for its SIGKILL, and its line 500 ms for a path.
 const WRITTEN_AFTER_NS: u64 = 1_000_000_000;
 /// How long the agent waits at its end for the last state to be written.
 const STOP_LIMIT: Duration = Duration::from_secs(3);
@@ -102,8 +105,8 @@ impl Keeper {
         found
     }
 
-    /// Every kill up to this time and the lines that were taken are in the ledger, and the kernel log is read up to
-    /// this record.
+    /// Every kill up to this time and the lines that were taken are in the ledger, and the kernel
+    /// log is read up to this record.
     pub(super) fn advance(&self, watched_until_ns: u64, kernel_log_seq: Option<u64>) {
         self.progress.kernel_log_seq.store(kernel_log_seq.map_or(0, |seq| seq.saturating_add(1)), Ordering::Relaxed);
         self.progress.watched_until_ns.store(watched_until_ns, Ordering::Release);
@@ -163,7 +166,7 @@ impl Task {
 
     /// Whether every kill before this was read is in the ledger.
     fn is_written(&self, read: &Gathered) -> bool {
-        let last = read.counts.cgroups.last().map_or(read.clock.boot_ns, |cgroup| cgroup.read_boot_ns);
+        let last = read.counts.cgroups.last().map_or(read.clock.boot_ns, CgroupOomKills::read_until_ns);
         self.progress.watched_until_ns.load(Ordering::Acquire) >= last.saturating_add(WRITTEN_AFTER_NS)
     }
 
@@ -184,7 +187,7 @@ impl Task {
         let counts = self.config.hierarchy.oom_kills(clock::boot_ns);
         self.pause = EVERY.max(clock::cpu_time().saturating_sub(begin) * CPU_PARTS);
         let backlog = baseline.kernel_log_seq.map(|seq| Backlog { next_seq: Some(seq), ..Backlog::default() });
-        Gathered { baseline, backlog, counts, clock }
+        Gathered { baseline, backlog, log_wanted: self.config.kernel_log, counts, clock }
     }
 
     /// How far the loop has read the kernel log; `None` while it has read nothing.
@@ -192,8 +195,8 @@ impl Task {
         self.progress.kernel_log_seq.load(Ordering::Relaxed).checked_sub(1)
     }
 
-    /// Gives the loop what was found out about the time before this run, and waits until it is in the ledger. False
-    /// when the agent stops before.
+    /// Gives the loop what was found out about the time before this run, and waits until it is in
+    /// the ledger. False when the agent stops before.
     fn account(&self, read: &Gathered) -> bool {
         let ledger = match ledger::read::<KillLine>(&self.config.state_dir) {
             Ok(ledger) => ledger.entries,

@@ -6,10 +6,11 @@ use crate::cgroup::hierarchy::Hierarchy;
 use crate::clock;
 use crate::error::CommandError;
 
-/// What the agent, the stack worker, the eBPF maps and the symbolizer take in a storm of kills. With less the OOM
-/// killer would take the agent when it is needed.
+/// What the agent, the stack worker, the eBPF maps and the symbolizer take in a storm of kills.
+/// With less the OOM killer would take the agent when it is needed.
 const NEEDED_BYTES: u64 = 96 << 20;
-/// With this there is room for what else may come: large incidents, programs with much unwind information.
+/// With this there is room for what else may come: large incidents, programs with much unwind
+/// information.
 const COMFORTABLE_BYTES: u64 = 128 << 20;
 
 /// An error if a memory cgroup of the agent has a limit that is too low for it.

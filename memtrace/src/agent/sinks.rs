@@ -114,6 +114,12 @@ impl Sinks {
                     warn!(from, to, rebooted = gap.rebooted, "not watched for {duration}");
                 }
             }
+            UnwatchedEntry::UnwatchedKills(found) if found.kills == 0 => match found.kernel_log_lines_lost {
+                Some(lost) => {
+                    warn!("no OOM kill was found in the unwatched time, but {lost} lines of the kernel log are lost")
+                }
+                None => warn!("no OOM kill was found in the unwatched time; what the kernel log lacks is not known"),
+            },
             UnwatchedEntry::UnwatchedKills(found) => {
                 self.counters.unwatched_kills = self.counters.unwatched_kills.saturating_add(found.kills);
                 warn!(

@@ -22,16 +22,22 @@ use memtrace_incident::{
 
 /// Counts of cgroups that get a line, those with the most kills first; the others are counted.
 const COUNTED_CAP: usize = 1024;
-/// Kills of the log that get a line; the others are counted. With the counts it is less than a ledger holds back.
+/// Kills of the log that get a line; the others are counted. With the counts it is less than a
+/// ledger holds back.
 const LOGGED_CAP: usize = 2048;
-/// A kill is counted and its SIGKILL sent under one spinlock (mm/oom_kill.c, `__oom_kill_process`): a SIGKILL this
-/// soon after a count was read can be in it.
+/// A kill is counted and its SIGKILL sent under one spinlock (mm/oom_kill.c, `__oom_kill_process`):
+/// a SIGKILL this soon after a count was read can be in it. Whether one between the two times of a
+/// reading is in it is not known.
 const COUNTED_BEFORE_NS: u64 = 1_000_000;
 /// Times of a kill by hook and log differ by this much at most, and by what the clocks drift apart.
 const CLOCKS_DIFFER_NS: u64 = 2_000_000_000;
-/// CLOCK_MONOTONIC_RAW and printk's clock drift apart by less than one part in this (20 ppm): each has its own
-/// rounded factor from the same counter.
+/// CLOCK_MONOTONIC_RAW and printk's clock drift apart by less than one part in this (20 ppm): each
+/// has its own rounded factor from the same counter.
 const DRIFT_PARTS: u64 = 50_000;
+/// What the engine puts behind a path that the hook has cut (`PATH_CUT` in memtrace-common).
+const CUT: char = '…';
+/// Bytes of such a path at least. Names of cgroups may end as a cut path does.
+const CUT_FROM: usize = memtrace_common::event::PATH_BYTES - 8;
 
 /// What is known of the run before.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,8 +101,10 @@ impl LogClock {
 #[derive(Clone, Debug)]
 pub(super) struct Gathered {
     pub(super) baseline: Baseline,
-    /// `None` when the log is not read.
+    /// `None` when the log is not read, or cannot be.
     pub(super) backlog: Option<Backlog>,
+    /// Whether the log is to be read.
+    pub(super) log_wanted: bool,
     pub(super) counts: OomKillCounts,
     pub(super) clock: LogClock,
 }
@@ -113,7 +121,8 @@ impl Gathered {
     }
 
     /// Lines for the ledger, which has every kill that hooks saw until `clock`; none when nothing
-    /// was killed. `wall` is the wall time of a boot time.
+    /// was killed and no line of the log was lost: nothing found is not nothing lost. `wall` is the
+    /// wall time of a boot time.
     pub(super) fn account(&self, ledger: &[KillLine], wall: impl Fn(u64) -> String) -> Vec<UnwatchedEntry> {
         let known = Known::of(ledger, &self.baseline);
         let logged = self.logged(&known, &wall);
@@ -122,7 +131,8 @@ impl Gathered {
         let (mut counted, cgroups_not_compared) = self.counted(&known, &logged, &wall);
         let counts = counted.iter().fold(0, |sum: u64, counted| sum.saturating_add(counted.kills));
         let overflow = self.backlog.as_ref().map_or(0, |backlog| backlog.left_out);
-        if logged.is_empty() && counts == 0 {
+        let log_is_whole = self.backlog.as_ref().map_or(!self.log_wanted, |backlog| backlog.lost == Some(0));
+        if logged.is_empty() && counts == 0 && overflow == 0 && log_is_whole {
             return Vec::new();
         }
         let lines = logged.len().min(LOGGED_CAP);
@@ -187,12 +197,15 @@ impl Gathered {
         logged: &[LoggedKill],
         wall: impl Fn(u64) -> String,
     ) -> (Vec<CountedKills>, u64) {
-        let before: BTreeMap<(u64, &str), (u64, u64)> = self
+        let before: BTreeMap<(u64, &str), (u64, u64, u64)> = self
             .baseline
             .counts
             .cgroups
             .iter()
-            .map(|cgroup| ((cgroup.id, cgroup.path.as_str()), (cgroup.kills, cgroup.read_boot_ns)))
+            .map(|cgroup| {
+                let count = (cgroup.kills, cgroup.read_boot_ns, cgroup.read_until_ns());
+                ((cgroup.id, cgroup.path.as_str()), count)
+            })
             .collect();
         let mut in_log: BTreeMap<&str, u64> = BTreeMap::new();
         for path in known.logged.iter().copied().chain(logged).filter_map(|kill| kill.cgroup_path.as_deref()) {
@@ -201,13 +214,15 @@ impl Gathered {
         }
         let (mut counted, mut not_compared) = (Vec::new(), 0u64);
         for now in &self.counts.cgroups {
-            // One that is not in a complete list was made later, unless it had another name then (version 1).
+            // One that is not in a complete list was made later, unless it had another name then
+            // (version 1).
             let made_later = self.baseline.counts.complete
                 && before.range((now.id, "")..).next().is_none_or(|next| next.0.0 != now.id);
-            let fresh = made_later.then_some((0, self.baseline.since_boot_ns));
+            let since = self.baseline.since_boot_ns;
+            let fresh = made_later.then_some((0, since, since));
             let listed = before.get(&(now.id, now.path.as_str())).copied().or(fresh);
             // A name that is not text is written in two ways.
-            let Some((kills, read_ns)) = listed.filter(|_| !now.path.contains('\u{fffd}')) else {
+            let Some((kills, read_ns, read_until_ns)) = listed.filter(|_| !now.path.contains('\u{fffd}')) else {
                 not_compared = not_compared.saturating_add(u64::from(now.kills > 0));
                 continue;
             };
@@ -217,8 +232,14 @@ impl Gathered {
                 continue;
             }
             let path = printable(now.path.as_bytes());
-            let seen = known.kills_in(&path, now.id, read_ns, now.read_boot_ns.saturating_add(COUNTED_BEFORE_NS));
-            let left = more.saturating_sub(seen).saturating_sub(in_log.get(path.as_str()).copied().unwrap_or(0));
+            let counted_before = known.counted_in(&path, now.id, read_ns);
+            let (seen, perhaps) =
+                known.hooked_in(&path, (read_ns, read_until_ns), (now.read_boot_ns, now.read_until_ns()));
+            let explained = seen.saturating_add(counted_before);
+            let left = more.saturating_sub(explained).saturating_sub(in_log.get(path.as_str()).copied().unwrap_or(0));
+            // What may be in the difference is not claimed a second time.
+            not_compared = not_compared.saturating_add(u64::from(left > 0 && perhaps > 0));
+            let left = left.saturating_sub(perhaps);
             if left > 0 {
                 counted.push(CountedKills {
                     boot_id: self.baseline.boot_id.clone(),
@@ -256,7 +277,10 @@ impl<'a> Known<'a> {
             match line {
                 KillLine::Kill(kill) if kill.boot_id.as_deref().is_none_or(ours) => {
                     known.hooked.push(kill);
-                    known.hooked_ns.entry(kill.pid).or_default().push(kill.boot_ns);
+                    // The log has the id of the thread that was marked.
+                    for id in std::iter::once(kill.pid).chain(kill.tid) {
+                        known.hooked_ns.entry(id).or_default().push(kill.boot_ns);
+                    }
                 }
                 KillLine::Unwatched(UnwatchedEntry::KernelLog(kill))
                     if ours(&kill.boot_id) && baseline.kernel_log_seq.is_none_or(|seq| kill.kernel_log_seq >= seq) =>
@@ -278,18 +302,34 @@ impl<'a> Known<'a> {
         self.hooked_ns.get(&pid).is_some_and(|kills| kills.iter().any(near))
     }
 
-    /// Kills in a cgroup that hooks saw in that time, and those that were counted for it.
-    fn kills_in(&self, path: &str, id: u64, after_ns: u64, until_ns: u64) -> u64 {
-        let hooked = |kill: &&&KillEntry| {
-            let in_time = kill.boot_ns > after_ns && kill.boot_ns <= until_ns;
-            kill.killed && in_time && kill.cgroup_path.as_deref() == Some(path)
-        };
+    /// Kills of a cgroup that an earlier run counted after `after_ns`.
+    fn counted_in(&self, path: &str, id: u64, after_ns: u64) -> u64 {
         let counted = |counted: &&&CountedKills| {
             counted.cgroup_id == id && counted.cgroup_path == path && counted.boot_ns > after_ns
         };
-        let counts = self.counted.iter().filter(counted).fold(0u64, |sum, counted| sum.saturating_add(counted.kills));
-        counts.saturating_add(self.hooked.iter().filter(hooked).count() as u64)
+        self.counted.iter().filter(counted).fold(0u64, |sum, counted| sum.saturating_add(counted.kills))
     }
+
+    /// Kills in a cgroup that hooks saw between two readings of its counter, each from one time to
+    /// another: those that the difference has, and those that it may have.
+    fn hooked_in(&self, path: &str, first: (u64, u64), second: (u64, u64)) -> (u64, u64) {
+        let (surely, perhaps) = (first.1.saturating_add(COUNTED_BEFORE_NS), second.1.saturating_add(COUNTED_BEFORE_NS));
+        let (mut seen, mut doubtful) = (0u64, 0u64);
+        for kill in self.hooked.iter().filter(|kill| kill.killed && kill.boot_ns > first.0 && kill.boot_ns <= perhaps) {
+            if kill.cgroup_path.as_deref().is_some_and(|known| is_path(known, path)) {
+                let is_sure = kill.boot_ns > surely && kill.boot_ns <= second.0;
+                let count = if is_sure { &mut seen } else { &mut doubtful };
+                *count = count.saturating_add(1);
+            }
+        }
+        (seen, doubtful)
+    }
+}
+
+/// Whether a path of the ledger is this one. The hook cuts long ones, perhaps inside a character.
+fn is_path(known: &str, path: &str) -> bool {
+    let begin = known.strip_suffix(CUT).filter(|begin| begin.len() >= CUT_FROM);
+    known == path || begin.is_some_and(|begin| path.starts_with(begin.trim_end_matches('\u{fffd}')))
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
-//! What a run leaves for the next: until when it watched, and what the kernel had counted and logged
-//! by then. From this the next run knows what happened in between ([`super::unwatched`]).
+//! What a run leaves for the next: until when it watched, and what the kernel had counted and
+//! logged by then. From this the next run knows what happened in between ([`super::unwatched`]).
 //!
-//! It is a small file in the state directory, replaced every ten seconds, or less often with thousands of cgroups. It is not synced: a power
-//! failure can cost it, and then the next run claims nothing.
+//! It is a small file in the state directory, replaced every ten seconds, or less often with
+//! thousands of cgroups. It is not synced: a power failure can cost it, and then the next run
+//! claims nothing.
 
 use std::io::Read;
 use std::path::Path;
@@ -85,7 +86,7 @@ mod tests {
     fn a_state_comes_back_and_one_that_is_broken_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(WatchState::read(dir.path()).unwrap(), None);
-        let cgroup = CgroupOomKills { id: 7, path: "/a".into(), kills: 3, read_boot_ns: 5 };
+        let cgroup = CgroupOomKills { id: 7, path: "/a".into(), kills: 3, read_boot_ns: 5, read_until_ns: 6 };
         let counts = OomKillCounts { cgroups: vec![cgroup], complete: true };
         let baseline = Baseline { boot_id: "b".into(), since_boot_ns: 4, kernel_log_seq: Some(9), counts };
         let watched_until = Moment { boot_id: "b".into(), boot_ns: 6, wall: "2026-03-01T03:12:45Z".into() };

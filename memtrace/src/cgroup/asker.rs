@@ -8,6 +8,8 @@
 //! while.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,8 +24,11 @@ use super::hierarchy::Hierarchy;
 use crate::clock;
 use crate::own_process::rights::ASKER;
 
-/// Asks on their way to the thread, and answers on their way back, each.
+/// Asks on their way to the thread, and answers on their way back; answers that a kill waits for
+/// have a queue of their own, as long.
 const QUEUE_CAP: usize = 1024;
+/// Asks on their way that no kill waits for; the rest of the queue is for those.
+const ORDINARY_CAP: usize = QUEUE_CAP / 4 * 3;
 /// Ids that wait for an answer; one more is left out, and the engine asks again.
 const WAITING_CAP: usize = 4096;
 /// Ids that are not looked up again for a while; the set is emptied when it is full.
@@ -52,34 +57,91 @@ pub(super) enum Ask {
     All,
 }
 
+/// What an answer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum For {
+    /// A kill that waits for it.
+    Kill,
+    /// Anything else.
+    Curve,
+}
+
 /// The recorder's end.
 #[derive(Debug)]
 pub(super) struct Asker {
     asks: SyncSender<Ask>,
+    /// Asks that the thread has not taken. Cap: [`QUEUE_CAP`], and one on its way.
+    asked: Arc<AtomicUsize>,
     found: Receiver<CgroupFound>,
+    /// What a kill waits for.
+    found_for_kill: Receiver<CgroupFound>,
 }
 
 impl Asker {
     /// Starts the thread, which ends when this is dropped. `None` when there can be no thread.
     pub(super) fn start(hierarchy: Hierarchy) -> Option<Self> {
-        let (asks, asked) = sync_channel(QUEUE_CAP);
-        let (answers, found) = sync_channel(QUEUE_CAP);
+        let (asker, lookups) = Self::pair(hierarchy);
         let run = move || {
             ASKER.keep_capabilities();
-            Lookups::new(hierarchy, asked, answers).run();
+            lookups.run();
         };
         thread::Builder::new().name(ASKER.thread.to_owned()).spawn(run).ok()?;
-        Some(Self { asks, found })
+        Some(asker)
+    }
+
+    /// Both ends.
+    fn pair(hierarchy: Hierarchy) -> (Self, Lookups) {
+        let (asks, to_do) = sync_channel(QUEUE_CAP);
+        let (answers, found) = sync_channel(QUEUE_CAP);
+        let (answers_for_kill, found_for_kill) = sync_channel(QUEUE_CAP);
+        let asked = Arc::new(AtomicUsize::new(0));
+        let lookups = Lookups::new(hierarchy, Asks { to_do, asked: asked.clone() }, [answers, answers_for_kill]);
+        (Self { asks, asked, found, found_for_kill }, lookups)
     }
 
     /// Asks; false when the queue is full. Never waits.
     pub(super) fn ask(&self, ask: Ask) -> bool {
-        self.asks.try_send(ask).is_ok()
+        let cap = if matches!(ask, Ask::Urgent(_)) { QUEUE_CAP } else { ORDINARY_CAP };
+        if self.asked.load(Ordering::Relaxed) >= cap {
+            return false;
+        }
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let sent = self.asks.try_send(ask).is_ok();
+        if !sent {
+            self.asked.fetch_sub(1, Ordering::Relaxed);
+        }
+        sent
     }
 
-    /// The answers that are there, at most `most`. Never waits.
+    /// The answers that are there, at most `most`, those that a kill waits for first. Never waits.
     pub(super) fn answers(&self, most: usize) -> impl Iterator<Item = CgroupFound> {
-        self.found.try_iter().take(most)
+        self.found_for_kill.try_iter().chain(self.found.try_iter()).take(most)
+    }
+}
+
+/// What the thread was asked for and has not taken.
+#[derive(Debug)]
+struct Asks {
+    to_do: Receiver<Ask>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Asks {
+    /// Waits for the next one until a time; without one, until there is one.
+    fn next(&self, until: Option<Instant>) -> Result<Ask, RecvTimeoutError> {
+        let ask = match until {
+            Some(until) => self.to_do.recv_timeout(until.saturating_duration_since(Instant::now())),
+            None => self.to_do.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        self.asked.fetch_sub(usize::from(ask.is_ok()), Ordering::Relaxed);
+        ask
+    }
+
+    /// The next one, if it is there.
+    fn try_next(&self) -> Option<Ask> {
+        let ask = self.to_do.try_recv().ok();
+        self.asked.fetch_sub(usize::from(ask.is_some()), Ordering::Relaxed);
+        ask
     }
 }
 
@@ -139,8 +201,10 @@ struct Lookups {
     hierarchy: Hierarchy,
     /// `None` where ids are looked up by walks.
     by_id: Option<ById>,
-    asked: Receiver<Ask>,
+    asked: Asks,
     answers: SyncSender<CgroupFound>,
+    /// Those that a kill waits for.
+    answers_for_kill: SyncSender<CgroupFound>,
     /// Cap: [`WAITING_CAP`].
     waiting: BTreeSet<u64>,
     /// What kills wait for. Cap: [`WAITING_CAP`].
@@ -154,12 +218,13 @@ struct Lookups {
 }
 
 impl Lookups {
-    fn new(hierarchy: Hierarchy, asked: Receiver<Ask>, answers: SyncSender<CgroupFound>) -> Self {
+    fn new(hierarchy: Hierarchy, asked: Asks, [answers, answers_for_kill]: [SyncSender<CgroupFound>; 2]) -> Self {
         Self {
             by_id: ById::new(&hierarchy),
             hierarchy,
             asked,
             answers,
+            answers_for_kill,
             waiting: BTreeSet::new(),
             urgent: BTreeSet::new(),
             all: false,
@@ -172,7 +237,7 @@ impl Lookups {
     fn run(mut self) {
         while !self.over {
             if self.urgent.is_empty() && self.waiting.is_empty() && !self.all {
-                match self.asked.recv() {
+                match self.asked.next(None) {
                     Ok(ask) => self.take(ask),
                     Err(_) => break,
                 }
@@ -204,7 +269,7 @@ impl Lookups {
 
     /// Takes what was asked for, without waiting.
     fn take_all(&mut self) {
-        while let Ok(ask) = self.asked.try_recv() {
+        while let Some(ask) = self.asked.try_next() {
             self.take(ask);
         }
     }
@@ -223,7 +288,7 @@ impl Lookups {
     fn pause(&mut self) {
         let until = Instant::now() + PAUSE;
         loop {
-            match self.asked.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            match self.asked.next(Some(until)) {
                 Ok(ask) => self.take(ask),
                 Err(RecvTimeoutError::Timeout) => break,
                 Err(RecvTimeoutError::Disconnected) => {
@@ -238,32 +303,38 @@ impl Lookups {
 
     fn answer_urgent(&mut self) {
         let ids = std::mem::take(&mut self.urgent);
-        let left = self.answer_by_id(ids, |_| true);
-        if !left.is_empty() {
-            self.walk(left, |_| true);
-        }
+        self.look_up(ids, For::Kill);
     }
 
     fn answer_waiting(&mut self) {
         let ids = std::mem::take(&mut self.waiting);
-        let left = self.answer_by_id(ids, Self::may_go_on);
+        self.look_up(ids, For::Curve);
+    }
+
+    fn look_up(&mut self, ids: BTreeSet<u64>, wanted: For) {
+        let left = self.answer_by_id(ids, wanted);
         if !left.is_empty() {
-            self.walk(left, Self::may_go_on);
+            self.walk(left, wanted);
         }
     }
 
+    /// What a kill waits for is looked up at once, the rest in between.
+    fn go_on(&mut self, wanted: For) -> bool {
+        wanted == For::Kill || self.may_go_on()
+    }
+
     /// Answers ids without a walk. Returns those that are left, which is all where that cannot be.
-    fn answer_by_id(&mut self, mut ids: BTreeSet<u64>, go_on: impl Fn(&mut Self) -> bool) -> BTreeSet<u64> {
+    fn answer_by_id(&mut self, mut ids: BTreeSet<u64>, wanted: For) -> BTreeSet<u64> {
         while let (Some(by_id), Some(id)) = (&self.by_id, ids.first().copied()) {
             match by_id.find(&self.hierarchy, id) {
                 Some((dir, path)) => {
                     let parent_id = dir.parent().filter(|_| dir != self.hierarchy.mount).and_then(id_of);
-                    self.answer(&dir, &path, parent_id, id);
+                    self.answer(&dir, &path, parent_id, (id, wanted));
                 }
                 None => self.quiet.add(id, false, Instant::now()),
             }
             ids.remove(&id);
-            if !go_on(self) {
+            if !self.go_on(wanted) {
                 break;
             }
         }
@@ -271,23 +342,27 @@ impl Lookups {
     }
 
     /// Answers ids in one walk.
-    fn walk(&mut self, mut ids: BTreeSet<u64>, go_on: impl Fn(&mut Self) -> bool) {
+    fn walk(&mut self, mut ids: BTreeSet<u64>, wanted: For) {
         let hierarchy = self.hierarchy.clone();
         hierarchy.visit(VISITS_CAP, &mut |dir, path, parent_id| {
             if let Some(id) = id_of(dir).filter(|id| ids.remove(id)) {
-                self.answer(dir, path, parent_id, id);
+                self.answer(dir, path, parent_id, (id, wanted));
             }
-            go_on(self) && !ids.is_empty()
+            self.go_on(wanted) && !ids.is_empty()
         });
         if !self.over {
             ids.into_iter().for_each(|id| self.quiet.add(id, false, Instant::now()));
         }
     }
 
-    fn answer(&mut self, dir: &std::path::Path, path: &str, parent_id: Option<u64>, id: u64) {
+    fn answer(&mut self, dir: &std::path::Path, path: &str, parent_id: Option<u64>, (id, wanted): (u64, For)) {
         let answer = self.hierarchy.read_dir(dir, path, parent_id, clock::boot_ns()).filter(|answer| answer.id == id);
+        let answers = match wanted {
+            For::Kill => &self.answers_for_kill,
+            For::Curve => &self.answers,
+        };
         // A full queue leaves it out, and the engine asks again.
-        if answer.is_some_and(|answer| self.answers.try_send(answer).is_ok()) {
+        if answer.is_some_and(|answer| answers.try_send(answer).is_ok()) {
             self.quiet.add(id, true, Instant::now());
         }
     }
@@ -317,48 +392,69 @@ mod tests {
     use super::*;
 
     /// A directory is no cgroup file system, so all ids are found by walks.
-    fn lookups(dirs: &[String]) -> (tempfile::TempDir, Lookups, SyncSender<Ask>, Receiver<CgroupFound>) {
+    fn lookups(dirs: &[String]) -> (tempfile::TempDir, Lookups, Asker) {
         let dir = tempfile::tempdir().unwrap();
         let hierarchy = Hierarchy { version: 1, mount: dir.path().into(), hierarchy_id: 4, root: "/".into() };
         dirs.iter().for_each(|name| std::fs::create_dir_all(dir.path().join(name)).unwrap());
-        let (asks, asked) = sync_channel(QUEUE_CAP);
-        let (answers, found) = sync_channel(QUEUE_CAP);
-        (dir, Lookups::new(hierarchy, asked, answers), asks, found)
+        let (asker, lookups) = Asker::pair(hierarchy);
+        (dir, lookups, asker)
+    }
+
+    fn paths(asker: &Asker) -> Vec<String> {
+        asker.answers(usize::MAX).map(|found| found.path).collect()
     }
 
     #[test]
     fn one_walk_answers_all_and_what_no_cgroup_has_is_not_looked_up_again() {
         let names: Vec<String> = (0..100).map(|n| format!("a/{n}")).collect();
-        let (_dir, mut lookups, _asks, found) = lookups(&names);
+        let (_dir, mut lookups, asker) = lookups(&names);
         let ids: BTreeSet<u64> =
             names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
         ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
         lookups.answer_waiting();
-        assert_eq!(found.try_iter().map(|found| found.id).collect::<BTreeSet<_>>(), ids);
+        assert_eq!(asker.answers(usize::MAX).map(|found| found.id).collect::<BTreeSet<_>>(), ids);
         ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
         assert!(lookups.waiting.is_empty() && lookups.by_id.is_none());
     }
 
     #[test]
     fn what_a_kill_waits_for_is_answered_while_the_rest_pauses() {
-        let (_dir, mut lookups, asks, found) = lookups(&["a".into(), "b".into()]);
+        let (_dir, mut lookups, asker) = lookups(&["a".into(), "b".into()]);
         let id = |lookups: &Lookups, path: &str| lookups.hierarchy.id_of(path).unwrap();
         let (a, b) = (id(&lookups, "/a"), id(&lookups, "/b"));
         lookups.take(Ask::Id(a));
         lookups.answer_waiting();
-        assert_eq!(found.try_recv().unwrap().path, "/a");
+        assert_eq!(paths(&asker), ["/a"]);
         lookups.budget.left = Duration::ZERO;
-        [b, a, u64::MAX].into_iter().for_each(|id| asks.send(Ask::Urgent(id)).unwrap());
+        assert!([b, a, u64::MAX].into_iter().all(|id| asker.ask(Ask::Urgent(id))));
         assert!(lookups.may_go_on());
-        assert_eq!(
-            found.try_iter().map(|found| found.path).collect::<BTreeSet<_>>(),
-            ["/a".into(), "/b".into()].into()
-        );
+        assert_eq!(paths(&asker).into_iter().collect::<BTreeSet<_>>(), ["/a".into(), "/b".into()].into());
         lookups.take(Ask::Urgent(u64::MAX));
         assert!(lookups.urgent.is_empty(), "no cgroup has it");
-        drop(asks);
+        drop(asker);
         lookups.budget.left = Duration::ZERO;
         assert!(!lookups.may_go_on(), "the recorder has ended");
+    }
+
+    #[test]
+    fn what_a_kill_waits_for_passes_the_rest_on_both_ways() {
+        let names: Vec<String> = (0..QUEUE_CAP + 50).map(|n| n.to_string()).collect();
+        let (_dir, mut lookups, asker) = lookups(&names);
+        let ids: Vec<u64> = names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
+        assert_eq!(ids.iter().filter(|id| asker.ask(Ask::Id(**id))).count(), ORDINARY_CAP);
+        let last = *ids.last().unwrap();
+        assert!(asker.ask(Ask::Urgent(last)), "there is room for it");
+        lookups.take_all();
+        assert_eq!((lookups.waiting.len(), lookups.urgent.len()), (ORDINARY_CAP, 1));
+        ids.iter().for_each(|id| lookups.take(Ask::Id(*id)));
+        lookups.urgent.clear();
+        lookups.answer_waiting();
+        // Nobody has taken an answer, and the queue is full.
+        lookups.take(Ask::Urgent(last));
+        lookups.answer_urgent();
+        let answers = asker.answers(2).map(|found| found.id).collect::<Vec<_>>();
+        assert_eq!((answers.first(), answers.len()), (Some(&last), 2));
+        assert_eq!(asker.answers(usize::MAX).count(), QUEUE_CAP - 1);
     }
 
     #[test]
@@ -372,7 +468,7 @@ mod tests {
         assert_eq!(asker.found.recv().unwrap().path, "/a");
         assert!(asker.ask(Ask::All));
         assert_eq!([(); 2].map(|()| asker.found.recv().unwrap().path), ["/", "/a"]);
-        let Asker { asks, found } = asker;
+        let Asker { asks, found, .. } = asker;
         drop(asks);
         assert!(found.recv().is_err(), "it ended");
     }

@@ -34,8 +34,8 @@ impl ById {
         by_id.find(hierarchy, id_of(&hierarchy.mount)?).map(|_| by_id)
     }
 
-    /// The directory of a cgroup and its path from the root of the hierarchy. `None` when there is no
-    /// such cgroup, or when it is outside of what is mounted here.
+    /// The directory of a cgroup and its path from the root of the hierarchy. `None` when there is
+    /// no such cgroup, or when it is outside of what is mounted here.
     pub(super) fn find(&self, hierarchy: &Hierarchy, id: u64) -> Option<(PathBuf, String)> {
         let fd = self.open(id).ok()?;
         let dir = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
@@ -51,8 +51,8 @@ impl ById {
     fn open(&self, id: u64) -> io::Result<OwnedFd> {
         let mut handle = KernfsHandle { handle_bytes: 8, handle_type: FILEID_KERNFS, id };
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-        // SAFETY: the kernel reads the handle, whose `handle_bytes` bytes follow its head, during the
-        // call. The descriptor it returns is new, so nothing else owns it.
+        // SAFETY: the kernel reads the handle, whose `handle_bytes` bytes follow its head, during
+        // the call. The descriptor it returns is new, so nothing else owns it.
         #[expect(unsafe_code, reason = "open_by_handle_at(2) has no safe call")]
         unsafe {
             let mount = libc::c_long::from(self.mount.as_raw_fd());

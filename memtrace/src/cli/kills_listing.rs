@@ -1,4 +1,5 @@
-//! The kill ledger as a table: OOM kills, by whom they are known, and times in which no agent watched.
+//! The kill ledger as a table: OOM kills, by whom they are known, and times in which no agent
+//! watched.
 
 use super::listing::{columns, path, when};
 use memtrace_incident::{KillLine, UnwatchedEntry, units};
@@ -26,7 +27,11 @@ fn row(line: &KillLine) -> [String; 4] {
             (kills(counted.kills), path(Some(&counted.cgroup_path)), "the cgroup's counter, not watched".to_owned())
         }
         KillLine::Unwatched(UnwatchedEntry::UnwatchedKills(found)) => {
-            (format!("{} in all", kills(found.kills)), String::new(), total(found.kernel_log_lines_lost))
+            let what = match found.kills {
+                0 => "no kill found".to_owned(),
+                number => format!("{} in all", kills(number)),
+            };
+            (what, String::new(), total(found.kills, found.kernel_log_lines_lost))
         }
         KillLine::Unwatched(UnwatchedEntry::NotWatched(gap)) => {
             let duration = gap.duration_ns.map_or_else(|| "an unknown time".to_owned(), units::duration);
@@ -43,11 +48,12 @@ fn row(line: &KillLine) -> [String; 4] {
     [when(line.wall()), what, cgroup, known_from]
 }
 
-fn total(lines_lost: Option<u64>) -> String {
+fn total(found: u64, lines_lost: Option<u64>) -> String {
+    let found = if found == 0 { "not watched" } else { "at least, not watched" };
     match lines_lost {
-        Some(0) => "at least, not watched".to_owned(),
-        Some(lost) => format!("at least, not watched; {} of the kernel log lost", units::count(lost, "line", "lines")),
-        None => "at least, not watched; what the kernel log lacks is not known".to_owned(),
+        Some(0) => found.to_owned(),
+        Some(lost) => format!("{found}; {} of the kernel log lost", units::count(lost, "line", "lines")),
+        None => format!("{found}; what the kernel log lacks is not known"),
     }
 }
 
@@ -97,6 +103,7 @@ mod tests {
             UnwatchedEntry::KernelLog(logged),
             UnwatchedEntry::Counter(counted),
             UnwatchedEntry::UnwatchedKills(found),
+            UnwatchedEntry::UnwatchedKills(UnwatchedKills { wall: wall(), ..UnwatchedKills::default() }),
         ];
         let table = table(&entries.map(KillLine::Unwatched));
         for said in [
@@ -106,6 +113,8 @@ mod tests {
             "2 kills",
             "3 kills in all",
             "1 line of the kernel log lost",
+            "no kill found",
+            "not watched; what the kernel log lacks is not known",
         ] {
             assert!(table.contains(said), "{said}: {table}");
         }

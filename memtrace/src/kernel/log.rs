@@ -213,12 +213,16 @@ impl KmsgReader {
 
     /// Every record there is about OOM kills, with gaps where records were lost. Never waits.
     /// `boot_ns` is the boot clock: a line is not read before it was written, however long this process
-    /// is held up.
+    /// is held up. After an error the records before it are returned first.
     pub fn read_available(&mut self, boot_ns: impl Fn() -> u64) -> anyhow::Result<Vec<KernelLogLine>> {
         let mut lines = Vec::new();
         let mut buffer = vec![0u8; RECORD];
         for _ in 0..MAX_RECORDS {
-            let Some(text) = self.next_text(&mut buffer)? else { break };
+            let text = match self.next_text(&mut buffer) {
+                Err(_) if !lines.is_empty() => break,
+                text => text?,
+            };
+            let Some(text) = text else { break };
             let Some(record) = parse_kmsg(&text) else { continue };
             let mut push = |line| {
                 lines.push(KernelLogLine { printk_ns: record.printk_ns, read_boot_ns: boot_ns(), line });

@@ -112,13 +112,8 @@ pub const STORER: ThreadRights = ThreadRights {
     filter: Filter::Agent,
 };
 /// Writes the log.
-pub const LOG: ThreadRights = ThreadRights {
-    thread: "log",
-    does: "writes the log",
-    permitted: LOCK,
-    effective: LOCK,
-    filter: Filter::Agent,
-};
+pub const LOG: ThreadRights =
+    ThreadRights { thread: "log", does: "writes the log", permitted: LOCK, effective: LOCK, filter: Filter::Agent };
 
 /// Every thread of an agent that has started.
 pub const THREADS: [ThreadRights; 8] = [RECORDER, STORER, LOG, NAMING, KEEPER, ASKER, SERVER, INCIDENTS];

@@ -1,13 +1,15 @@
-//! The stack worker as the recorder sees it: started, listened to, and replaced when it hangs or ends.
+//! The stack worker as the recorder sees it: started, listened to, and replaced when it hangs or
+//! ends.
 //!
-//! Nothing here waits for the worker but what says so, and that has a deadline. The worker gives up a
-//! reading that is late, and from then on that process, device and, the second time, user are left
-//! alone for a while ([`refusals`]). A worker with too many of those, or that itself does not end a
-//! reading that it announced ([`running`]), is killed and replaced. One that ended by itself did so
-//! over a record of the ring or over a file: the next one skips the one and leaves the other alone. A
-//! worker that hangs in the kernel dies only when its file system lets it. Up to [`MAX_STUCK`] of those
-//! are waited for; with more there are no stacks until one is gone. Until then nothing is read from
-//! where the next one may hang as well: file systems that the host has not mounted.
+//! Nothing here waits for the worker but what says so, and that has a deadline. The worker gives up
+//! a reading that is late, and from then on that process, device and, the second time, user are
+//! left alone for a while ([`refusals`]). A worker with too many of those, or that itself does not
+//! end a reading that it announced ([`running`]), is killed and replaced. One that ended by itself
+//! did so over a record of the ring or over a file: the next one skips the one and leaves the other
+//! alone. A worker that hangs in the kernel dies only when its file system lets it. Up to
+//! [`MAX_STUCK`] of those are waited for; with more there are no stacks until one is gone. Until
+//! then nothing is read from where the next one may hang as well: file systems that the host has
+//! not mounted.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -36,8 +38,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 const MAX_STUCK: usize = 4;
 /// One that was killed and is not gone after this time hangs in the kernel.
 const KILL_TIME: Duration = Duration::from_secs(1);
-/// First pause before a worker that ended by itself, or the second one that hangs, is replaced; each
-/// one doubles it, up to 64 times.
+/// First pause before a worker that ended by itself, or the second one that hangs, is replaced;
+/// each one doubles it, up to 64 times.
 const PAUSE: Duration = Duration::from_secs(1);
 /// A worker that has run for this long was started rightly: the pause begins anew.
 const CALM: Duration = Duration::from_mins(1);
@@ -108,8 +110,8 @@ struct Stuck {
 }
 
 impl StackWorker {
-    /// Starts a worker on the ring and waits until it is ready. `rate_ppm` is what reading may take,
-    /// in parts per million of one CPU. Must run inside a tokio runtime.
+    /// Starts a worker on the ring and waits until it is ready. `rate_ppm` is what reading may
+    /// take, in parts per million of one CPU. Must run inside a tokio runtime.
     pub(super) fn start(ring: BorrowedFd<'_>, rate_ppm: u64) -> anyhow::Result<Self> {
         let ring = ring.try_clone_to_owned().context("failed to copy the descriptor of the stacks ring")?;
         let mut worker = Self {
@@ -320,8 +322,8 @@ impl StackWorker {
         self.ask_for(true, keep_files);
     }
 
-    /// Waits until the last question is answered or batches are to be taken, `limit` at most. True if
-    /// there is nothing more to wait for.
+    /// Waits until the last question is answered or batches are to be taken, `limit` at most. True
+    /// if there is nothing more to wait for.
     pub(super) fn await_answer(&mut self, limit: Duration) -> bool {
         self.wait_until(limit, |running, _| running.asked.is_none());
         self.running.as_ref().is_none_or(|running| running.asked.is_none() || running.hangs(&self.batches))

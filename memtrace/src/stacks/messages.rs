@@ -169,7 +169,8 @@ impl From<RefusedList> for Refused {
 pub struct Batch {
     /// The number of the [`ToWorker::Answer`] that this is for; 0 if it was not asked for.
     pub number: u64,
-    /// Modules, paths, and stacks of the kernel. Modules and paths are numbered anew by each worker.
+    /// Modules, paths, and stacks of the kernel. Modules and paths are numbered anew by each
+    /// worker.
     pub facts: Vec<Fact>,
     /// Stacks of processes, which refer to these paths.
     pub stacks: Vec<StackRow>,
@@ -308,8 +309,8 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Reads once, without waiting. True if something came; [`io::ErrorKind::WouldBlock`] if nothing
-    /// is there, [`io::ErrorKind::UnexpectedEof`] if the other side has gone.
+    /// Reads once, without waiting. True if something came; [`io::ErrorKind::WouldBlock`] if
+    /// nothing is there, [`io::ErrorKind::UnexpectedEof`] if the other side has gone.
     pub fn read(&mut self, socket: &impl AsFd) -> io::Result<()> {
         self.buffer.resize(READ_BYTES, 0);
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];

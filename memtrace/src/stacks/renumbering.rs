@@ -1,8 +1,8 @@
 //! Facts of a stack worker, renumbered for the run.
 //!
 //! A worker numbers modules and paths from 0, and a run may have several workers, one after the
-//! other. The engine and the journal want numbers that are unique within the run, and each segment of
-//! the journal wants what its stacks refer to: see [`super::path_numbers`].
+//! other. The engine and the journal want numbers that are unique within the run, and each segment
+//! of the journal wants what its stacks refer to: see [`super::path_numbers`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -31,8 +31,8 @@ const MAX_AGE: u64 = 3;
 pub struct Renumbering {
     paths: PathNumbers,
     next_module: u32,
-    /// Numbers by path and build id: a file that another worker finds keeps its number. Cap: that of
-    /// `names`.
+    /// Numbers by path and build id: a file that another worker finds keeps its number. Cap: that
+    /// of `names`.
     same: BTreeMap<(String, String), u32>,
     /// Names by number of the run. Cap: [`MAX_MODULES`] and [`MAX_NAME_BYTES`], and one.
     names: BTreeMap<u32, ModuleName>,

@@ -1,9 +1,10 @@
 //! The stack worker: a process of its own that drains the STACKS ring and unwinds.
 //!
 //! Unwinding reads files of other programs, and those may never answer (a FUSE server that sleeps,
-//! NFS without its server, an overlay over either). Nobody may wait for that, so it happens here: the
-//! recorder is told of each reading before it begins, kills this process when one does not end in
-//! time, and starts another that leaves such files alone. Nothing else is lost by that than stacks.
+//! NFS without its server, an overlay over either). Nobody may wait for that, so it happens here:
+//! the recorder is told of each reading before it begins, kills this process when one does not end
+//! in time, and starts another that leaves such files alone. Nothing else is lost by that than
+//! stacks.
 //!
 //! The recorder starts it as the hidden verb `stack-worker`, with a socket as standard input; see
 //! [`super::messages`] for what they say to each other. It ends when the recorder does.
@@ -51,8 +52,8 @@ pub fn run() -> anyhow::Result<()> {
     confine();
     ignore_signals();
     let socket = Rc::new(UnixStream::from(rustix::stdio::stdin().try_clone_to_owned().context("no standard input")?));
-    // So that a recorder that is busy for a moment does not keep this from draining the ring. Beyond
-    // the system's limit with CAP_NET_ADMIN only, and as far as that limit without.
+    // So that a recorder that is busy for a moment does not keep this from draining the ring.
+    // Beyond the system's limit with CAP_NET_ADMIN only, and as far as that limit without.
     if set_socket_send_buffer_size_force(&socket, SEND_BUFFER_BYTES).is_err() {
         let _ = set_socket_send_buffer_size(&socket, SEND_BUFFER_BYTES);
     }

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -20,6 +21,8 @@ mod shares;
 const FILE_MODE: u32 = 0o640;
 /// Entries that wait to be written; beyond it the oldest are given up.
 const MAX_UNWRITTEN: usize = 4096;
+/// How often a reader that a rotation overtakes begins again; each one is after megabytes of entries.
+const MAX_READS: usize = 16;
 
 /// An entry of a ledger, and how its ledger is kept.
 pub trait LedgerEntry: Clone + Serialize + DeserializeOwned {
@@ -242,14 +245,28 @@ impl<E: LedgerEntry> Ledger<E> {
     }
 }
 
-/// Reads the ledger in a state directory; one that does not exist is empty.
+/// Reads the ledger in a state directory; one that does not exist is empty. It may be written to, and
+/// rotated, meanwhile.
 pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
+    read_with::<E>(dir, || {})
+}
+
+/// The same, with something that happens between the first file and the second.
+fn read_with<E: LedgerEntry>(dir: &Path, mut between: impl FnMut()) -> io::Result<LedgerLines<E>> {
+    let mut tries = 0;
+    let files = loop {
+        let before = open_if_there(dir, E::FILE_BEFORE)?;
+        between();
+        let file = open_if_there(dir, E::FILE)?;
+        tries += 1;
+        // A rotation changes the older file first. If it is the same still, both are of one moment.
+        let is_same = identity(before.as_ref())? == identity(open_if_there(dir, E::FILE_BEFORE)?.as_ref())?;
+        if is_same || tries >= MAX_READS {
+            break [before, file];
+        }
+    };
     let mut ledger = LedgerLines { entries: Vec::new(), bad_lines: 0 };
-    for name in [E::FILE_BEFORE, E::FILE] {
-        let file = match own_dir::read(&dir.join(name)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            file => file?,
-        };
+    for file in files.into_iter().flatten() {
         let mut lines = BufReader::new(file.take(E::MAX_BYTES.saturating_mul(2)));
         let mut line = Vec::new();
         while lines.read_until(b'\n', &mut line)? > 0 {
@@ -261,6 +278,18 @@ pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
         }
     }
     Ok(ledger)
+}
+
+fn open_if_there(dir: &Path, name: &str) -> io::Result<Option<File>> {
+    match own_dir::read(&dir.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        file => file.map(Some),
+    }
+}
+
+/// Device and inode of a file. While it is open, no other one has them.
+fn identity(file: Option<&File>) -> io::Result<Option<(u64, u64)>> {
+    file.map(|file| file.metadata().map(|data| (data.dev(), data.ino()))).transpose()
 }
 
 fn lines<'a, E: LedgerEntry + 'a>(entries: impl IntoIterator<Item = &'a E>) -> io::Result<Vec<u8>> {

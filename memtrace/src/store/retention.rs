@@ -1,8 +1,10 @@
-//! Which incident files are kept: those not older than a span and, together, not larger than a size.
+//! Which incident files are kept: those not older than a span and, together, not larger than a
+//! size.
 //!
-//! The size holds after every save, so what is there is remembered instead of listed each time. The newest incident of
-//! each cgroup goes last: a container that is out of memory again and again fills what is left with its own incidents,
-//! and does not end the evidence of everybody else. Where even those are too large together, the oldest go.
+//! The size holds after every save, so what is there is remembered instead of listed each time. The
+//! newest incident of each cgroup goes last: a container that is out of memory again and again
+//! fills what is left with its own incidents, and does not end the evidence of everybody else.
+//! Where even those are too large together, the oldest go.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -17,15 +19,15 @@ use super::incidents::{IncidentFile, IncidentStore};
 
 /// Most incident files that are kept.
 const MOST_FILES: usize = 65_536;
-/// Most of them whose cgroup is read at the start, newest first; it takes about 50 us each. Of older ones none counts
-/// as the newest of its cgroup.
+/// Most of them whose cgroup is read at the start, newest first; it takes about 50 us each. Of
+/// older ones none counts as the newest of its cgroup.
 const MOST_READ: usize = 16_384;
 
 /// The largest part of the size that is left free, so that it holds also while a file is written.
 const MOST_FREE: u64 = 16 << 20;
 
-/// What may be kept where there are never to be more than `bytes`: an incident is written before others are deleted,
-/// and written again, larger, with names of functions in it.
+/// What may be kept where there are never to be more than `bytes`: an incident is written before
+/// others are deleted, and written again, larger, with names of functions in it.
 pub fn with_room_to_write(bytes: u64) -> u64 {
     bytes.saturating_sub((bytes / 8).min(MOST_FREE))
 }
@@ -168,7 +170,8 @@ impl Retention {
         self.choose_newest(&cgroup);
     }
 
-    /// Files are added and removed one at a time, so the newest was the last of the cgroup or the one before it.
+    /// Files are added and removed one at a time, so the newest was the last of the cgroup or the
+    /// one before it.
     fn choose_newest(&mut self, cgroup: &str) {
         let Some(ids) = self.by_cgroup.get(cgroup) else { return };
         let mut latest = ids.iter().rev();
@@ -211,7 +214,8 @@ impl Retention {
         }
     }
 
-    /// Deletes one file. One that cannot be deleted is forgotten until the next review, so that the others can be.
+    /// Deletes one file. One that cannot be deleted is forgotten until the next review, so that the
+    /// others can be.
     fn delete(&mut self, id: &str, deleted: &mut DeletedFiles, failed: &mut Option<io::Error>) {
         let (newest, bytes) = (self.newest.contains(id), self.files.get(id).map_or(0, |kept| kept.bytes));
         self.remove(id);
@@ -238,7 +242,8 @@ impl Retention {
     }
 }
 
-/// What stays the same when a container of a pod is started again: the pod, or else the path of the cgroup.
+/// What stays the same when a container of a pod is started again: the pod, or else the path of the
+/// cgroup.
 fn name(cgroup: &Cgroup) -> String {
     match (&cgroup.kubernetes, &cgroup.path) {
         (Some(pod), _) => format!("pod {}", pod.pod_uid),

@@ -13,6 +13,13 @@ fn a_few_seeds_hold() {
     (1..=12).for_each(|seed| check(seed, 1500));
 }
 
+/// Seeds that failed once, with as many events as it took.
+#[test]
+fn seeds_that_failed_hold() {
+    // A dying process marked itself, which was taken for a part of its last decision about another.
+    check(241_573_137, 729);
+}
+
 #[test]
 fn one_seed_is_one_story() {
     let plan = Plan { seed: 7, events: 800, fault: Fault::None, tail: TAIL };

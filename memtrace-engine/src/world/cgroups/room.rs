@@ -235,4 +235,30 @@ mod tests {
         cgroups.ensure(3, 3 * SEC, Need::Kill);
         assert!(cgroups.stale);
     }
+
+    #[test]
+    fn once_all_memory_has_a_row_again_new_cgroups_need_no_rebuilding() {
+        let mut cgroups = full(0);
+        cgroups.pinned = (1..=CAP).collect();
+        let sums = Sums::of(5, 0, 0, 0);
+        cgroups.ensure(9999, SEC, Need::Made);
+        assert!(!has(&cgroups, 9999));
+        cgroups.pinned.clear();
+        cgroups.tick();
+        cgroups.ensure(9998, SEC, Need::Made);
+        assert!(cgroups.stale, "it may have memory");
+        cgroups.rebuild([(9999, sums)].into_iter());
+        cgroups.ensure(9997, SEC, Need::Made);
+        assert!(cgroups.stale, "9999 still has no row");
+        cgroups.ensure(9999, SEC, Need::Made);
+        cgroups.learn(9999, Some(9996), None, SEC, Need::Made);
+        cgroups.rows.remove(&9996);
+        cgroups.rebuild([(9999, sums)].into_iter());
+        cgroups.ensure(9995, SEC, Need::Made);
+        assert!(cgroups.stale, "the sums of 9996 are in no row");
+        cgroups.ensure(9996, SEC, Need::Made);
+        cgroups.rebuild([(9999, sums)].into_iter());
+        cgroups.ensure(9994, SEC, Need::Made);
+        assert!(!cgroups.stale && cgroups.get(9996).unwrap().tree == sums);
+    }
 }

@@ -23,6 +23,7 @@ fn hook(pid: u32, sec: u64, path: &str) -> KillLine {
         boot_ns: sec * SEC,
         wall: String::new(),
         pid,
+        tid: None,
         start_boot_ns: 1,
         comm: "x".into(),
         cgroup_path: Some(path.into()),
@@ -53,6 +54,7 @@ fn counts(rows: &[(u64, &str, u64)], read_boot_ns: u64) -> OomKillCounts {
         path: (*path).into(),
         kills: *kills,
         read_boot_ns,
+        read_until_ns: read_boot_ns,
     };
     OomKillCounts { cgroups: rows.iter().map(row).collect(), complete: true }
 }
@@ -65,7 +67,7 @@ fn gathered(before: &[(u64, &str, u64)], lines: Vec<KilledProcess>, now: &[(u64,
         counts: counts(before, BEFORE),
     };
     let backlog = Backlog { kills: lines, lost: Some(0), next_seq: Some(99), left_out: 0 };
-    Gathered { baseline, backlog: Some(backlog), counts: counts(now, AFTER), clock: CLOCK }
+    Gathered { baseline, backlog: Some(backlog), log_wanted: true, counts: counts(now, AFTER), clock: CLOCK }
 }
 
 /// pids of the log's lines, counts by cgroup, and the total.
@@ -132,7 +134,8 @@ fn the_next_run_goes_on_where_this_one_has_looked() {
     let clock = LogClock { boot_ns: 2 * AFTER, raw_ns: 2 * AFTER };
     let again = Gathered {
         baseline: next,
-        backlog: Some(Backlog::default()),
+        backlog: Some(Backlog { lost: Some(0), ..Backlog::default() }),
+        log_wanted: true,
         counts: counts(&[(1, "/a", 3)], 2 * AFTER),
         clock,
     };
@@ -191,4 +194,72 @@ fn after_a_boot_everything_the_kernel_has_is_unwatched() {
         kill.boot_id = Some("old".into());
     }
     assert_eq!(account(&gathered, &[other]), (vec![5], vec![count("/a", 1)], Some(2)));
+}
+
+#[test]
+fn a_victim_that_the_log_knows_by_a_thread_is_one() {
+    let mut thread = hook(5, 150, "/a");
+    if let KillLine::Kill(kill) = &mut thread {
+        kill.tid = Some(77);
+    }
+    let gathered = gathered(&[(1, "/a", 0)], vec![line(60, 77, 150, Some("/a"))], &[(1, "/a", 1)]);
+    assert_eq!(account(&gathered, &[thread]), (vec![], vec![], None));
+    assert_eq!(account(&gathered, &[hook(5, 150, "/a")]).0, [77], "another process");
+}
+
+#[test]
+fn a_path_that_the_hook_has_cut_is_that_of_its_cgroup() {
+    let long = format!("/{}", "é".repeat(400));
+    // 511 bytes end inside a character.
+    let cut = format!("{}\u{fffd}…", &long[..509]);
+    let gathered = gathered(&[(1, &long, 0), (2, "/x", 0)], vec![], &[(1, &long, 2), (2, "/x", 1)]);
+    let ledger = [hook(5, 150, &cut), hook(6, 150, "/…")];
+    assert_eq!(account(&gathered, &ledger), (vec![], vec![count("/x", 1), count(&long, 1)], Some(2)));
+}
+
+#[test]
+fn a_kill_during_a_reading_is_neither_counted_twice_nor_in_place_of_another() {
+    // Both readings took half a second.
+    let reading = |before: u64, now: u64| {
+        let mut gathered = gathered(&[(1, "/a", before)], vec![], &[(1, "/a", now)]);
+        gathered.baseline.counts.cgroups[0].read_until_ns = BEFORE + SEC / 2;
+        gathered.counts.cgroups[0].read_until_ns = AFTER + SEC / 2;
+        gathered
+    };
+    let at = |ns: u64| {
+        let mut kill = hook(5, 0, "/a");
+        if let KillLine::Kill(kill) = &mut kill {
+            kill.boot_ns = ns;
+        }
+        kill
+    };
+    for during in [BEFORE + SEC / 4, AFTER + SEC / 4] {
+        assert_eq!(account(&reading(0, 1), &[at(during)]), (vec![], vec![], None), "{during}");
+        // It is in the difference or not: two are at least one more.
+        assert_eq!(account(&reading(0, 2), &[at(during)]).1, [count("/a", 1)], "{during}");
+        let all = reading(0, 2).account(&[at(during)], |ns| ns.to_string());
+        let Some(UnwatchedEntry::UnwatchedKills(total)) = all.last() else { panic!() };
+        assert_eq!(total.cgroups_not_compared, 1, "what was not told apart is said");
+    }
+    // Before the first reading, or after the last: it is in both, or in neither.
+    for outside in [BEFORE - SEC, AFTER + SEC] {
+        assert_eq!(account(&reading(0, 1), &[at(outside)]).1, [count("/a", 1)], "{outside}");
+    }
+}
+
+#[test]
+fn nothing_found_is_not_nothing_lost() {
+    let mut gathered = gathered(&[], vec![], &[]);
+    assert!(gathered.account(&[], |ns| ns.to_string()).is_empty());
+    for lost in [Some(7), None] {
+        gathered.backlog = Some(Backlog { lost, ..Backlog::default() });
+        let all = gathered.account(&[], |ns| ns.to_string());
+        let [UnwatchedEntry::UnwatchedKills(total)] = &all[..] else { panic!("{all:?}") };
+        assert_eq!((total.kills, total.kernel_log_lines_lost), (0, lost));
+    }
+    // The log could not be read, or is not wanted.
+    gathered.backlog = None;
+    assert_eq!(gathered.account(&[], |ns| ns.to_string()).len(), 1);
+    gathered.log_wanted = false;
+    assert!(gathered.account(&[], |ns| ns.to_string()).is_empty());
 }

@@ -12,10 +12,13 @@
 //! Its cgroup is in the `oom-kill:` line before it, which the kernel writes for ten decisions in
 //! five seconds at most, and for the first victim of a group alone.
 
-use super::{KernelLogEvent, KmsgReader, MAX_RECORDS, RECORD, parse_kmsg};
+use super::{KernelLogEvent, KmsgReader, RECORD, Sequence, parse_kmsg};
 
 /// Kills that are kept; further ones are counted.
 pub const KILLS_CAP: usize = 4096;
+/// Records that are read. A buffer of 128 MiB holds as many; one that is larger, or that is written
+/// to as fast as it is read, has its newest ones counted as lost.
+const MAX_RECORDS: usize = 1 << 20;
 
 /// A kill in the log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,10 +52,10 @@ pub struct Backlog {
     pub kills: Vec<KilledProcess>,
     /// Kills beyond the cap.
     pub left_out: u64,
-    /// Records that were overwritten before they were read; `None` when it is not known from which
-    /// one on they were wanted.
+    /// Records that were overwritten before they were read, and at least one when there were too
+    /// many to read them all; `None` when it is not known from which one on they were wanted.
     pub lost: Option<u64>,
-    /// Number of the next record that will be written; `None` when there is none at all.
+    /// Number of the record after the last one that was read; `None` when there is none at all.
     pub next_seq: Option<u64>,
 }
 
@@ -108,8 +111,8 @@ impl Collector {
     }
 }
 
-/// The number behind the last `key` of a line. What the kernel writes behind the name has each key once, so the
-/// last one is never part of the name.
+/// The number behind the last `key` of a line. What the kernel writes behind the name has each key
+/// once, so the last one is never part of the name.
 fn figure(message: &str, key: &str) -> Option<u64> {
     let (before, rest) = message.rsplit_once(key)?;
     before.contains(") total-vm:").then_some(())?;
@@ -118,24 +121,42 @@ fn figure(message: &str, key: &str) -> Option<u64> {
 }
 
 /// Reads what the log has of OOM kills from record `from_seq` on; `None` for all that it has. Reads
-/// 65,536 records at most, and never waits. Needs CAP_SYSLOG where kernel.dmesg_restrict is set.
+/// a million records at most, and never waits. Needs CAP_SYSLOG where kernel.dmesg_restrict is set.
 pub fn read_back(from_seq: Option<u64>) -> anyhow::Result<Backlog> {
     let mut reader = KmsgReader::open_at_oldest()?;
-    let mut collector = Collector::default();
     let mut buffer = vec![0u8; RECORD];
-    let (mut oldest, mut overrun) = (None, 0u64);
-    for _ in 0..MAX_RECORDS {
-        let Some(text) = reader.next_text(&mut buffer)? else { break };
+    let next = || Ok((reader.next_text(&mut buffer)?, std::mem::take(&mut reader.sequence.overrun)));
+    gather(next, from_seq, MAX_RECORDS)
+}
+
+/// The same from a source of records, each with whether others were overwritten before it.
+fn gather(
+    mut next: impl FnMut() -> anyhow::Result<(Option<String>, bool)>,
+    from_seq: Option<u64>,
+    most: usize,
+) -> anyhow::Result<Backlog> {
+    let (mut collector, mut sequence) = (Collector::default(), Sequence::default());
+    let (mut oldest, mut missing, mut read) = (None, 0u64, 0usize);
+    loop {
+        let (text, overrun) = next()?;
+        sequence.overrun |= overrun;
+        let Some(text) = text else { break };
+        if read >= most {
+            // How many there are beyond the cap, nobody has counted.
+            missing = missing.saturating_add(1);
+            break;
+        }
+        read = read.saturating_add(1);
         let Some(record) = parse_kmsg(&text) else { continue };
         oldest.get_or_insert(record.seq);
-        overrun = overrun.saturating_add(reader.sequence.advance(record.seq));
+        missing = missing.saturating_add(sequence.advance(record.seq));
         collector.add(&text, from_seq.unwrap_or(0));
     }
     let mut backlog = collector.backlog;
     // Without a record there is nothing that could have overwritten others.
     let before = |from: u64| oldest.map_or(0, |oldest: u64| oldest.saturating_sub(from));
-    backlog.lost = from_seq.map(|from| before(from).saturating_add(overrun));
-    backlog.next_seq = reader.next_seq();
+    backlog.lost = from_seq.map(|from| before(from).saturating_add(missing));
+    backlog.next_seq = sequence.next;
     Ok(backlog)
 }
 
@@ -217,5 +238,16 @@ mod tests {
         if let Some(first) = all.kills.first() {
             assert!(first.anon_bytes.is_some() && first.uid.is_some(), "{first:?}");
         }
+    }
+
+    #[test]
+    fn records_beyond_the_cap_are_lost_and_not_as_if_read() {
+        let records = |most: usize| {
+            let mut lines = KILL.lines().map(str::to_owned);
+            gather(|| Ok((lines.next(), false)), Some(900), most).unwrap()
+        };
+        let (all, cut) = (records(3), records(2));
+        assert_eq!((all.kills.len(), all.lost, all.next_seq), (2, Some(61), Some(964)));
+        assert_eq!((cut.kills.len(), cut.lost, cut.next_seq), (1, Some(62), Some(963)));
     }
 }

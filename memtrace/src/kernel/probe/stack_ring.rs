@@ -16,8 +16,8 @@ impl StackRing {
     }
 
     /// Lends records to `take`, at most `most` of them and as long as it says so, in the ring's own
-    /// memory: they hold stacks of other programs, secrets included, which must not be copied. Returns
-    /// whether more may wait.
+    /// memory: they hold stacks of other programs, secrets included, which must not be copied.
+    /// Returns whether more may wait.
     pub fn drain(&mut self, most: usize, mut take: impl FnMut(&[u8]) -> bool) -> bool {
         for _ in 0..most {
             let Some(item) = self.0.next() else { return false };

@@ -1,11 +1,11 @@
 //! Whose files the stack worker leaves alone, because one hung on them, and for how long.
 //!
 //! Not for ever: a disk that stalls under load is no attack, and what is on it may be what the next
-//! incident is about. The first refusal lasts [`FIRST`], each further one of the same twice as long,
-//! until it was quiet for as long again.
+//! incident is about. The first refusal lasts [`FIRST`], each further one of the same twice as
+//! long, until it was quiet for as long again.
 //!
-//! Processes, users and device numbers can be had in any number, so after a file system hung that is
-//! no disk, those that the host has not mounted are left alone altogether for a while.
+//! Processes, users and device numbers can be had in any number, so after a file system hung that
+//! is no disk, those that the host has not mounted are left alone altogether for a while.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,8 +15,8 @@ use tracing::warn;
 
 /// How long the first refusal lasts.
 const FIRST: Duration = Duration::from_mins(5);
-/// The same of a process that kept its address space locked: one that is at its memory limit does that
-/// for moments.
+/// The same of a process that kept its address space locked: one that is at its memory limit does
+/// that for moments.
 const FIRST_LOCKED: Duration = Duration::from_secs(5);
 /// Doublings of that at most: somewhat more than a day.
 const MAX_DOUBLINGS: u32 = 9;
@@ -60,7 +60,8 @@ impl<T: Ord + Copy> Expiring<T> {
         self.0.entry(value).or_insert(Refusal { times: 0, until: None, forgotten: now })
     }
 
-    /// Counts another time; with more than `free` of them it is refused, for `first` the first time.
+    /// Counts another time; with more than `free` of them it is refused, for `first` the first
+    /// time.
     fn add(&mut self, value: T, free: u32, first: Duration, now: Instant) {
         let refusal = self.entry(value, now);
         refusal.times = refusal.times.saturating_add(1);
@@ -119,8 +120,8 @@ impl Refusals {
         }
     }
 
-    /// A worker that was killed still hangs on this: it goes on being refused, with what else its user
-    /// has.
+    /// A worker that was killed still hangs on this: it goes on being refused, with what else its
+    /// user has.
     pub(super) fn hold(&mut self, reading: &Reading, now: Instant) {
         self.processes.hold(reading.process, now);
         let device = reading.place.device().filter(|(major, _)| *major == 0);

@@ -23,8 +23,8 @@ use crate::stacks::messages::{FromWorker, Incoming, ModuleLabel, StackCounts, St
 const VERB: &str = "stack-worker";
 /// Time for one reading of somebody's file, while the worker waits for it.
 const READING_LIMIT: Duration = Duration::from_secs(2);
-/// Time for an answer, and for a reading while the worker runs or wants to, or waits for a disk: on a
-/// machine that is overloaded those are slow, and hang on nobody.
+/// Time for an answer, and for a reading while the worker runs or wants to, or waits for a disk: on
+/// a machine that is overloaded those are slow, and hang on nobody.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes that wait to be sent to the worker; what is beyond is not said.
 const MAX_OUTGOING_BYTES: usize = 512 << 10;
@@ -93,8 +93,8 @@ impl Running {
         })
     }
 
-    /// Whether it reads a file that does not answer. Behind batches that nobody has taken there may be
-    /// word of its end.
+    /// Whether it reads a file that does not answer. Behind batches that nobody has taken there may
+    /// be word of its end.
     pub(super) fn hangs(&self, batches: &Batches) -> bool {
         let Some((reading, since)) = self.reading.filter(|_| !batches.is_full()) else { return false };
         let is_disk = reading.place.device().is_some_and(|(major, _)| major != 0);
@@ -115,8 +115,8 @@ impl Running {
                 self.take(message, bytes, batches);
             }
             let Self { socket, incoming, .. } = self;
-            // The runtime learns that something came only when it runs; while this waits it does not.
-            // So the socket is asked first, and the runtime once the socket is empty.
+            // The runtime learns that something came only when it runs; while this waits it does
+            // not. So the socket is asked first, and the runtime once the socket is empty.
             let read = match incoming.read(socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     socket.try_io(Interest::READABLE, || incoming.read(socket))

@@ -1,17 +1,19 @@
-//! Who keeps how much of the SIGKILL ledger when it is full. Anybody can kill their own children and so write to it; if
-//! the oldest lines went first, a user could end everybody else's evidence in minutes.
+//! Who keeps how much of the SIGKILL ledger when it is full. Anybody can kill their own children
+//! and so write to it; if the oldest lines went first, a user could end everybody else's evidence
+//! in minutes.
 //!
-//! So the room is shared: half each for root with the kernel and for everybody else, within that between users, and
-//! then between the cgroups they sent from. Whoever needs less than a share leaves the rest to the others. Each keeps
-//! its newest lines, and the oldest of these says how many more there were. Example: user 1000 sent 40,000 and root
-//! three; root keeps three lines, and user 1000 what fits in the rest.
+//! So the room is shared: half each for root with the kernel and for everybody else, within that
+//! between users, and then between the cgroups they sent from. Whoever needs less than a share
+//! leaves the rest to the others. Each keeps its newest lines, and the oldest of these says how
+//! many more there were. Example: user 1000 sent 40,000 and root three; root keeps three lines, and
+//! user 1000 what fits in the rest.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use memtrace_incident::{MoreSigkills, SigkillCause, SigkillEntry};
 
-/// Users, or cgroups of one user, that have a share of their own, those first that have been there the longest; the
-/// others share one.
+/// Users, or cgroups of one user, that have a share of their own, those first that have been there
+/// the longest; the others share one.
 const MOST: usize = 24;
 /// Levels at which the room is shared: root or not, user, cgroup.
 const LEVELS: usize = 3;
@@ -22,7 +24,8 @@ struct Line {
     bytes: u64,
 }
 
-/// What of `entries`, oldest first, is kept in about `room` bytes, in the same order. One line is kept for each share.
+/// What of `entries`, oldest first, is kept in about `room` bytes, in the same order. One line is
+/// kept for each share.
 pub(super) fn keep(entries: Vec<SigkillEntry>, room: u64) -> Vec<SigkillEntry> {
     // After a crash between two renames the same entry is in both files.
     let mut seen = BTreeSet::new();
@@ -76,7 +79,8 @@ fn key(entry: &SigkillEntry, level: usize) -> String {
     }
 }
 
-/// The newest entries that fit, one at least, the oldest of them with the number of those that do not.
+/// The newest entries that fit, one at least, the oldest of them with the number of those that do
+/// not.
 fn newest(mut lines: Vec<Line>, room: u64, same: bool) -> Vec<SigkillEntry> {
     let mut used = 0u64;
     let fit = lines.iter().rev().take_while(|line| {

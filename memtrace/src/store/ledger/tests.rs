@@ -11,6 +11,7 @@ fn kill(pid: u32) -> KillLine {
         boot_ns: 1,
         wall: "2026-03-01T03:12:45Z".into(),
         pid,
+        tid: None,
         start_boot_ns: 2,
         comm: "a\nb".into(),
         cgroup_path: None,
@@ -165,4 +166,26 @@ fn a_flood_of_sigkills_leaves_the_entries_of_others() {
     }
     let stands = found.entries.iter().find(|entry| entry.more.is_some()).unwrap();
     assert!(stands.stands_for(&by(1000, 4)) && !stands.stands_for(&by(0, 4)) && !stands.stands_for(&by(1000, 90_000)));
+}
+
+#[test]
+fn a_rotation_beside_a_reader_hides_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut kills = Kills::with_cap(dir.path(), 1000).unwrap();
+    let mut pid = 0;
+    for _ in 0..5 {
+        let place = || identity(open_if_there(dir.path(), KillLine::FILE_BEFORE).unwrap().as_ref()).unwrap();
+        let (first, mut rotated) = (place(), false);
+        let rotate_once = || {
+            while !rotated {
+                pid += 1;
+                kills.append(&[kill(pid)]).unwrap();
+                rotated = place() != first;
+            }
+        };
+        let ledger = read_with::<KillLine>(dir.path(), rotate_once).unwrap();
+        let read: Vec<u32> = ledger.entries.iter().map(|kill| kill.key().1).collect();
+        assert_eq!(read, pids(dir.path()));
+        assert!(read.len() > 1 && read.last() == Some(&pid), "{read:?}");
+    }
 }
