@@ -6,9 +6,7 @@ mod page;
 pub mod rights;
 pub mod syscalls;
 
-use rustix::process::{
-    Resource, Rlimit, getpid, getpriority_process, getrlimit, getsid, setpriority_process, setrlimit,
-};
+use rustix::process::{Resource, Rlimit, getpriority_process, getrlimit, setpriority_process, setrlimit};
 use tracing::warn;
 
 /// Resident memory of this process, bytes; `None` when /proc does not say.
@@ -59,10 +57,18 @@ pub fn raise_priority() {
         warn!("programs that keep the CPUs busy can make the agent late ({error}); give CAP_SYS_NICE");
         return;
     }
-    if getsid(None).is_ok_and(|leader| leader == getpid()) {
+    if leads_its_session() {
         // A kernel without autogroup has no such file.
         let _ = std::fs::write("/proc/self/autogroup", FIRST.to_string());
     }
+}
+
+/// Whether this process leads its session; the fields after the name are state, parent, group, session. (getsid(2) as
+/// rustix has it cannot tell of a session without a leader in this namespace, 0.)
+fn leads_its_session() -> bool {
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return false };
+    let session = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(3));
+    session.is_some_and(|session| session == std::process::id().to_string())
 }
 
 /// Takes back for this thread or process what it has from one with [`raise_priority`].
