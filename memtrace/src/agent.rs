@@ -52,6 +52,8 @@ use watch_state::WatchState;
 const MAX_REQUESTS: usize = 64;
 /// Lines of the log that wait to be written.
 const MAX_LOG_LINES: usize = 4096;
+/// Time for what is left of them when the agent stops.
+const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(2);
 /// How memory is locked.
 const LOCK: MlockAllFlags = MlockAllFlags::CURRENT.union(MlockAllFlags::FUTURE).union(MlockAllFlags::ONFAULT);
 /// How often free memory is given back: after a storm.
@@ -84,8 +86,24 @@ pub struct AgentConfig {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(config: AgentConfig) -> anyhow::Result<()> {
-    // What is left in the log is written when the guard goes, for a second at most.
-    let (lost_log_lines, _guard) = log_to_stderr();
+    let (lost_log_lines, guard) = log_to_stderr();
+    let outcome = run_logged(config, lost_log_lines);
+    flush_log(guard);
+    outcome
+}
+
+/// Writes what is left in the log, as far as it is read: the thread may hang in a write that nobody ends, and the guard
+/// then says so on a standard output that nobody may read either.
+fn flush_log(guard: WorkerGuard) {
+    let (flushing, flushed) = std::sync::mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        drop(guard);
+        drop(flushing);
+    });
+    let _ = flushed.recv_timeout(LOG_FLUSH_LIMIT);
+}
+
+fn run_logged(config: AgentConfig, lost_log_lines: ErrorCounter) -> anyhow::Result<()> {
     room::check()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -166,12 +184,14 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     }
     info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let journal = config.session.journal.as_ref().map(|journal| journal.dir.as_path());
+    journal.map(recovery::leave_mark);
     sinks.take(session.stop());
     exchange(&mut keeper, &session, &mut sinks);
-    if !sinks.save_all()
-        && let Some(journal) = &config.session.journal
-    {
-        recovery::leave_mark(&journal.dir);
+    match (sinks.save_all(), journal) {
+        (true, Some(dir)) => recovery::remove_mark(dir),
+        (false, Some(dir)) => warn!("the next start saves the rest from the journal in {}", dir.display()),
+        (_, None) => {}
     }
     keeper.stop();
     take_saved(&mut sinks, &mut symbolize);

@@ -49,26 +49,12 @@ pub fn trim_memory() {
 /// Niceness of a thread that others are not to keep from the CPU: 87 times the share of an ordinary one.
 const FIRST: i32 = -20;
 
-/// Has this thread go before others (CAP_SYS_NICE). Where sessions share the CPU (autogroup), this process' session
-/// goes before others too, if it is its own: another one would keep that when the process has ended.
+/// Has this thread go before others (CAP_SYS_NICE).
 pub fn raise_priority() {
     // On Linux this is of the thread alone (kernel/sys.c, setpriority).
     if let Err(error) = setpriority_process(None, FIRST) {
         warn!("programs that keep the CPUs busy can make the agent late ({error}); give CAP_SYS_NICE");
-        return;
     }
-    if leads_its_session() {
-        // A kernel without autogroup has no such file.
-        let _ = std::fs::write("/proc/self/autogroup", FIRST.to_string());
-    }
-}
-
-/// Whether this process leads its session; the fields after the name are state, parent, group, session. (getsid(2) as
-/// rustix has it cannot tell of a session without a leader in this namespace, 0.)
-fn leads_its_session() -> bool {
-    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return false };
-    let session = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(3));
-    session.is_some_and(|session| session == std::process::id().to_string())
 }
 
 /// Takes back for this thread or process what it has from one with [`raise_priority`].

@@ -185,17 +185,21 @@ fn the_recorder_goes_before_others_and_nothing_else_of_the_agent_does() -> anyho
     kills_have_stacks(&trial)?;
     let pid = trial.agent.pid();
     ensure!(niceness(pid, pid)? == -20, "the recorder has niceness {}", niceness(pid, pid)?);
-    let mut names = Vec::new();
-    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let thread: u32 = thread?.file_name().to_string_lossy().parse()?;
-        // A thread that has ended meanwhile does not count.
-        let Ok(niceness) = niceness(pid, thread) else { continue };
-        ensure!(niceness >= 0 || thread == pid, "thread {thread} has niceness {niceness}");
-        names.push(std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).unwrap_or_default());
-    }
-    ensure!(names.iter().any(|name| name == "storer\n"), "no thread saves incidents: {names:?}");
-    let of_worker = niceness(worker, worker)?;
-    ensure!(of_worker >= 0, "the worker has niceness {of_worker}");
+    // A thread that was started just now puts itself back first.
+    wait_for("all others are behind it", &trial, || {
+        let mut names = Vec::new();
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            let thread: u32 = thread?.file_name().to_string_lossy().parse()?;
+            // A thread that has ended meanwhile does not count.
+            let Ok(niceness) = niceness(pid, thread) else { continue };
+            if niceness < 0 && thread != pid {
+                return Ok(None);
+            }
+            names.push(std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).unwrap_or_default());
+        }
+        let storer = names.iter().any(|name| name == "storer\n");
+        Ok((storer && niceness(worker, worker)? >= 0).then_some(()))
+    })?;
     trial.end()
 }
 
@@ -205,9 +209,10 @@ fn a_log_that_nobody_reads_stops_nothing() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let options = AgentOptions::below(dir.path()).with(&["--after", "100ms"]);
     let port = agent::free_port()?;
-    let mut child = options.command(port)?.spawn()?;
-    let pipe = child.stderr.take().context("no stderr")?;
+    let (pipe, end) = std::io::pipe()?;
     rustix::pipe::fcntl_setpipe_size(&pipe, 4096)?;
+    // As a service manager has it: one for both.
+    let mut child = options.command(port)?.stdout(end.try_clone()?).stderr(end).spawn()?;
     let deadline = Deadline::after(LIMIT);
     while !agent::get(port, "/readyz").is_ok_and(|(status, _)| status == 200) {
         ensure!(!deadline.has_passed() && child.try_wait()?.is_none(), "the agent is not ready");

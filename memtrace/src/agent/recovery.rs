@@ -23,11 +23,21 @@ const PREVIOUS: &str = "previous";
 /// File in the journal's directory: the run stopped, and could not save everything.
 const UNSAVED: &str = "unsaved";
 
-/// Makes the next start recover from this run's journal, as if it had not stopped properly.
+/// Makes the next start recover from this run's journal, as if it had not stopped properly. Left before the agent
+/// stops, since whoever stops it may not wait.
 pub(super) fn leave_mark(dir: &Path) {
-    match own_dir::open(&dir.join(UNSAVED), 0o600, OpenOptions::new().write(true)) {
-        Ok(_) => warn!("the next start saves the rest from the journal in {}", dir.display()),
-        Err(error) => error!("the rest is lost: {error}"),
+    if let Err(error) = own_dir::open(&dir.join(UNSAVED), 0o600, OpenOptions::new().write(true)) {
+        error!("what cannot be saved now will be lost: {error}");
+    }
+}
+
+/// Everything is saved.
+pub(super) fn remove_mark(dir: &Path) {
+    match std::fs::remove_file(dir.join(UNSAVED)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            warn!("failed to remove {}: {error}", dir.join(UNSAVED).display());
+        }
+        _ => {}
     }
 }
 
@@ -76,12 +86,7 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<Option<La
             "the previous run did not stop properly, or could not save everything: replayed its journal"
         );
     }
-    match std::fs::remove_file(&mark) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            warn!("failed to remove {}: {error}", mark.display());
-        }
-        _ => {}
-    }
+    remove_mark(dir);
     journal::set_aside(dir, PREVIOUS)
         .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))?;
     Ok(watched_until.map(|watched_until| LastRun { watched_until, stopped }))

@@ -23,7 +23,7 @@ use memtrace_incident::{KillLine, SigkillEntry, UnwatchedEntry};
 use memtrace_incident::{PressureLimit, units};
 
 /// Time for what waits for the disk when the agent stops.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// Mode of a lock.
 const LOCK_MODE: u32 = 0o600;
@@ -60,7 +60,7 @@ impl Sinks {
 
     /// Writes kills and SIGKILLs to their ledgers at once and hands the incidents over to be saved.
     pub(super) fn take(&mut self, outputs: Vec<Output>) {
-        let mut sigkills = Vec::new();
+        let (mut sigkills, mut incidents) = (Vec::new(), Vec::new());
         for output in outputs {
             match output {
                 // A kill is written before anything that takes longer.
@@ -74,17 +74,20 @@ impl Sinks {
                 }
                 Output::Sigkill(sigkill) => sigkills.push(sigkill),
                 Output::Alert(finding) => self.report(&finding),
-                Output::Save(incident) => self.storer.save(incident),
+                Output::Save(incident) => incidents.push(incident),
             }
         }
         self.append_sigkills(&sigkills);
+        // First, so that a kill is durable before the incident that it belongs to.
         self.sync_kills();
+        incidents.into_iter().for_each(|incident| self.storer.save(incident));
     }
 
     /// Has the ledger of kills synced if it was written to.
     fn sync_kills(&mut self) {
-        if let Some(ledger) = self.kills.take_unsynced() {
-            self.storer.sync(ledger);
+        let unsynced = self.kills.take_unsynced();
+        if !unsynced.is_empty() {
+            self.storer.sync(unsynced);
         }
     }
 

@@ -1,11 +1,12 @@
 //! The thread that waits for the disk: it writes incident files, deletes old ones, and syncs the ledger of kills.
 //!
-//! The recorder hands over and goes on. What it hands over is bounded: beyond [`MAX_WAITING`] incidents the oldest is
-//! given up, counted and logged.
+//! The recorder hands over and goes on. What it hands over is bounded: beyond [`MAX_WAITING`] incidents or
+//! [`MAX_WAITING_BYTES`] the oldest is given up, counted and logged.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -22,7 +23,9 @@ use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
 
 /// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
 const MAX_WAITING: usize = 1024;
-/// The same while saving fails.
+/// What they may take, bytes as [`bytes_of`] estimates. One is always kept.
+const MAX_WAITING_BYTES: usize = 32 << 20;
+/// The same as [`MAX_WAITING`] while saving fails.
 const MAX_WAITING_FAILED: usize = 64;
 /// Saved incidents that the recorder has not taken yet; beyond it the oldest gets no names.
 const MAX_SAVED: usize = 256;
@@ -30,6 +33,8 @@ const MAX_SAVED: usize = 256;
 const MAX_MODULES: usize = 1024;
 /// Files that were written again and not looked at yet; beyond it one is looked at with the next review.
 const MAX_REWRITTEN: usize = 256;
+/// Files that wait to be synced: those of a rotation at once, and more only while the disk is very slow.
+const MAX_UNSYNCED: usize = 8;
 /// Time from a save that failed to the next try. It doubles up to [`RETRY_MOST`].
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(60);
@@ -64,22 +69,31 @@ struct Shared {
     changed: Condvar,
     /// For the recorder: something was saved.
     saved: Arc<Notify>,
+    /// Incidents that wait or are being written; the recorder reads it without the lock, which a thread can hold that
+    /// has no CPU.
+    unsaved: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
     /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`], [`MAX_WAITING_FAILED`].
     waiting: VecDeque<Box<Incident>>,
+    /// What those take, bytes.
+    waiting_bytes: usize,
     /// Saving fails: when it is tried again.
     retry: Option<Retry>,
-    /// A ledger that was written to.
-    unsynced: Option<File>,
+    /// Ledgers that were written to, and their directory after a rotation. Cap: [`MAX_UNSYNCED`].
+    unsynced: VecDeque<File>,
+    /// The last job was a sync: an incident comes next, or a storm of kills would keep all from being saved.
+    synced: bool,
     /// Ids of files that were written again with names. Cap: [`MAX_REWRITTEN`].
     rewritten: VecDeque<String>,
     /// Old files are to be deleted.
     review: bool,
     /// The thread is at work on something.
     busy: bool,
+    /// Id of the incident that is being written.
+    in_hand: Option<String>,
     /// Saves that are tried at once, whether saving fails or not: the agent stops.
     at_once: usize,
     end: bool,
@@ -107,8 +121,12 @@ enum Job {
 impl Storer {
     /// Starts the thread. `retention` is of the same store.
     pub(super) fn start(store: IncidentStore, retention: Retention) -> anyhow::Result<Self> {
-        let shared =
-            Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), saved: Arc::new(Notify::new()) });
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            saved: Arc::new(Notify::new()),
+            unsaved: AtomicU64::new(0),
+        });
         let files = Files { store, retention, shared: Arc::clone(&shared) };
         let run = move || {
             STORER.enter();
@@ -127,19 +145,25 @@ impl Storer {
     pub(super) fn save(&self, incident: Box<Incident>) {
         let mut state = self.0.state();
         let cap = if state.retry.is_some() { MAX_WAITING_FAILED } else { MAX_WAITING };
-        while state.waiting.len() >= cap
-            && let Some(oldest) = state.waiting.pop_front()
+        let bytes = bytes_of(&incident);
+        while (state.waiting.len() >= cap || state.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES)
+            && let Some(oldest) = state.take_waiting()
         {
             state.counts.given_up = state.counts.given_up.saturating_add(1);
-            error!(id = %oldest.id, "gave up saving an incident: {cap} others wait");
+            error!(id = %oldest.id, "gave up saving an incident: {} others wait", state.waiting.len());
         }
-        state.waiting.push_back(incident);
+        state.put_waiting(incident);
+        self.0.count(&state);
         self.0.changed.notify_all();
     }
 
-    /// Syncs a ledger that was written to.
-    pub(super) fn sync(&self, ledger: File) {
-        self.0.state().unsynced = Some(ledger);
+    /// Syncs what was written to.
+    pub(super) fn sync(&self, files: impl IntoIterator<Item = File>) {
+        let mut state = self.0.state();
+        state.unsynced.extend(files);
+        // The newest are of the ledger that is written to now.
+        let excess = state.unsynced.len().saturating_sub(MAX_UNSYNCED);
+        state.unsynced.drain(..excess);
         self.0.changed.notify_all();
     }
 
@@ -168,8 +192,7 @@ impl Storer {
 
     /// Incidents that wait to be written.
     pub(super) fn waiting(&self) -> u64 {
-        let state = self.0.state();
-        state.waiting.len() as u64 + u64::from(state.busy && !state.end)
+        self.0.unsaved.load(Ordering::Acquire)
     }
 
     /// What was done so far.
@@ -187,9 +210,10 @@ impl Storer {
         let (state, waited) =
             self.0.changed.wait_timeout_while(state, limit, unfinished).unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() && state.busy {
-            error!("the disk did not answer for {limit:?}: an incident may not be saved");
+            error!("the disk did not answer for {limit:?}");
         }
-        state.waiting.iter().map(|incident| incident.id.clone()).collect()
+        let in_hand = state.in_hand.iter().cloned();
+        in_hand.chain(state.waiting.iter().map(|incident| incident.id.clone())).collect()
     }
 }
 
@@ -206,10 +230,17 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts what is not saved.
+    fn count(&self, state: &State) {
+        let in_hand = usize::from(state.in_hand.is_some());
+        self.unsaved.store((state.waiting.len() + in_hand) as u64, Ordering::Release);
+    }
+
     /// Waits for something to do. What is short comes first.
     fn next(&self) -> Job {
         let mut state = self.state();
-        state.busy = false;
+        (state.busy, state.in_hand) = (false, None);
+        self.count(&state);
         self.changed.notify_all();
         loop {
             if let Some(job) = state.take_job() {
@@ -227,16 +258,30 @@ impl Shared {
 impl State {
     /// Whether there is something to do besides incidents that wait for the next try.
     fn has_more(&self) -> bool {
-        self.unsynced.is_some() || self.review || !self.rewritten.is_empty()
+        !self.unsynced.is_empty() || self.review || !self.rewritten.is_empty()
+    }
+
+    fn put_waiting(&mut self, incident: Box<Incident>) {
+        self.waiting_bytes = self.waiting_bytes.saturating_add(bytes_of(&incident));
+        self.waiting.push_back(incident);
+    }
+
+    fn take_waiting(&mut self) -> Option<Box<Incident>> {
+        let incident = self.waiting.pop_front()?;
+        self.waiting_bytes = self.waiting_bytes.saturating_sub(bytes_of(&incident));
+        Some(incident)
     }
 
     fn take_job(&mut self) -> Option<Job> {
-        if let Some(ledger) = self.unsynced.take() {
-            return Some(Job::Sync(ledger));
-        }
         let due = self.at_once > 0 || self.retry.is_none_or(|retry| Instant::now() >= retry.at);
-        if due && let Some(incident) = self.waiting.pop_front() {
+        let save_first = std::mem::take(&mut self.synced) && due && !self.waiting.is_empty();
+        if !save_first && let Some(file) = self.unsynced.pop_front() {
+            self.synced = true;
+            return Some(Job::Sync(file));
+        }
+        if due && let Some(incident) = self.take_waiting() {
             self.at_once = self.at_once.saturating_sub(1);
+            self.in_hand = Some(incident.id.clone());
             return Some(Job::Save(incident));
         }
         self.at_once = 0;
@@ -261,8 +306,8 @@ impl Files {
     fn run(mut self) {
         loop {
             match self.shared.next() {
-                Job::Sync(ledger) => {
-                    if let Err(error) = ledger.sync_data() {
+                Job::Sync(file) => {
+                    if let Err(error) = file.sync_data() {
                         let mut state = self.shared.state();
                         state.counts.write_failures = state.counts.write_failures.saturating_add(1);
                         error!("failed to sync the ledger of kills: {error}");
@@ -308,7 +353,7 @@ impl Files {
                 state.retry = Some(Retry { at: Instant::now() + pause, pause });
                 error!(id = %incident.id, "failed to save an incident: {error}; next try in {pause:?}");
                 // Others go first: what is wrong may be wrong with this one only.
-                state.waiting.push_back(incident);
+                state.put_waiting(incident);
             }
         }
     }
@@ -331,6 +376,16 @@ impl Files {
             Err(error) => error!("failed to delete old incidents: {error}"),
         }
     }
+}
+
+/// What an incident takes, bytes: an estimate by what there can be much of.
+fn bytes_of(incident: &Incident) -> usize {
+    const POINT: usize = 160;
+    const FRAME: usize = 160;
+    const ROW: usize = 400;
+    let frames = incident.allocation_paths.iter().map(|path| path.frames.len()).sum::<usize>();
+    let rows = incident.allocation_paths.len() + incident.growth.len() + incident.mappings.len();
+    incident.timeline.columns.boot_ns.len() * POINT + frames * FRAME + rows * ROW + ROW
 }
 
 #[cfg(test)]

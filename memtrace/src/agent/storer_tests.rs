@@ -70,10 +70,29 @@ fn beyond_its_cap_the_oldest_is_given_up_while_saving_fails() {
 fn a_ledger_is_synced_and_old_files_are_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let storer = storer(dir.path(), 1);
-    storer.sync(File::create(dir.path().join("ledger")).unwrap());
+    storer.sync([File::create(dir.path().join("ledger")).unwrap()]);
     storer.save(incident(1));
     storer.review();
     assert!(storer.finish(LIMIT).is_empty());
     let counts = storer.counts();
     assert_eq!((counts.write_failures, counts.dropped), (0, 1));
+}
+
+#[test]
+fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() {
+    let file = || tempfile::tempfile().unwrap();
+    let mut state = State::default();
+    state.put_waiting(incident(1));
+    state.put_waiting(incident(2));
+    let mut jobs = Vec::new();
+    for _ in 0..4 {
+        state.unsynced.push_back(file());
+        jobs.push(match state.take_job() {
+            Some(Job::Sync(_)) => "sync",
+            Some(Job::Save(_)) => "save",
+            _ => "other",
+        });
+    }
+    assert_eq!(jobs, ["sync", "save", "sync", "save"]);
+    assert_eq!((state.waiting.len(), state.waiting_bytes), (0, 0));
 }

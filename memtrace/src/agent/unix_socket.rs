@@ -17,6 +17,7 @@ use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 use rustix::process::{getegid, geteuid};
+use tracing::warn;
 
 use super::sinks::{Lock, Taken};
 use crate::host;
@@ -27,6 +28,9 @@ pub const DEFAULT_SOCKET: &str = "/run/memtrace.sock";
 /// The group that may use it unless another is configured, where there is such a group.
 const DEFAULT_GROUP: &str = "memtrace";
 const MODE: u32 = 0o660;
+/// Write permission of a group and of others, and the bit that keeps them from replacing what is there.
+const OTHERS_WRITE: u32 = 0o022;
+const STICKY: u32 = 0o1000;
 /// Of a directory that is created for it.
 const DIR_MODE: u32 = 0o755;
 /// Connections that wait to be accepted.
@@ -48,6 +52,11 @@ pub(super) struct SocketFile {
 pub(super) fn open(path: &Path, group: Option<&str>) -> anyhow::Result<(UnixListener, SocketFile)> {
     let dir = path.parent().context("it has no directory")?;
     own_dir::create(dir, DIR_MODE).with_context(|| format!("failed to use the directory {}", dir.display()))?;
+    // Who can make files beside it can be in its place before it, and keep its lock.
+    let mode = fs::metadata(dir)?.mode();
+    if mode & STICKY != 0 && mode & OTHERS_WRITE != 0 {
+        bail!("others may write to {}; choose a directory of root's", dir.display());
+    }
     let gid = group_id(group)?;
     let lock = match Lock::take_file(&beside(path, "lock"))? {
         Taken::Held(lock) => lock,
@@ -62,8 +71,10 @@ pub(super) fn open(path: &Path, group: Option<&str>) -> anyhow::Result<(UnixList
     }
     is_stale(path)?;
     let listener = listen_at(&new)?;
-    let made = chown(&new, None, Some(gid))
-        .with_context(|| format!("failed to give it to the group {gid}"))
+    if let Err(error) = chown(&new, None, Some(gid)) {
+        warn!("the unix socket stays with the agent's own group, not {gid} ({error}); give CAP_CHOWN");
+    }
+    let made = Ok(())
         .and_then(|()| fs::set_permissions(&new, Permissions::from_mode(MODE)).context("failed to set its mode"))
         .and_then(|()| fs::rename(&new, path).context("failed to put it in its place"));
     if let Err(error) = made {
@@ -212,5 +223,7 @@ mod tests {
         assert!(refusal(&dir.path().join("x".repeat(120))).contains("choose a shorter one"));
         fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
         assert!(refusal(&dir.path().join("s")).contains("everybody may write to it"));
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o1777)).unwrap();
+        assert!(refusal(&dir.path().join("s")).contains("others may write to"));
     }
 }

@@ -22,6 +22,7 @@ use tokio::net::UnixStream;
 use super::config::{Config, Flags, READ};
 use crate::host;
 use crate::store::incidents::ReadError;
+use crate::store::own_dir;
 
 /// How long an answer may take in all. The agent itself gives up after a minute.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -153,6 +154,10 @@ impl AgentClient {
     }
 
     async fn exchange(&self, target: &str) -> anyhow::Result<(StatusCode, Bytes)> {
+        // Where others can put one, they can answer in the agent's place.
+        if let Some(uid) = fs::symlink_metadata(&self.path).ok().and_then(|found| own_dir::stranger(&found)) {
+            bail!("{} belongs to user {uid}, not to root: it is no agent's", self.path.display());
+        }
         let stream = UnixStream::connect(&self.path).await.map_err(|error| self.unreachable(&error))?;
         let broken = || format!("{} gave no answer that is HTTP", self.place());
         let handshake = http1::Builder::new().max_buf_size(HEAD_MAX).handshake(TokioIo::new(stream));

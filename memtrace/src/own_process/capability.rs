@@ -31,7 +31,7 @@ pub struct Capability {
 
 /// Every capability that memtrace uses. CAP_SYS_ADMIN is not among them: it stands in for the
 /// required ones ([`missing`]) and is not needed beside them.
-pub const CAPABILITIES: [Capability; 13] = [
+pub const CAPABILITIES: [Capability; 14] = [
     Capability {
         bit: CapabilitySet::BPF,
         name: "BPF",
@@ -95,6 +95,13 @@ pub const CAPABILITIES: [Capability; 13] = [
         need: CapabilityNeed::Optional,
         used_for: "the files behind mappings (`/proc/PID/map_files`)",
         lost: "code in files that were removed or replaced has no frames",
+    },
+    Capability {
+        bit: CapabilitySet::CHOWN,
+        name: "CHOWN",
+        need: CapabilityNeed::Optional,
+        used_for: "giving the unix socket to its group, once at the start",
+        lost: "the unix socket stays with the agent's own group",
     },
     Capability {
         bit: CapabilitySet::SETUID,

@@ -98,8 +98,8 @@ pub const SERVER: ThreadRights = ThreadRights {
 pub const INCIDENTS: ThreadRights = ThreadRights {
     thread: "incidents",
     does: "reads incidents for the server",
-    permitted: LOCK,
-    effective: LOCK,
+    permitted: LOCK.union(READ),
+    effective: LOCK.union(READ),
     filter: Filter::Reader,
 };
 
@@ -107,8 +107,8 @@ pub const INCIDENTS: ThreadRights = ThreadRights {
 pub const STORER: ThreadRights = ThreadRights {
     thread: "storer",
     does: "the storer: writes and deletes incidents, syncs the ledger of kills",
-    permitted: LOCK,
-    effective: LOCK,
+    permitted: LOCK.union(READ),
+    effective: LOCK.union(READ),
     filter: Filter::Agent,
 };
 /// Writes the log.

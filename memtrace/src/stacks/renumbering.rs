@@ -48,6 +48,8 @@ pub struct Renumbering {
     functions: SharedNames,
     /// Orders what was stated.
     stated: u64,
+    /// The same at the last call of [`Renumbering::forget_unused`].
+    stated_before: u64,
     /// Calls of [`Renumbering::forget_unused`].
     age: u64,
     /// Stacks whose path is not known.
@@ -240,9 +242,13 @@ impl Renumbering {
         self.path_bytes = self.frames.values().map(|known| bytes_of_frames(&known.path.0)).sum();
         self.functions.forget_unused();
         let referred = self.modules_of_frames();
-        let unused: Vec<u32> = self.names.keys().filter(|number| !referred.contains(number)).copied().collect();
+        // The paths of modules that were stated since the last call may be still to come.
+        let before = std::mem::replace(&mut self.stated_before, self.stated);
+        let unused = self.names.iter().filter(|(number, name)| !referred.contains(number) && name.stated <= before);
+        let unused: Vec<u32> = unused.map(|(number, _)| *number).collect();
         unused.into_iter().for_each(|number| self.forget_name(number));
-        self.modules.retain(|_, number| referred.contains(number));
+        let Self { modules, names, .. } = self;
+        modules.retain(|_, number| names.contains_key(number));
     }
 }
 

@@ -1,8 +1,8 @@
 //! The ledgers: files of one line of JSON for each entry, appended to. A file that reaches its cap is renamed and a new
 //! one begun, so that a ledger is two files at most. While no new one can be made, the old one grows to twice its cap.
 //!
-//! `kills.jsonl` is synced with every entry: a kill is on disk before anything else is done about it. `sigkills.jsonl`
-//! is not, since there may be hundreds of SIGKILLs a second. Whoever sends them fills only a share of it (`shares`).
+//! A line is written at once and outlives the agent. `kills.jsonl` is then synced, by who has the time to wait for a disk
+//! ([`Ledger::take_unsynced`]), and before the incident that the kill belongs to. `sigkills.jsonl` is not, since there may be hundreds of SIGKILLs a second. Whoever sends them fills only a share of it (`shares`).
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -116,7 +116,10 @@ pub struct Ledger<E> {
     /// Entries given up because too many could not be written.
     given_up: u64,
     /// Written to since [`Ledger::take_unsynced`].
-    unsynced: bool,
+    written: bool,
+    /// What a rotation has left to be synced: the file before and the directory. Cap: 2 for each rotation since
+    /// [`Ledger::take_unsynced`], which is called at least as often.
+    rotated: Vec<File>,
 }
 
 /// A ledger read back.
@@ -142,8 +145,18 @@ impl<E: LedgerEntry> Ledger<E> {
             file.set_len(whole)?;
             file.sync_data()?;
         }
-        let (unwritten, given_up, unsynced) = (VecDeque::new(), 0, false);
-        Ok(Self { dir: dir.to_owned(), file, bytes: whole, max_bytes, torn_bytes, unwritten, given_up, unsynced })
+        let (unwritten, given_up, written, rotated) = (VecDeque::new(), 0, false, Vec::new());
+        Ok(Self {
+            dir: dir.to_owned(),
+            file,
+            bytes: whole,
+            max_bytes,
+            torn_bytes,
+            unwritten,
+            given_up,
+            written,
+            rotated,
+        })
     }
 
     /// The state directory that the ledger is in.
@@ -177,13 +190,15 @@ impl<E: LedgerEntry> Ledger<E> {
         Ok(())
     }
 
-    /// The file, to be synced beside the loop, if it is one whose entries are ([`LedgerEntry::SYNCED`]) and was written
-    /// to since the last call.
-    pub fn take_unsynced(&mut self) -> Option<File> {
-        let file = self.unsynced.then(|| self.file.try_clone().ok()).flatten();
+    /// What is to be synced beside the loop, if this is a ledger whose entries are ([`LedgerEntry::SYNCED`]): the file
+    /// if it was written to since the last call, and what a rotation has left.
+    pub fn take_unsynced(&mut self) -> Vec<File> {
+        let mut files = std::mem::take(&mut self.rotated);
+        let file = self.written.then(|| self.file.try_clone().ok()).flatten();
         // Without a descriptor for it the next call tries again.
-        self.unsynced &= file.is_none();
-        file
+        self.written &= file.is_none();
+        files.extend(file);
+        files
     }
 
     /// Entries that wait to be written.
@@ -215,7 +230,7 @@ impl<E: LedgerEntry> Ledger<E> {
         }
         // They are written even if there is no new file yet: the next append tries again.
         self.bytes = self.bytes.saturating_add(lines.len() as u64);
-        self.unsynced = E::SYNCED;
+        self.written = E::SYNCED;
         Ok(())
     }
 
@@ -226,7 +241,7 @@ impl<E: LedgerEntry> Ledger<E> {
         fresh.set_len(0)?;
         if let Some(kept) = E::keep(|| Ok(read::<E>(&self.dir)?.entries))? {
             // Until the next rename the entries are in both files; who reads them leaves the second out.
-            atomic::write(&before, &lines(&kept)?, Some(FILE_MODE))?;
+            atomic::replace(&before, &lines(&kept)?, FILE_MODE)?;
             fs::rename(&next, &file)?;
         } else {
             match fs::rename(&file, &before) {
@@ -239,9 +254,13 @@ impl<E: LedgerEntry> Ledger<E> {
                 return Err(error);
             }
         }
-        self.file = fresh;
+        let full = std::mem::replace(&mut self.file, fresh);
         self.bytes = 0;
-        atomic::sync_dir(&self.dir)
+        if E::SYNCED {
+            self.rotated.push(full);
+            self.rotated.extend(File::open(&self.dir));
+        }
+        Ok(())
     }
 }
 
