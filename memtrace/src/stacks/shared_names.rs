@@ -8,7 +8,7 @@ use std::sync::Arc;
 const MAX_NAMES: usize = 16_384;
 const MAX_BYTES: usize = 1 << 20;
 
-/// Cap: [`MAX_NAMES`] and [`MAX_BYTES`], and one name.
+/// Cap: `MAX_NAMES` and `MAX_BYTES`, and one name.
 #[derive(Debug, Default)]
 pub struct SharedNames {
     names: BTreeSet<Arc<str>>,
