@@ -38,11 +38,7 @@ const RARE: [Rare; 13] = [
     Rare { executable: "kernel_degraded", runs_on: RunsOn::Newest, why: "an agent for each hook that is left out" },
     Rare { executable: "kernel_kills", runs_on: RunsOn::Ends, why: "many kills" },
     Rare { executable: "kernel_pressure", runs_on: RunsOn::Ends, why: "shortages that last" },
-    Rare {
-        executable: "kernel_privileges",
-        runs_on: RunsOn::Newest,
-        why: "an agent for each capability that is missing",
-    },
+    Rare { executable: "kernel_privileges", runs_on: RunsOn::Newest, why: "what each thread of the agent may do" },
     Rare { executable: "kernel_retention", runs_on: RunsOn::Ends, why: "many kills by one user, and in one cgroup" },
     Rare { executable: "kernel_scope", runs_on: RunsOn::Ends, why: "every shape of a cgroup tree" },
     Rare { executable: "kernel_secret", runs_on: RunsOn::Ends, why: "searches all that the agent has" },
