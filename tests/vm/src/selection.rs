@@ -38,7 +38,7 @@ const RARE: [Rare; 13] = [
     Rare { executable: "kernel_degraded", runs_on: RunsOn::Newest, why: "an agent for each hook that is left out" },
     Rare { executable: "kernel_kills", runs_on: RunsOn::Ends, why: "many kills" },
     Rare { executable: "kernel_pressure", runs_on: RunsOn::Ends, why: "shortages that last" },
-    Rare { executable: "kernel_privileges", runs_on: RunsOn::Newest, why: "what each thread of the agent may do" },
+    Rare { executable: "kernel_privileges", runs_on: RunsOn::Ends, why: "what each thread of the agent may do" },
     Rare { executable: "kernel_retention", runs_on: RunsOn::Ends, why: "many kills by one user, and in one cgroup" },
     Rare { executable: "kernel_scope", runs_on: RunsOn::Ends, why: "every shape of a cgroup tree" },
     Rare { executable: "kernel_secret", runs_on: RunsOn::Ends, why: "searches all that the agent has" },
@@ -98,7 +98,7 @@ mod tests {
             [("5.10-old", CgroupVersion::V1), ("6.1", CgroupVersion::V1), ("5.10", CgroupVersion::V2)]
         {
             let left_out = names(Selection::Usual, kernel, cgroup);
-            assert_eq!(left_out, ["kernel_degraded", "kernel_privileges"], "{kernel}-{cgroup}");
+            assert_eq!(left_out, ["kernel_degraded"], "{kernel}-{cgroup}");
         }
         assert!(names(Selection::Usual, "backports", CgroupVersion::V2).is_empty());
         for (kernel, cgroup) in [
