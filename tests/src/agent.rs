@@ -22,6 +22,8 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 /// How long an answer over HTTP may take. Long enough for an emulated machine in a storm of kills.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// How long a line of the log may take.
+const LOG_LIMIT: Duration = Duration::from_secs(20);
 
 /// Command-line options of an agent.
 #[derive(Clone, Debug)]
@@ -183,6 +185,15 @@ impl Agent {
     /// Whether a line of its stderr contains `text`.
     pub fn says(&self, text: &str) -> bool {
         self.heard(&[text]).is_some()
+    }
+
+    /// Whether a line of its stderr contains `text`, now or soon: the agent's log is written beside what it does.
+    pub fn comes_to_say(&self, text: &str) -> bool {
+        let deadline = Deadline::after(LOG_LIMIT);
+        while !self.says(text) && !deadline.has_passed() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.says(text)
     }
 
     /// When the first line that contains each of these was read (boot clock, ns).

@@ -214,9 +214,10 @@ fn from_other_addresses_only_health_and_metrics_are_answered_without_the_token()
     ensure!(ask_socket(&options.socket, "/api/incidents")? == "200", "the socket asks for a token");
     let wrong = agent.metric("memtrace_http_refused_total{reason=\"wrong_token\"}")?;
     ensure!(wrong == Some(20.0), "{wrong:?} wrong tokens were counted");
+    ensure!(agent.comes_to_say("wrong token"), "wrong tokens are not logged");
+    agent.stop()?;
     let logged = agent.stderr().lines().filter(|line| line.contains("wrong token")).count();
     ensure!((1..10).contains(&logged), "wrong tokens are {logged} lines of the log");
     ensure!(!agent.stderr().contains("correct-horse"), "the log has the token");
-    agent.stop()?;
     Ok(())
 }

@@ -74,7 +74,7 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
     wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != worker)))?;
     kills_have_stacks(&trial)?;
     ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
-    ensure!(trial.agent.says("does not answer"), "the agent says nothing about it:\n{}", trial.agent.stderr());
+    ensure!(trial.agent.comes_to_say("does not answer"), "the agent says nothing about it:\n{}", trial.agent.stderr());
     // While it is silent, the agent stops as ever.
     trial.end()?;
     another.finish()?;

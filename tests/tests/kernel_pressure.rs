@@ -88,7 +88,7 @@ fn tasks_stuck_under_oom_are_reported_until_it_clears() -> anyhow::Result<()> {
     until("the agent says so too", || Ok(trial.agent.metric("memtrace_cgroups_stuck")? == Some(1.0)))?;
     let begin = Instant::now();
     std::thread::sleep(Duration::from_millis(1500));
-    ensure!(trial.agent.says("stuck"), "the log does not tell:\n{}", trial.agent.stderr());
+    ensure!(trial.agent.comes_to_say("stuck"), "the log does not tell:\n{}", trial.agent.stderr());
     // more room: the stuck task continues
     let stuck_ns = u64::try_from(begin.elapsed().as_nanos())?;
     if cage.has("memory.memsw.limit_in_bytes") {

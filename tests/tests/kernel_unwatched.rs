@@ -140,7 +140,7 @@ fn kills_between_two_runs_are_in_the_ledger_once_and_the_gap_is_said() -> anyhow
         "{gap}\n{}",
         second.stderr()
     );
-    ensure!(second.says("not watched for "), "no word of the gap; it said:\n{}", second.stderr());
+    ensure!(second.comes_to_say("not watched for "), "no word of the gap; it said:\n{}", second.stderr());
     accounted(&second, end_ns)?;
     let lines = ledger(&options)?;
     let total = of_source(&lines, "unwatched_kills").next().context("no line about what was found")?;
