@@ -1,10 +1,11 @@
 //! What /proc says about a process, and signals without a C library.
 
 use std::process::ExitStatus;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getrlimit, setrlimit, waitid};
 
 use crate::deadline::Deadline;
 
@@ -17,21 +18,40 @@ pub fn boot_ns() -> u64 {
 
 /// Start of a process in clock ticks since boot: field 22 of /proc/PID/stat. `pid` may be `self`.
 pub fn start_ticks(pid: impl std::fmt::Display) -> anyhow::Result<u64> {
-    let path = format!("/proc/{pid}/stat");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
-    // the name in parentheses may contain anything; nothing after the last `)` does
-    let after = text.rsplit_once(')').map(|(_, rest)| rest).with_context(|| format!("{path} has no name"))?;
-    let field = after.split_ascii_whitespace().nth(19).with_context(|| format!("{path} has no field 22"))?;
-    field.parse().with_context(|| format!("{path}: field 22 is not a number"))
+    stat_field(&format!("/proc/{pid}/stat"), 22)
 }
 
 /// Niceness of a thread: field 19 of /proc/PID/task/TID/stat.
 pub fn niceness(pid: u32, thread: u32) -> anyhow::Result<i32> {
-    let path = format!("/proc/{pid}/task/{thread}/stat");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    stat_field(&format!("/proc/{pid}/task/{thread}/stat"), 19)
+}
+
+/// A field of a stat file, counted from 1 as proc(5) does; the third is the first after the name.
+fn stat_field<T>(path: &str, number: usize) -> anyhow::Result<T>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
+{
+    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {path}"))?;
+    // the name in parentheses may contain anything; nothing after the last `)` does
     let after = text.rsplit_once(')').map(|(_, rest)| rest).with_context(|| format!("{path} has no name"))?;
-    let field = after.split_ascii_whitespace().nth(16).with_context(|| format!("{path} has no field 19"))?;
-    field.parse().with_context(|| format!("{path}: field 19 is not a number"))
+    let field = after.split_ascii_whitespace().nth(number.saturating_sub(3));
+    let field = field.with_context(|| format!("{path} has no field {number}"))?;
+    field.parse().with_context(|| format!("{path}: field {number} is not a number"))
+}
+
+/// Children that the main thread of a process has started.
+pub fn children(pid: u32) -> anyhow::Result<Vec<u32>> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    Ok(text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect())
+}
+
+/// Raises this process' own limit of open files to `wanted`, if it may.
+pub fn allow_files(wanted: u64) -> anyhow::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    ensure!(limit.maximum.is_none_or(|most| most >= wanted), "only {:?} files may be open", limit.maximum);
+    let current = limit.current.map(|current| current.max(wanted));
+    setrlimit(Resource::Nofile, Rlimit { current, ..limit }).context("failed to raise the limit of open files")
 }
 
 /// Converts boot-clock nanoseconds to the clock ticks that /proc shows.

@@ -12,7 +12,7 @@ use crate::actor::Actor;
 use crate::agent::{Agent, AgentOptions, json_of};
 use crate::cage::Cage;
 use crate::deadline::Deadline;
-use crate::{json, programs};
+use crate::{json, process, programs};
 
 /// How long incidents may take to appear.
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
@@ -165,12 +165,11 @@ impl Trial {
 
     /// Process id of the stack worker; `None` while none runs.
     pub fn stack_worker(&self) -> anyhow::Result<Option<u32>> {
-        let agent = self.agent.pid();
-        let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"))?;
+        let children = process::children(self.agent.pid())?;
         let is_worker = |pid: &u32| {
             std::fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.contains("stack-worker"))
         };
-        Ok(children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).find(is_worker))
+        Ok(children.into_iter().find(is_worker))
     }
 
     /// Stops the agent; fails unless it exits successfully.

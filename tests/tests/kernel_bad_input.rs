@@ -282,7 +282,7 @@ const GROWTH_CAP: f64 = 100.0 * 1024.0 * 1024.0;
 #[test]
 fn clients_that_never_finish_keep_neither_others_nor_incidents_out() -> anyhow::Result<()> {
     require_root()?;
-    allow_many_files()?;
+    memtrace_tests::process::allow_files(HOSTILE_CONNECTIONS as u64 + 200)?;
     let dir = tempfile::tempdir()?;
     let options = AgentOptions::below(dir.path());
     let mut agent = options.start()?;
@@ -320,15 +320,4 @@ fn sockets(agent: &Agent) -> anyhow::Result<usize> {
     let files = std::fs::read_dir(format!("/proc/{}/fd", agent.pid()))?.filter_map(Result::ok);
     let targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
     Ok(targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count())
-}
-
-/// Raises this process' own limit of open files to what it may have.
-fn allow_many_files() -> anyhow::Result<()> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let wanted = HOSTILE_CONNECTIONS as u64 + 200;
-    ensure!(limit.maximum.is_none_or(|most| most >= wanted), "only {:?} files may be open", limit.maximum);
-    let current = limit.current.map(|current| current.max(wanted));
-    setrlimit(Resource::Nofile, Rlimit { current, ..limit })?;
-    Ok(())
 }

@@ -16,11 +16,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::Parser;
 use memtrace_tests::agent::{Agent, AgentOptions};
 use memtrace_tests::figures::say;
-use memtrace_tests::programs;
+use memtrace_tests::{process, programs};
 
 /// Connections of the attacks, files of their workloads, and some more.
 const FILES: u64 = 4096;
@@ -100,7 +100,7 @@ fn main() -> ExitCode {
 /// Whether all went as it should.
 fn run(args: &Args) -> anyhow::Result<bool> {
     programs::require_root()?;
-    allow_many_files()?;
+    process::allow_files(FILES)?;
     let chosen = attacks::chosen(&args.attacks)?;
     let dir = tempfile::Builder::new().prefix("memtrace-soak-").tempdir_in("/var/tmp").context("no directory")?;
     std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
@@ -168,13 +168,4 @@ fn end(agent: &mut Agent, args: &Args, yard: &Yard, kills: &kills::Kills) -> any
         std::fs::write(log, agent.stderr()).with_context(|| format!("failed to write {}", log.display()))?;
     }
     Ok(())
-}
-
-/// Raises this process' own limit of open files to what it may have.
-fn allow_many_files() -> anyhow::Result<()> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    ensure!(limit.maximum.is_none_or(|most| most >= FILES), "only {:?} files may be open", limit.maximum);
-    let current = limit.current.map(|current| current.max(FILES));
-    setrlimit(Resource::Nofile, Rlimit { current, ..limit }).context("failed to raise the limit of open files")
 }

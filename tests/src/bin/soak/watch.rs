@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use memtrace_tests::agent;
-use memtrace_tests::process::ProcRss;
+use memtrace_tests::process::{self, ProcRss};
 
 use crate::{Yard, figures};
 
@@ -56,9 +56,8 @@ impl Watch {
     /// Looks at the memory.
     fn read_memory(&self, yard: &Yard) {
         let Ok(recorder) = ProcRss::read(yard.agent) else { return };
-        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", yard.agent)).unwrap_or_default();
-        let pids = children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
-        let worker = pids.filter_map(|pid| ProcRss::read(pid).ok()).map(|rss| rss.anon).sum();
+        let children = process::children(yard.agent).unwrap_or_default().into_iter();
+        let worker = children.filter_map(|pid| ProcRss::read(pid).ok()).map(|rss| rss.anon).sum();
         self.state().memory.push([recorder.anon, worker]);
     }
 
