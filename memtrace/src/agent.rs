@@ -136,7 +136,8 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     own_process::trim_memory();
     let locks = lock_memory();
     own_process::raise_priority();
-    // The last moment with one thread: the others begin with what this one keeps.
+    // Those that wait for the disk and for readers of the log have given up theirs; all others start after this, and
+    // begin with what this thread keeps.
     RECORDER.enter();
     let mut keeper = keep_account(&config, &session, last_run.as_ref(), &mut sinks)?;
     warn_of_missing_hooks(&session);
@@ -316,7 +317,7 @@ fn answer(
             let snapshot = MetricsSnapshot {
                 stacks,
                 incidents_named: symbolize.named,
-                incidents_not_named: symbolize.failed,
+                incidents_not_named: symbolize.failed.saturating_add(sinks.storer.counts().not_named),
                 stack_cost: StackCostTotals { kernel_ns: cost.kernel_ns, user_ns: cost.user_ns, thinned: cost.thinned },
                 counters: sinks.counters(),
                 incidents_waiting: sinks.storer.waiting(),

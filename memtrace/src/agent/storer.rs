@@ -58,6 +58,8 @@ pub(super) struct StoreCounts {
     pub(super) given_up: u64,
     /// Incident files deleted for size or age.
     pub(super) dropped: u64,
+    /// Incidents whose frames get no names, because too many waited to be taken.
+    pub(super) not_named: u64,
 }
 
 /// Hands incidents to the thread.
@@ -337,8 +339,10 @@ impl Files {
                 state.retry = None;
                 let count = state.counts.saved.entry(incident.kind).or_default();
                 *count = count.saturating_add(1);
-                if state.saved.len() >= MAX_SAVED {
-                    state.saved.pop_front();
+                if state.saved.len() >= MAX_SAVED
+                    && state.saved.pop_front().is_some_and(|oldest| !oldest.modules.is_empty())
+                {
+                    state.counts.not_named = state.counts.not_named.saturating_add(1);
                 }
                 state.saved.push_back(SavedIncident { path, modules });
                 drop(state);

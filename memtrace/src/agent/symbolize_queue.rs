@@ -28,8 +28,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Files whose frames are to be named, and the one being worked on.
 #[derive(Debug, Default)]
 pub(super) struct SymbolizeQueue {
-    /// With the modules that have their functions. Cap: [`MAX_WAITING`].
-    waiting: VecDeque<(PathBuf, Vec<ModuleName>)>,
+    /// Cap: [`MAX_WAITING`].
+    waiting: VecDeque<SavedIncident>,
     /// The first one's modules were asked for.
     asked: bool,
     running: Option<(PathBuf, JoinHandle<anyhow::Result<NamingSummary>>)>,
@@ -44,22 +44,22 @@ pub(super) struct SymbolizeResult(anyhow::Result<NamingSummary>);
 
 impl SymbolizeQueue {
     /// Queues an incident that was saved, unless all of its frames have names.
-    pub(super) fn push(&mut self, SavedIncident { path, modules }: SavedIncident) {
-        if modules.is_empty() {
+    pub(super) fn push(&mut self, incident: SavedIncident) {
+        if incident.modules.is_empty() {
             return;
         }
         if self.waiting.len() >= MAX_WAITING {
             self.waiting.pop_front();
             self.failed = self.failed.saturating_add(1);
         }
-        self.waiting.push_back((path, modules));
+        self.waiting.push_back(incident);
     }
 
     /// Modules whose files are needed for the next incident, if they were not asked for yet.
     pub(super) fn wanted_modules(&mut self) -> Option<Vec<ModuleName>> {
-        let (_, modules) = self.waiting.front().filter(|_| self.running.is_none() && !self.asked)?;
+        let next = self.waiting.front().filter(|_| self.running.is_none() && !self.asked)?;
         self.asked = true;
-        Some(modules.clone())
+        Some(next.modules.clone())
     }
 
     /// Whether [`Self::start`] waits for the modules that were asked for.
@@ -76,10 +76,10 @@ impl SymbolizeQueue {
     pub(super) fn start(&mut self, modules: Vec<ModuleFile>) {
         self.asked = false;
         // Retention may have deleted it meanwhile.
-        let Some((path, _)) = self.waiting.pop_front().filter(|(path, _)| path.exists()) else { return };
-        let file = path.clone();
+        let Some(next) = self.waiting.pop_front().filter(|next| next.path.exists()) else { return };
+        let file = next.path.clone();
         let running = tokio::task::spawn_blocking(move || symbolize(&file, modules));
-        self.running = Some((path, running));
+        self.running = Some((next.path, running));
     }
 
     /// Waits until the running one has ended; for ever when none is running.

@@ -28,9 +28,6 @@ pub const DEFAULT_SOCKET: &str = "/run/memtrace.sock";
 /// The group that may use it unless another is configured, where there is such a group.
 const DEFAULT_GROUP: &str = "memtrace";
 const MODE: u32 = 0o660;
-/// Write permission of a group and of others, and the bit that keeps them from replacing what is there.
-const OTHERS_WRITE: u32 = 0o022;
-const STICKY: u32 = 0o1000;
 /// Of a directory that is created for it.
 const DIR_MODE: u32 = 0o755;
 /// Connections that wait to be accepted.
@@ -53,8 +50,7 @@ pub(super) fn open(path: &Path, group: Option<&str>) -> anyhow::Result<(UnixList
     let dir = path.parent().context("it has no directory")?;
     own_dir::create(dir, DIR_MODE).with_context(|| format!("failed to use the directory {}", dir.display()))?;
     // Who can make files beside it can be in its place before it, and keep its lock.
-    let mode = fs::metadata(dir)?.mode();
-    if mode & STICKY != 0 && mode & OTHERS_WRITE != 0 {
+    if own_dir::is_shared(&fs::metadata(dir)?) {
         bail!("others may write to {}; choose a directory of root's", dir.display());
     }
     let gid = group_id(group)?;
@@ -74,8 +70,8 @@ pub(super) fn open(path: &Path, group: Option<&str>) -> anyhow::Result<(UnixList
     if let Err(error) = chown(&new, None, Some(gid)) {
         warn!("the unix socket stays with the agent's own group, not {gid} ({error}); give CAP_CHOWN");
     }
-    let made = Ok(())
-        .and_then(|()| fs::set_permissions(&new, Permissions::from_mode(MODE)).context("failed to set its mode"))
+    let made = fs::set_permissions(&new, Permissions::from_mode(MODE))
+        .context("failed to set its mode")
         .and_then(|()| fs::rename(&new, path).context("failed to put it in its place"));
     if let Err(error) = made {
         let _ = fs::remove_file(&new);

@@ -1,8 +1,9 @@
 //! What each thread of the agent may do once it has started, and the way there.
 //!
 //! Capabilities and filters belong to a thread, and a thread or process that is started takes those of
-//! the thread that starts it. So the recorder gives up first, while it is the only thread, what none
-//! of its threads and processes needs; each of the others gives up more when it begins. Two sets
+//! the thread that starts it. So the recorder gives up what none of its threads and processes needs
+//! before it starts them, and each gives up more when it begins; the two that are started earlier, for
+//! the log and the disk, give up everything themselves. Two sets
 //! matter: what a thread can use (permitted), which bounds the processes that it starts, and what it
 //! uses now (effective). The recorder starts the stack worker and the process that names functions, so
 //! it is permitted what those keep; used by itself is less.

@@ -38,6 +38,11 @@ pub fn create(dir: &Path, mode: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether others can make files in a directory that [`create`] takes, and not remove those of anybody else: `/tmp`.
+pub fn is_shared(found: &Metadata) -> bool {
+    found.mode() & STICKY != 0 && found.mode() & (OTHERS_WRITE | GROUP_WRITES) != 0
+}
+
 /// The owner of a file, unless that is root or the user this process runs as.
 pub fn stranger(found: &Metadata) -> Option<u32> {
     Some(found.uid()).filter(|uid| *uid != 0 && *uid != rustix::process::geteuid().as_raw())
