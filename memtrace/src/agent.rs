@@ -135,7 +135,6 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     // The kernel's types took much, and locked pages cannot be given back.
     own_process::trim_memory();
     let locks = lock_memory();
-    own_process::raise_priority();
     // Those that wait for the disk and for readers of the log have given up theirs; all others start after this, and
     // begin with what this thread keeps.
     RECORDER.enter();

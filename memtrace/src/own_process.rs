@@ -46,18 +46,15 @@ pub fn trim_memory() {
     }
 }
 
-/// Niceness of a thread that others are not to keep from the CPU: 87 times the share of an ordinary one.
-const FIRST: i32 = -20;
-
-/// Has this thread go before others (CAP_SYS_NICE).
-pub fn raise_priority() {
+/// Has this thread go before others (CAP_SYS_NICE). `niceness` is negative.
+fn raise_priority(niceness: i32) {
     // On Linux this is of the thread alone (kernel/sys.c, setpriority).
-    if let Err(error) = setpriority_process(None, FIRST) {
+    if let Err(error) = setpriority_process(None, niceness) {
         warn!("programs that keep the CPUs busy can make the agent late ({error}); give CAP_SYS_NICE");
     }
 }
 
-/// Takes back for this thread or process what it has from one with [`raise_priority`].
+/// Takes back for this thread or process what it has from one that goes before others.
 pub fn lower_priority() {
     if getpriority_process(None).is_ok_and(|niceness| niceness < 0) {
         let _ = setpriority_process(None, 0);

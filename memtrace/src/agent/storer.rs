@@ -1,10 +1,12 @@
 //! The thread that waits for the disk: it writes incident files, deletes old ones, and syncs the ledger of kills.
 //!
 //! The recorder hands over and goes on. What it hands over is bounded: beyond [`MAX_WAITING`] incidents or
-//! [`MAX_WAITING_BYTES`] the oldest is given up, counted and logged.
+//! [`MAX_WAITING_BYTES`] the oldest is given up, counted and logged. While many wait, they are packed to the bytes of
+//! their files, which take a tenth: a storm of kills is over before a disk has written it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,21 +14,23 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
-use memtrace_incident::{Incident, Kind};
+use memtrace_incident::{Incident, Kind, codec};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
 use crate::own_process::rights::STORER;
 use crate::store::incidents::IncidentStore;
-use crate::store::retention::{DeletedFiles, Retention};
+use crate::store::retention::{self, DeletedFiles, Retention};
 use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
 
 /// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
 const MAX_WAITING: usize = 1024;
 /// What they may take, bytes as [`bytes_of`] estimates. One is always kept.
 const MAX_WAITING_BYTES: usize = 32 << 20;
-/// The same as [`MAX_WAITING`] while saving fails.
-const MAX_WAITING_FAILED: usize = 64;
+/// Incidents as the recorder hands them over, beyond which they are packed before others are written.
+const MAX_WHOLE: usize = 8;
+/// Incidents that are packed one after another while some are ready to be written.
+const MAX_PACKED_IN_TURN: usize = 16;
 /// Saved incidents that the recorder has not taken yet; beyond it the oldest gets no names.
 const MAX_SAVED: usize = 256;
 /// Modules of one incident whose files are asked for.
@@ -78,9 +82,13 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Closed incidents that are not written yet, oldest first. Cap: [`MAX_WAITING`], [`MAX_WAITING_FAILED`].
-    waiting: VecDeque<Box<Incident>>,
-    /// What those take, bytes.
+    /// Closed incidents that are not written yet, oldest first. Cap of these and `packed`: [`MAX_WAITING`].
+    whole: VecDeque<Box<Incident>>,
+    /// The same as the bytes of their files, older ones and those that could not be written.
+    packed: VecDeque<PackedIncident>,
+    /// Incidents that were packed since one was written. Cap: [`MAX_PACKED_IN_TURN`].
+    packed_in_turn: usize,
+    /// What `whole` and `packed` take, bytes. Cap: [`MAX_WAITING_BYTES`].
     waiting_bytes: usize,
     /// Saving fails: when it is tried again.
     retry: Option<Retry>,
@@ -94,7 +102,7 @@ struct State {
     review: bool,
     /// The thread is at work on something.
     busy: bool,
-    /// Id of the incident that is being written.
+    /// Id of the incident that is being packed or written.
     in_hand: Option<String>,
     /// Saves that are tried at once, whether saving fails or not: the agent stops.
     at_once: usize,
@@ -116,8 +124,39 @@ enum Job {
     Sync(File),
     Rewritten(String),
     Review,
-    Save(Box<Incident>),
+    Pack(Box<Incident>),
+    Save(PackedIncident),
     End,
+}
+
+/// An incident as the bytes of its file, and what is still to be known of it when it is written.
+struct PackedIncident {
+    id: String,
+    kind: Kind,
+    cgroup: String,
+    /// Modules that have its unnamed frames. Cap: [`MAX_MODULES`].
+    modules: Vec<ModuleName>,
+    file: Vec<u8>,
+}
+
+impl PackedIncident {
+    fn of(incident: &Incident) -> io::Result<Self> {
+        let unnamed = UnnamedFrames::of(incident).0.into_iter();
+        Ok(Self {
+            id: incident.id.clone(),
+            kind: incident.kind,
+            cgroup: retention::name(&incident.cgroup),
+            modules: unnamed.map(|(module, _)| module).take(MAX_MODULES).collect(),
+            file: codec::encode(incident)?,
+        })
+    }
+
+    /// What it takes, bytes.
+    fn bytes(&self) -> usize {
+        const MODULE: usize = 200;
+        const REST: usize = 500;
+        self.file.len() + self.modules.len() * MODULE + REST
+    }
 }
 
 impl Storer {
@@ -146,15 +185,14 @@ impl Storer {
     /// Queues an incident to be saved.
     pub(super) fn save(&self, incident: Box<Incident>) {
         let mut state = self.0.state();
-        let cap = if state.retry.is_some() { MAX_WAITING_FAILED } else { MAX_WAITING };
         let bytes = bytes_of(&incident);
-        while (state.waiting.len() >= cap || state.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES)
-            && let Some(oldest) = state.take_waiting()
+        while (state.waiting() >= MAX_WAITING || state.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES)
+            && let Some(oldest) = state.take_oldest()
         {
             state.counts.given_up = state.counts.given_up.saturating_add(1);
-            error!(id = %oldest.id, "gave up saving an incident: {} others wait", state.waiting.len());
+            error!(id = %oldest, "gave up saving an incident: {} others wait", state.waiting());
         }
-        state.put_waiting(incident);
+        state.put_whole(incident);
         self.0.count(&state);
         self.0.changed.notify_all();
     }
@@ -206,7 +244,7 @@ impl Storer {
     /// saved after that, or after `limit`.
     pub(super) fn finish(&self, limit: Duration) -> Vec<String> {
         let mut state = self.0.state();
-        state.at_once = state.waiting.len();
+        state.at_once = state.waiting() + usize::from(state.in_hand.is_some());
         self.0.changed.notify_all();
         let unfinished = |state: &mut State| state.busy || state.at_once > 0 || state.has_more();
         let (state, waited) =
@@ -214,8 +252,9 @@ impl Storer {
         if waited.timed_out() && state.busy {
             error!("the disk did not answer for {limit:?}");
         }
-        let in_hand = state.in_hand.iter().cloned();
-        in_hand.chain(state.waiting.iter().map(|incident| incident.id.clone())).collect()
+        let packed = state.packed.iter().map(|packed| &packed.id);
+        let whole = state.whole.iter().map(|incident| &incident.id);
+        state.in_hand.iter().chain(packed).chain(whole).cloned().collect()
     }
 }
 
@@ -235,7 +274,7 @@ impl Shared {
     /// Counts what is not saved.
     fn count(&self, state: &State) {
         let in_hand = usize::from(state.in_hand.is_some());
-        self.unsaved.store((state.waiting.len() + in_hand) as u64, Ordering::Release);
+        self.unsaved.store((state.waiting() + in_hand) as u64, Ordering::Release);
     }
 
     /// Waits for something to do. What is short comes first.
@@ -249,7 +288,7 @@ impl Shared {
                 state.busy = true;
                 return job;
             }
-            let pause = state.retry.filter(|_| !state.waiting.is_empty());
+            let pause = state.retry.filter(|_| state.waiting() > 0);
             let pause = pause.map_or(Duration::MAX, |retry| retry.at.saturating_duration_since(Instant::now()));
             let waited = self.changed.wait_timeout(state, pause.min(RETRY_MOST));
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -263,28 +302,63 @@ impl State {
         !self.unsynced.is_empty() || self.review || !self.rewritten.is_empty()
     }
 
-    fn put_waiting(&mut self, incident: Box<Incident>) {
-        self.waiting_bytes = self.waiting_bytes.saturating_add(bytes_of(&incident));
-        self.waiting.push_back(incident);
+    /// Incidents that wait.
+    fn waiting(&self) -> usize {
+        self.whole.len() + self.packed.len()
     }
 
-    fn take_waiting(&mut self) -> Option<Box<Incident>> {
-        let incident = self.waiting.pop_front()?;
+    fn put_whole(&mut self, incident: Box<Incident>) {
+        self.waiting_bytes = self.waiting_bytes.saturating_add(bytes_of(&incident));
+        self.whole.push_back(incident);
+    }
+
+    fn take_whole(&mut self) -> Option<Box<Incident>> {
+        let incident = self.whole.pop_front()?;
         self.waiting_bytes = self.waiting_bytes.saturating_sub(bytes_of(&incident));
         Some(incident)
     }
 
+    fn put_packed(&mut self, incident: PackedIncident) {
+        self.waiting_bytes = self.waiting_bytes.saturating_add(incident.bytes());
+        self.packed.push_back(incident);
+    }
+
+    fn take_packed(&mut self) -> Option<PackedIncident> {
+        let incident = self.packed.pop_front()?;
+        self.waiting_bytes = self.waiting_bytes.saturating_sub(incident.bytes());
+        Some(incident)
+    }
+
+    /// Takes out the oldest incident. Returns its id.
+    fn take_oldest(&mut self) -> Option<String> {
+        self.take_packed().map(|packed| packed.id).or_else(|| self.take_whole().map(|incident| incident.id))
+    }
+
+    /// Whether to pack before anything is written.
+    fn packs_first(&self) -> bool {
+        self.whole.len() > MAX_WHOLE && self.packed_in_turn < MAX_PACKED_IN_TURN
+    }
+
     fn take_job(&mut self) -> Option<Job> {
         let due = self.at_once > 0 || self.retry.is_none_or(|retry| Instant::now() >= retry.at);
-        let save_first = std::mem::take(&mut self.synced) && due && !self.waiting.is_empty();
+        let save_first = std::mem::take(&mut self.synced) && due && self.waiting() > 0;
         if !save_first && let Some(file) = self.unsynced.pop_front() {
             self.synced = true;
             return Some(Job::Sync(file));
         }
-        if due && let Some(incident) = self.take_waiting() {
+        if due
+            && !self.packs_first()
+            && let Some(incident) = self.take_packed()
+        {
             self.at_once = self.at_once.saturating_sub(1);
+            self.packed_in_turn = 0;
             self.in_hand = Some(incident.id.clone());
             return Some(Job::Save(incident));
+        }
+        if let Some(incident) = self.take_whole() {
+            self.packed_in_turn = self.packed_in_turn.saturating_add(1);
+            self.in_hand = Some(incident.id.clone());
+            return Some(Job::Pack(incident));
         }
         self.at_once = 0;
         if let Some(id) = self.rewritten.pop_front() {
@@ -323,21 +397,34 @@ impl Files {
                     let deleted = self.retention.review(SystemTime::now());
                     self.report_deleted(deleted);
                 }
+                Job::Pack(incident) => self.pack(&incident),
                 Job::Save(incident) => self.save(incident),
                 Job::End => return,
             }
         }
     }
 
-    fn save(&mut self, incident: Box<Incident>) {
-        match self.store.save(&incident) {
+    fn pack(&self, incident: &Incident) {
+        let packed = PackedIncident::of(incident);
+        let mut state = self.shared.state();
+        state.in_hand = None;
+        match packed {
+            Ok(packed) => state.put_packed(packed),
+            Err(error) => {
+                state.counts.given_up = state.counts.given_up.saturating_add(1);
+                error!(id = %incident.id, "gave up saving an incident, which cannot be encoded: {error}");
+            }
+        }
+    }
+
+    fn save(&mut self, incident: PackedIncident) {
+        match self.store.save_encoded(&incident.id, &incident.file) {
             Ok(path) => {
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
-                let unnamed = UnnamedFrames::of(&incident).0.into_iter();
-                let modules: Vec<ModuleName> = unnamed.map(|(module, _)| module).take(MAX_MODULES).collect();
+                let PackedIncident { id, kind, cgroup, modules, .. } = incident;
                 let mut state = self.shared.state();
                 state.retry = None;
-                let count = state.counts.saved.entry(incident.kind).or_default();
+                let count = state.counts.saved.entry(kind).or_default();
                 *count = count.saturating_add(1);
                 if state.saved.len() >= MAX_SAVED
                     && state.saved.pop_front().is_some_and(|oldest| !oldest.modules.is_empty())
@@ -346,7 +433,7 @@ impl Files {
                 }
                 state.saved.push_back(SavedIncident { path, modules });
                 drop(state);
-                let deleted = self.retention.saved(&incident);
+                let deleted = self.retention.saved(id, cgroup);
                 self.report_deleted(deleted);
                 self.shared.saved.notify_one();
             }
@@ -357,13 +444,14 @@ impl Files {
                 state.retry = Some(Retry { at: Instant::now() + pause, pause });
                 error!(id = %incident.id, "failed to save an incident: {error}; next try in {pause:?}");
                 // Others go first: what is wrong may be wrong with this one only.
-                state.put_waiting(incident);
+                state.in_hand = None;
+                state.put_packed(incident);
             }
         }
     }
 
     /// Counts and logs what retention has deleted.
-    fn report_deleted(&self, deleted: std::io::Result<DeletedFiles>) {
+    fn report_deleted(&self, deleted: io::Result<DeletedFiles>) {
         match deleted {
             Ok(DeletedFiles { files: 0, .. }) => {}
             Ok(DeletedFiles { files, bytes, newest_of_cgroup, last }) => {

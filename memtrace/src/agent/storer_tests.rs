@@ -59,11 +59,12 @@ fn beyond_its_cap_the_oldest_is_given_up_while_saving_fails() {
     std::fs::remove_dir_all(&state).unwrap();
     storer.save(incident(0));
     storer.finish(LIMIT);
-    for n in 1..=MAX_WAITING_FAILED {
+    // One more than fits, as one is in hand.
+    for n in 1..=MAX_WAITING + 1 {
         storer.save(incident(n));
     }
     assert!(storer.counts().given_up >= 1, "{:?}", storer.counts());
-    assert!(storer.waiting() <= MAX_WAITING_FAILED as u64 + 1);
+    assert!(storer.waiting() <= MAX_WAITING as u64 + 1);
 }
 
 #[test]
@@ -82,8 +83,8 @@ fn a_ledger_is_synced_and_old_files_are_deleted() {
 fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() {
     let file = || tempfile::tempfile().unwrap();
     let mut state = State::default();
-    state.put_waiting(incident(1));
-    state.put_waiting(incident(2));
+    state.put_packed(PackedIncident::of(&incident(1)).unwrap());
+    state.put_packed(PackedIncident::of(&incident(2)).unwrap());
     let mut jobs = Vec::new();
     for _ in 0..4 {
         state.unsynced.push_back(file());
@@ -94,5 +95,51 @@ fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() 
         });
     }
     assert_eq!(jobs, ["sync", "save", "sync", "save"]);
-    assert_eq!((state.waiting.len(), state.waiting_bytes), (0, 0));
+    assert_eq!((state.waiting(), state.waiting_bytes), (0, 0));
+}
+
+#[test]
+fn while_many_wait_they_are_packed_and_some_are_written() {
+    let mut state = State::default();
+    for n in 0..60 {
+        state.put_whole(incident(n));
+    }
+    let (mut packed, mut runs) = (0, Vec::new());
+    while let Some(job) = state.take_job() {
+        match job {
+            Job::Pack(incident) => {
+                state.put_packed(PackedIncident::of(&incident).unwrap());
+                packed += 1;
+            }
+            Job::Save(_) => runs.push(std::mem::take(&mut packed)),
+            _ => panic!("neither was asked for"),
+        }
+    }
+    // 16 in turn, then 4 until 8 are left; those are packed when nothing else is to be written.
+    assert_eq!(runs.iter().sum::<usize>(), 60);
+    assert_eq!(runs.get(..4), Some([16, 16, 16, 4].as_slice()));
+    assert!(runs.get(4..52).is_some_and(|runs| runs.iter().all(|packed| *packed == 0)), "{runs:?}");
+    assert!(runs.get(52..).is_some_and(|runs| runs.iter().all(|packed| *packed == 1)), "{runs:?}");
+    assert_eq!((state.waiting(), state.waiting_bytes), (0, 0));
+}
+
+#[test]
+fn a_disk_that_is_away_costs_no_incident_of_a_storm() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let storer = storer(&state, 1 << 30);
+    std::fs::remove_dir_all(&state).unwrap();
+    let count = 2 * MAX_WAITING_BYTES / bytes_of(&incident(0));
+    let count = count.min(MAX_WAITING - 1);
+    for n in 0..count {
+        storer.save(incident(n));
+        let deadline = Instant::now() + LIMIT;
+        while storer.0.state().whole.len() > MAX_WHOLE && Instant::now() < deadline {
+            thread::yield_now();
+        }
+    }
+    assert_eq!((storer.counts().given_up, storer.waiting()), (0, count as u64));
+    std::fs::create_dir(&state).unwrap();
+    assert!(storer.finish(LIMIT).is_empty());
+    assert_eq!(storer.counts().saved.values().sum::<u64>(), count as u64);
 }

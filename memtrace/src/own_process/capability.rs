@@ -72,7 +72,7 @@ pub const CAPABILITIES: [Capability; 14] = [
         bit: CapabilitySet::SYS_NICE,
         name: "SYS_NICE",
         need: CapabilityNeed::Optional,
-        used_for: "the recorder goes before others (niceness -20), set once at the start",
+        used_for: "the recorder and the storer go before others (niceness -20, -10), set once at the start",
         lost: "programs that keep the CPUs busy can make the agent late, and its rings run over",
     },
     Capability {

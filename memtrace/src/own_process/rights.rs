@@ -37,7 +37,14 @@ pub struct ThreadRights {
     pub effective: CapabilitySet,
     /// System calls.
     pub filter: Filter,
+    /// Below 0: programs that keep the CPUs busy are not to keep it from them. [`FIRST`], [`EARLY`] or 0.
+    pub niceness: i32,
 }
+
+/// Of the thread that everything waits for: 87 times the share of an ordinary one.
+const FIRST: i32 = -20;
+/// Of the thread that takes over from it: 9 times.
+const EARLY: i32 = -10;
 
 /// Every thread has it: memory that is taken while the agent's is locked counts against
 /// RLIMIT_MEMLOCK without (mm/mmap.c, `mlock_future_ok`), and would soon be refused.
@@ -62,6 +69,7 @@ pub const RECORDER: ThreadRights = ThreadRights {
     permitted: CapabilitySet::BPF.union(LOCK).union(STACK_WORKER).union(CHANGE_USER).union(CapabilitySet::KILL),
     effective: CapabilitySet::BPF.union(LOCK).union(READ),
     filter: Filter::Agent,
+    niceness: FIRST,
 };
 /// Starts the process that names functions.
 pub const NAMING: ThreadRights = ThreadRights {
@@ -70,6 +78,7 @@ pub const NAMING: ThreadRights = ThreadRights {
     permitted: CHANGE_USER.union(CapabilitySet::KILL).union(LOCK).union(READ),
     effective: CapabilitySet::KILL.union(LOCK).union(READ),
     filter: Filter::Agent,
+    niceness: 0,
 };
 /// Finds out what happened between two runs.
 pub const KEEPER: ThreadRights = ThreadRights {
@@ -78,6 +87,7 @@ pub const KEEPER: ThreadRights = ThreadRights {
     permitted: CapabilitySet::SYSLOG.union(LOCK).union(READ),
     effective: CapabilitySet::SYSLOG.union(LOCK).union(READ),
     filter: Filter::Agent,
+    niceness: 0,
 };
 /// Looks cgroups up.
 pub const ASKER: ThreadRights = ThreadRights {
@@ -86,6 +96,7 @@ pub const ASKER: ThreadRights = ThreadRights {
     permitted: LOCK.union(READ),
     effective: LOCK.union(READ),
     filter: Filter::Agent,
+    niceness: 0,
 };
 /// Talks to clients.
 pub const SERVER: ThreadRights = ThreadRights {
@@ -94,6 +105,7 @@ pub const SERVER: ThreadRights = ThreadRights {
     permitted: LOCK,
     effective: LOCK,
     filter: Filter::Server,
+    niceness: 0,
 };
 /// Reads incidents for the server.
 pub const INCIDENTS: ThreadRights = ThreadRights {
@@ -102,6 +114,7 @@ pub const INCIDENTS: ThreadRights = ThreadRights {
     permitted: LOCK.union(READ),
     effective: LOCK.union(READ),
     filter: Filter::Reader,
+    niceness: 0,
 };
 
 /// Waits for the disk.
@@ -111,10 +124,17 @@ pub const STORER: ThreadRights = ThreadRights {
     permitted: LOCK.union(READ),
     effective: LOCK.union(READ),
     filter: Filter::Agent,
+    niceness: EARLY,
 };
 /// Writes the log.
-pub const LOG: ThreadRights =
-    ThreadRights { thread: "log", does: "writes the log", permitted: LOCK, effective: LOCK, filter: Filter::Agent };
+pub const LOG: ThreadRights = ThreadRights {
+    thread: "log",
+    does: "writes the log",
+    permitted: LOCK,
+    effective: LOCK,
+    filter: Filter::Agent,
+    niceness: 0,
+};
 
 /// Every thread of an agent that has started.
 pub const THREADS: [ThreadRights; 8] = [RECORDER, STORER, LOG, NAMING, KEEPER, ASKER, SERVER, INCIDENTS];
@@ -129,11 +149,11 @@ impl ThreadRights {
         }
     }
 
-    /// The same for capabilities alone: for a thread that has the recorder's filter already. The
-    /// recorder's priority is its own, too.
+    /// The same for capabilities and the niceness alone: for a thread that has the recorder's filter already.
     pub fn keep_capabilities(&self) {
-        if self.thread != RECORDER.thread {
-            super::lower_priority();
+        match self.niceness {
+            0.. => super::lower_priority(),
+            niceness => super::raise_priority(niceness),
         }
         if let Err(error) = self.drop_capabilities() {
             warn!("the thread {} keeps capabilities that it does not need: {error}", self.thread);

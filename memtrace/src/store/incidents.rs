@@ -106,8 +106,13 @@ impl IncidentStore {
 
     /// Writes an incident under its id, durably. A second one with the same id replaces the first.
     pub fn save(&self, incident: &Incident) -> io::Result<PathBuf> {
-        let path = self.path(&incident.id)?;
-        write(&path, incident)?;
+        self.save_encoded(&incident.id, &codec::encode(incident)?)
+    }
+
+    /// As [`IncidentStore::save`], of the bytes of an incident's file.
+    pub fn save_encoded(&self, id: &str, file: &[u8]) -> io::Result<PathBuf> {
+        let path = self.path(id)?;
+        atomic::write(&path, file, Some(FILE_MODE))?;
         Ok(path)
     }
 

@@ -11,8 +11,8 @@ use std::fs::{self, File};
 use std::io;
 use std::time::{Duration, SystemTime};
 
+use memtrace_incident::Cgroup;
 use memtrace_incident::codec::{self, happened};
-use memtrace_incident::{Cgroup, Incident};
 
 use super::atomic;
 use super::incidents::{IncidentFile, IncidentStore};
@@ -92,11 +92,10 @@ impl Retention {
         self.bytes
     }
 
-    /// An incident was saved: deletes what is now too much.
-    pub fn saved(&mut self, incident: &Incident) -> io::Result<DeletedFiles> {
-        let cgroup = Some(name(&incident.cgroup));
-        if let Some(bytes) = self.size(&incident.id) {
-            self.insert(incident.id.clone(), Kept { bytes, cgroup });
+    /// An incident of a cgroup with this [`name`] was saved: deletes what is now too much.
+    pub fn saved(&mut self, id: String, cgroup: String) -> io::Result<DeletedFiles> {
+        if let Some(bytes) = self.size(&id) {
+            self.insert(id, Kept { bytes, cgroup: Some(cgroup) });
         }
         self.shrink()
     }
@@ -244,7 +243,7 @@ impl Retention {
 
 /// What stays the same when a container of a pod is started again: the pod, or else the path of the
 /// cgroup.
-fn name(cgroup: &Cgroup) -> String {
+pub fn name(cgroup: &Cgroup) -> String {
     match (&cgroup.kubernetes, &cgroup.path) {
         (Some(pod), _) => format!("pod {}", pod.pod_uid),
         (None, Some(path)) => path.clone(),
@@ -255,7 +254,7 @@ fn name(cgroup: &Cgroup) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use memtrace_incident::fixtures;
+    use memtrace_incident::{Incident, fixtures};
 
     const ALL: Duration = Duration::from_secs(1 << 40);
 
@@ -270,7 +269,7 @@ mod tests {
     fn save(store: &IncidentStore, retention: &mut Retention, second: u64, cgroup: &str) -> DeletedFiles {
         let incident = incident(second, cgroup);
         store.save(&incident).unwrap();
-        let deleted = retention.saved(&incident).unwrap();
+        let deleted = retention.saved(incident.id.clone(), name(&incident.cgroup)).unwrap();
         check(store, retention);
         deleted
     }
