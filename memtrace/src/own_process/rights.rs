@@ -37,7 +37,7 @@ pub struct ThreadRights {
     pub effective: CapabilitySet,
     /// System calls.
     pub filter: Filter,
-    /// Below 0: programs that keep the CPUs busy are not to keep it from them. [`FIRST`], [`EARLY`] or 0.
+    /// Below 0: programs that keep the CPUs busy are not to keep it from them.
     pub niceness: i32,
 }
 
