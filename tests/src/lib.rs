@@ -8,6 +8,7 @@ pub mod cage;
 pub mod claims;
 pub mod deadline;
 pub mod disk;
+pub mod elf_bomb;
 pub mod figures;
 pub mod growth;
 pub mod idle;

@@ -15,6 +15,7 @@ use memtrace_tests::agent::json_of;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::deadline::Deadline;
+use memtrace_tests::elf_bomb;
 use memtrace_tests::privileges;
 use memtrace_tests::programs::{self, require_root};
 use memtrace_tests::trial::Trial;
@@ -217,50 +218,13 @@ fn without_names(mut incident: Value) -> Value {
     incident
 }
 
-/// A 64-bit ELF file of this architecture with a build id, code, and debug information that has
-/// `bytes` bytes of zeros once it is decompressed.
-fn bomb(build_id: [u8; 20], bytes: u64) -> anyhow::Result<Vec<u8>> {
-    let mut encoder = zstd::Encoder::new(Vec::new(), 3)?;
-    std::io::copy(&mut std::io::Read::take(std::io::repeat(0), bytes), &mut encoder)?;
-    let mut packed = encoder.finish()?;
-    // Headers are aligned; what follows the one frame is not looked at.
-    packed.resize(packed.len().next_multiple_of(8), 0);
-    let note = [&b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0"[..], &build_id, &[0; 4]].concat();
-    let strings = b"\0.debug_info\0.debug_abbrev\0.shstrtab\0\0\0\0";
-    // ELFCOMPRESS_ZSTD, reserved, size, alignment
-    let debug = [&2_u64.to_le_bytes()[..], &bytes.to_le_bytes(), &1_u64.to_le_bytes(), &packed].concat();
-    let (note_at, debug_at) = (64 + 2 * 56_usize, 64 + 2 * 56 + note.len());
-    let strings_at = debug_at + debug.len();
-    let headers_at = strings_at + strings.len();
-    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
-    let halves = |first: u32, second: u32| u64::from(first) | u64::from(second) << 32;
-    let machine: u16 = if cfg!(target_arch = "aarch64") { 183 } else { 62 };
-    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0".to_vec();
-    file.extend(machine.to_le_bytes());
-    file.extend(1_u32.to_le_bytes());
-    file.extend(words(&[0, 64, headers_at as u64]));
-    file.extend([0_u16, 0, 64, 56, 2, 64, 4, 3].iter().flat_map(|half| half.to_le_bytes()));
-    file.extend(words(&[halves(1, 5), 0, 0, 0, 0x10000, 0x10000, 0x1000]));
-    file.extend(words(&[halves(4, 4), note_at as u64, 0, 0, note.len() as u64, note.len() as u64, 4]));
-    file.extend([note, debug, strings.to_vec()].concat());
-    file.extend([0; 64]);
-    for (name, kind, flags, at, size) in [
-        (1, 1, 0x800, debug_at, strings_at - debug_at),
-        (13, 1, 0x800, debug_at, strings_at - debug_at),
-        (27, 3, 0, strings_at, strings.len()),
-    ] {
-        file.extend(words(&[halves(name, kind), flags, 0, at as u64, size as u64, 0, 1, 0]));
-    }
-    Ok(file)
-}
-
 #[test]
 fn debug_information_that_grows_without_end_costs_its_own_names_only() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
     let program = programs::path("workload")?;
     std::fs::copy(&program, dir.path().join("program"))?;
-    std::fs::write(dir.path().join("bomb"), bomb([7; 20], 1 << 30)?)?;
+    std::fs::write(dir.path().join("bomb"), elf_bomb::file([7; 20], 1 << 30, &[])?.0)?;
     let frame = |module: &str, id: &str, offset: u64| {
         json!({ "module": module, "build_id": id, "offset": offset, "symbol": null, "file": null, "line": null,
             "kernel": false, "inlined": false })

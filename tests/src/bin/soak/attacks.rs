@@ -13,6 +13,7 @@ use memtrace_tests::agent;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
 use memtrace_tests::process;
+use tempfile::TempDir;
 
 use crate::Yard;
 
@@ -37,12 +38,18 @@ pub(crate) struct Attack {
     round: fn(&Yard) -> anyhow::Result<()>,
 }
 
-const ATTACKS: [Attack; 13] = [
+const ATTACKS: [Attack; 19] = [
     Attack { name: "silent-files", round: silent_files },
+    Attack { name: "slow-files", round: slow_files },
+    Attack { name: "leases", round: leases },
+    Attack { name: "locked-spaces", round: locked_spaces },
+    Attack { name: "mounts", round: mounts },
+    Attack { name: "debug-bombs", round: debug_bombs },
     Attack { name: "cgroups", round: cgroups },
     Attack { name: "idle-clients", round: idle_clients },
     Attack { name: "deaf-clients", round: deaf_clients },
     Attack { name: "busy-clients", round: busy_clients },
+    Attack { name: "uploads", round: uploads },
     Attack { name: "foreign-host", round: foreign_host },
     Attack { name: "perf-maps", round: perf_maps },
     Attack { name: "linked-modules", round: linked_modules },
@@ -116,15 +123,63 @@ fn run_as_nobody(yard: &Yard, arguments: &[&str]) -> anyhow::Result<()> {
 
 /// Code of a file system that does not answer.
 fn silent_files(yard: &Yard) -> anyhow::Result<()> {
+    on_own_files(yard, &[])
+}
+
+/// Code of a file system that takes its time, but less than is waited for.
+fn slow_files(yard: &Yard) -> anyhow::Result<()> {
+    on_own_files(yard, &["--answer-ms", "700"])
+}
+
+fn on_own_files(yard: &Yard, more: &[&str]) -> anyhow::Result<()> {
     let dir = tempfile::tempdir_in(&yard.dir)?;
     let dir = dir.path().join("fs");
     std::fs::create_dir(&dir)?;
-    let mut actor = Actor::start(None, &["silent", "--mib", "24", "--dir", &dir.display().to_string()])?;
+    let dir = dir.display().to_string();
+    let mut actor = Actor::start(None, &[&["silent", "--mib", "24", "--dir", &dir], more].concat())?;
     actor.until("ready")?;
     actor.tell()?;
     actor.until("grown")?;
     yard.rest(ROUND);
     Ok(())
+}
+
+/// A directory that the attackers can write to.
+fn open_dir(yard: &Yard) -> anyhow::Result<TempDir> {
+    let dir = tempfile::tempdir_in(&yard.dir)?;
+    std::os::unix::fs::chown(dir.path(), Some(NOBODY_KNOWN), Some(NOBODY_KNOWN))?;
+    Ok(dir)
+}
+
+/// Code that whoever opens it waits for.
+fn leases(yard: &Yard) -> anyhow::Result<()> {
+    let dir = open_dir(yard)?;
+    run_as_nobody(yard, &["leased", "--dir", &dir.path().display().to_string(), "--ms", "15000"])
+}
+
+/// A process that keeps its own address space locked.
+fn locked_spaces(yard: &Yard) -> anyhow::Result<()> {
+    run_as_nobody(yard, &["locked", "--mappings", "30000", "--ms", "15000"])
+}
+
+/// A list of mounts of a megabyte.
+fn mounts(yard: &Yard) -> anyhow::Result<()> {
+    let dir = tempfile::tempdir_in(&yard.dir)?;
+    let dir = dir.path().display().to_string();
+    Actor::start(None, &["mounts", "--dir", &dir, "--count", "2000", "--ms", "15000"])?.finish()?;
+    Ok(())
+}
+
+/// Victims with frames in code whose debug information grows without end.
+fn debug_bombs(yard: &Yard) -> anyhow::Result<()> {
+    let (dir, cage) = (open_dir(yard)?, Cage::new("soak-bomb", 24 * MIB)?);
+    let mut command = cage.command(&yard.workload)?;
+    command.args(["debug-bomb", "--mib", "64", "--dir"]).arg(dir.path());
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    process::wait_at_most(&mut child, LIMIT)?;
+    // its functions are looked for in the file
+    yard.rest(ROUND);
+    cage.remove()
 }
 
 /// More cgroups than are followed, with work in each.
@@ -188,6 +243,17 @@ fn busy_clients(yard: &Yard) -> anyhow::Result<()> {
         let _ = agent::get(yard.port, "/api/processes");
         let _ = agent::get(yard.port, "/metrics");
     }
+    Ok(())
+}
+
+/// A body of 100 GB.
+fn uploads(yard: &Yard) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let mut stream = connect(yard)?;
+    stream.set_write_timeout(Some(ROUND))?;
+    write!(stream, "POST /api/incidents HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000000\r\n\r\n")?;
+    // until it is closed
+    while begin.elapsed() < ROUND && !yard.is_over() && stream.write_all(&[0; 1 << 16]).is_ok() {}
     Ok(())
 }
 
@@ -260,7 +326,9 @@ fn unmount(yard: &Yard) -> anyhow::Result<()> {
     rustix::mount::mount("soak", fs, "tmpfs", rustix::mount::MountFlags::empty(), None).context("no tmpfs")?;
     let ran = (|| {
         let program = fs.join("workload");
-        std::fs::copy(&yard.workload, &program)?;
+        // By a process: while this one has it open for writing, its other threads start programs that inherit it.
+        let copied = Command::new("cp").arg(&yard.workload).arg(&program).status()?;
+        ensure!(copied.success(), "cp ended with {copied}");
         let mut child = Command::new(&program)
             .args(["burst", "--mib", "32", "--touch"])
             .stdin(Stdio::null())

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use memmap2::{Advice, MmapOptions};
+use memtrace_tests::elf_bomb;
+use rustix::mount::{MountFlags, mount};
 
 use crate::raw;
 
@@ -19,6 +21,10 @@ const STEP_PAUSE: Duration = Duration::from_millis(10);
 /// Program and section headers of the ELF file: the most of them that a reader would want to read.
 const PROGRAM_HEADERS: u16 = 60_000;
 const SECTION_HEADERS: u64 = 100_000;
+/// Forks between two steps.
+const FORKS: usize = 8;
+/// What debug information grows to.
+const BOMB_BYTES: u64 = 1 << 30;
 
 /// Touches a byte of each page from its first argument up to its second, with a frame pointer.
 #[cfg(target_arch = "x86_64")]
@@ -76,9 +82,72 @@ pub(crate) fn linked_modules(dir: &Path, count: usize, time: Duration) -> anyhow
         }
         raw::map_code(&File::open(&link)?, 4096)?;
     }
+    take_and_touch(time, |_| Ok(()))
+}
+
+/// Takes memory with a file mapped as code that nobody else can open.
+pub(crate) fn leased(dir: &Path, time: Duration) -> anyhow::Result<()> {
+    let path = dir.join(format!("leased-{}", std::process::id()));
+    write_elf(&path)?;
+    let file = File::open(&path)?;
+    raw::map_code(&file, 4096)?;
+    raw::lease(&file)?;
+    take_and_touch(time, |_| Ok(()))?;
+    Ok(std::fs::remove_file(&path)?)
+}
+
+/// Takes memory, and keeps the own address space locked in between: each fork copies thousands of mappings under its
+/// lock.
+pub(crate) fn locked(mappings: usize, time: Duration) -> anyhow::Result<()> {
+    raw::many_mappings(mappings)?;
+    take_and_touch(time, |_| {
+        for _ in 0..FORKS {
+            let child = raw::fork()?;
+            if child == 0 {
+                raw::leave();
+            }
+            raw::wait(child)?;
+        }
+        Ok(())
+    })
+}
+
+/// Takes memory beside so many mounts that their list has megabytes.
+pub(crate) fn mounts(dir: &Path, count: usize, time: Duration) -> anyhow::Result<()> {
+    raw::own_mount_namespace()?;
+    for n in 0..count {
+        let on = dir.join(format!("{n:0>200}"));
+        std::fs::create_dir_all(&on)?;
+        mount("many", &on, "tmpfs", MountFlags::empty(), None).context("failed to mount a tmpfs")?;
+    }
+    let program = dir.join(format!("{:0>200}/elf", 0));
+    write_elf(&program)?;
+    raw::map_code(&File::open(&program)?, 4096)?;
+    take_and_touch(time, |_| Ok(()))
+}
+
+/// Takes memory from code in a file with debug information that grows without end.
+pub(crate) fn debug_bomb(dir: &Path, mib: usize) -> anyhow::Result<()> {
+    ensure!(!TOUCH.is_empty(), "there is code for x86-64 only");
+    let mut id = [0; 20];
+    id.iter_mut().zip(std::process::id().to_le_bytes()).for_each(|(byte, of_pid)| *byte = of_pid);
+    let (content, at) = elf_bomb::file(id, BOMB_BYTES, TOUCH)?;
+    let path = dir.join(format!("bomb-{}", std::process::id()));
+    std::fs::write(&path, content)?;
+    let code = raw::code_in(&File::open(&path)?, at)?;
+    let mut memory = MmapOptions::new().len(mib << 20).map_anon().context("failed to map memory")?;
+    for step in memory.chunks_mut(STEP_BYTES) {
+        let pages = step.as_mut_ptr_range();
+        code(pages.start, pages.end);
+        std::thread::sleep(STEP_PAUSE);
+    }
+    Ok(())
+}
+
+fn take_and_touch(time: Duration, mut more: impl FnMut(&mut [u8]) -> anyhow::Result<()>) -> anyhow::Result<()> {
     take(Instant::now(), time, |step| {
         crate::memory::touch(step);
-        Ok(())
+        more(step)
     })
 }
 

@@ -6,6 +6,7 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -217,6 +218,9 @@ enum What {
         dir: PathBuf,
         #[arg(long)]
         mib: usize,
+        /// From then on answer after so long, instead of never
+        #[arg(long)]
+        answer_ms: Option<u64>,
     },
     /// Take memory from code it compiled itself, beside a perf map that grows
     PerfMap {
@@ -235,6 +239,39 @@ enum What {
         count: usize,
         #[arg(long)]
         ms: u64,
+    },
+    /// Map a file as code that nobody else can open, by a lease, and take memory
+    Leased {
+        /// Where the file is made
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        ms: u64,
+    },
+    /// Take memory, with the own address space locked most of the time
+    Locked {
+        #[arg(long)]
+        mappings: usize,
+        #[arg(long)]
+        ms: u64,
+    },
+    /// Take memory in a mount namespace of its own with many mounts
+    Mounts {
+        /// Below which it mounts
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        count: usize,
+        #[arg(long)]
+        ms: u64,
+    },
+    /// Take memory from code in a file with debug information that grows without end
+    DebugBomb {
+        /// Where the file is made
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        mib: usize,
     },
     /// End by SIGKILL from itself, which is no OOM kill
     KillSelf,
@@ -316,13 +353,13 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Forked { mib } => family::forked(mib)?,
         What::ExitAfter { ms, mib, code } => {
             let held = memory::touched(mib);
-            std::thread::sleep(std::time::Duration::from_millis(ms));
+            std::thread::sleep(Duration::from_millis(ms));
             drop(held);
             return Ok(ExitCode::from(code));
         }
         What::Sockets { mib } => kernel_side::sockets(mib)?,
         What::Cache { file, mib, rounds, then_anon_mib } => kernel_side::cache(&file, mib, rounds, then_anon_mib)?,
-        What::Churn { ms } => memory::churn(std::time::Duration::from_millis(ms))?,
+        What::Churn { ms } => memory::churn(Duration::from_millis(ms))?,
         What::Secret { mib } => secret::keep(mib)?,
         What::Spikes { base_mib, spikes } => spikes::run(base_mib, &spikes)?,
         What::Mix { seed, dir, tmpfs } => mix::run(seed, &dir, &tmpfs)?,
@@ -336,11 +373,15 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillChildren { count } => family::kill_children(count)?,
-        What::Silent { dir, mib } => silent::file_system(&dir, mib)?,
-        What::PerfMap { map_mib, ms } => hostile::perf_map(map_mib, std::time::Duration::from_millis(ms))?,
-        What::LinkedModules { dir, count, ms } => {
-            hostile::linked_modules(&dir, count, std::time::Duration::from_millis(ms))?;
+        What::Silent { dir, mib, answer_ms } => {
+            silent::file_system(&dir, mib, answer_ms.map(Duration::from_millis))?;
         }
+        What::PerfMap { map_mib, ms } => hostile::perf_map(map_mib, Duration::from_millis(ms))?,
+        What::LinkedModules { dir, count, ms } => hostile::linked_modules(&dir, count, Duration::from_millis(ms))?,
+        What::Leased { dir, ms } => hostile::leased(&dir, Duration::from_millis(ms))?,
+        What::Locked { mappings, ms } => hostile::locked(mappings, Duration::from_millis(ms))?,
+        What::Mounts { dir, count, ms } => hostile::mounts(&dir, count, Duration::from_millis(ms))?,
+        What::DebugBomb { dir, mib } => hostile::debug_bomb(&dir, mib)?,
         What::KillSelf => process::signal(std::process::id(), rustix::process::Signal::KILL)?,
         What::Loop(args) => loops::run(&args)?,
         What::Passing { processes, kib_each } => family::passing(processes, kib_each)?,

@@ -3,6 +3,8 @@
 #![allow(unsafe_code, reason = "system calls and a fault that are unsafe by nature")]
 
 use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -28,12 +30,51 @@ pub(crate) fn sharer() -> anyhow::Result<u32> {
 }
 
 /// Maps a file as code, for as long as this process lives.
-pub(crate) fn map_code(file: &std::fs::File, bytes: usize) -> anyhow::Result<()> {
-    use std::os::fd::AsRawFd;
+pub(crate) fn map_code(file: &File, bytes: usize) -> anyhow::Result<()> {
+    map_file(file, bytes).map(drop)
+}
+
+fn map_file(file: &File, bytes: usize) -> anyhow::Result<*mut libc::c_void> {
     let (access, fd) = (libc::PROT_READ | libc::PROT_EXEC, file.as_raw_fd());
     // SAFETY: a new mapping, which nobody reads or runs.
     let mapped = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_PRIVATE, fd, 0) };
     ensure!(mapped != libc::MAP_FAILED, "failed to map a file: {}", std::io::Error::last_os_error());
+    Ok(mapped)
+}
+
+/// Maps the beginning of a file as code, for as long as this process lives, and returns the function of which it has
+/// the code at `at`: it takes the beginning and the end of what it touches.
+pub(crate) fn code_in(file: &File, at: usize) -> anyhow::Result<extern "C" fn(*mut u8, *const u8)> {
+    ensure!(at < CODE_BYTES, "no code at {at}");
+    let mapped = map_file(file, CODE_BYTES)?;
+    // SAFETY: within the mapping; the caller wrote the code.
+    Ok(unsafe { std::mem::transmute::<*mut libc::c_void, extern "C" fn(*mut u8, *const u8)>(mapped.byte_add(at)) })
+}
+
+/// Has whoever opens the file wait (a write lease), until this process ends or 45 s are over.
+pub(crate) fn lease(file: &File) -> anyhow::Result<()> {
+    // SAFETY: takes numbers only; the signal that tells of somebody who waits would end this process.
+    let result = unsafe {
+        libc::signal(libc::SIGIO, libc::SIG_IGN);
+        libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK)
+    };
+    ensure!(result == 0, "no lease: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// Makes mappings of a page each, for as long as this process lives.
+pub(crate) fn many_mappings(count: usize) -> anyhow::Result<()> {
+    let page = rustix::param::page_size();
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, of which nobody reads or writes anything.
+    unsafe {
+        let mapped = libc::mmap(std::ptr::null_mut(), 2 * count * page, libc::PROT_NONE, flags, -1, 0);
+        ensure!(mapped != libc::MAP_FAILED, "failed to map memory: {}", std::io::Error::last_os_error());
+        for n in 0..count {
+            let result = libc::mprotect(mapped.byte_add(2 * n * page), page, libc::PROT_READ);
+            ensure!(result == 0, "no more than {n} mappings: {}", std::io::Error::last_os_error());
+        }
+    }
     Ok(())
 }
 

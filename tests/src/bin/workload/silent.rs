@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context;
 use rustix::fs::{FileType, Mode, makedev, mknodat};
@@ -24,9 +25,9 @@ const HEADER_BYTES: usize = 40;
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 
 /// Serves until its child has ended. The child maps the file, makes the server fall silent and says
-/// `ready`; after a line on stdin a child of its own takes memory, whose first stack is taken with
+/// `ready`, or slow to answer; after a line on stdin a child of its own takes memory, whose first stack is taken with
 /// the file mapped already. Then it says `grown`, and ends after another line.
-pub(crate) fn file_system(dir: &Path, mib: usize) -> anyhow::Result<()> {
+pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>) -> anyhow::Result<()> {
     raw::own_mount_namespace()?;
     let device = open_fuse(dir)?;
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
@@ -43,7 +44,7 @@ pub(crate) fn file_system(dir: &Path, mib: usize) -> anyhow::Result<()> {
         }
         raw::leave();
     }
-    std::thread::spawn(move || serve(device, &silent));
+    std::thread::spawn(move || serve(device, &silent, slow));
     raw::wait(child)?;
     Ok(())
 }
@@ -80,8 +81,8 @@ fn open_fuse(dir: &Path) -> anyhow::Result<File> {
     open(&node).context("failed to open FUSE")
 }
 
-/// Answers until there is a file `silent`; then takes requests and keeps them.
-fn serve(mut device: File, silent: &Path) {
+/// Answers until there is a file `silent`; then takes requests and keeps them, or is `slow` to answer.
+fn serve(mut device: File, silent: &Path, slow: Option<Duration>) {
     let mut request = vec![0; MAX_REQUEST_BYTES];
     while let Ok(bytes) = device.read(&mut request) {
         let Some((header, body)) = request.get(..bytes).and_then(|request| request.split_at_checked(HEADER_BYTES))
@@ -89,7 +90,8 @@ fn serve(mut device: File, silent: &Path) {
             continue;
         };
         if silent.exists() {
-            continue;
+            let Some(slow) = slow else { continue };
+            std::thread::sleep(slow);
         }
         let (operation, unique, node) = (number(header, 4, 4), number(header, 8, 8), number(header, 16, 8));
         let Some((error, answer)) = answer(operation, node, body) else { continue };
