@@ -27,7 +27,8 @@ const TOKEN: &str = "correct-horse-battery";
 /// What is answered to everybody.
 const OPEN: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 /// What is not.
-const GUARDED: [&str; 5] = ["/", "/api/incidents", "/api/processes", "/api/cgroups", "/none"];
+const GUARDED: [&str; 7] =
+    ["/", "/api/incidents", "/api/kills", "/api/sigkills", "/api/processes", "/api/cgroups", "/none"];
 
 /// A directory that everybody may enter.
 fn open_dir() -> anyhow::Result<tempfile::TempDir> {
@@ -107,20 +108,22 @@ fn members_of_the_group_read_incidents_through_the_socket_and_nobody_else_does()
     let report = as_user(GROUP, &["report", id, "--socket", &socket])?;
     let said = String::from_utf8_lossy(&report.stdout);
     ensure!(report.status.success() && said.contains("OOM kill"), "a member gets {}: {said}", report.status);
+    let kills = as_user(GROUP, &["incidents", "--kills", "--json", "--socket", &socket])?;
+    let said = String::from_utf8_lossy(&kills.stderr);
+    ensure!(kills.status.success(), "a member gets {}: {said}", kills.status);
+    ensure!(String::from_utf8_lossy(&kills.stdout).contains(id), "a member does not see the kill of {id}");
     let none = as_user(GROUP, &["report", "0123456789", "--socket", &socket])?;
     refused(&none, &["has no incident 0123456789"])?;
 
     // Who is not in the group gets nothing: from the socket, from the files, or from the socket
     // that files lead to.
     let group = format!("group {GROUP}");
-    for verb in [&["incidents"][..], &["report", "latest"]] {
+    for verb in [&["incidents"][..], &["incidents", "--kills"], &["report", "latest"]] {
         let arguments = [verb, &["--socket", &socket]].concat();
         refused(&as_user(USER, &arguments)?, &["no permission to use", &socket, &group, "sudo"])?;
         let arguments = [verb, &["--state-dir", text(&options.state_dir)?]].concat();
         refused(&as_user(GROUP, &arguments)?, &["denied", "sudo", "--socket"])?;
     }
-    let ledger = as_user(GROUP, &["incidents", "--kills", "--state-dir", text(&options.state_dir)?])?;
-    refused(&ledger, &["denied", "sudo"])?;
     agent.stop()?;
     ensure!(!Path::new(&socket).exists(), "the socket is still there");
     refused(&as_user(GROUP, &["incidents", "--socket", &socket])?, &["no agent serves", &socket])?;

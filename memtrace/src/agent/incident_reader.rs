@@ -1,4 +1,4 @@
-//! The incidents on disk, as HTTP serves them. Each is read when it is asked for, so that one is in memory at a time.
+//! The incidents and ledgers on disk, as HTTP serves them. Each is read when it is asked for, so that one is in memory at a time.
 //!
 //! They are served without addresses: the file is for root and its group, an answer for whoever can connect, and
 //! where the code of a process is mapped is what the kernel hides from others (`/proc/PID/maps`).
@@ -7,7 +7,8 @@ use std::path::Path;
 
 use crate::serve::IncidentSource;
 use crate::store::incidents::{self, IncidentStore};
-use memtrace_incident::{Incident, Timeline};
+use crate::store::ledger::{self, LedgerEntry};
+use memtrace_incident::{Incident, KillLine, SigkillEntry, Timeline};
 use memtrace_report::json;
 
 /// Reads incidents from the state directory.
@@ -29,6 +30,10 @@ impl IncidentReader {
             allocations: None,
             ..incident
         }))
+    }
+
+    fn ledger<E: LedgerEntry>(&self, most: u64) -> Result<Vec<u8>, String> {
+        ledger::newest_lines::<E>(self.0.dir(), most).map_err(|error| error.to_string())
     }
 }
 
@@ -56,6 +61,14 @@ impl IncidentSource for IncidentReader {
 
     fn newest(&self, most: usize) -> Result<Vec<Incident>, String> {
         Ok(self.newest_first(most)?.collect())
+    }
+
+    fn kills(&self, most: u64) -> Result<Vec<u8>, String> {
+        self.ledger::<KillLine>(most)
+    }
+
+    fn sigkills(&self, most: u64) -> Result<Vec<u8>, String> {
+        self.ledger::<SigkillEntry>(most)
     }
 }
 

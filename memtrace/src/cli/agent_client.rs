@@ -1,4 +1,4 @@
-//! Reading incidents from the agent, for a user who may use its socket and not its files.
+//! Reading incidents and ledgers from the agent, for a user who may use its socket and not its files.
 //!
 //! One request is one connection. The agent is root's and its socket lies where only root can put
 //! one; still its answers are bounded in size and time, so that a broken one costs an error and no
@@ -21,7 +21,9 @@ use tokio::net::UnixStream;
 
 use super::config::{Config, Flags, READ};
 use crate::host;
+use crate::serve::MAX_LEDGER_BYTES;
 use crate::store::incidents::ReadError;
+use crate::store::ledger::{LedgerEntry, LedgerLines};
 use crate::store::own_dir;
 
 /// How long an answer may take in all. The agent itself gives up after a minute.
@@ -30,6 +32,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const HEAD_MAX: usize = 64 << 10;
 /// Incidents that are asked for, most first: fewer when the answer would be too large.
 const LISTED: [usize; 2] = [1000, 100];
+/// Bytes of a line of a ledger: an answer that is shorter by more has the whole ledger.
+const LEDGER_LINE_MAX: u64 = 64 << 10;
 
 /// Where a verb reads incidents.
 #[derive(Debug)]
@@ -117,6 +121,17 @@ impl AgentClient {
             }
         }
         Err(error.unwrap_or_else(|| anyhow!("no incidents")))
+    }
+
+    /// The newest entries of a ledger, oldest first, and whether the agent may have more.
+    pub(super) fn ledger<E: LedgerEntry>(&self) -> anyhow::Result<(LedgerLines<E>, bool)> {
+        let name = E::FILE.trim_end_matches(".jsonl");
+        let (found, lines) = self.get(&format!("/api/{name}"))?;
+        if !found {
+            bail!("{} is older than this memtrace and serves no {name}; update it, or try sudo", self.place());
+        }
+        let more = lines.len() as u64 > MAX_LEDGER_BYTES.saturating_sub(LEDGER_LINE_MAX);
+        Ok((LedgerLines::parse(&lines), more))
     }
 
     /// One whole incident: `latest`, or an id or the beginning of one, which has no character that

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::anyhow;
+use anyhow::Context;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use jiff::{SpanRelativeTo, Timestamp};
 
@@ -28,7 +28,7 @@ Examples:
   memtrace incidents --kills                 every OOM kill, also of times in which no agent watched
   memtrace report latest                     the report of the newest one
 
-Who may not read the state directory, and may use the agent's socket, gets incidents from the agent.")]
+Who may not read the state directory, and may use the agent's socket, gets incidents and ledgers from the agent.")]
 pub struct Args {
     #[command(flatten)]
     settings: Flags<READ>,
@@ -62,14 +62,13 @@ fn kind() -> impl TypedValueParser<Value = Kind> {
 /// Runs the verb.
 pub fn run(args: &Args) -> VerbResult {
     let sources = Sources::of(&args.settings)?;
-    let state_dir = &sources.state_dir;
     if args.sigkills {
-        let found = ledger::<SigkillEntry>(args, state_dir, "the SIGKILL ledger", |entry| &entry.wall)?;
-        return print_ledger(args, &found, listing::sigkills, &format!("no SIGKILLs in {}", state_dir.display()));
+        let (found, place) = ledger::<SigkillEntry>(args, &sources, "the SIGKILL ledger", |entry| &entry.wall)?;
+        return print_ledger(args, &found, listing::sigkills, &format!("no SIGKILLs in {place}"));
     }
     if args.kills {
-        let found = ledger::<KillLine>(args, state_dir, "the kill ledger", KillLine::wall)?;
-        return print_ledger(args, &found, kills_listing::table, &format!("no OOM kills in {}", state_dir.display()));
+        let (found, place) = ledger::<KillLine>(args, &sources, "the kill ledger", KillLine::wall)?;
+        return print_ledger(args, &found, kills_listing::table, &format!("no OOM kills in {place}"));
     }
     let in_files = |dir: &Path| Ok((in_files(args, dir)?, dir.display().to_string()));
     let (found, place) = sources.read(in_files, |agent| Ok((of_agent(args, agent)?, agent.place())))?;
@@ -123,20 +122,29 @@ fn of_agent(args: &Args, agent: &AgentClient) -> anyhow::Result<Vec<Incident>> {
     Ok(found)
 }
 
-/// The entries of a ledger that are wanted, newest first. `wall` is when one happened.
+/// The entries of a ledger that are wanted, newest first, and where they are from. `wall` is when one happened.
 fn ledger<E: LedgerEntry>(
     args: &Args,
-    state_dir: &Path,
+    sources: &Sources,
     name: &str,
     wall: impl Fn(&E) -> &str,
-) -> anyhow::Result<Vec<E>> {
-    let ledger = ledger::read::<E>(state_dir).map_err(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied => anyhow!(
-            "failed to read {name} in {}: {error} (try sudo; the agent's socket has incidents only)",
-            state_dir.display()
-        ),
-        _ => unreadable(error, state_dir),
-    })?;
+) -> anyhow::Result<(Vec<E>, String)> {
+    let in_files = |dir: &Path| {
+        let failed = || format!("failed to read {name} in {}", dir.display());
+        Ok((ledger::read::<E>(dir).with_context(failed)?, dir.display().to_string()))
+    };
+    let of_agent = |agent: &AgentClient| {
+        let (ledger, more) =
+            agent.ledger::<E>().with_context(|| format!("failed to read {name} of {}", agent.place()))?;
+        if more {
+            note(&format!(
+                "the agent gives the newest {} lines of {name}; root can list older ones",
+                ledger.entries.len()
+            ));
+        }
+        Ok((ledger, agent.place()))
+    };
+    let (ledger, place) = sources.read(in_files, of_agent)?;
     if ledger.bad_lines > 0 {
         note(&format!("{} of {name} cannot be read", units::count(ledger.bad_lines, "line", "lines")));
     }
@@ -146,7 +154,7 @@ fn ledger<E: LedgerEntry>(
     // UTC with all its digits sorts as text; the sort keeps the order of what happened at once.
     found.reverse();
     found.sort_by(|a, b| wall(b).cmp(wall(a)));
-    Ok(found)
+    Ok((found, place))
 }
 
 fn print_ledger<E: LedgerEntry>(args: &Args, found: &[E], table: fn(&[E]) -> String, none: &str) -> VerbResult {

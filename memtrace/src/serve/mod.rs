@@ -48,7 +48,9 @@ const MAX_LISTED: usize = 1000;
 
 /// A body that is larger is made at most once in a while and shared.
 const LARGE_BYTES: usize = 256 << 10;
-/// The same for a snapshot: processes and cgroups.
+/// Bytes of a ledger that are served: its newest lines.
+pub const MAX_LEDGER_BYTES: u64 = 4 << 20;
+/// The same as [`LARGE_BYTES`] for a snapshot: processes and cgroups.
 const LARGE_ROWS: usize = 1000;
 
 /// The incidents on disk, read only.
@@ -59,6 +61,10 @@ pub trait IncidentSource: Send + Sync + 'static {
     fn incident(&self, id: &str) -> Result<Option<String>, String>;
     /// The newest incidents, at most `most`, without `timeline` and `allocation_paths`.
     fn newest(&self, most: usize) -> Result<Vec<Incident>, String>;
+    /// The newest lines of the kill ledger, oldest first, at most `most` bytes.
+    fn kills(&self, most: u64) -> Result<Vec<u8>, String>;
+    /// The same of the SIGKILL ledger.
+    fn sigkills(&self, most: u64) -> Result<Vec<u8>, String>;
 }
 
 /// Everything /metrics shows, at one moment.
@@ -275,6 +281,7 @@ impl AppState {
 }
 
 const JSON: &str = "application/json";
+const JSON_LINES: &str = "application/jsonl";
 
 /// A body without the room that it grew into, which the budget of bodies does not count.
 fn fitted(body: Vec<u8>) -> Bytes {
@@ -303,6 +310,8 @@ fn router(state: AppState, door: Door) -> Router {
         .route("/metrics", get(metrics_text))
         .route("/api/incidents", get(incidents))
         .route("/api/incidents/{id}", get(incident))
+        .route("/api/kills", get(kills))
+        .route("/api/sigkills", get(sigkills))
         .route("/api/processes", get(processes))
         .route("/api/cgroups", get(cgroups))
         .layer(guard)
@@ -362,6 +371,16 @@ async fn incidents(State(state): State<AppState>, Query(query): Query<IncidentQu
 async fn incident(State(state): State<AppState>, UrlPath(id): UrlPath<String>) -> Result<Response, Refusal> {
     let text = state.read(move |source| source.incident(&id)).await?;
     state.answer(JSON, fitted(text.ok_or(Refusal::NoSuchIncident)?.into_bytes()))
+}
+
+async fn kills(State(state): State<AppState>) -> Result<Response, Refusal> {
+    let lines = state.read(|source| source.kills(MAX_LEDGER_BYTES)).await?;
+    state.answer(JSON_LINES, fitted(lines))
+}
+
+async fn sigkills(State(state): State<AppState>) -> Result<Response, Refusal> {
+    let lines = state.read(|source| source.sigkills(MAX_LEDGER_BYTES)).await?;
+    state.answer(JSON_LINES, fitted(lines))
 }
 
 /// A plain page: the newest incidents, each linked to its JSON.

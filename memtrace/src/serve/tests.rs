@@ -41,6 +41,14 @@ impl IncidentSource for Counting {
     fn newest(&self, _: usize) -> Result<Vec<Incident>, String> {
         Ok(Vec::new())
     }
+
+    fn kills(&self, most: u64) -> Result<Vec<u8>, String> {
+        Ok(format!("kills {most}").into_bytes())
+    }
+
+    fn sigkills(&self, _: u64) -> Result<Vec<u8>, String> {
+        Err("no ledger".to_owned())
+    }
 }
 
 /// A server with a loop behind it that has so many processes, and what that loop was asked.
@@ -153,6 +161,8 @@ fn lists_are_limited_and_read_one_at_a_time_and_readiness_is_a_ping() {
     for (path, end) in [
         ("/api/incidents", "\r\n\r\n200"),
         ("/api/incidents?limit=3", "\r\n\r\n3"),
+        ("/api/kills", "\r\n\r\nkills 4194304"),
+        ("/api/sigkills", "\r\n\r\nno ledger"),
         ("/api/incidents?limit=0", "\r\n\r\n0"),
         ("/api/incidents?limit=100000", "\r\n\r\n1000"),
     ] {

@@ -162,7 +162,7 @@ impl IncidentStore {
     }
 
     /// The directory.
-    pub(super) fn dir(&self) -> &Path {
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 

@@ -131,6 +131,28 @@ pub struct LedgerLines<E> {
     pub bad_lines: u64,
 }
 
+impl<E: LedgerEntry> LedgerLines<E> {
+    /// The entries in the bytes of a ledger.
+    pub fn parse(bytes: &[u8]) -> Self {
+        let mut ledger = Self { entries: Vec::new(), bad_lines: 0 };
+        // Nothing fails that reads from memory.
+        let _ = ledger.take(bytes);
+        ledger
+    }
+
+    fn take(&mut self, mut lines: impl BufRead) -> io::Result<()> {
+        let mut line = Vec::new();
+        while lines.read_until(b'\n', &mut line)? > 0 {
+            match serde_json::from_slice(&line) {
+                Ok(entry) => self.entries.push(entry),
+                Err(_) => self.bad_lines += 1,
+            }
+            line.clear();
+        }
+        Ok(())
+    }
+}
+
 impl<E: LedgerEntry> Ledger<E> {
     /// Opens the ledger in `dir`, creating it. A last line that a crash left incomplete is removed.
     pub fn open(dir: &Path) -> io::Result<Self> {
@@ -271,9 +293,42 @@ pub fn read<E: LedgerEntry>(dir: &Path) -> io::Result<LedgerLines<E>> {
 }
 
 /// The same, with something that happens between the first file and the second.
-fn read_with<E: LedgerEntry>(dir: &Path, mut between: impl FnMut()) -> io::Result<LedgerLines<E>> {
+fn read_with<E: LedgerEntry>(dir: &Path, between: impl FnMut()) -> io::Result<LedgerLines<E>> {
+    let mut ledger = LedgerLines { entries: Vec::new(), bad_lines: 0 };
+    for file in files::<E>(dir, between)?.into_iter().flatten() {
+        ledger.take(BufReader::new(file.take(E::MAX_BYTES.saturating_mul(2))))?;
+    }
+    Ok(ledger)
+}
+
+/// The newest lines of the ledger as they stand in its files, oldest first, at most `most` bytes of them.
+pub fn newest_lines<E: LedgerEntry>(dir: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let (mut parts, mut left) = (Vec::new(), most);
+    for mut file in files::<E>(dir, || {})?.into_iter().rev().flatten() {
+        let bytes = whole_lines(&mut file)?;
+        let mut begin = bytes.saturating_sub(left);
+        // The line feed before it, to see whether a line begins there.
+        file.seek(SeekFrom::Start(begin.saturating_sub(1)))?;
+        let mut lines = BufReader::new(file.take(bytes - begin.saturating_sub(1)));
+        if begin > 0 {
+            begin = begin - 1 + lines.skip_until(b'\n')? as u64;
+        }
+        let mut part = Vec::with_capacity(usize::try_from(bytes - begin).unwrap_or(0));
+        lines.read_to_end(&mut part)?;
+        left = left.saturating_sub(part.len() as u64);
+        parts.push(part);
+        if begin > 0 {
+            break;
+        }
+    }
+    parts.reverse();
+    Ok(if parts.len() == 1 { parts.remove(0) } else { parts.concat() })
+}
+
+/// The older file and the one that is appended to, both of one moment. `between` happens after the first is opened.
+fn files<E: LedgerEntry>(dir: &Path, mut between: impl FnMut()) -> io::Result<[Option<File>; 2]> {
     let mut tries = 0;
-    let files = loop {
+    loop {
         let before = open_if_there(dir, E::FILE_BEFORE)?;
         between();
         let file = open_if_there(dir, E::FILE)?;
@@ -281,22 +336,9 @@ fn read_with<E: LedgerEntry>(dir: &Path, mut between: impl FnMut()) -> io::Resul
         // A rotation changes the older file first. If it is the same still, both are of one moment.
         let is_same = identity(before.as_ref())? == identity(open_if_there(dir, E::FILE_BEFORE)?.as_ref())?;
         if is_same || tries >= MAX_READS {
-            break [before, file];
-        }
-    };
-    let mut ledger = LedgerLines { entries: Vec::new(), bad_lines: 0 };
-    for file in files.into_iter().flatten() {
-        let mut lines = BufReader::new(file.take(E::MAX_BYTES.saturating_mul(2)));
-        let mut line = Vec::new();
-        while lines.read_until(b'\n', &mut line)? > 0 {
-            match serde_json::from_slice(&line) {
-                Ok(entry) => ledger.entries.push(entry),
-                Err(_) => ledger.bad_lines += 1,
-            }
-            line.clear();
+            return Ok([before, file]);
         }
     }
-    Ok(ledger)
 }
 
 fn open_if_there(dir: &Path, name: &str) -> io::Result<Option<File>> {

@@ -49,6 +49,38 @@ fn pids(dir: &Path) -> Vec<u32> {
 }
 
 #[test]
+fn the_newest_lines_are_whole_ones_of_both_files() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(newest_lines::<KillLine>(dir.path(), 100).unwrap(), b"");
+    let mut kills = Kills::open(dir.path()).unwrap();
+    let line = lines(&[kill(1)]).unwrap().len() as u64;
+    kills.max_bytes = line * 2;
+    for pid in 1..=3 {
+        kills.append(&[kill(pid)]).unwrap();
+    }
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(dir.path().join(KillLine::FILE))
+        .unwrap()
+        .write_all(b"{torn")
+        .unwrap();
+    for (most, newest) in [
+        (0, &[][..]),
+        (line - 1, &[]),
+        (line, &[3]),
+        (line + 1, &[3]),
+        (line * 2, &[2, 3]),
+        (line * 3 - 1, &[2, 3]),
+        (line * 3, &[1, 2, 3]),
+        (u64::MAX, &[1, 2, 3]),
+    ] {
+        let found = LedgerLines::<KillLine>::parse(&newest_lines::<KillLine>(dir.path(), most).unwrap());
+        let pids: Vec<u32> = found.entries.iter().map(|kill| kill.key().1).collect();
+        assert_eq!((&*pids, found.bad_lines), (newest, 0), "{most} bytes");
+    }
+}
+
+#[test]
 fn appends_over_restarts_each_ledger_its_own() {
     let dir = tempfile::tempdir().unwrap();
     assert_eq!(read::<KillLine>(dir.path()).unwrap(), LedgerLines { entries: Vec::new(), bad_lines: 0 });
