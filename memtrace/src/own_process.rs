@@ -47,10 +47,10 @@ pub fn trim_memory() {
 }
 
 /// Has this thread go before others (CAP_SYS_NICE). `niceness` is negative.
-fn raise_priority(niceness: i32) {
+fn raise_priority(thread: &str, niceness: i32) {
     // On Linux this is of the thread alone (kernel/sys.c, setpriority).
     if let Err(error) = setpriority_process(None, niceness) {
-        warn!("programs that keep the CPUs busy can make the agent late ({error}); give CAP_SYS_NICE");
+        warn!("programs that keep the CPUs busy can make the thread {thread} late ({error}); give CAP_SYS_NICE");
     }
 }
 

@@ -113,6 +113,12 @@ impl EndedWorkload {
         u32::try_from(json::number(self.one(event)?, "/child")?).context("not a process id")
     }
 
+    /// It ended by itself, with 0.
+    pub fn succeeded(&self) -> anyhow::Result<()> {
+        ensure!(self.status.success(), "the workload ended with {}", self.status);
+        Ok(())
+    }
+
     /// Fails unless it was killed by SIGKILL.
     pub fn was_killed(&self) -> anyhow::Result<()> {
         let code = process::shell_code(self.status);

@@ -1,8 +1,11 @@
-//! The thread that waits for the disk: it writes incident files, deletes old ones, and syncs the ledger of kills.
+//! The threads between the recorder and the disk: the packer makes incidents the bytes of their files, the storer writes
+//! those, deletes old ones, and syncs the ledger of kills.
 //!
-//! The recorder hands over and goes on. What it hands over is bounded: beyond [`MAX_WAITING`] incidents or
-//! [`MAX_WAITING_BYTES`] the oldest is given up, counted and logged. While many wait, they are packed to the bytes of
-//! their files, which take a tenth: a storm of kills is over before a disk has written it.
+//! The recorder hands over and goes on. Packing needs a CPU and writing a disk: by two threads, neither waits for the
+//! other, and what waits for a slow disk is packed, which takes a tenth of the memory. What waits is bounded
+//! ([`queue`]); what does not fit is given up, counted and logged.
+
+mod queue;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -14,27 +17,18 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context;
-use memtrace_incident::{Incident, Kind, codec};
+use memtrace_incident::{Incident, Kind};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
-use crate::own_process::rights::STORER;
+use self::queue::{PackedIncident, Waiting};
+use crate::own_process::rights::{PACKER, STORER};
 use crate::store::incidents::IncidentStore;
-use crate::store::retention::{self, DeletedFiles, Retention};
-use crate::symbolize::frame_names::{ModuleName, UnnamedFrames};
+use crate::store::retention::{DeletedFiles, Retention};
+use crate::symbolize::frame_names::ModuleName;
 
-/// Incidents that wait to be saved; beyond it the oldest is given up. A storm of kills closes hundreds at once.
-const MAX_WAITING: usize = 1024;
-/// What they may take, bytes as [`bytes_of`] estimates. One is always kept.
-const MAX_WAITING_BYTES: usize = 32 << 20;
-/// Incidents as the recorder hands them over, beyond which they are packed before others are written.
-const MAX_WHOLE: usize = 8;
-/// Incidents that are packed one after another while some are ready to be written.
-const MAX_PACKED_IN_TURN: usize = 16;
 /// Saved incidents that the recorder has not taken yet; beyond it the oldest gets no names.
 const MAX_SAVED: usize = 256;
-/// Modules of one incident whose files are asked for.
-const MAX_MODULES: usize = 1024;
 /// Files that were written again and not looked at yet; beyond it one is looked at with the next review.
 const MAX_REWRITTEN: usize = 256;
 /// Files that wait to be synced: those of a rotation at once, and more only while the disk is very slow.
@@ -47,18 +41,18 @@ const RETRY_MOST: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct SavedIncident {
     pub(super) path: PathBuf,
-    /// Modules that have its unnamed frames. Cap: [`MAX_MODULES`].
+    /// Modules that have its unnamed frames. Cap: [`queue::MAX_MODULES`].
     pub(super) modules: Vec<ModuleName>,
 }
 
-/// What the thread has done so far.
+/// What the threads have done so far.
 #[derive(Clone, Debug, Default)]
 pub(super) struct StoreCounts {
     /// Incidents saved, by kind.
     pub(super) saved: BTreeMap<Kind, u64>,
     /// Saves that failed, and syncs of the ledger.
     pub(super) write_failures: u64,
-    /// Incidents that were not written, because too many waited.
+    /// Incidents that were not written, because too many waited or because one could not be packed.
     pub(super) given_up: u64,
     /// Incident files deleted for size or age.
     pub(super) dropped: u64,
@@ -66,7 +60,7 @@ pub(super) struct StoreCounts {
     pub(super) not_named: u64,
 }
 
-/// Hands incidents to the thread.
+/// Hands incidents to the threads.
 pub(super) struct Storer(Arc<Shared>);
 
 struct Shared {
@@ -75,21 +69,14 @@ struct Shared {
     changed: Condvar,
     /// For the recorder: something was saved.
     saved: Arc<Notify>,
-    /// Incidents that wait or are being written; the recorder reads it without the lock, which a thread can hold that
-    /// has no CPU.
+    /// Incidents that wait or are being packed or written; the recorder reads it without the lock, which a thread can
+    /// hold that has no CPU.
     unsaved: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
-    /// Closed incidents that are not written yet, oldest first. Cap of these and `packed`: [`MAX_WAITING`].
-    whole: VecDeque<Box<Incident>>,
-    /// The same as the bytes of their files, older ones and those that could not be written.
-    packed: VecDeque<PackedIncident>,
-    /// Incidents that were packed since one was written. Cap: [`MAX_PACKED_IN_TURN`].
-    packed_in_turn: usize,
-    /// What `whole` and `packed` take, bytes. Cap: [`MAX_WAITING_BYTES`].
-    waiting_bytes: usize,
+    waiting: Waiting,
     /// Saving fails: when it is tried again.
     retry: Option<Retry>,
     /// Ledgers that were written to, and their directory after a rotation. Cap: [`MAX_UNSYNCED`].
@@ -100,12 +87,14 @@ struct State {
     rewritten: VecDeque<String>,
     /// Old files are to be deleted.
     review: bool,
-    /// The thread is at work on something.
+    /// The storer is at work on something.
     busy: bool,
-    /// Id of the incident that is being packed or written.
-    in_hand: Option<String>,
-    /// Saves that are tried at once, whether saving fails or not: the agent stops.
-    at_once: usize,
+    /// Id of the incident that is being packed.
+    in_packing: Option<String>,
+    /// Id of the incident that is being written.
+    in_writing: Option<String>,
+    /// The agent stops: what waits is tried at once, whether saving fails or not.
+    finishing: bool,
     end: bool,
     /// Cap: [`MAX_SAVED`].
     saved: VecDeque<SavedIncident>,
@@ -119,48 +108,17 @@ struct Retry {
     pause: Duration,
 }
 
-/// What the thread does next.
+/// What the storer does next.
 enum Job {
     Sync(File),
     Rewritten(String),
     Review,
-    Pack(Box<Incident>),
     Save(PackedIncident),
     End,
 }
 
-/// An incident as the bytes of its file, and what is still to be known of it when it is written.
-struct PackedIncident {
-    id: String,
-    kind: Kind,
-    cgroup: String,
-    /// Modules that have its unnamed frames. Cap: [`MAX_MODULES`].
-    modules: Vec<ModuleName>,
-    file: Vec<u8>,
-}
-
-impl PackedIncident {
-    fn of(incident: &Incident) -> io::Result<Self> {
-        let unnamed = UnnamedFrames::of(incident).0.into_iter();
-        Ok(Self {
-            id: incident.id.clone(),
-            kind: incident.kind,
-            cgroup: retention::name(&incident.cgroup),
-            modules: unnamed.map(|(module, _)| module).take(MAX_MODULES).collect(),
-            file: codec::encode(incident)?,
-        })
-    }
-
-    /// What it takes, bytes.
-    fn bytes(&self) -> usize {
-        const MODULE: usize = 200;
-        const REST: usize = 500;
-        self.file.len() + self.modules.len() * MODULE + REST
-    }
-}
-
 impl Storer {
-    /// Starts the thread. `retention` is of the same store.
+    /// Starts the threads. `retention` is of the same store.
     pub(super) fn start(store: IncidentStore, retention: Retention) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
@@ -169,11 +127,18 @@ impl Storer {
             unsaved: AtomicU64::new(0),
         });
         let files = Files { store, retention, shared: Arc::clone(&shared) };
-        let run = move || {
+        let store = move || {
             STORER.enter();
             files.run();
         };
-        thread::Builder::new().name(STORER.thread.to_owned()).spawn(run).context("failed to start a thread")?;
+        let packed = Arc::clone(&shared);
+        let pack = move || {
+            PACKER.enter();
+            packed.pack();
+        };
+        let failed = "failed to start a thread";
+        thread::Builder::new().name(STORER.thread.to_owned()).spawn(store).context(failed)?;
+        thread::Builder::new().name(PACKER.thread.to_owned()).spawn(pack).context(failed)?;
         Ok(Self(shared))
     }
 
@@ -185,14 +150,10 @@ impl Storer {
     /// Queues an incident to be saved.
     pub(super) fn save(&self, incident: Box<Incident>) {
         let mut state = self.0.state();
-        let bytes = bytes_of(&incident);
-        while (state.waiting() >= MAX_WAITING || state.waiting_bytes.saturating_add(bytes) > MAX_WAITING_BYTES)
-            && let Some(oldest) = state.take_oldest()
-        {
+        for id in state.waiting.put(incident) {
             state.counts.given_up = state.counts.given_up.saturating_add(1);
-            error!(id = %oldest, "gave up saving an incident: {} others wait", state.waiting());
+            error!(%id, "gave up saving an incident: {} others wait", state.waiting.len());
         }
-        state.put_whole(incident);
         self.0.count(&state);
         self.0.changed.notify_all();
     }
@@ -244,22 +205,26 @@ impl Storer {
     /// saved after that, or after `limit`.
     pub(super) fn finish(&self, limit: Duration) -> Vec<String> {
         let mut state = self.0.state();
-        state.at_once = state.waiting() + usize::from(state.in_hand.is_some());
+        state.waiting.retry_failed();
+        state.finishing = true;
         self.0.changed.notify_all();
-        let unfinished = |state: &mut State| state.busy || state.at_once > 0 || state.has_more();
-        let (state, waited) =
-            self.0.changed.wait_timeout_while(state, limit, unfinished).unwrap_or_else(PoisonError::into_inner);
+        let (mut state, waited) = self
+            .0
+            .changed
+            .wait_timeout_while(state, limit, |state| state.is_at_work())
+            .unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() && state.busy {
             error!("the disk did not answer for {limit:?}");
         }
-        let packed = state.packed.iter().map(|packed| &packed.id);
-        let whole = state.whole.iter().map(|incident| &incident.id);
-        state.in_hand.iter().chain(packed).chain(whole).cloned().collect()
+        state.finishing = false;
+        self.0.changed.notify_all();
+        let in_hand = [&state.in_packing, &state.in_writing].into_iter().flatten();
+        in_hand.chain(state.waiting.ids()).cloned().collect()
     }
 }
 
 impl Drop for Storer {
-    /// Ends the thread, without waiting for it: a disk may never answer.
+    /// Ends the threads, without waiting for it: a disk may never answer.
     fn drop(&mut self) {
         self.0.state().end = true;
         self.0.changed.notify_all();
@@ -273,14 +238,42 @@ impl Shared {
 
     /// Counts what is not saved.
     fn count(&self, state: &State) {
-        let in_hand = usize::from(state.in_hand.is_some());
-        self.unsaved.store((state.waiting() + in_hand) as u64, Ordering::Release);
+        let in_hand = [&state.in_packing, &state.in_writing].into_iter().flatten().count();
+        self.unsaved.store((state.waiting.len() + in_hand) as u64, Ordering::Release);
     }
 
-    /// Waits for something to do. What is short comes first.
+    /// Packs what is handed over, until the end.
+    fn pack(&self) {
+        let mut state = self.state();
+        loop {
+            let Some(incident) = state.waiting.take_whole() else {
+                if state.end {
+                    return;
+                }
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            state.in_packing = Some(incident.id.clone());
+            drop(state);
+            let packed = PackedIncident::of(&incident);
+            state = self.state();
+            state.in_packing = None;
+            match packed {
+                Ok(packed) => state.waiting.put_packed(packed),
+                Err(error) => {
+                    state.counts.given_up = state.counts.given_up.saturating_add(1);
+                    error!(id = %incident.id, "gave up saving an incident, which cannot be encoded: {error}");
+                }
+            }
+            self.count(&state);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for something that the storer is to do.
     fn next(&self) -> Job {
         let mut state = self.state();
-        (state.busy, state.in_hand) = (false, None);
+        (state.busy, state.in_writing) = (false, None);
         self.count(&state);
         self.changed.notify_all();
         loop {
@@ -288,79 +281,34 @@ impl Shared {
                 state.busy = true;
                 return job;
             }
-            let pause = state.retry.filter(|_| state.waiting() > 0);
-            let pause = pause.map_or(Duration::MAX, |retry| retry.at.saturating_duration_since(Instant::now()));
-            let waited = self.changed.wait_timeout(state, pause.min(RETRY_MOST));
+            let retry = state.retry.filter(|_| !state.finishing && state.waiting.has_packed(true));
+            let pause = retry.map_or(RETRY_MOST, |retry| retry.at.saturating_duration_since(Instant::now()));
+            let waited = self.changed.wait_timeout(state, pause);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
 
 impl State {
-    /// Whether there is something to do besides incidents that wait for the next try.
-    fn has_more(&self) -> bool {
-        !self.unsynced.is_empty() || self.review || !self.rewritten.is_empty()
-    }
-
-    /// Incidents that wait.
-    fn waiting(&self) -> usize {
-        self.whole.len() + self.packed.len()
-    }
-
-    fn put_whole(&mut self, incident: Box<Incident>) {
-        self.waiting_bytes = self.waiting_bytes.saturating_add(bytes_of(&incident));
-        self.whole.push_back(incident);
-    }
-
-    fn take_whole(&mut self) -> Option<Box<Incident>> {
-        let incident = self.whole.pop_front()?;
-        self.waiting_bytes = self.waiting_bytes.saturating_sub(bytes_of(&incident));
-        Some(incident)
-    }
-
-    fn put_packed(&mut self, incident: PackedIncident) {
-        self.waiting_bytes = self.waiting_bytes.saturating_add(incident.bytes());
-        self.packed.push_back(incident);
-    }
-
-    fn take_packed(&mut self) -> Option<PackedIncident> {
-        let incident = self.packed.pop_front()?;
-        self.waiting_bytes = self.waiting_bytes.saturating_sub(incident.bytes());
-        Some(incident)
-    }
-
-    /// Takes out the oldest incident. Returns its id.
-    fn take_oldest(&mut self) -> Option<String> {
-        self.take_packed().map(|packed| packed.id).or_else(|| self.take_whole().map(|incident| incident.id))
-    }
-
-    /// Whether to pack before anything is written.
-    fn packs_first(&self) -> bool {
-        self.whole.len() > MAX_WHOLE && self.packed_in_turn < MAX_PACKED_IN_TURN
+    /// Whether there is more to do than to wait for the next try of what failed.
+    fn is_at_work(&mut self) -> bool {
+        let more = !self.unsynced.is_empty() || self.review || !self.rewritten.is_empty();
+        self.busy || more || self.in_packing.is_some() || self.waiting.has_untried()
     }
 
     fn take_job(&mut self) -> Option<Job> {
-        let due = self.at_once > 0 || self.retry.is_none_or(|retry| Instant::now() >= retry.at);
-        let save_first = std::mem::take(&mut self.synced) && due && self.waiting() > 0;
+        let due = self.finishing || self.retry.is_none_or(|retry| Instant::now() >= retry.at);
+        // While the agent stops, what failed is not tried again.
+        let or_failed = !self.finishing;
+        let save_first = std::mem::take(&mut self.synced) && due && self.waiting.has_packed(or_failed);
         if !save_first && let Some(file) = self.unsynced.pop_front() {
             self.synced = true;
             return Some(Job::Sync(file));
         }
-        if due
-            && !self.packs_first()
-            && let Some(incident) = self.take_packed()
-        {
-            self.at_once = self.at_once.saturating_sub(1);
-            self.packed_in_turn = 0;
-            self.in_hand = Some(incident.id.clone());
+        if due && let Some(incident) = self.waiting.take_packed(or_failed) {
+            self.in_writing = Some(incident.id.clone());
             return Some(Job::Save(incident));
         }
-        if let Some(incident) = self.take_whole() {
-            self.packed_in_turn = self.packed_in_turn.saturating_add(1);
-            self.in_hand = Some(incident.id.clone());
-            return Some(Job::Pack(incident));
-        }
-        self.at_once = 0;
         if let Some(id) = self.rewritten.pop_front() {
             return Some(Job::Rewritten(id));
         }
@@ -371,7 +319,7 @@ impl State {
     }
 }
 
-/// What the thread owns.
+/// What the storer owns.
 struct Files {
     store: IncidentStore,
     retention: Retention,
@@ -397,22 +345,8 @@ impl Files {
                     let deleted = self.retention.review(SystemTime::now());
                     self.report_deleted(deleted);
                 }
-                Job::Pack(incident) => self.pack(&incident),
                 Job::Save(incident) => self.save(incident),
                 Job::End => return,
-            }
-        }
-    }
-
-    fn pack(&self, incident: &Incident) {
-        let packed = PackedIncident::of(incident);
-        let mut state = self.shared.state();
-        state.in_hand = None;
-        match packed {
-            Ok(packed) => state.put_packed(packed),
-            Err(error) => {
-                state.counts.given_up = state.counts.given_up.saturating_add(1);
-                error!(id = %incident.id, "gave up saving an incident, which cannot be encoded: {error}");
             }
         }
     }
@@ -423,7 +357,8 @@ impl Files {
                 info!(id = %incident.id, file = %path.display(), "saved an incident");
                 let PackedIncident { id, kind, cgroup, modules, .. } = incident;
                 let mut state = self.shared.state();
-                state.retry = None;
+                (state.retry, state.in_writing) = (None, None);
+                self.shared.count(&state);
                 let count = state.counts.saved.entry(kind).or_default();
                 *count = count.saturating_add(1);
                 if state.saved.len() >= MAX_SAVED
@@ -443,9 +378,8 @@ impl Files {
                 let pause = state.retry.map_or(RETRY_FIRST, |retry| (retry.pause * 2).min(RETRY_MOST));
                 state.retry = Some(Retry { at: Instant::now() + pause, pause });
                 error!(id = %incident.id, "failed to save an incident: {error}; next try in {pause:?}");
-                // Others go first: what is wrong may be wrong with this one only.
-                state.in_hand = None;
-                state.put_packed(incident);
+                state.in_writing = None;
+                state.waiting.put_failed(incident);
             }
         }
     }
@@ -468,16 +402,6 @@ impl Files {
             Err(error) => error!("failed to delete old incidents: {error}"),
         }
     }
-}
-
-/// What an incident takes, bytes: an estimate by what there can be much of.
-fn bytes_of(incident: &Incident) -> usize {
-    const POINT: usize = 160;
-    const FRAME: usize = 160;
-    const ROW: usize = 400;
-    let frames = incident.allocation_paths.iter().map(|path| path.frames.len()).sum::<usize>();
-    let rows = incident.allocation_paths.len() + incident.growth.len() + incident.mappings.len();
-    incident.timeline.columns.boot_ns.len() * POINT + frames * FRAME + rows * ROW + ROW
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use memtrace_incident::fixtures;
 
+use super::queue::{MAX_WAITING, MAX_WAITING_BYTES, bytes_of};
 use super::*;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -12,12 +13,32 @@ fn storer(dir: &Path, most_bytes: u64) -> Storer {
     Storer::start(store, retention).unwrap()
 }
 
+/// One with an id of its own, up to 1 << 20.
 fn incident(n: usize) -> Box<Incident> {
     let mut incident = fixtures::burst();
-    let last = char::from_digit(u32::try_from(n % 10).unwrap(), 10).unwrap();
-    incident.id.pop();
-    incident.id.push(last);
+    incident.id.truncate(21);
+    incident.id.push_str(&format!("{n:05}"));
     Box::new(incident)
+}
+
+/// The same with a curve that takes a third of a MiB.
+fn large(n: usize) -> Box<Incident> {
+    let mut incident = incident(n);
+    incident.timeline.columns.boot_ns = vec![1; 2000];
+    incident
+}
+
+fn ids(store: &Path) -> Vec<String> {
+    IncidentStore::at(store).list().unwrap().into_iter().map(|file| file.id).collect()
+}
+
+/// Waits until nothing is left to be packed.
+fn until_packed(storer: &Storer) {
+    let deadline = Instant::now() + LIMIT;
+    while storer.0.state().waiting.has_whole() || storer.0.state().in_packing.is_some() {
+        assert!(Instant::now() < deadline, "not packed");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
@@ -83,8 +104,8 @@ fn a_ledger_is_synced_and_old_files_are_deleted() {
 fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() {
     let file = || tempfile::tempfile().unwrap();
     let mut state = State::default();
-    state.put_packed(PackedIncident::of(&incident(1)).unwrap());
-    state.put_packed(PackedIncident::of(&incident(2)).unwrap());
+    state.waiting.put_packed(PackedIncident::of(&incident(1)).unwrap());
+    state.waiting.put_packed(PackedIncident::of(&incident(2)).unwrap());
     let mut jobs = Vec::new();
     for _ in 0..4 {
         state.unsynced.push_back(file());
@@ -95,32 +116,7 @@ fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() 
         });
     }
     assert_eq!(jobs, ["sync", "save", "sync", "save"]);
-    assert_eq!((state.waiting(), state.waiting_bytes), (0, 0));
-}
-
-#[test]
-fn while_many_wait_they_are_packed_and_some_are_written() {
-    let mut state = State::default();
-    for n in 0..60 {
-        state.put_whole(incident(n));
-    }
-    let (mut packed, mut runs) = (0, Vec::new());
-    while let Some(job) = state.take_job() {
-        match job {
-            Job::Pack(incident) => {
-                state.put_packed(PackedIncident::of(&incident).unwrap());
-                packed += 1;
-            }
-            Job::Save(_) => runs.push(std::mem::take(&mut packed)),
-            _ => panic!("neither was asked for"),
-        }
-    }
-    // 16 in turn, then 4 until 8 are left; those are packed when nothing else is to be written.
-    assert_eq!(runs.iter().sum::<usize>(), 60);
-    assert_eq!(runs.get(..4), Some([16, 16, 16, 4].as_slice()));
-    assert!(runs.get(4..52).is_some_and(|runs| runs.iter().all(|packed| *packed == 0)), "{runs:?}");
-    assert!(runs.get(52..).is_some_and(|runs| runs.iter().all(|packed| *packed == 1)), "{runs:?}");
-    assert_eq!((state.waiting(), state.waiting_bytes), (0, 0));
+    assert_eq!(state.waiting.len(), 0);
 }
 
 #[test]
@@ -129,17 +125,48 @@ fn a_disk_that_is_away_costs_no_incident_of_a_storm() {
     let state = dir.path().join("state");
     let storer = storer(&state, 1 << 30);
     std::fs::remove_dir_all(&state).unwrap();
-    let count = 2 * MAX_WAITING_BYTES / bytes_of(&incident(0));
-    let count = count.min(MAX_WAITING - 1);
+    let count = 2 * MAX_WAITING_BYTES / bytes_of(&large(0));
+    assert!((150..MAX_WAITING).contains(&count), "{count}");
     for n in 0..count {
-        storer.save(incident(n));
-        let deadline = Instant::now() + LIMIT;
-        while storer.0.state().whole.len() > MAX_WHOLE && Instant::now() < deadline {
-            thread::yield_now();
+        storer.sync([tempfile::tempfile().unwrap()]);
+        storer.save(large(n));
+        if n % 20 == 0 {
+            until_packed(&storer);
         }
     }
     assert_eq!((storer.counts().given_up, storer.waiting()), (0, count as u64));
     std::fs::create_dir(&state).unwrap();
     assert!(storer.finish(LIMIT).is_empty());
-    assert_eq!(storer.counts().saved.values().sum::<u64>(), count as u64);
+    assert_eq!((ids(&state).len(), storer.counts().saved.values().sum::<u64>()), (count, count as u64));
+}
+
+#[test]
+fn one_that_cannot_be_saved_keeps_no_other_from_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let storer = storer(dir.path(), 1 << 30);
+    let bad = incident(7);
+    std::fs::create_dir_all(dir.path().join(format!("{}.memtrace/x", bad.id))).unwrap();
+    for n in [7, 1, 2, 3, 4, 5] {
+        storer.save(incident(n));
+    }
+    assert_eq!(storer.finish(LIMIT), [bad.id]);
+    assert_eq!((ids(dir.path()).len(), storer.waiting()), (5, 1));
+}
+
+#[test]
+fn what_is_packed_does_not_go_for_what_is_not() {
+    let mut waiting = Waiting::default();
+    let whole = bytes_of(&large(0));
+    let fit = MAX_WAITING_BYTES / whole;
+    for n in 0..100 {
+        waiting.put_packed(PackedIncident::of(&incident(n)).unwrap());
+    }
+    let given_up: Vec<String> = (100..100 + 3 * fit).flat_map(|n| waiting.put(large(n))).collect();
+    // Oldest first, and of the packed ones none after the others take half of the room.
+    assert!(given_up.len() >= 2 * fit && given_up.iter().all(|id| *id >= incident(100).id), "{}", given_up.len());
+    assert!(waiting.ids().any(|id| *id == incident(0).id));
+    let before = waiting.len();
+    while waiting.take_whole().is_some() {}
+    while waiting.take_packed(true).is_some() {}
+    assert_eq!(waiting, Waiting::default(), "{before} were there, and are not counted any more");
 }

@@ -72,8 +72,8 @@ pub const CAPABILITIES: [Capability; 14] = [
         bit: CapabilitySet::SYS_NICE,
         name: "SYS_NICE",
         need: CapabilityNeed::Optional,
-        used_for: "the recorder and the storer go before others (niceness -20, -10), set once at the start",
-        lost: "programs that keep the CPUs busy can make the agent late, and its rings run over",
+        used_for: "the recorder, the packer and the storer go before others (niceness -20 and -10), set once at the start",
+        lost: "programs that keep the CPUs busy can make the agent late, its rings run over, and incidents be given up",
     },
     Capability {
         bit: CapabilitySet::SYS_PTRACE,

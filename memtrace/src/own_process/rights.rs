@@ -2,7 +2,7 @@
 //!
 //! Capabilities and filters belong to a thread, and a thread or process that is started takes those of
 //! the thread that starts it. So the recorder gives up what none of its threads and processes needs
-//! before it starts them, and each gives up more when it begins; the two that are started earlier, for
+//! before it starts them, and each gives up more when it begins; those that are started earlier, for
 //! the log and the disk, give up everything themselves. Two sets
 //! matter: what a thread can use (permitted), which bounds the processes that it starts, and what it
 //! uses now (effective). The recorder starts the stack worker and the process that names functions, so
@@ -43,7 +43,7 @@ pub struct ThreadRights {
 
 /// Of the thread that everything waits for: 87 times the share of an ordinary one.
 const FIRST: i32 = -20;
-/// Of the thread that takes over from it: 9 times.
+/// Of the threads that take over from it: 9 times.
 const EARLY: i32 = -10;
 
 /// Every thread has it: memory that is taken while the agent's is locked counts against
@@ -126,6 +126,15 @@ pub const STORER: ThreadRights = ThreadRights {
     filter: Filter::Agent,
     niceness: EARLY,
 };
+/// Needs a CPU for what the storer writes.
+pub const PACKER: ThreadRights = ThreadRights {
+    thread: "packer",
+    does: "the packer: incidents as the bytes of their files",
+    permitted: LOCK,
+    effective: LOCK,
+    filter: Filter::Agent,
+    niceness: EARLY,
+};
 /// Writes the log.
 pub const LOG: ThreadRights = ThreadRights {
     thread: "log",
@@ -137,7 +146,7 @@ pub const LOG: ThreadRights = ThreadRights {
 };
 
 /// Every thread of an agent that has started.
-pub const THREADS: [ThreadRights; 8] = [RECORDER, STORER, LOG, NAMING, KEEPER, ASKER, SERVER, INCIDENTS];
+pub const THREADS: [ThreadRights; 9] = [RECORDER, PACKER, STORER, LOG, NAMING, KEEPER, ASKER, SERVER, INCIDENTS];
 
 impl ThreadRights {
     /// Gives up everything else, for good, in the calling thread. What cannot be given up is logged:
@@ -153,7 +162,7 @@ impl ThreadRights {
     pub fn keep_capabilities(&self) {
         match self.niceness {
             0.. => super::lower_priority(),
-            niceness => super::raise_priority(niceness),
+            niceness => super::raise_priority(self.thread, niceness),
         }
         if let Err(error) = self.drop_capabilities() {
             warn!("the thread {} keeps capabilities that it does not need: {error}", self.thread);

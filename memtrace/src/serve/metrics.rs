@@ -149,7 +149,7 @@ static METRICS: &[Metric] = &[
     ),
     Metric::counter(
         "incidents_given_up",
-        "Incidents that were never written, because too many waited",
+        "Incidents that were never written, because too many waited or one could not be encoded",
         Value::One(|now| now.counters.given_up),
     ),
     Metric::counter(

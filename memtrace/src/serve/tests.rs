@@ -162,7 +162,7 @@ fn lists_are_limited_and_read_one_at_a_time_and_readiness_is_a_ping() {
         ("/api/incidents", "\r\n\r\n200"),
         ("/api/incidents?limit=3", "\r\n\r\n3"),
         ("/api/kills", "\r\n\r\nkills 4194304"),
-        ("/api/sigkills", "\r\n\r\nno ledger"),
+        ("/api/sigkills", "\r\n\r\nno ledger\n"),
         ("/api/incidents?limit=0", "\r\n\r\n0"),
         ("/api/incidents?limit=100000", "\r\n\r\n1000"),
     ] {

@@ -126,9 +126,9 @@ fn silent_files(yard: &Yard) -> anyhow::Result<()> {
     on_own_files(yard, &[])
 }
 
-/// Code of a file system that takes its time, but less than is waited for.
+/// Code of a file system that takes its time: for one reading a little less than is waited for.
 fn slow_files(yard: &Yard) -> anyhow::Result<()> {
-    on_own_files(yard, &["--answer-ms", "700"])
+    on_own_files(yard, &["--answer-ms", "150"])
 }
 
 fn on_own_files(yard: &Yard, more: &[&str]) -> anyhow::Result<()> {
@@ -151,7 +151,7 @@ fn open_dir(yard: &Yard) -> anyhow::Result<TempDir> {
     Ok(dir)
 }
 
-/// Code that whoever opens it waits for.
+/// Code that whoever opens it waits for, unless he asks not to.
 fn leases(yard: &Yard) -> anyhow::Result<()> {
     let dir = open_dir(yard)?;
     run_as_nobody(yard, &["leased", "--dir", &dir.path().display().to_string(), "--ms", "15000"])
@@ -162,21 +162,21 @@ fn locked_spaces(yard: &Yard) -> anyhow::Result<()> {
     run_as_nobody(yard, &["locked", "--mappings", "30000", "--ms", "15000"])
 }
 
-/// A list of mounts of a megabyte.
+/// A list of mounts of more than a megabyte.
 fn mounts(yard: &Yard) -> anyhow::Result<()> {
     let dir = tempfile::tempdir_in(&yard.dir)?;
     let dir = dir.path().display().to_string();
-    Actor::start(None, &["mounts", "--dir", &dir, "--count", "2000", "--ms", "15000"])?.finish()?;
-    Ok(())
+    Actor::start(None, &["mounts", "--dir", &dir, "--count", "4000", "--ms", "15000"])?.finish()?.succeeded()
 }
 
 /// Victims with frames in code whose debug information grows without end.
 fn debug_bombs(yard: &Yard) -> anyhow::Result<()> {
-    let (dir, cage) = (open_dir(yard)?, Cage::new("soak-bomb", 24 * MIB)?);
+    let (dir, cage) = (tempfile::tempdir_in(&yard.dir)?, Cage::new("soak-bomb", 24 * MIB)?);
     let mut command = cage.command(&yard.workload)?;
     command.args(["debug-bomb", "--mib", "64", "--dir"]).arg(dir.path());
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    process::wait_at_most(&mut child, LIMIT)?;
+    let status = process::wait_at_most(&mut child, LIMIT)?;
+    ensure!(process::shell_code(status) == 137, "the victim ended with {status}");
     // its functions are looked for in the file
     yard.rest(ROUND);
     cage.remove()
@@ -193,7 +193,9 @@ fn cgroups(yard: &Yard) -> anyhow::Result<()> {
         made.push(parent.child(&format!("c{n}"))?);
     }
     let prefix = format!("{}/c", parent.dir().display());
-    Actor::start(None, &["wander", "--prefix", &prefix, "--from", "0", "--to", &made.len().to_string()])?.finish()?;
+    Actor::start(None, &["wander", "--prefix", &prefix, "--from", "0", "--to", &made.len().to_string()])?
+        .finish()?
+        .succeeded()?;
     drop(made);
     parent.remove()
 }

@@ -112,7 +112,7 @@ pub(crate) fn locked(mappings: usize, time: Duration) -> anyhow::Result<()> {
     })
 }
 
-/// Takes memory beside so many mounts that their list has megabytes.
+/// Takes memory beside so many mounts that their list has megabytes, with code of the last of them.
 pub(crate) fn mounts(dir: &Path, count: usize, time: Duration) -> anyhow::Result<()> {
     raw::own_mount_namespace()?;
     for n in 0..count {
@@ -120,7 +120,7 @@ pub(crate) fn mounts(dir: &Path, count: usize, time: Duration) -> anyhow::Result
         std::fs::create_dir_all(&on)?;
         mount("many", &on, "tmpfs", MountFlags::empty(), None).context("failed to mount a tmpfs")?;
     }
-    let program = dir.join(format!("{:0>200}/elf", 0));
+    let program = dir.join(format!("{:0>200}/elf", count - 1));
     write_elf(&program)?;
     raw::map_code(&File::open(&program)?, 4096)?;
     take_and_touch(time, |_| Ok(()))
@@ -134,7 +134,7 @@ pub(crate) fn debug_bomb(dir: &Path, mib: usize) -> anyhow::Result<()> {
     let (content, at) = elf_bomb::file(id, BOMB_BYTES, TOUCH)?;
     let path = dir.join(format!("bomb-{}", std::process::id()));
     std::fs::write(&path, content)?;
-    let code = raw::code_in(&File::open(&path)?, at)?;
+    let code = raw::code_in(&File::open(&path)?, at, TOUCH.len())?;
     let mut memory = MmapOptions::new().len(mib << 20).map_anon().context("failed to map memory")?;
     for step in memory.chunks_mut(STEP_BYTES) {
         let pages = step.as_mut_ptr_range();

@@ -43,11 +43,11 @@ fn map_file(file: &File, bytes: usize) -> anyhow::Result<*mut libc::c_void> {
 }
 
 /// Maps the beginning of a file as code, for as long as this process lives, and returns the function of which it has
-/// the code at `at`: it takes the beginning and the end of what it touches.
-pub(crate) fn code_in(file: &File, at: usize) -> anyhow::Result<extern "C" fn(*mut u8, *const u8)> {
-    ensure!(at < CODE_BYTES, "no code at {at}");
+/// the code, `bytes` at `at`: it takes the beginning and the end of what it touches.
+pub(crate) fn code_in(file: &File, at: usize, bytes: usize) -> anyhow::Result<extern "C" fn(*mut u8, *const u8)> {
+    ensure!(at + bytes <= CODE_BYTES && (at + bytes) as u64 <= file.metadata()?.len(), "no code at {at}");
     let mapped = map_file(file, CODE_BYTES)?;
-    // SAFETY: within the mapping; the caller wrote the code.
+    // SAFETY: within the mapping and the file, which the caller wrote and does not make shorter.
     Ok(unsafe { std::mem::transmute::<*mut libc::c_void, extern "C" fn(*mut u8, *const u8)>(mapped.byte_add(at)) })
 }
 
@@ -62,7 +62,7 @@ pub(crate) fn lease(file: &File) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes mappings of a page each, for as long as this process lives.
+/// Makes so many mappings of a page each, and as many between them, for as long as this process lives.
 pub(crate) fn many_mappings(count: usize) -> anyhow::Result<()> {
     let page = rustix::param::page_size();
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

@@ -89,12 +89,15 @@ fn serve(mut device: File, silent: &Path, slow: Option<Duration>) {
         else {
             continue;
         };
-        if silent.exists() {
-            let Some(slow) = slow else { continue };
-            std::thread::sleep(slow);
+        let is_silent = silent.exists();
+        if is_silent && slow.is_none() {
+            continue;
         }
         let (operation, unique, node) = (number(header, 4, 4), number(header, 8, 8), number(header, 16, 8));
         let Some((error, answer)) = answer(operation, node, body) else { continue };
+        if let Some(slow) = slow.filter(|_| is_silent) {
+            std::thread::sleep(slow);
+        }
         let length = 16 + answer.len();
         let mut reply = u32::try_from(length).unwrap_or(0).to_le_bytes().to_vec();
         reply.extend((-error).to_le_bytes());
