@@ -220,6 +220,45 @@ fn a_head_is_bounded_in_bytes_and_time() {
 }
 
 #[test]
+fn requests_that_are_none_and_bodies_without_end_cost_their_own_connection_only() {
+    let trial = trial(ServerLimits { exchange_time: Duration::from_secs(2), ..ServerLimits::default() }, 0, true);
+    for (request, status) in [
+        ("POST /api/incidents HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n", 405),
+        ("DELETE /api/incidents/latest HTTP/1.1\r\nHost: localhost\r\n", 405),
+        ("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n", 404),
+        ("CONNECT localhost:22 HTTP/1.1\r\nHost: localhost:22\r\n", 400),
+        ("GET /api/incidents/%00 HTTP/1.1\r\nHost: localhost\r\n", 404),
+        ("GET /api/incidents/..%2f..%2fetc%2fpasswd HTTP/1.1\r\nHost: localhost\r\n", 404),
+        ("GET /api/incidents/%ff HTTP/1.1\r\nHost: localhost\r\n", 400),
+        ("GET /api/incidents HTTP/9.9\r\nHost: localhost\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n", 400),
+        ("\0\u{1}\u{ff}\r\n", 400),
+    ] {
+        let answer = trial.exchange(&format!("{request}Connection: close\r\n\r\n"));
+        let answered = answer.split(' ').nth(1).unwrap_or_default();
+        assert!(answered == status.to_string(), "{request}: {answer}");
+    }
+    // Bodies are not read: what is sent on is neither kept nor answered.
+    for length in ["Content-Length: 100000000000", "Transfer-Encoding: chunked"] {
+        let mut stream = trial.connect();
+        stream.set_write_timeout(Some(LONG)).unwrap();
+        write!(stream, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n").unwrap();
+        let mut sent = 0_usize;
+        while sent < 1 << 30 && stream.write_all(&[b'1'; 1 << 16]).is_ok() {
+            sent += 1 << 16;
+        }
+        assert!(sent < 64 << 20, "{length}: {sent} bytes were taken");
+    }
+    // Thousands of requests in a row whose answers nobody reads.
+    let mut deaf = trial.connect();
+    deaf.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    let many = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(20_000);
+    let _ = deaf.write_all(many.as_bytes());
+    assert!(trial.get("/healthz").ends_with("ok\n"));
+    assert!(trial.get_local("/api/kills").contains("kills"));
+}
+
+#[test]
 fn who_opens_many_connections_keeps_nobody_out() {
     let trial = trial(ServerLimits { connections: 4, head_time: LONG * 2, ..ServerLimits::default() }, 0, true);
     let mut many: Vec<TcpStream> = (0..40).map(|_| trial.connect()).collect();
