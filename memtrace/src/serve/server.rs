@@ -124,14 +124,15 @@ pub(super) fn count(counter: &AtomicU64) {
 
 /// Starts the server on a thread of its own. It ends with the process.
 ///
-/// Fails when the thread cannot be started.
+/// Fails when the thread or its runtime cannot be started.
 pub fn start(listeners: Listeners, state: AppState) -> anyhow::Result<()> {
+    // Before the thread gives up its rights: the first runtime of a process makes a pair of sockets, for signals.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("failed to start the runtime of the HTTP server")?;
     let serve = move || {
-        SERVER.enter();
         // It starts no threads: what blocks is elsewhere.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let served = runtime.and_then(|runtime| runtime.block_on(run(listeners, state)));
-        if let Err(error) = served {
+        SERVER.enter();
+        if let Err(error) = runtime.block_on(run(listeners, state)) {
             error!("the HTTP server stopped: {error}");
         }
     };

@@ -226,7 +226,7 @@ fn requests_that_are_none_and_bodies_without_end_cost_their_own_connection_only(
         ("POST /api/incidents HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n", 405),
         ("DELETE /api/incidents/latest HTTP/1.1\r\nHost: localhost\r\n", 405),
         ("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n", 404),
-        ("CONNECT localhost:22 HTTP/1.1\r\nHost: localhost:22\r\n", 400),
+        ("CONNECT localhost:22 HTTP/1.1\r\nHost: localhost:22\r\n", 404),
         ("GET /api/incidents/%00 HTTP/1.1\r\nHost: localhost\r\n", 404),
         ("GET /api/incidents/..%2f..%2fetc%2fpasswd HTTP/1.1\r\nHost: localhost\r\n", 404),
         ("GET /api/incidents/%ff HTTP/1.1\r\nHost: localhost\r\n", 400),
