@@ -12,6 +12,7 @@ use anyhow::{Context, ensure};
 use memtrace_tests::agent::{Agent, AgentOptions, free_port};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::deadline::Deadline;
+use memtrace_tests::disk::TinyDisk;
 use memtrace_tests::json;
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
@@ -198,36 +199,16 @@ fn until_one_waits(agent: &Agent) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A tmpfs of 256 KiB; unmounted when dropped.
-struct TinyDisk(tempfile::TempDir);
-
-impl TinyDisk {
-    fn mount() -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount(c"tmpfs", dir.path(), c"tmpfs", flags, Some(c"size=256k,mode=0700"))
-            .context("failed to mount a tiny tmpfs")?;
-        Ok(Self(dir))
-    }
-}
-
-impl Drop for TinyDisk {
-    fn drop(&mut self) {
-        // a busy mount goes away with its last user
-        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
 #[test]
 fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    let disk = TinyDisk::mount()?;
+    let disk = TinyDisk::mount(256)?;
     let mut options = AgentOptions::below(dir.path());
-    options.state_dir = disk.0.path().to_owned();
+    options.state_dir = disk.path().to_owned();
     let mut agent = options.start()?;
     // fill what the agent's own files leave to the last byte
-    let filler = disk.0.path().join("filler");
+    let filler = disk.path().join("filler");
     let _full = std::fs::write(&filler, vec![0u8; 256 << 10]);
     let without_room = oom_kill("full")?;
     until_one_waits(&agent)?;
@@ -254,7 +235,7 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
     let mut agent = options.start()?;
     let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, at_the_end))?;
     ensure!(has(&listed, at_the_end), "the last incident is lost; the next agent said:\n{}", agent.stderr());
-    let kills = std::fs::read_to_string(disk.0.path().join("kills.jsonl"))?;
+    let kills = std::fs::read_to_string(disk.path().join("kills.jsonl"))?;
     // Other tests kill at the same time.
     let ours = format!("/memtrace-tests-{}-", std::process::id());
     for label in ["full", "room", "end"] {
@@ -263,7 +244,7 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
         ensure!(count == 1, "{count} lines of the kill in {label}, the ledger has\n{kills}");
     }
     agent.stop()?;
-    let half: Vec<_> = std::fs::read_dir(disk.0.path())?
+    let half: Vec<_> = std::fs::read_dir(disk.path())?
         .filter_map(Result::ok)
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .filter(|name| name.contains("tmp") || name.contains("partial"))
