@@ -1,13 +1,15 @@
 //! Files whose pages go through the page cache: on a disk, or the disk itself where no file system
-//! is on one.
+//! is on one. And a disk so small that it is soon full.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use rustix::fs::FsWord;
-use tempfile::NamedTempFile;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use tempfile::{NamedTempFile, TempDir};
 
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` (include/uapi/linux/magic.h). Pages of these cannot be dropped
 /// from memory.
@@ -59,6 +61,33 @@ pub fn readable(mib: usize) -> anyhow::Result<Readable> {
 /// Drops clean pages of a file, so that the next reader is charged for them.
 fn drop_cached(file: &File) -> anyhow::Result<()> {
     rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).context("failed to drop a file from the cache")
+}
+
+/// A small tmpfs, unmounted when dropped.
+#[derive(Debug)]
+pub struct TinyDisk(TempDir);
+
+impl TinyDisk {
+    /// Mounts one of so many KiB.
+    pub fn mount(kib: usize) -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir().context("failed to make a directory to mount on")?;
+        let options = CString::new(format!("size={kib}k,mode=0700"))?;
+        mount(c"tmpfs", dir.path(), c"tmpfs", MountFlags::empty(), Some(options.as_c_str()))
+            .context("failed to mount a tiny tmpfs")?;
+        Ok(Self(dir))
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for TinyDisk {
+    fn drop(&mut self) {
+        // a busy mount goes away with its last user
+        let _ = unmount(self.0.path(), UnmountFlags::DETACH);
+    }
 }
 
 /// A new file, already unlinked, that lives as long as it is open.

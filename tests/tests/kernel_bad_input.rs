@@ -9,12 +9,15 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use memtrace_tests::agent::{Agent, AgentOptions, free_port};
+use memtrace_tests::agent::{Agent, AgentOptions, free_port, successful};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::deadline::Deadline;
+use memtrace_tests::disk::TinyDisk;
 use memtrace_tests::json;
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
+use memtrace_tests::random::SeededRandom;
+use memtrace_tests::sample;
 use serde_json::Value;
 
 /// Runs an agent that must end by itself, soon and without a panic.
@@ -198,36 +201,16 @@ fn until_one_waits(agent: &Agent) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A tmpfs of 256 KiB; unmounted when dropped.
-struct TinyDisk(tempfile::TempDir);
-
-impl TinyDisk {
-    fn mount() -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount(c"tmpfs", dir.path(), c"tmpfs", flags, Some(c"size=256k,mode=0700"))
-            .context("failed to mount a tiny tmpfs")?;
-        Ok(Self(dir))
-    }
-}
-
-impl Drop for TinyDisk {
-    fn drop(&mut self) {
-        // a busy mount goes away with its last user
-        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
 #[test]
 fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later() -> anyhow::Result<()> {
     require_root()?;
     let dir = tempfile::tempdir()?;
-    let disk = TinyDisk::mount()?;
+    let disk = TinyDisk::mount(256)?;
     let mut options = AgentOptions::below(dir.path());
-    options.state_dir = disk.0.path().to_owned();
+    options.state_dir = disk.path().to_owned();
     let mut agent = options.start()?;
     // fill what the agent's own files leave to the last byte
-    let filler = disk.0.path().join("filler");
+    let filler = disk.path().join("filler");
     let _full = std::fs::write(&filler, vec![0u8; 256 << 10]);
     let without_room = oom_kill("full")?;
     until_one_waits(&agent)?;
@@ -254,7 +237,7 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
     let mut agent = options.start()?;
     let listed = options.incidents_when(Duration::from_secs(30), |listed| has(listed, at_the_end))?;
     ensure!(has(&listed, at_the_end), "the last incident is lost; the next agent said:\n{}", agent.stderr());
-    let kills = std::fs::read_to_string(disk.0.path().join("kills.jsonl"))?;
+    let kills = std::fs::read_to_string(disk.path().join("kills.jsonl"))?;
     // Other tests kill at the same time.
     let ours = format!("/memtrace-tests-{}-", std::process::id());
     for label in ["full", "room", "end"] {
@@ -263,12 +246,114 @@ fn a_full_state_directory_is_counted_and_what_it_had_no_room_for_is_saved_later(
         ensure!(count == 1, "{count} lines of the kill in {label}, the ledger has\n{kills}");
     }
     agent.stop()?;
-    let half: Vec<_> = std::fs::read_dir(disk.0.path())?
+    let half: Vec<_> = std::fs::read_dir(disk.path())?
         .filter_map(Result::ok)
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .filter(|name| name.contains("tmp") || name.contains("partial"))
         .collect();
     ensure!(half.is_empty(), "half-written files were left: {half:?}");
+    Ok(())
+}
+
+/// Fills a state directory with what no agent leaves there.
+fn litter_state(dir: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir(dir)?;
+    let incident = |last: char| dir.join(format!("01J0000000000000000000000{last}.memtrace"));
+    std::fs::create_dir(incident('1'))?;
+    rustix::fs::mkfifoat(rustix::fs::CWD, incident('2'), 0o600.into())?;
+    std::os::unix::fs::symlink("/dev/zero", incident('3'))?;
+    let mut future = sample::incident();
+    future["schema"] = 1_000_000.into();
+    std::fs::write(incident('4'), zstd::encode_all(future.to_string().as_bytes(), 3)?)?;
+    for (seed, name) in [(1, "kills.jsonl"), (2, "sigkills.jsonl")] {
+        std::fs::write(dir.join(name), random_bytes(seed))?;
+    }
+    Ok(())
+}
+
+/// Fills a journal directory with segments that no agent has written.
+fn litter_journal(dir: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir(dir)?;
+    let segment = |number: u64| dir.join(format!("journal-{number:020}.mtj"));
+    std::fs::write(segment(1), random_bytes(3))?;
+    std::fs::write(segment(2), [b"MTJR\x01\0\0\0".to_vec(), random_bytes(4)].concat())?;
+    std::fs::create_dir(segment(3))?;
+    rustix::fs::mkfifoat(rustix::fs::CWD, segment(4), 0o600.into())?;
+    std::fs::write(segment(u64::MAX), b"MTJR\x01\0\0\0")?;
+    Ok(())
+}
+
+fn random_bytes(seed: u64) -> Vec<u8> {
+    let mut random = SeededRandom::new(seed);
+    (0..1000).flat_map(|_| random.next_u64().to_le_bytes()).collect()
+}
+
+#[test]
+fn what_is_in_the_state_directory_already() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let options = AgentOptions::below(dir.path());
+    litter_state(&options.state_dir)?;
+    litter_journal(&options.journal_dir)?;
+    let mut killed = Vec::new();
+    // the second start finds what the first has moved aside
+    for label in ["litter", "again"] {
+        let mut agent = options.start()?;
+        killed.push(oom_kill(label)?);
+        until_listed(&agent, &killed).with_context(|| label)?;
+        let kills = String::from_utf8_lossy(&std::fs::read(options.state_dir.join("kills.jsonl"))?).into_owned();
+        let ours = format!("/memtrace-tests-{}-", std::process::id());
+        let lines = kills.lines().filter(|line| line.contains(&ours) && line.contains(&format!("-{label}\","))).count();
+        ensure!(lines == 1, "{label}: {lines} lines in the ledger");
+        for path in ["/", "/api/incidents", "/healthz", "/metrics"] {
+            let (status, body) = agent.get(path)?;
+            ensure!(status == 200, "{label}: GET {path}: {status} {body}");
+        }
+        let lost = agent.metric("memtrace_journal_write_failures_total")?;
+        ensure!(lost == Some(0.0), "{label}: {lost:?} frames of the journal were not written");
+        for ledger in ["--kills", "--sigkills"] {
+            let mut command = programs::memtrace_command()?;
+            command.args(["incidents", ledger, "--state-dir"]).arg(&options.state_dir);
+            successful(command)?;
+        }
+        agent.kill_9()?;
+        // the next start recovers the incident, and finds something else under its name
+        let listed = options.incidents()?;
+        let newest = listed.iter().find(|incident| has(std::slice::from_ref(incident), killed[killed.len() - 1]));
+        let id = json::text(newest.context("the incident is gone")?, "/id")?;
+        let file = options.state_dir.join(format!("{id}.memtrace"));
+        std::fs::remove_file(&file)?;
+        match label {
+            "litter" => rustix::fs::mkfifoat(rustix::fs::CWD, &file, 0o600.into())?,
+            _ => std::os::unix::fs::symlink("/dev/zero", &file)?,
+        }
+    }
+    let mut agent = options.start()?;
+    until_listed(&agent, &killed).context("the last start")?;
+    agent.stop()?;
+    Ok(())
+}
+
+/// Waits until the incidents of all these cgroups are listed.
+fn until_listed(agent: &Agent, cage_ids: &[u64]) -> anyhow::Result<()> {
+    let all = |listed: &[Value]| cage_ids.iter().all(|id| has(listed, *id));
+    let listed = agent.options().incidents_when(Duration::from_secs(60), all)?;
+    ensure!(all(&listed), "not saved: {listed:?}; it said:\n{}", agent.stderr());
+    Ok(())
+}
+
+#[test]
+fn a_state_directory_on_a_read_only_file_system_is_named() -> anyhow::Result<()> {
+    require_root()?;
+    let dir = tempfile::tempdir()?;
+    let disk = TinyDisk::mount(256)?;
+    rustix::mount::mount_remount(disk.path(), rustix::mount::MountFlags::RDONLY, c"")?;
+    for state_dir in [disk.path().to_owned(), disk.path().join("state")] {
+        let mut options = AgentOptions::below(dir.path());
+        options.state_dir.clone_from(&state_dir);
+        let (code, said) = ends(&options, free_port()?)?;
+        ensure!(code == 1 && said.contains(path(&state_dir)?), "ended with {code}:\n{said}");
+    }
     Ok(())
 }
 

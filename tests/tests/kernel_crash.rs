@@ -14,6 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, ensure};
 use memtrace_tests::agent::{Agent, AgentOptions, successful};
 use memtrace_tests::cage::Cage;
+use memtrace_tests::deadline::Deadline;
+use memtrace_tests::disk::TinyDisk;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::process::boot_ns;
@@ -280,6 +282,68 @@ fn a_torn_journal_is_said_and_read_as_far_as_it_goes() -> anyhow::Result<()> {
         ensure!(both(&listed), "{damage}: incidents lost or doubled: {:?}", count(&listed, &kills));
         agent.stop()?;
     }
+    Ok(())
+}
+
+/// Forks until the first segment of the journal is given up.
+fn fill_the_journal(options: &AgentOptions) -> anyhow::Result<()> {
+    let first = options.journal_dir.join("journal-00000000000000000001.mtj");
+    ensure!(first.exists(), "the journal does not begin with {}", first.display());
+    let deadline = Deadline::after(Duration::from_secs(300));
+    while first.exists() {
+        ensure!(!deadline.has_passed(), "the journal has given up nothing");
+        let mut command = std::process::Command::new(programs::path("workload")?);
+        command.args(["loop", "fork", "--ms", "500"]);
+        successful(command)?;
+    }
+    Ok(())
+}
+
+/// Waits until the ledger has so many kills of this program: then the journal has them too.
+fn until_recorded(options: &AgentOptions, agent: &Agent, kills: usize) -> anyhow::Result<()> {
+    let ours = format!("/memtrace-tests-{}-", std::process::id());
+    let deadline = Deadline::after(Duration::from_secs(60));
+    loop {
+        let text = std::fs::read_to_string(options.state_dir.join("kills.jsonl")).unwrap_or_default();
+        let found = text.lines().filter(|line| line.contains(&ours)).count();
+        if found >= kills {
+            return Ok(());
+        }
+        ensure!(!deadline.has_passed(), "{found} of {kills} kills in the ledger; it said:\n{}", agent.stderr());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_journal_that_fills_its_file_system_gives_up_its_oldest() -> anyhow::Result<()> {
+    require_root()?;
+    let _alone = ONE_AT_A_TIME.lock();
+    let dir = tempfile::tempdir()?;
+    let disk = TinyDisk::mount(3 << 10)?;
+    // no incident is finished before the agent is killed
+    let mut options = AgentOptions::below(dir.path()).with(&["--after", "10m"]);
+    disk.path().clone_into(&mut options.journal_dir);
+    let previous = disk.path().join("previous");
+    let mut agent = options.start()?;
+    let mut kills = Vec::new();
+    for round in 0..2 {
+        fill_the_journal(&options).with_context(|| format!("round {round}; it said:\n{}", agent.stderr()))?;
+        // what the run before has left goes first
+        let left = std::fs::read_dir(&previous).map_or(0, Iterator::count);
+        ensure!(left == 0, "round {round}: {left} segments of the run before are left");
+        let lost = agent.metric("memtrace_journal_write_failures_total")?;
+        ensure!(lost == Some(0.0), "round {round}: {lost:?} frames were not written");
+        kills.push(kill_one()?);
+        until_recorded(&options, &agent, kills.len())?;
+        let early = count(&options.incidents()?, &kills[round..]);
+        ensure!(early.values().all(|n| *n == 0), "round {round}: an incident is saved too early");
+        agent.kill_9()?;
+        agent = options.start().with_context(|| format!("round {round}: start with a full journal"))?;
+        let counts = count(&options.incidents()?, &kills);
+        ensure!(counts.values().all(|n| *n == 1), "round {round}: {counts:?}; it said:\n{}", agent.stderr());
+        say(format_args!("round {round}: {} segments of the run before", std::fs::read_dir(&previous)?.count()));
+    }
+    agent.stop()?;
     Ok(())
 }
 

@@ -17,9 +17,6 @@ use memtrace_engine::output::Output;
 use memtrace_engine::{Engine, Out};
 use memtrace_incident::{KillLine, Moment};
 
-/// Subdirectory of the journal's directory for the journal of the previous run.
-const PREVIOUS: &str = "previous";
-
 /// File in the journal's directory: the run stopped, and could not save everything.
 const UNSAVED: &str = "unsaved";
 
@@ -87,8 +84,7 @@ pub(super) fn recover(dir: &Path, sinks: &mut Sinks) -> anyhow::Result<Option<La
         );
     }
     remove_mark(dir);
-    journal::set_aside(dir, PREVIOUS)
-        .with_context(|| format!("failed to set the old journal in {} aside", dir.display()))?;
+    journal::set_aside(dir).with_context(|| format!("failed to set the old journal in {} aside", dir.display()))?;
     Ok(watched_until.map(|watched_until| LastRun { watched_until, stopped }))
 }
 

@@ -24,6 +24,13 @@ pub fn write(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     sync_dir(parent(&target))
 }
 
+/// As [`write`], in a directory of the agent's own: a link, device or pipe that has the name is replaced and not
+/// written to.
+pub fn write_own(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    put(path, bytes, Some(mode), true)?;
+    sync_dir(parent(path))
+}
+
 /// Replaces a regular file in one step, or makes it, without a sync: after a power failure it is the old one, the new
 /// one, or empty.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {

@@ -112,7 +112,7 @@ impl IncidentStore {
     /// As [`IncidentStore::save`], of the bytes of an incident's file.
     pub fn save_encoded(&self, id: &str, file: &[u8]) -> io::Result<PathBuf> {
         let path = self.path(id)?;
-        atomic::write(&path, file, Some(FILE_MODE))?;
+        atomic::write_own(&path, file, FILE_MODE)?;
         Ok(path)
     }
 

@@ -4,6 +4,8 @@
 //! `{u32 len, u32 crc32 of kind and payload, u8 kind, payload of len bytes}`. A frame that is cut off or fails its
 //! checksum ends its segment and is counted: a crash in the middle of a write costs the tail of one segment.
 
+use std::fs;
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
@@ -12,6 +14,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use memtrace_engine::input::{Fact, Input};
 
 mod reader;
+mod ring;
 mod writer;
 
 pub use reader::{JournalReader, JournalStats, OpenError};
@@ -27,6 +30,9 @@ pub const HEADER_BYTES: usize = 8;
 pub const FRAME_BYTES: usize = 9;
 /// Longest payload, bytes; a frame that claims more is torn.
 pub const MAX_PAYLOAD: usize = 1 << 20;
+
+/// Subdirectory of the journal's directory for the segments of the run before.
+const PREVIOUS: &str = "previous";
 
 /// Payload: a wire record, as the ring had it.
 const KIND_RECORD: u8 = 1;
@@ -219,24 +225,45 @@ fn sequence(name: &str) -> Option<u64> {
     (digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
-/// Moves the segments in `dir` to its subdirectory `name`, whose old content is deleted.
-pub fn set_aside(dir: &Path, name: &str) -> std::io::Result<()> {
-    let aside = dir.join(name);
-    match std::fs::remove_dir_all(&aside) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => std::fs::DirBuilder::new().mode(0o700).create(&aside)?,
-    }
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_name().to_str().is_some_and(|name| sequence(name).is_some()) {
-            std::fs::rename(entry.path(), aside.join(entry.file_name()))?;
-        }
-    }
-    Ok(())
-}
-
 fn file_name(sequence: u64) -> String {
     format!("journal-{sequence:020}.mtj")
+}
+
+/// Sequence numbers of the segments in `dir`, the oldest last.
+fn segments(dir: &Path) -> io::Result<Vec<u64>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        found.extend(entry?.file_name().to_str().and_then(sequence));
+    }
+    found.sort_unstable_by(|left, right| right.cmp(left));
+    Ok(found)
+}
+
+/// Whether a write failed because the file system, or the share of it that this user has, is full.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Moves the segments in `dir` to a subdirectory, `previous`, whose old content is deleted. They stay readable there
+/// until the next run starts, or needs the room.
+pub fn set_aside(dir: &Path) -> io::Result<()> {
+    let aside = dir.join(PREVIOUS);
+    match fs::remove_dir_all(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut segments = segments(dir)?;
+    while let Err(error) = fs::DirBuilder::new().mode(0o700).create(&aside) {
+        // On a full disk the oldest segment makes room for the directory.
+        match segments.pop().filter(|_| is_full(&error)) {
+            Some(oldest) => fs::remove_file(dir.join(file_name(oldest)))?,
+            None => return Err(error),
+        }
+    }
+    for sequence in segments {
+        fs::rename(dir.join(file_name(sequence)), aside.join(file_name(sequence)))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

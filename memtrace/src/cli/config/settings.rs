@@ -46,7 +46,8 @@ pub(in crate::cli) static SETTINGS: &[Setting] = &[
         key: "journal_size",
         flag: "journal-size",
         help: "Size of the journal",
-        note: "The journal of the previous run stays in previous/ until the next start and takes up to as much again.",
+        note: "The journal of the previous run stays in previous/ until the next start and takes up to as much again. On \
+               a full file system it goes first, then the oldest of this run.",
         default: Some("16M"),
         kind: SettingKind::Size {
             min: Least::Bytes(MIB),

@@ -35,6 +35,27 @@ fn what_is_saved_is_read_back() {
 }
 
 #[test]
+fn what_has_the_name_of_an_incident_is_replaced_and_nothing_is_written_through_it() {
+    let (dir, store) = store(0);
+    let incident = fixtures::burst();
+    let path = store.path(&incident.id).unwrap();
+    // Nobody reads from it: to open it for writing is to wait for ever.
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o600.into()).unwrap();
+    store.save(&incident).unwrap();
+    assert_eq!(store.list().unwrap().len(), 1);
+    fs::remove_file(&path).unwrap();
+    let precious = dir.path().join("precious");
+    fs::write(&precious, "x").unwrap();
+    std::os::unix::fs::symlink(&precious, &path).unwrap();
+    store.save(&incident).unwrap();
+    assert_eq!((store.list().unwrap().len(), fs::read(&precious).unwrap()), (1, b"x".to_vec()));
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert!(store.save(&incident).is_err());
+    assert_eq!(fs::read_dir(store.dir()).unwrap().count(), 1, "nothing half written is left");
+}
+
+#[test]
 fn an_unreadable_file_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.memtrace");

@@ -7,6 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod full;
+
 #[derive(Clone, Debug, PartialEq)]
 enum Owned {
     Record(Vec<u8>),

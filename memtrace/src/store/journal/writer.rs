@@ -1,30 +1,43 @@
-//! Writes the journal: whole frames, one segment after another, within a total size.
+//! Writes the journal: whole frames, one segment after another, within a total size and within the room that its file
+//! system has.
 
-use std::collections::VecDeque;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::{KIND_FACT, KIND_PREAMBLE, KIND_RECORD, MAGIC, VERSION, encode, file_name, sequence};
+use super::ring::Ring;
+use super::{KIND_FACT, KIND_PREAMBLE, KIND_RECORD, MAGIC, VERSION, encode, is_full};
 use memtrace_engine::input::{Fact, Input};
 
 /// Frames are written in pieces of about this size, bytes.
 const BUFFER_BYTES: usize = 64 << 10;
 
+/// Segments that the journal is divided into where the file system has less room than it may take: when the oldest is
+/// given up, an eighth of what fits is lost.
+const SEGMENTS_THAT_FIT: u64 = 8;
+/// Smallest of these, bytes: each begins with a preamble, and each is a file.
+const SMALLEST_SEGMENT_BYTES: u64 = 64 << 10;
+
 /// Appends inputs to the journal in a directory.
+///
+/// When the file system is full, the segments of the run before are given up, then the oldest of this one, until a
+/// write succeeds: the ring is as large as its file system lets it be, and grows again when there is room.
 ///
 /// Before each input: `if writer.rotate_needed() { writer.begin_segment(&engine.preamble(now))? }`. An error loses
 /// frames (see [`JournalWriter::lost`]) and closes the segment; nothing more is written until the next
 /// [`JournalWriter::flush`], so that a full disk costs one attempt a tick, and then a new segment begins.
 #[derive(Debug)]
 pub struct JournalWriter {
-    dir: PathBuf,
+    /// Size of a segment where there is room, bytes.
     segment_bytes: u64,
+    /// Size of the segments at present, bytes: `segment_bytes`, or less since the file system was full.
+    fitting_bytes: u64,
+    /// The file system was full since this segment began, or when it was to begin.
+    was_full: bool,
     total_bytes: u64,
     next: u64,
-    /// Closed segments, oldest first: sequence and bytes. Cap: `total_bytes`.
-    closed: VecDeque<(u64, u64)>,
+    ring: Ring,
     open: Option<Segment>,
     /// A write has failed: nothing is tried until the next flush.
     resting: bool,
@@ -47,23 +60,17 @@ struct Segment {
 
 impl JournalWriter {
     /// Creates `dir` if needed and continues after the segments in it. The directory never holds more than
-    /// `total_bytes` and one frame, in segments of about `segment_bytes`.
+    /// `total_bytes` and one frame, in segments of about `segment_bytes`, beside those that [`super::set_aside`] moved.
     pub fn open(dir: &Path, segment_bytes: u64, total_bytes: u64) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        let mut closed = Vec::new();
-        for entry in fs::read_dir(dir)? {
-            let entry = entry?;
-            if let Some(sequence) = entry.file_name().to_str().and_then(sequence) {
-                closed.push((sequence, entry.metadata()?.len()));
-            }
-        }
-        closed.sort_unstable();
+        let ring = Ring::open(dir)?;
         Ok(Self {
-            dir: dir.to_owned(),
             segment_bytes,
+            fitting_bytes: segment_bytes,
+            was_full: false,
             total_bytes: total_bytes.max(segment_bytes),
-            next: closed.last().map_or(1, |(sequence, _)| sequence.saturating_add(1)),
-            closed: closed.into(),
+            next: ring.newest().map_or(1, |sequence| sequence.saturating_add(1)),
+            ring,
             open: None,
             resting: false,
             lost: 0,
@@ -76,7 +83,7 @@ impl JournalWriter {
         match &self.open {
             None => !self.resting,
             // Otherwise a preamble larger than a segment would give every input a segment of its own.
-            Some(open) => open.size() >= self.segment_bytes.max(open.head.saturating_mul(2)),
+            Some(open) => open.size() >= self.fitting_bytes.max(open.head.saturating_mul(2)),
         }
     }
 
@@ -112,6 +119,7 @@ impl JournalWriter {
     /// Writes everything appended so far, and lets a failed writer try again.
     pub fn flush(&mut self) -> io::Result<()> {
         self.resting = false;
+        self.ring.renew();
         self.write_out()
     }
 
@@ -127,15 +135,16 @@ impl JournalWriter {
 
     /// Size of the journal, bytes: its files and the buffer.
     pub fn bytes(&self) -> u64 {
-        let closed: u64 = self.closed.iter().map(|(_, bytes)| bytes).sum();
-        closed.saturating_add(self.open.as_ref().map_or(0, Segment::size))
+        self.ring.bytes().saturating_add(self.open.as_ref().map_or(0, Segment::size))
     }
 
     fn begin(&mut self, preamble: &[Fact]) -> io::Result<()> {
+        if !std::mem::take(&mut self.was_full) {
+            self.fitting_bytes = self.fitting_bytes.saturating_mul(2).min(self.segment_bytes);
+        }
         self.make_room()?;
         let sequence = self.next;
-        let path = self.dir.join(file_name(sequence));
-        let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
+        let file = self.create(sequence)?;
         self.next = self.next.saturating_add(1);
         let mut buffer = Vec::with_capacity(BUFFER_BYTES);
         buffer.extend_from_slice(&MAGIC);
@@ -150,56 +159,84 @@ impl JournalWriter {
         // Written at once: a full disk is found here, and leaves no segment without a header.
         let written = self.write_out();
         if written.is_err() {
-            let _ = fs::remove_file(&path);
-            self.closed.retain(|(closed, _)| *closed != sequence);
+            self.ring.discard(sequence);
         }
         written
     }
 
     fn make_room(&mut self) -> io::Result<()> {
-        while self.bytes().saturating_add(self.segment_bytes) > self.total_bytes {
-            let Some((sequence, _)) = self.closed.front() else {
+        while self.bytes().saturating_add(self.fitting_bytes) > self.total_bytes {
+            if !self.ring.remove_oldest()? {
                 break;
-            };
-            match fs::remove_file(self.dir.join(file_name(*sequence))) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => self.closed.pop_front(),
-            };
+            }
         }
         Ok(())
+    }
+
+    /// Creates the file of a segment. Where files are scarce, an old one is given up for it.
+    fn create(&mut self, sequence: u64) -> io::Result<File> {
+        let path = self.ring.path(sequence);
+        loop {
+            match OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path) {
+                Err(error) if is_full(&error) && self.give_up_oldest() => {}
+                created => return created,
+            }
+        }
     }
 
     fn close(&mut self) -> io::Result<()> {
         let written = self.write_out();
         if let Some(open) = self.open.take() {
-            self.closed.push_back((open.sequence, open.written));
+            self.ring.push(open.sequence, open.written);
         }
         written
     }
 
     fn write_out(&mut self) -> io::Result<()> {
-        let Some(open) = &mut self.open else {
-            return Ok(());
-        };
-        if let Err(error) = open.file.write_all(&open.buffer) {
+        loop {
+            let Some(open) = &mut self.open else {
+                return Ok(());
+            };
+            let Err(error) = open.write() else {
+                return Ok(());
+            };
             // Keep whole frames only: remove what a short write left.
-            let _ = open.file.set_len(open.written);
-            self.lost = self.lost.saturating_add(open.buffered_frames);
-            self.closed.push_back((open.sequence, open.written));
-            self.open = None;
+            let is_whole = open.file.set_len(open.written).is_ok();
+            if is_whole && is_full(&error) && self.give_up_oldest() {
+                continue;
+            }
+            if let Some(open) = self.open.take() {
+                self.lost = self.lost.saturating_add(open.buffered_frames);
+                self.ring.push(open.sequence, open.written);
+            }
             self.resting = true;
             return Err(error);
         }
-        open.written = open.size();
-        open.buffer.clear();
-        open.buffered_frames = 0;
-        Ok(())
+    }
+
+    /// The file system is full: gives up the oldest file; false when that is not possible. What fits is divided into
+    /// segments anew, so that the next to go is a small part of it.
+    fn give_up_oldest(&mut self) -> bool {
+        if !std::mem::replace(&mut self.was_full, true) {
+            let fitting = (self.bytes() / SEGMENTS_THAT_FIT).max(SMALLEST_SEGMENT_BYTES);
+            self.fitting_bytes = fitting.min(self.segment_bytes);
+        }
+        self.ring.give_up_oldest()
     }
 }
 
 impl Segment {
     fn size(&self) -> u64 {
         self.written.saturating_add(self.buffer.len() as u64)
+    }
+
+    /// Writes the buffer to the file. After an error a part of it may be there, and all of it is still in the buffer.
+    fn write(&mut self) -> io::Result<()> {
+        self.file.write_all(&self.buffer)?;
+        self.written = self.size();
+        self.buffer.clear();
+        self.buffered_frames = 0;
+        Ok(())
     }
 }
 
