@@ -4,12 +4,15 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::agent::{AgentOptions, successful};
-use memtrace_tests::cage::Cage;
+use memtrace_tests::cage::{Cage, Version};
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
+use memtrace_tests::figures::not_run_here;
 use memtrace_tests::json;
 use memtrace_tests::programs::{self, require_root};
 use memtrace_tests::trial::Trial;
@@ -20,6 +23,8 @@ use serde_json::Value;
 const LIMIT: u64 = 16 * MIB;
 /// Levels of cgroups, one inside the other.
 const LEVELS: usize = 20;
+/// How long it may take until a cgroup is reported that waits for memory.
+const STUCK_LIMIT: Duration = Duration::from_secs(60);
 /// Bytes of a long name; the kernel takes 255.
 const LONG: usize = 240;
 
@@ -131,6 +136,52 @@ fn kills_in_cgroups_of_any_name_are_reported_with_path_and_limit_and_reach_no_te
     trial.end()?;
     before.remove()?;
     after.remove()
+}
+
+/// A program of any name that does nothing while the agent starts is followed all the same.
+#[test]
+fn a_process_and_a_cgroup_whose_names_are_not_text_are_found_at_the_start() -> anyhow::Result<()> {
+    require_root()?;
+    let (dir, top) = (tempfile::tempdir()?, Cage::unlimited("found")?);
+    let cage = top.child_bytes(b"cgroup\xff", "cgroup\\xff")?;
+    let program = dir.path().join(OsStr::from_bytes(b"name\xff\x1b"));
+    fs::copy(programs::path("workload")?, &program)?;
+    let burst = ["burst", "--mib", "4", "--threads", "1", "--gate"];
+    let mut waiting = Actor::from_command(cage.command(&program)?, &burst)?;
+    waiting.until("gated")?;
+    let trial = Trial::begin(&[])?;
+    let answer = trial.agent.get_json(&format!("/api/processes?pid={}", waiting.pid()))?;
+    claims::says(&answer, "/0/comm", "name\\xff\\x1b").with_context(|| answer.to_string())?;
+    ensure!(json::number(&answer, "/0/cgroup_id")? == cage.id(), "it is in another cgroup: {answer}");
+    waiting.finish()?;
+    trial.end()?;
+    cage.remove()?;
+    top.remove()
+}
+
+/// The agent reads memory.oom_control by what the cgroup is called, not by what is shown of it.
+#[test]
+fn a_cgroup_whose_name_is_not_text_is_reported_while_its_tasks_wait() -> anyhow::Result<()> {
+    require_root()?;
+    let top = Cage::unlimited("stuck")?;
+    let cage = top.child_bytes(b"\xff\x1b", "\\xff\\x1b")?.limited(LIMIT, 0)?;
+    if cage.version() == Version::V2 {
+        not_run_here("names of stuck cgroups", "memory.oom_control is a file of cgroup v1");
+    } else {
+        let trial = Trial::begin(&[])?;
+        cage.set("memory.oom_control", 1)?;
+        let waiting = Actor::start(Some(&cage), &["burst", "--mib", "32", "--threads", "1", "--touch"])?;
+        let deadline = Deadline::after(STUCK_LIMIT);
+        while trial.agent.metric("memtrace_cgroups_stuck")?.unwrap_or_default() < 1.0 {
+            ensure!(!deadline.has_passed(), "no cgroup is stuck; the agent said:\n{}", trial.agent.stderr());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        cage.set("memory.oom_control", 0)?;
+        waiting.finish()?.was_killed()?;
+        trial.end()?;
+    }
+    cage.remove()?;
+    top.remove()
 }
 
 /// Starts an agent where a file system is mounted on a directory of this name, in a mount namespace

@@ -19,7 +19,7 @@ fn paths(asker: &Asker) -> Vec<String> {
 fn one_walk_answers_all_and_what_no_cgroup_has_is_not_looked_up_again() {
     let names: Vec<String> = (0..100).map(|n| format!("a/{n}")).collect();
     let (_dir, mut lookups, asker) = lookups(&names);
-    let ids: BTreeSet<u64> = names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
+    let ids: BTreeSet<u64> = names.iter().map(|name| lookups.hierarchy.id_of(format!("/{name}")).unwrap()).collect();
     ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
     lookups.answer_waiting();
     assert_eq!(asker.answers(usize::MAX).map(|found| found.cgroup.id).collect::<BTreeSet<_>>(), ids);
@@ -50,7 +50,7 @@ fn what_a_kill_waits_for_is_answered_while_the_rest_pauses() {
 fn what_a_kill_waits_for_passes_the_rest_on_both_ways() {
     let names: Vec<String> = (0..QUEUE_CAP + 50).map(|n| n.to_string()).collect();
     let (_dir, mut lookups, asker) = lookups(&names);
-    let ids: Vec<u64> = names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
+    let ids: Vec<u64> = names.iter().map(|name| lookups.hierarchy.id_of(format!("/{name}")).unwrap()).collect();
     assert_eq!(ids.iter().filter(|id| asker.ask(Ask::Id(**id))).count(), ORDINARY_CAP);
     let last = *ids.last().unwrap();
     assert!(asker.ask(Ask::Urgent(last)), "there is room for it");
