@@ -198,7 +198,8 @@ pub struct CgroupFound {
     pub id: u64,
     /// kernfs id of its parent; `None` for the root.
     pub parent_id: Option<u64>,
-    /// Path from the root of the memory hierarchy, starting with `/`.
+    /// Path from the root of the memory hierarchy, starting with `/`; escaped where not printable, and cut
+    /// when it is very long, so it need not lead to the cgroup.
     pub path: String,
     /// When the files were read, boot clock, nanoseconds.
     pub boot_ns: u64,

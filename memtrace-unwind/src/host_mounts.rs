@@ -60,7 +60,7 @@ impl HostMounts {
         let Some(mut table) = self.table.as_ref() else { return };
         let begun = table.seek(SeekFrom::Start(0)).is_ok();
         self.stale = !begun || table.take(MAX_BYTES).read_to_end(&mut mounts).is_err();
-        let answer = |kind: &str| !REMOTE.iter().any(|remote| kind.starts_with(remote));
+        let answer = |kind: &[u8]| !REMOTE.iter().any(|remote| kind.starts_with(remote.as_bytes()));
         let found = mounted(&mounts).filter(|(_, kind)| answer(kind)).map(|(device, _)| device);
         self.devices = found.chain(of_memory_files()).take(MAX_DEVICES).collect();
     }

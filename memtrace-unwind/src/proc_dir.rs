@@ -213,23 +213,31 @@ impl FileStamp {
 /// directory in /proc. That file waits for nobody (fs/proc/array.c, `do_task_stat` takes no lock of the
 /// address space).
 pub fn wants_to_run(dir: impl AsRef<Path>) -> bool {
-    let stat = std::fs::read_to_string(dir.as_ref().join("stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('R'))
+    std::fs::read(dir.as_ref().join("stat")).is_ok_and(|stat| is_running(&stat))
 }
 
-/// Device number and kind of each mount in a mountinfo file.
-pub(crate) fn mounted(mounts: &[u8]) -> impl Iterator<Item = ((u32, u32), &str)> {
-    let parse = |line| {
-        // ID PARENT MAJOR:MINOR ROOT MOUNT OPTIONS [TAGS] - TYPE SOURCE OPTIONS
-        let (head, tail) = std::str::from_utf8(line).ok()?.split_once(" - ")?;
-        let (major, minor) = head.split(' ').nth(2)?.split_once(':')?;
-        Some(((major.parse().ok()?, minor.parse().ok()?), tail.split(' ').next()?))
-    };
-    mounts.split(|byte| *byte == b'\n').filter_map(parse)
+/// Whether the state in a `stat` file is `R`. The name before it may be any bytes.
+fn is_running(stat: &[u8]) -> bool {
+    let behind = stat.iter().rposition(|byte| *byte == b')').and_then(|end| stat.get(end..));
+    behind.is_some_and(|fields| fields.starts_with(b") R"))
+}
+
+/// Device number and kind of each mount in a mountinfo file. Any byte can be in the name of a mount
+/// point and in the kind of a FUSE; spaces there are escaped.
+pub(crate) fn mounted(mounts: &[u8]) -> impl Iterator<Item = ((u32, u32), &[u8])> {
+    mounts.split(|byte| *byte == b'\n').filter_map(mounted_in)
+}
+
+/// `ID PARENT MAJOR:MINOR ROOT MOUNT OPTIONS [TAGS] - TYPE SOURCE OPTIONS`
+fn mounted_in(line: &[u8]) -> Option<((u32, u32), &[u8])> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let (major, minor) = std::str::from_utf8(words.nth(2)?).ok()?.split_once(':')?;
+    let kind = words.skip_while(|word| *word != b"-").nth(1)?;
+    Some(((major.parse().ok()?, minor.parse().ok()?), kind))
 }
 
 fn file_systems(mounts: &[u8]) -> Vec<((u32, u32), bool)> {
-    mounted(mounts).map(|(device, kind)| (device, kind.starts_with("fuse"))).collect()
+    mounted(mounts).map(|(device, kind)| (device, kind.starts_with(b"fuse"))).collect()
 }
 
 fn mapped_name(start: u64, end: u64) -> String {
@@ -282,9 +290,17 @@ mod tests {
     fn a_fuse_mount_is_recognized() {
         let mounts = b"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
             23 22 0:45 / /home/x\\040y rw,nosuid shared:3 master:1 - fuse.sshfs host: rw\n\
-            24 22 0:46 / /run rw - tmpfs tmpfs rw\nnonsense\n";
-        assert_eq!(file_systems(mounts), [((8, 1), false), ((0, 45), true), ((0, 46), false)]);
+            24 22 0:46 / /run rw - tmpfs tmpfs rw\nnonsense\n\
+            25 22 0:47 / /home/x/\xff rw - fuse.\xfe \xff rw\n26 22 0:48 / /- rw - tmpfs - rw\n";
+        let expected = [((8, 1), false), ((0, 45), true), ((0, 46), false), ((0, 47), true), ((0, 48), false)];
+        assert_eq!(file_systems(mounts), expected);
         assert!(!ProcDir::of(std::process::id()).unwrap().file_systems().is_empty());
+    }
+
+    #[test]
+    fn a_name_that_is_not_text_hides_no_state() {
+        assert!(is_running(b"7 (\xff) R) R 1 2"));
+        assert!(!is_running(b"7 () R \xff) S 1 2") && !is_running(b"7 (x) D 1") && !is_running(b""));
     }
 
     #[test]

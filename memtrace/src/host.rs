@@ -60,10 +60,10 @@ pub fn group_name(gid: u32) -> Option<String> {
 }
 
 fn groups() -> String {
-    let mut text = String::new();
-    // Without the file there are no names.
-    let _ = File::open("/etc/group").and_then(|file| file.take(GROUPS_MAX).read_to_string(&mut text));
-    text
+    let mut bytes = Vec::new();
+    // Without the file there are no names. One name that is not text does not hide the others.
+    let _ = File::open("/etc/group").and_then(|file| file.take(GROUPS_MAX).read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Name and number of a line of group(5): `name:password:number:members`.

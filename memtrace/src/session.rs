@@ -16,7 +16,7 @@ use memtrace_engine::{Engine, Out};
 use memtrace_incident::Loss;
 use tracing::{debug, info, warn};
 
-use crate::cgroup::hierarchy::Hierarchy;
+use crate::cgroup::hierarchy::{Hierarchy, Membership};
 use crate::cgroup::queries::CgroupQueries;
 use crate::clock::{self, Ticker};
 use crate::host;
@@ -169,7 +169,13 @@ impl Session {
             if number % DRAIN_EVERY == 0 {
                 while self.drain_batch() {}
             }
-            let Some(cgroup_id) = self.hierarchy.id_of_process(pid) else { continue };
+            let cgroup_id = match self.hierarchy.membership(pid) {
+                Membership::Path(path) => self.hierarchy.id_of(path),
+                // The next record of the process says in which one it is.
+                Membership::TooLong => Some(0),
+                Membership::None => None,
+            };
+            let Some(cgroup_id) = cgroup_id else { continue };
             if let Some(found) = proc_scan::read_process(pid, cgroup_id, clock::boot_ns()) {
                 self.feed(Fact::Process(found));
             }
@@ -322,7 +328,7 @@ impl Session {
             match request {
                 Request::LookUpCgroup { id, urgent } => self.queries.look_up(id, urgent),
                 Request::WatchOomControl { cgroup_id, path } => {
-                    self.queries.watch(cgroup_id, path, clock::boot_ns());
+                    self.queries.watch(&self.hierarchy, cgroup_id, &path, clock::boot_ns());
                 }
                 Request::SetRssThreshold { cgroup_id, threshold_bytes } => {
                     if let Err(error) = self.probe.set_rss_threshold(cgroup_id, threshold_bytes) {

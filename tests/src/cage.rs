@@ -4,7 +4,9 @@
 //! It is made inside the memory cgroup of the caller. On v2 a cgroup with processes cannot delegate
 //! its memory controller, so the nearest ancestor that does is the parent.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -75,21 +77,27 @@ impl Cage {
     pub fn unlimited(label: &str) -> anyhow::Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let serial = COUNT.fetch_add(1, Ordering::Relaxed);
-        Self::make(&parent_place()?, &format!("memtrace-tests-{}-{serial}-{label}", std::process::id()))
+        let name = format!("memtrace-tests-{}-{serial}-{label}", std::process::id());
+        Self::make(&parent_place()?, name.as_ref(), &name)
     }
 
     /// Makes a child cgroup without a limit. No process can live in this one afterwards.
     pub fn child(&self, name: &str) -> anyhow::Result<Self> {
+        self.child_bytes(name.as_bytes(), name)
+    }
+
+    /// The same with a name of any bytes. `shown` is what [`Cage::path`] has of it.
+    pub fn child_bytes(&self, name: &[u8], shown: &str) -> anyhow::Result<Self> {
         if self.version() == Version::V2 {
             self.set("cgroup.subtree_control", "+memory")?;
         }
-        Self::make(&self.place, name)
+        Self::make(&self.place, OsStr::from_bytes(name), shown)
     }
 
-    fn make(parent: &CgroupDir, name: &str) -> anyhow::Result<Self> {
+    fn make(parent: &CgroupDir, name: &OsStr, shown: &str) -> anyhow::Result<Self> {
         let dir = parent.dir.join(name);
         fs::create_dir(&dir).with_context(|| format!("failed to make cgroup {}", dir.display()))?;
-        let path = format!("{}/{name}", parent.path.trim_end_matches('/'));
+        let path = format!("{}/{shown}", parent.path.trim_end_matches('/'));
         let id = fs::metadata(&dir).with_context(|| format!("failed to stat {}", dir.display()))?.ino();
         let place = CgroupDir { version: parent.version, dir, path };
         Ok(Self { place, limit: u64::MAX, id, removed: false })
@@ -117,7 +125,7 @@ impl Cage {
 
     /// A command that runs `program` inside. It enters before exec, so that nothing is charged
     /// elsewhere.
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> anyhow::Result<Command> {
+    pub fn command(&self, program: impl AsRef<OsStr>) -> anyhow::Result<Command> {
         let mut command = Command::new(programs::path("oomcage")?);
         command.arg("--enter").arg(&self.place.dir).arg("--").arg(program);
         Ok(command)
@@ -230,9 +238,12 @@ pub fn enter(dir: &Path) -> anyhow::Result<()> {
 
 /// The memory cgroup this process runs in.
 pub fn own_place() -> anyhow::Result<CgroupDir> {
-    let membership = fs::read_to_string("/proc/self/cgroup").context("failed to read /proc/self/cgroup")?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("failed to read /proc/self/mountinfo")?;
-    place_of(&membership, &mounts)
+    // What others mounted may have any name.
+    let read = |path: &str| {
+        let bytes = fs::read(path).with_context(|| format!("failed to read {path}"))?;
+        anyhow::Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    place_of(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?)
 }
 
 /// The watermark of the memory cgroup of this process, bytes; `None` where v2 does not have it

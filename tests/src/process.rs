@@ -31,8 +31,9 @@ fn stat_field<T>(path: &str, number: usize) -> anyhow::Result<T>
 where
     T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
 {
-    let text = std::fs::read_to_string(path).with_context(|| format!("failed to read {path}"))?;
+    let bytes = std::fs::read(path).with_context(|| format!("failed to read {path}"))?;
     // the name in parentheses may contain anything; nothing after the last `)` does
+    let text = String::from_utf8_lossy(&bytes);
     let after = text.rsplit_once(')').map(|(_, rest)| rest).with_context(|| format!("{path} has no name"))?;
     let field = after.split_ascii_whitespace().nth(number.saturating_sub(3));
     let field = field.with_context(|| format!("{path} has no field {number}"))?;

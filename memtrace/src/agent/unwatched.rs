@@ -221,8 +221,7 @@ impl Gathered {
             let since = self.baseline.since_boot_ns;
             let fresh = made_later.then_some((0, since, since));
             let listed = before.get(&(now.id, now.path.as_str())).copied().or(fresh);
-            // A name that is not text is written in two ways.
-            let Some((kills, read_ns, read_until_ns)) = listed.filter(|_| !now.path.contains('\u{fffd}')) else {
+            let Some((kills, read_ns, read_until_ns)) = listed else {
                 not_compared = not_compared.saturating_add(u64::from(now.kills > 0));
                 continue;
             };

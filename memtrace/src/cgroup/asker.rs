@@ -8,6 +8,7 @@
 //! while.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -19,7 +20,7 @@ use memtrace_engine::input::CgroupFound;
 use tracing::warn;
 
 use super::by_id::ById;
-use super::files::id_of;
+use super::files::CgroupDir;
 use super::hierarchy::Hierarchy;
 use crate::clock;
 use crate::own_process::rights::ASKER;
@@ -53,8 +54,19 @@ pub(super) enum Ask {
     Id(u64),
     /// The same, for a kill that waits for it.
     Urgent(u64),
+    /// The same, for its directory, though it was answered lately: its path as text does not lead there.
+    Directory(u64),
     /// As many cgroups as the engine follows, those near the root first.
     All,
+}
+
+/// A cgroup that was found.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// What the engine gets.
+    pub(super) cgroup: CgroupFound,
+    /// Its path from the root of what is mounted, as it is.
+    pub(super) below: PathBuf,
 }
 
 /// What an answer is for.
@@ -72,9 +84,9 @@ pub(super) struct Asker {
     asks: SyncSender<Ask>,
     /// Asks that the thread has not taken. Cap: [`QUEUE_CAP`], and one on its way.
     asked: Arc<AtomicUsize>,
-    found: Receiver<CgroupFound>,
+    found: Receiver<Answer>,
     /// What a kill waits for.
-    found_for_kill: Receiver<CgroupFound>,
+    found_for_kill: Receiver<Answer>,
 }
 
 impl Asker {
@@ -114,7 +126,7 @@ impl Asker {
     }
 
     /// The answers that are there, at most `most`, those that a kill waits for first. Never waits.
-    pub(super) fn answers(&self, most: usize) -> impl Iterator<Item = CgroupFound> {
+    pub(super) fn answers(&self, most: usize) -> impl Iterator<Item = Answer> {
         self.found_for_kill.try_iter().chain(self.found.try_iter()).take(most)
     }
 }
@@ -202,9 +214,9 @@ struct Lookups {
     /// `None` where ids are looked up by walks.
     by_id: Option<ById>,
     asked: Asks,
-    answers: SyncSender<CgroupFound>,
+    answers: SyncSender<Answer>,
     /// Those that a kill waits for.
-    answers_for_kill: SyncSender<CgroupFound>,
+    answers_for_kill: SyncSender<Answer>,
     /// Cap: [`WAITING_CAP`].
     waiting: BTreeSet<u64>,
     /// What kills wait for. Cap: [`WAITING_CAP`].
@@ -218,7 +230,7 @@ struct Lookups {
 }
 
 impl Lookups {
-    fn new(hierarchy: Hierarchy, asked: Asks, [answers, answers_for_kill]: [SyncSender<CgroupFound>; 2]) -> Self {
+    fn new(hierarchy: Hierarchy, asked: Asks, [answers, answers_for_kill]: [SyncSender<Answer>; 2]) -> Self {
         Self {
             by_id: ById::new(&hierarchy),
             hierarchy,
@@ -258,11 +270,14 @@ impl Lookups {
             Ask::Id(id) if self.waiting.len() < WAITING_CAP && !self.quiet.has(id, now) => {
                 self.waiting.insert(id);
             }
+            Ask::Directory(id) if self.waiting.len() < WAITING_CAP && !self.quiet.is_absent(id, now) => {
+                self.waiting.insert(id);
+            }
             // One that was found may have been asked for before it was this urgent.
             Ask::Urgent(id) if self.urgent.len() < WAITING_CAP && !self.quiet.is_absent(id, now) => {
                 self.urgent.insert(id);
             }
-            Ask::Id(_) | Ask::Urgent(_) => {}
+            Ask::Id(_) | Ask::Urgent(_) | Ask::Directory(_) => {}
             Ask::All => self.all = true,
         }
     }
@@ -327,10 +342,7 @@ impl Lookups {
     fn answer_by_id(&mut self, mut ids: BTreeSet<u64>, wanted: For) -> BTreeSet<u64> {
         while let (Some(by_id), Some(id)) = (&self.by_id, ids.first().copied()) {
             match by_id.find(&self.hierarchy, id) {
-                Some((dir, path)) => {
-                    let parent_id = dir.parent().filter(|_| dir != self.hierarchy.mount).and_then(id_of);
-                    self.answer(&dir, &path, parent_id, (id, wanted));
-                }
+                Some(dir) => self.answer(&dir, id, wanted),
                 None => self.quiet.add(id, false, Instant::now()),
             }
             ids.remove(&id);
@@ -344,9 +356,9 @@ impl Lookups {
     /// Answers ids in one walk.
     fn walk(&mut self, mut ids: BTreeSet<u64>, wanted: For) {
         let hierarchy = self.hierarchy.clone();
-        hierarchy.visit(VISITS_CAP, &mut |dir, path, parent_id| {
-            if let Some(id) = id_of(dir).filter(|id| ids.remove(id)) {
-                self.answer(dir, path, parent_id, (id, wanted));
+        hierarchy.visit(VISITS_CAP, &mut |dir| {
+            if let Some(id) = dir.id().filter(|id| ids.remove(id)) {
+                self.answer(dir, id, wanted);
             }
             self.go_on(wanted) && !ids.is_empty()
         });
@@ -355,8 +367,8 @@ impl Lookups {
         }
     }
 
-    fn answer(&mut self, dir: &std::path::Path, path: &str, parent_id: Option<u64>, (id, wanted): (u64, For)) {
-        let answer = self.hierarchy.read_dir(dir, path, parent_id, clock::boot_ns()).filter(|answer| answer.id == id);
+    fn answer(&mut self, dir: &CgroupDir, id: u64, wanted: For) {
+        let answer = self.found(dir).filter(|answer| answer.cgroup.id == id);
         let answers = match wanted {
             For::Kill => &self.answers_for_kill,
             For::Curve => &self.answers,
@@ -367,11 +379,16 @@ impl Lookups {
         }
     }
 
+    fn found(&self, dir: &CgroupDir) -> Option<Answer> {
+        let cgroup = self.hierarchy.read_dir(dir, clock::boot_ns())?;
+        Some(Answer { cgroup, below: dir.below.clone() })
+    }
+
     /// Lists cgroups for the engine, in between look-ups.
     fn list(&mut self) {
         let hierarchy = self.hierarchy.clone();
-        let complete = hierarchy.visit(CGROUPS_CAP, &mut |dir, path, parent_id| {
-            let Some(mut answer) = hierarchy.read_dir(dir, path, parent_id, clock::boot_ns()) else { return true };
+        let complete = hierarchy.visit(CGROUPS_CAP, &mut |dir| {
+            let Some(mut answer) = self.found(dir) else { return true };
             while let Err(TrySendError::Full(back)) = self.answers.try_send(answer) {
                 answer = back;
                 self.pause();
@@ -382,116 +399,12 @@ impl Lookups {
             self.may_go_on()
         });
         if !complete && !self.over {
-            warn!("more than {CGROUPS_CAP} memory cgroups, or very deep ones; the rest is looked up when it has work");
+            warn!(
+                "more than {CGROUPS_CAP} memory cgroups, very deep ones, or some that cannot be read; the rest is looked up when it has work"
+            );
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A directory is no cgroup file system, so all ids are found by walks.
-    fn lookups(dirs: &[String]) -> (tempfile::TempDir, Lookups, Asker) {
-        let dir = tempfile::tempdir().unwrap();
-        let hierarchy = Hierarchy { version: 1, mount: dir.path().into(), hierarchy_id: 4, root: "/".into() };
-        dirs.iter().for_each(|name| std::fs::create_dir_all(dir.path().join(name)).unwrap());
-        let (asker, lookups) = Asker::pair(hierarchy);
-        (dir, lookups, asker)
-    }
-
-    fn paths(asker: &Asker) -> Vec<String> {
-        asker.answers(usize::MAX).map(|found| found.path).collect()
-    }
-
-    #[test]
-    fn one_walk_answers_all_and_what_no_cgroup_has_is_not_looked_up_again() {
-        let names: Vec<String> = (0..100).map(|n| format!("a/{n}")).collect();
-        let (_dir, mut lookups, asker) = lookups(&names);
-        let ids: BTreeSet<u64> =
-            names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
-        ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
-        lookups.answer_waiting();
-        assert_eq!(asker.answers(usize::MAX).map(|found| found.id).collect::<BTreeSet<_>>(), ids);
-        ids.iter().copied().chain([u64::MAX]).for_each(|id| lookups.take(Ask::Id(id)));
-        assert!(lookups.waiting.is_empty() && lookups.by_id.is_none());
-    }
-
-    #[test]
-    fn what_a_kill_waits_for_is_answered_while_the_rest_pauses() {
-        let (_dir, mut lookups, asker) = lookups(&["a".into(), "b".into()]);
-        let id = |lookups: &Lookups, path: &str| lookups.hierarchy.id_of(path).unwrap();
-        let (a, b) = (id(&lookups, "/a"), id(&lookups, "/b"));
-        lookups.take(Ask::Id(a));
-        lookups.answer_waiting();
-        assert_eq!(paths(&asker), ["/a"]);
-        lookups.budget.left = Duration::ZERO;
-        assert!([b, a, u64::MAX].into_iter().all(|id| asker.ask(Ask::Urgent(id))));
-        assert!(lookups.may_go_on());
-        assert_eq!(paths(&asker).into_iter().collect::<BTreeSet<_>>(), ["/a".into(), "/b".into()].into());
-        lookups.take(Ask::Urgent(u64::MAX));
-        assert!(lookups.urgent.is_empty(), "no cgroup has it");
-        drop(asker);
-        lookups.budget.left = Duration::ZERO;
-        assert!(!lookups.may_go_on(), "the recorder has ended");
-    }
-
-    #[test]
-    fn what_a_kill_waits_for_passes_the_rest_on_both_ways() {
-        let names: Vec<String> = (0..QUEUE_CAP + 50).map(|n| n.to_string()).collect();
-        let (_dir, mut lookups, asker) = lookups(&names);
-        let ids: Vec<u64> = names.iter().map(|name| lookups.hierarchy.id_of(&format!("/{name}")).unwrap()).collect();
-        assert_eq!(ids.iter().filter(|id| asker.ask(Ask::Id(**id))).count(), ORDINARY_CAP);
-        let last = *ids.last().unwrap();
-        assert!(asker.ask(Ask::Urgent(last)), "there is room for it");
-        lookups.take_all();
-        assert_eq!((lookups.waiting.len(), lookups.urgent.len()), (ORDINARY_CAP, 1));
-        ids.iter().for_each(|id| lookups.take(Ask::Id(*id)));
-        lookups.urgent.clear();
-        lookups.answer_waiting();
-        // Nobody has taken an answer, and the queue is full.
-        lookups.take(Ask::Urgent(last));
-        lookups.answer_urgent();
-        let answers = asker.answers(2).map(|found| found.id).collect::<Vec<_>>();
-        assert_eq!((answers.first(), answers.len()), (Some(&last), 2));
-        assert_eq!(asker.answers(usize::MAX).count(), QUEUE_CAP - 1);
-    }
-
-    #[test]
-    fn the_thread_answers_lists_and_ends() {
-        let dir = tempfile::tempdir().unwrap();
-        let hierarchy = Hierarchy { version: 2, mount: dir.path().into(), hierarchy_id: 0, root: "/".into() };
-        std::fs::create_dir(dir.path().join("a")).unwrap();
-        let id = hierarchy.id_of("/a").unwrap();
-        let asker = Asker::start(hierarchy).unwrap();
-        assert!(asker.ask(Ask::Id(u64::MAX)) && asker.ask(Ask::Id(id)));
-        assert_eq!(asker.found.recv().unwrap().path, "/a");
-        assert!(asker.ask(Ask::All));
-        assert_eq!([(); 2].map(|()| asker.found.recv().unwrap().path), ["/", "/a"]);
-        let Asker { asks, found, .. } = asker;
-        drop(asks);
-        assert!(found.recv().is_err(), "it ended");
-    }
-
-    #[test]
-    fn quiet_ids_expire_and_are_bounded() {
-        let (now, mut quiet) = (Instant::now(), Quiet::default());
-        quiet.add(1, true, now);
-        quiet.add(2, false, now);
-        assert!(quiet.has(1, now) && !quiet.has(1, now + QUIET_FOUND) && !quiet.has(3, now));
-        assert!(!quiet.is_absent(1, now) && quiet.is_absent(2, now) && !quiet.is_absent(2, now + QUIET_ABSENT));
-        (0..40_000).for_each(|id| quiet.add(id, false, now));
-        assert!(quiet.until.len() <= QUIET_CAP && quiet.has(39_999, now));
-    }
-
-    #[test]
-    fn work_is_a_small_share_of_the_time() {
-        let start = Instant::now();
-        let mut budget = Budget { left: BURST, at: start };
-        assert!(!budget.worked(start + BURST / 2) && budget.worked(start + BURST));
-        budget.rested(start + BURST + PAUSE);
-        assert_eq!(budget.left, PAUSE / SHARE);
-        budget.rested(start + Duration::from_secs(3600));
-        assert_eq!(budget.left, BURST, "what is saved up is bounded");
-    }
-}
+mod tests;

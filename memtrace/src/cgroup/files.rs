@@ -5,17 +5,28 @@
 //! path; `by_id` and a walk do.
 
 use std::collections::VecDeque;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::hierarchy::Hierarchy;
 use memtrace_engine::input::CgroupFound;
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, fstat, openat, statat};
+use rustix::io::Errno;
 
-/// Bytes of the paths that wait in a walk: a path can have 4 KiB.
+use super::hierarchy::{Hierarchy, Membership, shown};
+
+/// Bytes of the paths that wait in a walk: a path can have 8 KiB.
 const TODO_BYTES_CAP: usize = 4 << 20;
 /// Levels below the root that a walk visits; what is deeper is left out.
 pub const MAX_DEPTH: usize = 32;
+/// Bytes of a path that are opened at once. The kernel takes less than PATH_MAX; a tree can be
+/// deeper, and the rest is opened from there.
+const OPEN_AT_ONCE: usize = 2048;
+/// Bytes that are read of a file: numbers, or a few lines with one.
+const FILE_BYTES_CAP: u64 = 4096;
 /// Limits from here on are none. Version 1 has no word for it: it writes PAGE_COUNTER_MAX pages in
 /// bytes, a number that depends on the page size (include/linux/page_counter.h).
 const UNLIMITED: u64 = 1 << 62;
@@ -25,36 +36,142 @@ const UNLIMITED: u64 = 1 << 62;
 pub struct CgroupWalk {
     /// The cgroups, parents before children. Cap: what the caller asked for.
     pub found: Vec<CgroupFound>,
-    /// There were more than that or deeper ones than [`MAX_DEPTH`].
+    /// There were more than that, deeper ones than [`MAX_DEPTH`], or some that could not be read.
     pub truncated: bool,
 }
 
-impl Hierarchy {
-    /// Reads one cgroup by its path; `None` when it is gone.
-    pub fn read(&self, path: &str, boot_ns: u64) -> Option<CgroupFound> {
-        let dir = self.dir_of(path)?;
-        let parent_id = match parent(path) {
-            Some(parent) => self.dir_of(parent).and_then(|dir| id_of(&dir)),
-            None => None,
+/// The directory of a cgroup, open: its files are read through it, whatever its path is made of and
+/// however long it is.
+#[derive(Debug)]
+pub(super) struct CgroupDir {
+    fd: OwnedFd,
+    /// From the root of what is mounted, which has the empty path.
+    pub(super) below: PathBuf,
+}
+
+impl CgroupDir {
+    pub(super) const fn new(fd: OwnedFd, below: PathBuf) -> Self {
+        Self { fd, below }
+    }
+
+    /// Its id: its inode number.
+    pub(super) fn id(&self) -> Option<u64> {
+        fstat(&self.fd).ok().map(|stat| stat.st_ino)
+    }
+
+    /// The id of its parent; `None` for the root.
+    fn parent_id(&self) -> Option<u64> {
+        let is_root = self.below.as_os_str().is_empty();
+        if is_root { None } else { statat(&self.fd, "..", AtFlags::empty()).ok().map(|stat| stat.st_ino) }
+    }
+
+    /// The text of one of its files.
+    pub(super) fn read(&self, name: &str) -> Option<String> {
+        let file = File::from(openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?);
+        let mut text = Vec::new();
+        file.take(FILE_BYTES_CAP).read_to_end(&mut text).ok()?;
+        Some(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// A file that holds one number; `None` when there is none, and for `max`.
+    fn number(&self, name: &str) -> Option<u64> {
+        self.read(name)?.trim().parse().ok()
+    }
+
+    /// The paths of at most `most` of the directories in it, and whether those are all that have room
+    /// in `most_bytes` of paths. One that cannot be read has not all.
+    fn children(&self, most: usize, most_bytes: usize) -> (Vec<PathBuf>, bool) {
+        let (mut below, mut bytes) = (Vec::new(), 0_usize);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let entries = match openat(&self.fd, ".", flags, Mode::empty()).and_then(Dir::new) {
+            Ok(entries) => entries,
+            Err(error) => return (below, is_gone(error)),
         };
-        self.read_dir(&dir, path, parent_id, boot_ns)
+        for entry in entries {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) => return (below, is_gone(error)),
+            };
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." || !self.is_dir(&entry) {
+                continue;
+            }
+            if below.len() >= most {
+                break;
+            }
+            let path = self.below.join(OsStr::from_bytes(name));
+            bytes = bytes.saturating_add(path.as_os_str().len());
+            if bytes > most_bytes {
+                break;
+            }
+            below.push(path);
+        }
+        below.sort_unstable();
+        (below, bytes <= most_bytes)
+    }
+
+    fn is_dir(&self, entry: &rustix::fs::DirEntry) -> bool {
+        match entry.file_type() {
+            FileType::Unknown => statat(&self.fd, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+                .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory),
+            kind => kind == FileType::Directory,
+        }
+    }
+}
+
+/// Whether a directory cannot be read because it has been removed. kernfs says ENODEV of a file whose
+/// cgroup is gone (fs/kernfs/file.c).
+fn is_gone(error: Errno) -> bool {
+    matches!(error, Errno::NOENT | Errno::NODEV)
+}
+
+impl Hierarchy {
+    /// Opens a cgroup by its path in the hierarchy.
+    fn open(&self, path: &Path) -> Option<CgroupDir> {
+        self.open_below(&self.below(path)?).ok()
+    }
+
+    /// Opens a cgroup by its path from the root of what is mounted here.
+    pub(super) fn open_below(&self, below: &Path) -> Result<CgroupDir, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut fd = openat(CWD, &self.mount, flags, Mode::empty())?;
+        let mut part = PathBuf::new();
+        for name in below {
+            if part.as_os_str().len().saturating_add(name.len()) >= OPEN_AT_ONCE {
+                fd = openat(&fd, &part, flags, Mode::empty())?;
+                part.clear();
+            }
+            part.push(name);
+        }
+        if !part.as_os_str().is_empty() {
+            fd = openat(&fd, &part, flags, Mode::empty())?;
+        }
+        Ok(CgroupDir::new(fd, below.to_owned()))
+    }
+
+    /// Reads one cgroup by its path; `None` when it is gone.
+    pub fn read(&self, path: impl AsRef<Path>, boot_ns: u64) -> Option<CgroupFound> {
+        self.read_dir(&self.open(path.as_ref())?, boot_ns)
     }
 
     /// The id of a cgroup by its path: the inode number of its directory.
-    pub fn id_of(&self, path: &str) -> Option<u64> {
-        id_of(&self.dir_of(path)?)
+    pub fn id_of(&self, path: impl AsRef<Path>) -> Option<u64> {
+        self.open(path.as_ref())?.id()
     }
 
-    /// The id of a process' memory cgroup; `None` when either is gone.
+    /// The id of a process' memory cgroup; `None` when either is gone or the path is too long.
     pub fn id_of_process(&self, pid: u32) -> Option<u64> {
-        self.id_of(&self.path_of_process(pid)?)
+        match self.membership(pid) {
+            Membership::Path(path) => self.id_of(path),
+            Membership::TooLong | Membership::None => None,
+        }
     }
 
     /// Reads cgroups, those near the root first, at most `most` and within [`MAX_DEPTH`].
     pub fn walk(&self, boot_ns: u64, most: usize) -> CgroupWalk {
         let mut found = Vec::new();
-        let complete = self.visit(most, &mut |dir, path, parent_id| {
-            found.extend(self.read_dir(dir, path, parent_id, boot_ns));
+        let complete = self.visit(most, &mut |dir| {
+            found.extend(self.read_dir(dir, boot_ns));
             true
         });
         CgroupWalk { found, truncated: !complete }
@@ -62,87 +179,57 @@ impl Hierarchy {
 
     /// Visits the tree, level by level, until `each` says false, but no more than `most` cgroups.
     /// False when it ended before all were visited.
-    pub(super) fn visit(&self, most: usize, each: &mut dyn FnMut(&Path, &str, Option<u64>) -> bool) -> bool {
-        let Some(top) = self.dir_of(&self.root) else { return true };
-        let (mut complete, mut visited, mut todo_bytes) = (true, 0, self.root.len());
-        let mut todo = VecDeque::from([(top, self.root.clone(), None, 0usize)]);
-        while let Some((dir, path, parent_id, depth)) = todo.pop_front() {
-            todo_bytes = todo_bytes.saturating_sub(path.len());
-            if visited >= most || !each(&dir, &path, parent_id) {
+    pub(super) fn visit(&self, most: usize, each: &mut dyn FnMut(&CgroupDir) -> bool) -> bool {
+        let (mut complete, mut visited, mut todo_bytes) = (true, 0_usize, 0_usize);
+        let mut todo = VecDeque::from([(PathBuf::new(), 0_usize)]);
+        while let Some((below, depth)) = todo.pop_front() {
+            todo_bytes = todo_bytes.saturating_sub(below.as_os_str().len());
+            if visited >= most {
                 return false;
             }
             visited += 1;
+            let dir = match self.open_below(&below) {
+                Ok(dir) => dir,
+                Err(error) => {
+                    complete &= is_gone(error);
+                    continue;
+                }
+            };
+            if !each(&dir) {
+                return false;
+            }
             let room = most.saturating_sub(visited + todo.len());
-            let (below, all) = children(&dir, &path, room + 1, TODO_BYTES_CAP.saturating_sub(todo_bytes));
-            complete &= all;
-            if below.is_empty() {
-                continue;
+            let (below, all) = dir.children(room + 1, TODO_BYTES_CAP.saturating_sub(todo_bytes));
+            complete &= all && (below.is_empty() || depth < MAX_DEPTH);
+            if depth < MAX_DEPTH {
+                todo_bytes = below.iter().fold(todo_bytes, |sum, path| sum.saturating_add(path.as_os_str().len()));
+                todo.extend(below.into_iter().map(|path| (path, depth + 1)));
             }
-            if depth >= MAX_DEPTH {
-                complete = false;
-                continue;
-            }
-            let id = id_of(&dir);
-            todo_bytes = todo_bytes.saturating_add(below.iter().map(|(_, path)| path.len()).sum());
-            todo.extend(below.into_iter().map(|(dir, path)| (dir, path, id, depth + 1)));
         }
         complete
     }
 
-    pub(super) fn read_dir(&self, dir: &Path, path: &str, parent_id: Option<u64>, boot_ns: u64) -> Option<CgroupFound> {
+    pub(super) fn read_dir(&self, dir: &CgroupDir, boot_ns: u64) -> Option<CgroupFound> {
         let (usage, limit, peak) = match self.version {
             1 => ("memory.usage_in_bytes", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
             _ => ("memory.current", "memory.max", "memory.peak"),
         };
         Some(CgroupFound {
-            id: id_of(dir)?,
-            parent_id,
-            path: path.to_owned(),
+            id: dir.id()?,
+            parent_id: dir.parent_id(),
+            path: shown(&self.path_of(&dir.below)),
             boot_ns,
-            usage_bytes: read_number(&dir.join(usage)),
-            limit_bytes: read_number(&dir.join(limit)).filter(|limit| *limit < UNLIMITED),
-            peak_bytes: read_number(&dir.join(peak)),
+            usage_bytes: dir.number(usage),
+            limit_bytes: dir.number(limit).filter(|limit| *limit < UNLIMITED),
+            peak_bytes: dir.number(peak),
         })
     }
 }
 
-/// The path of the parent; `None` for the root.
-fn parent(path: &str) -> Option<&str> {
-    match path.rsplit_once('/')? {
-        (_, "") => None,
-        ("", _) => Some("/"),
-        (parent, _) => Some(parent),
-    }
-}
-
-/// At most `most` of the directories in a cgroup's directory, with their paths, and whether those are
-/// all that have room in `most_bytes` of paths.
-fn children(dir: &Path, path: &str, most: usize, most_bytes: usize) -> (Vec<(PathBuf, String)>, bool) {
-    let Ok(entries) = fs::read_dir(dir) else { return (Vec::new(), true) };
-    let (mut below, mut bytes) = (Vec::new(), 0_usize);
-    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(most) {
-        let path = format!("{}/{}", path.trim_end_matches('/'), entry.file_name().to_string_lossy());
-        bytes = bytes.saturating_add(path.len());
-        if bytes > most_bytes {
-            break;
-        }
-        below.push((entry.path(), path));
-    }
-    below.sort_unstable_by(|a, b| a.1.cmp(&b.1));
-    (below, bytes <= most_bytes)
-}
-
-pub(super) fn id_of(dir: &Path) -> Option<u64> {
-    fs::metadata(dir).ok().filter(fs::Metadata::is_dir).map(|metadata| metadata.ino())
-}
-
-/// A file that holds one number; `None` when there is none, and for `max`.
-fn read_number(file: &Path) -> Option<u64> {
-    fs::read_to_string(file).ok()?.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn tree(version: u32) -> (tempfile::TempDir, Hierarchy) {
@@ -216,11 +303,61 @@ mod tests {
     fn this_machine_can_be_walked() {
         let Ok(hierarchy) = Hierarchy::find() else { return };
         let walk = hierarchy.walk(1, 1000);
-        assert!(walk.found.iter().any(|found| found.path == hierarchy.root));
+        assert!(walk.found.iter().any(|found| found.path == shown(&hierarchy.root)));
         let own = hierarchy.own_path().unwrap();
         if let Some(found) = hierarchy.read(&own, 1) {
             assert_eq!(hierarchy.id_of_process(std::process::id()), Some(found.id));
         }
+    }
+
+    #[test]
+    fn a_tree_deeper_than_path_max_is_walked_and_read() {
+        let (dir, v2) = tree(2);
+        let (mut fd, mut below) = (v2.open_below(Path::new("")).unwrap().fd, PathBuf::from("/"));
+        for _ in 0..20 {
+            let name = "n".repeat(250);
+            rustix::fs::mkdirat(&fd, &name, Mode::RWXU).unwrap();
+            fd = openat(&fd, &name, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+            below.push(&name);
+        }
+        let file = openat(&fd, "memory.max", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU).unwrap();
+        rustix::io::write(file, b"4096\n").unwrap();
+        let walk = v2.walk(1, 100);
+        assert_eq!((walk.found.len(), walk.truncated), (21, false));
+        let last = walk.found.last().unwrap();
+        assert_eq!((last.limit_bytes, last.path.len()), (Some(4096), 4096 + '…'.len_utf8()));
+        assert_eq!((v2.id_of(&below), v2.read(&below, 1).as_ref()), (Some(last.id), Some(last)));
+        assert_eq!(last.parent_id, v2.id_of(below.parent().unwrap()));
+        assert!(fs::metadata(dir.path().join(below.strip_prefix("/").unwrap())).is_err(), "not by one path");
+    }
+
+    #[test]
+    fn names_that_are_not_text_are_walked_and_read() {
+        let (dir, v2) = tree(2);
+        let names: [&[u8]; 4] = [b"\x1b[31m", b"\xff", "\u{202e}x".as_bytes(), br"\xff"];
+        let shown = ["/\\x1b[31m", "/\\xff", "/\\xe2\\x80\\xaex", "/\\xff"];
+        for name in names {
+            write(&dir.path().join(OsStr::from_bytes(name)).join("below"), "memory.max", "8192\n");
+        }
+        let walk = v2.walk(1, 100);
+        assert_eq!((walk.found.len(), walk.truncated), (9, false));
+        for (name, shown) in names.into_iter().zip(shown) {
+            let path = Path::new("/").join(OsStr::from_bytes(name)).join("below");
+            let found = v2.read(&path, 1).unwrap();
+            assert_eq!((found.limit_bytes, found.path), (Some(8192), format!("{shown}/below")));
+            assert!(walk.found.iter().any(|walked| walked.id == found.id && walked.limit_bytes == Some(8192)));
+        }
+    }
+
+    #[test]
+    fn a_walk_is_complete_without_what_is_gone_and_not_without_what_cannot_be_read() {
+        let (dir, v2) = tree(2);
+        fs::create_dir(dir.path().join("a")).unwrap();
+        let a = dir.path().join("a");
+        assert!(v2.visit(9, &mut |_| fs::remove_dir(&a).is_ok() || !a.exists()));
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(Hierarchy { mount: file, ..v2 }.walk(1, 9).truncated);
     }
 
     #[test]
@@ -232,7 +369,7 @@ mod tests {
         let fits = TODO_BYTES_CAP / 2400;
         (0..fits + 100).for_each(|n| fs::create_dir_all(dir.path().join(&deep).join(n.to_string())).unwrap());
         let mut seen = 0;
-        let complete = hierarchy.visit(1 << 20, &mut |_, _, _| {
+        let complete = hierarchy.visit(1 << 20, &mut |_| {
             seen += 1;
             true
         });

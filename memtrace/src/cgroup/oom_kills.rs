@@ -5,17 +5,14 @@
 //! memory.events.local (5.2 and newer), on version 1 in memory.oom_control. memory.events is no
 //! use: there a kill counts for every ancestor too. The counter goes with its cgroup.
 
-use std::fs;
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 
-use super::hierarchy::Hierarchy;
+use super::hierarchy::{Hierarchy, shown};
 
 /// Cgroups that are read, those near the root first: each is a file, and all are read every ten
 /// seconds.
 const MAX_CGROUPS: usize = 8192;
-/// Most bytes of all paths, as JSON has them; what is beyond it is left out. A path can have 4 KiB.
+/// Most bytes of all paths, as JSON has them; what is beyond it is left out. A path can have 4 KiB as text.
 const PATH_BYTES_CAP: usize = 2 << 20;
 
 /// A counter that took longer to read is read again: it is not known on which side of the reading a
@@ -29,7 +26,7 @@ const READ_TRIES: usize = 3;
 pub struct CgroupOomKills {
     /// kernfs id. It is used again after the cgroup is gone.
     pub id: u64,
-    /// Path from the root of the memory hierarchy.
+    /// Path from the root of the memory hierarchy, escaped where not printable.
     pub path: String,
     /// Kills since the cgroup was made.
     pub kills: u64,
@@ -61,16 +58,15 @@ impl Hierarchy {
     pub fn oom_kills(&self, boot_ns: impl Fn() -> u64) -> OomKillCounts {
         let name = if self.version == 1 { "memory.oom_control" } else { "memory.events.local" };
         let (mut counts, mut bytes) = (OomKillCounts::default(), 0usize);
-        counts.complete = self.visit(MAX_CGROUPS, &mut |dir, path, _| {
-            bytes = bytes.saturating_add(json_bytes(path));
+        counts.complete = self.visit(MAX_CGROUPS, &mut |dir| {
+            let path = shown(&self.path_of(&dir.below));
+            bytes = bytes.saturating_add(json_bytes(&path));
             if bytes > PATH_BYTES_CAP {
                 return false;
             }
-            let read = || read(&dir.join(name));
-            if let (Some(id), Some((kills, read_boot_ns, read_until_ns))) =
-                (super::files::id_of(dir), timed(&boot_ns, read))
-            {
-                counts.cgroups.push(CgroupOomKills { id, path: path.to_owned(), kills, read_boot_ns, read_until_ns });
+            let read = || parse(&dir.read(name)?);
+            if let (Some(id), Some((kills, read_boot_ns, read_until_ns))) = (dir.id(), timed(&boot_ns, read)) {
+                counts.cgroups.push(CgroupOomKills { id, path, kills, read_boot_ns, read_until_ns });
             }
             true
         });
@@ -94,8 +90,7 @@ fn timed(boot_ns: impl Fn() -> u64, read: impl Fn() -> Option<u64>) -> Option<(u
     best
 }
 
-fn read(file: &Path) -> Option<u64> {
-    let text = fs::read_to_string(file).ok()?;
+fn parse(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
 }
 
@@ -106,6 +101,8 @@ fn json_bytes(text: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -131,8 +128,9 @@ mod tests {
         let Ok(hierarchy) = Hierarchy::find() else { return };
         let counts = hierarchy.oom_kills(|| 1);
         let own = hierarchy.own_path().unwrap();
-        let has_counter = counts.cgroups.iter().any(|cgroup| cgroup.path == own);
-        assert!(has_counter || own == "/" || hierarchy.dir_of(&own).is_none_or(|dir| !dir.exists()), "{own}");
+        let has_counter = counts.cgroups.iter().any(|cgroup| cgroup.path == shown(&own));
+        let is_root = own == std::path::Path::new("/");
+        assert!(has_counter || is_root || hierarchy.dir_of(&own).is_none_or(|dir| !dir.exists()), "{own:?}");
     }
 
     #[test]

@@ -5,9 +5,10 @@
 //! tick. A look-up can mean a walk of the whole tree, which `asker` does on a thread of its own.
 
 use std::collections::VecDeque;
-use std::fs;
+use std::path::{Path, PathBuf};
 
 use super::asker::{Ask, Asker};
+use super::files::CgroupDir;
 use super::hierarchy::Hierarchy;
 use memtrace_engine::input::Fact;
 
@@ -35,7 +36,8 @@ pub struct CgroupQueries {
 #[derive(Debug)]
 struct Watched {
     id: u64,
-    path: String,
+    /// From the root of what is mounted; `None` while the asker looks for it.
+    below: Option<PathBuf>,
     until_ns: u64,
     last: Option<OomControl>,
 }
@@ -64,12 +66,20 @@ impl CgroupQueries {
     }
 
     /// Asks for changes of a cgroup's memory.oom_control.
-    pub fn watch(&mut self, id: u64, path: String, boot_ns: u64) {
+    ///
+    /// The path that the engine has is for people: it may be escaped or cut. Where it does not lead to
+    /// the cgroup, the asker finds the directory by the id.
+    pub fn watch(&mut self, hierarchy: &Hierarchy, id: u64, path: &str, boot_ns: u64) {
         let until_ns = boot_ns.saturating_add(WATCH_NS);
+        let found = || hierarchy.below(Path::new(path)).filter(|below| open(hierarchy, below, id).is_some());
         if let Some(known) = self.watched.iter_mut().find(|watched| watched.id == id) {
-            (known.path, known.until_ns) = (path, until_ns);
+            (known.below, known.until_ns) = (known.below.take().or_else(found), until_ns);
         } else if self.watched.len() < MAX_WATCHED {
-            self.watched.push(Watched { id, path, until_ns, last: None });
+            let below = found();
+            if below.is_none() && self.lookups.len() < MAX_LOOKUPS {
+                self.lookups.push_back(Ask::Directory(id));
+            }
+            self.watched.push(Watched { id, below, until_ns, last: None });
         } else {
             self.not_watched = self.not_watched.saturating_add(1);
         }
@@ -85,7 +95,13 @@ impl CgroupQueries {
         let mut facts = Vec::new();
         self.pass_lookups(hierarchy);
         if let Some(asker) = &self.asker {
-            facts.extend(asker.answers(ANSWERS_AT_ONCE).map(Fact::Cgroup));
+            for answer in asker.answers(ANSWERS_AT_ONCE) {
+                // Not only where it is missing: the cgroup may have another name by now (version 1).
+                if let Some(watched) = self.watched.iter_mut().find(|watched| watched.id == answer.cgroup.id) {
+                    watched.below = Some(answer.below);
+                }
+                facts.push(Fact::Cgroup(answer.cgroup));
+            }
         }
         self.watched.retain_mut(|watched| watched.answer(hierarchy, boot_ns, &mut facts));
         facts
@@ -106,7 +122,9 @@ impl CgroupQueries {
 impl Watched {
     /// Adds a fact when the cgroup changed; false when it need not be watched any longer.
     fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64, facts: &mut Vec<Fact>) -> bool {
-        let now = (hierarchy.id_of(&self.path) == Some(self.id)).then(|| read(hierarchy, &self.path)).flatten();
+        let Some(below) = &self.below else { return boot_ns < self.until_ns };
+        let dir = open(hierarchy, below, self.id);
+        let now = dir.as_ref().and_then(|dir| parse(&dir.read("memory.oom_control")?));
         // A cgroup that is gone does not wait.
         let Some(control) = now.or(self.last.map(|last| OomControl { under_oom: false, ..last })) else { return false };
         if self.last != Some(control) {
@@ -114,7 +132,7 @@ impl Watched {
             if control.under_oom {
                 // A cgroup without processes has no readings of its own: these are the counters it
                 // is stuck at.
-                facts.extend(hierarchy.read(&self.path, boot_ns).map(Fact::Cgroup));
+                facts.extend(dir.and_then(|dir| hierarchy.read_dir(&dir, boot_ns)).map(Fact::Cgroup));
             }
             let OomControl { kill_disabled, under_oom } = control;
             facts.push(Fact::OomControl { cgroup_id: self.id, boot_ns, kill_disabled, under_oom });
@@ -123,8 +141,9 @@ impl Watched {
     }
 }
 
-fn read(hierarchy: &Hierarchy, path: &str) -> Option<OomControl> {
-    parse(&fs::read_to_string(hierarchy.dir_of(path)?.join("memory.oom_control")).ok()?)
+/// The directory at this path, if it is that of the cgroup.
+fn open(hierarchy: &Hierarchy, below: &Path, id: u64) -> Option<CgroupDir> {
+    hierarchy.open_below(below).ok().filter(|dir| dir.id() == Some(id))
 }
 
 fn parse(text: &str) -> Option<OomControl> {
@@ -137,6 +156,8 @@ fn parse(text: &str) -> Option<OomControl> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const SEC: u64 = 1_000_000_000;
@@ -170,10 +191,10 @@ mod tests {
                 })
                 .collect()
         };
-        q.watch(id, "/a".into(), 0);
+        q.watch(&hierarchy, id, "/a", 0);
         assert!(changes(&mut q, 1).is_empty() && q.watched.is_empty(), "no such file: no version 1");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
-        q.watch(id, "/a".into(), SEC);
+        q.watch(&hierarchy, id, "/a", SEC);
         assert_eq!(changes(&mut q, 2), [Some((true, false))]);
         assert!(changes(&mut q, 3).is_empty(), "on change only");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
@@ -183,19 +204,46 @@ mod tests {
         assert_eq!((changes(&mut q, 101), q.watched.len()), (vec![Some((true, false))], 0));
         // Gone while it waited, and another cgroup under its name.
         fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
-        q.watch(id, "/a".into(), 102 * SEC);
+        q.watch(&hierarchy, id, "/a", 102 * SEC);
         assert_eq!(changes(&mut q, 102).len(), 2);
         fs::rename(&a, dir.path().join("b")).unwrap();
         assert_eq!((changes(&mut q, 103), q.watched.len()), (vec![Some((true, false))], 0));
     }
 
     #[test]
+    fn a_cgroup_whose_path_is_not_text_is_watched() {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+        let dir = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { version: 1, mount: dir.path().into(), hierarchy_id: 4, root: "/".into() };
+        let below = Path::new("a").join(OsStr::from_bytes(b"\xff\x1b"));
+        fs::create_dir_all(dir.path().join(&below)).unwrap();
+        fs::write(dir.path().join(&below).join("memory.oom_control"), "oom_kill_disable 1\nunder_oom 1\n").unwrap();
+        let found = hierarchy.walk(0, 9).found.pop().unwrap();
+        assert_eq!(found.path, "/a/\\xff\\x1b");
+        let mut q = CgroupQueries::default();
+        q.watch(&hierarchy, found.id, &found.path, 0);
+        let mut facts = Vec::new();
+        while facts.is_empty() {
+            facts = q.answer(&hierarchy, 1);
+            std::thread::yield_now();
+        }
+        let stuck = Fact::OomControl { cgroup_id: found.id, boot_ns: 1, kill_disabled: true, under_oom: true };
+        assert!(facts.contains(&stuck), "{facts:?}");
+        // One that is nowhere is given up.
+        q.watch(&hierarchy, u64::MAX, "/a/gone", 0);
+        q.answer(&hierarchy, WATCH_NS);
+        assert!(q.watched.iter().all(|watched| watched.id == found.id));
+    }
+
+    #[test]
     fn both_lists_are_bounded() {
+        let hierarchy = Hierarchy { version: 1, mount: "/nowhere".into(), hierarchy_id: 4, root: "/".into() };
         let mut q = CgroupQueries::default();
         for id in 0..5000u64 {
             q.look_up(id, false);
             q.look_up(id, false);
-            q.watch(id, "/a".into(), 0);
+            q.watch(&hierarchy, id, "/a", 0);
         }
         assert_eq!((q.lookups.len(), q.watched.len(), q.not_watched()), (MAX_LOOKUPS, MAX_WATCHED, 5000 - 64));
     }

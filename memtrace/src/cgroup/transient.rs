@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-use super::hierarchy::Hierarchy;
+use super::hierarchy::{Hierarchy, shown};
 use memtrace_engine::input::CgroupFound;
 
 /// How long a removal waits for the last processes to exit.
@@ -29,7 +29,7 @@ pub enum Swap {
 pub struct TransientCgroup {
     hierarchy: Hierarchy,
     dir: PathBuf,
-    path: String,
+    path: PathBuf,
     id: u64,
     removed: bool,
 }
@@ -50,9 +50,10 @@ impl Hierarchy {
         self.create_below(&own, name, limit)
     }
 
-    fn create_below(&self, own: &str, name: &str, limit: Option<u64>) -> anyhow::Result<TransientCgroup> {
-        let mut failure = anyhow::anyhow!("none of {own} and its ancestors is mounted at {}", self.mount.display());
-        for parent in candidates(own) {
+    fn create_below(&self, own: &Path, name: &str, limit: Option<u64>) -> anyhow::Result<TransientCgroup> {
+        let (shown_own, mount) = (shown(own), shown(&self.mount));
+        let mut failure = anyhow::anyhow!("none of {shown_own} and its ancestors is mounted at {mount}");
+        for parent in own.ancestors() {
             let Some(dir) = self.dir_of(parent) else { continue };
             let may_enable = parent == own || parent == self.root;
             match self.make(&dir, parent, name, may_enable) {
@@ -71,13 +72,13 @@ impl Hierarchy {
         Err(failure).with_context(|| format!("failed to create a memory cgroup {name}"))
     }
 
-    fn make(&self, parent: &Path, parent_path: &str, name: &str, may_enable: bool) -> anyhow::Result<TransientCgroup> {
+    fn make(&self, parent: &Path, parent_path: &Path, name: &str, may_enable: bool) -> anyhow::Result<TransientCgroup> {
         if self.version != 1 {
             enable_memory(parent, may_enable)?;
         }
         let dir = parent.join(name);
         fs::create_dir(&dir).with_context(|| format!("failed to create {}", dir.display()))?;
-        let path = format!("{}/{name}", parent_path.trim_end_matches('/'));
+        let path = parent_path.join(name);
         let mut transient =
             TransientCgroup { hierarchy: self.clone(), dir: dir.clone(), path: path.clone(), id: 0, removed: false };
         match self.read(&path, 0) {
@@ -86,15 +87,6 @@ impl Hierarchy {
         }
         Ok(transient)
     }
-}
-
-/// The caller's own cgroup, then its ancestors up to the root.
-fn candidates(own: &str) -> impl Iterator<Item = &str> {
-    std::iter::successors(Some(own), |path| match path.rsplit_once('/') {
-        Some(("", "")) | None => None,
-        Some(("", _)) => Some("/"),
-        Some((parent, _)) => Some(parent),
-    })
 }
 
 /// Makes sure that children of this version 2 cgroup have a memory controller; enables it where
@@ -113,7 +105,7 @@ fn enable_memory(dir: &Path, may_enable: bool) -> anyhow::Result<()> {
 
 impl TransientCgroup {
     /// Its path in the hierarchy.
-    pub fn path(&self) -> &str {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
@@ -221,12 +213,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn candidates_go_upwards() {
-        assert_eq!(candidates("/a/b").collect::<Vec<_>>(), ["/a/b", "/a", "/"]);
-        assert_eq!(candidates("/").collect::<Vec<_>>(), ["/"]);
-    }
-
-    #[test]
     fn names_that_are_none() {
         let hierarchy = Hierarchy { version: 2, mount: "/nowhere".into(), hierarchy_id: 0, root: "/".into() };
         for name in ["", "..", ".x", "a/b", "a b", "a\n"] {
@@ -244,7 +230,7 @@ mod tests {
         // A directory in the place of the file refuses the write, as a cgroup with processes does.
         fs::create_dir(own.join("cgroup.subtree_control")).unwrap();
         fs::write(dir.path().join("a/cgroup.subtree_control"), "cpu memory\n").unwrap();
-        let error = hierarchy.create_below("/a/b/c", "t", None).unwrap_err();
+        let error = hierarchy.create_below(Path::new("/a/b/c"), "t", None).unwrap_err();
         // This is no cgroup file system, so no files appear in the new directory and it is given back.
         assert!(!dir.path().join("a/t").exists() && !dir.path().join("t").exists(), "{error:#}");
         assert_eq!(enable_memory(&dir.path().join("a"), false).map_err(|e| e.to_string()), Ok(()));

@@ -23,7 +23,7 @@ use super::config::{Config, Flags, RECORD};
 use super::invoker::Invoker;
 use super::values::{Size, Span};
 use super::{VerbResult, exec_in, terminal};
-use crate::cgroup::hierarchy::Hierarchy;
+use crate::cgroup::hierarchy::{Hierarchy, shown};
 use crate::cgroup::transient::TransientCgroup;
 use crate::clock;
 use crate::error::CommandError;
@@ -64,7 +64,7 @@ pub struct Args {
     pid: Option<u32>,
     /// Record a memory cgroup and all below it instead of a command
     #[arg(long, value_name = "PATH", conflicts_with = "command")]
-    cgroup: Option<String>,
+    cgroup: Option<PathBuf>,
     /// Stop a --pid or --cgroup recording after this time; otherwise Ctrl-C stops it
     #[arg(long = "for", value_name = "SPAN", conflicts_with = "command")]
     duration: Option<Span>,
@@ -199,7 +199,7 @@ async fn follow(args: &Args, session: &mut Session, files: &mut Vec<Incident>) -
         (Some(path), _) => {
             let id = session.hierarchy().id_of(path);
             let id = id.with_context(|| {
-                format!("--cgroup: there is no memory cgroup {path}; /proc/PID/cgroup has the paths")
+                format!("--cgroup: there is no memory cgroup {}; /proc/PID/cgroup has the paths", shown(path))
             })?;
             (Some(id), None)
         }

@@ -21,6 +21,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use anyhow::Context;
 use rustix::io::Errno;
 
+use memtrace_engine::decode::printable;
 use memtrace_engine::input::{KernelLogEvent, KernelLogLine};
 
 pub mod backlog;
@@ -58,11 +59,12 @@ pub fn parse_kmsg(record: &str) -> Option<KmsgRecord> {
     let micros: u64 = fields.next()?.parse().ok()?;
     let message = rest.split('\n').next().unwrap_or_default();
     // Facility 0 is the kernel.
-    let event = if priority < 8 { parse_message(&unescape(message)) } else { None };
+    let event = if priority < 8 { parse_message(message) } else { None };
     Some(KmsgRecord { seq, printk_ns: micros.saturating_mul(1000), event })
 }
 
-/// What a message says about an OOM kill; `None` when it is about something else.
+/// What a message says about an OOM kill; `None` when it is about something else. It is still
+/// escaped, so it is ASCII, and what is found in it is made readable by [`text`].
 fn parse_message(message: &str) -> Option<KernelLogEvent> {
     match message.strip_prefix("oom-kill:constraint=") {
         Some(rest) => parse_oom_kill(rest),
@@ -91,9 +93,9 @@ fn parse_oom_kill(rest: &str) -> Option<KernelLogEvent> {
     };
     Some(KernelLogEvent::OomKill {
         constraint: constraint.to_owned(),
-        oom_memcg: oom_memcg.map(str::to_owned),
-        task_memcg: task_memcg.map(str::to_owned),
-        comm: comm.to_owned(),
+        oom_memcg: oom_memcg.map(text),
+        task_memcg: task_memcg.map(text),
+        comm: text(comm),
         pid,
     })
 }
@@ -104,8 +106,7 @@ fn split_comm(rest: &str) -> Option<(&str, &str)> {
     rest.match_indices(KEY).find_map(|(at, _)| {
         let (before, from) = rest.split_at_checked(at)?;
         let comm = from.strip_prefix(KEY)?;
-        // A name cut inside a character grows when it is made text.
-        (comm.len() <= MAX_COMM * '\u{fffd}'.len_utf8() && comm.chars().count() <= MAX_COMM).then_some((before, comm))
+        (unescape(comm).len() <= MAX_COMM).then_some((before, comm))
     })
 }
 
@@ -118,11 +119,16 @@ fn parse_killed(message: &str) -> Option<KernelLogEvent> {
     let (pid, rest) = rest.split_once(" (")?;
     let pid = pid.parse().ok()?;
     let end = [") total-vm:", "), UID ", ")"].into_iter().find_map(|end| rest.rfind(end))?;
-    Some(KernelLogEvent::Killed { pid, comm: rest.get(..end)?.to_owned() })
+    Some(KernelLogEvent::Killed { pid, comm: text(rest.get(..end)?) })
 }
 
-/// Undoes the escapes of /dev/kmsg: `\xNN` for what is not printable ASCII.
-fn unescape(message: &str) -> String {
+/// A name or a path of a message as the engine has those of hooks' records, so that the two are equal.
+fn text(escaped: &str) -> String {
+    printable(&unescape(escaped))
+}
+
+/// Undoes the escapes of /dev/kmsg: `\xNN` for a backslash and what is not printable ASCII.
+fn unescape(message: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(message.len());
     let mut rest = message.as_bytes();
     loop {
@@ -139,7 +145,7 @@ fn unescape(message: &str) -> String {
             }
         };
     }
-    String::from_utf8_lossy(&out).into_owned()
+    out
 }
 
 /// Follows the sequence numbers, and so knows how many records are missing.
@@ -344,10 +350,22 @@ mod tests {
     #[test]
     fn escapes_are_undone() {
         let line = r"Out of memory: Killed process 6 (\x0aa\x5cx41\xc3\xa4) total-vm:1kB";
-        assert_eq!(killed(line), (6, "\na\\x41ä".to_owned()));
-        assert_eq!(unescape(r"\x4"), r"\x4");
-        assert_eq!(unescape(r"\xzz\x41"), r"\xzzA");
-        assert_eq!(unescape(r"\xff"), "\u{fffd}");
+        assert_eq!(killed(line), (6, "\\x0aa\\x41ä".to_owned()));
+        assert_eq!(unescape(r"\x4"), br"\x4");
+        assert_eq!(unescape(r"\xzz\x41"), br"\xzzA");
+        assert_eq!(unescape(r"\xff"), b"\xff");
+    }
+
+    #[test]
+    fn names_that_are_not_text_are_those_of_the_hooks() {
+        let head = "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=";
+        let cgroup = r"/\xff\x1b\x5cx41,task=x,pid=1";
+        let name = r"\xff".repeat(15);
+        let line = format!("{head}{cgroup},task_memcg={cgroup},task={name},pid=9,uid=0");
+        let (_, oom, task, comm, pid) = oom_kill(&line);
+        let shown = r"/\xff\x1b\x41,task=x,pid=1".to_owned();
+        assert_eq!((oom, task), (Some(shown.clone()), Some(shown)));
+        assert_eq!((comm, pid), (name, 9));
     }
 
     #[test]

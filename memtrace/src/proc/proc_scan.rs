@@ -5,14 +5,19 @@
 //! reporting it an exit would be seen in the wrong order.
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::Context;
+use memtrace_engine::decode::printable;
 use memtrace_engine::input::ProcessFound;
-use procfs::process::Process;
+use procfs::process::{Process, Stat, Status};
+use procfs::{FromBufRead, FromRead};
 
 /// Most processes listed; the rest is counted and left out.
 pub const MAX_PROCESSES: usize = 65_536;
+/// Bytes read of /proc/PID/stat and /proc/PID/status.
+const FILE_BYTES_CAP: u64 = 64 << 10;
 /// `PF_KTHREAD` (include/linux/sched.h) in the flags of /proc/PID/stat.
 const KERNEL_THREAD: u32 = 0x0020_0000;
 
@@ -42,16 +47,19 @@ fn pids_in(proc: &Path) -> anyhow::Result<(Vec<u32>, usize)> {
 
 fn read_in(proc: &Path, pid: u32, boot_ns: u64) -> Option<ProcessFound> {
     let process = Process::new_with_root(proc.join(pid.to_string())).ok()?;
-    let stat = process.stat().ok()?;
+    let stat_bytes = read_file(&process, "stat")?;
+    let stat = Stat::from_read(stat_bytes.as_slice()).ok()?;
     if matches!(stat.state, 'Z' | 'X' | 'x') || stat.flags & KERNEL_THREAD != 0 {
         return None;
     }
-    let status = process.status().ok()?;
+    // Its first line has the name, which may be any bytes; `procfs` takes lines of text only.
+    let status_text = String::from_utf8_lossy(&read_file(&process, "status")?).into_owned();
+    let status = Status::from_buf_read(status_text.as_bytes()).ok()?;
     let bytes = |kib: Option<u64>| kib?.checked_mul(1024);
     Some(ProcessFound {
         pid,
         boot_ns,
-        comm: stat.comm,
+        comm: comm_in(&stat_bytes)?,
         parent_pid: u32::try_from(stat.ppid).ok()?,
         start_ticks: stat.starttime,
         // Absent without an address space: a kernel thread, or a process that is exiting.
@@ -65,8 +73,24 @@ fn read_in(proc: &Path, pid: u32, boot_ns: u64) -> Option<ProcessFound> {
     })
 }
 
+fn read_file(process: &Process, name: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    process.open_relative(name).ok()?.take(FILE_BYTES_CAP).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// The name in /proc/PID/stat, escaped as hooks' records have it; a parenthesis may be part of it.
+fn comm_in(stat: &[u8]) -> Option<String> {
+    let begin = stat.iter().position(|byte| *byte == b'(')?.checked_add(1)?;
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    stat.get(begin..end).map(printable)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
@@ -83,13 +107,17 @@ mod tests {
     #[test]
     fn a_name_may_hold_anything() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(") R 1 (");
-        fs::copy("/bin/sleep", &path).unwrap();
-        let mut child = std::process::Command::new(&path).arg("60").spawn().unwrap();
-        let found = read_process(child.id(), 4, 2);
-        child.kill().unwrap();
-        let code = child.wait().unwrap();
-        let found = found.unwrap();
-        assert_eq!((found.comm.as_str(), found.parent_pid), (") R 1 (", std::process::id()), "{code}");
+        let names: [(&[u8], &str); 3] =
+            [(b") R 1 (", ") R 1 ("), (b"\xff: x\x1b", "\\xff: x\\x1b"), (b"a\nUid:\t0", "a\\x0aUid:\\x090")];
+        for (name, shown) in names {
+            let path = dir.path().join(OsStr::from_bytes(name));
+            fs::copy("/bin/sleep", &path).unwrap();
+            let mut child = std::process::Command::new(&path).arg("60").spawn().unwrap();
+            let found = read_process(child.id(), 4, 2);
+            child.kill().unwrap();
+            let code = child.wait().unwrap();
+            let found = found.expect(shown);
+            assert_eq!((found.comm.as_str(), found.parent_pid), (shown, std::process::id()), "{code}");
+        }
     }
 }

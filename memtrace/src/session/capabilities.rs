@@ -13,7 +13,7 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 
 use super::SessionConfig;
-use crate::cgroup::hierarchy::{CgroupError, Hierarchy};
+use crate::cgroup::hierarchy::{CgroupError, Hierarchy, shown};
 use crate::error::CommandError;
 use crate::host;
 use crate::kernel::hooks::Hook;
@@ -51,7 +51,7 @@ pub fn detect(btf: Option<&Path>) -> Capabilities {
     let controller = hierarchy.as_ref().map_err(ToString::to_string).map(|hierarchy| MemoryController {
         version: hierarchy.version,
         hierarchy_id: hierarchy.hierarchy_id,
-        mount: hierarchy.mount.display().to_string(),
+        mount: shown(&hierarchy.mount),
     });
     Capabilities { facts: facts::gather(btf, controller), hierarchy }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use memtrace_common::event::{
     CAUSE_BRK, CAUSE_CHARGE, CAUSE_MAP, CAUSE_TOUCH, MAX_STACK_COPY_BYTES, StackSample, UNKNOWN,
 };
-use memtrace_engine::decode::{StackRecord, decode_stack};
+use memtrace_engine::decode::{StackRecord, decode_stack, printable};
 use memtrace_engine::input::{Fact, PathFrame, StackFound, bytes_of_frames};
 use memtrace_incident::{Cause, Cut};
 use memtrace_unwind::gate::{Gate, ProcessKey, Refused};
@@ -314,9 +314,9 @@ fn is_tracer(name: &str) -> bool {
     called || matches!(name, "mm_trace_rss_stat" | "trace_rss_stat")
 }
 
-/// Text of a NUL-padded field.
+/// Text of a NUL-padded field, escaped where not printable.
 fn text(comm: &[u8]) -> String {
-    String::from_utf8_lossy(comm.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
+    printable(comm.split(|byte| *byte == 0).next().unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -33,10 +33,11 @@ enum RunsOn {
     Newest,
 }
 
-const RARE: [Rare; 13] = [
+const RARE: [Rare; 14] = [
     Rare { executable: "kernel_change", runs_on: RunsOn::Ends, why: "fork, exec and moves between cgroups" },
     Rare { executable: "kernel_degraded", runs_on: RunsOn::Newest, why: "an agent for each hook that is left out" },
     Rare { executable: "kernel_kills", runs_on: RunsOn::Ends, why: "many kills" },
+    Rare { executable: "kernel_names", runs_on: RunsOn::Ends, why: "a kill for each kind of name" },
     Rare { executable: "kernel_pressure", runs_on: RunsOn::Ends, why: "shortages that last" },
     Rare { executable: "kernel_privileges", runs_on: RunsOn::Ends, why: "what each thread of the agent may do" },
     Rare { executable: "kernel_retention", runs_on: RunsOn::Ends, why: "many kills by one user, and in one cgroup" },

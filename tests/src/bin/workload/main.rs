@@ -427,10 +427,10 @@ fn take_at_once(mib: usize, threads: Option<usize>, touch: bool, gate: bool) -> 
 
 /// Prints an event as a JSON line, with the pid of the process.
 fn say(event: &str, more: &Value) -> anyhow::Result<()> {
-    let comm = std::fs::read_to_string("/proc/self/comm").context("failed to read the process name")?;
+    let comm = std::fs::read("/proc/self/comm").context("failed to read the process name")?;
     let mut line = json!({
         "event": event, "pid": std::process::id(), "start_ticks": process::start_ticks("self")?,
-        "comm": comm.trim_end_matches('\n'),
+        "comm": String::from_utf8_lossy(&comm).trim_end_matches('\n'),
     });
     if let (Some(line), Some(more)) = (line.as_object_mut(), more.as_object()) {
         line.extend(more.clone());
