@@ -6,9 +6,13 @@
 //! reader of this process hung on before, and for a while after that nothing is read from file
 //! systems that the host has not mounted: everybody can make those, as many as they like. A reading
 //! that is late is given up (`readers`). What is announced to the [`ReadObserver`] lets whoever
-//! waits for this process tell what it waits for. What a reading costs in CPU time is taken off two
-//! accounts, that of its process and that of all; while either is in debt nothing more is read for
-//! that process.
+//! waits for this process tell what it waits for. What a reading costs in CPU time is taken off three
+//! accounts, that of its process, that of its user and that of all; while one is in debt nothing more
+//! is read for that process.
+//!
+//! What the calling thread does between readings costs as well: walks over unwind information,
+//! parsing, making room in caches. [`Gate::settle`] takes it off the same accounts, beyond what an
+//! ordinary stack takes ([`FREE_NS`]).
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -29,6 +33,10 @@ const FILE_LIMIT: Duration = Duration::from_secs(1);
 /// A reading that goes on for this long is announced again: whoever listens times what waits, not a
 /// row of readings that is long.
 const ANNOUNCED_FOR: Duration = Duration::from_millis(250);
+/// CPU time of the calling thread for one stack, or one look at a process, that nobody pays for,
+/// nanoseconds. An ordinary stack takes 7,000, and how many there are the sampling budget decides: were
+/// they paid for as well, many stacks of honest programs would leave nothing for reading.
+const FREE_NS: i64 = 50_000;
 /// Refused processes, devices and users, each; the first ones are forgotten.
 pub const MAX_REFUSED: usize = 256;
 
@@ -148,6 +156,10 @@ struct Current {
     user: Option<u32>,
     /// What was spent while its user was not known, nanoseconds.
     unpaid_ns: i64,
+    /// CPU time of the calling thread up to which it has paid, nanoseconds.
+    settled_ns: i64,
+    /// What is left of [`FREE_NS`].
+    free_ns: i64,
 }
 
 impl Gate {
@@ -163,7 +175,12 @@ impl Gate {
 
     /// The process for which readings come next; its user is not known yet.
     pub(crate) fn set_process(&mut self, process: ProcessKey) {
-        self.current = Some(Current { process, user: None, unpaid_ns: 0 });
+        self.current = Some(Current { process, user: None, unpaid_ns: 0, settled_ns: cpu_ns(), free_ns: FREE_NS });
+    }
+
+    /// User of the process for which readings come; `None`: not known.
+    pub(crate) fn user(&self) -> Option<u32> {
+        self.current.and_then(|current| current.user)
     }
 
     /// The user of that process, once it is known.
@@ -180,12 +197,16 @@ impl Gate {
 
     /// Whether a reading would be paid for now.
     pub(crate) fn affords(&mut self) -> bool {
-        let (Some(rate_ppm), Some(current)) = (self.rate_ppm, self.current) else { return true };
+        !self.owes()
+            && self.rate_ppm.is_none_or(|rate_ppm| self.all.balance(Instant::now(), Rate::of_cpu(rate_ppm)) > 0)
+    }
+
+    /// Whether the process or its user is in debt: not because of others.
+    pub(crate) fn owes(&mut self) -> bool {
+        let (Some(rate_ppm), Some(Current { process, user, .. })) = (self.rate_ppm, self.current) else { return false };
         let now = Instant::now();
-        let user = current.user;
-        self.processes.balance(current.process, now, Rate::of_process(rate_ppm)) > 0
-            && user.is_none_or(|user| self.users.balance(user, now, Rate::of_user(rate_ppm)) > 0)
-            && self.all.balance(now, Rate::of_cpu(rate_ppm)) > 0
+        self.processes.balance(process, now, Rate::of_process(rate_ppm)) <= 0
+            || user.is_some_and(|user| self.users.balance(user, now, Rate::of_user(rate_ppm)) <= 0)
     }
 
     /// Reads, unless that is refused or not paid for. `None` also if it is late.
@@ -246,8 +267,31 @@ impl Gate {
         self.observer.iter_mut().for_each(|observer| observer.late(reading, late));
     }
 
+    /// The process pays for what the calling thread has done for it since it was set, or since it paid
+    /// last.
+    pub(crate) fn settle(&mut self) {
+        let Some(current) = &mut self.current else { return };
+        let now_ns = cpu_ns();
+        let spent_ns = now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns));
+        let free_ns = spent_ns.min(current.free_ns);
+        current.free_ns = current.free_ns.saturating_sub(free_ns);
+        let process = current.process;
+        if spent_ns > free_ns {
+            self.charge(process, spent_ns.saturating_sub(free_ns));
+        }
+    }
+
+    /// Another process pays for what the calling thread has done since the last settlement.
+    pub(crate) fn settle_as(&mut self, process: ProcessKey, user: Option<u32>) {
+        let Some(current) = &mut self.current else { return };
+        let now_ns = cpu_ns();
+        let spent_ns = now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns));
+        self.charge_to(process, user, spent_ns);
+    }
+
     /// Nothing is read for now.
     pub(crate) fn rest(&mut self) {
+        self.settle();
         if self.announced.take().is_some()
             && let Some(observer) = &mut self.observer
         {
@@ -255,16 +299,31 @@ impl Gate {
         }
     }
 
-    fn charge(&mut self, process: ProcessKey, spent_ns: i64) {
+    /// What an account holds; `None`: it is not kept.
+    #[cfg(test)]
+    pub(crate) fn balances_ns(&mut self, process: ProcessKey, user: u32) -> Option<(i64, i64)> {
+        let (rate_ppm, now) = (self.rate_ppm?, Instant::now());
+        let of_process = self.processes.balance(process, now, Rate::of_process(rate_ppm));
+        Some((of_process, self.users.balance(user, now, Rate::of_user(rate_ppm))))
+    }
+
+    pub(crate) fn charge(&mut self, process: ProcessKey, spent_ns: i64) {
+        if self.rate_ppm.is_none() {
+            return;
+        }
+        let user = self.user();
+        if let Some(current) = self.current.as_mut().filter(|_| user.is_none()) {
+            current.unpaid_ns = current.unpaid_ns.saturating_add(spent_ns);
+        }
+        self.charge_to(process, user, spent_ns);
+    }
+
+    fn charge_to(&mut self, process: ProcessKey, user: Option<u32>, spent_ns: i64) {
         let Some(rate_ppm) = self.rate_ppm else { return };
         let now = Instant::now();
         self.processes.charge(process, now, Rate::of_process(rate_ppm), spent_ns);
-        match &mut self.current {
-            Some(Current { user: Some(user), .. }) => {
-                self.users.charge(*user, now, Rate::of_user(rate_ppm), spent_ns);
-            }
-            Some(current) => current.unpaid_ns = current.unpaid_ns.saturating_add(spent_ns),
-            None => {}
+        if let Some(user) = user {
+            self.users.charge(user, now, Rate::of_user(rate_ppm), spent_ns);
         }
         self.all.charge(now, Rate::of_cpu(rate_ppm), spent_ns);
     }
@@ -276,7 +335,7 @@ impl Gate {
 }
 
 /// CPU time of this thread, nanoseconds.
-fn cpu_ns() -> i64 {
+pub(crate) fn cpu_ns() -> i64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec)
 }
@@ -404,6 +463,36 @@ mod tests {
         gate.set_process((18, 1));
         gate.set_user(Some(1001));
         assert!(gate.affords(), "another user");
+    }
+
+    #[test]
+    fn what_this_thread_does_between_readings_is_paid_for_beyond_what_is_ordinary() {
+        // Nothing is earned, so the balances are those of what was spent.
+        let mut gate = Gate { rate_ppm: Some(0), ..Gate::default() };
+        let compute = |ns: i64| {
+            let begin = cpu_ns();
+            while cpu_ns() - begin < ns {}
+        };
+        gate.set_process((7, 1));
+        gate.set_user(Some(1000));
+        compute(10 * FREE_NS);
+        gate.rest();
+        let (of_process, of_user) = gate.balances_ns((7, 1), 1000).unwrap();
+        assert!(of_process <= LEAST_BURST_NS - 9 * FREE_NS, "{of_process}");
+        assert_eq!(of_process, of_user);
+        compute(LEAST_BURST_NS);
+        gate.settle();
+        assert!(gate.owes() && !gate.affords(), "the free time is used up");
+        gate.set_process((8, 1));
+        gate.set_user(Some(1001));
+        assert!(!gate.owes(), "others owe nothing");
+        // What goes on between two processes is nobody's.
+        compute(10 * FREE_NS);
+        gate.set_process((9, 1));
+        gate.set_user(Some(1002));
+        gate.rest();
+        assert!(gate.balances_ns((8, 1), 1001).unwrap().0 == LEAST_BURST_NS);
+        assert!(gate.balances_ns((9, 1), 1002).unwrap().0 > LEAST_BURST_NS - 9 * FREE_NS);
     }
 
     #[test]
