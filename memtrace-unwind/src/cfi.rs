@@ -400,7 +400,7 @@ fn short_cie<'a, S: UnwindSection<Bytes<'a>>>(
     bases: &BaseAddresses,
     offset: S::Offset,
 ) -> gimli::Result<CommonInformationEntry<Bytes<'a>>> {
-    let mut rest = section.section().clone();
+    let mut rest = *section.section();
     rest.skip(UnwindOffset::into(offset))?;
     let (length, _) = rest.read_initial_length()?;
     if length > MAX_ENTRY_BYTES {

@@ -12,6 +12,9 @@ use crate::gate::ProcessKey;
 use crate::perf_map::PerfMap;
 use crate::unwind::MappedCode;
 
+/// What a user holds, and by which processes: when each was used last, and how much it holds.
+type Holder = (usize, Vec<(u64, ProcessKey, usize)>);
+
 impl CachedProcess {
     fn map_bytes(&self) -> usize {
         self.code.as_ref().map_or(0, MappedCode::memory_estimate)
@@ -44,7 +47,7 @@ impl ProcessCache {
     /// Evicts processes other than `but` until no more than `most` is held.
     fn make_room(&mut self, but: ProcessKey, most: usize, held: impl Fn(&CachedProcess) -> usize) {
         self.modules.gate.settle();
-        let mut by_user: BTreeMap<Option<u32>, (usize, Vec<(u64, ProcessKey, usize)>)> = BTreeMap::new();
+        let mut by_user: BTreeMap<Option<u32>, Holder> = BTreeMap::new();
         let mut total: usize = 0;
         for (key, process) in &self.processes {
             let holds = held(process);

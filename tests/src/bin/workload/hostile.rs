@@ -52,24 +52,32 @@ pub(crate) fn perf_map(map_mib: usize, time: Duration, replace: bool) -> anyhow:
         if content.len() >= map_mib << 20 {
             break;
         }
-        writeln!(content, "{:x} 10 f{n}", 0x10000 + n * 16)?;
+        // One that is replaced has as many lines as fit, and none that fills what is kept.
+        match replace {
+            true => content.extend(b"0 0 x\n"),
+            false => writeln!(content, "{:x} 10 f{n}", 0x10000 + n * 16)?,
+        }
     }
     let mut map = made(&path, &content)?;
-    let next = path.with_extension("next");
-    let content = if replace { content } else { Vec::new() };
+    // Two files that take turns cost nothing to put there.
+    let spares = [path.with_extension("a"), path.with_extension("b")];
+    for spare in spares.iter().filter(|_| replace) {
+        made(spare, &content)?;
+    }
+    drop(content);
     let code = raw::compiled(TOUCH)?;
-    let begin = Instant::now();
+    let (begin, mut turns) = (Instant::now(), spares.iter().cycle());
     let ended = take(begin, time, |step| {
         let pages = step.as_mut_ptr_range();
         code(pages.start, pages.end);
-        if replace {
-            made(&next, &content)?;
-            std::fs::rename(&next, &path).context("failed to replace a perf map")
-        } else {
-            map.write_all(b"1 1 x\n").context("failed to write a perf map")
+        match turns.next().filter(|_| replace) {
+            Some(spare) => put(spare, &path),
+            None => map.write_all(b"1 1 x\n").context("failed to write a perf map"),
         }
     });
-    std::fs::remove_file(&path)?;
+    for file in spares.iter().filter(|_| replace).chain([&path]) {
+        std::fs::remove_file(file).with_context(|| format!("failed to remove {}", file.display()))?;
+    }
     ended
 }
 
@@ -77,6 +85,13 @@ fn made(path: &Path, content: &[u8]) -> anyhow::Result<File> {
     let mut file = File::create(path).with_context(|| format!("failed to make {}", path.display()))?;
     file.write_all(content).with_context(|| format!("failed to write {}", path.display()))?;
     Ok(file)
+}
+
+/// Gives a file the name of another one as well, which loses it.
+fn put(file: &Path, path: &Path) -> anyhow::Result<()> {
+    let next = path.with_extension("next");
+    std::fs::hard_link(file, &next).with_context(|| format!("failed to make {}", next.display()))?;
+    std::fs::rename(&next, path).with_context(|| format!("failed to replace {}", path.display()))
 }
 
 /// Maps links to one ELF file as code, all under names of their own, and takes memory.
