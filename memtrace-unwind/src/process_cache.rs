@@ -336,7 +336,9 @@ impl ProcessCache {
     ) -> Option<UnwoundStack> {
         let (mut looked_at, mut work) = (0, MAX_WORK);
         loop {
-            self.modules.gate.settle();
+            if looked_at > 0 {
+                self.modules.gate.settle();
+            }
             if self.modules.gate.owes() {
                 work = 0;
             }
