@@ -12,8 +12,8 @@
 
 use gimli::{
     BaseAddresses, CfaRule, CieOrFde, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice, Evaluation,
-    EvaluationResult, Expression, FrameDescriptionEntry, LittleEndian, Location, Register, RegisterRule, UnwindContext,
-    UnwindExpression, UnwindOffset, UnwindSection, Value,
+    EvaluationResult, Expression, FrameDescriptionEntry, LittleEndian, Location, Reader, Register, RegisterRule,
+    UnwindContext, UnwindExpression, UnwindOffset, UnwindSection, Value,
 };
 
 use crate::elf::{ElfHeaders, UnwindSections};
@@ -21,6 +21,8 @@ use crate::rule::{MissingWord, Registers, Rule, StackCopy, UnwindStep};
 
 /// Longest entry in bytes. Compilers write a few hundred, at most some thousand.
 const MAX_ENTRY_BYTES: usize = 64 << 10;
+/// What a lookup takes of the work of a stack at least, bytes.
+const LEAST_ENTRY_WORK: usize = 32;
 /// Most steps of an expression; that of a PLT takes 10.
 const MAX_STEPS: u32 = 256;
 /// Most words of memory and registers that one expression may ask for.
@@ -194,7 +196,12 @@ impl<'a> Cfi<'a> {
         address: u64,
         work: &mut usize,
     ) -> Result<Option<FrameDescriptionEntry<Bytes<'b>>>, ()> {
-        let fde = section.fde_from_offset(&self.bases, offset, S::cie_from_offset).map_err(|_| ())?;
+        // Also one that is broken takes some time.
+        *work = work.saturating_sub(LEAST_ENTRY_WORK);
+        if *work == 0 {
+            return Err(());
+        }
+        let fde = section.fde_from_offset(&self.bases, offset, short_cie).map_err(|_| ())?;
         let bytes = fde.entry_len().max(fde.cie().entry_len());
         if bytes > *work {
             *work = 0;
@@ -386,6 +393,22 @@ impl<'a> Cfi<'a> {
     }
 }
 
+/// The CIE at an offset, unless it is too long: its augmentation is a string without a bound, which is
+/// searched for its end.
+fn short_cie<'a, S: UnwindSection<Bytes<'a>>>(
+    section: &S,
+    bases: &BaseAddresses,
+    offset: S::Offset,
+) -> gimli::Result<CommonInformationEntry<Bytes<'a>>> {
+    let mut rest = *section.section();
+    rest.skip(UnwindOffset::into(offset))?;
+    let (length, _) = rest.read_initial_length()?;
+    if length > MAX_ENTRY_BYTES {
+        return Err(gimli::Error::UnsupportedOffset);
+    }
+    section.cie_from_offset(bases, offset)
+}
+
 enum FoundEntry<'a> {
     EhFrame(EhFrame<Bytes<'a>>, FrameDescriptionEntry<Bytes<'a>>),
     DebugFrame(DebugFrame<Bytes<'a>>, FrameDescriptionEntry<Bytes<'a>>),
@@ -404,7 +427,7 @@ fn index_entries<'a, S: UnwindSection<Bytes<'a>>>(section: &S, bases: &BaseAddre
             if let Some((_, cie)) = last.as_ref().filter(|(known, _)| *known == at) {
                 return Ok(cie.clone());
             }
-            let cie = section.cie_from_offset(bases, offset)?;
+            let cie = short_cie(section, bases, offset)?;
             last = Some((at, cie.clone()));
             Ok(cie)
         });

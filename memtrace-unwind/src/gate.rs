@@ -6,9 +6,13 @@
 //! reader of this process hung on before, and for a while after that nothing is read from file
 //! systems that the host has not mounted: everybody can make those, as many as they like. A reading
 //! that is late is given up (`readers`). What is announced to the [`ReadObserver`] lets whoever
-//! waits for this process tell what it waits for. What a reading costs in CPU time is taken off two
-//! accounts, that of its process and that of all; while either is in debt nothing more is read for
-//! that process.
+//! waits for this process tell what it waits for. What a reading costs in CPU time is taken off three
+//! accounts, that of its process, that of its user and that of all; while one is in debt nothing more
+//! is read for that process.
+//!
+//! What the calling thread does between readings costs as well: walks over unwind information,
+//! parsing, making room in caches. [`Gate::settle`] takes it off the same accounts, beyond what an
+//! ordinary stack takes ([`FREE_NS`]).
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -18,6 +22,9 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::accounts::{Account, Accounts, Rate};
 use crate::host_mounts::HostMounts;
 use crate::readers::Readers;
+
+#[cfg(test)]
+mod tests;
 
 /// Waiting for file systems that the host has not mounted: they may be slow without an end, each
 /// time a little less than what is late. A second at first, then a fiftieth of the time.
@@ -29,6 +36,10 @@ const FILE_LIMIT: Duration = Duration::from_secs(1);
 /// A reading that goes on for this long is announced again: whoever listens times what waits, not a
 /// row of readings that is long.
 const ANNOUNCED_FOR: Duration = Duration::from_millis(250);
+/// CPU time of the calling thread for one stack, or one look at a process, that nobody pays for,
+/// nanoseconds. An ordinary stack takes 7,000, and how many there are the sampling budget decides: were
+/// they paid for as well, many stacks of honest programs would leave nothing for reading.
+const FREE_NS: i64 = 50_000;
 /// Refused processes, devices and users, each; the first ones are forgotten.
 pub const MAX_REFUSED: usize = 256;
 
@@ -148,6 +159,10 @@ struct Current {
     user: Option<u32>,
     /// What was spent while its user was not known, nanoseconds.
     unpaid_ns: i64,
+    /// CPU time of the calling thread up to which it has paid, nanoseconds.
+    settled_ns: i64,
+    /// What is left of [`FREE_NS`].
+    free_ns: i64,
 }
 
 impl Gate {
@@ -163,7 +178,12 @@ impl Gate {
 
     /// The process for which readings come next; its user is not known yet.
     pub(crate) fn set_process(&mut self, process: ProcessKey) {
-        self.current = Some(Current { process, user: None, unpaid_ns: 0 });
+        self.current = Some(Current { process, user: None, unpaid_ns: 0, settled_ns: cpu_ns(), free_ns: FREE_NS });
+    }
+
+    /// User of the process for which readings come; `None`: not known.
+    pub(crate) fn user(&self) -> Option<u32> {
+        self.current.and_then(|current| current.user)
     }
 
     /// The user of that process, once it is known.
@@ -180,12 +200,16 @@ impl Gate {
 
     /// Whether a reading would be paid for now.
     pub(crate) fn affords(&mut self) -> bool {
-        let (Some(rate_ppm), Some(current)) = (self.rate_ppm, self.current) else { return true };
+        !self.owes()
+            && self.rate_ppm.is_none_or(|rate_ppm| self.all.balance(Instant::now(), Rate::of_cpu(rate_ppm)) > 0)
+    }
+
+    /// Whether the process or its user is in debt: not because of others.
+    pub(crate) fn owes(&mut self) -> bool {
+        let (Some(rate_ppm), Some(Current { process, user, .. })) = (self.rate_ppm, self.current) else { return false };
         let now = Instant::now();
-        let user = current.user;
-        self.processes.balance(current.process, now, Rate::of_process(rate_ppm)) > 0
-            && user.is_none_or(|user| self.users.balance(user, now, Rate::of_user(rate_ppm)) > 0)
-            && self.all.balance(now, Rate::of_cpu(rate_ppm)) > 0
+        self.processes.balance(process, now, Rate::of_process(rate_ppm)) <= 0
+            || user.is_some_and(|user| self.users.balance(user, now, Rate::of_user(rate_ppm)) <= 0)
     }
 
     /// Reads, unless that is refused or not paid for. `None` also if it is late.
@@ -246,8 +270,31 @@ impl Gate {
         self.observer.iter_mut().for_each(|observer| observer.late(reading, late));
     }
 
+    /// The process pays for what the calling thread has done for it since it was set, or since it paid
+    /// last.
+    pub(crate) fn settle(&mut self) {
+        let Some(current) = &mut self.current else { return };
+        let now_ns = cpu_ns();
+        let spent_ns = now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns));
+        let free_ns = spent_ns.min(current.free_ns);
+        current.free_ns = current.free_ns.saturating_sub(free_ns);
+        let process = current.process;
+        if spent_ns > free_ns {
+            self.charge(process, spent_ns.saturating_sub(free_ns));
+        }
+    }
+
+    /// Another process pays for what the calling thread has done since the last settlement.
+    pub(crate) fn settle_as(&mut self, process: ProcessKey, user: Option<u32>) {
+        let Some(current) = &mut self.current else { return };
+        let now_ns = cpu_ns();
+        let spent_ns = now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns));
+        self.charge_to(process, user, spent_ns);
+    }
+
     /// Nothing is read for now.
     pub(crate) fn rest(&mut self) {
+        self.settle();
         if self.announced.take().is_some()
             && let Some(observer) = &mut self.observer
         {
@@ -255,16 +302,31 @@ impl Gate {
         }
     }
 
-    fn charge(&mut self, process: ProcessKey, spent_ns: i64) {
+    /// What an account holds; `None`: it is not kept.
+    #[cfg(test)]
+    pub(crate) fn balances_ns(&mut self, process: ProcessKey, user: u32) -> Option<(i64, i64)> {
+        let (rate_ppm, now) = (self.rate_ppm?, Instant::now());
+        let of_process = self.processes.balance(process, now, Rate::of_process(rate_ppm));
+        Some((of_process, self.users.balance(user, now, Rate::of_user(rate_ppm))))
+    }
+
+    pub(crate) fn charge(&mut self, process: ProcessKey, spent_ns: i64) {
+        if self.rate_ppm.is_none() {
+            return;
+        }
+        let user = self.user();
+        if let Some(current) = self.current.as_mut().filter(|_| user.is_none()) {
+            current.unpaid_ns = current.unpaid_ns.saturating_add(spent_ns);
+        }
+        self.charge_to(process, user, spent_ns);
+    }
+
+    fn charge_to(&mut self, process: ProcessKey, user: Option<u32>, spent_ns: i64) {
         let Some(rate_ppm) = self.rate_ppm else { return };
         let now = Instant::now();
         self.processes.charge(process, now, Rate::of_process(rate_ppm), spent_ns);
-        match &mut self.current {
-            Some(Current { user: Some(user), .. }) => {
-                self.users.charge(*user, now, Rate::of_user(rate_ppm), spent_ns);
-            }
-            Some(current) => current.unpaid_ns = current.unpaid_ns.saturating_add(spent_ns),
-            None => {}
+        if let Some(user) = user {
+            self.users.charge(user, now, Rate::of_user(rate_ppm), spent_ns);
         }
         self.all.charge(now, Rate::of_cpu(rate_ppm), spent_ns);
     }
@@ -276,153 +338,7 @@ impl Gate {
 }
 
 /// CPU time of this thread, nanoseconds.
-fn cpu_ns() -> i64 {
+pub(crate) fn cpu_ns() -> i64 {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use super::*;
-    use crate::accounts::LEAST_BURST_NS;
-    use crate::proc_dir::FileStamp;
-
-    #[derive(Debug, Default)]
-    struct Heard(Arc<Mutex<Vec<Option<Reading>>>>);
-
-    impl ReadObserver for Heard {
-        fn begin(&mut self, reading: &Reading) {
-            self.0.lock().unwrap().push(Some(*reading));
-        }
-
-        fn end(&mut self) {
-            self.0.lock().unwrap().push(None);
-        }
-
-        fn late(&mut self, reading: &Reading, late: usize) {
-            assert_eq!(late, 1);
-            self.0.lock().unwrap().push(Some(*reading));
-        }
-    }
-
-    #[test]
-    fn a_reading_is_announced_unless_it_is_refused() {
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let refused =
-            Refused { processes: [(7, 1)].into(), devices: [(0, 40)].into(), users: [1000].into(), strangers: false };
-        let mut gate = Gate::new(Box::new(Heard(heard.clone())), refused, 1_000_000);
-        gate.set_process((8, 1));
-        assert_eq!(gate.pass(Place::Device((8, 1)), || 5), Some(5));
-        let reading = Reading { process: (8, 1), user: None, place: Place::Device((8, 1)) };
-        assert_eq!(gate.pass(Place::Device((8, 1)), || 6), Some(6));
-        assert_eq!(*heard.lock().unwrap(), [Some(reading)], "once for both");
-        gate.rest();
-        gate.rest();
-        assert_eq!(*heard.lock().unwrap(), [Some(reading), None]);
-        assert_eq!(gate.pass(Place::Device((0, 40)), || 5), None, "the device");
-        gate.set_user(Some(1000));
-        assert_eq!(gate.pass(Place::Proc, || 5), None, "the user");
-        gate.set_process((7, 1));
-        assert_eq!(gate.pass(Place::Proc, || 5), None, "the process");
-        assert_eq!(
-            (gate.counts(), heard.lock().unwrap().len()),
-            (GateCounts { refused: 3, ..GateCounts::default() }, 2)
-        );
-    }
-
-    #[test]
-    fn what_goes_on_for_long_is_announced_again() {
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let mut gate = Gate::new(Box::new(Heard(heard.clone())), Refused::default(), 1_000_000);
-        gate.set_process((8, 1));
-        gate.pass(Place::Proc, || ());
-        gate.announced = gate.announced.map(|(reading, at)| (reading, at.checked_sub(ANNOUNCED_FOR).unwrap()));
-        gate.pass(Place::Proc, || ());
-        gate.pass(Place::Proc, || ());
-        assert_eq!(heard.lock().unwrap().len(), 2);
-    }
-
-    #[test]
-    fn what_is_late_is_given_up_and_refused() {
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let mut gate = Gate::new(Box::new(Heard(heard.clone())), Refused::default(), 1_000_000);
-        let (go_on, wait) = std::sync::mpsc::sync_channel::<()>(1);
-        gate.set_process((8, 1));
-        assert_eq!(gate.pass(Place::Proc, move || wait.recv().is_ok()), None);
-        assert_eq!(gate.pass(Place::Proc, || 5), None, "of this process nothing else is read");
-        assert_eq!((heard.lock().unwrap().len(), gate.counts().refused), (2, 2), "begun, and late");
-        gate.set_process((9, 1));
-        assert_eq!(gate.pass(Place::Proc, || 5), Some(5));
-        go_on.send(()).unwrap();
-    }
-
-    #[test]
-    fn file_systems_that_the_host_has_not_are_refused_on_request() {
-        let mut gate = Gate { refused: Refused { strangers: true, ..Refused::default() }, ..Gate::default() };
-        let memory = rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let known = Place::Device(FileStamp::of(&memory.into()).unwrap().device());
-        let strange = Place::Device((0, 0));
-        gate.set_process((7, 1));
-        let passes = |gate: &mut Gate, place| gate.pass(place, || ()).is_some();
-        assert!(passes(&mut gate, Place::Proc) && passes(&mut gate, known));
-        assert!(!passes(&mut gate, strange) && !passes(&mut gate, Place::Path));
-        gate.refuse(Refused::default());
-        assert!(passes(&mut gate, strange) && passes(&mut gate, Place::Path));
-    }
-
-    #[test]
-    fn file_systems_of_others_that_are_slow_are_paid_for() {
-        let mut gate = Gate::default();
-        let passes = |gate: &mut Gate, pid, place| {
-            gate.set_process((pid, 1));
-            gate.pass(place, || std::thread::sleep(Duration::from_millis(60))).is_some()
-        };
-        let read = (0..100).take_while(|pid| passes(&mut gate, *pid, Place::Device((0, *pid)))).count();
-        assert!((2..30).contains(&read), "{read} were read");
-        assert!(!passes(&mut gate, 200, Place::Path) && passes(&mut gate, 200, Place::Proc), "that is the host's");
-    }
-
-    #[test]
-    fn a_user_with_many_processes_leaves_a_share_to_others() {
-        let mut gate = Gate { rate_ppm: Some(1_000_000), ..Gate::default() };
-        let mine = Rate::of_user(1_000_000).full_ns;
-        let spent = |gate: &mut Gate, pid: u32, user: u32, ns: i64| {
-            gate.set_process((pid, 1));
-            // What is spent before its user is known is the user's too.
-            gate.charge((pid, 1), ns / 2);
-            gate.set_user(Some(user));
-            gate.charge((pid, 1), ns / 2);
-        };
-        (1..=16).for_each(|pid| spent(&mut gate, pid, 1000, mine / 16 + 20_000_000));
-        for pid in [1, 17] {
-            gate.set_process((pid, 1));
-            gate.set_user(Some(1000));
-            assert!(!gate.affords(), "{pid}");
-        }
-        gate.set_process((18, 1));
-        gate.set_user(Some(1001));
-        assert!(gate.affords(), "another user");
-    }
-
-    #[test]
-    fn who_is_in_debt_waits_and_others_go_on() {
-        let (at, rate) = (Instant::now(), Rate::of_cpu(10_000));
-        let mut gate = Gate { rate_ppm: Some(10_000), ..Gate::default() };
-        gate.set_process((7, 1));
-        gate.charge((7, 1), LEAST_BURST_NS / 2 + 15_000_000);
-        assert!(!gate.affords());
-        assert_eq!(gate.pass(Place::Proc, || ()), None);
-        assert_eq!(gate.counts().over_budget, 1);
-        gate.set_process((8, 1));
-        // All together have 20 ms, of which 25 are spent.
-        assert!(!gate.affords());
-        let later = |seconds| at + Duration::from_secs(seconds);
-        assert!(gate.all.balance(later(1), rate) > 0, "a second at 1 % earns 10 ms");
-        assert_eq!(gate.all.balance(later(100), rate), LEAST_BURST_NS, "no more than what is full");
-        let mut account = Account::default();
-        account.charge(at, rate, 1_000_000_000);
-        assert!(account.balance(later(90), rate) < 0 && account.balance(later(100), rate) > 0);
-    }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 use proptest::prelude::*;
 
 use crate::cfi::{Cfi, CfiScratch, RegisterColumns};
-use crate::elf::ElfHeaders;
+use crate::elf::{ElfHeaders, ElfSection, UnwindSections};
 use crate::modules::UnwindData;
 use crate::proc_dir::ProcDir;
 use crate::process_cache::{ProcessCache, SampleMoment};
@@ -142,6 +142,45 @@ fn an_expression_that_jumps_backwards_ends() {
     let registers = Registers { ip: start, sp: 0x1000, fp: 0, lr: None };
     let step = data.cfi().step(start, &registers, &StackCopy::new(0x1000, &[0; 64]), &mut scratch, &mut work);
     assert_eq!(step, UnwindStep::Broken);
+}
+
+/// The CIE of an entry says with a string of megabytes what it has, or something unknown.
+#[test]
+fn entries_that_are_broken_take_of_the_work_of_a_stack() {
+    let (hdr_at, frame_at, code_at) = (0x1000_u64, 0x2000_u64, 0x80_0000_u64);
+    for augmentation_bytes in [3, 4 << 20] {
+        let mut frame = Vec::new();
+        // Length, id, version, augmentation.
+        frame.extend((4 + 1 + augmentation_bytes as u32 + 4).to_le_bytes());
+        frame.extend(0_u32.to_le_bytes());
+        frame.push(1);
+        frame.extend(vec![b'!'; augmentation_bytes]);
+        frame.extend([0; 4]);
+        let entry = frame.len() as u32;
+        frame.extend(24_u32.to_le_bytes());
+        frame.extend((entry + 4).to_le_bytes());
+        [code_at, 16].iter().for_each(|long| frame.extend(long.to_le_bytes()));
+        frame.extend([0; 8]);
+        let mut hdr = vec![1, 0x1b, 3, 0x3b, 0, 0, 0, 0, 1, 0, 0, 0];
+        hdr.extend(((code_at - hdr_at) as i32).to_le_bytes());
+        hdr.extend(((frame_at - hdr_at) as i32 + entry as i32).to_le_bytes());
+        let section = |address| Some(ElfSection { file: 0..1, address });
+        let headers =
+            ElfHeaders { eh_frame: section(frame_at), eh_frame_hdr: section(hdr_at), ..ElfHeaders::default() };
+        let unwind = UnwindSections {
+            eh_frame: Some(frame.into()),
+            eh_frame_hdr: Some(hdr.into()),
+            ..UnwindSections::default()
+        };
+        let cfi = Cfi::new(&headers, &unwind, None, RegisterColumns::NATIVE);
+        let (mut scratch, mut work) = (CfiScratch::default(), 1 << 20);
+        let mut lookups = 0;
+        while work > 0 && lookups < 1 << 20 {
+            assert_eq!(cfi.rule(code_at, &mut scratch, &mut work), Rule::Broken);
+            lookups += 1;
+        }
+        assert!(work == 0 && lookups <= 1 << 15, "{lookups} lookups leave {work}");
+    }
 }
 
 /// Numbered columns: an assembler for any architecture writes those of arm64.

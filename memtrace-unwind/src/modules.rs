@@ -23,11 +23,16 @@ use crate::maps::{Mapping, Maps};
 use crate::proc_dir::{Credentials, FileAccess, FileStamp, ProcDir};
 use crate::unwind::MappedModule;
 
-/// Most modules known; beyond it the least recently used one is forgotten.
+mod room;
+#[cfg(test)]
+pub(crate) mod tests;
+
+/// Most modules known; beyond it those go that `room` finds.
 pub const MAX_MODULES: usize = 4096;
-/// Most descriptors held; beyond it the least recently used one is closed.
+/// Most descriptors held; beyond it those are closed that `room` finds.
 pub const MAX_OPEN: usize = 512;
-/// Bytes of unwind sections held for all modules; a module that alone has more is not unwound.
+/// Bytes of unwind sections held for all modules, see `room`; a module that alone has more is not
+/// unwound.
 pub const MAX_UNWIND_BYTES: usize = 16 << 20;
 /// File systems whose kind is cached.
 const MAX_FILE_SYSTEMS: usize = 1024;
@@ -58,6 +63,8 @@ pub struct Module {
     /// Where it is read.
     place: Place,
     unwind: UnwindState,
+    /// The user on whose account it was made known, or read, last; `None`: not known.
+    owner: Option<u32>,
     /// Order of use, for eviction.
     used: u64,
     met: Instant,
@@ -259,8 +266,9 @@ impl Modules {
             return None;
         };
         module.unwind = UnwindState::Read(data.clone());
+        module.owner = self.gate.user();
         self.unwind_bytes = self.unwind_bytes.saturating_add(data.bytes());
-        while self.unwind_bytes > MAX_UNWIND_BYTES && self.unload_oldest(id) {}
+        self.make_room_for_unwind_data();
         Some(data)
     }
 
@@ -408,10 +416,12 @@ impl Modules {
                 vacant.insert(id);
                 let build_id = headers.as_ref().and_then(|headers| headers.build_id.as_deref()).map(Arc::from);
                 let (unwind, used, met) = (UnwindState::Unread, self.clock, Instant::now());
+                let owner = self.gate.user();
                 let place = if key == ModuleKey::Vdso { Place::Proc } else { Place::Device(mapping.device) };
                 let (path, file) = (mapping.path.clone(), None);
+                let unmapped = None;
                 let module =
-                    Module { path, build_id, headers, generated, file, key, place, unwind, used, met, unmapped: None };
+                    Module { path, build_id, headers, generated, file, key, place, unwind, owner, used, met, unmapped };
                 self.modules.insert(id, module);
                 id
             }
@@ -425,8 +435,8 @@ impl Modules {
             self.open = self.open.saturating_add(1);
         }
         self.mark_used(id, Instant::now());
-        while self.open > MAX_OPEN && self.close_oldest(id) {}
-        while self.modules.len() > MAX_MODULES && self.forget_oldest(id) {}
+        self.make_room_for_files(id);
+        self.make_room_for_modules(id);
         id
     }
 
@@ -437,48 +447,6 @@ impl Modules {
             module.used = self.clock;
             module.met = now;
         }
-    }
-
-    fn oldest(&self, but: ModuleId, with: impl Fn(&Module) -> bool) -> Option<ModuleId> {
-        let candidates = self.modules.iter().filter(|(id, module)| **id != but && with(module));
-        candidates.min_by_key(|(_, module)| module.used).map(|(id, _)| *id)
-    }
-
-    fn close_oldest(&mut self, but: ModuleId) -> bool {
-        let Some(id) = self.oldest(but, |module| module.file.is_some() && module.key != ModuleKey::Vdso) else {
-            return false;
-        };
-        if let Some(module) = self.modules.get_mut(&id) {
-            module.file = None;
-        }
-        self.open = self.open.saturating_sub(1);
-        self.losses.closed = self.losses.closed.saturating_add(1);
-        true
-    }
-
-    fn unload_oldest(&mut self, but: ModuleId) -> bool {
-        let Some(id) = self.oldest(but, |module| matches!(module.unwind, UnwindState::Read(_))) else { return false };
-        self.unload(id);
-        self.losses.unloaded = self.losses.unloaded.saturating_add(1);
-        true
-    }
-
-    fn unload(&mut self, id: ModuleId) {
-        let Some(module) = self.modules.get_mut(&id) else { return };
-        if let UnwindState::Read(data) = std::mem::replace(&mut module.unwind, UnwindState::Unread) {
-            self.unwind_bytes = self.unwind_bytes.saturating_sub(data.bytes());
-        }
-    }
-
-    fn forget_oldest(&mut self, but: ModuleId) -> bool {
-        let Some(id) = self.oldest(but, |_| true) else { return false };
-        self.unload(id);
-        if let Some(module) = self.modules.remove(&id) {
-            self.ids.remove(&module.key);
-            self.open = self.open.saturating_sub(usize::from(module.file.is_some()));
-        }
-        self.losses.forgotten = self.losses.forgotten.saturating_add(1);
-        true
     }
 }
 

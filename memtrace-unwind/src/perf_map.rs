@@ -51,9 +51,10 @@ pub struct Position {
 pub struct NewLines {
     /// The map begins anew: it is another file, or shorter.
     anew: bool,
-    /// Behind them.
-    position: Position,
-    lines: Vec<u8>,
+    /// Whether there are any.
+    any: bool,
+    /// Parsed by whoever reads them, so that the process pays for that too. Its position is behind them.
+    map: PerfMap,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +81,8 @@ impl Position {
         let whole = if whole == 0 && lines.len() as u64 == MAX_READ_BYTES { lines.len() } else { whole };
         lines.truncate(whole);
         let position = Self { file: identity, read_bytes: begin.saturating_add(whole as u64) };
-        (anew || whole > 0).then_some(NewLines { anew, position, lines })
+        let parse = || NewLines { anew, any: whole > 0, map: PerfMap { position, ..PerfMap::parse(&lines) } };
+        (anew || whole > 0).then(parse)
     }
 }
 
@@ -91,13 +93,15 @@ impl PerfMap {
     }
 
     /// Takes what [`Position::read_on`] has read. False if that is no line.
-    pub fn take(&mut self, new: &NewLines) -> bool {
-        if new.anew {
-            *self = Self::default();
+    pub fn take(&mut self, new: NewLines) -> bool {
+        let NewLines { anew, any, map } = new;
+        if anew {
+            *self = map;
+        } else {
+            self.position = map.position;
+            self.merge(&map);
         }
-        self.position = new.position;
-        self.append(&new.lines);
-        !new.lines.is_empty()
+        any
     }
 
     /// Parses the content of a perf map. Total: lines that do not parse are skipped.
@@ -105,6 +109,29 @@ impl PerfMap {
         let mut map = Self::default();
         map.append(bytes);
         map
+    }
+
+    /// Adds the functions of a map that was read later.
+    fn merge(&mut self, later: &Self) {
+        for function in &later.functions {
+            let name = later.names.get(function.name_start as usize..function.name_end as usize).unwrap_or_default();
+            if !self.add(function.start, function.end, name) {
+                break;
+            }
+        }
+        self.sort();
+    }
+
+    /// False if there is no room for it.
+    fn add(&mut self, start: u64, end: u64, name: &str) -> bool {
+        if self.functions.len() >= MAX_FUNCTIONS || self.names.len().saturating_add(name.len()) > MAX_NAME_BYTES {
+            return false;
+        }
+        let Ok(name_start) = u32::try_from(self.names.len()) else { return false };
+        self.names.push_str(name);
+        let Ok(name_end) = u32::try_from(self.names.len()) else { return false };
+        self.functions.push(Function { start, end, name_start, name_end });
+        true
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -115,14 +142,14 @@ impl PerfMap {
             let (Some(start), Some(size)) = (hex(start), hex(size)) else { continue };
             let name = head(name.trim(), MAX_NAME);
             let Some(end) = start.checked_add(size).filter(|_| size > 0 && !name.is_empty()) else { continue };
-            if self.functions.len() >= MAX_FUNCTIONS || self.names.len().saturating_add(name.len()) > MAX_NAME_BYTES {
+            if !self.add(start, end, name) {
                 break;
             }
-            let Ok(name_start) = u32::try_from(self.names.len()) else { break };
-            self.names.push_str(name);
-            let Ok(name_end) = u32::try_from(self.names.len()) else { break };
-            self.functions.push(Function { start, end, name_start, name_end });
         }
+        self.sort();
+    }
+
+    fn sort(&mut self) {
         // Stable: of two functions with one start the later one comes last, and is found first.
         self.functions.sort_by_key(|function| function.start);
     }
@@ -193,7 +220,7 @@ mod tests {
         write!(file, "abc000 10 jitted\nabd000 10 ha").unwrap();
         let process = ProcDir::of(std::process::id()).unwrap();
         let own = process.credentials().unwrap();
-        let read_on = |map: &mut PerfMap, who| map.position().read_on(&process, who).is_some_and(|new| map.take(&new));
+        let read_on = |map: &mut PerfMap, who| map.position().read_on(&process, who).is_some_and(|new| map.take(new));
         let mut map = PerfMap::default();
         assert!(read_on(&mut map, &own) && !read_on(&mut map, &own), "the same again");
         assert_eq!((map.find(0xabc008).as_deref(), map.find(0xabd008)), (Some("jitted"), None));

@@ -21,12 +21,16 @@ use crate::modules::{Module, ModuleId, ModuleLosses, Modules, OpenModule, Reader
 use crate::perf_map::PerfMap;
 use crate::proc_dir::{Credentials, ProcDir, owner_of};
 use crate::rule::Registers;
-use crate::unwind::{MappedCode, MappedModule, Unwinder, UnwoundStack};
+use crate::unwind::{MAX_WORK, MappedCode, MappedModule, Unwinder, UnwoundStack};
+
+mod room;
+#[cfg(test)]
+mod tests;
 
 /// Bytes of the names that a stack has of its process: each may have a kilobyte, and there may be as
 /// many as frames. Further frames have none.
 pub const MAX_NAME_BYTES: usize = 32 << 10;
-/// Most processes cached; beyond it the least recently used one is evicted.
+/// Most processes cached; beyond it those are evicted that `room` finds.
 pub const MAX_PROCESSES: usize = 1024;
 /// Heap bytes of the mappings of all processes.
 const MAX_MAP_BYTES: usize = 8 << 20;
@@ -203,7 +207,11 @@ impl ProcessCache {
         if self.modules.holds_files() {
             let live = self.processes.values().filter(|process| process.ended.is_none());
             let slots = live.filter_map(|process| process.code.as_ref()).flat_map(|code| &code.modules);
-            let mapped: HashSet<ModuleId> = slots.filter_map(|slot| slot.module()).collect();
+            // There may be very many, most of them in files that cannot be closed: they were never open.
+            let is_open = |id: &ModuleId| self.modules.get(*id).is_some_and(|module| module.file().is_some());
+            let mut last = None;
+            let ids = slots.filter_map(|slot| slot.read_module()).filter(|id| last.replace(*id) != Some(*id));
+            let mapped: HashSet<ModuleId> = ids.filter(is_open).collect();
             self.modules.close_unused(&mapped, keep_files, now);
         }
     }
@@ -280,6 +288,11 @@ impl ProcessCache {
         Some(stack)
     }
 
+    /// The process of the last stack pays for what was done with it since.
+    pub fn settle(&mut self) {
+        self.modules.gate.settle();
+    }
+
     /// All modules whose content can be read now: frames are named from it.
     pub fn open_modules(&self) -> Vec<OpenModule> {
         self.modules.open_modules()
@@ -309,10 +322,11 @@ impl ProcessCache {
         let process = self.processes.entry(key).or_default();
         process.used = self.clock;
         self.modules.gate.set_user(process.credentials.user().or_else(|| owner_of(key.0)));
-        while self.processes.len() > MAX_PROCESSES && self.evict_oldest(key, |_| true) {}
+        self.make_room_for_processes(key);
     }
 
-    /// Walks the stack, and again while that finds modules that can be opened.
+    /// Walks the stack, and again while that finds modules that can be opened. A process in debt has what
+    /// costs little: rules that are cached, and frame pointers.
     fn walk(
         &mut self,
         key: ProcessKey,
@@ -320,13 +334,19 @@ impl ProcessCache {
         stack_copy: &[u8],
         frame_pointers: &[u64],
     ) -> Option<UnwoundStack> {
-        let mut looked_at = 0;
+        let (mut looked_at, mut work) = (0, MAX_WORK);
         loop {
+            if looked_at > 0 {
+                self.modules.gate.settle();
+            }
+            if self.modules.gate.owes() {
+                work = 0;
+            }
             let Some(code) = self.processes.get(&key).and_then(|process| process.code.as_ref()) else {
                 self.counts.gone = self.counts.gone.saturating_add(1);
                 return None;
             };
-            let stack = self.unwinder.unwind(&mut self.modules, code, registers, stack_copy, frame_pointers);
+            let stack = self.unwinder.unwind(&mut self.modules, code, registers, stack_copy, frame_pointers, &mut work);
             looked_at += 1;
             match stack.needs_module {
                 Some(index) if looked_at < MAX_LOOKED_AT && self.look_at(key, index) => {}
@@ -434,7 +454,7 @@ impl ProcessCache {
         (process.credentials, process.read_ns) = (credentials, read_ns);
         let before = process.code.replace(code);
         self.map_bytes = self.map_bytes.saturating_sub(before.map_or(0, |code| code.memory_estimate()));
-        while self.map_bytes > MAX_MAP_BYTES && self.evict_oldest(key, |process| process.code.is_some()) {}
+        self.make_room_for_maps(key);
         true
     }
 
@@ -463,27 +483,12 @@ impl ProcessCache {
         let map = process.jit.get_or_insert_default();
         let (before, position, credentials) = (map.memory_estimate(), map.position(), process.credentials.clone());
         let read = move || position.read_on(&ProcDir::open(key.0, key.1)?, &credentials);
-        let grown = self.modules.gate.pass(Place::Path, read).flatten().is_some_and(|new| map.take(&new));
+        let grown = self.modules.gate.pass(Place::Path, read).flatten().is_some_and(|new| map.take(new));
         let bytes = map.memory_estimate();
         self.jit_bytes = self.jit_bytes.saturating_sub(before).saturating_add(bytes);
         self.counts.perf_maps_read = self.counts.perf_maps_read.saturating_add(u64::from(grown));
-        while self.jit_bytes > MAX_JIT_BYTES && self.evict_oldest(key, |process| process.jit.is_some()) {}
+        self.make_room_for_jit(key);
         grown
-    }
-
-    fn evict_oldest(&mut self, but: ProcessKey, with: impl Fn(&CachedProcess) -> bool) -> bool {
-        let candidates = self.processes.iter().filter(|(key, process)| **key != but && with(process));
-        let Some(key) = candidates.min_by_key(|(_, process)| process.used).map(|(key, _)| *key) else { return false };
-        self.evict(key);
-        self.counts.forgotten = self.counts.forgotten.saturating_add(1);
-        true
-    }
-
-    fn evict(&mut self, key: ProcessKey) {
-        if let Some(process) = self.processes.remove(&key) {
-            self.map_bytes = self.map_bytes.saturating_sub(process.code.map_or(0, |code| code.memory_estimate()));
-            self.jit_bytes = self.jit_bytes.saturating_sub(process.jit.map_or(0, |map| map.memory_estimate()));
-        }
     }
 }
 

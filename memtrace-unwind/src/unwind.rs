@@ -16,8 +16,9 @@ use crate::rule::{MissingWord, Registers, Rule, StackCopy, UnwindStep};
 
 /// Most frames of one stack.
 pub const MAX_FRAMES: usize = 512;
-/// Bytes of unwind entries read for one stack. Entries of compilers take some hundred bytes.
-const MAX_WORK: usize = 1 << 20;
+/// Bytes of unwind entries read for one stack, in all walks of it. Entries of compilers take some
+/// hundred bytes.
+pub const MAX_WORK: usize = 1 << 20;
 /// Rules that are cached, by module and address.
 const MAX_RULES: usize = 8192;
 /// Address bits on arm64 if no mapping needs more; the bits above may hold the signature of a
@@ -100,6 +101,14 @@ impl MappedModule {
             Self::Unknown | Self::Anonymous => None,
         }
     }
+
+    /// The module, if its file was opened.
+    pub fn read_module(self) -> Option<ModuleId> {
+        match self {
+            Self::Read(id, _) => Some(id),
+            Self::Unread(_) | Self::Unknown | Self::Anonymous => None,
+        }
+    }
 }
 
 impl MappedCode {
@@ -179,7 +188,8 @@ struct Cursor {
 impl Unwinder {
     /// Walks the stack of a thread with these registers. `stack_copy` holds the stack from its
     /// stack pointer up. `frame_pointers` is the chain that the kernel walked: the instruction
-    /// pointer, then return addresses, innermost first; a zero ends it.
+    /// pointer, then return addresses, innermost first; a zero ends it. `work` is what is left of
+    /// [`MAX_WORK`]; without any, there are the rules that are cached, and frame pointers.
     pub fn unwind(
         &mut self,
         modules: &mut Modules,
@@ -187,8 +197,9 @@ impl Unwinder {
         registers: Registers,
         stack_copy: &[u8],
         frame_pointers: &[u64],
+        work: &mut usize,
     ) -> UnwoundStack {
-        let walk = self.walk(modules, code, registers, stack_copy);
+        let walk = self.walk(modules, code, registers, stack_copy, work);
         let joined = join(walk, frame_pointers, code);
         let (mut unknown, mut unread) = (None, None);
         let mut frame = |hop: &Hop| {
@@ -217,10 +228,16 @@ impl Unwinder {
         self.rules.capacity().saturating_mul(size_of::<Option<(ModuleId, u64, Rule)>>())
     }
 
-    fn walk(&mut self, modules: &mut Modules, code: &MappedCode, registers: Registers, bytes: &[u8]) -> Walk {
+    fn walk(
+        &mut self,
+        modules: &mut Modules,
+        code: &MappedCode,
+        registers: Registers,
+        bytes: &[u8],
+        work: &mut usize,
+    ) -> Walk {
         let stack = StackCopy::new(registers.sp, bytes);
         let mut walk = Walk::default();
-        let mut work = MAX_WORK;
         let top = code.maps.all().last().map_or(0, |mapping| mapping.end).checked_next_power_of_two();
         let mask = top.map_or(u64::MAX, |top| top.saturating_sub(1) | ADDRESS_BITS);
         let mut cursor = Cursor { registers, exact: true };
@@ -239,7 +256,7 @@ impl Unwinder {
             if walk.hops.len() >= MAX_FRAMES {
                 break Some(Truncation::FrameLimit);
             }
-            let (step, guessed) = self.step(modules, code, &place, &cursor, &stack, &mut work);
+            let (step, guessed) = self.step(modules, code, &place, &cursor, &stack, work);
             match step {
                 UnwindStep::Caller(mut caller, interrupted) => {
                     if cfg!(target_arch = "aarch64") {
@@ -255,6 +272,10 @@ impl Unwinder {
                         break Some(place.truncation());
                     }
                     cursor = Cursor { registers: caller, exact: interrupted };
+                }
+                // What a frame pointer says in place of a rule that there was no work left for.
+                UnwindStep::Outermost if guessed && *work == 0 && place.stated.is_some() => {
+                    break Some(Truncation::UnwindInfo);
                 }
                 UnwindStep::Outermost => break None,
                 UnwindStep::Missing(MissingWord::Beyond) => break Some(Truncation::StackCopy),
@@ -301,6 +322,9 @@ impl Unwinder {
             && (*known, *address) == (module, stated)
         {
             return Some(*rule);
+        }
+        if *work == 0 {
+            return Some(Rule::Broken);
         }
         let data = modules.unwind_data(module)?;
         let rule = data.cfi().rule(stated, &mut self.scratch, work);

@@ -2,15 +2,20 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
-use memtrace_tests::figures::say;
-use memtrace_tests::json;
+use memtrace_tests::deadline::Deadline;
+use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::trial::Trial;
+use memtrace_tests::{growth, json, programs};
 
 const PROCESSES: usize = 8;
 const STORM: Duration = Duration::from_secs(5);
@@ -18,6 +23,15 @@ const STORM: Duration = Duration::from_secs(5);
 const BUDGET: f64 = 0.01;
 /// Tolerance: on a loaded machine, the last stack within the budget takes longer than it should.
 const GENEROUS: f64 = 2.0;
+/// Programs that replace their perf maps.
+const REPLACERS: usize = 32;
+/// How long they do.
+const REPLACING: Duration = Duration::from_secs(8);
+/// Somebody without rights.
+const SOMEBODY: u32 = 12_345;
+/// CPU time of the stack worker beyond three times the budget: what accounts hold at the start, and the readings that
+/// bring them into debt.
+const DEBTS: Duration = Duration::from_millis(50);
 
 /// CPU time of the agent so far, seconds.
 #[derive(Clone, Copy)]
@@ -101,9 +115,55 @@ fn an_incident_says_how_many_stacks_were_left_out() -> anyhow::Result<()> {
     Actor::start(Some(&cage), &["burst", "--mib", "1024", "--touch"])?.finish()?.was_killed()?;
     let incident = trial.incident(&cage)?;
     let thinned = json::number(&incident, "/allocations/thinned")?;
-    let growth = memtrace_tests::growth::adds_up(&incident)?;
+    let growth = growth::adds_up(&incident)?;
     say(format_args!("{} MiB of growth in the incident's window, {thinned} stacks left out", growth / MIB));
     ensure!(thinned > 0, "the incident does not say that stacks were left out");
     cage.remove()?;
+    trial.end()
+}
+
+/// A program of somebody without rights that replaces its perf map with each step.
+fn replacer(workload: &Path) -> anyhow::Result<Actor> {
+    let mut command = Command::new(workload);
+    command.uid(SOMEBODY).gid(SOMEBODY);
+    let ms = REPLACING.as_millis().to_string();
+    Actor::from_command(command, &["perf-map", "--map-mib", "1", "--ms", &ms, "--replace"])
+}
+
+/// Each new file is a megabyte to read and 170,000 lines to parse.
+#[test]
+fn perf_maps_that_are_replaced_cost_no_more_than_the_budget_and_no_stacks_of_others() -> anyhow::Result<()> {
+    if !cfg!(target_arch = "x86_64") {
+        not_run_here("perf maps that are replaced", "their program has code for x86-64 only");
+        return Ok(());
+    }
+    let trial = Trial::begin(&["--stack-budget", "1%"])?;
+    let worker = trial.stack_worker()?.context("no stack worker runs")?;
+    // A program that somebody may run.
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
+    let workload = dir.path().join("workload");
+    std::fs::copy(programs::path("workload")?, &workload)?;
+    let (begin, before) = (Instant::now(), cpu_seconds(worker)?);
+    let replacers = (0..REPLACERS).map(|_| replacer(&workload)).collect::<Result<Vec<_>, _>>()?;
+    if Deadline::after(DEBTS).limit() > 2 * DEBTS {
+        not_run_here("a kill beside them", "a machine this slow pays for one such file for many seconds");
+    } else {
+        let is_unwound = |(path, _): &(&serde_json::Value, u64)| growth::user_frames(path).count() > 0;
+        trial.kill_with_stacks(&programs::path("workload")?, |incident| {
+            Ok(growth::touching(incident)?.iter().any(is_unwound))
+        })?;
+    }
+    for replacer in replacers {
+        let ended = replacer.finish()?;
+        ensure!(ended.status.success(), "a workload ended with {}", ended.status);
+    }
+    ensure!(trial.stack_worker()? == Some(worker), "the worker was replaced:\n{}", trial.agent.stderr());
+    let (elapsed, spent) = (begin.elapsed().as_secs_f64(), cpu_seconds(worker)? - before);
+    let most = 3.0 * BUDGET * elapsed + Deadline::after(DEBTS).limit().as_secs_f64();
+    say(format_args!(
+        "{REPLACERS} programs that replace their perf maps: {spent:.2} s of the worker in {elapsed:.1} s, {most:.2} allowed"
+    ));
+    ensure!(spent <= most, "the worker took {spent:.2} s of CPU time in {elapsed:.1} s, {most:.2} s are allowed");
     trial.end()
 }

@@ -117,6 +117,7 @@ impl StackSamples {
             size_bytes: sample.size_bytes,
             path,
         }));
+        self.processes.settle();
         Some(())
     }
 

@@ -1,9 +1,9 @@
 //! Programs that want to keep a stack worker busy.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -43,30 +43,55 @@ const TOUCH: &[u8] = &[
 const TOUCH: &[u8] = &[];
 
 /// Takes memory from code that it wrote itself. Its perf map has `map_mib` from the start, and a
-/// line more with each step.
-pub(crate) fn perf_map(map_mib: usize, time: Duration) -> anyhow::Result<()> {
+/// line more with each step, or another file in its place.
+pub(crate) fn perf_map(map_mib: usize, time: Duration, replace: bool) -> anyhow::Result<()> {
     ensure!(!TOUCH.is_empty(), "there is code for x86-64 only");
-    let path = std::path::PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
-    let mut map = BufWriter::new(File::create(&path).with_context(|| format!("failed to make {}", path.display()))?);
-    let mut written = 0;
+    let path = PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
+    let mut content = Vec::new();
     for n in 0.. {
-        if written >= map_mib << 20 {
+        if content.len() >= map_mib << 20 {
             break;
         }
-        let line = format!("{:x} 10 f{n}\n", 0x10000 + n * 16);
-        map.write_all(line.as_bytes())?;
-        written += line.len();
+        // One that is replaced has as many lines as fit, and none that fills what is kept.
+        match replace {
+            true => content.extend(b"0 0 x\n"),
+            false => writeln!(content, "{:x} 10 f{n}", 0x10000 + n * 16)?,
+        }
     }
-    map.flush()?;
+    let mut map = made(&path, &content)?;
+    // Two files that take turns cost nothing to put there.
+    let spares = [path.with_extension("a"), path.with_extension("b")];
+    for spare in spares.iter().filter(|_| replace) {
+        made(spare, &content)?;
+    }
+    drop(content);
     let code = raw::compiled(TOUCH)?;
-    let begin = Instant::now();
+    let (begin, mut turns) = (Instant::now(), spares.iter().cycle());
     let ended = take(begin, time, |step| {
         let pages = step.as_mut_ptr_range();
         code(pages.start, pages.end);
-        writeln!(map, "1 1 x").and_then(|()| map.flush()).context("failed to write a perf map")
+        match turns.next().filter(|_| replace) {
+            Some(spare) => put(spare, &path),
+            None => map.write_all(b"1 1 x\n").context("failed to write a perf map"),
+        }
     });
-    std::fs::remove_file(&path)?;
+    for file in spares.iter().filter(|_| replace).chain([&path]) {
+        std::fs::remove_file(file).with_context(|| format!("failed to remove {}", file.display()))?;
+    }
     ended
+}
+
+fn made(path: &Path, content: &[u8]) -> anyhow::Result<File> {
+    let mut file = File::create(path).with_context(|| format!("failed to make {}", path.display()))?;
+    file.write_all(content).with_context(|| format!("failed to write {}", path.display()))?;
+    Ok(file)
+}
+
+/// Gives a file the name of another one as well, which loses it.
+fn put(file: &Path, path: &Path) -> anyhow::Result<()> {
+    let next = path.with_extension("next");
+    std::fs::hard_link(file, &next).with_context(|| format!("failed to make {}", next.display()))?;
+    std::fs::rename(&next, path).with_context(|| format!("failed to replace {}", path.display()))
 }
 
 /// Maps links to one ELF file as code, all under names of their own, and takes memory.

@@ -229,6 +229,9 @@ enum What {
         map_mib: usize,
         #[arg(long)]
         ms: u64,
+        /// Put another file in its place with each step
+        #[arg(long)]
+        replace: bool,
     },
     /// Map code of thousands of links to one ELF file with the longest headers, and take memory
     LinkedModules {
@@ -376,7 +379,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Silent { dir, mib, answer_ms } => {
             silent::file_system(&dir, mib, answer_ms.map(Duration::from_millis))?;
         }
-        What::PerfMap { map_mib, ms } => hostile::perf_map(map_mib, Duration::from_millis(ms))?,
+        What::PerfMap { map_mib, ms, replace } => hostile::perf_map(map_mib, Duration::from_millis(ms), replace)?,
         What::LinkedModules { dir, count, ms } => hostile::linked_modules(&dir, count, Duration::from_millis(ms))?,
         What::Leased { dir, ms } => hostile::leased(&dir, Duration::from_millis(ms))?,
         What::Locked { mappings, ms } => hostile::locked(mappings, Duration::from_millis(ms))?,
