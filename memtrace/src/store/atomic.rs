@@ -24,7 +24,7 @@ pub fn write(path: &Path, bytes: &[u8], mode: Option<u32>) -> io::Result<()> {
     sync_dir(parent(&target))
 }
 
-/// As [`write`], in a directory of the agent's own: a link, device or pipe that has the name is replaced and not
+/// As [`write()`], in a directory of the agent's own: a link, device or pipe that has the name is replaced and not
 /// written to.
 pub fn write_own(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     put(path, bytes, Some(mode), true)?;
