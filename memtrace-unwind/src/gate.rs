@@ -11,8 +11,8 @@
 //! is read for that process.
 //!
 //! What the calling thread does between readings costs as well: walks over unwind information,
-//! parsing, making room in caches. [`Gate::settle`] takes it off the same accounts, beyond what an
-//! ordinary stack takes ([`FREE_NS`]).
+//! parsing, making room in caches. `Gate::settle` takes it off the same accounts, beyond what an
+//! ordinary stack takes (`FREE_NS`).
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
