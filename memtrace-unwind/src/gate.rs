@@ -22,6 +22,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::accounts::{Account, Accounts, Rate};
 use crate::host_mounts::HostMounts;
 use crate::readers::Readers;
+use crate::unwind::{MAX_WORK, ORDINARY_WORK};
 
 #[cfg(test)]
 mod tests;
@@ -200,16 +201,33 @@ impl Gate {
 
     /// Whether a reading would be paid for now.
     pub(crate) fn affords(&mut self) -> bool {
-        !self.owes()
+        !self.process_owes()
+            && !self.user_owes()
             && self.rate_ppm.is_none_or(|rate_ppm| self.all.balance(Instant::now(), Rate::of_cpu(rate_ppm)) > 0)
     }
 
-    /// Whether the process or its user is in debt: not because of others.
-    pub(crate) fn owes(&mut self) -> bool {
-        let (Some(rate_ppm), Some(Current { process, user, .. })) = (self.rate_ppm, self.current) else { return false };
-        let now = Instant::now();
-        self.processes.balance(process, now, Rate::of_process(rate_ppm)) <= 0
-            || user.is_some_and(|user| self.users.balance(user, now, Rate::of_user(rate_ppm)) <= 0)
+    /// Whether the process is in debt: not because of others.
+    pub(crate) fn process_owes(&mut self) -> bool {
+        let (Some(rate_ppm), Some(current)) = (self.rate_ppm, self.current) else { return false };
+        self.processes.balance(current.process, Instant::now(), Rate::of_process(rate_ppm)) <= 0
+    }
+
+    /// Whether its user is, which may be because of other containers: most have the user 0.
+    pub(crate) fn user_owes(&mut self) -> bool {
+        let (Some(rate_ppm), Some(user)) = (self.rate_ppm, self.user()) else { return false };
+        self.users.balance(user, Instant::now(), Rate::of_user(rate_ppm)) <= 0
+    }
+
+    /// The work of a walk ([`MAX_WORK`]) that is paid for: of a process in debt none, which leaves rules
+    /// that are cached and frame pointers, and of one whose user is what ordinary code needs.
+    pub(crate) fn work(&mut self) -> usize {
+        if self.process_owes() {
+            0
+        } else if self.user_owes() {
+            ORDINARY_WORK
+        } else {
+            MAX_WORK
+        }
     }
 
     /// Reads, unless that is refused or not paid for. `None` also if it is late.
@@ -302,6 +320,12 @@ impl Gate {
         }
     }
 
+    /// As if nobody had waited for files of others.
+    #[cfg(test)]
+    pub(crate) fn forget_waiting(&mut self) {
+        self.strangers = Gate::default().strangers;
+    }
+
     /// What an account holds; `None`: it is not kept.
     #[cfg(test)]
     pub(crate) fn balances_ns(&mut self, process: ProcessKey, user: u32) -> Option<(i64, i64)> {
@@ -321,7 +345,7 @@ impl Gate {
         self.charge_to(process, user, spent_ns);
     }
 
-    fn charge_to(&mut self, process: ProcessKey, user: Option<u32>, spent_ns: i64) {
+    pub(crate) fn charge_to(&mut self, process: ProcessKey, user: Option<u32>, spent_ns: i64) {
         let Some(rate_ppm) = self.rate_ppm else { return };
         let now = Instant::now();
         self.processes.charge(process, now, Rate::of_process(rate_ppm), spent_ns);

@@ -426,12 +426,14 @@ impl Modules {
                 id
             }
         };
+        let user = self.gate.user();
         if let Some(module) = self.modules.get_mut(&id)
             && module.headers.is_some()
             && module.file.is_none()
             && let Some(file) = file
         {
             module.file = Some(Arc::new(file));
+            module.owner = user;
             self.open = self.open.saturating_add(1);
         }
         self.mark_used(id, Instant::now());

@@ -18,8 +18,8 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 
 /// Nanoseconds of a clock tick in /proc: `USER_HZ` is 100 whatever `CONFIG_HZ` is.
 const TICK_NS: u64 = 10_000_000;
-/// Bytes read of /proc/PID/stat and /proc/PID/status.
-const MAX_STATUS_BYTES: usize = 64 << 10;
+/// Bytes read of /proc/PID/stat and /proc/PID/status, which may list 65,536 groups.
+const MAX_STATUS_BYTES: usize = 1 << 20;
 /// Bytes read of /proc/PID/mountinfo.
 const MAX_MOUNT_BYTES: usize = 256 << 10;
 

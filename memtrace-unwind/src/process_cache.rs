@@ -325,8 +325,7 @@ impl ProcessCache {
         self.make_room_for_processes(key);
     }
 
-    /// Walks the stack, and again while that finds modules that can be opened. A process in debt has what
-    /// costs little: rules that are cached, and frame pointers.
+    /// Walks the stack, and again while that finds modules that can be opened.
     fn walk(
         &mut self,
         key: ProcessKey,
@@ -339,9 +338,7 @@ impl ProcessCache {
             if looked_at > 0 {
                 self.modules.gate.settle();
             }
-            if self.modules.gate.owes() {
-                work = 0;
-            }
+            work = work.min(self.modules.gate.work());
             let Some(code) = self.processes.get(&key).and_then(|process| process.code.as_ref()) else {
                 self.counts.gone = self.counts.gone.saturating_add(1);
                 return None;

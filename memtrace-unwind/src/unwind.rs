@@ -19,6 +19,8 @@ pub const MAX_FRAMES: usize = 512;
 /// Bytes of unwind entries read for one stack, in all walks of it. Entries of compilers take some
 /// hundred bytes.
 pub const MAX_WORK: usize = 1 << 20;
+/// The same for ordinary code: an entry of 128 bytes for each of the frames.
+pub(crate) const ORDINARY_WORK: usize = MAX_FRAMES * 128;
 /// Rules that are cached, by module and address.
 const MAX_RULES: usize = 8192;
 /// Address bits on arm64 if no mapping needs more; the bits above may hold the signature of a

@@ -109,9 +109,23 @@ impl Trial {
     /// Full incidents about these cgroups. Waits for `count` of them and a moment longer; fails on
     /// any other number.
     pub fn incidents(&self, cages: &[&Cage], count: usize) -> anyhow::Result<Vec<Value>> {
+        self.incidents_that(|_| true, cages, count)
+    }
+
+    /// The same of OOM kills: where the CPUs are slow, there may be near misses and spikes before them.
+    pub fn kills(&self, cages: &[&Cage], count: usize) -> anyhow::Result<Vec<Value>> {
+        self.incidents_that(|incident| json::text(incident, "/kind").is_ok_and(|kind| kind == "oom_kill"), cages, count)
+    }
+
+    fn incidents_that(
+        &self,
+        wanted: impl Fn(&Value) -> bool,
+        cages: &[&Cage],
+        count: usize,
+    ) -> anyhow::Result<Vec<Value>> {
         let ours = |incident: &&Value| {
             let id = incident.pointer("/cgroup/id").and_then(Value::as_u64);
-            cages.iter().any(|cage| Some(cage.id()) == id)
+            wanted(incident) && cages.iter().any(|cage| Some(cage.id()) == id)
         };
         self.wait_for(WAIT_LIMIT, |listed| listed.iter().filter(ours).count() >= count)?;
         std::thread::sleep(SETTLE);

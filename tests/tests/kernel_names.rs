@@ -116,7 +116,7 @@ fn kills_in_cgroups_of_any_name_are_reported_with_path_and_limit_and_reach_no_te
         ended.was_killed()?;
         pids.push(ended.pid);
     }
-    let incidents = trial.incidents(&cages, cages.len())?;
+    let incidents = trial.kills(&cages, cages.len())?;
     for (cage, pid) in cages.iter().zip(pids) {
         let of = |incident: &&Value| json::number(incident, "/cgroup/id").is_ok_and(|id| id == cage.id());
         let incident = incidents.iter().find(of).with_context(|| format!("no incident of {}", cage.path()))?;

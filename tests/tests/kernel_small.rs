@@ -46,7 +46,7 @@ fn with_what_it_needs_it_runs_through_a_storm_of_kills() -> anyhow::Result<()> {
         actors.into_iter().try_for_each(|actor| actor.finish()?.was_killed())?;
     }
     let all: Vec<&Cage> = cages.iter().collect();
-    trial.incidents(&all, CGROUPS * KILLS_EACH)?;
+    trial.kills(&all, CGROUPS * KILLS_EACH)?;
     say(format_args!("peak of the agent's cgroup: {:?}, kills in it: {}", own.peak()?, own.oom_kills()?));
     trial.end()?;
     cages.into_iter().try_for_each(Cage::remove)?;

@@ -137,10 +137,13 @@ fn what_this_thread_does_between_readings_is_paid_for_beyond_what_is_ordinary() 
     assert_eq!(of_process, of_user);
     compute(LEAST_BURST_NS);
     gate.settle();
-    assert!(gate.owes() && !gate.affords(), "the free time is used up");
+    assert!(gate.process_owes() && !gate.affords(), "the free time is used up");
     gate.set_process((8, 1));
     gate.set_user(Some(1001));
-    assert!(!gate.owes(), "others owe nothing");
+    assert!(!gate.process_owes() && !gate.user_owes(), "others owe nothing");
+    gate.set_user(Some(1000));
+    assert!(!gate.process_owes() && gate.user_owes(), "but the user does");
+    gate.set_user(Some(1001));
     // What goes on between two processes is nobody's.
     compute(10 * FREE_NS);
     gate.set_process((9, 1));

@@ -81,7 +81,10 @@ struct State {
     retry: Option<Retry>,
     /// Ledgers that were written to, and their directory after a rotation. Cap: [`MAX_UNSYNCED`].
     unsynced: VecDeque<File>,
-    /// The last job was a sync: an incident comes next, or a storm of kills would keep all from being saved.
+    /// How many there were so far, also those that are done.
+    syncs_queued: u64,
+    /// The last job was a sync: an incident comes next whose kill is synced, or a storm of kills would keep all from
+    /// being saved.
     synced: bool,
     /// Ids of files that were written again with names. Cap: [`MAX_REWRITTEN`].
     rewritten: VecDeque<String>,
@@ -150,18 +153,26 @@ impl Storer {
     /// Queues an incident to be saved.
     pub(super) fn save(&self, incident: Box<Incident>) {
         let mut state = self.0.state();
-        for id in state.waiting.put(incident) {
+        let after = state.syncs_queued;
+        let given_up = state.waiting.put(incident, after);
+        for incident in &given_up {
             state.counts.given_up = state.counts.given_up.saturating_add(1);
-            error!(%id, "gave up saving an incident: {} others wait", state.waiting.len());
+            error!(id = %incident.id(), "gave up saving an incident: {} others wait", state.waiting.len());
         }
         self.0.count(&state);
         self.0.changed.notify_all();
+        // Whoever waits for the lock need not wait for memory to be freed.
+        drop(state);
+        drop(given_up);
     }
 
     /// Syncs what was written to.
     pub(super) fn sync(&self, files: impl IntoIterator<Item = File>) {
         let mut state = self.0.state();
-        state.unsynced.extend(files);
+        for file in files {
+            state.unsynced.push_back(file);
+            state.syncs_queued = state.syncs_queued.saturating_add(1);
+        }
         // The newest are of the ledger that is written to now.
         let excess = state.unsynced.len().saturating_sub(MAX_UNSYNCED);
         state.unsynced.drain(..excess);
@@ -246,7 +257,7 @@ impl Shared {
     fn pack(&self) {
         let mut state = self.state();
         loop {
-            let Some(incident) = state.waiting.take_whole() else {
+            let Some((incident, after)) = state.waiting.take_whole() else {
                 if state.end {
                     return;
                 }
@@ -255,14 +266,16 @@ impl Shared {
             };
             state.in_packing = Some(incident.id.clone());
             drop(state);
-            let packed = PackedIncident::of(&incident);
+            let packed = PackedIncident::of(&incident, after);
+            // It takes a while to free, and others want the lock.
+            drop(incident);
             state = self.state();
-            state.in_packing = None;
+            let id = state.in_packing.take().unwrap_or_default();
             match packed {
                 Ok(packed) => state.waiting.put_packed(packed),
                 Err(error) => {
                     state.counts.given_up = state.counts.given_up.saturating_add(1);
-                    error!(id = %incident.id, "gave up saving an incident, which cannot be encoded: {error}");
+                    error!(%id, "gave up saving an incident, which cannot be encoded: {error}");
                 }
             }
             self.count(&state);
@@ -300,7 +313,8 @@ impl State {
         let due = self.finishing || self.retry.is_none_or(|retry| Instant::now() >= retry.at);
         // While the agent stops, what failed is not tried again.
         let or_failed = !self.finishing;
-        let save_first = std::mem::take(&mut self.synced) && due && self.waiting.has_packed(or_failed);
+        let synced = self.syncs_queued.saturating_sub(self.unsynced.len() as u64);
+        let save_first = std::mem::take(&mut self.synced) && due && self.waiting.has_packed_after(synced, or_failed);
         if !save_first && let Some(file) = self.unsynced.pop_front() {
             self.synced = true;
             return Some(Job::Sync(file));

@@ -104,11 +104,12 @@ fn a_ledger_is_synced_and_old_files_are_deleted() {
 fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() {
     let file = || tempfile::tempfile().unwrap();
     let mut state = State::default();
-    state.waiting.put_packed(PackedIncident::of(&incident(1)).unwrap());
-    state.waiting.put_packed(PackedIncident::of(&incident(2)).unwrap());
+    state.waiting.put_packed(PackedIncident::of(&incident(1), 0).unwrap());
+    state.waiting.put_packed(PackedIncident::of(&incident(2), 0).unwrap());
     let mut jobs = Vec::new();
     for _ in 0..4 {
         state.unsynced.push_back(file());
+        state.syncs_queued += 1;
         jobs.push(match state.take_job() {
             Some(Job::Sync(_)) => "sync",
             Some(Job::Save(_)) => "save",
@@ -117,6 +118,19 @@ fn ledgers_that_are_written_to_all_the_time_keep_no_incident_from_being_saved() 
     }
     assert_eq!(jobs, ["sync", "save", "sync", "save"]);
     assert_eq!(state.waiting.len(), 0);
+}
+
+#[test]
+fn an_incident_is_written_after_the_sync_that_was_asked_for_before_it() {
+    let mut state = State::default();
+    for after in 1..=2 {
+        state.unsynced.push_back(tempfile::tempfile().unwrap());
+        state.syncs_queued += 1;
+        state.waiting.put_packed(PackedIncident::of(&incident(after as usize), after).unwrap());
+    }
+    state.waiting.take_packed(false);
+    let jobs = std::iter::from_fn(|| state.take_job()).map(|job| matches!(job, Job::Save(_)));
+    assert_eq!(jobs.collect::<Vec<_>>(), [false, false, true]);
 }
 
 #[test]
@@ -159,9 +173,10 @@ fn what_is_packed_does_not_go_for_what_is_not() {
     let whole = bytes_of(&large(0));
     let fit = MAX_WAITING_BYTES / whole;
     for n in 0..100 {
-        waiting.put_packed(PackedIncident::of(&incident(n)).unwrap());
+        waiting.put_packed(PackedIncident::of(&incident(n), 0).unwrap());
     }
-    let given_up: Vec<String> = (100..100 + 3 * fit).flat_map(|n| waiting.put(large(n))).collect();
+    let given_up = (100..100 + 3 * fit).flat_map(|n| waiting.put(large(n), 0));
+    let given_up: Vec<String> = given_up.map(|incident| incident.id().to_owned()).collect();
     // Oldest first, and of the packed ones none after the others take half of the room.
     assert!(given_up.len() >= 2 * fit && given_up.iter().all(|id| *id >= incident(100).id), "{}", given_up.len());
     assert!(waiting.ids().any(|id| *id == incident(0).id));

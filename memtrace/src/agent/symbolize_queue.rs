@@ -128,7 +128,7 @@ fn symbolize(path: &Path, modules: Vec<ModuleFile>) -> anyhow::Result<NamingSumm
     let modules = modules.into_iter().map(OpenModule::from).collect();
     let summary = subprocess::find(&NameSources::with_modules(modules, &[]), &unnamed).apply(&mut incident);
     if summary.named > 0 {
-        incidents::write(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;
+        incidents::write_again(path, &incident).with_context(|| format!("failed to write {}", path.display()))?;
     }
     Ok(summary)
 }

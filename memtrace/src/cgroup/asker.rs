@@ -373,7 +373,7 @@ impl Lookups {
             For::Kill => &self.answers_for_kill,
             For::Curve => &self.answers,
         };
-        // A full queue leaves it out, and the engine asks again.
+        // A full queue leaves it out, and who wants it asks again.
         if answer.is_some_and(|answer| answers.try_send(answer).is_ok()) {
             self.quiet.add(id, true, Instant::now());
         }

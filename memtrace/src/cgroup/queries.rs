@@ -74,14 +74,25 @@ impl CgroupQueries {
         let found = || hierarchy.below(Path::new(path)).filter(|below| open(hierarchy, below, id).is_some());
         if let Some(known) = self.watched.iter_mut().find(|watched| watched.id == id) {
             (known.below, known.until_ns) = (known.below.take().or_else(found), until_ns);
+            // The first time it may have found no room.
+            if known.below.is_none() {
+                self.ask_for_directory(id);
+            }
         } else if self.watched.len() < MAX_WATCHED {
             let below = found();
-            if below.is_none() && self.lookups.len() < MAX_LOOKUPS {
-                self.lookups.push_back(Ask::Directory(id));
+            if below.is_none() {
+                self.ask_for_directory(id);
             }
             self.watched.push(Watched { id, below, until_ns, last: None });
         } else {
             self.not_watched = self.not_watched.saturating_add(1);
+        }
+    }
+
+    fn ask_for_directory(&mut self, id: u64) {
+        let ask = Ask::Directory(id);
+        if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&ask) {
+            self.lookups.push_back(ask);
         }
     }
 
@@ -157,6 +168,7 @@ fn parse(text: &str) -> Option<OomControl> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -223,8 +235,9 @@ mod tests {
         assert_eq!(found.path, "/a/\\xff\\x1b");
         let mut q = CgroupQueries::default();
         q.watch(&hierarchy, found.id, &found.path, 0);
-        let mut facts = Vec::new();
+        let (mut facts, begin) = (Vec::new(), Instant::now());
         while facts.is_empty() {
+            assert!(begin.elapsed() < Duration::from_secs(60), "the asker finds nothing");
             facts = q.answer(&hierarchy, 1);
             std::thread::yield_now();
         }

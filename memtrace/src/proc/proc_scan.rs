@@ -16,8 +16,8 @@ use procfs::{FromBufRead, FromRead};
 
 /// Most processes listed; the rest is counted and left out.
 pub const MAX_PROCESSES: usize = 65_536;
-/// Bytes read of /proc/PID/stat and /proc/PID/status.
-const FILE_BYTES_CAP: u64 = 64 << 10;
+/// Bytes read of /proc/PID/stat and /proc/PID/status, which may list 65,536 groups (NGROUPS_MAX).
+const FILE_BYTES_CAP: u64 = 1 << 20;
 /// `PF_KTHREAD` (include/linux/sched.h) in the flags of /proc/PID/stat.
 const KERNEL_THREAD: u32 = 0x0020_0000;
 
@@ -111,7 +111,7 @@ mod tests {
             [(b") R 1 (", ") R 1 ("), (b"\xff: x\x1b", "\\xff: x\\x1b"), (b"a\nUid:\t0", "a\\x0aUid:\\x090")];
         for (name, shown) in names {
             let path = dir.path().join(OsStr::from_bytes(name));
-            fs::copy("/bin/sleep", &path).unwrap();
+            std::os::unix::fs::symlink("/bin/sleep", &path).unwrap();
             let mut child = std::process::Command::new(&path).arg("60").spawn().unwrap();
             let found = read_process(child.id(), 4, 2);
             child.kill().unwrap();

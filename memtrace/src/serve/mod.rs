@@ -48,10 +48,10 @@ const MAX_LISTED: usize = 1000;
 
 /// A body that is larger is made at most once in a while and shared.
 const LARGE_BYTES: usize = 256 << 10;
+/// The same for a snapshot: processes and cgroups.
+const LARGE_ROWS: usize = 1000;
 /// Bytes of a ledger that are served: its newest lines.
 pub const MAX_LEDGER_BYTES: u64 = 4 << 20;
-/// The same as [`LARGE_BYTES`] for a snapshot: processes and cgroups.
-const LARGE_ROWS: usize = 1000;
 
 /// The incidents on disk, read only.
 pub trait IncidentSource: Send + Sync + 'static {
@@ -144,7 +144,7 @@ pub struct Counters {
     pub saved: BTreeMap<Kind, u64>,
     /// Incidents or ledger lines that could not be written.
     pub write_failures: u64,
-    /// Incidents that were not written, because too many waited.
+    /// Incidents that were not written, because too many waited or one could not be encoded.
     pub given_up: u64,
     /// Incident files deleted for size or age.
     pub dropped: u64,
@@ -264,7 +264,7 @@ impl AppState {
     ) -> Result<T, Refusal> {
         let incidents = Arc::clone(&self.incidents);
         let turn = tokio::time::timeout(TURN_LIMIT, Arc::clone(&self.read_permit).acquire_owned()).await;
-        let late = |_| Refusal::Busy("others wait for incidents; try again");
+        let late = |_| Refusal::Busy("others wait for files to be read; try again");
         let permit = turn.map_err(late)?.map_err(|_| Refusal::Busy("the agent is stopping"))?;
         let reading = move || {
             // Held until the read ends: a client that hangs up does not stop it.
@@ -272,7 +272,7 @@ impl AppState {
             read(&*incidents)
         };
         let read = self.reader.run(reading).await;
-        read.ok_or_else(|| Refusal::Failed("failed to read incidents".to_owned()))?.map_err(Refusal::Failed)
+        read.ok_or_else(|| Refusal::Failed("failed to read files".to_owned()))?.map_err(Refusal::Failed)
     }
 
     fn answer(&self, kind: &'static str, body: Bytes) -> Result<Response, Refusal> {

@@ -180,6 +180,11 @@ pub fn write(path: &Path, incident: &Incident) -> io::Result<()> {
     atomic::write(path, &codec::encode(incident)?, Some(FILE_MODE))
 }
 
+/// Replaces an incident in the agent's own directory, whole or not at all.
+pub fn write_again(path: &Path, incident: &Incident) -> io::Result<()> {
+    atomic::write_own(path, &codec::encode(incident)?, FILE_MODE)
+}
+
 /// Reads an incident file.
 pub fn read(path: &Path) -> Result<Incident, ReadError> {
     let wrong = |why| ReadError { path: path.to_owned(), why };

@@ -260,7 +260,8 @@ pub fn set_aside(dir: &Path) -> io::Result<()> {
             None => return Err(error),
         }
     }
-    for sequence in segments {
+    // The oldest first: should it end in between, the newest are read again.
+    for sequence in segments.into_iter().rev() {
         fs::rename(dir.join(file_name(sequence)), aside.join(file_name(sequence)))?;
     }
     Ok(())

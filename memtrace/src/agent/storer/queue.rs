@@ -19,6 +19,8 @@ pub(super) const MAX_MODULES: usize = 1024;
 #[derive(Debug, PartialEq)]
 pub(super) struct PackedIncident {
     pub(super) id: String,
+    /// Syncs of the ledger that come first.
+    after: u64,
     pub(super) kind: Kind,
     /// What retention knows it by.
     pub(super) cgroup: String,
@@ -28,10 +30,11 @@ pub(super) struct PackedIncident {
 }
 
 impl PackedIncident {
-    pub(super) fn of(incident: &Incident) -> io::Result<Self> {
+    pub(super) fn of(incident: &Incident, after: u64) -> io::Result<Self> {
         let unnamed = UnnamedFrames::of(incident).0.into_iter();
         Ok(Self {
             id: incident.id.clone(),
+            after,
             kind: incident.kind,
             cgroup: retention::name(&incident.cgroup),
             modules: unnamed.map(|(module, _)| module).take(MAX_MODULES).collect(),
@@ -51,11 +54,26 @@ impl PackedIncident {
     }
 }
 
+/// An incident that is not written.
+pub(super) enum GivenUp {
+    Whole(Box<Incident>),
+    Packed(PackedIncident),
+}
+
+impl GivenUp {
+    pub(super) fn id(&self) -> &str {
+        match self {
+            Self::Whole(incident) => &incident.id,
+            Self::Packed(packed) => &packed.id,
+        }
+    }
+}
+
 /// Incidents that wait, [`MAX_WAITING`] of them with [`MAX_WAITING_BYTES`].
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Waiting {
-    /// As the recorder hands them over, oldest first.
-    whole: VecDeque<Box<Incident>>,
+    /// As the recorder hands them over, oldest first, and the syncs of the ledger that come first.
+    whole: VecDeque<(Box<Incident>, u64)>,
     whole_bytes: usize,
     /// Older ones, ready to be written.
     packed: VecDeque<PackedIncident>,
@@ -75,6 +93,12 @@ impl Waiting {
         !self.packed.is_empty() || (or_failed && !self.failed.is_empty())
     }
 
+    /// Whether the one that would be written next may be after so many syncs of the ledger.
+    pub(super) fn has_packed_after(&self, syncs: u64, or_failed: bool) -> bool {
+        let next = self.packed.front().or_else(|| self.failed.front().filter(|_| or_failed));
+        next.is_some_and(|next| next.after <= syncs)
+    }
+
     /// Whether one is still to be packed.
     #[cfg(test)]
     pub(super) fn has_whole(&self) -> bool {
@@ -89,42 +113,42 @@ impl Waiting {
     /// Of all that wait, oldest first but for those that failed.
     pub(super) fn ids(&self) -> impl Iterator<Item = &String> {
         let packed = self.failed.iter().chain(&self.packed).map(|packed| &packed.id);
-        packed.chain(self.whole.iter().map(|incident| &incident.id))
+        packed.chain(self.whole.iter().map(|(incident, _)| &incident.id))
     }
 
-    /// Takes one more. Returns the ids of those that are given up for it.
-    pub(super) fn put(&mut self, incident: Box<Incident>) -> Vec<String> {
+    /// Takes one more, which is written after so many syncs of the ledger. Returns those that are given up for it.
+    pub(super) fn put(&mut self, incident: Box<Incident>, after: u64) -> Vec<GivenUp> {
         let (bytes, mut given_up) = (bytes_of(&incident), Vec::new());
         while self.len() >= MAX_WAITING
             || self.whole_bytes.saturating_add(self.packed_bytes).saturating_add(bytes) > MAX_WAITING_BYTES
         {
-            let Some(id) = self.give_up_one() else { break };
-            given_up.push(id);
+            let Some(one) = self.give_up_one() else { break };
+            given_up.push(one);
         }
         self.whole_bytes = self.whole_bytes.saturating_add(bytes);
-        self.whole.push_back(incident);
+        self.whole.push_back((incident, after));
         given_up
     }
 
     /// The oldest, but of those that are not packed while they take most of the room: ten packed ones would go for one.
-    fn give_up_one(&mut self) -> Option<String> {
+    fn give_up_one(&mut self) -> Option<GivenUp> {
         if self.whole_bytes > MAX_WAITING_BYTES / 2 || !self.has_packed(true) {
-            return self.take_whole().map(|incident| incident.id);
+            return self.take_whole().map(|(incident, _)| GivenUp::Whole(incident));
         }
         let failed = self.failed.pop_front();
         match failed {
             Some(failed) => {
                 self.packed_bytes = self.packed_bytes.saturating_sub(failed.bytes());
-                Some(failed.id)
+                Some(GivenUp::Packed(failed))
             }
-            None => self.take_packed(false).map(|packed| packed.id),
+            None => self.take_packed(false).map(GivenUp::Packed),
         }
     }
 
-    pub(super) fn take_whole(&mut self) -> Option<Box<Incident>> {
-        let incident = self.whole.pop_front()?;
+    pub(super) fn take_whole(&mut self) -> Option<(Box<Incident>, u64)> {
+        let (incident, after) = self.whole.pop_front()?;
         self.whole_bytes = self.whole_bytes.saturating_sub(bytes_of(&incident));
-        Some(incident)
+        Some((incident, after))
     }
 
     pub(super) fn put_packed(&mut self, incident: PackedIncident) {
