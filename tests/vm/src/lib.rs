@@ -18,6 +18,7 @@ mod slots;
 pub mod snapshot;
 mod table;
 mod task;
+mod tsc;
 mod verifier;
 mod watch;
 

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use super::console::{Console, ConsoleSummary};
 use super::kernels::{BootableKernel, CgroupVersion};
 use super::selection::Selection;
+use super::tsc;
 use super::watch::{EmulatorThreads, ProgressWatch, Sign};
 use memtrace_harness::checkout::administrators;
 use memtrace_harness::run::{output, say, shown};
@@ -83,13 +84,16 @@ impl Processors {
         }
     }
 
-    /// Kernel command line for these CPUs.
-    fn words(self) -> &'static str {
+    /// Kernel command line for these CPUs, on a host whose time stamp counter has this rate.
+    fn words(self, tsc_khz: Option<u64>) -> String {
+        let tsc = tsc_khz.map(|khz| format!("tsc_early_khz={khz} ")).unwrap_or_default();
         match self {
             // An emulated CPU does not speculate. Machines that count instructions keep the
             // mitigations.
-            Self::Nodes => "mitigations=off ",
-            Self::Counted { .. } | Self::Many(_) => "",
+            Self::Nodes => format!("mitigations=off {tsc}"),
+            Self::Many(_) => tsc,
+            // The counter stands for instructions, not for the host's.
+            Self::Counted { .. } => String::new(),
         }
     }
 }
@@ -200,7 +204,7 @@ impl EmulatedMachine {
         let append = format!(
             "console=ttyS0 quiet loglevel=1 panic=-1 rootfstype=ramfs tsc=reliable \
              cgroup_enable=memory swapaccount=1 {}memtrace.cgroup={} {}",
-            parts.processors.words(),
+            parts.processors.words(tsc::khz()),
             self.cgroup,
             parts.append
         );
@@ -328,5 +332,8 @@ mod tests {
         assert!(line.contains("-smp 64 ") && line.contains("thread=multi") && !line.contains("-numa"), "{line}");
         let line = Processors::Nodes.arguments(1024).join(" ");
         assert!(line.contains("thread=single -smp 2 ") && line.contains("-numa node,nodeid=1,cpus=1,memdev=memory1"));
+        assert_eq!(Processors::Counted { possible: 1 }.words(Some(5)), "");
+        assert_eq!(Processors::Many(64).words(Some(5)), "tsc_early_khz=5 ");
+        assert_eq!(Processors::Nodes.words(None), "mitigations=off ");
     }
 }
