@@ -25,6 +25,8 @@ const UNSAFE_FILES: &[&str] = &[
     "tests/src/bin/workload/raw.rs",
     // empty programs to compare with, and the kernel's clock of programs: bpf(2) has no safe call
     "tests/bench/measure/src/bpf.rs",
+    // the time stamp counter has no safe reader
+    "tests/vm/src/tsc.rs",
 ];
 
 /// How far above an unsafe block its SAFETY comment may start.
