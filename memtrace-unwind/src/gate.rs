@@ -291,9 +291,8 @@ impl Gate {
     /// The process pays for what the calling thread has done for it since it was set, or since it paid
     /// last.
     pub(crate) fn settle(&mut self) {
+        let spent_ns = self.take_spent_ns();
         let Some(current) = &mut self.current else { return };
-        let now_ns = cpu_ns();
-        let spent_ns = now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns));
         let free_ns = spent_ns.min(current.free_ns);
         current.free_ns = current.free_ns.saturating_sub(free_ns);
         let process = current.process;
@@ -304,10 +303,15 @@ impl Gate {
 
     /// Another process pays for what the calling thread has done since the last settlement.
     pub(crate) fn settle_as(&mut self, process: ProcessKey, user: Option<u32>) {
-        let Some(current) = &mut self.current else { return };
-        let now_ns = cpu_ns();
-        let spent_ns = now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns));
+        let spent_ns = self.take_spent_ns();
         self.charge_to(process, user, spent_ns);
+    }
+
+    /// CPU time of the calling thread since the last settlement; 0 while no process is set.
+    fn take_spent_ns(&mut self) -> i64 {
+        let Some(current) = &mut self.current else { return 0 };
+        let now_ns = cpu_ns();
+        now_ns.saturating_sub(std::mem::replace(&mut current.settled_ns, now_ns))
     }
 
     /// Nothing is read for now.

@@ -18,6 +18,7 @@ mod backoff;
 pub mod cfi;
 pub mod elf;
 pub mod gate;
+mod holders;
 mod host_mounts;
 pub mod maps;
 pub mod modules;

@@ -20,6 +20,8 @@ const WAIT_LIMIT: Duration = Duration::from_secs(90);
 const TURNS: usize = 5;
 /// Most kills until one has stacks.
 const KILLS: usize = 5;
+/// How long a stack worker may take to be started.
+const WORKER_LIMIT: Duration = Duration::from_secs(60);
 /// Polling interval.
 const LOOK: Duration = Duration::from_millis(100);
 /// Time in which a surplus incident would appear.
@@ -175,6 +177,18 @@ impl Trial {
         let mut command = programs::memtrace_command()?;
         command.args(["incidents", "--sigkills", "--json", "--state-dir"]).arg(&self.options().state_dir);
         json_of(command)?.as_array().cloned().context("memtrace incidents --sigkills --json is not an array")
+    }
+
+    /// Process id of the stack worker, once one runs.
+    pub fn running_worker(&self) -> anyhow::Result<u32> {
+        let deadline = Deadline::after(WORKER_LIMIT);
+        loop {
+            if let Some(pid) = self.stack_worker()? {
+                return Ok(pid);
+            }
+            ensure!(!deadline.has_passed(), "no stack worker runs; the agent said:\n{}", self.agent.stderr());
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Process id of the stack worker; `None` while none runs.

@@ -56,7 +56,7 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
         return Ok(());
     }
     let trial = Trial::begin(&AMPLE)?;
-    let worker = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    let worker = trial.running_worker()?;
     let late = || trial.agent.metric("memtrace_stack_readings_late");
     let silent = silent_file_system(&trial, "first")?;
     wait_for("a reading is given up", &trial, || Ok(late()?.filter(|late| *late > 0.0)))?;
@@ -96,7 +96,7 @@ fn silent_file_system(trial: &Trial, name: &str) -> anyhow::Result<Actor> {
 #[test]
 fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
     let trial = Trial::begin(&AMPLE)?;
-    let first = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    let first = trial.running_worker()?;
     memtrace_tests::process::signal(first, Signal::KILL)?;
     let second = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
     kills_have_stacks(&trial)?;
@@ -109,7 +109,7 @@ fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
 #[test]
 fn signals_to_the_worker_are_left_to_the_recorder() -> anyhow::Result<()> {
     let trial = Trial::begin(&AMPLE)?;
-    let worker = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    let worker = trial.running_worker()?;
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         memtrace_tests::process::signal(worker, signal)?;
     }
@@ -121,7 +121,7 @@ fn signals_to_the_worker_are_left_to_the_recorder() -> anyhow::Result<()> {
 #[test]
 fn the_worker_has_no_more_rights_than_it_needs() -> anyhow::Result<()> {
     let trial = Trial::begin(&[])?;
-    let worker = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    let worker = trial.running_worker()?;
     let status = std::fs::read_to_string(format!("/proc/{worker}/status"))?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -178,7 +178,7 @@ impl Drop for Mounted<'_> {
 #[test]
 fn the_recorder_and_those_who_save_go_before_others_and_nothing_else_of_the_agent_does() -> anyhow::Result<()> {
     let trial = Trial::begin(&AMPLE)?;
-    let first = wait_for("a worker runs", &trial, || trial.stack_worker())?;
+    let first = trial.running_worker()?;
     // One that is started by the recorder as it is now.
     memtrace_tests::process::signal(first, Signal::KILL)?;
     let worker = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;

@@ -116,7 +116,7 @@ fn every_thread_has_the_rights_that_are_documented() -> anyhow::Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // Without the hook the path of a new cgroup is looked up by a thread.
     let trial = Trial::begin(&[&AMPLE[..], &["--without", "cgroup_mkdir"]].concat())?;
-    let worker = wait_for("a worker runs", || trial.stack_worker())?;
+    let worker = trial.running_worker()?;
     let has_stacks = |incident: &Value| Ok(growth::touching(incident)?.iter().any(|(path, _)| user_frames(path)));
     let mut seen = BTreeSet::new();
     let expected: BTreeSet<String> = privileges::holders()?.into_iter().map(|holder| holder.name).collect();

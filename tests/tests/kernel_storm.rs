@@ -10,7 +10,6 @@ use anyhow::ensure;
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::{self, MIB};
-use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::say;
 use memtrace_tests::json;
 use memtrace_tests::process;
@@ -101,24 +100,12 @@ fn two_hundred_kills_across_fifty_cgroups_are_two_hundred_incidents() -> anyhow:
     trial.end()
 }
 
-/// Process id of the stack worker, once there is one.
-fn running_worker(trial: &Trial) -> anyhow::Result<u32> {
-    let deadline = Deadline::after(Duration::from_secs(60));
-    loop {
-        if let Some(pid) = trial.stack_worker()? {
-            return Ok(pid);
-        }
-        ensure!(!deadline.has_passed(), "no stack worker runs");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 /// Whatever holds the agent up (a debugger, a freezer, a machine without CPUs to spare), the rings keep the kills.
 #[test]
 fn an_agent_that_stands_still_loses_no_kill() -> anyhow::Result<()> {
     let trial = Trial::begin(&[])?;
     let cages = (0..CGROUPS).map(|_| Cage::new("still", 8 * MIB)).collect::<Result<Vec<_>, _>>()?;
-    let worker = running_worker(&trial)?;
+    let worker = trial.running_worker()?;
     process::signal(trial.agent.pid(), Signal::STOP)?;
     let killed = storm(&cages, 2);
     std::thread::sleep(STILL);
@@ -133,7 +120,7 @@ fn an_agent_that_stands_still_loses_no_kill() -> anyhow::Result<()> {
         ensure!(count == 1, "{pid} is in the ledger {count} times");
     }
     // Nobody else is blamed for it.
-    ensure!(running_worker(&trial)? == worker, "the stack worker was replaced");
+    ensure!(trial.running_worker()? == worker, "the stack worker was replaced");
     let late = trial.agent.metric("memtrace_stack_readings_late")?;
     ensure!(late == Some(0.0), "{late:?} readings are late");
     cages.into_iter().try_for_each(Cage::remove)?;

@@ -1,19 +1,11 @@
 //! What goes when modules, open files or unwind data are at their cap.
 //!
-//! It goes from the user who holds most of it, and of that user's what was used longest ago. So nobody
-//! loses, and pays again for, what others want room for, as long as he holds no more than an equal
-//! share: a user who has more code than there is room for makes room with his own. A holder is the
-//! user on whose account a module was made known or its unwind data was read.
-//!
-//! Of modules and open files an eighth goes at once: looking for what goes takes a look at all of
-//! them.
-
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+//! [`Holders`] has the rule. A holder is the user on whose account a module was made known or its
+//! unwind data was read. Of modules and open files an eighth goes at once: looking for what goes takes
+//! a look at all of them.
 
 use super::{MAX_MODULES, MAX_OPEN, MAX_UNWIND_BYTES, Module, ModuleId, ModuleKey, Modules, UnwindState};
-
-/// Something that may go: when it was used last, what it is, and how much it holds.
-type Candidate = (u64, ModuleId, usize);
+use crate::holders::Holders;
 
 impl Modules {
     pub(super) fn make_room_for_unwind_data(&mut self) {
@@ -63,32 +55,16 @@ impl Modules {
     /// What goes so that no more than `most` is left of what modules hold; never the vdso, which all
     /// processes have.
     fn what_goes(&self, most: usize, but: Option<ModuleId>, held: impl Fn(&Module) -> usize) -> Vec<ModuleId> {
-        let mut by_owner: BTreeMap<Option<u32>, (usize, Vec<Candidate>)> = BTreeMap::new();
-        let mut total: usize = 0;
+        let mut holders = Holders::new();
         for (id, module) in &self.modules {
-            let bytes = held(module);
-            total = total.saturating_add(bytes);
-            if bytes > 0 && Some(*id) != but && module.key != ModuleKey::Vdso {
-                let (sum, candidates) = by_owner.entry(module.owner).or_default();
-                *sum = sum.saturating_add(bytes);
-                candidates.push((module.used, *id, bytes));
+            let size = held(module);
+            if Some(*id) == but || module.key == ModuleKey::Vdso {
+                holders.add_fixed(size);
+            } else {
+                holders.add(module.owner, (module.used, *id, size));
             }
         }
-        let mut holders: BinaryHeap<(usize, VecDeque<Candidate>)> = BinaryHeap::new();
-        for (_, (sum, mut candidates)) in by_owner {
-            candidates.sort_unstable();
-            holders.push((sum, candidates.into()));
-        }
-        let mut goes = Vec::new();
-        while total > most
-            && let Some((sum, mut candidates)) = holders.pop()
-        {
-            let Some((_, id, bytes)) = candidates.pop_front() else { continue };
-            goes.push(id);
-            total = total.saturating_sub(bytes);
-            holders.push((sum.saturating_sub(bytes), candidates));
-        }
-        goes
+        holders.what_goes(most).into_iter().map(|(_, id)| id).collect()
     }
 
     fn unload(&mut self, id: ModuleId) {

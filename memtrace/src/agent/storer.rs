@@ -229,13 +229,12 @@ impl Storer {
         }
         state.finishing = false;
         self.0.changed.notify_all();
-        let in_hand = [&state.in_packing, &state.in_writing].into_iter().flatten();
-        in_hand.chain(state.waiting.ids()).cloned().collect()
+        state.in_hand().chain(state.waiting.ids()).cloned().collect()
     }
 }
 
 impl Drop for Storer {
-    /// Ends the threads, without waiting for it: a disk may never answer.
+    /// Ends the threads, without waiting for them: a disk may never answer.
     fn drop(&mut self) {
         self.0.state().end = true;
         self.0.changed.notify_all();
@@ -249,8 +248,8 @@ impl Shared {
 
     /// Counts what is not saved.
     fn count(&self, state: &State) {
-        let in_hand = [&state.in_packing, &state.in_writing].into_iter().flatten().count();
-        self.unsaved.store((state.waiting.len() + in_hand) as u64, Ordering::Release);
+        let unsaved = state.waiting.len() + state.in_hand().count();
+        self.unsaved.store(unsaved as u64, Ordering::Release);
     }
 
     /// Packs what is handed over, until the end.
@@ -294,7 +293,7 @@ impl Shared {
                 state.busy = true;
                 return job;
             }
-            let retry = state.retry.filter(|_| !state.finishing && state.waiting.has_packed(true));
+            let retry = state.retry.filter(|_| !state.finishing && state.waiting.has_packed());
             let pause = retry.map_or(RETRY_MOST, |retry| retry.at.saturating_duration_since(Instant::now()));
             let waited = self.changed.wait_timeout(state, pause);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -303,6 +302,11 @@ impl Shared {
 }
 
 impl State {
+    /// Ids of what is being packed or written.
+    fn in_hand(&self) -> impl Iterator<Item = &String> {
+        [&self.in_packing, &self.in_writing].into_iter().flatten()
+    }
+
     /// Whether there is more to do than to wait for the next try of what failed.
     fn is_at_work(&mut self) -> bool {
         let more = !self.unsynced.is_empty() || self.review || !self.rewritten.is_empty();

@@ -53,8 +53,8 @@ fn read_in(proc: &Path, pid: u32, boot_ns: u64) -> Option<ProcessFound> {
         return None;
     }
     // Its first line has the name, which may be any bytes; `procfs` takes lines of text only.
-    let status_text = String::from_utf8_lossy(&read_file(&process, "status")?).into_owned();
-    let status = Status::from_buf_read(status_text.as_bytes()).ok()?;
+    let status_bytes = read_file(&process, "status")?;
+    let status = Status::from_buf_read(String::from_utf8_lossy(&status_bytes).as_bytes()).ok()?;
     let bytes = |kib: Option<u64>| kib?.checked_mul(1024);
     Some(ProcessFound {
         pid,

@@ -88,12 +88,12 @@ impl Waiting {
         self.whole.len() + self.packed.len() + self.failed.len()
     }
 
-    /// Whether one can be written; `or_failed` as for [`Waiting::take_packed`].
-    pub(super) fn has_packed(&self, or_failed: bool) -> bool {
-        !self.packed.is_empty() || (or_failed && !self.failed.is_empty())
+    /// Whether one can be written.
+    pub(super) fn has_packed(&self) -> bool {
+        !self.packed.is_empty() || !self.failed.is_empty()
     }
 
-    /// Whether the one that would be written next may be after so many syncs of the ledger.
+    /// Whether the one that [`Waiting::take_packed`] would give may be written after so many syncs of the ledger.
     pub(super) fn has_packed_after(&self, syncs: u64, or_failed: bool) -> bool {
         let next = self.packed.front().or_else(|| self.failed.front().filter(|_| or_failed));
         next.is_some_and(|next| next.after <= syncs)
@@ -132,17 +132,10 @@ impl Waiting {
 
     /// The oldest, but of those that are not packed while they take most of the room: ten packed ones would go for one.
     fn give_up_one(&mut self) -> Option<GivenUp> {
-        if self.whole_bytes > MAX_WAITING_BYTES / 2 || !self.has_packed(true) {
+        if self.whole_bytes > MAX_WAITING_BYTES / 2 || !self.has_packed() {
             return self.take_whole().map(|(incident, _)| GivenUp::Whole(incident));
         }
-        let failed = self.failed.pop_front();
-        match failed {
-            Some(failed) => {
-                self.packed_bytes = self.packed_bytes.saturating_sub(failed.bytes());
-                Some(GivenUp::Packed(failed))
-            }
-            None => self.take_packed(false).map(GivenUp::Packed),
-        }
+        self.take_failed().or_else(|| self.take_packed(false)).map(GivenUp::Packed)
     }
 
     pub(super) fn take_whole(&mut self) -> Option<(Box<Incident>, u64)> {
@@ -164,8 +157,18 @@ impl Waiting {
 
     /// One to be written, of those that failed only when it may be and there is no other.
     pub(super) fn take_packed(&mut self, or_failed: bool) -> Option<PackedIncident> {
-        let failed = |this: &mut Self| if or_failed { this.failed.pop_front() } else { None };
-        let incident = self.packed.pop_front().or_else(|| failed(self))?;
+        match self.packed.pop_front() {
+            Some(incident) => {
+                self.packed_bytes = self.packed_bytes.saturating_sub(incident.bytes());
+                Some(incident)
+            }
+            None if or_failed => self.take_failed(),
+            None => None,
+        }
+    }
+
+    fn take_failed(&mut self) -> Option<PackedIncident> {
+        let incident = self.failed.pop_front()?;
         self.packed_bytes = self.packed_bytes.saturating_sub(incident.bytes());
         Some(incident)
     }
