@@ -213,6 +213,7 @@ pub(crate) fn start_fact(settings: Settings) -> Fact {
         cpus: 2,
         page_bytes: 4096,
         charge_batch_bytes: 64 * 4096,
+        huge_page_bytes: None,
         ..Host::default()
     };
     Fact::Start { host, settings }

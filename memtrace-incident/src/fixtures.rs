@@ -20,6 +20,7 @@ fn host() -> Host {
         memory_bytes: 33_608_957_952,
         page_bytes: 4096,
         charge_batch_bytes: 256 << 10,
+        huge_page_bytes: None,
     }
 }
 

@@ -3,7 +3,7 @@
 //! Nothing here may depend on the limits of this process. `std::thread::available_parallelism`
 //! obeys CPU affinity and the cgroup's CPU quota: in a pod with a limit of one CPU it is 1 on a
 //! host of 64. But the kernel charges memory in batches a CPU, and a near miss is a cgroup whose
-//! usage is within those batches of its limit. So CPUs are counted as the kernel counts them.
+//! usage is within those batches, and a huge page, of its limit. So CPUs are counted as the kernel counts them.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -183,6 +183,9 @@ pub fn describe() -> Host {
         // include/linux/memcontrol.h MEMCG_CHARGE_BATCH: 64 pages since 5.15, 32 before; the larger
         // one bounds both.
         charge_batch_bytes: page_bytes.saturating_mul(64),
+        // mm/huge_memory.c `hpage_pmd_size_show`; include/linux/pagemap.h bounds folios of the page
+        // cache by the same order
+        huge_page_bytes: read("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").trim().parse().ok(),
     }
 }
 

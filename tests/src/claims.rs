@@ -55,12 +55,17 @@ pub fn ran_out_itself(incident: &Value, cage: &Cage) -> anyhow::Result<()> {
 
 /// The curve's last usage before the kill is within 1 MiB below the limit.
 pub fn ends_near_the_limit(incident: &Value, limit: u64) -> anyhow::Result<()> {
+    ends_within(incident, limit, MIB)
+}
+
+/// The curve's last usage before the event is at most so many bytes below the limit.
+pub fn ends_within(incident: &Value, limit: u64, below: u64) -> anyhow::Result<()> {
     let at = json::number(incident, "/at/boot_ns")?;
     let times = json::list(incident, "/timeline/columns/boot_ns")?;
     let usage = json::list(incident, "/timeline/columns/usage_bytes")?;
     let before = times.iter().zip(usage).filter(|(time, _)| time.as_u64().is_some_and(|time| time <= at));
     let last = before.filter_map(|(_, usage)| usage.as_u64()).next_back().context("no usage up to the kill")?;
-    ensure!(last <= limit && last + MIB >= limit, "the curve ends at {last}, the limit is {limit}");
+    ensure!(last <= limit && last + below >= limit, "the curve ends at {last}, the limit is {limit}");
     Ok(())
 }
 

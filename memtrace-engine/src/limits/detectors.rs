@@ -186,12 +186,14 @@ impl Detector {
     }
 }
 
-/// The limit that a reading is at. The kernel charges in batches ahead of use on each CPU, and an
-/// attempt at a batch hits the limit below it. So usage within all batches of the limit, but at
-/// most an eighth of it, counts as at the limit.
+/// The limit that a reading is at. The kernel charges in batches ahead of use on each CPU, and a
+/// huge page or a large folio of the page cache at once; an attempt at either hits the limit below
+/// it. So usage within all batches and a huge page of the limit, but at most an eighth of it,
+/// counts as at the limit.
 pub(crate) fn limit_hit(reading: &Reading, host: &Host) -> Option<PressureLimit> {
     let usage = reading.usage?;
-    let held_back = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus));
+    let batches = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus));
+    let held_back = batches.saturating_add(host.huge_page_bytes.unwrap_or(0));
     let at = |limit: Limit| limit.bytes().is_some_and(|limit| usage.saturating_add(held_back.min(limit / 8)) >= limit);
     if at(reading.limit) { Some(PressureLimit::Max) } else { at(reading.high).then_some(PressureLimit::High) }
 }
@@ -446,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reading_is_at_a_limit_within_the_charge_batches() {
+    fn a_reading_is_at_a_limit_within_what_is_charged_at_once() {
         use PressureLimit::{High, Max};
         let host = Host { cpus: 2, charge_batch_bytes: 20, ..Host::default() };
         let none = Limit::Unlimited;
@@ -466,5 +468,8 @@ mod tests {
             assert_eq!(limit_hit(&Reading { limit, high, ..at(usage) }, &host), expected, "{name}");
         }
         assert_eq!(limit_hit(&Reading { limit: Limit::Bytes(1), ..Reading::default() }, &host), None, "no usage");
+        let huge = Host { huge_page_bytes: Some(60), ..host };
+        let hit = |usage| limit_hit(&Reading { limit: Limit::Bytes(1000), ..at(usage) }, &huge);
+        assert_eq!((hit(900), hit(899)), (Some(Max), None), "within batches and a huge page");
     }
 }

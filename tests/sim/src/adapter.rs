@@ -231,6 +231,7 @@ pub(crate) fn start(shape: &Shape) -> Fact {
         memory_bytes: 8 << 30,
         page_bytes: 4096,
         charge_batch_bytes: 64 * 4096,
+        huge_page_bytes: None,
         ..Host::default()
     };
     let settings = Settings {
