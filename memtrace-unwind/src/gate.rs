@@ -8,7 +8,8 @@
 //! that is late is given up (`readers`). What is announced to the [`ReadObserver`] lets whoever
 //! waits for this process tell what it waits for. What a reading costs in CPU time is taken off three
 //! accounts, that of its process, that of its user and that of all; while one is in debt nothing more
-//! is read for that process.
+//! is read for that process. What a user had not is put off for the account of all ([`Shared`]): the
+//! others have a quarter of the rate at any time.
 //!
 //! What the calling thread does between readings costs as well: walks over unwind information,
 //! parsing, making room in caches. `Gate::settle` takes it off the same accounts, beyond what an
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::accounts::{Account, Accounts, Rate};
+use crate::accounts::{Account, Accounts, Rate, Shared};
 use crate::host_mounts::HostMounts;
 use crate::readers::Readers;
 use crate::unwind::{MAX_WORK, ORDINARY_WORK};
@@ -139,7 +140,7 @@ pub struct Gate {
     refused: Refused,
     /// CPU time that readings may take, in parts per million of one CPU; `None`: any.
     rate_ppm: Option<u64>,
-    all: Account,
+    all: Shared,
     /// Time that was waited for strangers.
     strangers: Account,
     processes: Accounts<ProcessKey>,
@@ -203,7 +204,7 @@ impl Gate {
     pub(crate) fn affords(&mut self) -> bool {
         !self.process_owes()
             && !self.user_owes()
-            && self.rate_ppm.is_none_or(|rate_ppm| self.all.balance(Instant::now(), Rate::of_cpu(rate_ppm)) > 0)
+            && self.rate_ppm.is_none_or(|rate_ppm| self.all.balance(Instant::now(), rate_ppm) > 0)
     }
 
     /// Whether the process is in debt: not because of others.
@@ -353,10 +354,8 @@ impl Gate {
         let Some(rate_ppm) = self.rate_ppm else { return };
         let now = Instant::now();
         self.processes.charge(process, now, Rate::of_process(rate_ppm), spent_ns);
-        if let Some(user) = user {
-            self.users.charge(user, now, Rate::of_user(rate_ppm), spent_ns);
-        }
-        self.all.charge(now, Rate::of_cpu(rate_ppm), spent_ns);
+        let beyond_ns = user.map_or(0, |user| self.users.charge(user, now, Rate::of_user(rate_ppm), spent_ns));
+        self.all.charge(now, rate_ppm, spent_ns, beyond_ns);
     }
 
     /// What was not read, since the start.

@@ -126,7 +126,7 @@ async fn serve_and_trace(config: AgentConfig, lost_log_lines: ErrorCounter) -> a
     raise_file_limit();
     let mut sinks = Sinks::open(&config)?;
     let (sender, mut requests) = mpsc::channel(MAX_REQUESTS);
-    let doors = Doors::open(&config).await?;
+    let doors = Doors::open(&config)?;
     let last_run = match &config.session.journal {
         Some(journal) => recovery::recover(&journal.dir, &mut sinks)?,
         None => None,

@@ -4,7 +4,7 @@
 
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -16,14 +16,18 @@ use anyhow::{Context, ensure};
 use memtrace_tests::address::OwnAddress;
 use memtrace_tests::agent::{self, AgentOptions, free_port};
 use memtrace_tests::cage::Cage;
+use memtrace_tests::figures::not_run_here;
 use memtrace_tests::json;
 use memtrace_tests::process;
 use memtrace_tests::programs::{self, require_root};
+use rustix::process::Signal;
 
 /// The group of the socket, and a user who is in no group but their own.
 const GROUP: u32 = 12_399;
 const USER: u32 = 12_345;
 const TOKEN: &str = "correct-horse-battery";
+/// Clients that connect at once.
+const CLIENTS: usize = 2000;
 /// What is answered to everybody.
 const OPEN: [&str; 3] = ["/healthz", "/readyz", "/metrics"];
 /// What is not.
@@ -223,5 +227,30 @@ fn from_other_addresses_only_health_and_metrics_are_answered_without_the_token()
     let logged = agent.stderr().lines().filter(|line| line.contains("wrong token")).count();
     ensure!((1..10).contains(&logged), "wrong tokens are {logged} lines of the log");
     ensure!(!agent.stderr().contains("correct-horse"), "the log has the token");
+    Ok(())
+}
+
+/// A request to connect that finds no room is sent again after a second: health would be late.
+#[test]
+fn two_thousand_connect_while_the_agent_stands_still() -> anyhow::Result<()> {
+    require_root()?;
+    process::allow_files(2 * CLIENTS as u64)?;
+    let room: usize = fs::read_to_string("/proc/sys/net/core/somaxconn")?.trim().parse()?;
+    if room <= CLIENTS {
+        not_run_here("thousands of clients", format!("net.core.somaxconn is {room}"));
+        return Ok(());
+    }
+    let dir = open_dir()?;
+    let mut agent = AgentOptions::below(dir.path()).start()?;
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, agent.port()));
+    process::stop(agent.pid())?;
+    // long enough to send again several times, which helps nobody while the agent stands still
+    let connect = |_| TcpStream::connect_timeout(&address, Duration::from_secs(10));
+    let clients = (0..CLIENTS).map(connect).collect::<Result<Vec<_>, _>>();
+    process::signal(agent.pid(), Signal::CONT)?;
+    let clients = clients.context("a client was not let in")?;
+    ensure!(agent.get("/healthz")?.0 == 200, "it is not healthy");
+    drop(clients);
+    ensure!(agent.stop()?.success(), "the agent did not end well");
     Ok(())
 }

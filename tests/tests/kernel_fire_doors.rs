@@ -2,6 +2,7 @@
 
 #![allow(clippy::indexing_slicing, reason = "a panic is how a test fails")]
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -82,11 +83,53 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Somebody without rights can have file systems of his own, and nobody sees what is below.
+#[test]
+fn a_file_system_below_an_overlay_of_a_user_costs_no_kill() -> anyhow::Result<()> {
+    costs_no_kill("overlay")
+}
+
+#[test]
+fn a_perf_map_below_an_overlay_of_a_user_costs_no_kill() -> anyhow::Result<()> {
+    if !cfg!(target_arch = "x86_64") {
+        not_run_here("a perf map below an overlay", "its program has code for x86-64 only");
+        return Ok(());
+    }
+    costs_no_kill("perf-map")
+}
+
+fn costs_no_kill(behind: &str) -> anyhow::Result<()> {
+    let of_kernel = std::fs::read_to_string("/proc/filesystems")?;
+    if ["fuse", "overlay"].iter().any(|fs| !of_kernel.lines().any(|line| line.ends_with(&format!("\t{fs}")))) {
+        not_run_here(format!("a file system behind {behind}"), "no FUSE or no overlay in this kernel");
+        return Ok(());
+    }
+    let trial = Trial::begin(&AMPLE)?;
+    let worker = trial.running_worker()?;
+    let late = || trial.agent.metric("memtrace_stack_readings_late");
+    let silent = hidden_file_system(&trial, "first", behind)?;
+    wait_for("a reading is given up", &trial, || Ok(late()?.filter(|late| *late > 0.0)))?;
+    kills_have_stacks(&trial)?;
+    ensure!(trial.stack_worker()? == Some(worker), "it was replaced:\n{}", trial.agent.stderr());
+    ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
+    // While it is silent, the agent stops as ever.
+    trial.end()?;
+    silent.finish()?;
+    Ok(())
+}
+
 /// A program that grew in code of a file system that does not answer.
 fn silent_file_system(trial: &Trial, name: &str) -> anyhow::Result<Actor> {
+    hidden_file_system(trial, name, "detached")
+}
+
+fn hidden_file_system(trial: &Trial, name: &str, behind: &str) -> anyhow::Result<Actor> {
     let dir = trial.dir().join(name);
     std::fs::create_dir(&dir)?;
-    let mut silent = Actor::start(None, &["silent", "--dir", dir.to_str().context("no text")?, "--mib", "256"])?;
+    // whoever gives up his rights still gets to the node beside it
+    std::fs::set_permissions(trial.dir(), PermissionsExt::from_mode(0o711))?;
+    let dir = dir.to_str().context("no text")?;
+    let mut silent = Actor::start(None, &["silent", "--dir", dir, "--mib", "256", "--behind", behind])?;
     silent.until("ready")?;
     silent.tell()?;
     silent.until("grown")?;

@@ -121,6 +121,18 @@ fn a_user_with_many_processes_leaves_a_share_to_others() {
 }
 
 #[test]
+fn a_reading_that_costs_more_than_all_earn_keeps_its_user_waiting_and_nobody_else() {
+    let mut gate = Gate { rate_ppm: Some(10_000), ..Gate::default() };
+    gate.set_process((7, 1));
+    gate.set_user(Some(1000));
+    gate.charge((7, 1), 200_000_000);
+    assert!(!gate.affords());
+    gate.set_process((8, 1));
+    gate.set_user(Some(0));
+    assert!(gate.affords());
+}
+
+#[test]
 fn what_this_thread_does_between_readings_is_paid_for_beyond_what_is_ordinary() {
     // Nothing is earned, so the balances are those of what was spent.
     let mut gate = Gate { rate_ppm: Some(0), ..Gate::default() };
@@ -134,8 +146,8 @@ fn what_this_thread_does_between_readings_is_paid_for_beyond_what_is_ordinary() 
     gate.rest();
     let (of_process, of_user) = gate.balances_ns((7, 1), 1000).unwrap();
     assert!(of_process <= LEAST_BURST_NS - 9 * FREE_NS, "{of_process}");
-    assert_eq!(of_process, of_user);
-    compute(LEAST_BURST_NS);
+    assert_eq!(LEAST_BURST_NS - of_process, Rate::of_user(0).full_ns - of_user);
+    compute(2 * LEAST_BURST_NS);
     gate.settle();
     assert!(gate.process_owes() && !gate.affords(), "the free time is used up");
     gate.set_process((8, 1));
@@ -158,16 +170,16 @@ fn who_is_in_debt_waits_and_others_go_on() {
     let (at, rate) = (Instant::now(), Rate::of_cpu(10_000));
     let mut gate = Gate { rate_ppm: Some(10_000), ..Gate::default() };
     gate.set_process((7, 1));
-    gate.charge((7, 1), LEAST_BURST_NS / 2 + 15_000_000);
+    gate.charge((7, 1), rate.full_ns + 5_000_000);
     assert!(!gate.affords());
     assert_eq!(gate.pass(Place::Proc, || ()), None);
     assert_eq!(gate.counts().over_budget, 1);
     gate.set_process((8, 1));
-    // All together have 20 ms, of which 25 are spent.
+    // All together have 40 ms, of which 45 are spent; nobody knows by which user.
     assert!(!gate.affords());
     let later = |seconds| at + Duration::from_secs(seconds);
-    assert!(gate.all.balance(later(1), rate) > 0, "a second at 1 % earns 10 ms");
-    assert_eq!(gate.all.balance(later(100), rate), LEAST_BURST_NS, "no more than what is full");
+    assert!(gate.all.balance(later(1), rate.ppm) > 0, "a second at 1 % earns 10 ms");
+    assert_eq!(gate.all.balance(later(100), rate.ppm), rate.full_ns, "no more than what is full");
     let mut account = Account::default();
     account.charge(at, rate, 1_000_000_000);
     assert!(account.balance(later(90), rate) < 0 && account.balance(later(100), rate) > 0);

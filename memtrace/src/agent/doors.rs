@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tracing::warn;
 
 use super::AgentConfig;
@@ -18,6 +18,9 @@ use crate::store::own_dir;
 
 /// Bytes of a token file that are read at most.
 const TOKEN_FILE_MAX: u64 = 4096;
+/// Connections that wait to be accepted; the kernel bounds it by net.core.somaxconn, 4096 as well
+/// since 5.4. A client beyond it is answered a second late: TCP sends its request to connect again.
+const BACKLOG: u32 = 4096;
 /// Permissions that a token file must not give: to write for the group, to read or write for
 /// everybody.
 const OTHERS: u32 = 0o026;
@@ -42,12 +45,9 @@ impl Doors {
     /// Fails when something that was asked for cannot be had. The default socket was not asked for:
     /// that it cannot be had (a second agent, a file system that is read-only) is logged, and keeps
     /// no recorder from running.
-    pub(super) async fn open(config: &AgentConfig) -> anyhow::Result<Self> {
+    pub(super) fn open(config: &AgentConfig) -> anyhow::Result<Self> {
         let token = config.token_file.as_deref().map(read_token).transpose()?;
-        let tcp = match config.listen {
-            None => None,
-            Some(address) => Some(listen(address).await?),
-        };
+        let tcp = config.listen.map(listen).transpose()?;
         let bound = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
         if let Some(address) = bound.filter(|address| token.is_none() && !address.ip().to_canonical().is_loopback()) {
             warn!("at {address} other machines get health and metrics only; --token-file FILE serves the rest");
@@ -75,10 +75,15 @@ impl Doors {
     }
 }
 
-/// A listener that the server's thread takes over.
-async fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
-    let failed = || format!("failed to listen on {address}; choose another address with --listen");
-    TcpListener::bind(address).await.and_then(TcpListener::into_std).with_context(failed)
+/// A listener that the server's thread takes over. For a runtime only.
+fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    let made = || {
+        let socket = if address.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)?.into_std()
+    };
+    made().with_context(|| format!("failed to listen on {address}; choose another address with --listen"))
 }
 
 /// Reads the token. Whoever can read the file has the right, and whoever can write it gives it, so

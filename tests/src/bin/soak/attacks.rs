@@ -38,8 +38,10 @@ pub(crate) struct Attack {
     round: fn(&Yard) -> anyhow::Result<()>,
 }
 
-const ATTACKS: [Attack; 19] = [
+const ATTACKS: [Attack; 21] = [
     Attack { name: "silent-files", round: silent_files },
+    Attack { name: "overlays", round: overlays },
+    Attack { name: "perf-maps-below-overlays", round: perf_maps_below_overlays },
     Attack { name: "slow-files", round: slow_files },
     Attack { name: "leases", round: leases },
     Attack { name: "locked-spaces", round: locked_spaces },
@@ -126,13 +128,24 @@ fn silent_files(yard: &Yard) -> anyhow::Result<()> {
     on_own_files(yard, &[])
 }
 
+/// The same of somebody without rights, below an overlay in a user namespace.
+fn overlays(yard: &Yard) -> anyhow::Result<()> {
+    on_own_files(yard, &["--behind", "overlay"])
+}
+
+/// A /tmp that does not answer, where perf maps are looked for.
+fn perf_maps_below_overlays(yard: &Yard) -> anyhow::Result<()> {
+    on_own_files(yard, &["--behind", "perf-map"])
+}
+
 /// Code of a file system that takes its time: for one reading a little less than is waited for.
 fn slow_files(yard: &Yard) -> anyhow::Result<()> {
     on_own_files(yard, &["--answer-ms", "150"])
 }
 
 fn on_own_files(yard: &Yard, more: &[&str]) -> anyhow::Result<()> {
-    let dir = tempfile::tempdir_in(&yard.dir)?;
+    // its namespaces are somebody's
+    let dir = open_dir(yard)?;
     let dir = dir.path().join("fs");
     std::fs::create_dir(&dir)?;
     let dir = dir.display().to_string();

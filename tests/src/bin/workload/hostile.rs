@@ -81,6 +81,15 @@ pub(crate) fn perf_map(map_mib: usize, time: Duration, replace: bool) -> anyhow:
     ended
 }
 
+/// Memory that was touched by code that this program wrote itself.
+pub(crate) fn touched_by_compiled_code(mib: usize) -> anyhow::Result<Vec<u8>> {
+    ensure!(!TOUCH.is_empty(), "there is code for x86-64 only");
+    let mut memory = vec![0; mib << 20];
+    let pages = memory.as_mut_ptr_range();
+    raw::compiled(TOUCH)?(pages.start, pages.end);
+    Ok(memory)
+}
+
 fn made(path: &Path, content: &[u8]) -> anyhow::Result<File> {
     let mut file = File::create(path).with_context(|| format!("failed to make {}", path.display()))?;
     file.write_all(content).with_context(|| format!("failed to write {}", path.display()))?;

@@ -213,11 +213,14 @@ enum What {
     },
     /// Map a file of a FUSE file system that stops to answer; after a line on stdin take memory, wait for another
     Silent {
-        /// Where it is mounted
+        /// Where it is mounted; those that are hidden are in a /tmp of their own
         #[arg(long)]
         dir: PathBuf,
         #[arg(long)]
         mib: usize,
+        /// What it is hidden behind
+        #[arg(long, value_enum, default_value_t = silent::Behind::Detached)]
+        behind: silent::Behind,
         /// From then on answer after so long, instead of never
         #[arg(long)]
         answer_ms: Option<u64>,
@@ -376,8 +379,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillChildren { count } => family::kill_children(count)?,
-        What::Silent { dir, mib, answer_ms } => {
-            silent::file_system(&dir, mib, answer_ms.map(Duration::from_millis))?;
+        What::Silent { dir, mib, behind, answer_ms } => {
+            silent::file_system(&dir, mib, answer_ms.map(Duration::from_millis), behind)?;
         }
         What::PerfMap { map_mib, ms, replace } => hostile::perf_map(map_mib, Duration::from_millis(ms), replace)?,
         What::LinkedModules { dir, count, ms } => hostile::linked_modules(&dir, count, Duration::from_millis(ms))?,

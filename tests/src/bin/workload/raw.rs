@@ -151,6 +151,28 @@ pub(crate) fn own_mount_namespace() -> anyhow::Result<()> {
     rustix::mount::mount_change("/", private).context("mounts are shared with others")
 }
 
+/// Gives up all rights, as somebody whom nobody knows, and enters a user and a mount namespace of his
+/// own, in which he is root.
+pub(crate) fn become_somebody_in_own_namespaces() -> anyhow::Result<()> {
+    const SOMEBODY: libc::uid_t = 12_345;
+    // SAFETY: take numbers only; other threads there are none.
+    let result = unsafe {
+        [
+            libc::setgroups(0, std::ptr::null()),
+            libc::setresgid(SOMEBODY, SOMEBODY, SOMEBODY),
+            libc::setresuid(SOMEBODY, SOMEBODY, SOMEBODY),
+            // or its files in /proc would be root's
+            libc::prctl(libc::PR_SET_DUMPABLE, 1),
+            libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS),
+        ]
+    };
+    ensure!(result == [0; 5], "no namespaces of its own: {result:?}, {}", std::io::Error::last_os_error());
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/uid_map", format!("0 {SOMEBODY} 1"))?;
+    std::fs::write("/proc/self/gid_map", format!("0 {SOMEBODY} 1"))?;
+    Ok(())
+}
+
 /// Enters a cgroup namespace whose root is the current cgroup.
 pub(crate) fn own_cgroup_namespace() -> anyhow::Result<()> {
     // SAFETY: takes a number; only this process' view of paths changes.

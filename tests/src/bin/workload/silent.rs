@@ -1,18 +1,18 @@
 //! A file system that stops to answer: FUSE, served by this program itself, with one file, `m`.
 //!
-//! The file is mapped as code, its mount is detached, so that nobody finds it among the mounts, and
-//! from then on no request is answered. Whoever looks at the file hangs until this process ends.
+//! The file is mapped as code, hidden [`Behind`] something, and from then on no request is answered.
+//! Whoever looks at the file hangs until this process ends.
 //! Messages are those of include/uapi/linux/fuse.h.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::fs::{FileType, Mode, makedev, mknodat};
+use rustix::fs::{CWD, FileType, MemfdFlags, Mode, makedev, memfd_create, mknodat};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::json;
 
@@ -24,22 +24,50 @@ const FILE_BYTES: usize = 8192;
 const HEADER_BYTES: usize = 40;
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 
+/// How whoever looks gets to the file system without seeing that it is FUSE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Behind {
+    /// Its mount is detached.
+    Detached,
+    /// Of somebody without rights, in namespaces of his own: an overlay above it.
+    Overlay,
+    /// The same over /tmp, for whoever looks there for a perf map.
+    PerfMap,
+}
+
 /// Serves until its child has ended. The child maps the file, makes the server fall silent and says
 /// `ready`, or slow to answer; after a line on stdin a child of its own takes memory, whose first stack is taken with
 /// the file mapped already. Then it says `grown`, and ends after another line.
-pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>) -> anyhow::Result<()> {
-    raw::own_mount_namespace()?;
-    let device = open_fuse(dir)?;
+pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>, behind: Behind) -> anyhow::Result<()> {
+    let node = node(dir)?;
+    let own = Path::new("/tmp");
+    let (at, device) = if behind == Behind::Detached {
+        raw::own_mount_namespace()?;
+        (dir.to_owned(), open_fuse(&node)?)
+    } else {
+        raw::become_somebody_in_own_namespaces()?;
+        // opened by the user namespace that mounts it, before /tmp is another
+        let device = open_fuse(&node)?;
+        mount("silent", own, "tmpfs", MountFlags::empty(), None).context("failed to mount a tmpfs")?;
+        ["fuse", "empty", "merged"].iter().try_for_each(|name| std::fs::create_dir(own.join(name)))?;
+        (own.join("fuse"), device)
+    };
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
     let options = std::ffi::CString::new(options)?;
-    mount("silent", dir, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
+    mount("silent", &at, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
         .context("failed to mount a FUSE file system")?;
-    let silent = dir.with_extension("silent");
+    // Grows when the server is to fall silent.
+    let silent = File::from(memfd_create("silent", MemfdFlags::CLOEXEC)?);
     let child = raw::fork()?;
     if child == 0 {
         // Were it held here, the file system would outlive its server.
         drop(device);
-        if let Err(error) = map_and_grow(dir, &silent, mib) {
+        let shown = match behind {
+            Behind::Detached => at,
+            Behind::Overlay => own.join("merged"),
+            Behind::PerfMap => own.to_owned(),
+        };
+        if let Err(error) = map_and_grow(&shown, &silent, mib, behind) {
             eprintln!("workload: {error:#}");
         }
         raw::leave();
@@ -49,18 +77,31 @@ pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>) -> any
     Ok(())
 }
 
-fn map_and_grow(dir: &Path, silent: &Path, mib: usize) -> anyhow::Result<()> {
+fn map_and_grow(shown: &Path, mut silent: &File, mib: usize, behind: Behind) -> anyhow::Result<()> {
+    if behind != Behind::Detached {
+        let options = c"lowerdir=/tmp/fuse:/tmp/empty,userxattr";
+        mount("silent", shown, "overlay", MountFlags::empty(), Some(options)).context("failed to mount an overlay")?;
+    }
     // While it is mounted, whoever looks knows that it is FUSE: nothing is mapped until it is not.
-    let file = File::open(dir.join("m"))?;
-    unmount(dir, UnmountFlags::DETACH).context("failed to detach the file system")?;
-    raw::map_code(&file, FILE_BYTES).context("failed to map its file as code")?;
-    File::create(silent)?;
+    let file = File::open(shown.join("m"))?;
+    if behind == Behind::Detached {
+        unmount(shown, UnmountFlags::DETACH).context("failed to detach the file system")?;
+    }
+    if behind != Behind::PerfMap {
+        raw::map_code(&file, FILE_BYTES).context("failed to map its file as code")?;
+    }
+    // to close it asks the server as well
+    drop(file);
+    silent.write_all(b"1")?;
     crate::say("ready", &json!({}))?;
     crate::wait_for_end_of_stdin()?;
     let grower = raw::fork()?;
     if grower == 0 {
-        let held = crate::memory::touched(mib);
-        let _ = crate::say("grown", &json!({ "mib": mib }));
+        let held = match behind {
+            Behind::Detached | Behind::Overlay => Ok(crate::memory::touched(mib)),
+            Behind::PerfMap => crate::hostile::touched_by_compiled_code(mib),
+        };
+        let _ = crate::say("grown", &json!({ "mib": mib, "failed": held.is_err() }));
         let _ = crate::wait_for_end_of_stdin();
         drop(held);
         raw::leave();
@@ -69,27 +110,30 @@ fn map_and_grow(dir: &Path, silent: &Path, mib: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// /dev/fuse, or a node of our own for it.
-fn open_fuse(dir: &Path) -> anyhow::Result<File> {
-    let open = |path: &Path| File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
-    if let Ok(device) = open(Path::new("/dev/fuse")) {
-        return Ok(device);
-    }
+/// A node for FUSE that everybody may open.
+fn node(dir: &Path) -> anyhow::Result<PathBuf> {
     let node = dir.with_extension("fuse");
-    mknodat(rustix::fs::CWD, &node, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, makedev(10, 229))
+    mknodat(CWD, &node, FileType::CharacterDevice, Mode::empty(), makedev(10, 229))
         .context("failed to make a node for FUSE")?;
-    open(&node).context("failed to open FUSE")
+    std::fs::set_permissions(&node, PermissionsExt::from_mode(0o666))?;
+    Ok(node)
 }
 
-/// Answers until there is a file `silent`; then takes requests and keeps them, or is `slow` to answer.
-fn serve(mut device: File, silent: &Path, slow: Option<Duration>) {
+/// /dev/fuse, or that node.
+fn open_fuse(node: &Path) -> anyhow::Result<File> {
+    let open = |path: &Path| File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
+    open(Path::new("/dev/fuse")).or_else(|_| open(node)).context("failed to open FUSE")
+}
+
+/// Answers until something is in `silent`; then takes requests and keeps them, or is `slow` to answer.
+fn serve(mut device: File, silent: &File, slow: Option<Duration>) {
     let mut request = vec![0; MAX_REQUEST_BYTES];
     while let Ok(bytes) = device.read(&mut request) {
         let Some((header, body)) = request.get(..bytes).and_then(|request| request.split_at_checked(HEADER_BYTES))
         else {
             continue;
         };
-        let is_silent = silent.exists();
+        let is_silent = silent.metadata().is_ok_and(|about| about.len() > 0);
         if is_silent && slow.is_none() {
             continue;
         }
@@ -134,6 +178,8 @@ fn answer(operation: u64, node: u64, body: &[u8]) -> Option<(i32, Vec<u8>)> {
         1 => (ENOENT, Vec::new()),
         // GETATTR: valid for no time at all
         3 => (0, [vec![0; 16], attributes(node)].concat()),
+        // STATFS: blocks of 4 KiB, names of 255 bytes
+        17 => (0, [vec![0; 40], [4096u32, 255, 4096].map(u32::to_le_bytes).concat(), vec![0; 28]].concat()),
         // OPEN, OPENDIR
         14 | 27 => (0, [1u64.to_le_bytes().to_vec(), vec![0; 8]].concat()),
         // READ
