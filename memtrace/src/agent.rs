@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::fs::Mode;
 use rustix::mm::{MlockAllFlags, mlockall, munlockall};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use rustix::thread::CapabilitySet;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -105,6 +106,9 @@ fn flush_log(guard: WorkerGuard) {
 
 fn run_logged(config: AgentConfig, lost_log_lines: ErrorCounter) -> anyhow::Result<()> {
     room::check()?;
+    // Each file and directory is made with the mode that it is to have, whoever starts the agent: with a mask of theirs,
+    // it could not write into its own, since it gives up the right to all the same.
+    umask(Mode::WGRP | Mode::WOTH);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // For the naming of functions; each thread costs memory.

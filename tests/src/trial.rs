@@ -89,7 +89,7 @@ impl Trial {
             let cage = Cage::new("stacks", 64 << 20)?;
             let burst = ["burst", "--mib", "256", "--touch", "--threads", "2"];
             self.start_known_from(cage.command(program)?, &burst)?.finish()?.was_killed()?;
-            let incident = self.incident(&cage)?;
+            let incident = self.kills(&[&cage], 1)?.pop().context("no incident")?;
             cage.remove()?;
             if has_stacks(&incident)? {
                 return Ok(incident);

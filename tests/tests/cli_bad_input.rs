@@ -168,7 +168,8 @@ fn hostile_content_fails() -> anyhow::Result<()> {
     negative["cgroup"]["id"] = (-1).into();
     let mut typed = sample::incident();
     typed["timeline"] = "none".into();
-    let contents: [(&str, Vec<u8>); 10] = [
+    let id_of = |number: &str| negative.to_string().replace("\"id\":-1", &format!("\"id\":{number}")).into_bytes();
+    let contents: [(&str, Vec<u8>); 14] = [
         ("empty", Vec::new()),
         ("not JSON", b"memtrace".to_vec()),
         ("an array", b"[]".to_vec()),
@@ -177,7 +178,11 @@ fn hostile_content_fails() -> anyhow::Result<()> {
         ("deep nesting in a key", [br#"{"schema":1,"losses":"#.to_vec(), vec![b'['; 200_000]].concat()),
         ("not UTF-8", vec![0xff; 64]),
         ("a future schema", future.to_string().into_bytes()),
-        ("a negative id", negative.to_string().into_bytes()),
+        ("a negative id", id_of("-1")),
+        ("no number", id_of("NaN")),
+        ("infinity", id_of("Infinity")),
+        ("a number beyond what fits", id_of("1e999")),
+        ("a fraction", id_of("0.5")),
         ("a wrong type", typed.to_string().into_bytes()),
     ];
     for (name, content) in contents {

@@ -4,7 +4,7 @@
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
@@ -188,6 +188,47 @@ fn a_state_directory_that_others_may_change_is_refused_and_links_in_it_are_not_f
     let mode = std::fs::metadata(options.state_dir.join("lock"))?.permissions().mode() & 0o777;
     ensure!(mode == 0o600, "the lock is open to others: {mode:o}");
     agent.stop()?;
+    Ok(())
+}
+
+/// Regular files below a directory, with their permissions.
+fn permissions(dir: &Path) -> anyhow::Result<Vec<(PathBuf, u32)>> {
+    use std::os::unix::fs::PermissionsExt;
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let about = entry.metadata()?;
+        if about.is_dir() {
+            found.extend(permissions(&entry.path())?);
+        } else if about.is_file() {
+            found.push((entry.path(), about.permissions().mode() & 0o777));
+        }
+    }
+    Ok(found)
+}
+
+/// What is recorded tells of every program: whoever starts the agent with another umask does not
+/// open it to everybody, or close it to the agent.
+#[test]
+fn the_umask_decides_nothing() -> anyhow::Result<()> {
+    require_root()?;
+    for umask in [0o000, 0o777] {
+        let dir = tempfile::tempdir()?;
+        let options = AgentOptions::below(dir.path());
+        // of this process: tests of this file run one after another
+        let before = rustix::process::umask(umask.into());
+        let started = options.start();
+        rustix::process::umask(before);
+        let mut agent = started?;
+        let killed = oom_kill("umask")?;
+        until_listed(&agent, &[killed])?;
+        agent.stop()?;
+        let files = [permissions(&options.state_dir)?, permissions(&options.journal_dir)?].concat();
+        ensure!(files.len() >= 4, "only {files:?}");
+        for (file, mode) in files {
+            ensure!(mode & 0o037 == 0 && mode & 0o600 == 0o600, "umask {umask:o}: {} is {mode:o}", file.display());
+        }
+    }
     Ok(())
 }
 

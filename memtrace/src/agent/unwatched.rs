@@ -328,7 +328,19 @@ impl<'a> Known<'a> {
 /// Whether a path of the ledger is this one. The hook cuts long ones, perhaps inside a character.
 fn is_path(known: &str, path: &str) -> bool {
     let begin = known.strip_suffix(CUT).filter(|begin| begin.len() >= CUT_FROM);
-    known == path || begin.is_some_and(|begin| path.starts_with(begin.trim_end_matches('\u{fffd}')))
+    known == path || begin.is_some_and(|begin| path.starts_with(without_half_a_character(begin)))
+}
+
+/// Without up to three bytes at the end that are escaped, `\xNN`: those of a character have up to four.
+fn without_half_a_character(mut text: &str) -> &str {
+    for _ in 0..3 {
+        let Some((before, code)) = text.rsplit_once("\\x") else { break };
+        if code.len() != 2 || !code.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            break;
+        }
+        text = before;
+    }
+    text
 }
 
 #[cfg(test)]

@@ -72,7 +72,7 @@ pub const CAPABILITIES: [Capability; 14] = [
         bit: CapabilitySet::SYS_NICE,
         name: "SYS_NICE",
         need: CapabilityNeed::Optional,
-        used_for: "the recorder, the packer and the storer go before others (niceness -20 and -10), set once at the start",
+        used_for: "the recorder, the packer, the storer and the server go before others (niceness -20, -10 and -5), set once at the start",
         lost: "programs that keep the CPUs busy can make the agent late, its rings run over, and incidents be given up",
     },
     Capability {

@@ -45,6 +45,8 @@ pub struct ThreadRights {
 const FIRST: i32 = -20;
 /// Of the threads that take over from it: 9 times.
 const EARLY: i32 = -10;
+/// Of the thread that answers: 3 times. More would be a way to take CPU time from others by asking.
+const PROMPT: i32 = -5;
 
 /// Every thread has it: memory that is taken while the agent's is locked counts against
 /// RLIMIT_MEMLOCK without (mm/mmap.c, `mlock_future_ok`), and would soon be refused.
@@ -105,7 +107,7 @@ pub const SERVER: ThreadRights = ThreadRights {
     permitted: LOCK,
     effective: LOCK,
     filter: Filter::Server,
-    niceness: 0,
+    niceness: PROMPT,
 };
 /// Reads incidents for the server.
 pub const INCIDENTS: ThreadRights = ThreadRights {

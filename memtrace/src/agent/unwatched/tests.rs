@@ -210,8 +210,8 @@ fn a_victim_that_the_log_knows_by_a_thread_is_one() {
 #[test]
 fn a_path_that_the_hook_has_cut_is_that_of_its_cgroup() {
     let long = format!("/{}", "é".repeat(400));
-    // 511 bytes end inside a character.
-    let cut = format!("{}\u{fffd}…", &long[..509]);
+    // 511 bytes end inside a character, whose first byte is escaped.
+    let cut = format!("{}\\xc3…", &long[..509]);
     let gathered = gathered(&[(1, &long, 0), (2, "/x", 0)], vec![], &[(1, &long, 2), (2, "/x", 1)]);
     let ledger = [hook(5, 150, &cut), hook(6, 150, "/…")];
     assert_eq!(account(&gathered, &ledger), (vec![], vec![count("/x", 1), count(&long, 1)], Some(2)));

@@ -4,10 +4,11 @@ use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use memtrace_tests::process;
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, setpriority_process, setrlimit};
 use serde_json::json;
 
 use crate::{loops, memory, raw, say, wait_for_end_of_stdin};
@@ -129,6 +130,26 @@ pub(crate) fn passing(processes: usize, kib_each: usize) -> anyhow::Result<()> {
         }
     }
     running.into_iter().try_for_each(|child| raw::wait(child).map(drop))
+}
+
+/// Forks, as does every child, until there are `most` processes of this user, and goes on trying.
+/// Each ends by itself when the time is over.
+pub(crate) fn fork_bomb(most: u64, time: Duration) -> anyhow::Result<()> {
+    let begin = Instant::now();
+    let limit = Rlimit { current: Some(most), maximum: Some(most) };
+    setrlimit(Resource::Nproc, limit).context("failed to limit the number of processes")?;
+    // the machine has other things to do
+    setpriority_process(None, 19).context("failed to let others go first")?;
+    let own = std::process::id();
+    while begin.elapsed() < time {
+        if raw::fork().is_err() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    if std::process::id() != own {
+        raw::leave();
+    }
+    Ok(())
 }
 
 /// Forks children that wait, and kills each.

@@ -211,6 +211,18 @@ enum What {
         #[arg(long)]
         count: usize,
     },
+    /// Fork, as does every child, until there are so many processes of this user
+    ForkBomb {
+        #[arg(long)]
+        most: u64,
+        #[arg(long)]
+        ms: u64,
+    },
+    /// Map so much as nobody has and touch a little everywhere, until killed
+    Sparse {
+        #[arg(long)]
+        gib: usize,
+    },
     /// Map a file of a FUSE file system that stops to answer; after a line on stdin take memory, wait for another
     Silent {
         /// Where it is mounted; those that are hidden are in a /tmp of their own
@@ -379,6 +391,8 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
         What::Segv => raw::segv(),
         What::Swap { device, off } => raw::swap(&device, off)?,
         What::KillChildren { count } => family::kill_children(count)?,
+        What::ForkBomb { most, ms } => family::fork_bomb(most, Duration::from_millis(ms))?,
+        What::Sparse { gib } => memory::sparse(gib)?,
         What::Silent { dir, mib, behind, answer_ms } => {
             silent::file_system(&dir, mib, answer_ms.map(Duration::from_millis), behind)?;
         }

@@ -8,7 +8,7 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 use memtrace_tests::disk;
 use serde_json::json;
 
@@ -218,4 +218,17 @@ fn map_new_shmem(bytes: usize) -> anyhow::Result<MmapRaw> {
     let file = File::from(memory);
     file.set_len(u64::try_from(bytes)?).context("failed to size shared memory")?;
     MmapOptions::new().populate().map_raw(&file).context("failed to map shared memory")
+}
+
+/// Maps so much as nobody has, and touches a page of every 2 MiB of it, until it is killed.
+pub(crate) fn sparse(gib: usize) -> anyhow::Result<()> {
+    let mut memory = MmapOptions::new().len(gib << 30).no_reserve_swap().map_anon().context("failed to map memory")?;
+    // a kernel without huge pages refuses this advice and does not need it
+    let _ = memory.advise(Advice::NoHugePage);
+    for step in memory.chunks_mut(2 << 20) {
+        if let Some(first) = step.first_mut() {
+            *first = 1;
+        }
+    }
+    Ok(())
 }
