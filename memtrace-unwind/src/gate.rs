@@ -8,7 +8,7 @@
 //! that is late is given up (`readers`). What is announced to the [`ReadObserver`] lets whoever
 //! waits for this process tell what it waits for. What a reading costs in CPU time is taken off three
 //! accounts, that of its process, that of its user and that of all; while one is in debt nothing more
-//! is read for that process. What a user had not is put off for the account of all ([`Shared`]): the
+//! is read for that process. What a user had not is put off for the account of all (`Shared`): the
 //! others have a quarter of the rate at any time.
 //!
 //! What the calling thread does between readings costs as well: walks over unwind information,
