@@ -94,8 +94,8 @@ pub struct Host {
     /// How much the kernel may charge to a cgroup ahead of use, per CPU (the stock). Usage is exact
     /// up to this times `cpus`.
     pub charge_batch_bytes: u64,
-    /// Size of a huge page: the most that the kernel charges to a cgroup at once, for memory and
-    /// for large folios of the page cache. Null when the kernel has no transparent huge pages.
+    /// Size of a transparent huge page: the most that the kernel charges to a cgroup at once for
+    /// anonymous memory and folios of the page cache. Null when the kernel has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub huge_page_bytes: Option<u64>,
 }

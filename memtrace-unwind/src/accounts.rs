@@ -11,8 +11,10 @@ const BURST: Duration = Duration::from_secs(2);
 /// What the account of a process holds at least when it is full: a program that starts is read at
 /// once. That of all holds twice as much.
 pub(crate) const LEAST_BURST_NS: i64 = 20_000_000;
-/// Time in which what is put off is paid, if it is the most that is put off.
+/// What is put off at most: what a user earns in this time, or more where that is little, so that it
+/// is enough for the dearest readings.
 const PUT_OFF: Duration = Duration::from_secs(30);
+const LEAST_PUT_OFF_NS: i64 = 1_000_000_000;
 
 /// What an account earns.
 #[derive(Clone, Copy, Debug)]
@@ -71,31 +73,40 @@ impl Account {
 
 /// The account of all. One reading can cost more than all earn in seconds. What it costs beyond what
 /// its user's account held is put off: taken off this one no faster than a user earns, so that a
-/// quarter of what is earned is there for the others at any time.
+/// quarter of what is earned is there for the others at any time. Beyond a cap it is taken off at once:
+/// somebody with many users could otherwise owe without end.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Shared {
     account: Account,
-    /// What is put off, nanoseconds, of this time. Cap: what a user earns in [`PUT_OFF`].
+    /// What is put off, nanoseconds, of this time. Cap: [`PUT_OFF`].
     put_off: Option<(Instant, i64)>,
 }
 
 impl Shared {
     /// What it holds, nanoseconds, at so many parts per million of a CPU.
     pub(crate) fn balance(&mut self, now: Instant, ppm: u64) -> i64 {
-        if let Some((at, owed)) = self.put_off {
-            let due = earned_ns(now.saturating_duration_since(at), Rate::of_user(ppm).ppm).min(owed);
-            self.put_off = (due < owed).then_some((now, owed.saturating_sub(due)));
+        if let Some((_, owed)) = self.put_off {
+            let left = self.put_off_ns(now, ppm);
+            let due = owed.saturating_sub(left);
+            self.put_off = (left > 0).then_some((now, left));
             // while it is paid: what it earned in this time may not be cut off at full before
             self.account.filled.iter_mut().for_each(|(_, held)| *held = held.saturating_sub(due));
         }
         self.account.balance(now, Rate::of_cpu(ppm))
     }
 
-    /// Takes off what was spent, of which so much is put off.
+    /// What was spent and is not taken off yet, nanoseconds.
+    pub(crate) fn put_off_ns(&self, now: Instant, ppm: u64) -> i64 {
+        let paid = |at| earned_ns(now.saturating_duration_since(at), Rate::of_user(ppm).ppm);
+        self.put_off.map_or(0, |(at, owed)| owed.saturating_sub(paid(at)).max(0))
+    }
+
+    /// Takes off what was spent now, and puts off so much of that and of what was spent before.
     pub(crate) fn charge(&mut self, now: Instant, ppm: u64, spent_ns: i64, put_off_ns: i64) {
         self.balance(now, ppm);
         let owed = self.put_off.map_or(0, |(_, owed)| owed);
-        let room = earned_ns(PUT_OFF, Rate::of_user(ppm).ppm).saturating_sub(owed);
+        let most = earned_ns(PUT_OFF, Rate::of_user(ppm).ppm).max(LEAST_PUT_OFF_NS);
+        let room = most.saturating_sub(owed).max(0);
         let put_off_ns = put_off_ns.min(room);
         self.account.charge(now, Rate::of_cpu(ppm), spent_ns.saturating_sub(put_off_ns));
         let owed = owed.saturating_add(put_off_ns);
@@ -146,7 +157,7 @@ mod tests {
         let (mut all, at, ppm) = (Shared::default(), Instant::now(), 10_000);
         let full = Rate::of_cpu(ppm).full_ns;
         let after = |ms| at + Duration::from_millis(ms);
-        let (second, most) = (10_000_000, 30 * 7_500_000);
+        let (second, most) = (10_000_000, LEAST_PUT_OFF_NS);
         // It spends what its account holds, and 150 ms beyond: 20 seconds of what a user earns.
         let held = Rate::of_user(ppm).full_ns;
         all.charge(at, ppm, held + 150_000_000, 150_000_000);
@@ -157,6 +168,7 @@ mod tests {
         assert_eq!(all.balance(after(1000), ppm), -second / 4);
         assert_eq!(all.balance(after(2000), ppm), 0);
         assert_eq!(all.balance(after(10_000), ppm), 8 * second / 4);
+        assert_eq!(all.put_off_ns(after(12_000), ppm), 150_000_000 - 12 * 7_500_000);
         assert_eq!((all.balance(after(20_000), ppm), all.put_off), (full, None), "all is paid");
         // No more is put off than a user earns in a while.
         let mut all = Shared::default();

@@ -131,6 +131,8 @@ pub struct GateCounts {
     pub over_budget: u64,
     /// Readings that were given up and have not ended: of now.
     pub late: u64,
+    /// CPU time that was spent and is not charged to all yet, nanoseconds: of now.
+    pub put_off_ns: u64,
 }
 
 /// See the module.
@@ -195,7 +197,10 @@ impl Gate {
         if let (Some(user), Some(rate_ppm)) = (user, self.rate_ppm) {
             let unpaid_ns = std::mem::take(&mut current.unpaid_ns);
             if unpaid_ns > 0 {
-                self.users.charge(user, Instant::now(), Rate::of_user(rate_ppm), unpaid_ns);
+                let now = Instant::now();
+                let beyond_ns = self.users.charge(user, now, Rate::of_user(rate_ppm), unpaid_ns);
+                // that of all has paid it already
+                self.all.charge(now, rate_ppm, 0, beyond_ns);
             }
         }
     }
@@ -360,7 +365,12 @@ impl Gate {
 
     /// What was not read, since the start.
     pub(crate) fn counts(&self) -> GateCounts {
-        GateCounts { late: u64::try_from(self.readers.late()).unwrap_or(u64::MAX), ..self.counts }
+        let put_off_ns = self.rate_ppm.map_or(0, |rate_ppm| self.all.put_off_ns(Instant::now(), rate_ppm));
+        GateCounts {
+            late: u64::try_from(self.readers.late()).unwrap_or(u64::MAX),
+            put_off_ns: u64::try_from(put_off_ns).unwrap_or(0),
+            ..self.counts
+        }
     }
 }
 

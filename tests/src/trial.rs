@@ -116,7 +116,12 @@ impl Trial {
 
     /// The same of OOM kills: where the CPUs are slow, there may be near misses and spikes before them.
     pub fn kills(&self, cages: &[&Cage], count: usize) -> anyhow::Result<Vec<Value>> {
-        self.incidents_that(|incident| json::text(incident, "/kind").is_ok_and(|kind| kind == "oom_kill"), cages, count)
+        self.incidents_of("oom_kill", cages, count)
+    }
+
+    /// The same of incidents of one kind.
+    pub fn incidents_of(&self, kind: &str, cages: &[&Cage], count: usize) -> anyhow::Result<Vec<Value>> {
+        self.incidents_that(|incident| json::text(incident, "/kind").is_ok_and(|of| of == kind), cages, count)
     }
 
     fn incidents_that(

@@ -169,6 +169,7 @@ fn hostile_content_fails() -> anyhow::Result<()> {
     let mut typed = sample::incident();
     typed["timeline"] = "none".into();
     let id_of = |number: &str| negative.to_string().replace("\"id\":-1", &format!("\"id\":{number}")).into_bytes();
+    ensure!(id_of("7") != id_of("8"), "the id is not where it is replaced");
     let contents: [(&str, Vec<u8>); 14] = [
         ("empty", Vec::new()),
         ("not JSON", b"memtrace".to_vec()),

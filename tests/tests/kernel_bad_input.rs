@@ -225,6 +225,11 @@ fn the_umask_decides_nothing() -> anyhow::Result<()> {
         agent.stop()?;
         let files = [permissions(&options.state_dir)?, permissions(&options.journal_dir)?].concat();
         ensure!(files.len() >= 4, "only {files:?}");
+        for dir in [&options.state_dir, &options.journal_dir] {
+            use std::os::unix::fs::PermissionsExt;
+            let mode = std::fs::metadata(dir)?.permissions().mode() & 0o777;
+            ensure!(mode & 0o022 == 0 && mode & 0o700 == 0o700, "umask {umask:o}: {} is {mode:o}", dir.display());
+        }
         for (file, mode) in files {
             ensure!(mode & 0o037 == 0 && mode & 0o600 == 0o600, "umask {umask:o}: {} is {mode:o}", file.display());
         }

@@ -27,6 +27,9 @@ const KILL_EXPLAINS_NS: u64 = SEC;
 const COOL_DOWN_NS: u64 = 60 * SEC;
 /// How often the pause between two near misses of a cgroup is doubled, while they go on.
 const PAUSE_DOUBLINGS: u32 = 6;
+/// The most that is charged at once, as far as it is told from reclaim that somebody asked for
+/// (memory.reclaim) below the limit. Where huge pages are larger, with pages of 64 KiB, they are rare.
+const AT_ONCE_BYTES: u64 = 2 << 20;
 /// Reclaim without a kill within this time is a near miss.
 const NEAR_MISS_NS: u64 = 5 * SEC;
 
@@ -186,16 +189,35 @@ impl Detector {
     }
 }
 
-/// The limit that a reading is at. The kernel charges in batches ahead of use on each CPU, and a
-/// huge page or a large folio of the page cache at once; an attempt at either hits the limit below
-/// it. So usage within all batches and a huge page of the limit, but at most an eighth of it,
-/// counts as at the limit.
+/// The limit that was hit, of a reading when reclaim began. The kernel charges in batches ahead of
+/// use on each CPU, and a huge page or a large folio of the page cache at once; an attempt at either
+/// hits the limit below it. So usage within all batches and a huge page of the limit, but at most an
+/// eighth of it, counts as at the limit. memory.high is looked at after the charge.
 pub(crate) fn limit_hit(reading: &Reading, host: &Host) -> Option<PressureLimit> {
-    let usage = reading.usage?;
-    let batches = host.charge_batch_bytes.saturating_mul(u64::from(host.cpus));
-    let held_back = batches.saturating_add(host.huge_page_bytes.unwrap_or(0));
-    let at = |limit: Limit| limit.bytes().is_some_and(|limit| usage.saturating_add(held_back.min(limit / 8)) >= limit);
-    if at(reading.limit) { Some(PressureLimit::Max) } else { at(reading.high).then_some(PressureLimit::High) }
+    let batches = batches(host);
+    let at_once = batches.saturating_add(host.huge_page_bytes.unwrap_or(0).min(AT_ONCE_BYTES));
+    if within(reading.usage, reading.limit, batches) {
+        Some(PressureLimit::Max)
+    } else if within(reading.usage, reading.high, batches) {
+        Some(PressureLimit::High)
+    } else {
+        within(reading.usage, reading.limit, at_once).then_some(PressureLimit::Max)
+    }
+}
+
+/// Whether usage is as high as its limit lets it be, but for what the CPUs hold back.
+pub(crate) fn is_full(reading: &Reading, host: &Host) -> bool {
+    within(reading.usage, reading.limit, batches(host))
+}
+
+fn batches(host: &Host) -> u64 {
+    host.charge_batch_bytes.saturating_mul(u64::from(host.cpus))
+}
+
+/// Whether usage is at most so many bytes below a limit, and at most an eighth of it.
+fn within(usage: Option<u64>, limit: Limit, below: u64) -> bool {
+    let (Some(usage), Some(limit)) = (usage, limit.bytes()) else { return false };
+    usage.saturating_add(below.min(limit / 8)) >= limit
 }
 
 /// Detectors of all cgroups with a limit.
@@ -471,5 +493,10 @@ mod tests {
         let huge = Host { huge_page_bytes: Some(60), ..host };
         let hit = |usage| limit_hit(&Reading { limit: Limit::Bytes(1000), ..at(usage) }, &huge);
         assert_eq!((hit(900), hit(899)), (Some(Max), None), "within batches and a huge page");
+        let both =
+            |usage| limit_hit(&Reading { limit: Limit::Bytes(1000), high: Limit::Bytes(950), ..at(usage) }, &huge);
+        assert_eq!((both(900), both(920), both(960)), (Some(Max), Some(High), Some(Max)), "above memory.high");
+        let full = |usage| is_full(&Reading { limit: Limit::Bytes(1000), ..at(usage) }, &huge);
+        assert!(full(960) && !full(959), "within batches alone");
     }
 }

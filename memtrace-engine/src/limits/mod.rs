@@ -16,7 +16,7 @@ mod detectors;
 mod incidents;
 mod stuck;
 
-use detectors::{DetectedEvent, Detectors, limit_hit};
+use detectors::{DetectedEvent, Detectors, is_full, limit_hit};
 use stuck::Stuck;
 
 /// Smallest RSS threshold that a small limit leads to, bytes. It bounds the number of records.
@@ -75,7 +75,7 @@ impl Limits {
             wire::RECLAIM_BEGIN => {
                 // Reclaim on request (memory.reclaim) begins below every limit and is no hit.
                 let (limit, hits) = (limit_hit(&reading, &run.host), 1 + u64::from(r.suppressed));
-                if limit != Some(PressureLimit::Max) {
+                if !is_full(&reading, &run.host) {
                     stuck::watch_above(id, ns, world, run, out);
                 }
                 if let Some(stuck) = self.stuck_above(id, world) {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use memtrace_incident::{Kind, Loss, Pressure, PressureLimit};
 
 use super::Limits;
-use super::detectors::{NearMiss, limit_hit};
+use super::detectors::{NearMiss, is_full};
 use super::incidents::{PressureEvent, around, incident_id, pressure_incident};
 use crate::build::BuildContext;
 use crate::decode::Reading;
@@ -54,7 +54,7 @@ impl Stuck {
 
 /// Requests a watch of a cgroup that is at its limit.
 pub(super) fn watch_if_full(id: u64, boot_ns: u64, reading: &Reading, world: &mut World, run: &Run, out: &mut Out) {
-    if limit_hit(reading, &run.host) == Some(PressureLimit::Max) {
+    if is_full(reading, &run.host) {
         watch(id, boot_ns, world, run, out);
     }
 }

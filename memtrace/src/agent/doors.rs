@@ -21,6 +21,8 @@ const TOKEN_FILE_MAX: u64 = 4096;
 /// Connections that wait to be accepted; the kernel bounds it by net.core.somaxconn, 4096 as well
 /// since 5.4. A client beyond it is answered a second late: TCP sends its request to connect again.
 const BACKLOG: u32 = 4096;
+/// What the kernel takes of a client before it is read, about: more than a head.
+const RECEIVE_BYTES: u32 = 32 << 10;
 /// Permissions that a token file must not give: to write for the group, to read or write for
 /// everybody.
 const OTHERS: u32 = 0o026;
@@ -80,6 +82,8 @@ fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
     let made = || {
         let socket = if address.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
         socket.set_reuseaddr(true)?;
+        // accepted ones have it from the listener
+        socket.set_recv_buffer_size(RECEIVE_BYTES)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)?.into_std()
     };

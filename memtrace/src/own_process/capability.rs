@@ -73,7 +73,7 @@ pub const CAPABILITIES: [Capability; 14] = [
         name: "SYS_NICE",
         need: CapabilityNeed::Optional,
         used_for: "the recorder, the packer, the storer and the server go before others (niceness -20, -10 and -5), set once at the start",
-        lost: "programs that keep the CPUs busy can make the agent late, its rings run over, and incidents be given up",
+        lost: "programs that keep the CPUs busy can make the agent late, its rings run over, incidents be given up, and health be answered late",
     },
     Capability {
         bit: CapabilitySet::SYS_PTRACE,

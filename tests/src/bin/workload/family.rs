@@ -11,7 +11,7 @@ use memtrace_tests::process;
 use rustix::process::{Resource, Rlimit, Signal, setpriority_process, setrlimit};
 use serde_json::json;
 
-use crate::{loops, memory, raw, say, wait_for_end_of_stdin};
+use crate::{is_over, loops, memory, raw, say, wait_for_end_of_stdin};
 
 /// Starts a child. One that waits does so until its stdin closes; its output is passed on
 /// meanwhile.
@@ -140,8 +140,11 @@ pub(crate) fn fork_bomb(most: u64, time: Duration) -> anyhow::Result<()> {
     setrlimit(Resource::Nproc, limit).context("failed to limit the number of processes")?;
     // the machine has other things to do
     setpriority_process(None, 19).context("failed to let others go first")?;
+    if raw::fork().context("not even one process")? > 0 {
+        say("attacking", &json!({}))?;
+    }
     let own = std::process::id();
-    while begin.elapsed() < time {
+    while !is_over(begin, time) {
         if raw::fork().is_err() {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -10,6 +10,7 @@ use anyhow::{Context, ensure};
 use memmap2::{Advice, MmapOptions};
 use memtrace_tests::elf_bomb;
 use rustix::mount::{MountFlags, mount};
+use serde_json::json;
 
 use crate::raw;
 
@@ -185,16 +186,18 @@ fn take_and_touch(time: Duration, mut more: impl FnMut(&mut [u8]) -> anyhow::Res
     })
 }
 
-/// Takes memory step by step and gives it back, again and again.
+/// Says `attacking`, takes memory step by step and gives it back, again and again, until that is
+/// over ([`crate::is_over`]).
 fn take(begin: Instant, time: Duration, mut touch: impl FnMut(&mut [u8]) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    while begin.elapsed() < time {
+    crate::say("attacking", &json!({}))?;
+    while !crate::is_over(begin, time) {
         let mut memory = MmapOptions::new().len(TAKEN_BYTES).map_anon().context("failed to map memory")?;
         // a kernel without huge pages refuses this advice and does not need it
         let _ = memory.advise(Advice::NoHugePage);
         for step in memory.chunks_mut(STEP_BYTES) {
             touch(step)?;
             std::thread::sleep(STEP_PAUSE);
-            if begin.elapsed() >= time {
+            if crate::is_over(begin, time) {
                 break;
             }
         }

@@ -10,7 +10,7 @@ use anyhow::{Context, anyhow};
 use memmap2::{Advice, MmapMut, MmapOptions};
 use serde_json::json;
 
-use crate::{memory, raw, say};
+use crate::{is_over, memory, raw, say};
 
 /// How far ahead of its rate a loop may be before it sleeps.
 const AHEAD: Duration = Duration::from_millis(1);
@@ -18,6 +18,7 @@ const AHEAD: Duration = Duration::from_millis(1);
 #[derive(clap::Args)]
 pub(crate) struct LoopArgs {
     what: LoopKind,
+    /// How long; 0: until stdin is closed
     #[arg(long)]
     ms: u64,
     #[arg(long, default_value_t = 1)]
@@ -63,6 +64,9 @@ pub(crate) fn run(args: &LoopArgs) -> anyhow::Result<()> {
     if let Some(comm) = &args.comm {
         std::fs::write("/proc/self/comm", comm).context("failed to set the process name")?;
     }
+    if args.ms == 0 {
+        say("attacking", &json!({}))?;
+    }
     let (begin, cpu) = (Instant::now(), raw::cpu_ns());
     let units = if args.threads <= 1 {
         // in this thread: only a single-threaded process may fork here
@@ -83,7 +87,8 @@ fn repeat(args: &LoopArgs, begin: Instant) -> anyhow::Result<u64> {
     let end = begin + Duration::from_millis(args.ms);
     let mut step = stepper(args)?;
     let mut units = 0;
-    while units < args.most && Instant::now() < end {
+    let is_over = || if args.ms == 0 { is_over(begin, Duration::ZERO) } else { Instant::now() >= end };
+    while units < args.most && !is_over() {
         units += step()?;
         if let Some(per_s) = args.per_s {
             let due = begin + Duration::from_secs_f64(units as f64 / f64::from(per_s.max(1)));

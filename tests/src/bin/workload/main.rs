@@ -6,11 +6,12 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use memtrace_tests::process;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 
 mod change;
@@ -457,6 +458,18 @@ fn say(event: &str, more: &Value) -> anyhow::Result<()> {
     }
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).context("failed to write to stdout")
+}
+
+/// Whether so much time is over since `begin`; without a time, whether whoever started this process
+/// has closed its stdin.
+fn is_over(begin: Instant, time: Duration) -> bool {
+    if !time.is_zero() {
+        return begin.elapsed() >= time;
+    }
+    let stdin = std::io::stdin();
+    let mut polled = [PollFd::new(&stdin, PollFlags::empty())];
+    rustix::event::poll(&mut polled, Some(&Timespec::default())).is_ok()
+        && polled.iter().any(|polled| polled.revents().contains(PollFlags::HUP))
 }
 
 fn wait_for_end_of_stdin() -> anyhow::Result<()> {

@@ -39,13 +39,13 @@ pub(crate) enum Behind {
 /// `ready`, or slow to answer; after a line on stdin a child of its own takes memory, whose first stack is taken with
 /// the file mapped already. Then it says `grown`, and ends after another line.
 pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>, behind: Behind) -> anyhow::Result<()> {
-    let node = node(dir)?;
+    let node = node(dir);
     let own = Path::new("/tmp");
     let (at, device) = if behind == Behind::Detached {
         raw::own_mount_namespace()?;
         (dir.to_owned(), open_fuse(&node)?)
     } else {
-        raw::become_somebody_in_own_namespaces()?;
+        can(raw::become_somebody_in_own_namespaces())?;
         // opened by the user namespace that mounts it, before /tmp is another
         let device = open_fuse(&node)?;
         mount("silent", own, "tmpfs", MountFlags::empty(), None).context("failed to mount a tmpfs")?;
@@ -54,8 +54,8 @@ pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>, behind
     };
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
     let options = std::ffi::CString::new(options)?;
-    mount("silent", &at, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
-        .context("failed to mount a FUSE file system")?;
+    can(mount("silent", &at, "fuse", MountFlags::NOSUID | MountFlags::NODEV, options.as_c_str())
+        .context("failed to mount a FUSE file system"))?;
     // Grows when the server is to fall silent.
     let silent = File::from(memfd_create("silent", MemfdFlags::CLOEXEC)?);
     let child = raw::fork()?;
@@ -80,7 +80,9 @@ pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>, behind
 fn map_and_grow(shown: &Path, mut silent: &File, mib: usize, behind: Behind) -> anyhow::Result<()> {
     if behind != Behind::Detached {
         let options = c"lowerdir=/tmp/fuse:/tmp/empty,userxattr";
-        mount("silent", shown, "overlay", MountFlags::empty(), Some(options)).context("failed to mount an overlay")?;
+        can(
+            mount("silent", shown, "overlay", MountFlags::empty(), Some(options)).context("failed to mount an overlay")
+        )?;
     }
     // While it is mounted, whoever looks knows that it is FUSE: nothing is mapped until it is not.
     let file = File::open(shown.join("m"))?;
@@ -110,13 +112,20 @@ fn map_and_grow(shown: &Path, mut silent: &File, mib: usize, behind: Behind) -> 
     Ok(())
 }
 
-/// A node for FUSE that everybody may open.
-fn node(dir: &Path) -> anyhow::Result<PathBuf> {
+/// Passes on what is to be had. What this machine lets nobody have is said, `cannot`.
+fn can<T>(had: anyhow::Result<T>) -> anyhow::Result<T> {
+    if let Err(error) = &had {
+        crate::say("cannot", &json!({ "why": format!("{error:#}") }))?;
+    }
+    had
+}
+
+/// A node for FUSE that everybody may open; there may be none where /dev/fuse is enough.
+fn node(dir: &Path) -> PathBuf {
     let node = dir.with_extension("fuse");
-    mknodat(CWD, &node, FileType::CharacterDevice, Mode::empty(), makedev(10, 229))
-        .context("failed to make a node for FUSE")?;
-    std::fs::set_permissions(&node, PermissionsExt::from_mode(0o666))?;
-    Ok(node)
+    let _ = mknodat(CWD, &node, FileType::CharacterDevice, Mode::empty(), makedev(10, 229));
+    let _ = std::fs::set_permissions(&node, PermissionsExt::from_mode(0o666));
+    node
 }
 
 /// /dev/fuse, or that node.
