@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::Cage;
 use memtrace_tests::claims::MIB;
-use memtrace_tests::figures::say;
+use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::trial::Trial;
 use memtrace_tests::{growth, json};
 
@@ -110,6 +110,38 @@ fn a_secret_on_the_stack_stays_on_the_stack() -> anyhow::Result<()> {
     say(format_args!("{} files searched, {contents} of them compressed", files.len()));
     ensure!(contents > 0 && files.len() > contents, "there are no incidents or no journal among {files:?}");
     cage.remove()
+}
+
+/// What only root may read does not come out under the name of a perf map, which everybody may write.
+#[test]
+fn a_perf_map_that_links_to_a_file_of_root_tells_nothing() -> anyhow::Result<()> {
+    const NAME: &str = "only-root-may-read-this";
+    if !cfg!(target_arch = "x86_64") {
+        not_run_here("a perf map that is a link", "its program has code for x86-64 only");
+        return Ok(());
+    }
+    let trial = Trial::begin(&FINE)?;
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755))?;
+    let map = dir.path().join("map");
+    std::fs::write(&map, format!("0 7fffffffffff {NAME}\n"))?;
+    std::fs::set_permissions(&map, PermissionsExt::from_mode(0o600))?;
+    let map = map.to_str().context("a path that is not text")?;
+    let mut told = Vec::new();
+    for more in [&[][..], &["--link"]] {
+        let cage = Cage::new("named", 64 * MIB)?;
+        let mut actor = Actor::start(Some(&cage), &[&["named-by", "--mib", "256", "--map", map], more].concat())?;
+        let path = json::text(actor.until("ready")?, "/perf_map")?.to_owned();
+        actor.finish()?.was_killed()?;
+        std::fs::remove_file(path)?;
+        let incident = trial.kills(&[&cage], 1)?.pop().context("no incident")?;
+        told.push(incident.to_string().contains(NAME));
+        cage.remove()?;
+    }
+    // the copy is the proof that a perf map is read at all
+    ensure!(told == [true, false], "copied and linked, it is told: {told:?}");
+    ensure!(!trial.agent.stderr().contains(NAME), "it is in the log:\n{}", trial.agent.stderr());
+    trial.end()
 }
 
 /// Every file below a directory.

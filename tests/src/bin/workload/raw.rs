@@ -11,6 +11,8 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 use rustix::mount::MountPropagationFlags;
 
+/// Somebody without rights.
+const SOMEBODY: libc::uid_t = 12_345;
 /// Room for code that was compiled.
 const CODE_BYTES: usize = 4096;
 
@@ -151,10 +153,8 @@ pub(crate) fn own_mount_namespace() -> anyhow::Result<()> {
     rustix::mount::mount_change("/", private).context("mounts are shared with others")
 }
 
-/// Gives up all rights, as somebody whom nobody knows, and enters a user and a mount namespace of his
-/// own, in which he is root.
-pub(crate) fn become_somebody_in_own_namespaces() -> anyhow::Result<()> {
-    const SOMEBODY: libc::uid_t = 12_345;
+/// Gives up all rights, as somebody whom nobody knows.
+pub(crate) fn become_somebody() -> anyhow::Result<()> {
     // SAFETY: take numbers only; other threads there are none.
     let result = unsafe {
         [
@@ -163,10 +163,18 @@ pub(crate) fn become_somebody_in_own_namespaces() -> anyhow::Result<()> {
             libc::setresuid(SOMEBODY, SOMEBODY, SOMEBODY),
             // or its files in /proc would be root's
             libc::prctl(libc::PR_SET_DUMPABLE, 1),
-            libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS),
         ]
     };
-    ensure!(result == [0; 5], "no namespaces of its own: {result:?}, {}", std::io::Error::last_os_error());
+    ensure!(result == [0; 4], "it keeps its rights: {result:?}, {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// The same, in a user and a mount namespace of his own, in which he is root.
+pub(crate) fn become_somebody_in_own_namespaces() -> anyhow::Result<()> {
+    become_somebody()?;
+    // SAFETY: takes a number only; other threads there are none.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) };
+    ensure!(result == 0, "no namespaces of its own: {}", std::io::Error::last_os_error());
     std::fs::write("/proc/self/setgroups", "deny")?;
     std::fs::write("/proc/self/uid_map", format!("0 {SOMEBODY} 1"))?;
     std::fs::write("/proc/self/gid_map", format!("0 {SOMEBODY} 1"))?;
