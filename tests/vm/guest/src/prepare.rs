@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -36,6 +37,8 @@ pub(crate) fn machine() -> anyhow::Result<()> {
     modules()?;
     // a real disk: the kernel must account its pages as file memory and be able to reclaim them
     attach(SCRATCH, "/tmp", c"ext4", None)?;
+    // as everywhere: programs of users make files there
+    fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777)).context("failed to open /tmp to everybody")?;
     fs::create_dir_all("/var/tmp").context("failed to create /var/tmp")?;
     mount_bind("/tmp", "/var/tmp").context("failed to mount /tmp at /var/tmp")?;
     attach(c"out", "/tmp/out", c"9p", Some(c"trans=virtio,version=9p2000.L,msize=262144"))?;
