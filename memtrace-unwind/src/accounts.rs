@@ -85,20 +85,13 @@ pub(crate) struct Shared {
 impl Shared {
     /// What it holds, nanoseconds, at so many parts per million of a CPU.
     pub(crate) fn balance(&mut self, now: Instant, ppm: u64) -> i64 {
-        if let Some((_, owed)) = self.put_off {
-            let left = self.put_off_ns(now, ppm);
-            let due = owed.saturating_sub(left);
-            self.put_off = (left > 0).then_some((now, left));
+        if let Some((at, owed)) = self.put_off {
+            let due = earned_ns(now.saturating_duration_since(at), Rate::of_user(ppm).ppm).min(owed);
+            self.put_off = (due < owed).then_some((now, owed.saturating_sub(due)));
             // while it is paid: what it earned in this time may not be cut off at full before
             self.account.filled.iter_mut().for_each(|(_, held)| *held = held.saturating_sub(due));
         }
         self.account.balance(now, Rate::of_cpu(ppm))
-    }
-
-    /// What was spent and is not taken off yet, nanoseconds.
-    pub(crate) fn put_off_ns(&self, now: Instant, ppm: u64) -> i64 {
-        let paid = |at| earned_ns(now.saturating_duration_since(at), Rate::of_user(ppm).ppm);
-        self.put_off.map_or(0, |(at, owed)| owed.saturating_sub(paid(at)).max(0))
     }
 
     /// Takes off what was spent now, and puts off so much of that and of what was spent before.
@@ -168,7 +161,6 @@ mod tests {
         assert_eq!(all.balance(after(1000), ppm), -second / 4);
         assert_eq!(all.balance(after(2000), ppm), 0);
         assert_eq!(all.balance(after(10_000), ppm), 8 * second / 4);
-        assert_eq!(all.put_off_ns(after(12_000), ppm), 150_000_000 - 12 * 7_500_000);
         assert_eq!((all.balance(after(20_000), ppm), all.put_off), (full, None), "all is paid");
         // No more is put off than a user earns in a while.
         let mut all = Shared::default();

@@ -131,8 +131,6 @@ pub struct GateCounts {
     pub over_budget: u64,
     /// Readings that were given up and have not ended: of now.
     pub late: u64,
-    /// CPU time that was spent and is not charged to all yet, nanoseconds: of now.
-    pub put_off_ns: u64,
 }
 
 /// See the module.
@@ -365,12 +363,7 @@ impl Gate {
 
     /// What was not read, since the start.
     pub(crate) fn counts(&self) -> GateCounts {
-        let put_off_ns = self.rate_ppm.map_or(0, |rate_ppm| self.all.put_off_ns(Instant::now(), rate_ppm));
-        GateCounts {
-            late: u64::try_from(self.readers.late()).unwrap_or(u64::MAX),
-            put_off_ns: u64::try_from(put_off_ns).unwrap_or(0),
-            ..self.counts
-        }
+        GateCounts { late: u64::try_from(self.readers.late()).unwrap_or(u64::MAX), ..self.counts }
     }
 }
 

@@ -136,6 +136,7 @@ fn may_have_namespaces() -> anyhow::Result<bool> {
         std::fs::read_to_string(Path::new("/proc/sys").join(name)).is_ok_and(|now| now.trim() == value)
     };
     Ok(version >= (5, 11)
+        && Path::new("/proc/sys/user/max_user_namespaces").exists()
         && !is("kernel/unprivileged_userns_clone", "0")
         && !is("user/max_user_namespaces", "0")
         && !is("kernel/apparmor_restrict_unprivileged_userns", "1"))

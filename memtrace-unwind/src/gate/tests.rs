@@ -127,7 +127,6 @@ fn a_reading_that_costs_more_than_all_earn_keeps_its_user_waiting_and_nobody_els
     gate.set_user(Some(1000));
     gate.charge((7, 1), 200_000_000);
     assert!(!gate.affords());
-    assert!(gate.counts().put_off_ns > 160_000_000, "{:?}", gate.counts());
     gate.set_process((8, 1));
     gate.set_user(Some(0));
     assert!(gate.affords());
@@ -135,9 +134,8 @@ fn a_reading_that_costs_more_than_all_earn_keeps_its_user_waiting_and_nobody_els
     let mut gate = Gate { rate_ppm: Some(10_000), ..Gate::default() };
     gate.set_process((7, 1));
     gate.charge((7, 1), 200_000_000);
-    assert_eq!(gate.counts().put_off_ns, 0);
     gate.set_user(Some(1000));
-    assert!(!gate.affords() && gate.counts().put_off_ns > 160_000_000, "{:?}", gate.counts());
+    assert!(!gate.affords());
     gate.set_process((8, 1));
     gate.set_user(Some(0));
     assert!(gate.affords());

@@ -175,13 +175,12 @@ impl StackPipeline {
         self.numbers.renumber(batch.facts.into_iter().chain(stacks.into_iter().map(Fact::Stack)))
     }
 
-    /// Tells the eBPF programs what stacks have cost here and in the worker, but for what one user's
-    /// overdraft is put off: it would take the stacks from all.
+    /// Tells the eBPF programs what stacks have cost here and in the worker.
     fn pay(&mut self, probe: &mut Probe) {
         let counts = self.worker.counts();
         if counts.unwound > self.reported {
             self.reported = counts.unwound;
-            if let Err(error) = probe.set_user_spent(self.user_ns(&counts).saturating_sub(counts.put_off_ns)) {
+            if let Err(error) = probe.set_user_spent(self.user_ns(&counts)) {
                 debug!("cost of stacks: {error}");
             }
         }

@@ -225,8 +225,6 @@ pub struct StackCounts {
     pub unwound: u64,
     /// CPU time, nanoseconds.
     pub spent_ns: u64,
-    /// Part of it that counts against the budget later, nanoseconds: of now, not a total.
-    pub put_off_ns: u64,
     /// Resident memory, bytes: of now, not a total.
     pub resident_bytes: u64,
     /// Readings that were given up and have not ended: of now, not a total.
@@ -257,7 +255,6 @@ impl StackCounts {
         Self {
             unwound: self.unwound.saturating_add(other.unwound),
             spent_ns: self.spent_ns.saturating_add(other.spent_ns),
-            put_off_ns: self.put_off_ns,
             resident_bytes: self.resident_bytes,
             readings_late: self.readings_late,
             without_frames: self.without_frames.saturating_add(other.without_frames),

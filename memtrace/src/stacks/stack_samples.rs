@@ -252,7 +252,6 @@ impl StackSamples {
         StackCounts {
             unwound: self.unwound,
             spent_ns: 0,
-            put_off_ns: counts.gate.put_off_ns,
             resident_bytes: 0,
             readings_late: counts.gate.late,
             without_frames: 0,

@@ -59,6 +59,8 @@ pub(crate) fn perf_map(map_mib: usize, time: Duration, replace: bool) -> anyhow:
             false => writeln!(content, "{:x} 10 f{n}", 0x10000 + n * 16)?,
         }
     }
+    // of an earlier process with this id
+    let _ = std::fs::remove_file(&path);
     let mut map = made(&path, &content)?;
     // Two files that take turns cost nothing to put there.
     let spares = [path.with_extension("a"), path.with_extension("b")];
@@ -87,13 +89,24 @@ pub(crate) fn perf_map(map_mib: usize, time: Duration, replace: bool) -> anyhow:
 pub(crate) fn named_by(map: &Path, link: bool, mib: usize) -> anyhow::Result<()> {
     let path = PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
     let content = if link { Vec::new() } else { std::fs::read(map)? };
+    // of an earlier process with this id
+    let _ = std::fs::remove_file(&path);
     raw::become_somebody()?;
     match link {
         true => std::os::unix::fs::symlink(map, &path)?,
         false => std::fs::write(&path, content)?,
     }
     crate::say("ready", &serde_json::json!({ "perf_map": path }))?;
-    touched_by_compiled_code(mib).map(drop)
+    // step by step: the perf map is looked for when the first stack is unwound
+    let code = raw::compiled(TOUCH)?;
+    let mut memory = MmapOptions::new().len(mib << 20).map_anon().context("failed to map memory")?;
+    let _ = memory.advise(Advice::NoHugePage);
+    for step in memory.chunks_mut(STEP_BYTES) {
+        let pages = step.as_mut_ptr_range();
+        code(pages.start, pages.end);
+        std::thread::sleep(STEP_PAUSE);
+    }
+    Ok(())
 }
 
 /// Memory that was touched by code that this program wrote itself.

@@ -43,11 +43,11 @@ pub(crate) fn file_system(dir: &Path, mib: usize, slow: Option<Duration>, behind
     let own = Path::new("/tmp");
     let (at, device) = if behind == Behind::Detached {
         raw::own_mount_namespace()?;
-        (dir.to_owned(), open_fuse(&node)?)
+        (dir.to_owned(), can(open_fuse(&node))?)
     } else {
         can(raw::become_somebody_in_own_namespaces())?;
         // opened by the user namespace that mounts it, before /tmp is another
-        let device = open_fuse(&node)?;
+        let device = can(open_fuse(&node))?;
         mount("silent", own, "tmpfs", MountFlags::empty(), None).context("failed to mount a tmpfs")?;
         ["fuse", "empty", "merged"].iter().try_for_each(|name| std::fs::create_dir(own.join(name)))?;
         (own.join("fuse"), device)
