@@ -5,16 +5,21 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use memtrace_tests::actor::Actor;
 use memtrace_tests::cage::{Cage, Version};
 use memtrace_tests::claims::{self, MIB};
+use memtrace_tests::deadline::Deadline;
 use memtrace_tests::disk::DISK;
 use memtrace_tests::figures::{not_run_here, say};
 use memtrace_tests::json;
 use memtrace_tests::trial::Trial;
 use serde_json::Value;
+
+/// How long the agent may take to lock its memory.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Fails on a machine that may be in use: these tests take all memory there is.
 fn require_a_virtual_machine() -> anyhow::Result<()> {
@@ -25,19 +30,27 @@ fn require_a_virtual_machine() -> anyhow::Result<()> {
 
 /// A number of /proc/meminfo or of a node's, in MiB.
 fn meminfo_mib(file: &str, key: &str) -> anyhow::Result<u64> {
+    Ok(meminfo_kib(file, key)? >> 10)
+}
+
+/// The same of any file of lines that end in such a number, in KiB.
+fn meminfo_kib(file: &str, key: &str) -> anyhow::Result<u64> {
     let text = fs::read_to_string(file).with_context(|| format!("failed to read {file}"))?;
     let line = text.lines().find(|line| line.contains(key)).with_context(|| format!("{file} has no {key}"))?;
     let kib = line.split_ascii_whitespace().rev().nth(1).context("no number")?;
-    Ok(kib.parse::<u64>().with_context(|| format!("{file}: {key}"))? >> 10)
+    kib.parse().with_context(|| format!("{file}: {key}"))
 }
 
 #[test]
 fn a_machine_without_memory_kills_the_largest_and_the_recorder_survives() -> anyhow::Result<()> {
     require_a_virtual_machine()?;
     let mut trial = Trial::begin(&[])?;
-    let status = fs::read_to_string(format!("/proc/{}/status", trial.agent.pid()))?;
-    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).context("no VmLck")?;
-    ensure!(!locked.trim().starts_with("0 "), "the agent's memory is not locked: VmLck {locked}");
+    // it is unlocked for a moment when what the start took is given back
+    let deadline = Deadline::after(LOCK_LIMIT);
+    while meminfo_kib(&format!("/proc/{}/status", trial.agent.pid()), "VmLck:")? == 0 {
+        ensure!(!deadline.has_passed(), "the agent's memory is not locked; it said:\n{}", trial.agent.stderr());
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let adj = fs::read_to_string(format!("/proc/{}/oom_score_adj", trial.agent.pid()))?;
     ensure!(adj.trim() == "-999", "the agent's oom_score_adj is {adj}");
 
