@@ -12,7 +12,7 @@ use crate::actor::Actor;
 use crate::agent::{Agent, AgentOptions, json_of};
 use crate::cage::Cage;
 use crate::deadline::Deadline;
-use crate::{json, process, programs};
+use crate::{growth, json, process, programs};
 
 /// How long incidents may take to appear.
 const WAIT_LIMIT: Duration = Duration::from_secs(90);
@@ -96,6 +96,13 @@ impl Trial {
             }
         }
         anyhow::bail!("none of {KILLS} kills has a stack; the agent said:\n{}", self.agent.stderr())
+    }
+
+    /// A kill of `workload` is recorded, and has stacks of the program.
+    pub fn kills_have_stacks(&self) -> anyhow::Result<()> {
+        let is_unwound = |(path, _): &(&Value, u64)| growth::user_frames(path).count() > 0;
+        let has_stacks = |incident: &Value| Ok(growth::touching(incident)?.iter().any(is_unwound));
+        self.kill_with_stacks(&programs::path("workload")?, has_stacks).map(drop)
     }
 
     /// How the agent was started.

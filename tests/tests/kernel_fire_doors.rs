@@ -13,13 +13,11 @@ use memtrace_tests::agent::{self, AgentOptions};
 use memtrace_tests::cage::Cage;
 use memtrace_tests::deadline::Deadline;
 use memtrace_tests::figures::not_run_here;
-use memtrace_tests::growth;
 use memtrace_tests::process::niceness;
 use memtrace_tests::programs;
 use memtrace_tests::trial::Trial;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::Signal;
-use serde_json::Value;
 
 /// Time until something has happened that happens within seconds.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -43,13 +41,6 @@ fn replaced(trial: &Trial) -> anyhow::Result<Option<f64>> {
     trial.agent.metric(r#"memtrace_lost_total{what="stacks/worker_replaced"}"#)
 }
 
-/// Kills are recorded, and have stacks.
-fn kills_have_stacks(trial: &Trial) -> anyhow::Result<()> {
-    let is_unwound = |(path, _): &(&Value, u64)| growth::user_frames(path).count() > 0;
-    let has_stacks = |incident: &Value| Ok(growth::touching(incident)?.iter().any(is_unwound));
-    trial.kill_with_stacks(&programs::path("workload")?, has_stacks).map(drop)
-}
-
 #[test]
 fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
     if !std::fs::read_to_string("/proc/filesystems")?.lines().any(|line| line.ends_with("\tfuse")) {
@@ -64,7 +55,7 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
     // From then on none of that kind is read.
     let before = late()?;
     let another = silent_file_system(&trial, "second")?;
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     ensure!(trial.stack_worker()? == Some(worker), "it was replaced:\n{}", trial.agent.stderr());
     ensure!(late()? == before, "{before:?} readings were late, then {:?}:\n{}", late()?, trial.agent.stderr());
     // A worker with such a reading cannot die before the file system lets go of it.
@@ -73,7 +64,7 @@ fn a_file_system_that_does_not_answer_costs_no_kill() -> anyhow::Result<()> {
         Ok(trial.agent.metric(r#"memtrace_stack_workers{state="stuck"}"#)?.filter(|count| *count > 0.0))
     })?;
     wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != worker)))?;
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
     ensure!(trial.agent.comes_to_say("does not answer"), "the agent says nothing about it:\n{}", trial.agent.stderr());
     // While it is silent, the agent stops as ever.
@@ -117,7 +108,7 @@ fn costs_no_kill(behind: &str) -> anyhow::Result<()> {
         Err(error) => return Err(error),
     };
     wait_for("a reading is given up", &trial, || Ok(late()?.filter(|late| *late > 0.0)))?;
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     ensure!(trial.stack_worker()? == Some(worker), "it was replaced:\n{}", trial.agent.stderr());
     ensure!(trial.agent.get("/healthz")?.0 == 200, "it is not healthy");
     // While it is silent, the agent stops as ever.
@@ -167,7 +158,7 @@ fn a_worker_that_is_killed_is_replaced() -> anyhow::Result<()> {
     let first = trial.running_worker()?;
     memtrace_tests::process::signal(first, Signal::KILL)?;
     let second = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     ensure!(trial.stack_worker()? == Some(second), "it was replaced again");
     ensure!(replaced(&trial)? == Some(1.0), "it is not counted: {:?}", replaced(&trial)?);
     trial.end()
@@ -181,7 +172,7 @@ fn signals_to_the_worker_are_left_to_the_recorder() -> anyhow::Result<()> {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         memtrace_tests::process::signal(worker, signal)?;
     }
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     ensure!(trial.stack_worker()? == Some(worker), "it was replaced");
     trial.end()
 }
@@ -251,7 +242,7 @@ fn the_recorder_and_those_who_save_and_answer_go_before_others_and_nothing_else_
     // One that is started by the recorder as it is now.
     memtrace_tests::process::signal(first, Signal::KILL)?;
     let worker = wait_for("another worker runs", &trial, || Ok(trial.stack_worker()?.filter(|pid| *pid != first)))?;
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     let pid = trial.agent.pid();
     ensure!(niceness(pid, pid)? == -20, "the recorder has niceness {}", niceness(pid, pid)?);
     // A thread that was started just now puts itself back first.

@@ -15,8 +15,7 @@ use memtrace_tests::claims::{self, MIB};
 use memtrace_tests::deadline::SLOWNESS;
 use memtrace_tests::figures::not_run_here;
 use memtrace_tests::trial::Trial;
-use memtrace_tests::{growth, json, programs};
-use serde_json::Value;
+use memtrace_tests::{json, programs};
 
 /// Enough for every stack, whatever else the machine does.
 const AMPLE: [&str; 2] = ["--stack-budget", "50%"];
@@ -76,7 +75,7 @@ impl Hostile {
         let worker = trial.running_worker()?;
         let mut actor = self.start(workload, dir)?;
         actor.until("attacking")?;
-        kills_have_stacks(&trial)?;
+        trial.kills_have_stacks()?;
         ensure!(trial.agent.get("/healthz")?.0 == 200, "the agent is not healthy");
         // those of a process that has ended are none
         let arguments = std::fs::read(format!("/proc/{}/cmdline", actor.pid()))?;
@@ -87,13 +86,6 @@ impl Hostile {
         ensure!(now == Some(worker), "the worker was replaced:\n{}", trial.agent.stderr());
         trial.end()
     }
-}
-
-/// A kill of somebody else is recorded, and has stacks.
-fn kills_have_stacks(trial: &Trial) -> anyhow::Result<()> {
-    let is_unwound = |(path, _): &(&Value, u64)| growth::user_frames(path).count() > 0;
-    let has_stacks = |incident: &Value| Ok(growth::touching(incident)?.iter().any(is_unwound));
-    trial.kill_with_stacks(&programs::path("workload")?, has_stacks).map(drop)
 }
 
 #[test]
@@ -157,7 +149,7 @@ fn an_agent_starts_among_thousands_of_processes() -> anyhow::Result<()> {
     let trial = Trial::begin(&AMPLE)?;
     let known = trial.agent.metric("memtrace_processes")?.context("no memtrace_processes")?;
     ensure!(known >= f64::from(CROWD), "only {known} processes are known");
-    kills_have_stacks(&trial)?;
+    trial.kills_have_stacks()?;
     crowd.tell()?;
     ensure!(crowd.finish()?.status.success(), "the crowd failed");
     trial.end()

@@ -143,7 +143,7 @@ fn a_perf_map_that_links_to_a_file_of_root_tells_nothing() -> anyhow::Result<()>
 /// The incident of a kill of a program that has the lines of `map` as its perf map.
 fn named_kill(trial: &Trial, map: &str, more: &[&str]) -> anyhow::Result<String> {
     let cage = Cage::new("named", 32 * MIB)?;
-    let mut actor = Actor::start(Some(&cage), &[&["named-by", "--mib", "64", "--map", map], more].concat())?;
+    let mut actor = Actor::start(Some(&cage), &[&["named-by", "--map", map], more].concat())?;
     let path = json::text(actor.until("ready")?, "/perf_map")?.to_owned();
     let ended = actor.finish();
     std::fs::remove_file(path)?;

@@ -149,10 +149,7 @@ fn perf_maps_that_are_replaced_cost_no_more_than_the_budget_and_no_stacks_of_oth
     if Deadline::after(DEBTS).limit() > 2 * DEBTS {
         not_run_here("a kill beside them", "a machine this slow pays for one such file for many seconds");
     } else {
-        let is_unwound = |(path, _): &(&serde_json::Value, u64)| growth::user_frames(path).count() > 0;
-        trial.kill_with_stacks(&programs::path("workload")?, |incident| {
-            Ok(growth::touching(incident)?.iter().any(is_unwound))
-        })?;
+        trial.kills_have_stacks()?;
     }
     for replacer in replacers {
         let ended = replacer.finish()?;

@@ -16,6 +16,8 @@ use crate::raw;
 
 /// Bytes that are taken and given back.
 const TAKEN_BYTES: usize = 64 << 20;
+/// How long what is to be killed goes on without.
+const KILLED_WITHIN: Duration = Duration::from_secs(60);
 /// Bytes taken in a row, and the pause after them.
 const STEP_BYTES: usize = 1 << 20;
 const STEP_PAUSE: Duration = Duration::from_millis(10);
@@ -86,7 +88,7 @@ pub(crate) fn perf_map(map_mib: usize, time: Duration, replace: bool) -> anyhow:
 
 /// As somebody without rights, takes memory from code that it wrote itself, until it is killed. Its
 /// perf map is a copy of `map`, or a link to it.
-pub(crate) fn named_by(map: &Path, link: bool, mib: usize) -> anyhow::Result<()> {
+pub(crate) fn named_by(map: &Path, link: bool) -> anyhow::Result<()> {
     let path = PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
     let content = if link { Vec::new() } else { std::fs::read(map)? };
     // of an earlier process with this id
@@ -96,17 +98,14 @@ pub(crate) fn named_by(map: &Path, link: bool, mib: usize) -> anyhow::Result<()>
         true => std::os::unix::fs::symlink(map, &path)?,
         false => std::fs::write(&path, content)?,
     }
-    crate::say("ready", &serde_json::json!({ "perf_map": path }))?;
-    // step by step: the perf map is looked for when the first stack is unwound
+    crate::say("ready", &json!({ "perf_map": path }))?;
     let code = raw::compiled(TOUCH)?;
-    let mut memory = MmapOptions::new().len(mib << 20).map_anon().context("failed to map memory")?;
-    let _ = memory.advise(Advice::NoHugePage);
-    for step in memory.chunks_mut(STEP_BYTES) {
+    // step by step: the perf map is looked for when the first stack is unwound
+    take(Instant::now(), KILLED_WITHIN, |step| {
         let pages = step.as_mut_ptr_range();
         code(pages.start, pages.end);
-        std::thread::sleep(STEP_PAUSE);
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Memory that was touched by code that this program wrote itself.

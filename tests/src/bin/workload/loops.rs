@@ -84,11 +84,10 @@ pub(crate) fn run(args: &LoopArgs) -> anyhow::Result<()> {
 }
 
 fn repeat(args: &LoopArgs, begin: Instant) -> anyhow::Result<u64> {
-    let end = begin + Duration::from_millis(args.ms);
+    let time = Duration::from_millis(args.ms);
     let mut step = stepper(args)?;
     let mut units = 0;
-    let is_over = || if args.ms == 0 { is_over(begin, Duration::ZERO) } else { Instant::now() >= end };
-    while units < args.most && !is_over() {
+    while units < args.most && !is_over(begin, time) {
         units += step()?;
         if let Some(per_s) = args.per_s {
             let due = begin + Duration::from_secs_f64(units as f64 / f64::from(per_s.max(1)));

@@ -257,8 +257,6 @@ enum What {
         /// The perf map is a link to them, not a copy
         #[arg(long)]
         link: bool,
-        #[arg(long)]
-        mib: usize,
     },
     /// Map code of thousands of links to one ELF file with the longest headers, and take memory
     LinkedModules {
@@ -409,7 +407,7 @@ fn run(what: What) -> anyhow::Result<ExitCode> {
             silent::file_system(&dir, mib, answer_ms.map(Duration::from_millis), behind)?;
         }
         What::PerfMap { map_mib, ms, replace } => hostile::perf_map(map_mib, Duration::from_millis(ms), replace)?,
-        What::NamedBy { map, link, mib } => hostile::named_by(&map, link, mib)?,
+        What::NamedBy { map, link } => hostile::named_by(&map, link)?,
         What::LinkedModules { dir, count, ms } => hostile::linked_modules(&dir, count, Duration::from_millis(ms))?,
         What::Leased { dir, ms } => hostile::leased(&dir, Duration::from_millis(ms))?,
         What::Locked { mappings, ms } => hostile::locked(mappings, Duration::from_millis(ms))?,
