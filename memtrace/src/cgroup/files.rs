@@ -65,11 +65,15 @@ impl CgroupDir {
         if is_root { None } else { statat(&self.fd, "..", AtFlags::empty()).ok().map(|stat| stat.st_ino) }
     }
 
+    /// One of its files, to be read.
+    pub(super) fn file(&self, name: &str) -> Option<File> {
+        openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok().map(File::from)
+    }
+
     /// The text of one of its files.
     pub(super) fn read(&self, name: &str) -> Option<String> {
-        let file = File::from(openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?);
         let mut text = Vec::new();
-        file.take(FILE_BYTES_CAP).read_to_end(&mut text).ok()?;
+        self.file(name)?.take(FILE_BYTES_CAP).read_to_end(&mut text).ok()?;
         Some(String::from_utf8_lossy(&text).into_owned())
     }
 

@@ -5,6 +5,8 @@
 //! tick. A look-up can mean a walk of the whole tree, which `asker` does on a thread of its own.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::asker::{Ask, Asker};
@@ -18,6 +20,8 @@ const ANSWERS_AT_ONCE: usize = 256;
 const MAX_LOOKUPS: usize = 1024;
 /// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
 const MAX_WATCHED: usize = 64;
+/// Bytes of a memory.oom_control: three lines of a name and a number.
+const CONTROL_BYTES: usize = 256;
 /// How long a cgroup is watched after it was asked for; longer as long as it waits.
 const WATCH_NS: u64 = 5_000_000_000;
 
@@ -38,8 +42,35 @@ struct Watched {
     id: u64,
     /// From the root of what is mounted; `None` while the asker looks for it.
     below: Option<PathBuf>,
+    /// Opened once: a path is looked up under locks of kernfs that others hold who make cgroups.
+    control: Option<ControlFile>,
     until_ns: u64,
     last: Option<OomControl>,
+}
+
+/// The memory.oom_control of a cgroup, open.
+#[derive(Debug)]
+struct ControlFile {
+    dir: CgroupDir,
+    file: File,
+}
+
+impl ControlFile {
+    /// Opens that of the cgroup, if it is the one at this path.
+    fn open(hierarchy: &Hierarchy, below: &Path, id: u64) -> Option<Self> {
+        let dir = open(hierarchy, below, id)?;
+        let file = dir.file("memory.oom_control")?;
+        Some(Self { dir, file })
+    }
+
+    /// What it says; `None` when the cgroup is gone (fs/kernfs/file.c, ENODEV) or says something else.
+    fn read(&self) -> Option<OomControl> {
+        let mut text = [0; CONTROL_BYTES];
+        // of a file that was removed in a file system of another kind
+        let is_there = self.file.metadata().is_ok_and(|about| about.nlink() > 0);
+        let bytes = self.file.read_at(&mut text, 0).ok().filter(|_| is_there)?;
+        parse(std::str::from_utf8(text.get(..bytes)?).ok()?)
+    }
 }
 
 /// What memory.oom_control says: version 1 only, version 2 has no way to turn the OOM killer off.
@@ -83,7 +114,7 @@ impl CgroupQueries {
             if below.is_none() {
                 self.ask_for_directory(id);
             }
-            self.watched.push(Watched { id, below, until_ns, last: None });
+            self.watched.push(Watched { id, below, control: None, until_ns, last: None });
         } else {
             self.not_watched = self.not_watched.saturating_add(1);
         }
@@ -134,8 +165,10 @@ impl Watched {
     /// Adds a fact when the cgroup changed; false when it need not be watched any longer.
     fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64, facts: &mut Vec<Fact>) -> bool {
         let Some(below) = &self.below else { return boot_ns < self.until_ns };
-        let dir = open(hierarchy, below, self.id);
-        let now = dir.as_ref().and_then(|dir| parse(&dir.read("memory.oom_control")?));
+        if self.control.is_none() {
+            self.control = ControlFile::open(hierarchy, below, self.id);
+        }
+        let now = self.control.as_ref().and_then(ControlFile::read);
         // A cgroup that is gone does not wait.
         let Some(control) = now.or(self.last.map(|last| OomControl { under_oom: false, ..last })) else { return false };
         if self.last != Some(control) {
@@ -143,7 +176,8 @@ impl Watched {
             if control.under_oom {
                 // A cgroup without processes has no readings of its own: these are the counters it
                 // is stuck at.
-                facts.extend(dir.and_then(|dir| hierarchy.read_dir(&dir, boot_ns)).map(Fact::Cgroup));
+                let dir = self.control.as_ref().map(|control| &control.dir);
+                facts.extend(dir.and_then(|dir| hierarchy.read_dir(dir, boot_ns)).map(Fact::Cgroup));
             }
             let OomControl { kill_disabled, under_oom } = control;
             facts.push(Fact::OomControl { cgroup_id: self.id, boot_ns, kill_disabled, under_oom });
@@ -214,11 +248,11 @@ mod tests {
         assert!(changes(&mut q, 100).is_empty() && q.watched.len() == 1, "as long as it waits");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
         assert_eq!((changes(&mut q, 101), q.watched.len()), (vec![Some((true, false))], 0));
-        // Gone while it waited, and another cgroup under its name.
+        // Gone while it waited.
         fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
         q.watch(&hierarchy, id, "/a", 102 * SEC);
         assert_eq!(changes(&mut q, 102).len(), 2);
-        fs::rename(&a, dir.path().join("b")).unwrap();
+        fs::remove_dir_all(&a).unwrap();
         assert_eq!((changes(&mut q, 103), q.watched.len()), (vec![Some((true, false))], 0));
     }
 
