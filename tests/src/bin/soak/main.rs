@@ -107,7 +107,10 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     let workload = dir.path().join("workload");
     std::fs::copy(programs::path("workload")?, &workload).context("failed to copy the workload")?;
     let extra: Vec<&str> = args.options.iter().map(String::as_str).collect();
-    let options = AgentOptions::below(dir.path()).with(&extra);
+    let mut options = AgentOptions::below(dir.path()).with(&extra);
+    // a file system in memory, as the default is
+    let journal = tempfile::Builder::new().prefix("memtrace-soak-").tempdir_in("/dev/shm").context("no directory")?;
+    options.journal_dir = journal.path().join("journal");
     let mut agent = options.start()?;
     let yard = Yard {
         dir: dir.path().to_owned(),
