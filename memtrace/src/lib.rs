@@ -9,6 +9,8 @@ pub mod clock;
 pub mod error;
 pub mod host;
 pub mod kernel;
+#[cfg(test)]
+mod of_machine;
 pub mod own_process;
 pub mod proc;
 pub mod serve;

@@ -100,12 +100,13 @@ fn name_in(parent: BorrowedFd<'_>, id: u64, entries_left: &mut usize) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::of_machine;
 
     #[test]
     fn cgroups_of_this_machine_are_found_by_id() {
-        let Ok(hierarchy) = Hierarchy::find() else { return };
-        // Without the capability.
-        let Some(by_id) = ById::new(&hierarchy) else { return };
+        let Some(hierarchy) = of_machine::found("a memory controller", Hierarchy::find()) else { return };
+        let by_id = ById::new(&hierarchy).ok_or("not allowed, or not by this kernel");
+        let Some(by_id) = of_machine::found("cgroups by their id", by_id) else { return };
         let found = hierarchy.walk(1, 50).found;
         assert!(found.iter().any(|found| found.parent_id.is_none()));
         for cgroup in found {

@@ -4,6 +4,8 @@ use memtrace_common::layout::{ABSENT, KernelLayout};
 use proptest::prelude::*;
 
 use super::*;
+use crate::kernel::facts::KERNEL_BTF;
+use crate::of_machine;
 
 /// Builds BTF by hand; `add` answers with the new type's number.
 struct Builder {
@@ -209,7 +211,7 @@ fn cycles_end() {
 
 #[test]
 fn the_running_kernel_has_all_that_is_required() {
-    let Ok(bytes) = std::fs::read("/sys/kernel/btf/vmlinux") else { return };
+    let Some(bytes) = of_machine::found("types of the kernel", std::fs::read(KERNEL_BTF)) else { return };
     let btf = Btf::from_vec(bytes).unwrap();
     assert!(btf.len() > 10_000);
     let (layout, missing) = btf.layout();

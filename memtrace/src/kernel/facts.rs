@@ -88,6 +88,7 @@ fn lockdown(text: &str) -> Option<String> {
 mod tests {
     use super::*;
     use crate::kernel::support::plan;
+    use crate::of_machine;
 
     #[test]
     fn lockdown_is_what_stands_in_brackets() {
@@ -109,9 +110,7 @@ mod tests {
 
     #[test]
     fn the_running_kernel_has_what_is_required() {
-        if !Path::new(KERNEL_BTF).exists() {
-            return;
-        }
+        let Some(_) = of_machine::found("types of the kernel", std::fs::metadata(KERNEL_BTF)) else { return };
         let cgroup = Ok(MemoryController { version: 2, hierarchy_id: 0, mount: String::new() });
         let facts = gather(None, cgroup);
         assert!(facts.missing.is_empty() && facts.tracepoints_known);

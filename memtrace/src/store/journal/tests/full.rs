@@ -1,5 +1,4 @@
-//! The journal on a file system that is smaller than its ring, or that others fill. Real ones, so these tests prove
-//! nothing where they cannot mount: without root.
+//! The journal on a file system that is smaller than its ring, or that others fill. Real ones, so these tests need root.
 
 use std::ffi::CStr;
 use std::os::unix::fs::MetadataExt;
@@ -7,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::*;
+use crate::of_machine;
 
 /// A tmpfs; unmounted when dropped.
 struct SmallDisk(tempfile::TempDir);
@@ -14,8 +14,8 @@ struct SmallDisk(tempfile::TempDir);
 impl SmallDisk {
     fn mount(options: &CStr) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
-        mount(c"tmpfs", dir.path(), c"tmpfs", MountFlags::empty(), Some(options)).ok()?;
-        Some(Self(dir))
+        let mounted = mount(c"tmpfs", dir.path(), c"tmpfs", MountFlags::empty(), Some(options));
+        of_machine::found("a file system to fill", mounted).map(|()| Self(dir))
     }
 
     fn path(&self) -> &Path {
