@@ -33,8 +33,6 @@ pub enum Request {
     WatchOomControl {
         /// kernfs id of the cgroup.
         cgroup_id: u64,
-        /// Path of the cgroup from the root of the memory hierarchy.
-        path: String,
     },
     /// Set the RSS threshold of a cgroup, because its limit became small or no longer is. Emitted
     /// once for each change; the latest request for a cgroup counts.

@@ -327,9 +327,7 @@ impl Session {
         for request in self.out.requests.drain(..) {
             match request {
                 Request::LookUpCgroup { id, urgent } => self.queries.look_up(id, urgent),
-                Request::WatchOomControl { cgroup_id, path } => {
-                    self.queries.watch(&self.hierarchy, cgroup_id, &path, clock::boot_ns());
-                }
+                Request::WatchOomControl { cgroup_id } => self.queries.watch(cgroup_id, clock::boot_ns()),
                 Request::SetRssThreshold { cgroup_id, threshold_bytes } => {
                     if let Err(error) = self.probe.set_rss_threshold(cgroup_id, threshold_bytes) {
                         debug!("RSS threshold of cgroup {cgroup_id}: {error}");
@@ -428,8 +426,8 @@ impl Session {
         self.stacks.keep_files();
     }
 
-    /// How the stack worker is doing, and its resident memory in bytes.
-    pub fn worker_health(&self) -> (WorkerHealth, u64) {
+    /// How the stack worker is doing.
+    pub fn worker_health(&self) -> WorkerHealth {
         self.stacks.worker_health()
     }
 

@@ -76,10 +76,9 @@ fn watch(id: u64, boot_ns: u64, world: &mut World, run: &Run, out: &mut Out) {
         return;
     }
     let Some(row) = world.cgroups.get_mut(id).filter(|row| !row.removed) else { return };
-    let Some(path) = row.path.clone() else { return };
     if row.watch_requested_ns.is_none_or(|asked| boot_ns >= asked.saturating_add(WATCH_REQUEST_NS)) {
         row.watch_requested_ns = Some(boot_ns);
-        out.requests.push(Request::WatchOomControl { cgroup_id: id, path });
+        out.requests.push(Request::WatchOomControl { cgroup_id: id });
     }
 }
 
@@ -225,9 +224,9 @@ mod tests {
         test
     }
 
-    fn requested_watches(test: &mut TestEngine) -> Vec<(u64, String)> {
+    fn requested_watches(test: &mut TestEngine) -> Vec<u64> {
         let asked = |request: Request| match request {
-            Request::WatchOomControl { cgroup_id, path } => Some((cgroup_id, path)),
+            Request::WatchOomControl { cgroup_id } => Some(cgroup_id),
             _ => None,
         };
         std::mem::take(&mut test.out.requests).into_iter().filter_map(asked).collect()
@@ -243,10 +242,9 @@ mod tests {
 
     #[test]
     fn a_cgroup_that_may_be_full_is_watched_on_v1_only() {
-        let (own, pod) = ((OWN, "/pod/app".to_owned()), (40, "/pod".to_owned()));
         let cases = [
-            ("at its own limit", 1, LIMIT, vec![own.clone()]),
-            ("below it: one above may be full", 1, 10 * MIB, vec![own, pod]),
+            ("at its own limit", 1, LIMIT, vec![OWN]),
+            ("below it: one above may be full", 1, 10 * MIB, vec![OWN, 40]),
             ("version 2", 2, LIMIT, vec![]),
         ];
         for (name, version, usage, expected) in cases {
@@ -263,7 +261,7 @@ mod tests {
         let mut test = pod_engine(1);
         let (path, usage_bytes, limit_bytes) = ("/full".to_owned(), Some(LIMIT), Some(LIMIT));
         test.fact(Fact::Cgroup(CgroupFound { id: 60, path, usage_bytes, limit_bytes, ..CgroupFound::default() }));
-        assert_eq!(requested_watches(&mut test), [(60, "/full".to_owned())]);
+        assert_eq!(requested_watches(&mut test), [60]);
     }
 
     #[test]

@@ -8,7 +8,6 @@
 //! while.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -22,6 +21,7 @@ use tracing::warn;
 use super::by_id::ById;
 use super::files::CgroupDir;
 use super::hierarchy::Hierarchy;
+use super::oom_control::ControlFile;
 use crate::clock;
 use crate::own_process::rights::ASKER;
 
@@ -38,6 +38,8 @@ const QUIET_CAP: usize = 16_384;
 const QUIET_ABSENT: Duration = Duration::from_secs(30);
 /// The same for an id that was answered: the engine may have asked twice.
 const QUIET_FOUND: Duration = Duration::from_secs(5);
+/// Cgroups whose memory.oom_control is asked for at once: each answer has two descriptors.
+const CONTROLS_CAP: usize = 64;
 /// Cgroups that one walk for ids visits.
 const VISITS_CAP: usize = 65_536;
 /// Work that is done without a pause when there was none before.
@@ -54,8 +56,8 @@ pub(super) enum Ask {
     Id(u64),
     /// The same, for a kill that waits for it.
     Urgent(u64),
-    /// The same, for its directory, though it was answered lately: its path as text does not lead there.
-    Directory(u64),
+    /// The same, with its memory.oom_control, though it was answered lately.
+    Control(u64),
     /// As many cgroups as the engine follows, those near the root first.
     All,
 }
@@ -65,8 +67,8 @@ pub(super) enum Ask {
 pub(super) struct Answer {
     /// What the engine gets.
     pub(super) cgroup: CgroupFound,
-    /// Its path from the root of what is mounted, as it is.
-    pub(super) below: PathBuf,
+    /// Its memory.oom_control, if that was asked for and there is one.
+    pub(super) control: Option<ControlFile>,
 }
 
 /// What an answer is for.
@@ -221,6 +223,8 @@ struct Lookups {
     waiting: BTreeSet<u64>,
     /// What kills wait for. Cap: [`WAITING_CAP`].
     urgent: BTreeSet<u64>,
+    /// Those whose memory.oom_control is asked for. Cap: [`CONTROLS_CAP`].
+    controls: BTreeSet<u64>,
     /// A list of all was asked for.
     all: bool,
     /// The recorder has ended.
@@ -239,6 +243,7 @@ impl Lookups {
             answers_for_kill,
             waiting: BTreeSet::new(),
             urgent: BTreeSet::new(),
+            controls: BTreeSet::new(),
             all: false,
             over: false,
             quiet: Quiet::default(),
@@ -270,14 +275,19 @@ impl Lookups {
             Ask::Id(id) if self.waiting.len() < WAITING_CAP && !self.quiet.has(id, now) => {
                 self.waiting.insert(id);
             }
-            Ask::Directory(id) if self.waiting.len() < WAITING_CAP && !self.quiet.is_absent(id, now) => {
-                self.waiting.insert(id);
+            // There are few, so they are looked up at once where that needs no walk.
+            Ask::Control(id) if self.controls.len() < CONTROLS_CAP && !self.quiet.is_absent(id, now) => {
+                let asked = if self.by_id.is_some() { &mut self.urgent } else { &mut self.waiting };
+                if asked.len() < WAITING_CAP {
+                    self.controls.insert(id);
+                    asked.insert(id);
+                }
             }
             // One that was found may have been asked for before it was this urgent.
             Ask::Urgent(id) if self.urgent.len() < WAITING_CAP && !self.quiet.is_absent(id, now) => {
                 self.urgent.insert(id);
             }
-            Ask::Id(_) | Ask::Urgent(_) | Ask::Directory(_) => {}
+            Ask::Id(_) | Ask::Urgent(_) | Ask::Control(_) => {}
             Ask::All => self.all = true,
         }
     }
@@ -343,7 +353,7 @@ impl Lookups {
         while let (Some(by_id), Some(id)) = (&self.by_id, ids.first().copied()) {
             match by_id.find(&self.hierarchy, id) {
                 Some(dir) => self.answer(&dir, id, wanted),
-                None => self.quiet.add(id, false, Instant::now()),
+                None => self.note_absent(id),
             }
             ids.remove(&id);
             if !self.go_on(wanted) {
@@ -363,12 +373,19 @@ impl Lookups {
             self.go_on(wanted) && !ids.is_empty()
         });
         if !self.over {
-            ids.into_iter().for_each(|id| self.quiet.add(id, false, Instant::now()));
+            ids.into_iter().for_each(|id| self.note_absent(id));
         }
     }
 
+    fn note_absent(&mut self, id: u64) {
+        self.controls.remove(&id);
+        self.quiet.add(id, false, Instant::now());
+    }
+
     fn answer(&mut self, dir: &CgroupDir, id: u64, wanted: For) {
+        let control = self.controls.remove(&id).then(|| ControlFile::open(dir)).flatten();
         let answer = self.found(dir).filter(|answer| answer.cgroup.id == id);
+        let answer = answer.map(|answer| Answer { control, ..answer });
         let answers = match wanted {
             For::Kill => &self.answers_for_kill,
             For::Curve => &self.answers,
@@ -381,7 +398,7 @@ impl Lookups {
 
     fn found(&self, dir: &CgroupDir) -> Option<Answer> {
         let cgroup = self.hierarchy.read_dir(dir, clock::boot_ns())?;
-        Some(Answer { cgroup, below: dir.below.clone() })
+        Some(Answer { cgroup, control: None })
     }
 
     /// Lists cgroups for the engine, in between look-ups.

@@ -65,6 +65,11 @@ impl CgroupDir {
         if is_root { None } else { statat(&self.fd, "..", AtFlags::empty()).ok().map(|stat| stat.st_ino) }
     }
 
+    /// The same directory once more.
+    pub(super) fn try_clone(&self) -> Option<Self> {
+        Some(Self { fd: self.fd.try_clone().ok()?, below: self.below.clone() })
+    }
+
     /// One of its files, to be read.
     pub(super) fn file(&self, name: &str) -> Option<File> {
         openat(&self.fd, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok().map(File::from)
@@ -235,6 +240,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::of_machine;
 
     fn tree(version: u32) -> (tempfile::TempDir, Hierarchy) {
         let dir = tempfile::tempdir().unwrap();
@@ -305,7 +311,7 @@ mod tests {
 
     #[test]
     fn this_machine_can_be_walked() {
-        let Ok(hierarchy) = Hierarchy::find() else { return };
+        let Some(hierarchy) = of_machine::found("a memory controller", Hierarchy::find()) else { return };
         let walk = hierarchy.walk(1, 1000);
         assert!(walk.found.iter().any(|found| found.path == shown(&hierarchy.root)));
         let own = hierarchy.own_path().unwrap();

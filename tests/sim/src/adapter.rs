@@ -66,7 +66,7 @@ impl From<Request> for Out {
     fn from(request: Request) -> Self {
         match request {
             Request::LookUpCgroup { id, .. } => Self::LookUp(id),
-            Request::WatchOomControl { cgroup_id, .. } => Self::Watch(cgroup_id),
+            Request::WatchOomControl { cgroup_id } => Self::Watch(cgroup_id),
             Request::SetRssThreshold { cgroup_id, threshold_bytes } => Self::Threshold(cgroup_id, threshold_bytes),
         }
     }

@@ -68,6 +68,25 @@ fn what_a_kill_waits_for_passes_the_rest_on_both_ways() {
 }
 
 #[test]
+fn few_files_are_open_for_the_recorder_and_none_for_ever() {
+    let names: Vec<String> = (0..CONTROLS_CAP + 10).map(|n| n.to_string()).collect();
+    let (dir, mut lookups, asker) = lookups(&names);
+    std::fs::write(dir.path().join("0/memory.oom_control"), "oom_kill_disable 1\nunder_oom 0\n").unwrap();
+    lookups.take(Ask::Control(u64::MAX));
+    lookups.answer_waiting();
+    assert!(lookups.controls.is_empty(), "no cgroup has it");
+    let id = |name: &str| lookups.hierarchy.id_of(format!("/{name}")).unwrap();
+    let (first, ids): (u64, Vec<u64>) = (id("0"), names.iter().map(|name| id(name)).collect());
+    ids.iter().for_each(|id| lookups.take(Ask::Control(*id)));
+    assert_eq!((lookups.controls.len(), lookups.waiting.len()), (CONTROLS_CAP, CONTROLS_CAP));
+    lookups.answer_waiting();
+    let answers: Vec<_> = asker.answers(usize::MAX).collect();
+    let open: Vec<u64> = answers.iter().filter(|one| one.control.is_some()).map(|one| one.cgroup.id).collect();
+    assert_eq!((answers.len(), open), (CONTROLS_CAP, vec![first]), "where there is one");
+    assert!(lookups.controls.is_empty());
+}
+
+#[test]
 fn the_thread_answers_lists_and_ends() {
     let dir = tempfile::tempdir().unwrap();
     let hierarchy = Hierarchy { version: 2, mount: dir.path().into(), hierarchy_id: 0, root: "/".into() };
