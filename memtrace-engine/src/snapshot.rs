@@ -1,9 +1,12 @@
 //! A copy of the current state of cgroups and processes, for `/metrics` and the lists over HTTP.
 //! The server works on the copy, so it never delays the engine.
 
+use std::cmp::Reverse;
+
 use serde::Serialize;
 
 use crate::Engine;
+use crate::world::CgroupRow;
 
 /// Cgroups and processes at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -67,20 +70,11 @@ pub struct ProcessView {
 impl Engine {
     /// Copies the current state. Cost is proportional to the number of cgroups and processes.
     pub fn snapshot(&self) -> Snapshot {
-        let cgroups = self.world.cgroups.iter().filter(|(_, row)| !row.removed).map(|(id, row)| CgroupView {
-            id,
-            parent_id: row.parent,
-            path: row.path.clone(),
-            usage_bytes: row.last.usage,
-            limit_bytes: row.last.limit.bytes(),
-            peak_bytes: row.last.watermark,
-            anon_bytes: row.tree.anon,
-            file_bytes: row.tree.file,
-            shmem_bytes: row.tree.shmem,
-            swap_bytes: row.tree.swap,
-        });
+        let mut cgroups = Vec::with_capacity(self.world.cgroups.len());
+        cgroups.extend(self.live_cgroups().map(|(id, row)| view(id, row)));
         let live = self.world.processes.iter().filter(|row| row.exited.is_none());
-        let processes = live.filter_map(|row| {
+        let mut processes = Vec::with_capacity(self.world.processes.live());
+        processes.extend(live.filter_map(|row| {
             let sums = self.world.sums_of(row)?;
             Some(ProcessView {
                 pid: row.pid,
@@ -93,7 +87,33 @@ impl Engine {
                 swap_bytes: sums.swap,
                 peak_bytes: row.peak.unwrap_or(0),
             })
-        });
-        Snapshot { boot_ns: self.run.now, cgroups: cgroups.collect(), processes: processes.collect() }
+        }));
+        Snapshot { boot_ns: self.run.now, cgroups, processes }
+    }
+
+    /// Copies at most `most` cgroups whose usage is known: those with a limit first, then by usage, the largest first.
+    pub fn foremost_cgroups(&self, most: usize) -> Vec<CgroupView> {
+        let mut rows: Vec<_> = self.live_cgroups().filter(|(_, row)| row.last.usage.is_some()).collect();
+        rows.sort_by_key(|(_, row)| (row.last.limit.bytes().is_none(), Reverse(row.last.usage)));
+        rows.into_iter().take(most).map(|(id, row)| view(id, row)).collect()
+    }
+
+    fn live_cgroups(&self) -> impl Iterator<Item = (u64, &CgroupRow)> {
+        self.world.cgroups.iter().filter(|(_, row)| !row.removed)
+    }
+}
+
+fn view(id: u64, row: &CgroupRow) -> CgroupView {
+    CgroupView {
+        id,
+        parent_id: row.parent,
+        path: row.path.clone(),
+        usage_bytes: row.last.usage,
+        limit_bytes: row.last.limit.bytes(),
+        peak_bytes: row.last.watermark,
+        anon_bytes: row.tree.anon,
+        file_bytes: row.tree.file,
+        shmem_bytes: row.tree.shmem,
+        swap_bytes: row.tree.swap,
     }
 }

@@ -688,6 +688,10 @@ fn the_snapshot_shows_who_holds_what() {
     let app = s.cgroups.iter().find(|c| c.id == OWN).unwrap();
     assert_eq!((app.path.as_deref(), app.limit_bytes, app.anon_bytes), (Some("/app"), Some(LIMIT), LIMIT));
     assert_eq!((s.processes.len(), s.processes[0].peak_bytes), (1, LIMIT));
+    // Of cgroups beside each other: those with a limit first, and none whose usage is not known.
+    let ids = |most| test.engine.foremost_cgroups(most).iter().map(|row| row.id).collect::<Vec<_>>();
+    let known = s.cgroups.iter().filter(|row| row.usage_bytes.is_some()).count();
+    assert_eq!((ids(1), ids(9).len()), (vec![OWN], known));
 }
 
 #[test]

@@ -22,7 +22,9 @@ use tracing::{info, warn};
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 
 use crate::own_process::rights::{LOG, NAMING, RECORDER};
-use crate::serve::{self, AppState, HostNames, LoopRequest, MetricsSnapshot, ServerLimits, StackCostTotals};
+use crate::serve::{
+    self, AppState, HostNames, LoopRequest, MAX_CGROUP_SERIES, MetricsSnapshot, ServerLimits, StackCostTotals,
+};
 use crate::session::{Session, SessionConfig};
 use crate::{clock, host, own_process};
 use memtrace_incident::{Moment, UnwatchedEntry};
@@ -87,6 +89,7 @@ pub struct AgentConfig {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(config: AgentConfig) -> anyhow::Result<()> {
+    own_process::give_each_thread_a_heap();
     let (lost_log_lines, guard) = log_to_stderr();
     let outcome = run_logged(config, lost_log_lines);
     flush_log(guard);
@@ -316,7 +319,7 @@ fn answer(
         }
         LoopRequest::Metrics(reply) => {
             let (stacks, cost) = session.stack_cost();
-            let (health, worker_bytes) = session.worker_health();
+            let health = session.worker_health();
             let snapshot = MetricsSnapshot {
                 stacks,
                 incidents_named: symbolize.named,
@@ -325,11 +328,12 @@ fn answer(
                 counters: sinks.counters(),
                 incidents_waiting: sinks.storer.waiting(),
                 counts: session.engine().counts(),
-                snapshot: session.engine().snapshot(),
+                cgroups: session.engine().foremost_cgroups(MAX_CGROUP_SERIES),
                 sent: session.probe().sent(),
                 stack_workers: vec![("running", u64::from(health.running)), ("stuck", health.stuck)],
                 stack_readings_late: health.readings_late,
-                stack_worker_bytes: health.running.then_some(worker_bytes),
+                stack_worker_bytes: health.resident_bytes,
+                stack_worker_cpu_ns: health.cpu_ns,
                 journal_failures: session.journal_failures(),
                 log_lines_lost: lost_log_lines.dropped_lines() as u64,
                 hooks: session.status().hooks.iter().map(|status| (status.hook.name(), status.on())).collect(),

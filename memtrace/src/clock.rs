@@ -38,8 +38,12 @@ pub fn wall_at(at_boot_ns: u64) -> String {
 
 /// CPU time that the running thread has used.
 pub fn cpu_time() -> Duration {
-    let nanoseconds = nanoseconds(ClockId::ThreadCPUTime).try_into();
-    nanoseconds.map_or(Duration::ZERO, Duration::from_nanos)
+    Duration::from_nanos(nanoseconds(ClockId::ThreadCPUTime).try_into().unwrap_or(0))
+}
+
+/// CPU time that all threads of this process have used, also those that ended, nanoseconds.
+pub fn process_cpu_ns() -> u64 {
+    nanoseconds(ClockId::ProcessCPUTime).try_into().unwrap_or(0)
 }
 
 /// Reads wall time between two readings of the boot clock; half their distance is the uncertainty.

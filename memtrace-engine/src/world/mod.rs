@@ -23,7 +23,7 @@ mod view;
 
 use address_spaces::AddressSpace;
 pub use cgroups::CGROUPS_CAP;
-pub(crate) use cgroups::{Cgroups, Need};
+pub(crate) use cgroups::{CgroupRow, Cgroups, Need};
 pub(crate) use changes::Changes;
 pub use processes::PROCESSES_CAP;
 pub(crate) use processes::{ProcessKey, ProcessRow, Processes, comm};

@@ -87,6 +87,7 @@ pub struct Probe {
     misses: Misses,
     arena: Vec<u8>,
     slots: Vec<Slot>,
+    map_bytes: Option<u64>,
 }
 
 impl Probe {
@@ -142,7 +143,8 @@ impl Probe {
         let results: Vec<(Hook, AttachResult)> =
             plan.steps.iter().map(|step| (step.hook, attach_first(&mut ebpf, &step.programs, &btf))).collect();
         let misses = Misses::of(descriptors(&ebpf, &results).into_iter());
-        Ok((Self { ebpf, messages, rings, misses, arena: Vec::new(), slots: Vec::new() }, results))
+        let map_bytes = map_bytes(&ebpf, &rings);
+        Ok((Self { ebpf, messages, rings, misses, arena: Vec::new(), slots: Vec::new(), map_bytes }, results))
     }
 
     /// Waits until a ring has woken its reader.
@@ -275,15 +277,20 @@ impl Probe {
     /// Memory of all maps in bytes, rings included, as the kernel accounts it; `None` when it does
     /// not say.
     pub fn map_bytes(&self) -> Option<u64> {
-        let mut total = 0u64;
-        let maps = self.ebpf.maps().filter_map(|(_, map)| map_fd(map));
-        let rings = self.rings.iter().map(|(_, ring)| ring.get_ref().as_fd().as_raw_fd());
-        for fd in maps.chain(rings) {
-            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
-            total = total.saturating_add(field(&info, "memlock:")?);
-        }
-        Some(total)
+        self.map_bytes
     }
+}
+
+/// What [`Probe::map_bytes`] says. Each map takes its memory when it is made.
+fn map_bytes(ebpf: &Ebpf, rings: &[(Ring, AsyncFd<RingBuf<MapData>>)]) -> Option<u64> {
+    let maps = ebpf.maps().filter_map(|(_, map)| map_fd(map));
+    let rings = rings.iter().map(|(_, ring)| ring.get_ref().as_fd().as_raw_fd());
+    let mut total = 0u64;
+    for fd in maps.chain(rings) {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+        total = total.saturating_add(field(&info, "memlock:")?);
+    }
+    Some(total)
 }
 
 /// The layout as the bytes of its frozen global: every field is a `u32`, in order.

@@ -39,6 +39,8 @@ pub struct ThreadRights {
     pub filter: Filter,
     /// Below 0: programs that keep the CPUs busy are not to keep it from them.
     pub niceness: i32,
+    /// Whether it may interrupt who runs when it wakes up.
+    pub interrupts: bool,
 }
 
 /// Of the thread that everything waits for: 87 times the share of an ordinary one.
@@ -72,6 +74,7 @@ pub const RECORDER: ThreadRights = ThreadRights {
     effective: CapabilitySet::BPF.union(LOCK).union(READ),
     filter: Filter::Agent,
     niceness: FIRST,
+    interrupts: true,
 };
 /// Starts the process that names functions.
 pub const NAMING: ThreadRights = ThreadRights {
@@ -81,6 +84,7 @@ pub const NAMING: ThreadRights = ThreadRights {
     effective: CapabilitySet::KILL.union(LOCK).union(READ),
     filter: Filter::Agent,
     niceness: 0,
+    interrupts: false,
 };
 /// Finds out what happened between two runs.
 pub const KEEPER: ThreadRights = ThreadRights {
@@ -90,6 +94,7 @@ pub const KEEPER: ThreadRights = ThreadRights {
     effective: CapabilitySet::SYSLOG.union(LOCK).union(READ),
     filter: Filter::Agent,
     niceness: 0,
+    interrupts: false,
 };
 /// Looks cgroups up.
 pub const ASKER: ThreadRights = ThreadRights {
@@ -99,6 +104,7 @@ pub const ASKER: ThreadRights = ThreadRights {
     effective: LOCK.union(READ),
     filter: Filter::Agent,
     niceness: 0,
+    interrupts: false,
 };
 /// Talks to clients.
 pub const SERVER: ThreadRights = ThreadRights {
@@ -108,6 +114,7 @@ pub const SERVER: ThreadRights = ThreadRights {
     effective: LOCK,
     filter: Filter::Server,
     niceness: PROMPT,
+    interrupts: true,
 };
 /// Reads incidents for the server.
 pub const INCIDENTS: ThreadRights = ThreadRights {
@@ -117,6 +124,7 @@ pub const INCIDENTS: ThreadRights = ThreadRights {
     effective: LOCK.union(READ),
     filter: Filter::Reader,
     niceness: 0,
+    interrupts: false,
 };
 
 /// Waits for the disk.
@@ -127,6 +135,7 @@ pub const STORER: ThreadRights = ThreadRights {
     effective: LOCK.union(READ),
     filter: Filter::Agent,
     niceness: EARLY,
+    interrupts: false,
 };
 /// Needs a CPU for what the storer writes.
 pub const PACKER: ThreadRights = ThreadRights {
@@ -136,6 +145,7 @@ pub const PACKER: ThreadRights = ThreadRights {
     effective: LOCK,
     filter: Filter::Agent,
     niceness: EARLY,
+    interrupts: false,
 };
 /// Writes the log.
 pub const LOG: ThreadRights = ThreadRights {
@@ -145,6 +155,7 @@ pub const LOG: ThreadRights = ThreadRights {
     effective: LOCK,
     filter: Filter::Agent,
     niceness: 0,
+    interrupts: false,
 };
 
 /// Every thread of an agent that has started.
@@ -165,6 +176,9 @@ impl ThreadRights {
         match self.niceness {
             0.. => super::lower_priority(),
             niceness => super::raise_priority(self.thread, niceness),
+        }
+        if !self.interrupts {
+            super::interrupt_nobody();
         }
         if let Err(error) = self.drop_capabilities() {
             warn!("the thread {} keeps capabilities that it does not need: {error}", self.thread);

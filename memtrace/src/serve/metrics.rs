@@ -18,7 +18,7 @@ use memtrace_engine::snapshot::CgroupView;
 use memtrace_incident::SigkillCause;
 
 /// Cgroups with series of their own, those with a limit and the most memory first.
-const MAX_CGROUPS: usize = 1000;
+pub const MAX_CGROUP_SERIES: usize = 1000;
 
 /// One metric.
 struct Metric {
@@ -227,8 +227,13 @@ static METRICS: &[Metric] = &[
     ),
     Metric::counter(
         "stack_user",
-        "Time the agent and its stack worker spent on stacks",
+        "Time the agent spent on stacks, and the thread of the stack worker that unwinds: what sampling is adjusted to",
         Value::Nanoseconds(|now| now.stack_cost.user_ns),
+    ),
+    Metric::counter(
+        "stack_worker_cpu",
+        "CPU time of the stack workers, for all that they do: unwinding, reading files",
+        Value::Nanoseconds(|now| now.stack_worker_cpu_ns),
     ),
     Metric::gauge(
         "stack_workers",
@@ -290,15 +295,12 @@ static METRICS: &[Metric] = &[
     ),
 ];
 
-/// The label of what is told of each cgroup. The number is [`MAX_CGROUPS`].
+/// The label of what is told of each cgroup. The number is [`MAX_CGROUP_SERIES`].
 const PATHS: &str = "at most 1000 cgroups: those with a limit first, then by usage";
 
 /// One number of each cgroup that has series of its own, by path.
 fn each_cgroup(now: &MetricsSnapshot, number: fn(&CgroupView) -> Option<u64>) -> Vec<(String, u64)> {
-    let mut rows: Vec<_> = now.snapshot.cgroups.iter().filter(|row| row.usage_bytes.is_some()).collect();
-    rows.sort_by_key(|row| (row.limit_bytes.is_none(), std::cmp::Reverse(row.usage_bytes)));
-    rows.truncate(MAX_CGROUPS);
-    rows.into_iter().filter_map(|row| Some((row.path.clone()?, number(row)?))).collect()
+    now.cgroups.iter().filter_map(|row| Some((row.path.clone()?, number(row)?))).collect()
 }
 
 /// The metrics as OpenMetrics text.

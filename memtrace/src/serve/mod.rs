@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use memtrace_engine::Counts;
-use memtrace_engine::snapshot::Snapshot;
+use memtrace_engine::snapshot::{CgroupView, Snapshot};
 use memtrace_incident::SigkillCause;
 use memtrace_incident::{Incident, Kind};
 
@@ -36,6 +36,7 @@ use access::{Door, WrongTokenLog};
 use answers::{BodyBudget, Refusal, Shared, TURN_LIMIT};
 use guard::Guard;
 pub use guard::HostNames;
+pub use metrics::MAX_CGROUP_SERIES;
 use reader::Reader;
 pub use server::{Listeners, ServerCounts, ServerLimits, start};
 
@@ -47,9 +48,9 @@ const DEFAULT_LISTED: usize = 200;
 const MAX_LISTED: usize = 1000;
 
 /// A body that is larger is made at most once in a while and shared.
-const LARGE_BYTES: usize = 256 << 10;
+const LARGE_BYTES: usize = 64 << 10;
 /// The same for a snapshot: processes and cgroups.
-const LARGE_ROWS: usize = 1000;
+const LARGE_ROWS: usize = 250;
 /// Bytes of a ledger that are served: its newest lines.
 pub const MAX_LEDGER_BYTES: u64 = 4 << 20;
 
@@ -74,8 +75,8 @@ pub struct MetricsSnapshot {
     pub counters: Counters,
     /// The engine's own counts.
     pub counts: Counts,
-    /// Cgroups and processes, for the series of each cgroup.
-    pub snapshot: Snapshot,
+    /// The cgroups that have series of their own, at most [`MAX_CGROUP_SERIES`].
+    pub cgroups: Vec<CgroupView>,
     /// Records sent by the kernel side, by ring.
     pub sent: Vec<(&'static str, u64)>,
     /// Journal frames that could not be written.
@@ -104,6 +105,8 @@ pub struct MetricsSnapshot {
     pub stack_readings_late: u64,
     /// Resident memory of the one that runs, bytes.
     pub stack_worker_bytes: Option<u64>,
+    /// CPU time of all of them since the start, nanoseconds.
+    pub stack_worker_cpu_ns: u64,
     /// Connections to this server, by what became of them.
     pub connections: Vec<(&'static str, u64)>,
     /// Requests that this server refused, by why.

@@ -273,9 +273,9 @@ impl StackPipeline {
         named.iter().filter(|(_, count)| *count > 0).map(|(loss, count)| (loss.label().to_owned(), *count)).collect()
     }
 
-    /// How the worker is doing, and its resident memory in bytes.
-    pub(super) fn worker_health(&self) -> (WorkerHealth, u64) {
-        (self.worker.health(), self.worker.counts().resident_bytes)
+    /// How the worker is doing.
+    pub(super) fn worker_health(&self) -> WorkerHealth {
+        self.worker.health()
     }
 
     /// Asks for the files of modules; [`StackPipeline::take_modules`] has them later.

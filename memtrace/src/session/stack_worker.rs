@@ -73,6 +73,10 @@ pub struct WorkerHealth {
     pub running: bool,
     /// Readings that it has given up and that have not ended.
     pub readings_late: u64,
+    /// Its resident memory, bytes; `None` when none runs.
+    pub resident_bytes: Option<u64>,
+    /// CPU time of all workers since the start, nanoseconds.
+    pub cpu_ns: u64,
 }
 
 /// See the module.
@@ -360,11 +364,14 @@ impl StackWorker {
     /// How the worker is doing.
     pub(super) fn health(&self) -> WorkerHealth {
         let stuck = u64::try_from(self.stuck.len()).unwrap_or(u64::MAX);
+        let (running, counts) = (self.running.is_some(), self.counts());
         WorkerHealth {
             restarts: self.restarts,
             stuck,
-            running: self.running.is_some(),
-            readings_late: self.counts().readings_late,
+            running,
+            readings_late: counts.readings_late,
+            resident_bytes: running.then_some(counts.resident_bytes),
+            cpu_ns: counts.cpu_ns,
         }
     }
 

@@ -223,8 +223,10 @@ impl From<StackRow> for StackFound {
 pub struct StackCounts {
     /// Stacks unwound.
     pub unwound: u64,
-    /// CPU time, nanoseconds.
+    /// CPU time of the thread that unwinds, nanoseconds: what sampling is adjusted to.
     pub spent_ns: u64,
+    /// CPU time of all threads, nanoseconds.
+    pub cpu_ns: u64,
     /// Resident memory, bytes: of now, not a total.
     pub resident_bytes: u64,
     /// Readings that were given up and have not ended: of now, not a total.
@@ -255,6 +257,7 @@ impl StackCounts {
         Self {
             unwound: self.unwound.saturating_add(other.unwound),
             spent_ns: self.spent_ns.saturating_add(other.spent_ns),
+            cpu_ns: self.cpu_ns.saturating_add(other.cpu_ns),
             resident_bytes: self.resident_bytes,
             readings_late: self.readings_late,
             without_frames: self.without_frames.saturating_add(other.without_frames),

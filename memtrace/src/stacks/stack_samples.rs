@@ -252,6 +252,7 @@ impl StackSamples {
         StackCounts {
             unwound: self.unwound,
             spent_ns: 0,
+            cpu_ns: 0,
             resident_bytes: 0,
             readings_late: counts.gate.late,
             without_frames: 0,

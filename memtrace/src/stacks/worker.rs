@@ -318,6 +318,7 @@ impl Worker {
         counts.without_frames = self.skipped;
         let spent = clock::cpu_time().saturating_sub(self.begin);
         counts.spent_ns = u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX);
+        counts.cpu_ns = clock::process_cpu_ns();
         // Once a second is enough for a reading of /proc.
         if number != 0 {
             self.resident_bytes = own_process::resident_bytes().unwrap_or(0);

@@ -13,7 +13,7 @@ fn the_text_is_openmetrics_and_names_cannot_break_it() {
     snapshot.counts.losses.insert("samples/ring_full".into(), 3);
     snapshot.stack_cost.user_ns = 1_500_000_000;
     snapshot.resident_bytes = Some(7);
-    snapshot.snapshot.cgroups.push(cgroup);
+    snapshot.cgroups.push(cgroup);
     let text = text(snapshot);
     assert!(text.ends_with("# EOF\n"), "{text}");
     for line in [
