@@ -42,9 +42,10 @@ pub fn limit_kept_memory() {
     }
 }
 
-/// Gives each thread a heap of its own, which rarely grows or shrinks; more is kept between two calls of
-/// [`trim_memory`]. Whoever uses a heap waits for others that use it, and whoever maps or unmaps pages for all threads
-/// that do; each may be a thread that waits for a CPU, for tens of ms. Call it before there are threads.
+/// Instead of [`limit_kept_memory`]: gives each thread a heap of its own, which rarely grows or shrinks; more is kept
+/// between two calls of [`trim_memory`]. Whoever uses a heap waits for others that use it, and whoever maps or unmaps
+/// pages for all threads that do; each may be a thread that waits for a CPU, for tens of ms. Call it before there are
+/// threads.
 pub fn give_each_thread_a_heap() {
     #[cfg(target_env = "gnu")]
     for (setting, value) in [
@@ -79,6 +80,7 @@ fn raise_priority(thread: &str, niceness: i32) {
 
 /// Has this thread wait for the next tick when it wakes up beside others that run, instead of interrupting one of them
 /// (SCHED_BATCH, sched(7)): the recorder wakes it up and goes on. Best effort; its share of the CPU stays the same.
+#[cfg(target_env = "gnu")]
 fn interrupt_nobody() {
     let priority = libc::sched_param { sched_priority: 0 };
     #[allow(unsafe_code, reason = "it has no safe wrapper")]
@@ -87,6 +89,9 @@ fn interrupt_nobody() {
         libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const priority);
     }
 }
+
+#[cfg(not(target_env = "gnu"))]
+const fn interrupt_nobody() {}
 
 /// Takes back for this thread or process what it has from one that goes before others.
 pub fn lower_priority() {

@@ -3,8 +3,8 @@
 //!
 //! Where the kernel opens a cgroup by its id ([`super::by_id`]) an answer takes microseconds.
 //! Elsewhere one walk answers every id that waits. CPU time is bounded by [`Budget`], so a tree of
-//! tens of thousands of cgroups makes answers late and nothing else; only what a kill waits for is
-//! looked up at once. An id that was answered, or that no cgroup has, is not looked up again for a
+//! tens of thousands of cgroups makes answers late and nothing else; only what a kill or a watch waits
+//! for is looked up at once. An id that was answered, or that no cgroup has, is not looked up again for a
 //! while.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,7 +74,7 @@ pub(super) struct Answer {
 /// What an answer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum For {
-    /// A kill that waits for it.
+    /// A kill or a watch that waits for it.
     Kill,
     /// Anything else.
     Curve,
@@ -221,7 +221,7 @@ struct Lookups {
     answers_for_kill: SyncSender<Answer>,
     /// Cap: [`WAITING_CAP`].
     waiting: BTreeSet<u64>,
-    /// What kills wait for. Cap: [`WAITING_CAP`].
+    /// What kills and watches wait for. Cap: [`WAITING_CAP`].
     urgent: BTreeSet<u64>,
     /// Those whose memory.oom_control is asked for. Cap: [`CONTROLS_CAP`].
     controls: BTreeSet<u64>,
@@ -275,8 +275,8 @@ impl Lookups {
             Ask::Id(id) if self.waiting.len() < WAITING_CAP && !self.quiet.has(id, now) => {
                 self.waiting.insert(id);
             }
-            // There are few, so they are looked up at once where that needs no walk.
-            Ask::Control(id) if self.controls.len() < CONTROLS_CAP && !self.quiet.is_absent(id, now) => {
+            // There are few, so they are looked up at once where that needs no walk, also after one that found nothing.
+            Ask::Control(id) if self.controls.len() < CONTROLS_CAP => {
                 let asked = if self.by_id.is_some() { &mut self.urgent } else { &mut self.waiting };
                 if asked.len() < WAITING_CAP {
                     self.controls.insert(id);
@@ -328,7 +328,9 @@ impl Lookups {
 
     fn answer_urgent(&mut self) {
         let ids = std::mem::take(&mut self.urgent);
-        self.look_up(ids, For::Kill);
+        let (watched, killed) = ids.into_iter().partition(|id| self.controls.contains(id));
+        self.look_up(killed, For::Kill);
+        self.look_up(watched, For::Kill);
     }
 
     fn answer_waiting(&mut self) {
@@ -343,7 +345,7 @@ impl Lookups {
         }
     }
 
-    /// What a kill waits for is looked up at once, the rest in between.
+    /// What a kill or a watch waits for is looked up at once, the rest in between.
     fn go_on(&mut self, wanted: For) -> bool {
         wanted == For::Kill || self.may_go_on()
     }

@@ -2,7 +2,7 @@
 //! no way to turn it off.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 
 use super::files::CgroupDir;
 
@@ -38,9 +38,7 @@ impl ControlFile {
     /// What it says now; `None` when the cgroup is gone (fs/kernfs/file.c, ENODEV) or it says something else.
     pub(super) fn read(&self) -> Option<OomControl> {
         let mut text = [0; CONTROL_BYTES];
-        // of a file that was removed in a file system of another kind
-        let is_there = self.file.metadata().is_ok_and(|about| about.nlink() > 0);
-        let bytes = self.file.read_at(&mut text, 0).ok().filter(|_| is_there)?;
+        let bytes = self.file.read_at(&mut text, 0).ok()?;
         parse(std::str::from_utf8(text.get(..bytes)?).ok()?)
     }
 }

@@ -17,8 +17,12 @@ const ANSWERS_AT_ONCE: usize = 256;
 const MAX_LOOKUPS: usize = 1024;
 /// Cgroups watched at once; one that finds no room is counted, and the engine asks again.
 const MAX_WATCHED: usize = 64;
-/// How long a cgroup is watched after it was asked for; longer as long as it waits.
+/// How long a cgroup is watched after it was asked for and found; longer as long as it waits.
 const WATCH_NS: u64 = 5_000_000_000;
+/// How long the asker may take to find it.
+const FIND_NS: u64 = 10_000_000_000;
+/// How often the asker is asked, which may have had no room.
+const ASK_EVERY_NS: u64 = 1_000_000_000;
 
 /// Queries that wait for an answer.
 #[derive(Debug, Default)]
@@ -37,6 +41,8 @@ struct Watched {
     id: u64,
     /// `None` while the asker looks for it.
     control: Option<ControlFile>,
+    /// When the asker is asked next, while it has not found it.
+    ask_ns: u64,
     until_ns: u64,
     last: Option<OomControl>,
 }
@@ -60,21 +66,14 @@ impl CgroupQueries {
     /// Asks for changes of a cgroup's memory.oom_control. The asker opens it: paths are looked up under locks that
     /// whoever makes cgroups can hold for tens of ms.
     pub fn watch(&mut self, id: u64, boot_ns: u64) {
-        let until_ns = boot_ns.saturating_add(WATCH_NS);
-        let is_open = if let Some(known) = self.watched.iter_mut().find(|watched| watched.id == id) {
-            known.until_ns = until_ns;
-            known.control.is_some()
+        if let Some(known) = self.watched.iter_mut().find(|watched| watched.id == id) {
+            known.extend(boot_ns);
         } else if self.watched.len() < MAX_WATCHED {
-            self.watched.push(Watched { id, control: None, until_ns, last: None });
-            false
+            let mut watched = Watched { id, control: None, ask_ns: boot_ns, until_ns: boot_ns, last: None };
+            watched.extend(boot_ns);
+            self.watched.push(watched);
         } else {
             self.not_watched = self.not_watched.saturating_add(1);
-            return;
-        };
-        let ask = Ask::Control(id);
-        // The first time it may have found no room.
-        if !is_open && self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&ask) {
-            self.lookups.push_back(ask);
         }
     }
 
@@ -86,12 +85,21 @@ impl CgroupQueries {
     /// Returns a bounded number of answers to look-ups, without waiting for any, and says which watched cgroups changed.
     pub fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64) -> Vec<Fact> {
         let mut facts = Vec::new();
+        for watched in self.watched.iter_mut().filter(|watched| watched.control.is_none() && watched.ask_ns <= boot_ns)
+        {
+            let ask = Ask::Control(watched.id);
+            if self.lookups.len() < MAX_LOOKUPS && !self.lookups.contains(&ask) {
+                watched.ask_ns = boot_ns.saturating_add(ASK_EVERY_NS);
+                self.lookups.push_back(ask);
+            }
+        }
         self.pass_lookups(hierarchy);
         if let Some(asker) = &self.asker {
             for answer in asker.answers(ANSWERS_AT_ONCE) {
                 let watched = self.watched.iter_mut().find(|watched| watched.id == answer.cgroup.id);
                 if let (Some(watched), Some(control)) = (watched, answer.control) {
                     watched.control = Some(control);
+                    watched.extend(boot_ns);
                 }
                 facts.push(Fact::Cgroup(answer.cgroup));
             }
@@ -113,6 +121,10 @@ impl CgroupQueries {
 }
 
 impl Watched {
+    fn extend(&mut self, boot_ns: u64) {
+        self.until_ns = boot_ns.saturating_add(if self.control.is_some() { WATCH_NS } else { FIND_NS });
+    }
+
     /// Adds a fact when the cgroup changed; false when it need not be watched any longer.
     fn answer(&mut self, hierarchy: &Hierarchy, boot_ns: u64, facts: &mut Vec<Fact>) -> bool {
         let Some(file) = &self.control else { return boot_ns < self.until_ns };
@@ -121,9 +133,9 @@ impl Watched {
         let Some(control) = now.or(self.last.map(|last| OomControl { under_oom: false, ..last })) else { return false };
         if self.last != Some(control) {
             self.last = Some(control);
-            if control.under_oom {
+            if control.under_oom && control.kill_disabled {
                 // A cgroup without processes has no readings of its own: these are the counters it
-                // is stuck at.
+                // is stuck at. Such a one is rare, so that its files may be looked up here.
                 facts.extend(hierarchy.read_dir(file.dir(), boot_ns).map(Fact::Cgroup));
             }
             let OomControl { kill_disabled, under_oom } = control;
@@ -169,7 +181,11 @@ mod tests {
         q.watch(id, 0);
         let found = facts_until(&mut q, &hierarchy, 1, |_, facts| !facts.is_empty());
         assert!(matches!(found.as_slice(), [Fact::Cgroup(_)]), "no such file: no version 1; {found:?}");
-        assert!(q.answer(&hierarchy, WATCH_NS).is_empty() && q.watched.is_empty());
+        assert_eq!(q.watched.len(), 1, "it is asked for again");
+        let found = facts_until(&mut q, &hierarchy, 2 * SEC, |_, facts| !facts.is_empty());
+        assert!(matches!(found.as_slice(), [Fact::Cgroup(_)]), "{found:?}");
+        q.answer(&hierarchy, FIND_NS);
+        assert!(q.watched.is_empty(), "and given up");
         let changes = |q: &mut CgroupQueries, sec: u64| -> Vec<(bool, bool)> {
             let all_open = |q: &CgroupQueries, _: &[Fact]| q.watched.iter().all(|watched| watched.control.is_some());
             let facts = facts_until(q, &hierarchy, sec * SEC, all_open).into_iter();
@@ -188,11 +204,11 @@ mod tests {
         assert!(changes(&mut q, 100).is_empty() && q.watched.len() == 1, "as long as it waits");
         fs::write(&file, "oom_kill_disable 1\nunder_oom 0\n").unwrap();
         assert_eq!((changes(&mut q, 101), q.watched.len()), (vec![(true, false)], 0));
-        // Gone while it waited.
+        // Gone while it waited: a file that is open says nothing more.
         fs::write(&file, "oom_kill_disable 1\nunder_oom 1\n").unwrap();
         q.watch(id, 102 * SEC);
         assert_eq!(changes(&mut q, 102), [(true, true)]);
-        fs::remove_dir_all(&a).unwrap();
+        fs::write(&file, "").unwrap();
         assert_eq!((changes(&mut q, 103), q.watched.len()), (vec![(true, false)], 0));
     }
 
@@ -215,7 +231,7 @@ mod tests {
         assert!(facts.contains(&stuck), "{facts:?}");
         // One that is nowhere is given up.
         q.watch(u64::MAX, 0);
-        q.answer(&hierarchy, WATCH_NS);
+        q.answer(&hierarchy, FIND_NS);
         assert!(q.watched.iter().all(|watched| watched.id == found.id));
     }
 

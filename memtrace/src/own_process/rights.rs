@@ -39,7 +39,7 @@ pub struct ThreadRights {
     pub filter: Filter,
     /// Below 0: programs that keep the CPUs busy are not to keep it from them.
     pub niceness: i32,
-    /// Whether it may interrupt who runs when it wakes up.
+    /// Whether it may interrupt who runs when it wakes up. What it starts may not either.
     pub interrupts: bool,
 }
 
@@ -171,7 +171,7 @@ impl ThreadRights {
         }
     }
 
-    /// The same for capabilities and the niceness alone: for a thread that has the recorder's filter already.
+    /// The same without the filter: for a thread that has the recorder's already.
     pub fn keep_capabilities(&self) {
         match self.niceness {
             0.. => super::lower_priority(),

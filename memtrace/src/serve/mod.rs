@@ -48,7 +48,7 @@ const DEFAULT_LISTED: usize = 200;
 const MAX_LISTED: usize = 1000;
 
 /// A body that is larger is made at most once in a while and shared.
-const LARGE_BYTES: usize = 64 << 10;
+const LARGE_BYTES: usize = 128 << 10;
 /// The same for a snapshot: processes and cgroups.
 const LARGE_ROWS: usize = 250;
 /// Bytes of a ledger that are served: its newest lines.
