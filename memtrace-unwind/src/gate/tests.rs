@@ -93,7 +93,8 @@ fn file_systems_of_others_that_are_slow_are_paid_for() {
         gate.set_process((pid, 1));
         gate.pass(place, || std::thread::sleep(Duration::from_millis(60))).is_some()
     };
-    let read = (0..100).take_while(|pid| passes(&mut gate, *pid, Place::Device((0, *pid)))).count();
+    // No device has this major number; of 0 the host has dozens mounted, and reads them for nothing.
+    let read = (0..100).take_while(|pid| passes(&mut gate, *pid, Place::Device((u32::MAX, *pid)))).count();
     assert!((2..30).contains(&read), "{read} were read");
     assert!(!passes(&mut gate, 200, Place::Path) && passes(&mut gate, 200, Place::Proc), "that is the host's");
 }
